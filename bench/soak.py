@@ -383,7 +383,7 @@ def _clean_up(service: Service, torment: Torment | None) -> bool:
 
 
 def torment_both(given: argparse.Namespace) -> int:
-    """Torment one that is handed connections beside the others; return the exit status."""
+    """Torment a service in connection mode beside the other kinds; return the exit status."""
     others = [each.name for each in SERVICES.values() if each.accepts or each.forks]
     if given.commit is not None:  # earlier code may not fork
         others = [name for name in others if not SERVICES[name].forks]

@@ -140,7 +140,7 @@ ALL = (
         "start_server --port=127.0.0.1:{port} -- " + _STARTER_WORKER,
         "start_server --version",
         "HUP starts a new program, and TERM ends the old one if the new one lives for --interval "
-        "(1 s), and retries a new one that exits; no upgrade of start_server is described",
+        "(1 s); a new program that exits is started again; no upgrade of start_server is described",
         "start_server(1)",
         debian=("libserver-starter-perl",),
         at_path="start_server --path={path} -- " + _STARTER_WORKER,

@@ -47,7 +47,7 @@ class Program:
 
     @property
     def spreads(self) -> bool:
-        """Whether workers are told that they may have to end their connections evenly."""
+        """Whether workers may have to end their connections evenly; their environment says so."""
         return bool(self.drain_spread_s or self.stop_spread_s)
 
     @property

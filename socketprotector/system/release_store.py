@@ -105,7 +105,7 @@ def lock(current: str) -> int | None:
     Raises OSError.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    # 0600: whoever can open the file could take the lock first.
+    # 0600: any user who can open the file could take the lock first.
     fd = os.open(f"{current}.lock", flags, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,25 +7,15 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 from socketprotector_client import wait_set
-from socketprotector_client.address import listen
 from socketprotector_client.connection import Connection
-from socketprotector_client.drain_state import Drain
 from socketprotector_client.errors import Drained
 from socketprotector_client.intake import Intake
-from socketprotector_client.scoreboard import Scoreboard
-from socketprotector_client.source import ListenSource
 from socketprotector_client.wait_set import WaitSet
-
-
-class Chosen(ListenSource):
-    """Makes the kernel wake one waiter, as a channel does."""
-
-    wakes_one = True
 
 
 class Scarce:
@@ -49,14 +39,6 @@ class Scarce:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._epoll, name)
-
-
-@pytest.fixture
-def intake() -> Iterator[Intake]:
-    source = Chosen(listen("127.0.0.1:0", 16), handed=False)
-    one = Intake(source, Drain(()), 2, {}, Scoreboard(-1, 0))
-    yield one
-    one.close()
 
 
 def taken(intake: Intake) -> Connection:

@@ -4,30 +4,11 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 
-import pytest
-from socketprotector_client.address import listen
-from socketprotector_client.drain_state import Drain
 from socketprotector_client.intake import Intake
-from socketprotector_client.scoreboard import Scoreboard
 from socketprotector_client.shared_epoll import BesideEpoll
-from socketprotector_client.source import ListenSource
-
-
-class Chosen(ListenSource):
-    """Has the kernel wake one, as a channel does."""
-
-    wakes_one = True
-
-
-@pytest.fixture
-def intake() -> Iterator[Intake]:
-    source = Chosen(listen("127.0.0.1:0", 16), handed=False)
-    one = Intake(source, Drain(()), 2, {}, Scoreboard(-1, 0))
-    yield one
-    one.close()
 
 
 def test_a_loop_gets_the_events_of_its_own_descriptors_and_of_the_queue(intake: Intake) -> None:
@@ -76,10 +57,11 @@ def test_a_loop_that_has_no_such_epoll_stays_as_it_is(intake: Intake) -> None:
     assert vars(loop) == {"epoll": other}
 
 
-def test_two_listeners_in_one_loop_both_get_their_events(intake: Intake) -> None:
+def test_two_listeners_in_one_loop_both_get_their_events(
+    intake: Intake, make_intake: Callable[[], Intake]
+) -> None:
     """The first has the loop sleep in its own; the second is reported as before."""
-    source = Chosen(listen("127.0.0.1:0", 16), handed=False)
-    second = Intake(source, Drain(()), 2, {}, Scoreboard(-1, 0))
+    second = make_intake()
     with select.epoll() as epoll:
         loop = SimpleNamespace(epoll=epoll)
         BesideEpoll.put(loop, "epoll", intake, intake.fileno())
@@ -88,6 +70,5 @@ def test_two_listeners_in_one_loop_both_get_their_events(intake: Intake) -> None
         assert loop.epoll is first
         for each in (intake, second):
             loop.epoll.register(each.fileno(), select.EPOLLIN)
-        with socket.create_connection(source.sockname):
+        with socket.create_connection(second.source.sockname):
             assert loop.epoll.poll(10) == [(second.fileno(), select.EPOLLIN)]
-    second.close()

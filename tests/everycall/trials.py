@@ -121,7 +121,7 @@ def errnos_of(site: str, kind: str) -> list[str]:
     name, _, place = site.partition(" ")
     call = f"{name} {kind} {place}"
     names = next((names for key, names in ERRNOS if re.match(key, call)), "").split()
-    # Only a call that waits is interrupted, and only one that does not wait is put off.
+    # EINTR ends only a blocking call, and EAGAIN comes only from a nonblocking call.
     never = "EINTR" if kind.endswith("+nonblock") else "EAGAIN" if _WAITS.match(call) else ""
     return [name for name in names if name != never]
 

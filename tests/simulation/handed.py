@@ -985,7 +985,7 @@ class Handed(World):
                 assert clients, f"another generation is started for {waiting}"
 
     def _look_at_question(self, question: Question, to: Listening, source: str) -> None:
-        """One that a worker has diverted may be taken for a client at the socket it comes to."""
+        """A diverted question may be taken for a client at the socket that it comes to."""
         address = to.address
         if self._supervisor is None or not (address.disturbed and address.by_number):
             return

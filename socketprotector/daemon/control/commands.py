@@ -168,9 +168,7 @@ class CommandHandler:
     def do_connections(self, generation: int | None = None) -> Mapping[str, Any]:
         generations = self._effects.generations
         if generation is not None and generation not in generations:
-            raise RequestError(
-                "unknown", f"there is no generation {generation}; `status` lists the generations"
-            )
+            raise _no_generation(generation)
         return {
             "workers": status.of_connections(generations, self._effects.pool.records(), generation)
         }
@@ -284,8 +282,8 @@ class CommandHandler:
     def _refuse_dry_run(self, fleet: Fleet) -> None:
         settings = self._effects.live_settings.settings
         cannot = settings.mode.cannot.get("dry-run") or self._effects.delivery.cannot_try()
-        if settings.policy.order.no_dry_run:
-            cannot = settings.policy.order.no_dry_run
+        if no_dry_run := settings.policy.order.no_dry_run:
+            cannot = no_dry_run
         elif fleet.dry_run:
             cannot = "another dry run is in progress; try again after it"
         elif fleet.is_changing:
@@ -341,9 +339,7 @@ class CommandHandler:
             return self._replace_worker(fleet, pid)
         found = fleet.generation(generation or 0)
         if found is None:
-            raise RequestError(
-                "unknown", f"there is no generation {generation}; `status` lists the generations"
-            )
+            raise _no_generation(generation)
         if found.phase in _ENDING:
             raise RequestError(
                 "refused", f"generation {generation} is {found.phase.value} already; `kill` ends it"
@@ -389,9 +385,7 @@ class CommandHandler:
         fleet = self.supervisor.fleet
         found = fleet.generation(generation)
         if found is None:
-            raise RequestError(
-                "unknown", f"there is no generation {generation}; `status` lists the generations"
-            )
+            raise _no_generation(generation)
         if found.phase not in _ENDING:
             raise RequestError(
                 "refused",
@@ -408,6 +402,12 @@ class CommandHandler:
     def do_reopen(self) -> Mapping[str, Any]:
         self.supervisor.reopen_logs()
         return {}
+
+
+def _no_generation(number: int | None) -> RequestError:
+    return RequestError(
+        "unknown", f"there is no generation {number}; `status` lists the generations"
+    )
 
 
 def _before_kill(fleet: Fleet, found: Generation) -> str:

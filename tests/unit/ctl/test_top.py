@@ -129,9 +129,9 @@ def test_a_rollout_is_a_line_and_a_column_that_fits_into_80_columns() -> None:
         generation(number, phase, worker(number), accepted=1_234_567, wait_us=waits)
         for number, phase in ((8, "serving"), (9, "settling"))
     )
-    told = status(old, new, route=8, rollout=rolling(awaited(5, 2, 240.9), share=33.33))
+    shares = status(old, new, route=8, rollout=rolling(awaited(5, 2, 240.9), share=33.33))
     console = Console(width=80, file=io.StringIO())
-    console.print(draw(told, Rates(), 80, 24))
+    console.print(draw(shares, Rates(), 80, 24))
 
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "rollout: 3 of 8 workers replaced, waiting for worker 5 (2 connections, longest" in shown

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from socketprotector.ctl.client import Client
+from socketprotector.ctl.query_all import query_all
 from socketprotector.system import control_path
-from tests.running import Ended
+from tests.running import DEADLINE_S, Ended
 from tests.unit.ctl.fake import MALFORMED, Fake, Message, Refusing, listener, malformed
 
 Ctl = Callable[..., Ended]
@@ -115,6 +116,13 @@ def listening(port: int) -> list[Message]:
     return [listener(f"tcp:0.0.0.0:{port}")]
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no busy machine decide: an instance that has not answered in time has no known name."""
+    monkeypatch.setattr(query_all, "__defaults__", (DEADLINE_S,))
+
+
+@pytest.mark.usefixtures("patient")
 def test_two_of_a_name_are_told_apart_by_their_listeners(fakes: Fakes, ctl: Ctl) -> None:
     first, second, other = fakes("web"), fakes("web:81"), fakes("api")
     first.status.update(name="web", listeners=listening(80))

@@ -28,7 +28,7 @@ from socketprotector.ctl.api import (
     env_file,
     escape,
     in_one_line,
-    stand_on_three_descriptors,
+    open_missing_standard_streams,
     whole,
 )
 
@@ -253,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     arguments: the words of the command line; None: the process's own.
     """
-    stand_on_three_descriptors()
+    open_missing_standard_streams()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     try:

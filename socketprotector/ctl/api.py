@@ -13,7 +13,7 @@ from ..model.text import escape, in_one_line, in_units, whole
 from ..model.waits import quantile_us
 from ..system import env_file
 from ..system.cleanup import on_error
-from ..system.terminal import stand_on_three_descriptors
+from ..system.terminal import open_missing_standard_streams
 from . import discovery
 from .client import LONGEST_LINE, VERSION, Message, connect
 from .errors import NoProtector, RequestRefused
@@ -63,6 +63,7 @@ __all__ = [
     "message_in",
     "number_in",
     "on_error",
+    "open_missing_standard_streams",
     "other_waits_of",
     "quantile_us",
     "query_all",
@@ -70,7 +71,6 @@ __all__ = [
     "rollout_text",
     "serves",
     "share_of",
-    "stand_on_three_descriptors",
     "standing_dry_run",
     "text",
     "text_in",

@@ -144,7 +144,7 @@ def _is_unchanged(client: Client, before: Message, name: str, expect: str | None
 def _request_deploy(
     client: Client, before: Message, name: str, what: str, arguments: dict[str, Any]
 ) -> int:
-    """Request a deploy; if the connection ends early, repeat this unless the deploy has begun."""
+    """Request a deploy; repeat it if the connection ends early and no deploy has begun."""
     if "releases" not in before:
         raise RequestRefused(
             "unmet",

@@ -16,7 +16,7 @@ from click.shell_completion import ShellComplete, get_completion_class
 
 from ..model.errors import Refusal, UsageError, what_failed
 from ..model.text import escape, in_one_line
-from ..system.terminal import stand_on_three_descriptors
+from ..system.terminal import open_missing_standard_streams
 from . import deploy, orders, queries, reload, top, upgrade
 from .cli import (
     NAME,
@@ -63,7 +63,7 @@ def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.  arguments: by default those of the process."""
-    stand_on_three_descriptors()
+    open_missing_standard_streams()
     if isinstance(sys.stdout, TextIOWrapper):  # the locale may lack characters of a worker's output
         # If stdout was a regular file when Python opened it, reconfigure() calls tell(), which
         # fails if descriptor 1 has become a pipe.

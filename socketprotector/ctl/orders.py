@@ -156,7 +156,8 @@ def replace(instance: Instance, which: str, as_json: bool) -> None:
         result = client.request("replace", **wanted)
     if "generation" in wanted:
         number = wanted["generation"]
-        words = f"generation {number} is being replaced by one of the same program, and then drains"
+        words = f"generation {number} is being replaced by a new one with the same program"
+        words += ", then drains"
     else:
         words = f"worker {number_in(result, 'worker')} is being replaced, then asked to leave"
     answer(as_json, result, words)

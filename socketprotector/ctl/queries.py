@@ -110,7 +110,7 @@ def history(instance: Instance, as_json: bool) -> None:
     """List the last reloads and dry runs, with result and reason, and failed health checks.
 
     The newest is last. The protector keeps 50 reloads, 20 dry runs and 50 changes of health, even
-    after an upgrade or a crash. The last ten reloads and dry runs show last words.
+    after an upgrade or a crash. Only the last ten reloads and dry runs include last words.
     """
     try:
         result = instance.request("history")

@@ -1,6 +1,6 @@
 """Requests the status from many control sockets at once, in one loop with one timeout.
 
-So a hundred instances take no longer than the slowest answer, even if some are suspended.
+So a query of a hundred instances takes as long as the slowest answer, and at most SURVEY_S.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def follow(
 def _first_programs(status: Message, generation: int) -> str:
     """Return a text if a generation's first programs failed, or no program has run; otherwise "".
 
-    This is only for modes that start a program for each connection.
+    Returns "" also in a mode that does not start a program for each connection.
     """
     mode = MODES.get(text_in(status, "handoff"))
     if mode is None or not mode.pooled:
@@ -201,7 +201,7 @@ def _count_losses(operation: Operation) -> Message:
 
 
 def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) -> int:
-    """Request a reload; if the connection ends early, repeat this unless the reload has begun."""
+    """Request a reload; repeat it if the connection ends early and no reload has begun."""
     dry_run = "dry_run" in arguments
     if dry_run and "dry_run" not in before:
         raise RequestRefused(

@@ -19,7 +19,7 @@ from ..model.settings import ListenerSettings, Settings
 from ..model.text import escape, in_one_line
 from ..system import inherited, signals
 from ..system.cleanup import on_error
-from ..system.terminal import STDERR, STDOUT, stand_on_three_descriptors, tell
+from ..system.terminal import STDERR, STDOUT, open_missing_standard_streams, tell
 from . import (
     activation,
     kernel_calls,
@@ -185,7 +185,7 @@ def parse(arguments: Sequence[str], running: Settings | None = None) -> ParsedOp
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, check and launch.  Returns the exit status."""
-    stand_on_three_descriptors()
+    open_missing_standard_streams()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.REQUESTS)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: clean up and exit
     try:

@@ -60,8 +60,8 @@ def put_at_once(fd: int, data: bytes) -> int:
         os.close(send)
 
 
-def stand_on_three_descriptors() -> None:
-    """Open /dev/null as stdin, stdout and stderr if closed, so that no socket gets that number."""
+def open_missing_standard_streams() -> None:
+    """Open /dev/null for each closed standard stream, so that no socket gets its number."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)

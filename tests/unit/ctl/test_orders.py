@@ -131,7 +131,7 @@ def test_replace_finds_out_whether_it_is_a_generation_or_a_pid(fake: Fake, ctl: 
     assert both.status == 2
     assert "8 is a generation and a pid; write generation:8 or pid:8" in both.err
     assert ctl("replace", "generation:8").out == (
-        "generation 8 is being replaced by one of the same program, and then drains\n"
+        "generation 8 is being replaced by a new one with the same program, then drains\n"
     )
     neither = ctl("replace", "7")
     assert neither.status == 100

@@ -10,6 +10,7 @@ import json
 import os
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema.validators
@@ -108,3 +109,30 @@ def check_clients() -> None:
         return found
 
     Client.send, Client._message = sends, reads  # type: ignore[assignment, method-assign]
+    _check_outputs()
+
+
+def output_faults(command: str, value: dict[str, Any]) -> list[str]:
+    """Return how the JSON that a command of socketprotectorctl prints differs from the schema.
+
+    That is its own output, or the protector's result or event, of whatever version that is.
+    """
+    named = f"output-{command}"
+    if named not in SCHEMA["$defs"] or (command == "upgrade" and "result" not in value):
+        return []
+    return faults(named, value)
+
+
+def _check_outputs() -> None:
+    import click
+
+    from socketprotector.ctl import cli
+
+    def dumps(value: dict[str, Any]) -> str:
+        found = output_faults(str(click.get_current_context().command.name), value)
+        if found:
+            os.write(2, f"{found} in {value}\n".encode())
+            os._exit(OTHER_ANSWER)
+        return json.dumps(value)
+
+    cli.json = SimpleNamespace(dumps=dumps)  # type: ignore[assignment]

@@ -13,6 +13,9 @@ import pytest
 
 from socketprotector.core.fleet import LameDuck, Phase, State
 from socketprotector.core.waiting import Wait
+from socketprotector.ctl.connections import Connection, HiddenWorker
+from socketprotector.ctl.errors import ControlError, NotReady
+from socketprotector.ctl.main import program
 from socketprotector.model.control_requests import COMMANDS
 from socketprotector.model.handoff_modes import MODES
 from socketprotector.model.history import Crash, Reload
@@ -42,6 +45,36 @@ def test_each_command_has_a_result() -> None:
     named = {name for name in DEFINITIONS if name.startswith("result-")}
 
     assert named == {f"result-{command}" for command in COMMANDS}
+
+
+def test_each_command_that_prints_json_of_its_own_has_an_output() -> None:
+    """The others print the protector's result, or events."""
+    named = {name.removeprefix("output-") for name in DEFINITIONS if name.startswith("output-")}
+    others = {"top", "events", *COMMANDS} - named
+
+    assert named | others == set(program.commands)
+    assert DEFINITIONS["output-connections"]["properties"].keys() == {"connections", "unseen"}
+    for of, fields in (("connections", Connection), ("unseen", HiddenWorker)):
+        items = DEFINITIONS["output-connections"]["properties"][of]["items"]
+        assert items["properties"].keys() == {*fields.__annotations__}
+
+
+def test_an_outcome_has_each_result_of_the_code() -> None:
+    finished = words_of("finish", "ctl") | {"passed", "reloaded"}
+    errors = {each.result for each in (ControlError, *descendants(ControlError))}
+    results = {
+        result
+        for name in ("reload", "deploy", "upgrade", "stop")
+        for result in DEFINITIONS[f"output-{name}"]["properties"]["result"]["enum"]
+    }
+
+    assert results == finished | errors - {NotReady.result} | {"interrupted"}
+
+
+def descendants(kind: type) -> Iterator[Any]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from descendants(each)
 
 
 @pytest.mark.parametrize(

@@ -135,4 +135,4 @@ def _check_outputs() -> None:
             os._exit(OTHER_ANSWER)
         return json.dumps(value)
 
-    cli.json = SimpleNamespace(dumps=dumps)  # type: ignore[assignment]
+    vars(cli)["json"] = SimpleNamespace(dumps=dumps)

@@ -13,9 +13,10 @@ import pytest
 
 from socketprotector.core.fleet import LameDuck, Phase, State
 from socketprotector.core.waiting import Wait
+from socketprotector.ctl import main
+from socketprotector.ctl.cli import program
 from socketprotector.ctl.connections import Connection, HiddenWorker
 from socketprotector.ctl.errors import ControlError, NotReady
-from socketprotector.ctl.main import program
 from socketprotector.model.control_requests import COMMANDS
 from socketprotector.model.handoff_modes import MODES
 from socketprotector.model.history import Crash, Reload
@@ -49,10 +50,11 @@ def test_each_command_has_a_result() -> None:
 
 def test_each_command_that_prints_json_of_its_own_has_an_output() -> None:
     """The others print the protector's result, or events."""
+    assert main.COMMANDS  # which its import has added to the program
     named = {name.removeprefix("output-") for name in DEFINITIONS if name.startswith("output-")}
     others = {"top", "events", *COMMANDS} - named
 
-    assert named | others == set(program.commands)
+    assert named | others == {*program.commands}
     assert DEFINITIONS["output-connections"]["properties"].keys() == {"connections", "unseen"}
     for of, fields in (("connections", Connection), ("unseen", HiddenWorker)):
         items = DEFINITIONS["output-connections"]["properties"][of]["items"]
@@ -61,7 +63,7 @@ def test_each_command_that_prints_json_of_its_own_has_an_output() -> None:
 
 def test_an_outcome_has_each_result_of_the_code() -> None:
     finished = words_of("finish", "ctl") | {"passed", "reloaded"}
-    errors = {each.result for each in (ControlError, *descendants(ControlError))}
+    errors = {ControlError.result, *(each.result for each in descendants(ControlError))}
     results = {
         result
         for name in ("reload", "deploy", "upgrade", "stop")
@@ -71,7 +73,7 @@ def test_an_outcome_has_each_result_of_the_code() -> None:
     assert results == finished | errors - {NotReady.result} | {"interrupted"}
 
 
-def descendants(kind: type) -> Iterator[Any]:
+def descendants(kind: type[ControlError]) -> Iterator[type[ControlError]]:
     for each in kind.__subclasses__():
         yield each
         yield from descendants(each)

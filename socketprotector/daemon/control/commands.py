@@ -411,7 +411,7 @@ def _no_generation(number: int | None) -> RequestError:
 
 
 def _before_kill(fleet: Fleet, found: Generation) -> str:
-    """Return what makes a generation drain or fail, so that `kill` takes it."""
+    """Return what an operator must do before `kill` accepts a generation."""
     if found.phase is Phase.SERVING:
         return "replace it first"
     if found.fresh and not cannot_roll_back(fleet):

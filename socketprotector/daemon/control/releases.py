@@ -80,7 +80,10 @@ def refuse_unexpected_incoming(effects: Effects, fleet: Fleet, expect: str) -> N
 
 
 def listed(effects: Effects) -> list[dict[str, Any]]:
-    """Return the releases of the history, in the order of their last verdicts."""
+    """Return the releases of the history, in the order of their last verdicts.
+
+    The serving release, and the release that `current` names, are added if they are missing.
+    """
     releases = _releases_of(effects)
     serving, named = releases.serving, releases.link.named
     found = release.latest(releases.history.value)

@@ -1,6 +1,6 @@
 """Collects the field `rollout` of `status`, and the connections of leaving workers.
 
-It changes nothing.  docs/control.md has the names of the fields.
+This module changes nothing.  docs/control.md has the names of the fields.
 """
 
 from __future__ import annotations
@@ -150,5 +150,5 @@ def _oldest_s(
         # The scoreboard also keeps the times of ended connections, so look only at open sockets.
         times = [accepted_at[fd] for fd, _ in sockets(record.pid) if fd in accepted_at]
     if len(times) != active:
-        return None  # a socket is no connection, or the scoreboard lacks a connection's time
+        return None  # the times of some connections are unknown, or of ended connections
     return max(0.0, time.monotonic() - min(times) / 1e9)

@@ -47,7 +47,7 @@ class Client:
     loop: Loop
     may: Collection[str]  # the commands that it may send
     follows: bool = False  # the client gets events
-    _awaited: int = 0  # the events for which we watch the client's descriptor; 0: none
+    _awaited: int = 0  # the epoll events for which we watch the client's descriptor; 0: none
     _received: bytearray = field(default_factory=bytearray)
     _unsent: bytearray = field(default_factory=bytearray)
     _ending: bool = False  # close once everything is sent
@@ -173,7 +173,7 @@ class Client:
             self._resume()
 
     def _resume(self) -> None:
-        """Wait until the client can take output, or sends a request, or the pause is over."""
+        """Wait until the client can take output, sends a request, or its pause is over."""
         if self._unsent:
             self._await(WRITE)
         elif self.loop.due(("control-more", self.sock.fileno())) is not None:
@@ -199,7 +199,7 @@ class Client:
         return b"\n" in self._received and not self._ending
 
     def _await(self, events: int) -> None:
-        """Watch the client's descriptor for only these events; 0: stop watching."""
+        """Watch the client's descriptor for only these epoll events; 0: stop watching."""
         fd = self.sock.fileno()
         if self._awaited == events:
             return

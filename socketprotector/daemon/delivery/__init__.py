@@ -2,7 +2,7 @@
 
 In queue/, the protector accepts connections and hands them to workers.  In shared/, workers accept
 from sockets that they share with the protector.  Neither folder imports from the other.  choice.py
-selects the delivery; all other modules know only `Delivery`.
+selects the delivery; no other module imports from these two folders.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..generation import OpenGeneration
 from .host import Host
 from .probe_target import ProbeTarget
 
-#: We report workers that accept no waiting client for this time: NEVER_TAKEN_S until their first
-#: client, UNTAKEN_S afterwards.
+#: If workers accept no waiting client for this time, we report it.  NEVER_TAKEN_S applies until the
+#: workers have accepted their first client, UNTAKEN_S afterwards.
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
 #: A stop checks for new clients at this interval.  A handshake that has begun before a check is
 #: complete at the next check, unless the client has to repeat a packet.
 QUIET_S = 0.2
-#: After this time, listeners that cannot refuse new clients close, even if clients still come.
+#: We close a listener that cannot refuse new clients after this time, even if clients still come.
 LAST_S = 10.0
 
 
@@ -44,7 +44,7 @@ class Handles:
 
     descriptors: dict[int, int]  # descriptor in the worker -> our descriptor
     environment: dict[str, str]  # describes the descriptors to the worker
-    pid_in: str = ""  # the environment variable for the worker's pid
+    pid_in: str = ""  # the environment variable that gets the worker's pid; "": none
 
 
 class Delivery(ABC):
@@ -52,7 +52,7 @@ class Delivery(ABC):
 
     The smallest delivery is tests/memory_delivery.py.
 
-    A repeated order must change nothing: after a kill, the next program repeats the orders.
+    After a kill, the next program may repeat an order.  A repeated order must change nothing.
     """
 
     @classmethod
@@ -93,9 +93,9 @@ class Delivery(ABC):
 
     @abstractmethod
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
-        """Prepare the sockets of a generation's workers.
+        """Prepare the sockets from which a generation's workers will take connections.
 
-        Raises OSError if that fails, and then leaves no socket open.
+        Raises OSError on failure, and then leaves no new socket open.
 
         queue: how many clients a queue should hold.  fresh: the generation is a new release.
         """
@@ -146,16 +146,19 @@ class Delivery(ABC):
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
     ) -> None:
-        """Call back when a generation without the route can be ordered to finish.
+        """Call on_quiet once a generation without the route can be ordered to finish.
 
-        By then its workers have accepted all its clients, and read from each.  reads_on: its
-        workers keep reading from accepted clients after that order, so call back as soon as they
-        have accepted all clients.
+        First wait, for a limited time, until the workers have accepted all clients that no other
+        generation can get, and have read from each.  reads_on: do not wait until the workers have
+        read, because they still read from accepted clients after the order.
         """
 
     @abstractmethod
     def drain(self, generation: OpenGeneration) -> None:
-        """Stop bringing clients to a generation, and take back clients that no worker accepted."""
+        """Stop bringing clients to a generation.
+
+        Other generations may get the clients that its workers have not accepted.
+        """
 
     @abstractmethod
     def release(self, generation: OpenGeneration) -> None:
@@ -183,9 +186,10 @@ class Delivery(ABC):
 
     @abstractmethod
     def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
-        """Return for how long workers have accepted no waiting client.
+        """Return for how long a generation's workers have accepted no waiting client.
 
-        None: no client waits, or the time is below the limit for a report.
+        None: no client waits, the time is below the limit for a report, or the generation gets no
+        new clients.
         """
 
     @abstractmethod
@@ -306,8 +310,8 @@ class Delivery(ABC):
     ) -> bool:
         """Adopt a generation that an earlier program opened; takes ownership of its descriptors.
 
-        draining: the generation drains already.  Returns False if its descriptors were not stored
-        in time.  Such a generation never got a client.
+        draining: the generation drains already.  Returns False if the earlier program was killed
+        before it stored the descriptors.  Such a generation never got a client.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The interface of the resident process for its delivery."""
+"""The interface through which a delivery uses the resident process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..runtime import Runtime
 class Host(ABC):
     """The part of the resident process that a delivery may use and report to.
 
-    Effects (daemon/effects.py) is the host.  It passes settings to a delivery as arguments.
+    Effects (daemon/effects.py) implements this class.  Settings come as arguments, not from here.
     """
 
     runtime: Runtime
@@ -26,16 +26,16 @@ class Host(ABC):
 
     @abstractmethod
     def listener_bound(self, listener: Listener) -> None:
-        """Note that a listener may have a new socket file."""
+        """Note that a listener may have a new socket, and at a UNIX path a new socket file."""
 
     @abstractmethod
     def report_untaken(
         self, seconds: float, waiting: int, ever: bool, listen: str | None = None
     ) -> None:
-        """Report, once for each route, that workers have accepted no client for some seconds.
+        """Report that the route's workers have accepted no client for this number of seconds.
 
-        waiting: how many clients wait.  ever: workers have accepted a client before.  listen: the
-        addresses where clients wait; None: the clients wait in the queue.
+        waiting: how many clients wait.  ever: the workers have accepted a client before.  listen:
+        the addresses where clients wait; None: the clients wait in the queue.
         """
 
     @property

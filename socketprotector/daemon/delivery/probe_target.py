@@ -15,18 +15,18 @@ PROBE = "SOCKETPROTECTOR_PROBE"
 #: The backlog of a socket for probes.  A small backlog suffices: probes come one after the other,
 #: and a check command makes few connections at once.
 BACKLOG = 16
-#: The verdict if a socket leaves its SO_REUSEPORT group during a probe, because another generation
-#: may have answered.
+#: The reason of a probe's failure if ProbeTarget.holds() returns False: another generation may have
+#: answered.
 SHUT_DOWN = "its listening socket was shut down or closed to clients during the probe"
 
 
 @mutable
 class ProbeTarget:
-    """The address to which probes of one generation connect, and their mark."""
+    """The address to which probes of one generation connect, and the mark of these probes."""
 
     #: Host and port; for a UNIX socket: its path, or "@" and its name, with 0 as the port.
     address: tuple[str, int]
-    mark: bpf.Mark | None
+    mark: bpf.Mark | None  # None: the kernel needs no mark to find the generation
     #: Returns whether this connection still waits for a worker to accept it.  Raises OSError.
     waits: Callable[[socket.socket], bool]
     #: Releases the target after the last probe.
@@ -36,8 +36,8 @@ class ProbeTarget:
     #: Returns whether all answers so far came from this generation.  If False, discard earlier and
     #: later answers.
     holds: Callable[[], bool] = lambda: True
-    #: Returns whether the probed workers keep clients out while the serving workers do not.  If
-    #: True, a timer must not make the probed workers ready.
+    #: Returns whether the options that can keep clients out differ between the probed and the
+    #: serving socket.  If True, a timer must not make the probed workers ready.
     is_closed: Callable[[], bool] = lambda: False
 
     @property

@@ -19,16 +19,16 @@ from ....system.loop import Loop
 from .queue_watch import QueueWatch
 
 #: Sends one message, with these buffers, descriptors and flags.  We do not use Channel.send(),
-#: which costs one more call for each connection.
+#: because it costs one more Python call for each connection.
 Send = Callable[[list[bytes], list[tuple[int, int, bytes]], int], object]
-#: If we accept two connections within this time, the second one was already waiting.  Then each
+#: If we accept two connections within BUSY_NS, the second one was already waiting.  Then each
 #: wake-up accepts up to BURST connections, until a wake-up finds fewer than two.  Otherwise a
-#: wake-up accepts one connection, because accept() without a client costs 4 us (measured), as much
-#: as another turn of the loop.
+#: wake-up accepts only one connection: a second accept() without a client costs 4 us (measured), as
+#: much as another turn of the loop.
 BUSY_NS = 25_000
 BURST = 32
 #: After this many single connections in quick succession, we busy-poll for the next connection
-#: (--busy-poll).  If several come at once, we do not busy-poll, because workers need the core.
+#: (--busy-poll).  If several connections come at once, we do not busy-poll: workers need the core.
 STEADY = 8
 
 
@@ -80,11 +80,12 @@ class Acceptor:
         """Return the callback for a readable listener, as a closure, which is the fastest kind."""
         accept = accept_of(listener)
         now, close = time.monotonic_ns, os.close
-        # Packing the common part only once halves the cost of the Python code.
+        # All headers begin alike.  Packing this part only once halves the cost of the Python code.
         begin = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]
-        # Usually the next descriptor has the same number: the kernel takes the lowest free number.
+        # Usually the next connection gets the same descriptor, because the kernel takes the lowest
+        # free number.
         number, rights = -1, [rights_of(-1)]
-        most = 1  # how many connections to accept in one call
+        most = 1  # how many connections ready() accepts in one call
 
         def ready() -> None:
             nonlocal number, rights, most
@@ -109,7 +110,7 @@ class Acceptor:
                 except OSError as error:
                     if count:
                         self._count_sent(count, at)
-                    self.accepted += 1  # take_away() notes that the queue does not have it
+                    self.accepted += 1  # this also counts it as sent; take_away() corrects that
                     self.last_ns = at
                     self.queue.take_away()
                     self.send_failed(header, fd, error)

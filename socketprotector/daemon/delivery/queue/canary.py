@@ -6,7 +6,7 @@ know.  If sending to the canary fails, the route gets the connection at once.
 If only the canary knows a listener, the route cannot get the listener's connections.  If such a
 connection cannot be sent, we keep it, accept nothing from such listeners, and retry by a timer.
 
-Without a canary, no connection passes through this module: see `Send` in acceptor.py.
+Without a canary, no connection passes through this module (Forwarder._sender()).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class CanaryQueue:
         )
 
     def lead_to(self, channel: GenerationChannel | None, share: int) -> None:
-        """Give a channel this share, in ten thousandths, from now on; None: no channel."""
+        """Give a channel this share of the connections, in ten-thousandths; None: no channel."""
         if channel is not self.channel:
             self._loop.cancel(_AGAIN)
             self._waits = False
@@ -117,8 +117,8 @@ class CanaryQueue:
             try:
                 send_to_canary(buffers, rights, flags)
             except OSError:
-                # After this error the acceptor subtracts one from the route's queue, although this
-                # connection was meant for the canary.  So first add one there (add_uncounted).
+                # After this error the acceptor subtracts one from the route's count (take_away()),
+                # although this connection was meant for the canary.  So first add one there.
                 self.sent += 1
                 self.watch.take_away()
                 self._outlet.queue.add_uncounted()

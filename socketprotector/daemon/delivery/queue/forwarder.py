@@ -5,9 +5,9 @@ connections from the shared queue (client_lib's intake.py).  Core sets the route
 (decide.py), but handles no connection.  The queue delivery posts only ChannelBroken, Untaken and
 BacklogEmptied.
 
-We accept only connections that we can deliver.  If a send still fails, undelivered.py keeps the
-connection, which is sent before all others.  When a generation drains or has exited, we take back
-the connections in its channel (leftovers), and send them to the route.
+We accept only connections that we can deliver.  If a send fails nevertheless, undelivered.py keeps
+the connection, and we send it before all others.  When a generation drains or has exited, we take
+back the connections in its channel (leftovers), and send them to the route.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Closing:
     """A graceful close: connected clients still go to workers, later clients do not."""
 
     stay: bool  # the listeners survive us, and later clients wait there
-    latest: float = 0.0  # when to close at the latest; 0: no limit, as new clients are refused
+    latest: float = 0.0  # when to close at the latest; 0: no limit, because no new client comes
     forwarded: int = -1  # Forwarder.forwarded at the last look; -1: no look yet
 
 
@@ -63,10 +63,11 @@ class Forwarder:
         """Take ownership of the listeners.
 
         broken: called when the route's channel was shut down.
-        repair: makes a shut-down listener listen again, or marks the listener lost.  Raises OSError
+        repair: repairs a listener that was shut down, or marks the listener lost.  Raises OSError
         if the system is short of descriptors or memory.
-        untaken: called once for each route whose workers take nothing.  Its arguments: for how many
-        seconds, how many connections wait, and whether a worker has ever taken a connection.
+        untaken: called when the route's workers take nothing, once for each channel.  Its
+        arguments: for how many seconds, how many connections wait, and whether these workers have
+        ever taken a connection.
         """
         self._loop = loop = runtime.loop
         self._post = runtime.post
@@ -87,8 +88,8 @@ class Forwarder:
             accept_failed=self._accept_failed,
             send_failed=self._send_failed,
         )
-        #: Channels whose connections will be taken back once a route has room, the oldest first.
-        #: True: the generation is released, so the channel is closed afterwards.
+        #: Channels whose connections the route gets, in this order, once it has room.  True: the
+        #: generation is released, so we close the channel afterwards.
         self._leftovers: dict[GenerationChannel, bool] = {}
         self._holding = False  # a hold: accept nothing
         self._ended_listeners: list[Listener] = []  # we no longer accept from them
@@ -101,7 +102,7 @@ class Forwarder:
         )
         self._drains = DrainingListeners(runtime, self.undelivered, self._shortage)
         self._canary: canary.CanaryQueue | None = None  # None: no canary has been ordered
-        self._shared = 0  # how many connections earlier programs counted for a share
+        self._shared = 0  # the CanaryQueue.count of earlier programs
 
     # -- orders --------------------------------------------------------------
 
@@ -146,7 +147,7 @@ class Forwarder:
             self._leftovers.setdefault(channel, False)  # adopt_drained() may have added the channel
 
     def release(self, channel: GenerationChannel) -> None:
-        """Close a channel whose workers have exited, once a route has got its connections."""
+        """Close a channel whose workers have exited, after the route has got its connections."""
         self._drains.end(channel)
         channel.end()
         self._leftovers.pop(channel, None)
@@ -272,7 +273,7 @@ class Forwarder:
         return found | self.undelivered.descriptors()
 
     def adopt_drained(self, channel: GenerationChannel) -> None:
-        """Let the route get the connections of a channel that an earlier program ended."""
+        """Send the route the connections of a channel that an earlier program has drained."""
         if channel.depth():
             self._leftovers[channel] = False
 
@@ -348,7 +349,7 @@ class Forwarder:
                 self.outlet.send(self.outlet.route, header, fd)
 
     def _is_stuck(self, channel: GenerationChannel) -> bool:
-        """Return whether a channel has ended, and its next connection cannot go to the route."""
+        """Return whether a channel has ended, and the route cannot get its oldest connection."""
         try:
             header = channel.peek() if channel.write.fileno() < 0 else None
         except OSError as error:
@@ -364,7 +365,7 @@ class Forwarder:
             channel.send(header, fd)
         except OSError as error:
             if channel.write.fileno() >= 0 and error.errno not in BROKEN:
-                # The channel has not ended, so its other connections can stay there.
+                # The channel has not ended, so its other connections stay there until the retry.
                 self._shortage.begin("sendmsg", error)
             listeners = (*self._listeners, *self._drains.listeners)
             if listener_of(header) in {each.index for each in listeners}:
@@ -398,7 +399,7 @@ class Forwarder:
                 self._acceptor.end(each)
 
     def _repair_shut(self, listener: Listener) -> None:
-        """Repair a listener that a worker has shut down."""
+        """Repair a listener that another process has shut down."""
         self._acceptor.end(listener)
         if self._closing is None:
             try:

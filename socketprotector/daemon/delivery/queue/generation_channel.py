@@ -1,4 +1,4 @@
-"""The queue of one generation: a channel that knows the generation's record."""
+"""The queue of one generation: its channel, and the counts of its connections."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ...generation import OpenGeneration
 
 
 class GenerationChannel(Channel):
-    """A generation's channel.  When the channel ends, the generation's record notes the end."""
+    """A generation's channel.  end() also notes the end in the generation's record."""
 
     def __init__(self, ends: Channel, generation: OpenGeneration, *, adopted: bool = False) -> None:
         """Take ownership of both ends.  adopted: an earlier program made the channel."""
@@ -17,13 +17,15 @@ class GenerationChannel(Channel):
         self.taken_from = adopted
         #: Whether it was reported that no worker takes connections.
         self.said_untaken = False
-        #: met: how many new connections were sent here, except those that a QueueWatch counts now
-        #: (QueueWatch.new_in).  sent: QueueWatch.sent when a QueueWatch last left this channel.
-        self.met = self.sent = 0
+        #: How many new connections were sent here, without those since a QueueWatch last began to
+        #: follow this channel: QueueWatch.new_in() counts these.
+        self.met = 0
+        #: The value of QueueWatch.sent when a QueueWatch last stopped following this channel.
+        self.sent = 0
 
     @property
     def known(self) -> frozenset[int] | None:
-        """The indices of the listeners that its workers know; None: all listeners."""
+        """The indices of the listeners that the workers know; None: all listeners."""
         return self.generation.record.knows
 
     def knows_of(self, index: int) -> bool:

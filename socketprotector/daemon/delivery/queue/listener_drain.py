@@ -1,8 +1,8 @@
 """Drains listeners that a reload has removed: refuses new clients, and delivers connected clients.
 
-Connected clients go to the generation that knows the listener, not to the serving generation.  A
-timer checks the backlog until two checks in a row find no client.  If the generation that knows the
-listener is gone, the clients count as lost, and the loss is logged.
+Connected clients go to the newest generation that knows the listener, not to the serving
+generation.  A timer checks the backlog until two checks in a row find no client.  If no generation
+that knows the listener is left, the clients count as lost, and the loss is logged.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Draining:
 
     listener: Listener
     channel: Channel  # of the generation that knows the listener
-    until: float = 0.0  # when to close at the latest; 0: no limit, as new clients are refused
+    until: float = 0.0  # when to close at the latest; 0: no limit, because no new client comes
     quiet: bool = False  # the last look found no client
 
     @property
@@ -57,7 +57,7 @@ class DrainingListeners:
         self._loop, self._log = runtime.loop, runtime.log
         self._undelivered = undelivered
         self._shortage = shortage
-        #: How many connections came to these listeners, and how many of them were lost.
+        #: How many connections we accepted from these listeners, and how many of theirs were lost.
         self.accepted = self.lost = 0
         self._draining: list[_Draining] = []
         self._to_end: list[Channel] = []  # channels to end once no listener drains to them
@@ -79,7 +79,7 @@ class DrainingListeners:
         self._loop.call_after(each.timer, 0.0, partial(self._look, each))
 
     def end_after(self, channel: Channel) -> bool:
-        """End a channel once no listener drains to it; return whether a listener does now."""
+        """End a channel once no listener drains to it; return False if no listener does now."""
         if not self._to(channel):
             return False
         self._to_end.append(channel)
@@ -150,7 +150,10 @@ class DrainingListeners:
         self._loop.call_after(each.timer, delay_s, partial(self._look, each))
 
     def _move(self, each: _Draining) -> bool:
-        """Send one connection; return False if there is none, or no room.  Raises OSError."""
+        """Send one connection; return False if none can be sent now.
+
+        Raises OSError if the channel is broken.
+        """
         if each.is_full:
             return False
         if self._undelivered.has(each.has_index):  # undelivered connections go first
@@ -177,7 +180,8 @@ class DrainingListeners:
         try:
             fd, _ = accept_of(each.listener)()
         except OSError as error:
-            # No client waits, or no descriptor is free.  The next look tries again.
+            # No client waits, or no descriptor is free.  In the second case clients may wait, so do
+            # not end after this look.
             each.quiet = each.quiet and error.errno in TRANSIENT_ERRNOS
             return None
         self.accepted += 1

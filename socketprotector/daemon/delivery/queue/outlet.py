@@ -99,7 +99,7 @@ class Outlet:
     def send_failed(self, header: bytes, fd: int, error: OSError) -> None:
         """Keep a client's connection or drop a probe after a failed send; takes ownership of fd."""
         if probe_port.is_probe(header):
-            self.let_go(fd)  # the probe must not reach the generation of the next route
+            self.let_go(fd)  # a kept probe could reach another generation
         else:
             self.undelivered.keep_first(header, fd)
         self.stop()

@@ -40,11 +40,13 @@ class ProbePort:
     ) -> None:
         """Send the port's connections into a channel, as connections of the listener `index`.
 
-        watch: returns the counter of clients and probes sent to the channel; None: the channel
-        gets no clients.  Raises OSError.
+        watch: returns the QueueWatch that counts the clients and probes sent to the channel; None:
+        the channel gets no clients.
+
+        Raises OSError.
         """
         self._loop, self._channel, self._index, self._watch = loop, channel, index, watch
-        self._sent_before = 0  # how many connections were sent up to the last probe
+        self._sent_before = 0  # QueueWatch.sent just after the last probe was sent
         self._kept: socket.socket | None = None  # a probe that was accepted, but not sent yet
         self._failed: OSError | None = None
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -121,8 +123,8 @@ class ProbePort:
         else:
             watch = self._watch()
             if watch is not None:
-                # Otherwise another port of this channel would believe that its own, earlier probe
-                # still waits: its _waits() compares the depth with what was sent afterwards.
+                # Count this probe for the other ports of the channel: the _waits() of a port must
+                # subtract the connections that were sent after the port's own probe.
                 watch.add_uncounted()
                 self._sent_before = watch.sent
         probe.close()

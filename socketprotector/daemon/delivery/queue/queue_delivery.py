@@ -220,7 +220,7 @@ class QueueDelivery(Delivery):
         self.forwarder.add(listener)
 
     def remove(self, listener: Listener) -> None:
-        """Send a listener's backlog to the newest generation that has served and knows it."""
+        """Send a listener's backlog to the newest served generation that knows the listener."""
         served = [
             number
             for number, each in self._host.generations.items()
@@ -323,7 +323,7 @@ class QueueDelivery(Delivery):
         if draining:
             self.forwarder.adopt_drained(channel)
         if not (record.ended or record.released):
-            if channel.has_ended:  # the write end was not stored in time
+            if channel.has_ended:  # the earlier program was killed before it stored the write end
                 self._post(ChannelBroken(record.number))
             else:
                 self._watch(record.number, channel)

@@ -2,8 +2,8 @@
 
 The kernel may wake only one worker for a connection (EPOLLEXCLUSIVE).  If that worker is killed or
 suspended before it reads, the other workers stay asleep while a client waits.  So while the queue
-is not empty, a timer checks its head.  If two checks find the same head, we send the whole queue
-again in the same order, which wakes another worker.  While the queue is empty, no timer runs.
+is not empty, a timer checks its head.  If two checks in a row find the same head, we send the whole
+queue again in the same order, which wakes another worker.  While the queue is empty, no timer runs.
 While the timer runs, a new connection costs only the test of one flag.
 """
 
@@ -29,7 +29,7 @@ class QueueWatch:
 
     loop: Loop
     _: KW_ONLY
-    #: Returns how many new connections were sent so far, to this route and to earlier routes.
+    #: Returns how many new connections were sent so far to all routes, or to all canaries.
     forwarded: Callable[[], int]
     #: Sends all queued connections again.
     send_again: Callable[[GenerationChannel], None]
@@ -42,9 +42,8 @@ class QueueWatch:
     timer: str = "forwarder-look"
     #: Whether the timer runs; otherwise the next send must call start().
     runs: bool = False
-    #: The connections sent to the route, minus `forwarded`.
-    _extra: int = 0
-    _forwarded_before: int = 0  # the value of `forwarded` when this route began
+    _extra: int = 0  # the difference between `sent` and forwarded()
+    _forwarded_before: int = 0  # the result of forwarded() when this route began
     _route: GenerationChannel | None = None
     _head: bytes | None = None  # the header of the oldest queued connection, at the last look
     _head_since: float = 0.0
@@ -81,13 +80,13 @@ class QueueWatch:
         return self.forwarded() + self._extra
 
     def add_uncounted(self) -> None:
-        """Count a sent connection that does not increase `forwarded`."""
+        """Count a sent connection that forwarded() does not count."""
         self._extra += 1
         if not self.runs:
             self.start()
 
     def take_away(self) -> None:
-        """Subtract a counted connection that is not in the queue, or was taken back."""
+        """Subtract a counted connection that could not be sent, or was taken back."""
         self._extra -= 1
 
     def oldest_waiting_s(self, channel: GenerationChannel) -> float | None:
@@ -102,7 +101,7 @@ class QueueWatch:
         return seconds if seconds >= self.late_s[channel.taken_from] else None
 
     def is_stuck(self, channel: GenerationChannel) -> bool:
-        """Return whether clients wait, and the first of them has waited since the last look."""
+        """Return whether a client waits, unless a worker has taken a client since the last look."""
         if channel is not self._route or not self.runs:
             return False
         try:

@@ -46,7 +46,7 @@ class Shortage:
         self.take_reserve()
 
     def begin(self, call: str, error: OSError) -> None:
-        """Stop accepting, and retry after a growing wait; log the first failure."""
+        """Stop accepting, and retry after a growing wait; log the first failure of a shortage."""
         now = time.monotonic()
         if now - self._failed_at > 2 * LAST_WAIT_S:
             self._back_off.reset()
@@ -81,10 +81,7 @@ class Shortage:
             self.reserve = -1
 
     def take_back(self, channel: Channel) -> tuple[bytes, int] | None:
-        """Take a connection out of a channel; None: the channel is empty, or a shortage begins.
-
-        The reserve makes room: without a free number the kernel would drop the connection silently.
-        """
+        """Take a connection out of a channel; None: the channel is empty, or a shortage begins."""
         if not self.take_reserve():
             return None
         self.spend_reserve()

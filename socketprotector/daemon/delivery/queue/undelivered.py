@@ -1,15 +1,15 @@
-"""Keeps accepted connections that are in no channel: only this process has them.
+"""Keeps accepted connections that are in no channel, so no worker can take them.
 
 There are few of them, because we accept only connections that we can deliver.  We keep a connection
-if it could not be sent, or until there is room for it at a generation that knows its listener.
+if its send failed, or if no generation that knows its listener can get it now.
 
 These connections survive this program.  Their headers are in the state, and the next program gets
 their descriptors by name.  This module follows two rules:
 
 * A connection is removed from the state before it is sent.  If we are killed in between, the
   connection is lost.  In the other order, a second worker could get the same connection.
-* A descriptor's name is a number that no other connection ever had.  If numbers were reused, the
-  guard or systemd's store might still have an older descriptor under the same name.
+* A descriptor's name contains a number that no other connection ever had.  If numbers were reused,
+  the guard or systemd's store might still have an older descriptor under the same name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Undelivered:
         self.persist = persist
         #: The highest number that was ever used.
         self.number = 0
-        #: Header and descriptor by number, in the order in which they are sent.
+        #: Each connection's header and descriptor by its number, in the order of sending.
         self._waiting: dict[int, tuple[bytes, int]] = {}
 
     def has(self, wanted: Wanted) -> bool:

@@ -88,8 +88,8 @@ class AcceptCounts:
         used: the tags of known generations.  Raises OSError.
         """
         listening, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
-        # Open connections may still carry a released generation's tag: a process may have left the
-        # process group, or have passed a connection on.
+        # Open connections may still carry a released generation's tag: one of its processes may
+        # have left the process group, or have passed a connection to another program.
         ours = self.listeners.host.own_connection
         found = self._found[listener.index] = accept_tags.connections(listening, ours)
         tag = accept_tags.tag_of(listening)

@@ -61,14 +61,14 @@ def known_clients(
             line = unaccepted(each.socket_for(number))
         except OSError:
             continue
-        if line:  # otherwise the clients are in another network namespace
+        if line:  # an empty answer: the clients are in another network namespace
             found[each.index] = line
     return found
 
 
 @mutable
 class AcceptWatch:
-    """Watches a generation that gets new clients."""
+    """Watches whether a generation accepts the new clients that it gets."""
 
     loop: Loop
     backlogs: Backlogs

@@ -44,7 +44,7 @@ class CanaryWatch(Backlogs):
     def follow(self) -> None:
         """Watch the present canary, if there is one.
 
-        A change of its share alone does not restart the watch.
+        If only the canary's share has changed, the watch does not restart.
         """
         share = self._turns.share
         canary = share.generation if share is not None else 0

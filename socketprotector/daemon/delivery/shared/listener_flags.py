@@ -1,9 +1,9 @@
 """Records O_NONBLOCK of listening sockets that were passed in; the next program restores the flag.
 
-Workers may change the flag.  It belongs to the open file description, which all workers and the
-process that passed the socket in share.  When systemd starts the protector again after a crash,
-systemd sets the flag to the unit's NonBlocking=.  The workers that changed the flag may still run,
-so we restore the recorded flag.  systemd does not change the flags of sockets in its fd store.
+Workers may change the flag.  The flag belongs to the open file description, so a change affects all
+processes that share the socket.  When systemd starts the protector again after a crash, systemd
+sets the flag to the unit's NonBlocking=.  The workers that changed the flag may still run, so we
+restore the recorded flag.  systemd does not change the flags of sockets in its fd store.
 
 Source: systemd.service(5), fcntl(2).
 """

@@ -1,8 +1,9 @@
-"""Holds new clients under --handoff listener: they get no answer, so their kernels try again.
+"""Holds new clients under --handoff listener.
 
 Workers accept every client that comes to their sockets.  So during a hold, we steer new clients to
-a socket that never answers (system/reuseport.py).  Only the protector has this socket.  With a
-guard or an fd store, the socket and the hold survive the protector; otherwise both end with it.
+a third socket, which no worker has.  TCP clients get no answer from it (system/reuseport.py), so
+their kernels try again.  UNIX clients wait in its backlog.  With a guard or an fd store, the third
+socket and the hold survive the protector's death; otherwise both end.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from ....model.records import HoldRecord
 from ....system.listener import RESOURCE_ERRNOS, Listener
 from .shared_listeners import SharedListeners
 
-#: After a hold, its clients still retry, at intervals that grow with their waiting time.  A stop
-#: waits for these retries, but at most this long.
+#: After a hold, held TCP clients still retry, at intervals that grow with their waiting time.  A
+#: stop waits for these retries, but at most this long.
 _LAST_S = 10.0
 
 
@@ -63,7 +64,7 @@ class ListenerHold:
                 why = f"{each.settings.address}: {error.strerror}"
                 if error.errno in RESOURCE_ERRNOS or error.errno == errno.EEXIST:
                     return why  # EEXIST: another program's file is at the path
-                # TCP: the socket needs the right to bind, which we may have dropped at the start.
+                # TCP: we may have dropped the right to bind the address at the start.
                 when = "once files can be made in its directory" if each.path else "after a restart"
                 return f"{why}; possible {when}"
         return refused
@@ -71,8 +72,8 @@ class ListenerHold:
     def loss(self, listeners: Iterable[Listener]) -> str | None:
         """Return which clients a reload would lose if it removed listeners now; None: no clients.
 
-        During a hold, clients of a UNIX path wait at a socket that no worker has.  TCP clients are
-        not lost, because they retry.
+        During a hold, clients of a UNIX path wait at the third socket, which no worker has.  TCP
+        clients are not lost, because they retry.
         """
         lost = [each.settings.address for each in listeners if each.is_reserved_for_clients]
         return f"the clients that wait at {' '.join(lost)} would be reset" if lost else None

@@ -27,7 +27,7 @@ from .turns import Turns
 #: How long workers may still accept after the order to finish.  gunicorn's threads, for example,
 #: check for the order once a second.
 LEAVES_S = 2.0
-#: The source address of IPv6 probes, but also of clients on this machine.
+#: The source address of IPv6 probes, but also of this machine's clients.
 _SOURCE_OF_IPV6 = "::1"
 #: The errors after which another try to make a socket may succeed.
 RETRY_ERRNOS = RESOURCE_ERRNOS | {errno.EBUSY}
@@ -75,7 +75,8 @@ class Probes:
         self._marks: dict[tuple[int, int], bpf.Mark] = {}
         #: Probe mark -> the number of the socket to which connections with this mark go.
         self.socket_by_mark: dict[bpf.Mark, int] = {}
-        #: Abandoned probes of the serving generation: the listening socket, and its _end_of().
+        #: Abandoned probes of the serving generation: the listening socket, and the probe's end
+        #: (_end_of()).
         self._abandoned: list[tuple[socket.socket, bytes | int]] = []
 
     def reach_as_client(
@@ -218,12 +219,13 @@ class Probes:
             sources.add(_SOURCE_OF_IPV6)
         if not (abandoned or sources):
             return None
-        # Count first: the queue has later connections behind these, and discard() keeps them.
+        # Count before unaccepted(): later connections are behind these in the queue, so discard()
+        # keeps them.
         waiting, _ = reuseport.queue(listening)
         if listening.family == socket.AF_UNIX and place in self.probed:
             return waiting
         ends = unaccepted(listening)
-        gone = {0} if abandoned else set()  # 0: a probe whose connection is closed
+        gone = {0} if abandoned else set()  # unaccepted() lists a closed connection as 0
         ours = [end for end in ends if end in abandoned | gone or bpf.comes_from(end, sources)]
         return waiting if waiting <= len(ours) else None
 

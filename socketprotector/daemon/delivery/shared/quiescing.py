@@ -2,8 +2,8 @@
 
 A replaced generation gets no new clients.  But some of its clients may not be accepted yet, or
 their bytes may be unread.  A server that is ordered to finish would close these connections.  So we
-query the kernel for such clients (sock_diag), for at most a tenth of our time.  If the kernel does
-not answer, we wait for a fixed time.
+query the kernel for such clients (sock_diag).  The queries take at most QUERY_SHARE of our time.
+If the kernel does not answer, we wait for a fixed time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOOK_S = 0.1
 #: The pause if workers read from all accepted clients before they exit.  For such workers we wait
 #: only until all clients are accepted, including clients whose handshake is under way.
 _LOOK_SOON_S = 0.01
-#: For such workers, how many looks in a row must find no client that is not accepted yet.
+#: For such workers, how many looks in a row must find that all clients are accepted.
 _SOON_LOOKS = 2
 #: A generation is quiet if no unread client was found for this time.
 QUIET_S = 1.0
@@ -46,8 +46,8 @@ class _Generation:
     common: Sequence[Listener]  # listeners with a single socket, which may have a backlog
     reads_on: bool  # its workers read from all accepted clients before they exit
     began: float
-    # We add up planned pauses.  Elapsed time would include suspends, when no worker can read.
-    delay_s: float = 0.0  # the pause before this look
+    delay_s: float = 0.0  # the planned pause before this look
+    # The sums of planned pauses.  Elapsed time would include suspends, when no worker can read.
     waited_s: float = 0.0
     quiet_s: float = 0.0
     quiet_looks: int = 0
@@ -181,7 +181,7 @@ class Quiescing:
     ) -> dict[tuple[int, bytes], bool] | None:
         """Return the unread clients at these addresses, and whether each has sent nothing.
 
-        For a generation with `reads_on`, return instead the clients that are about to connect.
+        For a generation with `reads_on`, return instead the clients whose handshake is under way.
         Addresses that the kernel does not report are left out.  None: the kernel cannot be queried
         now.  accepted: leave out clients that wait in a backlog.
         """

@@ -100,7 +100,7 @@ class SharedDelivery(Delivery):
         taken = {tag for each in others for tag in each.record.accept_tags}
         tags = self._counts.enter(number, taken)
         generation.update_record(accept_tags=tags)
-        if not tags:  # this generation's clients may carry another generation's tag
+        if not tags:  # clients may carry a wrong tag, so no generation's clients can be counted
             for each in others:
                 each.update_record(accept_tags=())
         self._flags.watch()
@@ -268,7 +268,7 @@ class SharedDelivery(Delivery):
                 self.steering.end()
             self._close_listeners()
             return
-        # Clients that come after this belong to the next start (`stay`), or to the owner of the
+        # From now on, new clients belong to the next start (`stay`), or to the owner of the
         # passed-in sockets.  So the serving generation must accept only the earlier clients.
         on_quiet = self._finish_closing if stay else self._refuse_new
         if serving is not None and (stay or self.steering.has_passed_in_pair):
@@ -290,7 +290,8 @@ class SharedDelivery(Delivery):
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
         # A passed-in listener may never be empty, because its owner keeps listening.
         awaited = [e for e in self._listeners if not (e.settings.foreign or e.lost)]
-        # Do not wait for clients that no worker will accept, as at a cancelled release's socket.
+        # Do not wait for clients that no worker will accept, such as the clients at the socket of
+        # a cancelled release.
         empty = again and not any(map(self.steering.accepts_waiting, awaited))
         if empty or not awaited or time.monotonic() > latest:
             self._finish_closing()

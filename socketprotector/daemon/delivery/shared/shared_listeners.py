@@ -53,7 +53,7 @@ class Steering(ABC):
 
     @abstractmethod
     def replace(self, listener: Listener, socket_number: int) -> None:
-        """Bind another socket in the place of a broken socket."""
+        """Replace a broken socket by a new socket."""
 
     @abstractmethod
     def adopt_held(self) -> None:

@@ -1,4 +1,4 @@
-"""Undoes a generation's changes to the options of a socket that other generations use.
+"""Undoes a generation's changes to the options of a socket that other generations also use.
 
 Generations may share a listening socket.  A release that fails may have called listen(5), or set
 TCP_DEFER_ACCEPT, and such changes remain after its exit.  So we restore the options
@@ -8,10 +8,10 @@ TCP_DEFER_ACCEPT, and such changes remain after its exit.  So we restore the opt
   the socket had when it was new.
 * When a release fails, we restore the options that the socket had when the release started.  So
   earlier changes by the serving generation remain.  A release has failed if its generation ends
-  before an older generation on the same socket.
+  while all generations that still accept are older.
 
-If an option cannot be restored, the socket is replaced.  A socket that all generations share is
-replaced only if the option keeps clients out.
+If an option cannot be restored, we replace the socket.  We replace a socket that all generations
+share only if the option keeps clients out.
 
 If the serving generation has lowered a backlog, we raise the backlog when another generation begins
 on the socket, or when no generation accepts.  A longer backlog is harmless.
@@ -26,7 +26,7 @@ from ....system.listener import Listener
 from ....system.socket_snapshot import Snapshot
 from .shared_listeners import SharedListeners, Steering
 
-#: The key of the options that a new socket had, in place of a generation's number.
+#: The generation number under which we keep the options that a socket had when it was new.
 _INITIAL = 0
 
 
@@ -105,8 +105,8 @@ class SocketOptionRestore:
         """Restore a socket's options; if some fail, replace the socket, or log these options."""
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         unrestored = socket_snapshot.restore(listening, before)
-        # If all generations share the socket, the serving generation loses it, and must be
-        # replaced, too.  So replace such a socket only if it keeps clients out.
+        # If all generations share the socket, the serving generation does not get the new socket,
+        # and must be replaced, too.  So replace such a socket only if it keeps clients out.
         if unrestored and (
             listener.has_sibling
             or (

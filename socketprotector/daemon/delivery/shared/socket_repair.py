@@ -1,6 +1,6 @@
 """Gives a starting generation its own sockets, and repairs the sockets that workers have broken.
 
-A broken socket listens again, or we bind a new socket in its place.  If a starting generation gets
+We make a broken socket listen again, or replace it by a new socket.  If a starting generation gets
 no socket of its own, socket_steering.py decides what follows.
 
 A listening socket is an open file description that all workers share, so any worker can shut it
@@ -44,7 +44,7 @@ class SocketRepair:
         self.ended = False  # True: do not repair sockets that are shut down
 
     def repair(self, listener: Listener, socket_number: int) -> None:
-        """Make a socket that was shut down listen again, or bind another socket in its place."""
+        """Make a socket that was shut down listen again, or replace it by a new socket."""
         if self.ended or listener.lost:
             return
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
@@ -139,7 +139,7 @@ class SocketRepair:
         self.options.begin(generation, listener, socket_number, is_alone)
 
     def replace(self, listener: Listener, socket_number: int) -> None:
-        """Bind another socket in the place of a broken socket."""
+        """Replace a broken socket by a new socket."""
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         address = listener.settings.address
         common = not listener.has_sibling

@@ -1,10 +1,12 @@
 """Steers new clients to the sockets of one generation, under --handoff listener.
 
-Each address has two sockets, 0 and 1, in one SO_REUSEPORT group (system/reuseport.py).  The old and
-the new generation have one socket each.  When the new generation is ready, a program in the kernel
-steers new clients to that generation's socket.  Then the old generation gets no new clients, and
-quiesces (quiescing.py) before it is ordered to finish.  If the order came earlier, a server would
-close connections that it has just accepted.
+Each address has two sockets, 0 and 1.  The old and the new generation have one socket each.  When
+the new generation is ready, we steer new clients to its socket.  For TCP, the sockets are in one
+SO_REUSEPORT group, and a filter in the kernel selects one (system/reuseport.py).  A UNIX path leads
+to one of the sockets (system/path_group.py).
+
+Then the old generation gets no new clients, and quiesces (quiescing.py) before it is ordered to
+finish.  If the order came earlier, a server would close connections that it has just accepted.
 
 A listener without a second socket is common to both generations.
 """
@@ -80,7 +82,7 @@ class SocketSteering(Steering):
         """Prepare a socket for a generation whose workers will start soon.
 
         fresh: the generation is a new release, so the next rescue (socket_watch.py) has no pause.
-        Raises OSError if a path cannot lead to a new release's socket, or if every path is gone.
+        Raises OSError if clients could not reach a new release at a listener (SocketRepair.needs).
         """
         if fresh:
             self._watch.note_new_release()
@@ -103,7 +105,7 @@ class SocketSteering(Steering):
         knows: returns whether its workers have a listener, by index.
         """
         if self.turns.grow(generation, knows):
-            # Persist before the worker accepts: the next program must wait for its clients, too.
+            # Before the worker accepts: the next program must wait for the worker's clients, too.
             self._persist()
 
     def reach(
@@ -204,7 +206,7 @@ class SocketSteering(Steering):
         """
         listeners, before, canary = self._listeners.all, self.turns, self._watch.canary
         if canary is not None and before.share and socket_number != before.current:
-            again = canary.accepts.has_accepted  # so far, the generation got a share of the clients
+            again = canary.accepts.has_accepted  # the canary, which had a share, gets the route
         # A change of the share alone does not restart the watch.
         is_watched = socket_number == before.current and (share or before.share) is not None
         self.turns.turn_to(socket_number, {each.index for each in listeners}, knows, share)
@@ -258,7 +260,7 @@ class SocketSteering(Steering):
     def adopt_record(self, record: SteeringRecord, *, held: bool) -> None:
         """Resume from an earlier program's record of the steering.
 
-        held: a hold must be in force; the earlier program may have failed to begin or end it.
+        held: whether a hold must be in force; if not, a hold in the record ends now.
         """
         turns, probes = self.turns, self.probes
         turns.current = record.socket_number
@@ -286,7 +288,7 @@ class SocketSteering(Steering):
         """
         canary = self._watch.canary
         in_vain = canary is not None and canary.never_accepted == generation
-        # The sooner this generation leaves, the sooner another generation accepts its clients.
+        # A canary that accepts no client leaves at once: then another generation gets its clients.
         if in_vain or generation not in self.turns.accepting or not self._listeners.pairs:
             on_quiet()
             return
@@ -298,8 +300,8 @@ class SocketSteering(Steering):
     def quiesce_last(self, generation: int, on_quiet: Callable[[], None]) -> None:
         """Call back when the last generation has accepted all clients that came before this call.
 
-        Later clients wait for the next start.  Without a second socket, the generation may still
-        accept clients until its order to finish.
+        Later clients wait for the next start.  Without a second socket, the generation may also
+        accept later clients, until it is ordered to finish.
         """
         self.give_back()
         socket_number = self.turns.accepting.get(generation, 0)
@@ -412,7 +414,7 @@ class SocketSteering(Steering):
         self._repairs.repair(listener, socket_number)
 
     def replace(self, listener: Listener, socket_number: int) -> None:
-        """Bind another socket in the place of a broken socket."""
+        """Replace a broken socket by a new socket."""
         self._repairs.replace(listener, socket_number)
 
     def _repair(self) -> None:
@@ -436,7 +438,7 @@ class SocketSteering(Steering):
                     before = listener.descriptors()
                     listener.reserve()
                     if listener.descriptors() != before:
-                        # Pass the new socket on, so that a kill loses no client that waits there.
+                        # Store the new socket, so that a kill loses no client that waits there.
                         self._listeners.note_bound(listener)
                 listener.steer(socket_number, self.probes.socket_by_mark, held=True)
             except OSError as error:

@@ -20,8 +20,8 @@ from .probes import Probes
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
-#: Finishing workers may accept stranded clients for FIRST_RESCUE_S, before a generation starts for
-#: these clients.  LAST_RESCUE_S is the longest pause between two such generations.
+#: Finishing workers have FIRST_RESCUE_S to accept stranded clients; then a rescue starts another
+#: generation.  The pause between two rescues doubles from FIRST_RESCUE_S to LAST_RESCUE_S.
 FIRST_RESCUE_S = 1.0
 LAST_RESCUE_S = 600.0
 
@@ -66,7 +66,7 @@ class SocketWatch(Backlogs):
         self._rescue_s = 0.0
 
     def end_back_off(self) -> None:
-        """Let the next generation for stranded clients start without a pause."""
+        """Let the next rescue start without a pause."""
         self._loop.cancel(_RESCUE)
         self._rescue_s = 0.0
 
@@ -177,10 +177,9 @@ class SocketWatch(Backlogs):
         self._listeners.host.report_untaken(seconds, waiting, ever, " ".join(addresses))
 
     def _rescue_later(self) -> None:
-        """Look again later: a finishing worker may still accept the stranded clients.
+        """Call _rescue() later: a finishing worker may still accept the stranded clients.
 
-        Without such a worker, look at once, unless a generation has started for stranded clients
-        recently.
+        Without such a worker, call it at once, unless there was a rescue recently.
         """
         leaving, may_accept = {number for number, _ in self._turns.leaving.values()}, True
         for each, number in self._without_worker():

@@ -46,8 +46,8 @@ class Turns:
     #: Listeners whose socket the current generation lost.  Their clients go to the next
     #: generation's socket.
     lost: frozenset[int] = frozenset()
-    given_back: bool = False  # True: passed-in sockets get the new clients, for their owner
-    share: Share | None = None  # not recorded: the next program gets the order RouteTo again
+    given_back: bool = False  # True: new clients go to passed-in sockets, whose owner accepts them
+    share: Share | None = None  # not recorded, because the next program gets RouteTo again
 
     @property
     def free(self) -> int:

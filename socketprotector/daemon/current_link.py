@@ -63,6 +63,11 @@ class CurrentLink:
         return release_store.leads_to(self.path, self._settings().releases)
 
     @property
+    def in_the_way(self) -> str:
+        """Why `current` cannot be moved: it is no symbolic link; "": it is."""
+        return release_store.in_the_way(self.path)
+
+    @property
     def due(self) -> str:
         """The release to which `current` must still be moved; "": there is none."""
         return self.not_moved.release if self.not_moved is not None else ""
@@ -120,7 +125,7 @@ class CurrentLink:
                 self._log.write("error", "current-not-moved", release=name, error=error.strerror)
             named = self.named
             self.not_moved = NotMoved(
-                name, named, f"{self.path} still names {named}: {error.strerror}"
+                name, named, f"{self.path} still names {named or 'no release'}: {error.strerror}"
             )
             if self._loop.due(_AGAIN) is None:
                 self._loop.call_after(_AGAIN, self._back_off.wait_s(), self._again)

@@ -1,13 +1,14 @@
 """The history of releases, and its file beside `current`.
 
 A separate process writes the file and waits for the disk (programs/release_writer.py).  A failed
-write is repeated.
+write is repeated.  The first write gives an unreadable file another name.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from ..model import release
@@ -20,7 +21,7 @@ from ..system.helper import BackOff, HelperProcess, last_line
 from ..system.loop import Loop
 from .runtime import Runtime
 
-_FOLDER, _CONTENT = 3, 4
+_FIRST = 3  # the writer's first descriptor after its output
 _AGAIN = "release-history"
 _FIRST_DELAY_S, _LAST_DELAY_S = 1.0, 60.0
 
@@ -36,20 +37,31 @@ class SavedHistory:
         self._current, self._loop, self._log = current, runtime.loop, runtime.log
         self._on_disk: ReleaseHistory | None = self.value
         self._writing: ReleaseHistory | None = None
+        self._is_unreadable = False  # the file, which the first write keeps under another name
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
 
-    def read(self) -> None:
-        """Read the file; if that fails, keep the present history, which is empty at first."""
+    def read(self, *, is_owned: bool) -> None:
+        """Read the file; if that fails, keep the present history, which is empty at first.
+
+        is_owned: whether we own `current`.  Then the writer of an earlier owner must not change the
+        file after this.
+        """
+        current, self._is_unreadable = self._current(), False
+        if is_owned:
+            with suppress(OSError):  # each write does this again
+                release_store.withdraw_writers(current)
         try:
-            found = release_store.history(self._current())
+            found = release_store.history(current)
             self.value = release.load(found) if found is not None else ReleaseHistory()
         except (release_store.ReleaseError, release.HistoryError) as error:
+            self._is_unreadable = True
+            kept = f"; {release_store.unreadable_name(current)} keeps the file" if is_owned else ""
             self._log.write(
                 "warning",
                 "history-unreadable",
-                file=f"{self._current()}.history",
+                file=f"{current}.history",
                 error=str(error),
-                hint="the history of releases begins again",
+                hint=f"the history of releases begins again{kept}",
             )
         self._on_disk = self.value
 
@@ -75,6 +87,9 @@ class SavedHistory:
     def _write(self) -> None:
         self._writing = self.value
         try:
+            if self._is_unreadable:
+                release_store.keep_unreadable(self._current())
+                self._is_unreadable = False
             write(self._current(), self.value, self._loop, self._written)
         except OSError as error:
             self._written(what_failed(error))
@@ -102,22 +117,24 @@ def write(current: str, history: ReleaseHistory, loop: Loop, done: Callable[[str
     """
     folder, name = os.path.split(current)
     output = os.memfd_create("sp.writer", os.MFD_CLOEXEC)
+    opened = list[int]()
     with on_error(partial(os.close, output)):
-        content = inherited.memory_file("sp.history", release.dump(history))
         try:
-            into = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                HelperProcess.start_own(
-                    "release_writer.py",
-                    (str(_FOLDER), str(_CONTENT), f"{name}.history"),
-                    {1: output, 2: output, _FOLDER: into, _CONTENT: content},
-                    loop,
-                    partial(_ended, output, done),
-                )
-            finally:
-                os.close(into)
+            opened.append(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            opened.append(inherited.memory_file("sp.history", release.dump(history)))
+            file, following = release_store.new_history(current)
+            opened.append(file)
+            given = dict(enumerate(opened, _FIRST))
+            HelperProcess.start_own(
+                "release_writer.py",
+                (*map(str, given), following, f"{name}.history"),
+                {1: output, 2: output, **given},
+                loop,
+                partial(_ended, output, done),
+            )
         finally:
-            os.close(content)
+            for fd in opened:
+                os.close(fd)
 
 
 def _ended(output: int, done: Callable[[str], None], how: str) -> None:

@@ -40,15 +40,13 @@ class Releases:
         #: The release whose settings the last reload has read.
         self._tried = ""
         self._note = ""  # what the next verdict says about `current`
-        self.history.read()
-        if not self.link.is_owned:
-            self.link.take_lock()
+        self.history.read(is_owned=self.link.is_owned or self.link.take_lock())
 
     def own(self) -> bool:
         """Return whether this protector owns `current`; become its owner if `current` has none."""
         if not self.link.is_owned and self.link.take_lock():
             # The previous owner may have added entries, and our next write replaces the whole file.
-            self.history.read()
+            self.history.read(is_owned=True)
         return self.link.is_owned
 
     # -- the present state ---------------------------------------------------------

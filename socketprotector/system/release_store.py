@@ -2,7 +2,7 @@
 
 `current` changes by rename(2) only, so it always names the old or the new release.  Everything
 beside it that we make begins with its name: `current.lock`, `current.next` (the link before its
-rename), `current.history` and, before its rename, `current.history.next.PID`.
+rename), `current.history` and, before its rename, `current.history.next.RANDOM`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Collection
+from contextlib import suppress
 
 from ..model.errors import what_failed
 from ..model.release import MOST_BYTES, NAME_IS, Fingerprint, is_name
@@ -123,11 +124,20 @@ def unlock(fd: int) -> None:
     fcntl.flock(fd, fcntl.LOCK_UN)
 
 
+def in_the_way(current: str) -> str:
+    """Return why `current` must not be replaced: it is no symbolic link; "": it may be."""
+    if not os.path.lexists(current) or os.path.islink(current):
+        return ""
+    return f"{current} is no symbolic link, and is not replaced; move it away"
+
+
 def prepare(current: str, target: str) -> None:
     """Make the link that move() renames, so that a missing right shows before the switch.
 
     Raises OSError.
     """
+    if found := in_the_way(current):
+        raise OSError(errno.EEXIST, found)
     following = f"{current}.next"
     for _ in range(2):
         try:
@@ -159,10 +169,10 @@ def leads_to(current: str, releases: str) -> str:
 
 def discard(current: str) -> None:
     """Remove the link of a release that has failed, if it is there."""
-    try:
-        os.unlink(f"{current}.next")
-    except OSError:
-        pass  # prepare() replaces it
+    following = f"{current}.next"
+    with suppress(OSError):  # prepare() replaces it
+        if os.path.islink(following):  # an operator's file stays
+            os.unlink(following)
 
 
 def history(current: str) -> bytes | None:
@@ -184,3 +194,48 @@ def history(current: str) -> bytes | None:
         return None
     except OSError as error:
         raise ReleaseError(f"{path}: {what_failed(error)}") from error
+
+
+def withdraw_writers(current: str) -> None:
+    """Remove the temporary files of all earlier writers of the history.
+
+    A writer whose protector was killed, and that has not renamed its file yet, then fails.  So
+    only the owner of `current` changes the history.  An operator's copy, such as
+    current.history.20261125, stays.  Raises OSError.
+    """
+    folder, name = os.path.split(current)
+    for each in os.listdir(folder):
+        if each.startswith(f"{name}.history.next."):
+            # It is gone, or no file that we have made.
+            with suppress(FileNotFoundError, IsADirectoryError):
+                os.unlink(os.path.join(folder, each))
+
+
+def new_history(current: str) -> tuple[int, str]:
+    """Create the temporary file of the only writer; return its descriptor and name.
+
+    No earlier writer has the same name, or it could rename this file too soon.  Raises OSError.
+    """
+    withdraw_writers(current)
+    name = f"{os.path.basename(current)}.history.next.{os.urandom(8).hex()}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    return os.open(os.path.join(os.path.dirname(current), name), flags, 0o644), name
+
+
+def unreadable_name(current: str) -> str:
+    """Return the free name that an unreadable history gets."""
+    first = found = f"{current}.history.unreadable"
+    number = 1
+    while os.path.lexists(found):
+        number += 1
+        found = f"{first}.{number}"
+    return found
+
+
+def keep_unreadable(current: str) -> None:
+    """Give an unreadable history another name, so that the next one does not replace it.
+
+    Raises OSError.
+    """
+    with suppress(FileNotFoundError):
+        os.rename(f"{current}.history", unreadable_name(current))

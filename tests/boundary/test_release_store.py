@@ -7,6 +7,7 @@ import os
 import signal
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,18 @@ class Place:
         self.write()
 
     def write(self, history: ReleaseHistory = NEW) -> None:
+        """Do what an owner of `current` and its writer do."""
+        self.finish(history, *release_store.new_history(self.current))
+
+    def finish(self, history: ReleaseHistory, file: int, following: str) -> None:
+        """Do what the writer does."""
         folder, content = os.open(self.live, os.O_RDONLY), os.memfd_create("history")
         os.pwrite(content, release.dump(history), 0)
         try:
-            release_writer.main(folder, content, "current.history")
+            release_writer.main(folder, content, file, following, "current.history")
         finally:
-            os.close(folder)
-            os.close(content)
+            for each in (folder, content, file):
+                os.close(each)
 
     def history(self) -> ReleaseHistory:
         found = release_store.history(self.current)
@@ -137,14 +143,52 @@ def test_what_is_in_the_way_of_the_link_is_replaced_or_refused(place: Place) -> 
     following.write_text("a file")
     with pytest.raises(OSError, match="Invalid argument"):
         release_store.prepare(place.current, "x")
+    release_store.discard(place.current)
     assert following.read_text() == "a file"
 
 
-def test_a_folder_in_place_of_current_stays(place: Place) -> None:
+@pytest.mark.parametrize("kind", ["file", "folder", "fifo"])
+def test_only_a_symbolic_link_is_replaced(place: Place, kind: str) -> None:
     os.unlink(place.current)
-    Path(place.current).mkdir()
-    with pytest.raises(IsADirectoryError):
+    if kind == "folder":
+        os.mkdir(place.current)
+    else:
+        os.mknod(place.current, stat.S_IFIFO if kind == "fifo" else stat.S_IFREG)
+    was = os.lstat(place.current)
+
+    said = "/current is no symbolic link, and is not replaced"
+    with pytest.raises(OSError, match=said):
+        release_store.prepare(place.current, str(place.releases / "2"))
+    with pytest.raises(OSError, match=said):
         release_store.move(place.current, str(place.releases), "2")
+
+    assert os.lstat(place.current) == was
+    assert sorted(os.listdir(place.live)) == ["current", "current.history"]
+
+
+@pytest.mark.parametrize("target", ["../releases/gone", "/etc", "current", "."])
+def test_a_link_that_leads_nowhere_is_replaced(place: Place, target: str) -> None:
+    os.unlink(place.current)
+    os.symlink(target, place.current)
+    assert release_store.in_the_way(place.current) == ""
+
+    release_store.move(place.current, str(place.releases), "2")
+
+    assert place.named() == "2"
+
+
+# -- an unreadable history ------------------------------------------------------------
+
+
+def test_an_unreadable_history_is_kept_beside_those_before(place: Place) -> None:
+    history = Path(f"{place.current}.history")
+    for name, text in (("unreadable", "a"), ("unreadable.2", "b"), ("unreadable.3", "c")):
+        history.write_text(text)
+        release_store.keep_unreadable(place.current)
+        assert not history.exists()
+        assert Path(f"{history}.{name}").read_text() == text
+    release_store.keep_unreadable(place.current)  # there is none
+    assert Path(f"{history}.unreadable").read_text() == "a"
 
 
 # -- a release -------------------------------------------------------------------------
@@ -279,14 +323,6 @@ def calls_of_a_deploy(folder: Path, stale: bool) -> list[str]:
         return list(seen)
 
 
-def calls_of_a_write(folder: Path) -> list[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        place = Place(folder)
-        seen = each_call(patch, 0, lambda: None, after=False)
-        place.write()
-        return list(seen)
-
-
 def in_a_child(place: Place, at: int, then: Callable[[], None], after: bool) -> int:
     """Deploy in a process of its own; return its end: an errno, or a signal's number below 0."""
     child = os.fork()
@@ -324,16 +360,26 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new_release_and_history(
         assert left == set(), calls[at - 1]
 
 
+def calls_of_a_writer(folder: Path) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        place = Place(folder)
+        begun = release_store.new_history(place.current)
+        seen = each_call(patch, 0, lambda: None, after=False)
+        place.finish(NEW, *begun)
+        return list(seen)
+
+
 def suspended(place: Place, history: ReleaseHistory, at: int) -> int:
     """Start a writer that suspends itself before its n-th call; return its pid."""
+    begun = release_store.new_history(place.current)
     child = os.fork()
     if child == 0:
-        try:
-            with pytest.MonkeyPatch.context() as patch:
-                each_call(patch, at, lambda: os.kill(os.getpid(), signal.SIGSTOP), after=False)
-                place.write(history)
-        finally:
-            os._exit(0)
+        with pytest.MonkeyPatch.context() as patch:
+            each_call(patch, at, lambda: os.kill(os.getpid(), signal.SIGSTOP), after=False)
+            with suppress(OSError):  # its file is gone
+                place.finish(history, *begun)
+        os._exit(0)
+    os.close(begun[0])
     assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
     return child
 
@@ -343,39 +389,39 @@ def resume(child: int) -> None:
     os.waitpid(child, 0)
 
 
-def test_a_writer_renames_no_half_written_file_of_the_next_one(tmp_path: Path) -> None:
-    calls = calls_of_a_write(tmp_path / "all")
-    for at in range(1, len(calls) + 1):
-        place = Place(tmp_path / str(at))
-        older = suspended(place, NEW, calls.index("rename") + 1)
-        newer = suspended(place, NEWER, at)
-
-        resume(older)
-
-        assert place.history() in (OLD, NEW, NEWER), calls[at - 1]
-        resume(newer)
-        assert place.history() == NEWER, calls[at - 1]
-
-
-@pytest.mark.parametrize("older_ends", ["", "killed"])
-def test_a_writer_that_outlives_its_protector_breaks_no_newer_history(
-    tmp_path: Path, older_ends: str
+def test_a_writer_of_an_earlier_owner_changes_nothing_after_the_next_owner_has_read(
+    tmp_path: Path,
 ) -> None:
-    """It is suspended at each of its calls while the next program's writer does all of its own."""
-    calls = calls_of_a_write(tmp_path / "all")
-    for at in range(1, len(calls) + 1):
+    calls = calls_of_a_writer(tmp_path / "all")
+    assert {"write", "fsync", "rename"} <= set(calls)
+    for at, call in enumerate(calls, 1):
         place = Place(tmp_path / str(at))
         older = suspended(place, NEW, at)
 
-        place.write(NEWER)
+        release_store.withdraw_writers(place.current)
+        read = place.history()
+        resume(older)
 
-        newer = place.history()
-        os.kill(older, signal.SIGKILL if older_ends == "killed" else signal.SIGCONT)
-        os.waitpid(older, 0)
-        assert newer == NEWER, calls[at - 1]
-        assert place.history() in (NEW, NEWER), calls[at - 1]
-        place.write(NEWER)
-        assert sorted(os.listdir(place.live)) == ["current", "current.history"], calls[at - 1]
+        assert place.history() == read == (NEW if at > calls.index("rename") + 1 else OLD), call
+        assert sorted(os.listdir(place.live)) == ["current", "current.history"], call
+
+
+def test_a_writer_of_an_earlier_owner_never_replaces_a_newer_history(tmp_path: Path) -> None:
+    """Each writer is suspended at each of its calls, and the earlier one goes on first."""
+    calls = calls_of_a_writer(tmp_path / "all")
+    for at in range(1, len(calls) + 1):
+        for newer_at, call in enumerate(calls, 1):
+            place = Place(tmp_path / f"{at}-{newer_at}")
+            older = suspended(place, NEW, at)
+            newer = suspended(place, NEWER, newer_at)
+            before = place.history()
+
+            resume(older)
+
+            assert place.history() == before, (calls[at - 1], call)
+            resume(newer)
+            assert place.history() == NEWER, (calls[at - 1], call)
+            assert sorted(os.listdir(place.live)) == ["current", "current.history"]
 
 
 def test_a_writer_removes_no_copy_of_an_operator(tmp_path: Path) -> None:

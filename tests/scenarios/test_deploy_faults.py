@@ -239,17 +239,117 @@ def test_a_disk_without_room_for_current(
     daemon.stop()
 
 
-def test_an_unreadable_history_is_empty_and_said(operated: Operating, releases: Releases) -> None:
+def test_an_unreadable_history_is_empty_and_said_and_kept(
+    operated: Operating, releases: Releases
+) -> None:
     history = releases.live / "current.history"
-    for text in ("{", "", '{"format": 9}', "x" * 2_000_000):
+    texts = ("{", "", '{"format": 9}', "x" * 2_000_000)
+    names = [f"{history}.unreadable{end}" for end in ("", ".2", ".3", ".4")]
+    for text, name in zip(texts, names, strict=True):
         history.write_text(text)
         one = operated(*releases.options, command=COMMAND)
-        one.daemon.log.wait_for("event=history-unreadable file=.*/current.history error=")
+        one.daemon.log.wait_for(
+            r"event=history-unreadable file=\S+/current.history error=.* "
+            rf'hint="the history of releases begins again; {name} keeps the file"'
+        )
         saved(one)
         found = one.line().ask("releases")["releases"]
         assert [each["release"] for each in found] == ["1"]
         assert json.loads(history.read_text())["way"] == ["1"]
         one.daemon.stop()
+    assert [Path(name).read_text() for name in names] == [*texts]
+
+
+@pytest.mark.parametrize("then", [KILL, KILL_AFTER], ids=["before", "after"])
+def test_a_protector_killed_while_it_keeps_an_unreadable_history_loses_none(
+    faulty: Faulty, operated: Operating, releases: Releases, flag: Path, then: str
+) -> None:
+    history = releases.live / "current.history"
+    kept = releases.live / "current.history.unreadable"
+    faulty("rename", then).daemon.stop()
+    kept.write_text("an earlier one")
+    history.write_text('{"format": 9}')
+    flag.touch()
+
+    killed = operated(*releases.options, command=COMMAND, ready=False)
+    killed.daemon.process.wait()
+
+    assert not flag.exists()
+    killed.daemon.log.wait_for("event=history-unreadable ")
+    again = operated(*releases.options, command=COMMAND)
+    saved(again)
+    assert kept.read_text() == "an earlier one"
+    assert Path(f"{kept}.2").read_text() == '{"format": 9}'
+    assert left(releases) == sorted([*WHOLE, kept.name, f"{kept.name}.2"])
+    assert way(releases) == ["1"]
+    again.daemon.stop()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_no_link_at_current_is_not_replaced(
+    operated: Operating, releases: Releases, kind: str
+) -> None:
+    one = operated(*releases.options, command=COMMAND)
+    saved(one)
+    releases.current.unlink()
+    releases.current.mkdir() if kind == "folder" else releases.current.write_text("mine")
+    was = os.lstat(releases.current)
+
+    for words in (("deploy", "2"), ("deploy", "2", "--force"), ("rollback",)):
+        ended = ctl(one, *words)
+        said = f"{releases.current} is no symbolic link, and is not replaced; move it away"
+        assert (ended.status, ended.err) == (2, f"socketprotectorctl: {said}\n"), words
+
+    assert (os.lstat(releases.current), serving(one), left(releases)) == (was, "1", WHOLE)
+    releases.current.rename(releases.live.parent / "away")
+    deployed(one, "2", "--force")
+    assert releases.named == "2"
+    one.daemon.stop()
+
+
+def test_what_comes_to_current_during_a_deploy_is_not_replaced(
+    operated: Operating, releases: Releases
+) -> None:
+    one = operated(*releases.options, "--settle", "1h", command=COMMAND)
+    saved(one)
+    running = Running("--control", str(one.path), "deploy", "2")
+    try:
+        one.until("route", 2)
+        releases.current.unlink()
+        releases.current.write_text("mine")
+        assert ctl(one, "promote").status == 0
+        assert running.wait() == 5
+        said = running.err.text()
+    finally:
+        running.end()
+
+    assert f"{releases.current} still names no release: {releases.current} is no symbolic" in said
+    assert (serving(one), releases.current.read_text()) == ("2", "mine")
+    releases.current.unlink()
+    eventually(lambda: os.path.islink(releases.current) and releases.named == "2", "current moved")
+    saved(one)
+    assert left(releases) == WHOLE
+    one.daemon.stop()
+
+
+@pytest.mark.parametrize("target", ["../releases/gone", "/etc", "current", "."])
+def test_a_link_that_leads_nowhere_needs_force(
+    operated: Operating, releases: Releases, target: str
+) -> None:
+    one = operated(*releases.options, command=COMMAND)
+    saved(one)
+    releases.current.unlink()
+    releases.current.symlink_to(target)
+
+    ended = ctl(one, "deploy", "2")
+
+    what = "names gone" if target.endswith("gone") else "leads to no release"
+    assert ended.status == 2, ended
+    assert f"/current {what}, but 1 is serving; see `releases`, and use --force" in ended.err
+    assert os.readlink(releases.current) == target
+    deployed(one, "2", "--force")
+    assert (serving(one), releases.named, left(releases)) == ("2", "2", WHOLE)
+    one.daemon.stop()
 
 
 # -- kills ----------------------------------------------------------------------------------------

@@ -86,6 +86,12 @@ class FakeStore:
     def history(self, _: str) -> bytes | None:
         return self.written or None
 
+    def withdraw_writers(self, _: str) -> None:
+        pass  # a kill drops the timers, and so the writers
+
+    def in_the_way(self, _: str) -> str:
+        return ""
+
     def fingerprint(self, *_: str) -> None:
         return None
 

@@ -37,7 +37,7 @@ def deploy(
     _refuse_second(fleet, effects)
     _refuse_unexpected(expect, releases.serving)
     if not dry_run:
-        _refuse_without_lock(releases)
+        _refuse_unmovable(releases)
         named = releases.link.named
         if named != releases.serving and not force:
             what = f"names {named}" if named else "leads to no release"
@@ -61,7 +61,7 @@ def roll_back(effects: Effects, fleet: Fleet, runtime: Runtime, expect: str) -> 
         )
     _refuse_second(fleet, effects)
     _refuse_unexpected(expect, releases.serving)
-    _refuse_without_lock(releases)
+    _refuse_unmovable(releases)
     name = releases.previous()
     if not name:
         raise RequestError(
@@ -169,10 +169,12 @@ def _refuse_unexpected(expect: str, found: str) -> None:
         raise RequestError("unmet", f"expected {expect}, but found {found or 'no known release'}")
 
 
-def _refuse_without_lock(releases: Releases) -> None:
+def _refuse_unmovable(releases: Releases) -> None:
     if not releases.own():
         raise RequestError(
             "unmet",
             releases.link.not_locked
             or f"another protector owns {releases.link.path}; deploy there, then reload this one",
         )
+    if found := releases.link.in_the_way:
+        raise RequestError("unmet", found)

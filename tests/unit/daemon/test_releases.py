@@ -95,11 +95,12 @@ class World:
         report = Report(ReportKind.RELOAD_FAILED, 2, reason)
         return made.reported(report, self.program(name) if started else None)
 
-    def cannot_move(self, patch: pytest.MonkeyPatch) -> None:
-        def fail(*_: object) -> None:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    @staticmethod
+    def fail(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-        patch.setattr(release_store, "move", fail)
+    def cannot_move(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(release_store, "move", self.fail)
 
 
 @pytest.fixture
@@ -171,6 +172,40 @@ def test_a_broken_file_is_empty_and_said_and_written_whole_again(world: World) -
     world.proved(made, "2")
     world.writer_ends()
     assert release.load(file.read_bytes()).way == ("2",)
+
+
+def test_an_unreadable_file_stays_until_it_has_another_name(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, kept = world.live / "current.history", world.live / "current.history.unreadable"
+    file.write_text('{"format": 99}')
+    made = world.make()
+    assert file.exists()  # a reader changes nothing
+    with monkeypatch.context() as faulty:
+        faulty.setattr(release_store, "keep_unreadable", world.fail)
+        world.proved(made, "2")
+        assert (world.writes, file.read_text()) == ([], '{"format": 99}')
+        assert made.error.endswith("Read-only file system")
+
+    world.clock.pass_time(1.1)
+    world.writer_ends()
+
+    assert (kept.read_text(), release.load(file.read_bytes()).way) == ('{"format": 99}', ("2",))
+    assert made.is_saved
+    assert world.clock.lines == ["history-unreadable", "history-not-written", "history-written"]
+
+
+def test_a_protector_that_does_not_own_current_leaves_the_owners_files(world: World) -> None:
+    owner = world.make()
+    file, theirs = world.live / "current.history", world.live / "current.history.next.1"
+    file.write_text("{")
+    theirs.touch()
+
+    other = world.make()
+    world.proved(other, "2")
+
+    assert (owner.link.is_owned, other.link.is_owned) == (True, False)
+    assert (world.writes, file.read_text(), theirs.exists()) == ([], "{", True)
 
 
 # -- the link ---------------------------------------------------------------------------

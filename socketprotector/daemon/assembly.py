@@ -135,9 +135,17 @@ class Resident:
         else:
             supervisor.adopt(recovery.Recovery(supervisor.effects, snapshot, self.unclaimed))
             self.resumes = False
-        # Inform the guard that we handle signals now, and which signal makes workers finish.  The
-        # guard sends this signal to the workers if no protector can be started.
-        self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={settings.finish_signal}")
+        live = supervisor.effects.live_settings
+
+        def inform_guard() -> None:
+            """Tell the guard that we handle signals, and which signal makes workers finish.
+
+            The guard sends this signal to the workers if no protector can be started.
+            """
+            self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={live.settings.finish_signal}")
+
+        inform_guard()
+        live.on_used = inform_guard  # a reload may change --drain-signal
         if settings.watch or watchers:
             self.watcher = watch_client.FileWatch(settings, runtime)
             self.watcher.start(watchers)

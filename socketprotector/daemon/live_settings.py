@@ -44,6 +44,8 @@ class LiveSettings:
         self._command, self._loop = command, runtime.loop
         self._readers: dict[str, config_reader.ConfigReader] = {}  # by purpose
         self.releases: releases.Releases | None = None  # None: --releases is not in use
+        #: Called after a reload's settings have come into force.
+        self.on_used: Callable[[], object] = lambda: None
 
     @property
     def settings(self) -> Settings:
@@ -97,6 +99,7 @@ class LiveSettings:
             # A plain reload starts the release that `current` names, so it moves nothing.
             if self.releases is not None and candidate.release_wanted:
                 self.releases.move(candidate.release, previous)
+            self.on_used()
 
     def forget(self) -> None:
         """Drop the candidate; the listeners that it added stay as removed: no index is reused."""

@@ -85,14 +85,17 @@ class Recovery:
 
         Workers that accept need a signal; other workers read end of file on their line.
         """
-        settings, fleet = self.effects.live_settings.settings, self.snapshot.fleet
+        fleet, programs = self.snapshot.fleet, self.snapshot.generations
+        # Most likely they are of the newest generation, which a reload was starting.
+        newest = max(programs, key=lambda each: each.number, default=None)
+        finish = (newest.program if newest else self.effects.live_settings.settings).finish_signal
         known = {each.number for each in self.snapshot.workers}
         known |= {each.number for each in fleet.alive()}
         for number, descriptors in self.unclaimed.take_all(inherited.WORKER).items():
             process = descriptors.get("process", -1)
-            if process >= 0 and settings.finish_signal and int(number) not in known:
+            if process >= 0 and finish and int(number) not in known:
                 with suppress(OSError):  # most of these workers have exited
-                    signal.pidfd_send_signal(process, settings.finish_signal)
+                    signal.pidfd_send_signal(process, finish)
             for fd in descriptors.values():
                 os.close(fd)
 

@@ -17,7 +17,13 @@ from socketprotector.core.events import Event, OpenFailed, WorkerExited
 from socketprotector.core.fleet import Fleet, Generation, Phase, State, Worker
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon.recovery import Recovery
-from socketprotector.model.records import SettingsRecord, WorkerRecord
+from socketprotector.model.lazy_dataclass import replace
+from socketprotector.model.records import (
+    GenerationRecord,
+    Program,
+    SettingsRecord,
+    WorkerRecord,
+)
 from socketprotector.model.settings import Settings
 from socketprotector.system.inherited import Inherited
 
@@ -58,6 +64,21 @@ def test_a_worker_that_accepts_and_that_the_state_does_not_mention_is_told_to_fi
     assert process.wait() == -signal.SIGTERM
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(pidfd)
+
+
+def test_it_gets_the_signal_of_the_newest_generation(process: subprocess.Popen[bytes]) -> None:
+    """A reload that changes --drain-signal was starting it."""
+    made = recovery(13, os.pidfd_open(process.pid), handoff="listener")
+    old, new = (
+        Program("/", (), "/", (), 0, (), 0, handoff="listener", drain_signal=int(each))
+        for each in (signal.SIGQUIT, signal.SIGUSR1)
+    )
+    generations = GenerationRecord(9, new), GenerationRecord(8, old)
+    made.snapshot = replace(made.snapshot, generations=generations)
+
+    made.dismiss_unknown()
+
+    assert process.wait() == -signal.SIGUSR1
 
 
 def test_one_that_has_ended_already_is_only_forgotten(process: subprocess.Popen[bytes]) -> None:

@@ -32,6 +32,7 @@ from tests.scenarios.adopting import (
     upgrade,
     wait_dead,
 )
+from tests.scenarios.config_file import File
 from tests.scenarios.starting import Start, start_of
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
@@ -706,6 +707,34 @@ def test_term_with_a_protector_that_cannot_start_lets_the_workers_finish(
         assert pid_in(held.ask()) == first
     assert wait_gone([first]) == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("upgraded", [False, True])
+def test_a_guard_sends_the_drain_signal_of_the_last_reload(
+    broken: Installation, tmp_path: Path, upgraded: bool
+) -> None:
+    options = 'handoff = "listener"\nready = "after:1ms"\n'
+    file = File(tmp_path / "web.toml")
+    file.command = ("sleep", "1000")
+    file.says(options)
+    daemon = broken.start("--guard", "--config", file.path).ready()
+    file.command = ("sh", "-c", "trap '' TERM; exec sleep 1000")
+    file.says(options + 'drain-signal = "USR1"\n')
+    daemon.reload()
+    daemon.log.wait_for("event=drained generation=1")
+    if upgraded:
+        assert "resumed" in upgrade(daemon)
+    at_rest(daemon)
+    [sleeping] = spawned(daemon, 2)
+    broken.switch("two")
+    kill_protector(daemon)
+    daemon.log.wait_for("event=protector-died .*status 1.*")
+
+    daemon.signal(signal.SIGTERM)
+
+    daemon.log.wait_for("event=guard-gives-up")
+    assert daemon.process.wait(DEADLINE_S) == 1
+    assert wait_gone([sleeping]) == []
 
 
 def barely_enough(pid: int) -> int:

@@ -67,18 +67,20 @@ class Drain:
         """Call callback once when the drain begins, in the library's own thread.
 
         If the other callbacks have been called already, call it at once in the caller's thread.
+        Raises RuntimeError if the system refuses that thread; the callback is then forgotten.
         """
         with self._lock:
             if not self._callbacks_called:
-                self._callbacks.append(callback)
                 if self._thread is None:
                     # A thread, because unknown code must not run in a signal handler, nor wait
                     # for a busy event loop.
-                    self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-                    self._thread = threading.Thread(
+                    self._pipe = self._pipe or os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+                    thread = threading.Thread(
                         target=self._call_back, name="socketprotector-drain", daemon=True
                     )
-                    self._thread.start()
+                    thread.start()
+                    self._thread = thread
+                self._callbacks.append(callback)
                 return
         callback()
 

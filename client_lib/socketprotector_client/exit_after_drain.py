@@ -64,9 +64,14 @@ class DrainExit:
             self._send()
         else:
             # In a thread, because the event loop must keep reading from the clients.
-            threading.Thread(
+            thread = threading.Thread(
                 target=self._term_when_read, name="socketprotector-leave", daemon=True
-            ).start()
+            )
+            try:
+                thread.start()
+            except RuntimeError:  # without the signal, the worker would serve until it is killed
+                _log.error("cannot wait for the last requests: the system refuses a thread")
+                self._send()
 
     def resend(self) -> None:
         """Send SIGTERM again, for a handler that took the first SIGTERM as the begin of the drain.
@@ -115,7 +120,10 @@ class DrainExit:
         if threading.current_thread() is not threading.main_thread():
             timer = threading.Timer(_MAIN_THREAD_GRACE_S, _interrupt_main)
             timer.daemon = True
-            timer.start()
+            try:
+                timer.start()
+            except RuntimeError:  # the system refuses a thread
+                _interrupt_main()
         raise SystemExit(0)
 
 

@@ -9,6 +9,8 @@ import signal
 import socket
 
 from socketprotector_client.address import family_of, sockname_of
+from socketprotector_client.connection import Connection
+from socketprotector_client.intake import Intake
 
 from tests.channel import Channel, Worker
 from tests.procfs import children_of, command_line_of, descriptors, running, state_of
@@ -93,3 +95,11 @@ def refuses(name: str) -> bool:
 
 def until_stopped(pid: int) -> None:
     eventually(lambda: state_of(pid) == "T", "a stopped process")
+
+
+def taken(intake: Intake) -> Connection:
+    """Connect to an intake that accepts, and return the connection that it takes."""
+    with socket.create_connection(intake.source.sockname):
+        connection = intake.get(10)
+    assert connection is not None
+    return connection

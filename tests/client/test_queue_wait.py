@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from socketprotector_client import wait_set
-from socketprotector_client.connection import Connection
 from socketprotector_client.errors import Drained
 from socketprotector_client.intake import Intake
 from socketprotector_client.wait_set import WaitSet
+
+from .sharing import taken
 
 
 class Scarce:
@@ -39,13 +40,6 @@ class Scarce:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._epoll, name)
-
-
-def taken(intake: Intake) -> Connection:
-    with socket.create_connection(intake.source.sockname):
-        connection = intake.get(10)
-    assert connection is not None
-    return connection
 
 
 def when_asked(intake: Intake) -> Scarce:

@@ -126,7 +126,7 @@ class Client:
                 self.sock.close()
 
     def _receive(self) -> bytes | None:
-        """Return the bytes received; b"": end of file, None: nothing yet."""
+        """Return the received bytes; b"": end of file; None: nothing yet, or memory ran out."""
         with dropping(), self.within_memory():
             return read_now(self.sock.recv, _READ_BYTES, socket.MSG_DONTWAIT)
         return None

@@ -1,6 +1,6 @@
 """Collects the values of `status`, `connections` and `crashes`, and changes nothing.
 
-docs/control.md has their names and units.
+docs/control.md has the names and units of the values.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def of_waits(
 
 
 def of_warnings(settings: Settings) -> list[str]:
-    """Return the start's warnings that still apply.
+    """Return the warnings of the start that still apply.
 
     A warning about a UNIX socket names the rights of a file or folder.  If an operator has changed
     these rights since the start, the warning is left out.
@@ -210,7 +210,7 @@ def _of_generation(
 def _of_closing(
     opened: OpenGeneration, slots: Sequence[tuple[int, Counts | None]]
 ) -> dict[str, Any]:
-    """Return the field `closing`; an empty result unless workers end their connections evenly."""
+    """Return the field `closing`; an empty result if no worker ends its connections evenly now."""
     found = spread.closing_rate(opened, slots) if opened.program.spreads else None
     return {"closing": found} if found else {}
 

@@ -19,11 +19,11 @@ from ..generation import OpenGeneration
 from .host import Host
 from .probe_target import ProbeTarget
 
-#: If workers accept no waiting client for this time, we report it.  NEVER_TAKEN_S applies until the
-#: workers have accepted their first client, UNTAKEN_S afterwards.
+#: We report workers that have accepted no waiting client for this long: NEVER_TAKEN_S before their
+#: first client, UNTAKEN_S afterwards.
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
-#: A stop checks for new clients at this interval.  A handshake that has begun before a check is
+#: A stop checks for new clients at this interval.  If a handshake is under way at one check, it is
 #: complete at the next check, unless the client has to repeat a packet.
 QUIET_S = 0.2
 #: We close a listener that cannot refuse new clients after this time, even if clients still come.
@@ -62,8 +62,8 @@ class Delivery(ABC):
     ) -> Listener:
         """Make a listener from its first, second and reserved socket.
 
-        fds: the three descriptors; -1: no such socket.  again: how often each socket was bound
-        again.
+        fds: the three descriptors (see Listener); -1: no such socket.  again: how often each socket
+        was replaced by a newly bound socket.
         """
 
     @classmethod
@@ -285,7 +285,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def look(self) -> None:
-        """Accept clients while long work blocks the loop."""
+        """Accept the waiting clients; long work that blocks the loop calls this again and again."""
 
     @abstractmethod
     def record(self) -> DeliveryRecord:

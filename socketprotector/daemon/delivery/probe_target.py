@@ -37,7 +37,8 @@ class ProbeTarget:
     #: later answers.
     holds: Callable[[], bool] = lambda: True
     #: Returns whether the options that can keep clients out differ between the probed and the
-    #: serving socket.  If True, a timer must not make the probed workers ready.
+    #: serving socket.  If True, clients may not reach the probed workers, so a timer must not make
+    #: these workers ready.
     is_closed: Callable[[], bool] = lambda: False
 
     @property

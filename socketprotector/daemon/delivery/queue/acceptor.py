@@ -80,7 +80,7 @@ class Acceptor:
         """Return the callback for a readable listener, as a closure, which is the fastest kind."""
         accept = accept_of(listener)
         now, close = time.monotonic_ns, os.close
-        # All headers begin alike.  Packing this part only once halves the cost of the Python code.
+        # A listener's headers begin alike.  Packing this part once halves the cost in Python.
         begin = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]
         # Usually the next connection gets the same descriptor, because the kernel takes the lowest
         # free number.

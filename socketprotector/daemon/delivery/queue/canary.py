@@ -178,7 +178,7 @@ class CanaryQueue:
                 self._send_elsewhere(header, fd)
 
     def _send(self, channel: GenerationChannel, header: bytes, fd: int) -> bool:
-        """Send one connection, and close fd; return False, and leave fd open, if that fails."""
+        """Send one connection and close fd.  If that fails, return False and leave fd open."""
         try:
             channel.send(header, fd)
         except OSError:

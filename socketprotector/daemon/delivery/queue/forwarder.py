@@ -91,7 +91,7 @@ class Forwarder:
         #: Channels whose connections the route gets, in this order, once it has room.  True: the
         #: generation is released, so we close the channel afterwards.
         self._leftovers: dict[GenerationChannel, bool] = {}
-        self._holding = False  # a hold: accept nothing
+        self._holding = False  # True during a hold: accept nothing
         self._ended_listeners: list[Listener] = []  # we no longer accept from them
         self._closing: _Closing | None = None
         stop = self._acceptor.end_all
@@ -323,7 +323,8 @@ class Forwarder:
         If the route does not know a connection's listener, the connection goes back to the end of
         its channel.  If the channel has ended, that connection and all behind it stay there.
 
-        last: the channel's workers have exited, so undelivered.py keeps such connections instead.
+        last: the channel's workers have exited, so undelivered.py keeps the connections that the
+        route cannot get.
         """
         route = self.outlet.route
         has_unknown = route is not None and _may_have_unknown(channel, route)

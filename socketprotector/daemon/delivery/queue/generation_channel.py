@@ -17,8 +17,8 @@ class GenerationChannel(Channel):
         self.taken_from = adopted
         #: Whether it was reported that no worker takes connections.
         self.said_untaken = False
-        #: How many new connections were sent here, without those since a QueueWatch last began to
-        #: follow this channel: QueueWatch.new_in() counts these.
+        #: How many new connections were sent here.  A QueueWatch that follows this channel adds its
+        #: connections at the end; until then QueueWatch.new_in() counts them.
         self.met = 0
         #: The value of QueueWatch.sent when a QueueWatch last stopped following this channel.
         self.sent = 0

@@ -57,7 +57,7 @@ class DrainingListeners:
         self._loop, self._log = runtime.loop, runtime.log
         self._undelivered = undelivered
         self._shortage = shortage
-        #: How many connections we accepted from these listeners, and how many of theirs were lost.
+        #: How many connections we accepted from these listeners, and how many clients were lost.
         self.accepted = self.lost = 0
         self._draining: list[_Draining] = []
         self._to_end: list[Channel] = []  # channels to end once no listener drains to them
@@ -79,7 +79,10 @@ class DrainingListeners:
         self._loop.call_after(each.timer, 0.0, partial(self._look, each))
 
     def end_after(self, channel: Channel) -> bool:
-        """End a channel once no listener drains to it; return False if no listener does now."""
+        """End a channel once no listener drains to it.
+
+        Returns False if no listener drains to it now; then the caller must end the channel.
+        """
         if not self._to(channel):
             return False
         self._to_end.append(channel)

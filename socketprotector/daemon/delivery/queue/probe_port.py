@@ -103,7 +103,7 @@ class ProbePort:
             self._kept, _ = self._socket.accept()
         except OSError as error:
             if error.errno not in TRANSIENT_ERRNOS:
-                self._accept_later()  # out of descriptors
+                self._accept_later()  # out of descriptors or memory
         else:
             self._send()
 

@@ -220,7 +220,10 @@ class QueueDelivery(Delivery):
         self.forwarder.add(listener)
 
     def remove(self, listener: Listener) -> None:
-        """Send a listener's backlog to the newest served generation that knows the listener."""
+        """Send a listener's backlog to the newest generation that knows the listener.
+
+        Generations that have never served do not count.
+        """
         served = [
             number
             for number, each in self._host.generations.items()

@@ -101,7 +101,7 @@ class QueueWatch:
         return seconds if seconds >= self.late_s[channel.taken_from] else None
 
     def is_stuck(self, channel: GenerationChannel) -> bool:
-        """Return whether a client waits, unless a worker has taken a client since the last look."""
+        """Return whether a client waits, and the queue's head has not moved since the last look."""
         if channel is not self._route or not self.runs:
             return False
         try:

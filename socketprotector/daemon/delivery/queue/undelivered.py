@@ -94,8 +94,9 @@ class Undelivered:
         """Adopt an earlier program's connections; takes ownership of their descriptors.
 
         number: the highest number in the record.  A program that was killed before it wrote its
-        record may have stored one more descriptor.  So we use neither the next number nor stored
-        numbers.  If a connection's descriptor was not stored in time, we skip the connection.
+        record may have stored one more descriptor.  So new connections get neither the next number
+        nor a stored number.  If a connection's descriptor was not stored in time, we skip the
+        connection.
         """
         stored = {int(key): found[""] for key, found in unclaimed.take_all(inherited.HAND).items()}
         self.number = max((number + 1, *stored))

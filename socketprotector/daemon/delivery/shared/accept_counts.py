@@ -31,7 +31,7 @@ class AcceptCounts:
     """The open connections of all generations, queried at once."""
 
     listeners: SharedListeners
-    #: Index of a listener -> how many connections have each tag.  A listener is missing if the
+    #: Index of a listener -> how many connections carry each tag.  A listener is missing if the
     #: kernel did not answer.
     _found: dict[int, Counter[int]] = field(default_factory=dict)
     _next_query_at: float = 0.0

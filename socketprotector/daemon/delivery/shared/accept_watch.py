@@ -41,7 +41,7 @@ class Backlogs(ABC):
 
     @abstractmethod
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
-        """Report, once for each generation, that its workers do not accept.
+        """Report that the workers of a generation do not accept.
 
         waiting: how many clients wait.  ever: a client was accepted before.  at: the indices of
         the listeners at which clients wait.
@@ -75,7 +75,7 @@ class AcceptWatch:
     #: How long workers may leave clients waiting: before the first accepted client, and after it.
     late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     timer: str = "untaken"
-    awaits: bool = False  # True: call came() when a client comes
+    awaits: bool = False  # True: the owner must call came() when a client comes
     _reported: bool = False
     _accepted: set[int] = field(default_factory=set)  # the listeners at which a client was accepted
     #: True: the generation has served before, so it may have accepted clients of any listener.

@@ -75,8 +75,7 @@ class Probes:
         self._marks: dict[tuple[int, int], bpf.Mark] = {}
         #: Probe mark -> the number of the socket to which connections with this mark go.
         self.socket_by_mark: dict[bpf.Mark, int] = {}
-        #: Abandoned probes of the serving generation: the listening socket, and the probe's end
-        #: (_end_of()).
+        #: Abandoned probes of the serving generation: the listening socket and _end_of() of each.
         self._abandoned: list[tuple[socket.socket, bytes | int]] = []
 
     def reach_as_client(

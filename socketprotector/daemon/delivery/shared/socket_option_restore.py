@@ -102,7 +102,7 @@ class SocketOptionRestore:
     def _restore(
         self, listener: Listener, socket_number: int, before: Snapshot, *, may_log: bool = True
     ) -> None:
-        """Restore a socket's options; if some fail, replace the socket, or log these options."""
+        """Restore a socket's options.  If some cannot be restored, replace the socket, or log."""
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         unrestored = socket_snapshot.restore(listening, before)
         # If all generations share the socket, the serving generation does not get the new socket,

@@ -1,12 +1,12 @@
 """Steers new clients to the sockets of one generation, under --handoff listener.
 
-Each address has two sockets, 0 and 1.  The old and the new generation have one socket each.  When
-the new generation is ready, we steer new clients to its socket.  For TCP, the sockets are in one
-SO_REUSEPORT group, and a filter in the kernel selects one (system/reuseport.py).  A UNIX path leads
-to one of the sockets (system/path_group.py).
+Each address has two sockets, 0 and 1.  The old and the new generation have one socket each.  A TCP
+address leads to the socket that a filter in the kernel selects (system/reuseport.py).  A UNIX path
+leads to the file of one socket (system/path_group.py).
 
-Then the old generation gets no new clients, and quiesces (quiescing.py) before it is ordered to
-finish.  If the order came earlier, a server would close connections that it has just accepted.
+When the new generation is ready, we steer new clients to its socket.  The old generation then gets
+no new clients, and quiesces (quiescing.py) before it is ordered to finish.  If the order came
+earlier, a server would close connections that it has just accepted.
 
 A listener without a second socket is common to both generations.
 """
@@ -44,7 +44,7 @@ class SocketSteering(Steering):
         #: Addresses whose clients the kernel sends to the wrong socket, and why.
         self._not_steered: dict[str, str] = {}
         self._not_held = ""  # why new clients are not held
-        self._written = self._groups  # the groups in the last written state
+        self._written = self._groups  # the result of _groups in the last written state
         self.turns = Turns()
         self.hold = ListenerHold(listeners)
         self.probes = Probes(listeners, self.turns, self)
@@ -201,8 +201,8 @@ class SocketSteering(Steering):
         """Steer new clients to socket 0 or 1, and a share of them to the other socket.
 
         again: the generation at that socket has served before.  knows: returns whether that
-        generation knows a listener, by index; None: no generation has that socket yet.  Clients of
-        a listener that it does not know stay at their present socket until the listener is removed.
+        generation knows a listener, by index; None: no generation has that socket yet.  If it does
+        not know a listener, the listener's clients stay at their present socket until its removal.
         """
         listeners, before, canary = self._listeners.all, self.turns, self._watch.canary
         if canary is not None and before.share and socket_number != before.current:

@@ -76,7 +76,7 @@ class SocketWatch(Backlogs):
         self.watch()
         clients_wait = any(each.has_waiting(number) for each, number in self._without_worker())
         if clients_wait and not self._ended:
-            self._rescue_later()  # not now: this turn of the loop may still open a generation
+            self._rescue_later()
 
     def unwatch(self, listener: Listener) -> None:
         """Forget a listener's sockets until the next watch(), because they may be replaced."""

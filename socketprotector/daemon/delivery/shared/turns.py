@@ -89,7 +89,7 @@ class Turns:
         }
 
     def takers(self, listener: Listener, number: int) -> set[int]:
-        """Return the generations that have workers with this socket."""
+        """Return the generations with workers that have the listener's socket of this number."""
         lacking = self.unserved - self.partly_served
         there = self.at(listener, number)
         return {each for each in there if (each, listener.index) not in lacking}
@@ -162,8 +162,8 @@ class Turns:
         """Assign new clients to socket 0 or 1, and a share of them to the other socket.
 
         indices: the indices of all listeners.  knows: returns whether the generation at that
-        socket knows a listener; None: no generation has that socket yet.  Clients of a listener
-        that it does not know stay at their present socket.
+        socket knows a listener; None: no generation has that socket yet.  If it does not know a
+        listener, the listener's clients stay at their present socket.
         """
         if knows is not None and number != self.current:
             unknown = {index: self.current for index in indices if not knows(index)}

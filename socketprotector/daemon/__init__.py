@@ -1,6 +1,6 @@
-"""The resident process: a single loop takes events, lets core decide, and carries the actions out.
+"""The resident process: its loop takes events, package core decides, and effects.py acts.
 
-It has one thread and runs as long as the service, so memory and time count.  "The next program" is
-this process after an upgrade or a crash, with the same descriptors and state.
+The process lives as long as the service, and has one thread.  "The next program" is the
+SocketProtector that runs after an upgrade or a crash, with the same descriptors and state.
 May import: core, model, system.
 """

@@ -1,6 +1,6 @@
 """Creates the parts of the resident process, and connects them.
 
-Each part takes over its descriptors and its share of the state from an earlier program.
+If an earlier program ran, each part takes over its descriptors and its share of the state.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Resident:
     ) -> None:
         """Take ownership of the descriptors.
 
-        earlier: the state of an earlier program, or the reason why that state is unusable.
+        earlier: the state of an earlier program; StateError: why that state is unusable; None: a
+        first start.
         """
         # At a first start without a guard, the descriptors come from the launching process, and no
         # store has copies.
@@ -91,11 +92,11 @@ class Resident:
             if control is not None and settings.control is not None
             else None
         )
-        #: Whether the fleet was launched or resumed, so that a next program can resume it.
+        #: Whether the next program can resume: an earlier state was read, or the launch has begun.
         self.began = False
         #: Whether this program is still taking over what an earlier program left.
         self.resumes = False
-        #: The names of the listening sockets that survive for the next start.
+        #: The names of the listening sockets that systemd keeps for the next start.
         self.surviving: tuple[str, ...] = ()
         self.watcher: watch_client.FileWatch | None = None
         self._releases: releases.Releases | None = None
@@ -195,8 +196,8 @@ class Resident:
         def has_spare_core() -> bool:
             """Return whether busy polling takes no time from clients and workers.
 
-            On a single core, no client could connect while we poll.  Under a quota (cpu.max),
-            polling would use up the workers' time.
+            On a single core, no client could connect while we poll.  Under a quota of one core or
+            less (cpu.max), polling would use up the workers' time.
             """
             return processors() > 1 and quota.processors() > 1
 
@@ -210,7 +211,7 @@ class Resident:
             starts_others = settings.worker_identity is not None
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)
             if starts_others:
-                privileges.reclaim()  # an upgrade in place inherits these capabilities
+                privileges.reclaim()  # the exec of an upgrade made our capabilities inheritable
         return loop
 
     def _begin_log(self, runtime: Runtime, snapshot: Snapshot | None) -> None:
@@ -255,13 +256,13 @@ class Resident:
         self._close_listeners()
 
     def finish(self, status: int) -> None:
-        """Leave only surviving listeners; report the exit to launching process, guard, systemd."""
+        """Keep only surviving listeners; report the exit to launching process, guard, systemd."""
         store = self.parents.store
         if self.parents.line is None:
-            # Remove the settings first: without them the next program makes a fresh start with the
-            # stored descriptors.
+            # Remove the settings from the fd store first: a program that finds no settings there
+            # makes a fresh start with the other stored descriptors.
             store.forget(inherited.SETTINGS)
-            # systemd may drop its copy of the settings late, so empty the file.
+            # systemd may remove its copy of the settings late, so empty the file.
             os.ftruncate(self.own[inherited.SETTINGS], 0)
         # The relay exits after its last writer, and a copy in the fd store counts as a writer.
         for name in self.output.descriptors():
@@ -288,7 +289,7 @@ class Resident:
             why = f"cannot start the relay {where}{purpose}: {what_failed(error)}"
             if settings.to_syslog or purpose:
                 raise SystemRefused(why) from error
-            # No option needs the relay, so workers can write to the file directly.
+            # No option needs the relay, so workers can write to our stderr directly.
             self.output = Output(replace(settings, log_relay=False))
             runtime.log.reopen()
             runtime.log.write("warning", "notice", text=why)
@@ -334,7 +335,7 @@ class Resident:
         return supervisor
 
     def _descriptors(self) -> dict[str, int]:
-        """Return the descriptors of the process itself, by name."""
+        """Return the descriptors that the next program needs and Effects does not own, by name."""
         found = dict(self.own)
         if self.control_listener is not None:
             found[inherited.CONTROL] = self.control_listener.fileno()
@@ -346,7 +347,7 @@ class Resident:
         return found | {name: fd for each in parts for name, fd in each.descriptors().items()}
 
     def _retry_later(self, again: Callable[[], None]) -> None:
-        if self._loop is not None:  # without a loop this process exits: finish() waits for room
+        if self._loop is not None:  # otherwise we exit now: Outbox.finish() sends the messages
             self._loop.call_after(again, _AGAIN_S, again)
 
     def _reopen_logs(self, log: Log) -> None:
@@ -355,7 +356,7 @@ class Resident:
         except OSError as error:
             log.write("error", "reopen-failed", file=error.filename, error=error.strerror)
         else:
-            # The guard, and the protector that the guard starts next, write to the new file, too.
+            # The guard, and each protector that it starts, must write to the new file, too.
             if self.settings.log_file is not None:
                 self.parents.guard.send("X_OUTPUT=1", _STDERR)
         log.reopen()
@@ -364,13 +365,13 @@ class Resident:
     # -- the control socket ----------------------------------------------------
 
     def _make_control(self, supervisor: Supervisor, runtime: Runtime) -> ControlServer | None:
-        """Open the control socket to operators; None: no control socket is configured."""
+        """Return the server of the control socket; None: no control socket is configured."""
         settings = self.settings
         if self.control_listener is None:
             return None
 
         def handle(client: Client, request: Request) -> None:
-            with client.within_memory():  # if memory runs out here, the request has done nothing
+            with client.within_memory():  # out of memory here: the request has changed nothing
                 handler = commands.CommandHandler(supervisor, runtime)
             if not client.gone:
                 handler.handle(client, request)

@@ -1,9 +1,9 @@
 """The addresses at which check commands (--ready check:, --settle-check) reach their generation.
 
 Each generation has a loopback address while it is checked, so a command can use any client program.
-In listener mode only our connections carry the mark that selects a generation, so a helper process
-(programs/prober.py) forwards the command's connections over ours.  In other modes the command's
-connections go into the generation's channel.
+In listener mode a mark on a connection selects the generation.  A command cannot set the mark, so a
+helper process (programs/prober.py) forwards the command's connections over marked connections.  In
+other modes the command's connections go into the generation's channel.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class CheckProbes:
     def judge(self, generation: OpenGeneration, why: str) -> str:
         """Return why a command's answer is bad; "" for a good answer.
 
-        why: the command's own reason.  If the command may have reached another generation, the next
-        command gets another address.
+        why: the reason that the command gave.  If the command may have reached another generation,
+        returns SHUT_DOWN, and the next command gets another address.
         """
         number = generation.record.number
         target, _ = self._open.get(number, (None, None))

@@ -1,9 +1,9 @@
-"""Saves, before each action, all that the next program needs to resume.
+"""Saves all that the next program needs to resume, after each decision and before its actions.
 
 Descriptors go to the fd store (of systemd or the guard); the state memfd says what they are for.
 We store descriptors first, then write the state, then act.  So whenever we are killed, the store
 has all descriptors that the state mentions.  Only changes are stored and written, so a change of
-one worker costs the same however many workers there are.
+one worker costs the same with one worker as with a thousand.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Checkpoint:
     file: StateFile
     store: Store
     log: Log
-    #: Returns the descriptors that belong to no generation, worker or listener, by name.
+    #: Returns the descriptors that the next program needs and Effects does not own, by name.
     process_descriptors: Callable[[], Mapping[str, int]]
     _effects: Effects | None = None
     _snapshot: Callable[[], Snapshot] | None = None
@@ -48,7 +48,7 @@ class Checkpoint:
         self._effects, self._snapshot = effects, snapshot
 
     def descriptors(self) -> dict[str, int]:
-        """Return every descriptor that another program would need, by name."""
+        """Return all descriptors that the next program needs, by name."""
         assert self._effects is not None
         return {**self.process_descriptors(), **self._effects.descriptors()}
 
@@ -64,7 +64,7 @@ class Checkpoint:
             self.store.sync({}, self._effects.pool.descriptors)
             return True
         wanted = {**self.process_descriptors(), **self._effects.own_descriptors()}
-        wanted.pop(inherited.GUARD, None)  # the guard makes a new line for each program
+        wanted.pop(inherited.GUARD, None)  # the guard makes a new line for each program it starts
         self.store.sync(wanted, self._effects.pool.descriptors)
         if self.store.full and not self._full:
             self.log.write("warning", "store-full", descriptors=len(self.store.kept), hint=_FULL)
@@ -83,10 +83,10 @@ class Checkpoint:
         return True
 
     def write(self) -> bool:
-        """Write the state; return whether another program could resume from it now.
+        """Write the state; return whether the next program may resume now.
 
-        No program may resume while the fd store lacks a descriptor: the next program assumes that
-        the store has every descriptor that it inherits, so it would never store this descriptor.
+        The next program never stores the descriptors that it inherits.  So it may not resume while
+        one of them is missing from the fd store.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)

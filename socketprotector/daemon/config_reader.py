@@ -108,7 +108,7 @@ class ConfigReader:
         assert self._line is not None
         while True:
             try:
-                # CMSG_SPACE would add padding, which has room for a second descriptor.
+                # Not CMSG_SPACE: its padding has room for a second descriptor, which would leak.
                 data, control, flags, _ = self._line.recvmsg(
                     _RECORD_BYTES, socket.CMSG_LEN(4), _FLAGS
                 )
@@ -198,7 +198,7 @@ def _text(fd: int) -> str:
 
 
 def _discard_answer(answer: ConfigAnswer) -> None:
-    """Close the descriptors of an answer that no caller needs any more."""
+    """Close the descriptors of an answer that is no longer awaited."""
     for each in (answer.listeners, answer.siblings, answer.reserved):
         for fd in each.values():
             os.close(fd)

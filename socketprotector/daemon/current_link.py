@@ -1,7 +1,7 @@
-"""`current`: the lock of its owner, and the release to which it must still be moved.
+"""Moves the symbolic link `current`, which names the release to start, and keeps the link's lock.
 
-One protector owns a `current`: it keeps a lock for its whole life, upgrades included.  Other
-protectors with the same `current` use it at their reloads, but never move it.
+Only the protector that has the lock moves the link: the owner.  The owner keeps the lock until it
+exits, upgrades included.  Other protectors with the same link only read the link at their reloads.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class CurrentLink:
         lock: int | None,
         moved_late: Callable[[], None],
     ) -> None:
-        """settings: returns the settings in force.  lock: an earlier program's lock.
+        """settings: returns the settings in force.  lock: an earlier program's lock, if it had one.
 
-        moved_late: called when a repeated move has succeeded.
+        moved_late: called when a move has succeeded that had failed before.
         """
         self._settings = settings
         self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
@@ -97,7 +97,7 @@ class CurrentLink:
         return self.is_owned
 
     def close(self) -> None:
-        """Release the lock, even if systemd keeps a copy of its descriptor."""
+        """Release the lock, even if systemd keeps a copy of the lock's descriptor."""
         if self._lock is not None:
             release_store.unlock(self._lock)
 
@@ -116,7 +116,7 @@ class CurrentLink:
         return ""
 
     def move(self, name: str) -> None:
-        """Let `current` name a release; try again later if that fails."""
+        """Move `current` to a release; try again later if the move fails."""
         was = self.not_moved
         try:
             release_store.move(self.path, self._settings().releases, name)

@@ -1,10 +1,9 @@
-"""Carries out the actions that the lifecycle orders, and turns their results into events.
+"""Carries out the actions that package core orders, and turns their results into events.
 
-If a program is killed during an action, the next program repeats the action.  So each action can be
-carried out twice, except those after which the state is written at once (supervisor.py).
+After a kill, the next program may repeat actions that were carried out already.  So each action can
+be carried out twice, except the actions of _WRITTEN_AT_ONCE (supervisor.py).
 
-Generations are in generation.py, workers in worker_pool.py, connections in delivery/, reports and
-history in reports.py.  recovery.py resumes where another program stopped.
+Its parts are generation.py, worker_pool.py, probing.py, live_settings.py, reports.py and delivery/.
 """
 
 from __future__ import annotations
@@ -78,12 +77,12 @@ from .worker_pool import WorkerPool
 
 #: Actions that the state records until they are carried out.
 RECORDED = Undone | Report | StartTimer
-#: Reports of a generation that has proved itself.
+#: Reports after which a generation's program counts as the last good program.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
 #: How soon to check again, after the time of --settle, for a good answer to --settle-check.
 _SETTLE_AGAIN_S = 0.1
-_LATE = "late"  # the timer of a stop that still accepts clients of a hold
+_LATE = "late"  # the timer of a stop that still accepts clients who waited during a hold
 
 
 class Effects(Host):
@@ -197,7 +196,7 @@ class Effects(Host):
             case Exit(status):
                 self.exit_status = status
                 self.pool.orphans.when_ended(self._stop_running)
-            case _:  # the action's generation failed to open: OpenFailed is posted
+            case _:  # the action's generation failed to open, and OpenFailed was posted
                 pass
 
     def _report(self, report: Report) -> None:
@@ -250,7 +249,7 @@ class Effects(Host):
         return {name: fd for each in owners for name, fd in each.descriptors().items()}
 
     def suspend(self) -> None:
-        """Stop all probes and reader processes; the new SocketProtector starts them again."""
+        """Stop all probes and reader processes; the next program starts them again."""
         self.live_settings.stop_reading()
         for each in (self.pool, self.probing):
             each.suspend()
@@ -269,7 +268,8 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_try()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            self.generations.forget_released(self.delivery.keeps)  # snapshot() may never do this
+            # Needed here, too, because without an fd store snapshot() is never called.
+            self.generations.forget_released(self.delivery.keeps)
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:
                 self.delivery.open(made, settings.queue, fresh=fresh)
@@ -346,7 +346,7 @@ class Effects(Host):
 
     @property
     def _late_s(self) -> float:
-        """Return how long a graceful stop still accepts clients that waited during a hold."""
+        """Return how long a graceful stop still accepts clients who waited during a hold."""
         stop_s = self.live_settings.settings.policy.stop_timeout_s
         return min(self.delivery.late_s, stop_s / 2 if stop_s else float("inf"))
 
@@ -435,7 +435,7 @@ class Effects(Host):
 
     @property
     def late_clients_s(self) -> float | None:
-        """Return how long a stop still accepts the clients of a hold; None: not at all."""
+        """Return how long a stop still accepts clients who waited during a hold; None: no stop."""
         due = self._loop.due(_LATE)
         return max(0.0, due - time.monotonic()) if due is not None else None
 

@@ -26,7 +26,7 @@ class EventQueue:
         self.drain()
 
     def add(self, events: Iterable[Event]) -> None:
-        """Add events without draining the queue: the next post() handles them."""
+        """Add events without draining the queue; the next drain() handles them."""
         self._events.extend(events)
 
     def __iter__(self) -> Iterator[Event]:

@@ -1,9 +1,9 @@
-"""Handles the reports of pools (--handoff stdio) about a generation's first programs.
+"""Handles the reports of pools about the first programs of their generation.
 
-A pool reports `failed` for each program that fails at once, until a program works
-(programs/stdio/first_programs.py).  A single failure is only shown, because a client may have
-caused it.  After NO_ACCIDENT failures a settling generation fails; any other generation keeps
-running.
+A pool is a worker of --handoff stdio: it starts a program for each connection.  Until a program has
+worked, the pool reports each program that fails at once; programs/stdio/first_programs.py defines
+"worked" and "fails at once".  A single failure is only shown, because a client may have caused it.
+After NO_ACCIDENT failures a settling generation fails; a generation in another phase keeps running.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class FirstPrograms:
         _, how = exit_text.status_of(status)
         count = generation.record.programs_failed + 1
         generation.update_record(programs_failed=count, program_ended=how)
-        self.runtime.persist()  # before the query to the relay, which may take a while
+        self.runtime.persist()  # now, because the relay may need a while for the last words
 
         def done(found: str) -> None:
             # By now other programs may have failed with the same words.
@@ -104,7 +104,7 @@ class FirstPrograms:
 
 
 def _without_repeats(last_words: str, most: int) -> str:
-    """Return last words without repetitions by several programs."""
+    """Return last words once, if up to `most` programs have repeated them."""
     lines = last_words.split("\n")
     for times in range(min(most, len(lines)), 1, -1):
         part = lines[: len(lines) // times]

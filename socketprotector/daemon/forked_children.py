@@ -29,7 +29,7 @@ class Child:
 def children_of(record: WorkerRecord, generation: OpenGeneration) -> list[Child]:
     """Return the living children of a worker."""
     if record.orphaned:
-        return []  # another worker may use the slot
+        return []  # the worker has exited, and another worker may use its slot
     return [each for each in _recorded(record, generation) if _is_in_session(each.pid, record.pid)]
 
 
@@ -56,14 +56,14 @@ def left_open(record: WorkerRecord, generation: OpenGeneration) -> int:
 def retire(child: int, leader: int) -> bool:
     """Order a child to finish its connections; return False if there is no such child.
 
-    leader: the worker, whose session the child must be in.  Raises OSError.
+    leader: the worker's pid; the child must be in the worker's session.  Raises OSError.
     """
     try:
         pidfd = os.pidfd_open(child)
     except ProcessLookupError:
         return False
     try:
-        # Check after the pidfd was opened, so that the pid cannot be reused in between.
+        # Check only now: between a check and a later pidfd_open(), the pid could be reused.
         if child == leader or not _is_in_session(child, leader):
             return False
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)

@@ -1,7 +1,7 @@
 """An open generation: its record and its scoreboard.
 
-After an upgrade or a restart of the protector, the next process gets the record from the state, and
-the scoreboard's descriptor by name (system/inherited.py).
+The next program gets the record from the state, and the scoreboard's descriptor by name
+(system/inherited.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class OpenGeneration:
     @classmethod
     def adopt(cls, record: GenerationRecord, board: int | None) -> OpenGeneration:
         """Adopt a generation that an earlier program opened; take ownership of its scoreboard."""
-        if record.knows is None:  # an older program did not record it
+        if record.knows is None:  # all listeners, or an older version did not record the field
             record = replace(record, knows=known_to(record.program))
         return cls(record, Board(board) if board is not None else None)
 
@@ -49,7 +49,7 @@ class OpenGeneration:
         return self.record.program
 
     def update_record(self, **changes: object) -> None:
-        """Change fields in a new record, because a checkpoint detects changes by identity."""
+        """Set fields in a copy of the record: a checkpoint detects changes by identity."""
         self.record = replace(self.record, **changes)  # type: ignore[arg-type]
 
     def note_draining(self) -> None:
@@ -64,7 +64,7 @@ class OpenGeneration:
 
     @property
     def ended(self) -> bool:
-        """Return whether its workers get no more clients: they read end of file, or must exit."""
+        """Return whether its workers get no more clients."""
         return self.record.ended
 
     def note_ended(self) -> None:
@@ -78,7 +78,7 @@ class OpenGeneration:
         return known is None or index in known
 
     def counts(self, slot: int) -> Counts | None:
-        """Return the counts of the worker in a slot and of its forked children.
+        """Return the sum of the counts of the worker in a slot and of its forked children.
 
         None: the worker does not count.
         """
@@ -100,10 +100,10 @@ class OpenGeneration:
         return sum(counted) if counted else None
 
     def take_counts(self, slot: int, kept: int = 0) -> int | None:
-        """Add a dead worker's counts to the sum; return how many connections were lost.
+        """Add an exited worker's counts to the record; return how many connections were lost.
 
         Returns None if the worker did not count.  Frees the slot for the next worker.
-        kept: how many connections the worker's children keep open.
+        kept: how many connections the worker's forked children keep open.
         """
         found = self.counts(slot)
         try:
@@ -119,7 +119,7 @@ class OpenGeneration:
         return lost
 
     def scoreboard_slot(self, slot: int) -> tuple[int, int] | None:
-        """Return the scoreboard's descriptor and a worker's offset in it; None: no place."""
+        """Return the scoreboard's descriptor and a slot's offset; None: no room for the slot."""
         if self.board is None or self.board.offset(slot) < 0:
             return None
         return self.board.fd, self.board.offset(slot)
@@ -139,7 +139,7 @@ class Generations(dict[int, OpenGeneration]):
         self.released: dict[int, OpenGeneration] = {}
 
     def program_of(self, number: int) -> Program | None:
-        """Return the program of an open generation; None: it could not be opened, or has gone."""
+        """Return a generation's program; None: the generation is not open."""
         return self[number].program if number in self else None
 
     def changed(self, number: int | None) -> str:

@@ -1,6 +1,6 @@
 """--health: probes the serving generation periodically, and reports the result.
 
-The result is in status, metrics and the exporter's /readyz, and an event reports each change.  No
+The result is in status, metrics and the exporter's /readyz, and the log reports each change.  No
 restart follows: if a shared dependency such as a database fails, all generations on all hosts fail
 at once.  Restarts would make that worse.
 
@@ -73,7 +73,7 @@ class Health:
             self._begin()
 
     def apply_settings(self) -> None:
-        """Restart the check if a reload has changed the options."""
+        """Restart the check if a reload has changed its options."""
         if self._applied != self._options():
             self._begin()
 

@@ -18,18 +18,18 @@ def adopt(
     """Adopt the inherited listeners, for this delivery; take ownership of their descriptors.
 
     Several sockets may be inherited for one role of a listener (first, second or reserved).  Only
-    the newest is in use: the socket with the highest number after its name.
+    the newest is in use: the socket whose name ends in the highest number.
     """
     made = []
     for index, each in enumerate(settings):
         first, first_number = _newest(unclaimed.take(inherited.LISTENER, index))
         second, second_number = _newest(unclaimed.take(inherited.SIBLING, index))
         third, third_number = _newest(unclaimed.take(inherited.RESERVED, index))
-        # A killed program may have left the same socket under an earlier name, too.
+        # A killed program may have left one socket in the fd store under two names.
         if _close_if_same(second, (first,)):
             second = -1
         if _close_if_same(third, (first, second)):
-            # Count on, because a name in the store must never get another descriptor.
+            # Advance the number, because a name in the fd store must never get another descriptor.
             third, third_number = -1, third_number + 1
         if first >= 0:  # otherwise an earlier program has closed the listener
             numbers = first_number, second_number, third_number

@@ -1,7 +1,7 @@
-"""The settings in force, the candidate settings of a reload, and the process that reads them.
+"""The settings in force, and the candidate settings of a reload.
 
-The new generation of a reload starts with the candidate settings.  They become the settings in
-force when this generation serves, and are dropped if it fails.
+A reader process reads the candidate settings.  The reload's generation starts with them.  They
+become the settings in force when this generation serves, and are dropped if it fails.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class LiveSettings:
             self.on_used()
 
     def forget(self) -> None:
-        """Drop the candidate; the listeners that it added stay as removed: no index is reused."""
+        """Drop the candidate; keep its added listeners, marked as removed: no index is reused."""
         if "reader" in self._readers:
             self._readers["reader"].call_off()
         if self.record.candidate is not None:
@@ -114,7 +114,7 @@ class LiveSettings:
                 self._put_in_force(replace(self.settings, listeners=(*kept, *removed)))
 
     def reported(self, report: Report, program: Program | None) -> tuple[Report, str]:
-        """Return a report, with what it means for `current` added, and the name of its release.
+        """Return the report, with the state of `current` added, and the name of its release.
 
         program: the program of the report's generation; None: the generation could not be opened.
         """
@@ -138,8 +138,8 @@ class LiveSettings:
     def adopt(self, snapshot: Snapshot) -> None:
         """Resume with the candidate settings, if they may still take effect.
 
-        They may while a reload tries them, and until an order UseSettings is carried out, which
-        core repeats.
+        They may if a reload is still trying them, or if UseSettings was ordered and may not have
+        been carried out.
         """
         self.record = SettingsRecord(self.settings, snapshot.settings.candidate)
         if snapshot.fleet.candidate is None and UseSettings() not in snapshot.unfinished:
@@ -240,7 +240,7 @@ class LiveSettings:
 
 
 def _with_file(settings: Settings, index: int, bound: ListenerSettings) -> Settings:
-    """Return settings in which a listener has this socket file."""
+    """Return the settings, with the socket file of `bound` for the listener at an index."""
     found = list(settings.listeners)
     if index < len(found):
         found[index] = replace(

@@ -1,9 +1,9 @@
 """Directs the output, reopens the log file, and obtains a failed worker's last words.
 
 Workers write to a terminal, to /dev/null and to the file of `-f 2>FILE` directly.  For any other
-log, and if lines get a prefix, each worker has its own pipe.  A relay process (log_relay.py) reads
-these pipes and writes the log.  So running workers need not reopen a rotated log, and the relay
-knows which worker wrote a line.
+log (without --no-log-relay), and with --log-prefix, each worker has its own pipe.  A relay process
+(log_relay.py) reads these pipes and writes the log.  So running workers need not reopen a rotated
+log, and the relay knows which worker wrote a line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _STDOUT, _STDERR = 1, 2
 LAST_LINES = 20
 _LAST_BYTES = 4096
 _WRITE = f"{inherited.RELAY}write"
-#: How an operator gets a worker's output into the log.
+#: Hints of where_to_look(): how a message can show a worker's output in future.
 _KEPT = "--log-prefix shows it here"
 _NOT_RELAYED = "without --no-log-relay it is shown here"
 #: The mode of a worker's pipe: a worker of another user must be able to open /dev/stdout again.  No
@@ -53,7 +53,8 @@ class Output:
         ours = self._to_syslog or self._log_file is not None
         #: Whether each worker has a pipe of its own.
         self._relayed = settings.log_prefix or (settings.log_relay and (ours or _is_stream()))
-        #: All output descriptors of workers that the next program needs.
+        #: The descriptors of workers that the next program needs.  The relay adds the workers'
+        #: pipes, and WorkerPool all others.
         self.named = inherited.Named()
         self._relay: relay_client.LogRelay | None = None
 
@@ -68,7 +69,7 @@ class Output:
         name, prefixed = self._settings.name, self._settings.log_prefix
         self._relay = relay_client.LogRelay(name, kind, runtime, self.named, prefixed=prefixed)
         given = unclaimed.take_one(_WRITE)
-        if given is not None:  # otherwise we have inherited stderr itself
+        if given is not None:  # otherwise our stderr is this pipe already, or is not piped yet
             self._redirect_to(given)
         relay, outputs = unclaimed.take_all(inherited.RELAY), unclaimed.take_all(inherited.OUTPUT)
         if relay or outputs:
@@ -164,7 +165,7 @@ class Output:
     def where_to_look(self) -> str:
         """Return where to find a worker's output that we do not have, and how to keep it.
 
-        The operator may be at another terminal than the terminal of SocketProtector -f.
+        The text names SocketProtector -f, because the operator may be at another terminal.
         """
         if self._log_file is not None:
             where = f"see {text.escape(self._log_file)}"

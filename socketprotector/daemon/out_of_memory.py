@@ -2,7 +2,7 @@
 
 The kernel counts such kills in our memory cgroup, but does not report which process it killed.  The
 count rises before the process dies.  So a kill explains the end of a worker only if that end
-follows soon.  Otherwise the kernel has killed another process, such as a program of a worker.
+follows soon.  Otherwise the kernel has killed another process, such as a worker's child.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class MemoryWatch:
         """workers: the running workers by number, always up to date."""
         self._loop, self._log, self._workers = runtime.loop, runtime.log, workers
         self._explained = memory_group.counts()  # the kills before our first worker
-        # Without events, each kill explains the next worker that SIGKILL ends.
+        # None: the kernel sends no events.  Then a counted kill explains the next end by SIGKILL.
         self._events = memory_group.Events.open()
         self._wait()
 
@@ -47,7 +47,7 @@ class MemoryWatch:
         self._loop.call_after(_TIMER, _LOOK_S, self._look)
 
     def _look(self) -> None:
-        """Note the kills of other processes, unless a worker is still ending."""
+        """Log the kills that no worker's end has explained, unless a worker is still ending."""
         if self._events is not None:
             self._events.take()
         now, before = memory_group.counts(), self._explained
@@ -79,7 +79,7 @@ class MemoryWatch:
         now, before = memory_group.counts(), self._explained
         if now.kills <= before.kills:
             return exit_text.KILLED
-        more = now.kills > before.kills + 1  # other kills explain workers that are handled later
+        more = now.kills > before.kills + 1  # kills of workers whose ends are handled later
         at_limit = before.at_limit if more else now.at_limit
         self._explained = OutOfMemory(before.kills + 1, at_limit)
         return f"{exit_text.KILLED}: {_cause(at_limit=now.at_limit > before.at_limit)}"

@@ -3,8 +3,8 @@
 The order is fixed:
 
 1. The last words, if the worker never served: they are the reason of a failed start, and may have
-   to come from the relay.  The worker is reaped only after that.  So if another program replaces
-   this program meanwhile, that program finds the exited worker, and requests the words again.
+   to come from the relay.  We reap the worker only once we have them.  So if the next program
+   replaces this program meanwhile, it finds the exited worker, and requests the words again.
 2. The exit status: from waitid(2), or from the guard.  If an earlier program was the worker's
    parent, waitid(2) fails here with ECHILD.
 3. Whether the kernel killed the worker because memory ran out.
@@ -123,8 +123,8 @@ class PostMortem:
             end = replace(end, how=self.why_killed())
         kept = forked_children.left_open(record, worker.generation)
         lost = worker.generation.take_counts(record.slot, kept)
-        # Keep the RETURN line open until the lifecycle orders its end: at end of file, the worker's
-        # forked children finish.
+        # Forked children finish at end of file on the RETURN line.  So keep the line open until
+        # core orders them to finish.
         line, worker.line = worker.line, None
         orphans = self.keep_group(record, worker.process, worker.generation, line)
         worker.close()
@@ -143,7 +143,7 @@ class PostMortem:
         if not record.asked_to_exit and not (end.clean and worker.generation.ended):
             crash = _crash(worker, end, lost, last_words)
             self.remember(lambda history: history.with_crash(crash))
-            if worker.has_served:  # its replacement does not wait for the last words
+            if worker.has_served:  # otherwise we have the last words already
                 self._request_words(record, partial(self._remember_words, number, pid=record.pid))
         reason, served_s = end.how, 0.0
         if record.ready_at is not None:

@@ -269,7 +269,7 @@ class Probe:
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
             # At a first reset, either a server accepted and reset the connection, or the listening
-            # socket was shut down.  We repair such a socket, so only a server resets twice.
+            # socket was shut down.  We repair such a socket, so a second reset is a server's.
             self._finish(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
             self._finish(verdicts.GOOD)

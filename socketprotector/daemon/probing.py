@@ -81,7 +81,7 @@ class Probing:
             self.settle_check.stop()
 
     def awaits(self, number: int) -> bool:
-        """Return whether a generation's --settle is over, but a good answer is missing."""
+        """Note that the time of --settle has passed; return whether a good answer is missing."""
         return self.settle_check is not None and self.settle_check.awaits(number)
 
     @property

@@ -1,10 +1,11 @@
-"""Probes a starting generation for --ready accept, `http:` and `https:`; it gets no clients yet.
+"""Probes a starting generation: for --ready accept, http: and https:, and for the default --ready.
 
-If workers accept, a mark steers the probe to that generation (system/reuseport.py).  Otherwise the
-probe connects to a loopback port, whose connections go into the generation's channel.
+The generation gets no clients yet.  In listener mode a mark on the probe's connection selects the
+generation (system/reuseport.py).  In other modes the probe connects to a loopback port, and
+connections to this port go into the generation's channel.
 
-Under the default --ready of listener mode, a refused probe does not prove that a generation is not
-ready.  So the generation then counts as ready when a timer runs out.
+Only listener mode probes by default.  There a refused probe does not prove that the generation is
+not ready, so a timer makes the generation ready.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class ReadyProbe:
         answered: Callable[[int, str], bool],
         not_probed: Callable[[int], None],
     ) -> None:
-        """answered: called with a generation's number and the kind of probe; False: probe again.
+        """answered: called with a generation's number and the kind of probe when a probe succeeds.
 
-        not_probed: called when probes fail, and a timer must make the generation ready.
+        It returns False if the generation must be probed again.
+        not_probed: called when a failed probe proves nothing, so a timer must decide.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._answered, self._not_probed = answered, not_probed

@@ -1,7 +1,7 @@
-"""Resumes where another program stopped: each owner gets its record and its descriptors back.
+"""Resumes where an earlier program stopped: each part gets its record and its descriptors back.
 
-Connections come first, so that clients wait only briefly.  Then the workers follow, one at a time,
-because there may be a thousand.
+All parts except the workers come first, so that clients wait only briefly.  Then each step adopts
+one worker, because there may be a thousand, and clients must be accepted in between.
 
 The earlier program may have been killed before it stored descriptors, or before it wrote the state.
 If a descriptor that the state mentions is missing, an event reports that.  A stored descriptor that
@@ -40,7 +40,7 @@ class Recovery:
 
     effects: Effects
     snapshot: Snapshot
-    #: The earlier program's descriptors; each owner takes its part, and the rest is closed.
+    #: The earlier program's descriptors; each part takes its own, and the others are closed.
     unclaimed: Inherited
     _workers: list[tuple[WorkerRecord, dict[str, int], OpenGeneration]] = field(
         default_factory=list
@@ -81,9 +81,9 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """Tell workers that are missing from the state to finish: a kill came before their record.
+        """Order workers that the state lacks to finish: a kill came before their record.
 
-        Workers that accept need a signal; other workers read end of file on their line.
+        Workers that accept need a signal; other workers read end of file on their RETURN line.
         """
         fleet, programs = self.snapshot.fleet, self.snapshot.generations
         # Most likely they are of the newest generation, which a reload was starting.
@@ -121,7 +121,7 @@ class Recovery:
         ended: list[WorkerExited] = []
         pool, fleet = self.effects.pool, self.snapshot.fleet
         for record, descriptors, generation in self._workers:
-            # A worker that no signal makes finish needs its line: it reads end of file there.
+            # A worker without a finish signal needs its RETURN line: there it reads end of file.
             needed = _STORED if generation.program.finish_signal else {*_STORED, "line"}
             if descriptors.keys() >= needed and not record.orphaned:
                 pool.adopt(record, descriptors, generation)
@@ -153,7 +153,7 @@ class Recovery:
         return lost
 
     def _end_unfinished(self, number: int) -> None:
-        """End a worker that the earlier program was starting when it was killed.
+        """End a worker that was starting when the earlier program was killed.
 
         Until a scan of /proc finds no process of this worker, the fleet counts an orphan.
         """

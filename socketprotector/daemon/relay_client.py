@@ -2,8 +2,8 @@
 
 The protector keeps the read end of every pipe, too.  So if the relay dies, workers can still write,
 and the next relay continues reading.  A worker's pipe is kept until its last writer has exited,
-even if the worker has exited earlier.  Only a few pipes of exited workers are kept: more pipes
-could take all our descriptors, and we could accept no client.
+even if the worker has exited earlier.  But we keep only LEFT_BEHIND pipes of exited workers: more
+pipes could take all our descriptors, and we could accept no client.
 
 If the relay is suspended (SIGSTOP), each worker blocks once its pipe is full.  The kernel does not
 report a suspended relay, and we must not poll while idle.  So the first byte that a worker writes
@@ -48,8 +48,8 @@ _READS_S = 0.5
 #: The first and the longest wait before another relay is started.
 _RESTART_S = 0.1
 _LONGEST_S = 10.0
-#: The pause before a message is repeated after the relay's line was full, and before a pipe is
-#: checked again that could not be watched, or not yet be closed.
+#: The pause before a message is sent again after the relay's line was full, and before a pipe that
+#: could not be watched or closed is checked again.
 _AGAIN_S = 0.1
 #: How soon to repeat a message after the relay lacked a free descriptor for it.
 _ROOM_S = 1.0
@@ -66,7 +66,7 @@ _CLOSED_HINT = (
 
 @frozen
 class WorkerPipe:
-    """Our copy of the read end of a worker's output."""
+    """Our copy of the read end of a worker's output pipe."""
 
     read: int
     generation: int
@@ -275,7 +275,7 @@ class LogRelay:
         self._send_unsent()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
-        if number in self._workers:  # it is started again: a killed program did not record it
+        if number in self._workers:  # of a worker that a kill left without a record
             self._close_pipe(number)
         self._workers[number] = pipe
         self._named[pipe.name(number)] = pipe.read
@@ -322,7 +322,7 @@ class LogRelay:
             return
         for number in sorted(self._workers.keys() - numbers())[:excess]:
             pipe = self._workers[number]
-            if not events_of(pipe.read, 0):  # otherwise the relay closes it at end of file
+            if not events_of(pipe.read, 0):  # otherwise the relay closes its copy at end of file
                 self._log.write(
                     "warning",
                     "output-closed",

@@ -30,7 +30,7 @@ class SavedHistory:
     """The history in memory, and the writes that bring its file up to date."""
 
     def __init__(self, current: Callable[[], str], runtime: Runtime) -> None:
-        """current: returns the path of the link."""
+        """current: returns the path of the link `current`."""
         self.value = ReleaseHistory()
         #: Why the file could not be written; "": the file is written, or will be soon.
         self.error = ""

@@ -1,7 +1,7 @@
-"""The releases of a protector: which release a reload starts, and what its verdict means.
+"""The releases of a protector: which release a reload starts, and what a verdict changes.
 
-A release is proved when its start or reload has succeeded.  Then this process moves `current` to
-that release (current_link.py), before a waiting reload reads `current`.
+A release is proved when its start or reload has succeeded.  Then `current` is moved to that release
+(current_link.py), before a waiting reload reads `current`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Releases:
 
         deployed: the release of a deploy; "": no deploy.
         """
-        # While `current` must still be moved, a reload must not start the release that it names.
+        # While a move is due, `current` names an old release: start the release of the due move.
         self.link.forget_due_if_moved()
         wanted = deployed or self.link.due
         self._tried = wanted or self.link.named
@@ -119,7 +119,7 @@ class Releases:
         return self.link.prepare(name)
 
     def move(self, name: str, replaced: str) -> None:
-        """Let `current` name a release that has been proved; try again later if that fails.
+        """Move `current` to a proved release; try again later if the move fails.
 
         replaced: the release that was serving until now.
         """
@@ -132,13 +132,13 @@ class Releases:
             self._log.write("warning", "current-moved-again", release=name, reason=self._note)
 
     def reported(self, report: Report, program: Program | None) -> Report:
-        """Note the verdict about a release; add to the report what it means for `current`.
+        """Note the verdict about a release; add the state of `current` to the report.
 
         program: the program of the report's generation; None: the generation could not be opened.
         """
         name = program.release if program is not None else self._tried
         if report.news in _VERDICTS:
-            self.link.discard()  # prepare() made a link for a failed deploy
+            self.link.discard()  # if a deploy failed, prepare() has left a link
         if report.news in _PROVED and program is not None:
             self._prove(program)
             return replace(report, reason=self._with_note(report.reason))

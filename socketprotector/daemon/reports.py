@@ -1,7 +1,7 @@
 """Carries out `Report`: informs the log, systemd and the launching process.
 
-Reports also keeps the history, which the next program continues.  It decides nothing.  After
-STOPPING=1, systemd gets no READY=1 or RELOADING=1, which would contradict STOPPING=1.
+Reports also keeps the history, which the next program continues.  After STOPPING=1 no report of a
+reload sends READY=1 or RELOADING=1, which would contradict STOPPING=1.
 """
 
 from __future__ import annotations

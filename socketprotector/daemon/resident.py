@@ -1,9 +1,10 @@
-"""The long-running process.  The launching process executes it: a fork would need more memory.
+"""The main program of the resident process.
 
-It inherits its descriptors by name (system/inherited.py).  They come from the launching process,
-from the earlier program of an upgrade, or from the guard or systemd after a crash.  If they include
-a state, the process resumes where another program stopped.  Do not import heavy modules: a test
-lists the allowed modules, and bench/ measures the memory.
+The launching process executes this program, because a mere fork would keep its larger memory.  The
+program inherits its descriptors by name (system/inherited.py).  They come from the launching
+process, from the earlier program of an upgrade, or from the guard or systemd after a crash.  If
+they include a state, the program resumes where the earlier program stopped.  Do not import heavy
+modules: a test lists the allowed modules, and bench/ measures the memory.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def _probe(descriptors: dict[str, int]) -> int:
             from ..system import whole_package
 
             whole_package.load()
-        # A start needs more memory than this probe, and after the exec there is no way back.
+        # A start needs more memory than this probe, and after the exec there is no way back.  So
+        # try whether that memory is available.
         bytearray(_SPARE_BYTES)
     except (StateError, SettingsError) as error:
         print(error, file=sys.stderr)

@@ -4,8 +4,8 @@ An HTTP probe is sent by the prober process, as in ready_probe.py.  A check comm
 of both generations, and decides by its own criteria: it can query the probe address, or the
 operator's metrics.
 
-After its time, --settle continues until a good answer comes.  So a bad answer that comes slowly
-can still cause a rollback.
+When the time of --settle has passed, the generation keeps settling until a good answer comes.  So a
+bad answer that comes slowly can still cause a rollback.
 
 These probes reach the generation during a hold, too.
 """
@@ -67,7 +67,7 @@ class SettleCheck:
         self._generation = None
 
     def suspend(self) -> None:
-        """Stop the probes before an upgrade; the new SocketProtector starts them again."""
+        """Stop the probes; resume() or the next program starts them again."""
         self._loop.cancel(_TIMER)
         self._probe.end()
         if self._generation is not None:
@@ -81,7 +81,7 @@ class SettleCheck:
             self._send_probe()
 
     def awaits(self, number: int) -> bool:
-        """Note that the --settle time has passed; return whether a good answer is missing."""
+        """Note that the time of --settle has passed; return whether a good answer is missing."""
         generation = self._generation
         if generation is None or generation.record.number != number:
             return False

@@ -1,8 +1,8 @@
 """Reports to the launching process whether the first generation started.
 
-The operator's command exits with that result, so the launching process waits for the report.  Each
-message is one line with a JSON object (launch/await_verdict.py reads it).  In the foreground no
-process waits, and the reason of a failure goes to the terminal.
+The launching process, the operator's command, waits for the report, and exits with this result.
+Each message is one line with a JSON object (launch/await_verdict.py reads it).  In the foreground
+no process waits, and the reason of a failure goes to the terminal.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class StartReport:
     def __init__(self, line: int | None, terminal: int | None, pid: int) -> None:
         """Take ownership of the descriptors.
 
-        line: to the launching process; None: no process waits.  pid: the process for whose exit the
-        launching process waits.
+        line: to the launching process; None: no process waits.
+        pid: the process whose end the launching process awaits if the start fails.
         """
         self._pid = pid
         self._socket = socket.socket(fileno=line) if line is not None else None

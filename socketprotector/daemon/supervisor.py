@@ -1,7 +1,7 @@
 """Passes each event to `decide`, and the resulting actions to the effects.
 
-Signals, pidfds, timers and notify sockets only put an event on the queue.  The only decision here
-is what a signal means.
+Signals, pidfds, timers and notify sockets only put events on the queue.  This module decides only
+what a signal means, and whether an upgrade or a change of the number of workers is possible.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ _BEHIND_S = 10.0
 _HAND_OVER = "hand-over"
 #: How long to work before we accept waiting clients; starting a worker takes 1 ms.
 _YIELD_AFTER_S = 0.005
-#: How soon to reap again while an exited child waits for its owner; doubles each time.
+#: How soon to look for orphans again if the first exited child belongs to a Process, which has not
+#: reaped it yet; doubles each time.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
 #: Actions after which the state is written at once, because the next program must not repeat them:

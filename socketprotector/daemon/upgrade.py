@@ -49,7 +49,7 @@ class Upgrade:
     keeps: bool
     _probe: HelperProcess | None = None
     _opened: ExitStack = field(default_factory=ExitStack)  # the probe's answer and output
-    _check: Answered | None = None  # the caller of a check; None: the probe is for an upgrade
+    _check: Answered | None = None  # called with a check's result; None: no check is in progress
 
     def begin(self, descriptors: Mapping[str, int], ready: Callable[[], None]) -> None:
         """Probe the new program with the settings and the state; call back if it can take over.

@@ -115,7 +115,10 @@ class Serving:
     missed: int = 0  # how many probes in a row were inconclusive
 
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
-        """Return the state after a verdict; most: how many bad or missing answers change it."""
+        """Return the state after a verdict.
+
+        most: after how many bad or inconclusive verdicts the state changes.
+        """
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason
         answered_at: float | None = at

@@ -110,7 +110,7 @@ class FileWatch:
         self._spawn_later(how)
 
     def _forget(self) -> None:
-        """Close our ends of the watcher's socket and process: then the watcher exits."""
+        """Close our end of the watcher's socket, so that the watcher exits, and its pidfd."""
         if self._line is not None:
             self._line.close()
             self._line = None

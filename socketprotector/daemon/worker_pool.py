@@ -35,7 +35,7 @@ from .runtime import Runtime
 from .worker_messages import WorkerMessages
 from .worker_spawn import Worker, WorkerSpawner, named
 
-#: Names the worker that --ready check:COMMAND must probe: old workers have the same port.
+#: The pid of the worker that --ready check:COMMAND must probe: old workers have the same port.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
 
 
@@ -52,7 +52,7 @@ class WorkerPool:
         delivery: Delivery,
         probes: CheckProbes,
     ) -> None:
-        """remember: changes the history by a function, which returns the new history."""
+        """remember: changes the history by a function from the old to the new history."""
         self._probes, self._output, self._delivery = probes, output, delivery
         self._runtime, self._remember = runtime, remember
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
@@ -113,7 +113,7 @@ class WorkerPool:
         workers = self._workers_of(generation)
         if not workers:
             return ""
-        # All workers run the same program, so the first workers' descriptors are enough.
+        # All workers run the same program, so a search of the first few workers is enough.
         pids = [each.process.pid for each in workers]
         return known_servers.advice(
             workers[0].generation.program,
@@ -179,7 +179,7 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Order a generation's workers to finish, if end of file on the channel does not do so."""
+        """Order a generation's workers to finish, unless end of file on their channel does so."""
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
@@ -371,7 +371,7 @@ class WorkerPool:
             self._probes.release(generation)
 
     def _keep_descriptors(self, worker: Worker) -> None:
-        """Store a worker's present descriptors, and no others."""
+        """Bring the stored descriptors of a worker up to date."""
         if worker.record.number not in self._workers:
             return  # it has ended, or cannot be watched
         before, worker.named = worker.named, worker.descriptors()

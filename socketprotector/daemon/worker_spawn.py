@@ -6,7 +6,7 @@ scoreboard, and a RETURN line of its own.  End of file on this line orders the w
 read nothing from the line.
 
 We and all workers share the open file descriptions of the channel's read end and of the listening
-sockets.  A file status flag affects all sharers, so we set none.
+sockets.  A file status flag affects all sharers, so a spawn changes none.
 
 We close our copies of the worker's ends right after the spawn: otherwise we would never see end of
 file.

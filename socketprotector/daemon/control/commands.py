@@ -1,7 +1,7 @@
 """Carries out the commands of the control socket.  Most commands read values, or post an event.
 
 A command that begins a long operation is answered at once; clients that follow events get the
-result as an event (docs/control.md).  But `diff` and an upgrade check are answered at their end.
+result as an event (docs/control.md).  But `diff` and an upgrade check are answered when they end.
 """
 
 from __future__ import annotations

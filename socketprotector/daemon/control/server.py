@@ -45,7 +45,7 @@ class Client:
     sock: socket.socket
     server: ControlServer
     loop: Loop
-    may: Collection[str]  # the commands that it may send
+    may: Collection[str]  # the commands that the client may send
     follows: bool = False  # the client gets events
     _awaited: int = 0  # the epoll events for which we watch the client's descriptor; 0: none
     _received: bytearray = field(default_factory=bytearray)
@@ -78,8 +78,8 @@ class Client:
     def tell(self, line: Callable[[Mapping[str, object]], bytes]) -> None:
         """Send an event, or drop it if the client has too much unread data.
 
-        line: adds fields to the event, and returns the event's line.  If events were dropped, the
-        next event that is sent has their number in the field `dropped`.
+        line: adds fields to the event, and returns the event's line.  After dropped events, the
+        next sent event has their number in the field `dropped`.
         """
         data = b""
         with self.within_memory():

@@ -136,7 +136,7 @@ class Forwarder:
 
         The channel's workers take the remaining connections.  But if a worker has shut the channel
         down, workers may never read it again.  Then the remaining connections go to the route, as
-        soon as it has room.
+        soon as the route has room.
         """
         is_shut = channel.is_shut()
         self._reclaim(channel)
@@ -147,7 +147,7 @@ class Forwarder:
             self._leftovers.setdefault(channel, False)  # adopt_drained() may have added the channel
 
     def release(self, channel: GenerationChannel) -> None:
-        """Close a channel whose workers have exited, after the route has got its connections."""
+        """Close a channel whose workers have exited, after its connections went to the route."""
         self._drains.end(channel)
         channel.end()
         self._leftovers.pop(channel, None)
@@ -350,7 +350,7 @@ class Forwarder:
                 self.outlet.send(self.outlet.route, header, fd)
 
     def _is_stuck(self, channel: GenerationChannel) -> bool:
-        """Return whether a channel has ended, and the route cannot get its oldest connection."""
+        """Return whether a channel has ended, and its oldest connection cannot go to the route."""
         try:
             header = channel.peek() if channel.write.fileno() < 0 else None
         except OSError as error:

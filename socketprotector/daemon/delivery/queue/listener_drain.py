@@ -1,8 +1,9 @@
 """Drains listeners that a reload has removed: refuses new clients, and delivers connected clients.
 
 Connected clients go to the newest generation that knows the listener, not to the serving
-generation.  A timer checks the backlog until two checks in a row find no client.  If no generation
-that knows the listener is left, the clients count as lost, and the loss is logged.
+generation.  A timer checks the backlog until two checks in a row find no client, or until LAST_S is
+over if new clients cannot be refused.  If no generation that knows the listener is left, the
+clients count as lost, and the loss is logged.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class DrainingListeners:
         """Refuse new clients, send the backlog to a channel, then close the listener.
 
         Takes ownership of the listener.  A socket from the service manager keeps its backlog,
-        because the manager accepts these clients.
+        because the manager accepts the clients in the backlog.
         """
         each = _Draining(listener, to)
         self._draining.append(each)

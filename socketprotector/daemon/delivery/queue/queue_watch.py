@@ -2,9 +2,10 @@
 
 The kernel may wake only one worker for a connection (EPOLLEXCLUSIVE).  If that worker is killed or
 suspended before it reads, the other workers stay asleep while a client waits.  So while the queue
-is not empty, a timer checks its head.  If two checks in a row find the same head, we send the whole
-queue again in the same order, which wakes another worker.  While the queue is empty, no timer runs.
-While the timer runs, a new connection costs only the test of one flag.
+is not empty, a timer checks the head of the queue.  If two checks in a row find the same head, we
+send the whole queue again in the same order, which wakes another worker.  When a check finds the
+queue empty, the timer stops.  While the timer runs, a new connection costs only the test of one
+flag.
 """
 
 from __future__ import annotations

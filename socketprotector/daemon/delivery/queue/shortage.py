@@ -50,7 +50,7 @@ class Shortage:
         now = time.monotonic()
         if now - self._failed_at > 2 * LAST_WAIT_S:
             self._back_off.reset()
-            hint = "accepting again by a timer"
+            hint = "SocketProtector tries again after a short pause"
             self.runtime.log.write(
                 "error", "resources-exhausted", call=call, error=error.strerror, hint=hint
             )

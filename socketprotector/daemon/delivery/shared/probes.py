@@ -159,7 +159,7 @@ class Probes:
         closed, serving = closing(listening), found.socket_for(self._turns.number_for(found))
 
         def holds() -> bool:
-            """Return whether the address still leads to the socket."""
+            """Return whether the address leads to the socket, which lets clients in as before."""
             with suppress(OSError):
                 is_same = found.identity(socket_number) == identity
                 return is_same and found.is_alive(socket_number) and closing(listening) == closed
@@ -218,8 +218,8 @@ class Probes:
             sources.add(_SOURCE_OF_IPV6)
         if not (abandoned or sources):
             return None
-        # Count before unaccepted(): later connections are behind these in the queue, so discard()
-        # keeps them.
+        # Count before unaccepted().  discard() removes this many connections from the head of the
+        # queue, so later connections stay.
         waiting, _ = reuseport.queue(listening)
         if listening.family == socket.AF_UNIX and place in self.probed:
             return waiting

@@ -309,7 +309,7 @@ class SharedDelivery(Delivery):
                 self._close(each)
 
     def _report_lost(self, listener: Listener, accepted: Collection[int] = ()) -> None:
-        """Report how many clients of a listener are lost when it is closed.
+        """Report how many clients are lost when a listener is closed.
 
         accepted: the numbers of the sockets from which workers still accept.
         """

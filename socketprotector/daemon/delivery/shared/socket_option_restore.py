@@ -69,7 +69,7 @@ class SocketOptionRestore:
     def end(
         self, generation: int, socket_number: int, remaining: Collection[int], *, gone: bool
     ) -> None:
-        """Undo a generation's changes if only older generations remain, that is, if it failed.
+        """Undo the changes of a failed generation, that is, if only older generations remain.
 
         remaining: the generations that still accept.  gone: all workers of this generation have
         exited, so no worker can change an option later.
@@ -102,7 +102,7 @@ class SocketOptionRestore:
     def _restore(
         self, listener: Listener, socket_number: int, before: Snapshot, *, may_log: bool = True
     ) -> None:
-        """Restore a socket's options.  If some cannot be restored, replace the socket, or log."""
+        """Restore a socket's options; if some stay changed, replace the socket, or log them."""
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         unrestored = socket_snapshot.restore(listening, before)
         # If all generations share the socket, the serving generation does not get the new socket,

@@ -182,7 +182,7 @@ class SocketSteering(Steering):
             self._post(HeldClientsWait())
 
     def expect(self, listener: Listener, *, dry_run: bool) -> None:
-        """Steer the clients of a new listener to the next generation, which will know it.
+        """Steer a new listener's clients to the next generation, which will know the listener.
 
         dry_run: steer them to the current socket, because the next generation gets no clients.
         """
@@ -201,8 +201,8 @@ class SocketSteering(Steering):
         """Steer new clients to socket 0 or 1, and a share of them to the other socket.
 
         again: the generation at that socket has served before.  knows: returns whether that
-        generation knows a listener, by index; None: no generation has that socket yet.  If it does
-        not know a listener, the listener's clients stay at their present socket until its removal.
+        generation knows a listener, by index; None: no generation has that socket yet.  Clients of
+        an unknown listener stay at their present socket until the listener is removed.
         """
         listeners, before, canary = self._listeners.all, self.turns, self._watch.canary
         if canary is not None and before.share and socket_number != before.current:
@@ -344,7 +344,7 @@ class SocketSteering(Steering):
         return any(each.settings.foreign for each in self._listeners.pairs)
 
     def give_back(self) -> None:
-        """Steer new clients to passed-in sockets, because their owner keeps listening."""
+        """Steer new clients to passed-in sockets, whose owner keeps listening."""
         self.turns.given_back = True
         if self.has_passed_in_pair:
             self.steer()

@@ -162,8 +162,8 @@ class Turns:
         """Assign new clients to socket 0 or 1, and a share of them to the other socket.
 
         indices: the indices of all listeners.  knows: returns whether the generation at that
-        socket knows a listener; None: no generation has that socket yet.  If it does not know a
-        listener, the listener's clients stay at their present socket.
+        socket knows a listener; None: no generation has that socket yet.  Clients of an unknown
+        listener stay at their present socket.
         """
         if knows is not None and number != self.current:
             unknown = {index: self.current for index in indices if not knows(index)}

@@ -43,7 +43,7 @@ class Forwarding:
 
     @property
     def address(self) -> tuple[str, int]:
-        """The address from which connections are forwarded."""
+        """The address of the loopback socket."""
         host, port = self._listening.getsockname()
         return host, port
 

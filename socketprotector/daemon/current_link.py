@@ -39,7 +39,7 @@ class CurrentLink:
         lock: int | None,
         moved_late: Callable[[], None],
     ) -> None:
-        """settings: returns the settings in force.  lock: an earlier program's lock, if it had one.
+        """settings: returns the settings in force.  lock: an earlier program's lock; None: none.
 
         moved_late: called when a move has succeeded that had failed before.
         """
@@ -64,7 +64,7 @@ class CurrentLink:
 
     @property
     def in_the_way(self) -> str:
-        """Why `current` cannot be moved: it is no symbolic link; "": it is."""
+        """Why `current` must not be replaced (it is no symbolic link); "": it may be replaced."""
         return release_store.in_the_way(self.path)
 
     @property

@@ -1,8 +1,8 @@
 """Handles the reports of pools about the first programs of their generation.
 
 A pool is a worker of --handoff stdio: it starts a program for each connection.  Until a program has
-worked, the pool reports each program that fails at once; programs/stdio/first_programs.py defines
-"worked" and "fails at once".  A single failure is only shown, because a client may have caused it.
+worked, the pool reports programs that fail at once; programs/stdio/first_programs.py defines
+"worked" and "fail at once".  A single failure is only shown, because a client may have caused it.
 After NO_ACCIDENT failures a settling generation fails; a generation in another phase keeps running.
 """
 

@@ -49,7 +49,7 @@ class OpenGeneration:
         return self.record.program
 
     def update_record(self, **changes: object) -> None:
-        """Set fields in a copy of the record: a checkpoint detects changes by identity."""
+        """Replace the record by a changed copy: a checkpoint detects changes by identity."""
         self.record = replace(self.record, **changes)  # type: ignore[arg-type]
 
     def note_draining(self) -> None:

@@ -96,7 +96,7 @@ class LiveSettings:
                 self._log.set_level(candidate.log_level)
             previous = self.settings.release
             self._put_in_force(replace(candidate, release_wanted=""))
-            # A plain reload starts the release that `current` names, so it moves nothing.
+            # A plain reload starts the release that `current` names, so there is nothing to move.
             if self.releases is not None and candidate.release_wanted:
                 self.releases.move(candidate.release, previous)
             self.on_used()

@@ -2,7 +2,7 @@
 
 The kernel counts such kills in our memory cgroup, but does not report which process it killed.  The
 count rises before the process dies.  So a kill explains the end of a worker only if that end
-follows soon.  Otherwise the kernel has killed another process, such as a worker's child.
+follows soon.  Otherwise the kernel has killed another process; a worker may have started it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class MemoryWatch:
         self._loop.call_after(_TIMER, _LOOK_S, self._look)
 
     def _look(self) -> None:
-        """Log the kills that no worker's end has explained, unless a worker is still ending."""
+        """Log the kills that explain no worker's end; wait while a worker is still ending."""
         if self._events is not None:
             self._events.take()
         now, before = memory_group.counts(), self._explained

@@ -137,7 +137,7 @@ class PostMortem:
             lost=lost or None,
         )
         last_words, was_ready = worker.last_words or "", record.ready_by or worker.has_served
-        if not was_ready:  # it failed to start, or detached itself
+        if not was_ready:  # it failed to start, or detached itself: end what it has left
             self.orphans.end(worker.notify.address)
         detached = end.clean and not was_ready
         if not record.asked_to_exit and not (end.clean and worker.generation.ended):

@@ -64,7 +64,7 @@ class Probe:
         self._sent_at = self._until = 0.0
         self._target: ProbeTarget | None = None
         #: The connection of the present probe.  A connection that no worker has accepted is reused,
-        #: so that probes do not pile up at a server that does not accept.
+        #: so that connections do not pile up at a server that does not accept.
         self._connection: socket.socket | None = None
         self._made_at = 0.0
         self._was_reset = False
@@ -214,7 +214,7 @@ class Probe:
     # -- whether a worker has accepted it ----------------------------------------------
 
     def _waits(self) -> bool:
-        """Return whether our connection waits to be accepted.  Raises OSError if it is lost."""
+        """Return whether our connection waits for a worker.  Raises OSError if it is lost."""
         target, connection = self._target, self._connection
         assert target is not None
         assert connection is not None
@@ -269,7 +269,7 @@ class Probe:
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
             # At a first reset, either a server accepted and reset the connection, or the listening
-            # socket was shut down.  We repair such a socket, so a second reset is a server's.
+            # socket was shut down.  We repair such a socket, so a second reset comes from a server.
             self._finish(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
             self._finish(verdicts.GOOD)

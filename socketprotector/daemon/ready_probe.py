@@ -5,7 +5,7 @@ generation (system/reuseport.py).  In other modes the probe connects to a loopba
 connections to this port go into the generation's channel.
 
 Only listener mode probes by default.  There a refused probe does not prove that the generation is
-not ready, so a timer makes the generation ready.
+not ready, so a timer then makes the generation ready.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class ReadyProbe:
         answered: Callable[[int, str], bool],
         not_probed: Callable[[int], None],
     ) -> None:
-        """answered: called with a generation's number and the kind of probe when a probe succeeds.
+        """answered: called with a generation's number and the kind of probe after a good answer.
 
-        It returns False if the generation must be probed again.
+        answered returns False if the generation must be probed again.
         not_probed: called when a failed probe proves nothing, so a timer must decide.
         """
         self._loop, self._log = runtime.loop, runtime.log

@@ -49,7 +49,8 @@ class Recovery:
     def adopt(self) -> list[Event]:
         """Adopt everything except the workers, so that a generation can get the route.
 
-        Returns an event for each generation whose programs fail: a kill may have lost that event.
+        Returns an event for each generation whose first programs have failed: a kill may have lost
+        that event.
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery
@@ -81,12 +82,12 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """Order workers that the state lacks to finish: a kill came before their record.
+        """Order workers to finish if the state lacks them: a kill came before their record.
 
         Workers that accept need a signal; other workers read end of file on their RETURN line.
         """
         fleet, programs = self.snapshot.fleet, self.snapshot.generations
-        # Most likely they are of the newest generation, which a reload was starting.
+        # Most likely these workers belong to the newest generation, which a reload was starting.
         newest = max(programs, key=lambda each: each.number, default=None)
         finish = (newest.program if newest else self.effects.live_settings.settings).finish_signal
         known = {each.number for each in self.snapshot.workers}

@@ -248,7 +248,7 @@ class LogRelay:
         self._loop.call_after("relay-reads", _READS_S, self._check_relay)
 
     def _check_relay(self) -> None:
-        """Send CONT to the relay if it is suspended while output is unread; if that fails, KILL."""
+        """Send CONT to a suspended relay if output is unread; send KILL if it stays suspended."""
         if not self._output_ready.poll(0, 1):
             self._was_stopped = False
             self._wait_for_output()
@@ -275,7 +275,7 @@ class LogRelay:
         self._send_unsent()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
-        if number in self._workers:  # of a worker that a kill left without a record
+        if number in self._workers:  # a killed program used this number without a record
             self._close_pipe(number)
         self._workers[number] = pipe
         self._named[pipe.name(number)] = pipe.read
@@ -345,7 +345,7 @@ class LogRelay:
             self._send_unsent()
 
     def _send_all(self) -> None:
-        """Repeat all messages: a new relay has got none, an adopted relay may lack the last."""
+        """Repeat all messages: a new relay has got none, an adopted relay may have missed some."""
         self._unsent.clear()
         self._unsent.extend((_PIPE, number) for number in self._workers)
         if self._kind != "syslog":

@@ -37,14 +37,14 @@ class SavedHistory:
         self._current, self._loop, self._log = current, runtime.loop, runtime.log
         self._on_disk: ReleaseHistory | None = self.value
         self._writing: ReleaseHistory | None = None
-        self._is_unreadable = False  # the file, which the first write keeps under another name
+        self._is_unreadable = False  # the first write keeps an unreadable file, renamed
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
 
     def read(self, *, is_owned: bool) -> None:
         """Read the file; if that fails, keep the present history, which is empty at first.
 
-        is_owned: whether we own `current`.  Then the writer of an earlier owner must not change the
-        file after this.
+        is_owned: whether we own `current`.  If so, a writer process of an earlier owner must not
+        change the file after we have read it.
         """
         current, self._is_unreadable = self._current(), False
         if is_owned:

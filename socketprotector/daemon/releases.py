@@ -33,7 +33,7 @@ class Releases:
     def __init__(
         self, settings: Callable[[], Settings], runtime: Runtime, lock: int | None
     ) -> None:
-        """settings: returns the settings in force.  lock: an earlier program's lock."""
+        """settings: returns the settings in force.  lock: an earlier program's lock; None: none."""
         self._settings, self._log = settings, runtime.log
         self.history = SavedHistory(lambda: settings().current, runtime)
         self.link = CurrentLink(settings, runtime, lock, self.history.sync)

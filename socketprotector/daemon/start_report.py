@@ -1,6 +1,6 @@
 """Reports to the launching process whether the first generation started.
 
-The launching process, the operator's command, waits for the report, and exits with this result.
+The launching process is the operator's command.  It waits for the report, and exits accordingly.
 Each message is one line with a JSON object (launch/await_verdict.py reads it).  In the foreground
 no process waits, and the reason of a failure goes to the terminal.
 """

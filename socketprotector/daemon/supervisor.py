@@ -55,7 +55,7 @@ _WRITTEN_AT_ONCE = (
     *(ReportKind.RELOADED, ReportKind.RECOVERED, ReportKind.RELOAD_FAILED),
     *(ReportKind.DRY_RUN_PASSED, ReportKind.DRY_RUN_FAILED),
 )
-_NOT_KEPT = "the state cannot be written, or the guard or systemd is behind"
+_NOT_KEPT = "the state cannot be written, or the guard or systemd lacks a descriptor"
 
 
 @mutable
@@ -210,7 +210,7 @@ class Supervisor:
         """
         store = self.checkpoint.store
         if self.fleet.dry_run and store.flushed:
-            # HandingOver ends the dry run, so post it only after the store was flushed.
+            # HandingOver ends the dry run.  So post it only now, when the upgrade need not wait.
             self.runtime.post(HandingOver())
         if not store.flushed:  # the next program relies on stored descriptors
             self._hand_over_later(give_up_at)

@@ -2,7 +2,7 @@
 
 A watcher process (programs/file_watch.py) watches the files and reports over a socket.  The watcher
 survives an upgrade and, with the guard or systemd's fd store, a kill of the protector.  It exits
-when the socket is closed.
+when our end of the socket is closed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class FileWatch:
                 self._process = HelperProcess(process, self._loop, self._ended)
                 line = socket.socket(fileno=descriptors["line"])
                 self._line = Line(self._loop, line, self._handle)
-            else:  # a descriptor of this watcher was not stored, or --watch is off now
+            else:  # a descriptor was not stored, another watcher is adopted, or --watch is off
                 for fd in descriptors.values():
                     os.close(fd)
         if self._line is None and self._settings.watch:
@@ -110,7 +110,7 @@ class FileWatch:
         self._spawn_later(how)
 
     def _forget(self) -> None:
-        """Close our end of the watcher's socket, so that the watcher exits, and its pidfd."""
+        """Close the watcher's pidfd, and our end of its socket, so that the watcher exits."""
         if self._line is not None:
             self._line.close()
             self._line = None

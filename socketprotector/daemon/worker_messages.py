@@ -98,7 +98,7 @@ class WorkerMessages:
             self.await_watchdog(number, worker)
 
     def _read_later(self, number: int, worker: Worker, error: OSError) -> None:
-        """Read again after a pause: while we are out of memory, the loop would call without end."""
+        """Read again after a pause: without it, the loop would call us again and again."""
         self._log.write("error", "cannot-read-messages", worker=number, error=error.strerror)
         self._loop.unwatch(worker.notify.fileno())
         self._loop.call_after(("hear", number), _READ_AGAIN_S, lambda: self._read_again(number))

@@ -188,7 +188,7 @@ class WorkerPool:
     def all_retire(self, generation: int) -> bool:
         """Return whether all workers of a generation exit when their RETURN lines end.
 
-        Such workers use the client library, which reads from all accepted clients before the exit.
+        The client library in such workers reads from all accepted clients before they exit.
         """
         records = [each for each in self._records.values() if each.generation == generation]
         orphans = any(each.generation == generation for each in self.groups.records())
@@ -396,7 +396,7 @@ class WorkerPool:
         return not early
 
     def not_probed(self, generation: int) -> None:
-        """Let a timer make a generation's workers ready, because it cannot be probed."""
+        """Let a timer make a generation's workers ready, because its probes prove nothing."""
         for worker in self._workers_of(generation):
             if not worker.has_served:
                 worker.readiness.wait()

@@ -8,8 +8,8 @@ read nothing from the line.
 We and all workers share the open file descriptions of the channel's read end and of the listening
 sockets.  A file status flag affects all sharers, so a spawn changes none.
 
-We close our copies of the worker's ends right after the spawn: otherwise we would never see end of
-file.
+We close our copies of the worker's ends right after the spawn.  Otherwise we would never see end of
+file on the pipes from the worker.
 """
 
 from __future__ import annotations

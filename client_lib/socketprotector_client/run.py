@@ -55,6 +55,15 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise _CannotRun(f"{message} (see {_PROGRAM} --help)")
 
+    def print_help(self, file: object = None) -> None:
+        """Print the help.  argparse's own method ignores a failed write."""
+        try:
+            print(self.format_help(), end="", flush=True)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drop the buffered help
+            if not isinstance(error, BrokenPipeError):  # it is no error if `| head` has exited
+                raise _CannotRun(f"cannot write to stdout: {error.strerror}", 111) from None
+
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command; return its exit status."""
@@ -109,14 +118,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or len(text) > 9 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return int(text)
 
 
 def _run(given: argparse.Namespace) -> int:
     if not given.bind and not current().is_served:
         raise _CannotRun(
-            "cannot tell where to listen: start it by SocketProtector, or give --bind ADDRESS"
+            "no address to listen on: start it by SocketProtector, or pass --bind ADDRESS"
         )
     load = _load if given.processes is None else _load_and_freeze
     app = load(given.app, given.factory)
@@ -175,7 +184,7 @@ def _load(text: str, factory: bool) -> Any:
     """
     module_name, colon, attributes = text.partition(":")
     if not (colon and module_name and attributes):
-        raise _CannotRun(f"cannot use {text!r}: want MODULE:APP, such as shop.web:app")
+        raise _CannotRun(f"cannot use {text!r}: pass MODULE:APP, such as shop.web:app")
     # As `python -m` does; the first entry of a console script is the script's own folder.
     sys.path.insert(0, os.getcwd())
     try:
@@ -219,8 +228,8 @@ def _kind_of(app: Any, text: str) -> str:
     wanted = [p for p in parameters if p.kind in named and p.default is p.empty]
     if len(wanted) in (2, 3) and not inspect.isclass(app):
         return _WSGI if len(wanted) == 2 else _ASGI
-    hint = "; if it returns the application, --factory" if not wanted else ""
-    raise _CannotRun(f"cannot tell whether {text} is ASGI or WSGI: say --asgi or --wsgi{hint}")
+    hint = "; if it returns the application, pass --factory" if not wanted else ""
+    raise _CannotRun(f"cannot tell whether {text} is ASGI or WSGI: pass --asgi or --wsgi{hint}")
 
 
 def _listening(make: Callable[[], _T]) -> _T:

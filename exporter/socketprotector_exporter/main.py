@@ -21,6 +21,7 @@ import click
 
 from socketprotector import __version__
 from socketprotector.ctl.api import (
+    Answering,
     Refusal,
     SystemRefused,
     UsageError,
@@ -40,7 +41,14 @@ _FROM_ELSEWHERE = ("prometheus_client", "starlette", "uvicorn")
 _M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 128 * 1024
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+class _CommandLine(Answering, click.Command):
+    """The exporter's command."""
+
+
+@click.command(
+    cls=_CommandLine,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
 @click.option(
     "--name",
     multiple=True,

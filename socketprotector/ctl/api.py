@@ -12,6 +12,7 @@ from ..model.errors import Refusal, SystemRefused, UsageError
 from ..model.text import escape, in_one_line, in_units, whole
 from ..model.waits import quantile_us
 from ..system import env_file
+from ..system.answer import Answering
 from ..system.cleanup import on_error
 from ..system.terminal import open_missing_standard_streams
 from . import discovery
@@ -41,6 +42,7 @@ from .query_all import SocketAnswer, query_all
 __all__ = [
     "LONGEST_LINE",
     "VERSION",
+    "Answering",
     "Message",
     "NoProtector",
     "Refusal",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import click
 from .. import __version__
 from ..model.errors import Refusal, UsageError, what_failed
 from ..model.text import escape
+from ..system.answer import discard_output
 from . import discovery
 from .client import ANSWER_S, Client, Message
 from .help_pages import HelpGroup, print_full_help
@@ -202,11 +202,6 @@ def say_outcome(printer: Callable[[Any], None], outcome: Any) -> None:
         discard_output()
         if not isinstance(error, BrokenPipeError):
             complain(f"cannot write the outcome to stdout: {what_failed(error)}")
-
-
-def discard_output() -> None:
-    """Send all further output, and what stdout still buffers, to /dev/null."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say_last_words(text: str) -> None:

@@ -16,6 +16,7 @@ from click.shell_completion import ShellComplete, get_completion_class
 
 from ..model.errors import Refusal, UsageError, what_failed
 from ..model.text import escape, in_one_line
+from ..system.answer import discard_output
 from ..system.terminal import open_missing_standard_streams
 from . import deploy, orders, queries, reload, top, upgrade
 from .cli import (
@@ -26,7 +27,6 @@ from .cli import (
     OutputFailed,
     command,
     complain,
-    discard_output,
     program,
     say_json,
 )

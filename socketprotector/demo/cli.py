@@ -23,6 +23,7 @@ from ..model.duration import Duration
 from ..model.errors import Refusal, SystemRefused, what_failed
 from ..model.text import escape, in_one_line, in_units
 from ..system import control_path
+from ..system.answer import Answering
 from .protected import Protected, free_name, lay_out
 from .screen import Screen
 from .story import NotAsPromised, Story
@@ -41,7 +42,12 @@ Now yours, say: SocketProtector -f --handoff listener --ready notify 8000 \\
   -- gunicorn --preload app:app"""
 
 
+class _Command(Answering, click.Command):
+    """The demo's command."""
+
+
 @click.command(
+    cls=_Command,
     context_settings={"help_option_names": ["-h", "-?", "--help"], "show_default": True},
     # No docstring: `python -OO` has none.
     help="""Show in 20 seconds what SocketProtector does.

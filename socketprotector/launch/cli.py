@@ -18,6 +18,7 @@ from ..model.errors import Mistaken, Refusal, SystemRefused, UsageError
 from ..model.settings import ListenerSettings, Settings
 from ..model.text import escape, in_one_line
 from ..system import inherited, signals
+from ..system.answer import answering
 from ..system.cleanup import on_error
 from ..system.terminal import STDERR, STDOUT, open_missing_standard_streams, tell
 from . import (
@@ -145,7 +146,8 @@ def _launch(parsed: ParsedOptions) -> int:
             valid = f"{parsed.config} is valid; " if parsed.config else ""
             texts = " ".join(listen.text for listen in listens)
             what = f"{valid}would start {' '.join(settings.command)} on {texts}"
-            print(f"SocketProtector: {escape(what)}")
+            with answering():
+                print(f"SocketProtector: {escape(what)}")
             return 0
         if any(each.port_is_chosen for each in listens):
             addresses = " ".join(each.address for each in settings.listeners)

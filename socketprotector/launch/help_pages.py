@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import click
 
 from ..model import known_servers
+from ..system.answer import Answering
 from . import options
 
 _PURPOSE = """Open the sockets of a daemon, and start it behind them. A reload starts the new
@@ -31,7 +32,7 @@ _TIME = "TIME is 500ms, 10s, 1h30m, 1d or plain seconds."
 _DEMO = "SocketProtector demo shows a reload and crashes under load, in 20 seconds."
 
 
-class HelpCommand(click.Command):
+class HelpCommand(Answering, click.Command):
     """A command with these two pages.  Their texts are no docstrings: `python -OO` drops those."""
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

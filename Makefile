@@ -1,4 +1,4 @@
-# Everything a developer or a newcomer runs.  `make help` says what there is.
+# Everything a developer or a newcomer runs.  `make help` lists the targets.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,20 +8,20 @@ INSTALLED := $(VENV)/.installed
 .DEFAULT_GOAL := help
 .PHONY: help install demo recording test test-tools test-everywhere test-all test-fast test-debian test-musl test-vm test-page test-fleet fleet-demo wheels packages lint format docs bench rivals everycall soak clean
 
-help: ## say what there is
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv with the three packages, editable, and the developers' tools
 
 $(INSTALLED): pyproject.toml client_lib/pyproject.toml exporter/pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 >= 3.11 is needed; say make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 >= 3.11 is needed; run make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	@# An older pip writes commands that import re: 0.3 MB more for a process that does not use it.
 	$(BIN)/pip install --quiet --disable-pip-version-check 'pip>=25'
 	$(BIN)/pip install --quiet --disable-pip-version-check -e client_lib -e '.[dev]' -e './exporter[web]'
 	@touch $@
 
-demo: $(INSTALLED) ## show what it does: releases and kills under load, and how many connections fail (20 s)
+demo: $(INSTALLED) ## show releases and kills under load, and count the connections that fail (20 s)
 	@$(BIN)/SocketProtector demo
 
 CHOSEN := --once
@@ -38,7 +38,7 @@ $(COLLECTED): $(INSTALLED) $(shell find tests -name '*.py')
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --collect-only -qq tests >/dev/null || true
 	@touch $@
 
-test-tools: # install what tests take beside Python; where that fails they say what they need
+test-tools: # install the other programs that tests need; if that fails, each test names what it needs
 	-tools/install-packages gcc g++ libc6-dev valgrind libc6-dbg perl ruby
 	-tools/install-packages nodejs nginx-light starlet starman strace util-linux
 	-tools/install-packages golang-go
@@ -58,20 +58,20 @@ test-all: test ## run them in every combination, with many more rounds (before a
 test-everywhere: ## run `make test` as each kind of user, Python and Debian, and under load (root; an hour) [ONLY='user trixie' TIMES=3]
 	$(PYTHON) tools/test_everywhere.py $(if $(TIMES),--times $(TIMES)) $(ONLY)
 
-test-debian: $(INSTALLED) ## run it with the Pythons of Debian's suites (root; minutes; DEBIAN_ROOTS=FOLDER keeps them)
+test-debian: $(INSTALLED) ## run the tests with the Pythons of Debian's suites (root; minutes; DEBIAN_ROOTS=FOLDER keeps them)
 	tools/install-packages debootstrap
 	$(BIN)/python -m pytest -v --shared-world tests/systems/debian.py
 
 MUSL ?= .musl
 
-test-musl: $(INSTALLED) ## build a CPython with musl in MUSL=.musl, if it is not there, and run it with that
+test-musl: $(INSTALLED) ## build a CPython with musl in MUSL=.musl, unless it exists, and run the tests with it
 	PYTHON=$(BIN)/python tools/musl-python $(MUSL)
 	MUSL_PYTHON=$(MUSL) $(BIN)/python -m pytest -v tests/systems/test_musl.py
 
 AXE := .axe/node_modules/axe-core
 LOADED_S ?= 1
 
-test-page: docs ## try the page and the site of the documents in headless Chromium, its rules by promtool, and what it costs [SHOTS=FOLDER LOADED_S=600: screenshots after that load]
+test-page: docs ## test the page and the documents' site in headless Chromium, test the rules by promtool, and measure the cost [SHOTS=FOLDER LOADED_S=600: screenshots after that load]
 	tools/install-packages chromium chromium-driver fonts-dejavu-core prometheus
 	command -v npm >/dev/null || tools/install-packages npm
 	npm install --silent --no-audit --no-fund --no-save --prefix .axe axe-core@4.14.1
@@ -101,7 +101,7 @@ $(TOOLS)/.installed: packaging/requirements.txt | $(INSTALLED)
 	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-packages: $(INSTALLED) $(TOOLS)/.installed ## build each package, look at it, install, use and remove it (minutes; DEBIAN_ROOTS=FOLDER keeps systems)
+packages: $(INSTALLED) $(TOOLS)/.installed ## build each package, inspect it, install, use and remove it (minutes; DEBIAN_ROOTS=FOLDER keeps systems)
 	-tools/install-packages $(DEB_TOOLS) debootstrap fish lintian zsh
 	-tools/install-packages buildah libarchive-tools makepkg pacman-package-manager rpm rpmlint
 	$(BIN)/python -m pytest -v --shared-world tests/packages/published.py tests/packages/deb.py \
@@ -138,7 +138,7 @@ lint: $(INSTALLED) ## ruff check and format, mypy --strict, shellcheck, tables o
 		tools/vm-image deploy/ansible/release $(wildcard init.d/socketprotector init.d/*.sh)
 	$(BIN)/python tools/reference.py --check
 
-format: $(INSTALLED) ## let ruff format and mend what it can
+format: $(INSTALLED) ## let ruff format the code and fix what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -150,7 +150,7 @@ $(DOCS)/.installed: tools/site/requirements.txt | $(INSTALLED)
 	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-docs: $(INSTALLED) $(DOCS)/.installed ## write tables and man page anew from the code, and build the documents as a site in build/site
+docs: $(INSTALLED) $(DOCS)/.installed ## rewrite tables and man page from the code, and build the documents' site in build/site
 	$(BIN)/python tools/reference.py
 	rm -rf $(SITE) build/doctrees
 	$(DOCS)/bin/python -m sphinx -n -W --keep-going -q -d build/doctrees -c tools/site . $(SITE)
@@ -162,19 +162,19 @@ bench: $(INSTALLED) ## measure and print the table of figures (some minutes; ins
 
 ROUND_S ?= 15
 
-rivals: $(INSTALLED) ## measure and try it beside other supervisors (root; two hours, goes on where it was stopped) [ONLY="nginx ours-listener" ROUND_S=15]
+rivals: $(INSTALLED) ## measure and test other supervisors beside it (root; two hours; continues where it was stopped) [ONLY="nginx ours-listener" ROUND_S=15]
 	-tools/install-packages gcc libc6-dev nginx-light
 	@$(BIN)/python -m bench.rivals $(ONLY) --round $(ROUND_S)
 
-everycall: $(INSTALLED) ## let each system call of each line fail once, or kill there, in each operation (hours, goes on where it was stopped) [ONLY="reload,stop" FOR=480]
+everycall: $(INSTALLED) ## let each system call of each line fail once, or kill there, in each operation (hours; continues where it was stopped) [ONLY="reload,stop" FOR=480]
 	-tools/install-packages gcc libc6-dev
 	$(BIN)/python -m tests.everycall $(if $(ONLY),--only $(ONLY)) $(if $(FOR),--minutes $(FOR))
 
 MINUTES ?= 3
 
-soak: $(INSTALLED) ## torment a loaded service at random for MINUTES=3 [SEED=N], then simulate as long; report
+soak: $(INSTALLED) ## disturb a loaded service at random for MINUTES=3 [SEED=N], simulate for as long, and report
 	$(BIN)/python -m bench.soak $(MINUTES) $(if $(SEED),--seed $(SEED))
 
-clean: ## remove .venv and what tools leave
+clean: ## remove .venv and the files that tools leave
 	rm -rf $(VENV) $(MUSL) .axe build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/answer bench/flips bench/load bench/stamp
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -219,20 +219,20 @@ def test_with_the_listeners_themselves_it_is_reloaded_under_load(
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["shapes"], "cannot use 'shapes': want MODULE:APP"),
-        (["shapes:"], "cannot use 'shapes:': want MODULE:APP"),
-        ([":app"], "cannot use ':app': want MODULE:APP"),
+        (["shapes"], "cannot use 'shapes': pass MODULE:APP"),
+        (["shapes:"], "cannot use 'shapes:': pass MODULE:APP"),
+        ([":app"], "cannot use ':app': pass MODULE:APP"),
         (["nowhere.web:app"], "cannot import nowhere.web: there is no module nowhere in"),
         (["shapes.more:app"], "cannot import shapes.more: there is no module shapes"),
         ([".shapes:app"], "cannot import '.shapes'"),
         (["shapes:app"], "cannot find app in shapes: it has no app"),
         (["shapes:holder.x"], "cannot find holder.x in shapes: it has no x"),
         (["shapes:number"], "cannot serve shapes:number: it is int, not an application"),
-        (["shapes:anything"], "cannot tell whether shapes:anything is ASGI or WSGI: say"),
-        (["shapes:make"], "say --asgi or --wsgi; if it returns the application, --factory"),
+        (["shapes:anything"], "cannot tell whether shapes:anything is ASGI or WSGI: pass"),
+        (["shapes:make"], "pass --asgi or --wsgi; if it returns the application, pass --factory"),
         (["--factory", "shapes:make_nothing"], "shapes:make_nothing() returned: it is NoneType"),
         (["--asgi", "--wsgi", "shapes:wsgi"], "not allowed with argument"),
-        (["--threads", "0", "shapes:wsgi"], "'0' is no number above 0"),
+        (["--threads", "0", "shapes:wsgi"], "'0' is not a number above 0"),
         ([], "MODULE:APP"),
         (["--bind", "x:y", "shapes:wsgi"], "x:y"),
     ],
@@ -253,8 +253,8 @@ def test_without_a_protector_it_must_be_told_where_to_listen(shapes: Path) -> No
 
     assert status == 2
     assert said == (
-        "socketprotector-run: cannot tell where to listen: start it by SocketProtector, "
-        "or give --bind ADDRESS"
+        "socketprotector-run: no address to listen on: start it by SocketProtector, or "
+        "pass --bind ADDRESS"
     )
 
 

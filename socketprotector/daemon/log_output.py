@@ -28,11 +28,11 @@ _STDOUT, _STDERR = 1, 2
 LAST_LINES = 20
 _LAST_BYTES = 4096
 _WRITE = f"{inherited.RELAY}write"
-#: Hints of where_to_look(): how a message can show a worker's output in future.
+#: The options by which a later message would include a worker's output, for where_to_look().
 _KEPT = "--log-prefix shows it here"
 _NOT_RELAYED = "without --no-log-relay it is shown here"
-#: The mode of a worker's pipe: a worker of another user must be able to open /dev/stdout again.  No
-#: other process can reach the pipe.
+#: The mode of a worker's pipe: a worker that runs as another user must be able to open /dev/stdout.
+#: No other process can reach the pipe.
 _REOPENED = 0o622
 
 
@@ -163,7 +163,7 @@ class Output:
             done("")
 
     def where_to_look(self) -> str:
-        """Return where to find a worker's output that we do not have, and how to keep it.
+        """Return where to find a worker's output that we do not have, and which option shows it.
 
         The text names SocketProtector -f, because the operator may be at another terminal.
         """

@@ -38,7 +38,7 @@ class Prober:
         heard: called with the reason why an answer is bad; "" for a good answer.
         late: called instead of heard if no answer came in time.
         ended: called with how the process exited, unless we ended it.
-        forwards: (target, listening socket); the prober forwards the socket's connections.
+        forwards: (target, socket); the prober forwards the socket's connections to the target.
         """
         self._heard, self._ended, self._late = heard, ended, late
         self._process: HelperProcess | None = None

@@ -32,7 +32,8 @@ def order(
 ) -> None:
     """Order the workers of a generation to end their connections evenly within some seconds.
 
-    seconds: 0: end no connection.  An earlier order with an earlier end stays in force.
+    seconds: how long the last connection may last; 0: no connection must end.  An earlier order
+    with an earlier end stays in force.
     records: the records of all workers.  only: the number of one worker; 0: all workers.
     """
     board = generation.board

@@ -1,9 +1,9 @@
 """An upgrade: replaces the protector's program in place, if the new program can take over.
 
 First a probe process runs the new program, which loads the state and answers.  Only then does this
-process execute the new program: same pid, same children, nothing closed.  If the installation is
-broken, the probe fails, and nothing changes.  A check is a probe with a copy of the state, and
-without the exec.
+process execute the new program: its pid, children and descriptors stay the same.  If the
+installation is broken, the probe fails, and nothing changes.  A check is a probe with a copy of the
+state; no exec follows it.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ REFUSED, UNREACHED = "refused", "unreached"
 #: UNMADE: not connected in time, for example because the backlog is full.  UNTAKEN: connected, but
 #: not accepted.
 UNMADE, UNTAKEN = "unmade", "untaken"
-#: We lacked a descriptor or a process.
+#: The probe could not be carried out, for example because we had no free descriptor.
 CANNOT = "cannot"
 #: No socket leads to this generation alone.
 NO_TARGET = "no-way"

@@ -1,7 +1,7 @@
 """Reads the workers' notify sockets (sd_notify(3)), and detects workers that are silent too long.
 
-Each message is handled, and the result checkpointed, before the message is removed from its socket.
-If another program replaces this program in between, that program gets the message again.
+A message is removed from its socket only after its event is handled and the state is written.  If
+the next program replaces this program before that, the next program gets the message again.
 """
 
 from __future__ import annotations

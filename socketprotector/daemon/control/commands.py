@@ -1,4 +1,4 @@
-"""Carries out the commands of the control socket.  Most commands read values, or post an event.
+"""Carries out the commands of the control socket: most read values, or post an event to the core.
 
 A command that begins a long operation is answered at once; clients that follow events get the
 result as an event (docs/control.md).  But `diff` and an upgrade check are answered when they end.

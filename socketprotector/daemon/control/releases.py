@@ -66,8 +66,8 @@ def roll_back(effects: Effects, fleet: Fleet, runtime: Runtime, expect: str) -> 
     if not name:
         raise RequestError(
             "unmet",
-            f"nothing to roll back to: no release was proved before {releases.serving}, or none is "
-            "left; see `releases`",
+            f"nothing to roll back to: no release was proved before {releases.serving}, or its "
+            "folder is gone; see `releases`",
         )
     runtime.post(ReloadRequested(release=name))
     return {"generation": fleet.next_generation, "release": name, "from": releases.serving}

@@ -1,7 +1,8 @@
 """Sends a canary its share of the new connections; the route gets the rest.
 
-To select the canary's connections, we count the connections to listeners that both generations
-know.  If sending to the canary fails, the route gets the connection at once.
+A canary is a new generation that first gets only a share of the clients.  To select the canary's
+connections, we count the connections to listeners that the canary and the route both know.  If
+sending to the canary fails, the route gets the connection at once.
 
 If only the canary knows a listener, the route cannot get the listener's connections.  If such a
 connection cannot be sent, we keep it, accept nothing from such listeners, and retry by a timer.

@@ -1,8 +1,8 @@
 """Decides when to accept connections, and recovers connections that no worker has taken.
 
 acceptor.py is the fast path; this module handles its failures.  We choose no worker: workers take
-connections from the shared queue (client_lib's intake.py).  Core sets the route and orders drains
-(decide.py), but handles no connection.  The queue delivery posts only ChannelBroken, Untaken and
+connections from the shared queue (client_lib's intake.py).  core/decide.py sets the route and
+orders drains, but handles no connection.  The queue delivery posts only ChannelBroken, Untaken and
 BacklogEmptied.
 
 We accept only connections that we can deliver.  If a send fails nevertheless, undelivered.py keeps

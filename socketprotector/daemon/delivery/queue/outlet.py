@@ -1,4 +1,4 @@
-"""Sends connections to the channel of the generation with the route, and handles obstacles.
+"""Sends connections to the route, and handles failed sends.
 
 A full queue, a broken channel or a shortage blocks sending.  If a send fails, undelivered.py keeps
 the connection, and we send it first once sending is possible again.

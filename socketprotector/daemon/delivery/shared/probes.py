@@ -130,7 +130,7 @@ class Probes:
     def reach_by_mark(
         self, generation: int, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> ProbeTarget | None:
-        """Return how to reach a generation by a mark.
+        """Return how to reach a generation by a mark, or at a UNIX path by its socket's file.
 
         None: the generation does not accept, or has no such listener.
         name: the name of the listener; "": the first listener that has two sockets.  knows: returns

@@ -19,6 +19,8 @@ from ..model.settings import Identity
 from ..system import release_store
 from . import user_access, users
 
+#: How many links Linux follows in one path.
+_MOST_LINKS = 40
 _HOW = f"use {PLACEHOLDER}, which is the release's own path"
 
 
@@ -70,16 +72,25 @@ def check_files(releases: str, current: str, files: Mapping[str, str | None]) ->
 
 
 def _goes_through(path: str, current: str) -> bool:
-    """Return True if a path leads through the link `current`."""
-    folder = os.path.dirname(os.path.normpath(path))
+    """Return True if a path leads through the link `current`, also by way of other links."""
     there = os.path.realpath(os.path.dirname(current)), os.path.basename(current)
-    while True:
-        above, name = os.path.split(folder)
-        if (os.path.realpath(above), name) == there:
+    folder, left, links = "/", path.split("/")[::-1], 0
+    while left:
+        name = left.pop()
+        step = os.path.join(folder, name)
+        if left and (folder, name) == there:
             return True
-        if above == folder:
-            return False
-        folder = above
+        if name == "..":
+            folder = os.path.dirname(folder)
+        elif not os.path.islink(step):
+            folder = step if name not in ("", ".") else folder
+        elif (links := links + 1) > _MOST_LINKS:
+            return False  # a loop, which opening the file reports
+        else:
+            target = os.readlink(step)
+            folder = "/" if target.startswith("/") else folder
+            left += target.split("/")[::-1]
+    return False
 
 
 def choose(

@@ -180,6 +180,21 @@ def test_a_configuration_file_of_a_release_is_refused(web: Web) -> None:
         assert said in web.refused(text + COMMAND)
 
 
+@pytest.mark.parametrize("target", ["live/current", "{folder}/live/../live/current", "again"])
+def test_a_file_that_other_links_lead_through_current_is_refused(web: Web, target: str) -> None:
+    (web.folder / "releases" / "1" / "vars").touch()
+    (web.folder / "again").symlink_to("live/current")
+    (web.folder / "etc").symlink_to(target.format(folder=web.folder))
+    said = "--env-file ./etc/vars leads through ./live/current; use {release}"
+    assert said in web.refused(KEYS + COMMAND + 'env-file = "etc/vars"\n')
+
+
+def test_a_loop_of_links_is_refused_as_such(web: Web) -> None:
+    (web.folder / "etc").symlink_to("etc")
+    found = web.refused(KEYS + COMMAND + 'env-file = "etc/vars"\n')
+    assert "Too many levels of symbolic links" in found
+
+
 def test_a_release_that_is_no_folder_of_ours_is_refused_alone(web: Web) -> None:
     (web.folder / "releases" / "1").chmod(0o777)
     assert web.refused() == (

@@ -217,11 +217,27 @@ def test_each_part_of_the_service_takes_its_generations_release(
 
 
 def test_checks_know_the_release(web: Web, releases: Releases, tmp_path: Path) -> None:
-    seen = tmp_path / "seen"
-    one = web("--ready", f"check:echo $SOCKETPROTECTOR_RELEASE {{release}} >> {seen}")
+    def check(name: str) -> str:
+        return f"check:echo $SOCKETPROTECTOR_RELEASE {{release}} >> {tmp_path / name}"
+
+    def last(name: str) -> str:
+        seen = tmp_path / name
+        return seen.read_text().splitlines()[-1] if seen.exists() else ""
+
+    one = web(
+        *("--ready", check("ready"), "--settle", "1s", "--settle-check", check("settle")),
+        *("--health", check("health"), "--health-every", "100ms"),
+    )
+    eventually(lambda: last("health") == f"1 {releases.folder}/1", "health of release 1")
+
     deployed(one, "2")
 
-    assert seen.read_text().splitlines()[-1] == f"2 {releases.folder}/2"
+    new = f"2 {releases.folder}/2"
+    assert (last("ready"), last("settle")) == (new, new)
+    eventually(lambda: last("health") == new, "health of release 2")
+    assert ctl(one, "deploy", "bad").status == 3
+    (tmp_path / "health").unlink()
+    eventually(lambda: last("health") == new, "health of the release that is still serving")
     one.daemon.stop()
 
 
@@ -239,6 +255,25 @@ def test_the_path_comes_to_command_folder_and_variables(web: Web, releases: Rele
     assert (found["ROOT"], found["V"], found["PWD"]) == (path, "2", path)
     assert os.readlink(f"/proc/{pid}/cwd") == path
     assert "many.py" in command_line_of(pid)
+    one.daemon.stop()
+
+
+def test_a_start_by_the_guard_takes_the_generations_release(web: Web, releases: Releases) -> None:
+    one = web("--guard")
+    deployed(one, "2")
+    releases.point_at("3")
+    at_rest(one.daemon)
+
+    [pid] = one.pids(2)
+    mark = kill_protector(one.daemon)
+    os.kill(pid, signal.SIGKILL)
+    revived(one.daemon, mark)
+
+    one.until("restarts", 1)
+    eventually(lambda: bool(one.pids(2)) and one.pids(2) != [pid], "another worker")
+    one.until("phase", "serving")
+    assert (serving(one), releases.named) == ("2", "3")
+    assert "current names 3, and 2 is serving; a restart starts 3" in one.status()["warnings"]
     one.daemon.stop()
 
 

@@ -38,6 +38,9 @@ if resident():
 FAIL = "raise fault({code!r})"
 KILL = "os.unlink({flag!r}); os.kill(os.getpid(), 9)"
 KILL_AFTER = "real(*words, **more); os.unlink({flag!r}); os.kill(os.getpid(), 9)"
+#: The guard is the parent.
+KILL_BOTH = "os.unlink({flag!r}); os.kill(os.getppid(), 9); os.kill(os.getpid(), 9)"
+KILL_BOTH_AFTER = "real(*words, **more); " + KILL_BOTH
 
 
 @pytest.fixture
@@ -374,13 +377,28 @@ def test_a_protector_killed_at_a_write_goes_on_with_the_deploy(
     one.daemon.stop()
 
 
-@pytest.mark.parametrize("then", [KILL, KILL_AFTER], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("options", "then", "after"),
+    [
+        ((), KILL, False),
+        ((), KILL_AFTER, True),
+        (("--guard",), KILL_BOTH, False),
+        (("--guard",), KILL_BOTH_AFTER, True),
+    ],
+    ids=["before", "after", "guard-before", "guard-after"],
+)
 @pytest.mark.parametrize("call", ["symlink", "rename"])
 def test_guard_and_protector_killed_at_a_write_leave_the_old_or_the_new_release(
-    faulty: Faulty, operated: Operating, releases: Releases, flag: Path, call: str, then: str
+    faulty: Faulty,
+    operated: Operating,
+    releases: Releases,
+    flag: Path,
+    call: str,
+    options: tuple[str, ...],
+    then: str,
+    after: bool,
 ) -> None:
-    # Without a guard: the protector is all there is, and its workers end with it.
-    one = faulty(call, then)
+    one = faulty(call, then, *options)
     flag.touch()
     running = Running("--control", str(one.path), "deploy", "2")
     try:
@@ -389,7 +407,7 @@ def test_guard_and_protector_killed_at_a_write_leave_the_old_or_the_new_release(
     finally:
         running.end()
 
-    moved = (call, then) == ("rename", KILL_AFTER)
+    moved = call == "rename" and after
     assert releases.named == ("2" if moved else "1")
     again = operated(*releases.options, command=COMMAND)
     assert serving(again) == releases.named

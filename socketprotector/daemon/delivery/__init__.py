@@ -26,7 +26,7 @@ UNTAKEN_S = 30.0
 #: A stop checks for new clients at this interval.  If a handshake is under way at one check, it is
 #: complete at the next check, unless the client has to repeat a packet.
 QUIET_S = 0.2
-#: We close a listener that cannot refuse new clients after this time, even if clients still come.
+#: After this time, we close a listener that cannot refuse new clients, even if clients still come.
 LAST_S = 10.0
 
 

@@ -15,8 +15,7 @@ PROBE = "SOCKETPROTECTOR_PROBE"
 #: The backlog of a socket for probes.  A small backlog suffices: probes come one after the other,
 #: and a check command makes few connections at once.
 BACKLOG = 16
-#: The reason of a probe's failure if ProbeTarget.holds() returns False: another generation may have
-#: answered.
+#: Why a probe fails if ProbeTarget.holds() returns False: another generation may have answered.
 SHUT_DOWN = "its listening socket was shut down or closed to clients during the probe"
 
 

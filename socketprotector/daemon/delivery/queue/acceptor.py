@@ -110,7 +110,7 @@ class Acceptor:
                 except OSError as error:
                     if count:
                         self._count_sent(count, at)
-                    self.accepted += 1  # this also counts it as sent; take_away() corrects that
+                    self.accepted += 1  # counts the connection as sent, which take_away() undoes
                     self.last_ns = at
                     self.queue.take_away()
                     self.send_failed(header, fd, error)

@@ -65,7 +65,7 @@ class Forwarder:
         broken: called when the route's channel was shut down.
         repair: repairs a listener that was shut down, or marks the listener lost.  Raises OSError
         if the system is short of descriptors or memory.
-        untaken: called when the route's workers take nothing, once for each channel.  Its
+        untaken: called when the route's workers take nothing, but only once for each channel.  Its
         arguments: for how many seconds, how many connections wait, and whether these workers have
         ever taken a connection.
         """

@@ -1,9 +1,9 @@
 """Drains listeners that a reload has removed: refuses new clients, and delivers connected clients.
 
 Connected clients go to the newest generation that knows the listener, not to the serving
-generation.  A timer checks the backlog until two checks in a row find no client, or until LAST_S is
-over if new clients cannot be refused.  If no generation that knows the listener is left, the
-clients count as lost, and the loss is logged.
+generation.  A timer checks the backlog until two checks in a row find no client.  If new clients
+cannot be refused, the last check is after LAST_S.  If no generation that knows the listener is
+left, the clients count as lost, and the loss is logged.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class SocketOptionRestore:
     def end(
         self, generation: int, socket_number: int, remaining: Collection[int], *, gone: bool
     ) -> None:
-        """Undo the changes of a failed generation, that is, if only older generations remain.
+        """Undo a generation's changes if it has failed: then only older generations remain.
 
         remaining: the generations that still accept.  gone: all workers of this generation have
         exited, so no worker can change an option later.

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ..model.control_requests import Request
     from .control.server import Client
 
-#: How soon to send again to the guard or service manager after its socket was full.
+#: How soon to send a message again after the socket of the guard or service manager was full.
 _AGAIN_S = 0.1
 _OWN = (inherited.SETTINGS, inherited.STATE, inherited.PID_FILE, inherited.NOTIFY)
 _STDERR = 2
@@ -182,7 +182,7 @@ class Resident:
         return self.earlier
 
     def _finish_exit(self, snapshot: Snapshot) -> int:
-        """Complete the exit of an earlier program whose fleet had ended; return its exit status."""
+        """Complete the exit that an earlier program began; return the exit status."""
         ours = [each for each in self.listeners if not each.settings.foreign]
         if self.parents.stays(name for each in ours for name in each.descriptors()):
             self.surviving = self.delivery.leave(ours, snapshot.delivery)

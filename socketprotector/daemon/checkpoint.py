@@ -29,7 +29,7 @@ _FULL = (
 
 @mutable
 class Checkpoint:
-    """Writes the state, and stores the descriptors that it mentions, after each decision."""
+    """Stores the descriptors and writes the state, after each decision."""
 
     file: StateFile
     store: Store

@@ -1,7 +1,7 @@
 """Moves the symbolic link `current`, which names the release to start, and keeps the link's lock.
 
-Only the protector that has the lock moves the link: the owner.  The owner keeps the lock until it
-exits, upgrades included.  Other protectors with the same link only read the link at their reloads.
+Only the protector that holds the lock, the owner, moves the link.  The owner keeps the lock until
+it exits, upgrades included.  Other protectors with the same link only read it at their reloads.
 """
 
 from __future__ import annotations

@@ -64,16 +64,16 @@ class OpenGeneration:
 
     @property
     def ended(self) -> bool:
-        """Return whether its workers get no more clients."""
+        """Return whether the generation's workers get no more clients."""
         return self.record.ended
 
     def note_ended(self) -> None:
-        """Note that its workers get no more clients."""
+        """Note that the generation's workers get no more clients."""
         if not self.record.ended:
             self.update_record(ended=True)
 
     def knows(self, index: int) -> bool:
-        """Return whether its workers were given the listener with this index."""
+        """Return whether the generation's workers got the listener with this index."""
         known = self.record.knows
         return known is None or index in known
 

@@ -42,8 +42,8 @@ class Parents:
         pid = os.getppid() if self.line is not None else os.getpid()
         self.systemd = Systemd(os.environ, pid, self._manager, self.guard)
         room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        # Pass the number on to the next program of an upgrade in place: its getrlimit() returns the
-        # limit that we have raised, not systemd's limit.
+        # Pass the number on to the next program of an upgrade in place.  There getrlimit() returns
+        # the limit that we have raised, not systemd's limit.
         os.environ["FDSTORE"] = str(room)
         self.store = (
             Store(self.guard, kept)
@@ -56,7 +56,7 @@ class Parents:
     ) -> None:
         """Read the guard's messages, and feed the watchdog.
 
-        on_exited: called with the pid of a process that the guard reaped, and how it exited.
+        on_exited: called with the pid of a process that the guard reaped, and how the process exited.
         on_gone: called when the guard exits, or at once if there is no guard.
         """
         if self.line is None:

@@ -51,7 +51,7 @@ _LONGEST_S = 10.0
 #: The pause before a message is sent again after the relay's line was full, and before a pipe that
 #: could not be watched or closed is checked again.
 _AGAIN_S = 0.1
-#: How soon to repeat a message after the relay lacked a free descriptor for it.
+#: How soon to repeat a message for which the relay had no free descriptor.
 _ROOM_S = 1.0
 #: How long our exit waits for the relay, which exits at once unless a process still writes.
 _END_S = 3.0

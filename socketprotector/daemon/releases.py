@@ -98,7 +98,7 @@ class Releases:
     # -- a reload --------------------------------------------------------------------
 
     def begin(self, deployed: str) -> str:
-        """Note the release that a reload starts; return it, or "" if `current` names it.
+        """Note and return the release that a reload starts; return "" if `current` names it.
 
         deployed: the release of a deploy; "": no deploy.
         """

@@ -116,7 +116,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until the fleet has ended.  Returns the exit status."""
-        self._reap_orphans()  # an earlier program may have been killed before it reaped them
+        self._reap_orphans()  # a killed program may have left some
         self.runtime.loop.run()
         self.upgrade.end()
         return self.effects.exit_status or 0
@@ -312,8 +312,8 @@ class Supervisor:
 def terminal_of(foreground: bool) -> int | None:
     """Return a descriptor of the terminal that we run on; None: there is none.
 
-    The controlling terminal is the first choice, because it sends HUP when it is closed.  stdin,
-    stdout and stderr may lead elsewhere (nohup).
+    The controlling terminal is the first choice, because the kernel sends HUP when it is closed.
+    stdin, stdout and stderr may lead elsewhere (nohup).
     """
     if not foreground:
         return None

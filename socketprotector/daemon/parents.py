@@ -56,7 +56,7 @@ class Parents:
     ) -> None:
         """Read the guard's messages, and feed the watchdog.
 
-        on_exited: called with the pid of a process that the guard reaped, and how the process exited.
+        on_exited: called when the guard has reaped a process, with its pid and how it exited.
         on_gone: called when the guard exits, or at once if there is no guard.
         """
         if self.line is None:

@@ -196,8 +196,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "queue", default=256),
         Option("busy-poll", TIME,
                "Poll this long for the next connection before sleeping; 0: sleep at once.\n"
-               "SocketProtector polls only with more than one processor, while connections come "
-               "faster than this. Polling lowers the latency by 30 %, and uses one processor.",
+               "SocketProtector polls only with more than one processor, while connections come at "
+               "shorter intervals. Polling lowers the latency by 30 %, and uses one processor.",
                "busy_poll_s", STAYS, default="200us"),
     ),
     "Start": (
@@ -273,15 +273,15 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "watchdog_s", default="0"),
         Option("retire-after", SHARE,
                "Replace a worker after N connections, varied by up to J; 0: never.\n"
-               "The replacement starts first, as with the next two options. Only workers on the "
-               "client library count connections.",
+               "The replacement starts first, also with --max-memory and --max-age. Only workers "
+               "on the client library count connections.",
                default="0"),
         Option("max-memory", SIZE, "Replace a worker above this memory size: 500M, 2G; 0: never.",
                "worker_limits.memory_bytes", default="0"),
         Option("max-age", TIME, "Replace a worker of this age; 0: never.",
                "worker_limits.age_s", default="0"),
         Option("chdir", TEXT, "Start workers in this directory.\n"
-               "A symbolic link in it is followed at each reload.",
+               "Each reload follows symbolic links in the path again.",
                "directory", metavar="DIR", unset="the caller's"),
         Option("umask", OCTAL, "Set the umask of the workers.", "umask", unset="the caller's"),
         Option("limit", PAIR, "Set a resource limit: nofile, core or nice. Repeatable.",
@@ -362,7 +362,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "text: key=value, in colour on a terminal unless NO_COLOR is set. json: one object "
                "a line.", "log_format", STAYS, default="text"),
         Option("log-prefix", FLAG, "Begin each line of a worker with [GENERATION PID].\n"
-               "With -f on a terminal or a file, it also saves the last words of failed workers "
+               "With -f on a terminal or a file, failed workers' last words are then saved, too "
                "(docs/log.md).",
                "log_prefix", STAYS, common=True),
         Option("no-log-relay", FLAG, "Let workers write to the log themselves.\n"

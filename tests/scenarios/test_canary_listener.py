@@ -137,5 +137,7 @@ def test_a_canary_whose_workers_stop_after_its_share_is_returned_too(operated: O
     assert "event=reload-failed" in said
     assert "no worker has accepted a connection" in said
     assert {pid_of(each.hear()) for each in clients}.isdisjoint(stopped)
+    # Their rescue has not waited until the stopped workers accept.
+    assert not web.daemon.log.count("event=not-accepted")
     for each in clients:
         each.close()

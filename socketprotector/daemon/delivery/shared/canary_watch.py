@@ -37,7 +37,7 @@ class CanaryWatch(Backlogs):
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch
         self._canary = 0  # the generation's number; 0: no canary
-        self.never_accepted = 0  # the last canary that failed before its workers accepted a client
+        self.never_accepted = 0  # the last canary whose workers were seen to accept no client
         late_s = NEVER_TAKEN_S, UNTAKEN_S
         self.accepts = AcceptWatch(runtime.loop, self, late_s=late_s, timer="canary-untaken")
 

@@ -286,8 +286,9 @@ class SocketSteering(Steering):
 
         reads_on: call back as soon as the generation has accepted its clients.
         """
-        canary = self._watch.canary
-        in_vain = canary is not None and canary.never_accepted == generation
+        canary, newest = self._watch.canary, max(self.turns.accepting, default=0)
+        # A replaced generation, which is not the newest, may have accepted clients since.
+        in_vain = canary is not None and canary.never_accepted == generation == newest
         # A canary that accepts no client leaves at once: then another generation gets its clients.
         if in_vain or generation not in self.turns.accepting or not self._listeners.pairs:
             on_quiet()

@@ -173,6 +173,8 @@ class SocketWatch(Backlogs):
 
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Report the addresses at which workers do not accept."""
+        if self.canary is not None and not ever:  # the route may be a canary that gets all clients
+            self.canary.never_accepted = max(self._turns.routed, default=0)
         addresses = [each.settings.address for each in self._listeners.living if each.index in at]
         self._listeners.host.report_untaken(seconds, waiting, ever, " ".join(addresses))
 

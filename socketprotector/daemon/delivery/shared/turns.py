@@ -55,6 +55,11 @@ class Turns:
         return 1 - self.current if self.current in self.accepting.values() else self.current
 
     @property
+    def routed(self) -> set[int]:
+        """The generations that accept from the socket that gets new clients."""
+        return {each for each, number in self.accepting.items() if number == self.current}
+
+    @property
     def starting(self) -> int | None:
         """The newest generation, if its socket does not get new clients yet."""
         newest = max(self.accepting, default=0)

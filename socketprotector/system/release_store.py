@@ -219,7 +219,7 @@ def new_history(current: str) -> tuple[int, str]:
     withdraw_writers(current)
     name = f"{os.path.basename(current)}.history.next.{os.urandom(8).hex()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    return os.open(os.path.join(os.path.dirname(current), name), flags, 0o644), name
+    return os.open(os.path.join(os.path.dirname(current), name), flags, 0o600), name
 
 
 def unreadable_name(current: str) -> str:

@@ -424,6 +424,15 @@ def test_a_writer_of_an_earlier_owner_never_replaces_a_newer_history(tmp_path: P
             assert sorted(os.listdir(place.live)) == ["current", "current.history"]
 
 
+def test_only_the_owner_can_read_the_history(place: Place) -> None:
+    before = os.umask(0)
+    try:
+        place.write()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(f"{place.current}.history").st_mode) == 0o600
+
+
 def test_a_writer_removes_no_copy_of_an_operator(tmp_path: Path) -> None:
     place = Place(tmp_path)
     copies = {"current.history.20261125", "current.history.1", "current.history.bak"}

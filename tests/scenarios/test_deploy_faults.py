@@ -6,12 +6,14 @@ import json
 import os
 import pwd
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests import needs
+from tests.procfs import state_of
 from tests.running import Protector, eventually
 from tests.scenarios.adopting import at_rest, revived
 from tests.scenarios.faults import Disk, injected
@@ -38,6 +40,19 @@ if resident():
 FAIL = "raise fault({code!r})"
 KILL = "os.unlink({flag!r}); os.kill(os.getpid(), 9)"
 KILL_AFTER = "real(*words, **more); os.unlink({flag!r}); os.kill(os.getpid(), 9)"
+#: The next writer of the history suspends itself first, and the resident process is killed.
+LATE_WRITER = """
+if resident():
+    spawn = os.posix_spawn
+    def late(path, words, *rest, **more):
+        if not any("release_writer" in each for each in words) or not os.path.exists({flag!r}):
+            return spawn(path, words, *rest, **more)
+        os.unlink({flag!r})
+        words = ("sh", "-c", 'echo $$ >"$0".pid; kill -STOP $$; exec "$@"', {flag!r}, *words)
+        spawn("/bin/sh", words, *rest, **more)
+        os.kill(os.getpid(), 9)
+    os.posix_spawn = late
+"""
 #: The guard is the parent.
 KILL_BOTH = "os.unlink({flag!r}); os.kill(os.getppid(), 9); os.kill(os.getpid(), 9)"
 KILL_BOTH_AFTER = "real(*words, **more); " + KILL_BOTH
@@ -356,6 +371,34 @@ def test_a_link_that_leads_nowhere_needs_force(
 
 
 # -- kills ----------------------------------------------------------------------------------------
+
+
+def test_the_late_writer_of_a_killed_protector_replaces_no_newer_history(
+    operated: Operating,
+    releases: Releases,
+    flag: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = LATE_WRITER.format(flag=str(flag))
+    for name, value in injected(tmp_path / "fault", text).items():
+        monkeypatch.setenv(name, value)
+    one = operated("--guard", *releases.options, command=COMMAND)
+    saved(one)
+    at_rest(one.daemon)
+    flag.touch()
+    assert ctl(one, "deploy", "2").status == 0
+    writer = int(flag.with_suffix(".pid").read_text())
+    eventually(lambda: state_of(writer) == "T", "the suspended writer")
+    deployed(one, "3")
+    saved(one)
+    assert way(releases) == ["1", "2", "3"]
+
+    os.kill(writer, signal.SIGCONT)
+
+    eventually(lambda: state_of(writer) in ("", "Z"), "the writer's end")
+    assert (way(releases), left(releases)) == (["1", "2", "3"], WHOLE)
+    one.daemon.stop()
 
 
 @pytest.mark.parametrize("then", [KILL, KILL_AFTER], ids=["before", "after"])

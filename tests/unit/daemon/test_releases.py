@@ -195,6 +195,21 @@ def test_an_unreadable_file_stays_until_it_has_another_name(
     assert world.clock.lines == ["history-unreadable", "history-not-written", "history-written"]
 
 
+def test_the_owner_withdraws_the_writers_of_earlier_owners_before_it_reads(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = world.live / "current.history.next.0123456789abcdef"
+    late.touch()
+    real = release_store.history
+
+    def read(current: str) -> bytes | None:
+        assert not late.exists()
+        return real(current)
+
+    monkeypatch.setattr(release_store, "history", read)
+    assert world.make().link.is_owned
+
+
 def test_a_protector_that_does_not_own_current_leaves_the_owners_files(world: World) -> None:
     owner = world.make()
     file, theirs = world.live / "current.history", world.live / "current.history.next.1"
@@ -285,9 +300,13 @@ def test_the_lock_has_one_owner_and_the_next_owner_reads_the_history(world: Worl
     [fd] = first.link.descriptors().values()
     fcntl.flock(fd, fcntl.LOCK_UN)
 
+    late = world.live / "current.history.next.0123456789abcdef"
+    late.touch()  # the first one's writer has not renamed it yet
+
     assert second.own()
 
     assert second.history.value == first.history.value
+    assert not late.exists()
 
 
 # -- verdicts ---------------------------------------------------------------------------

@@ -250,8 +250,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "--reload-order stop-first.",
                "policy.settle_s", default="0"),
         Option("releases", TEXT, "Start a release, a subfolder of this folder.\n"
-               "Its path replaces {release} in COMMAND, --chdir, --env, --env-file and checks. "
-               "socketprotectorctl deploy NAME starts another release. See docs/deploy.md.",
+               "The release's path replaces {release} in COMMAND, --chdir, --env, --env-file and "
+               "checks. socketprotectorctl deploy NAME starts another release. See docs/deploy.md.",
                "releases", STAYS, metavar="DIR", show=lambda path: path or "none"),
         Option("current", TEXT, "Start the release to which this symbolic link leads.\n"
                "SocketProtector moves the link only when a deployed release is proved.",
@@ -367,7 +367,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "log_prefix", STAYS, common=True),
         Option("no-log-relay", FLAG, "Let workers write to the log themselves.\n"
                "This saves 10.5 MB. But after a rotation running workers keep the old file, and a "
-               "failed worker's last words are unknown (docs/log.md).",
+               "failed worker's last words may be unknown (docs/log.md).",
                "log_relay", STAYS, show=lambda relay: "false" if relay else "true"),
     ),
     "Security": (

@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..model import text
 from ..model.errors import Refusal, SystemRefused, UsageError
 from ..model.text import escape, in_one_line, in_units, whole
-from ..model.waits import quantile_us
+from ..model.wait_quantiles import quantile_us
 from ..system import env_file
 from ..system.answer import Answering
 from ..system.cleanup import on_error

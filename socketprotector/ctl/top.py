@@ -20,7 +20,7 @@ import click
 
 from ..model.duration import Duration
 from ..model.errors import UsageError
-from ..model.waits import quantile_us
+from ..model.wait_quantiles import quantile_us
 from .children import children_of
 from .cli import Instance, command, say_json
 from .client import Client, Message

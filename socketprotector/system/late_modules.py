@@ -67,7 +67,7 @@ LATE = (
     "model.known_servers",
     "model.probe_spec",
     "model.release",
-    "model.waits",
+    "model.wait_quantiles",
     "system.accept_tags",
     "system.bpf",
     "system.check_command",

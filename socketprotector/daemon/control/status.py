@@ -19,7 +19,7 @@ from ...model.ready_kinds import ANY
 from ...model.records import Counts, GenerationRecord, WorkerRecord
 from ...model.settings import Settings
 from ...model.text import headline
-from ...model.waits import quantile_us
+from ...model.wait_quantiles import quantile_us
 from ...system.check_command import shown
 from ...system.listener import Listener
 from .. import forked_children, spread

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from socketprotector.model.waits import quantile_us
+from socketprotector.model.wait_quantiles import quantile_us
 from tests.together import together
 
 

@@ -1,7 +1,7 @@
 """Finds the child processes of an unmodified server, such as gunicorn's workers.
 
-SocketProtector knows only the processes that it starts, so socketprotectorctl reads /proc.
-It finds no children if /proc is missing, hides them, or belongs to another PID namespace.
+SocketProtector knows only the processes that it starts, so socketprotectorctl reads /proc.  No
+children are found if /proc is missing, hides them, or belongs to another PID namespace.
 
 Source: proc(5), `task/TID/children` (CONFIG_PROC_CHILDREN) and `stat`.
 """
@@ -19,8 +19,8 @@ from .fields import listed, number_in, text_in
 def children_of(status: Message) -> dict[int, list[int]]:
     """Return the pids of each worker's living children, by the worker's pid."""
     mode = MODES.get(text_in(status, "handoff"))
-    # Under stdio and legacy the worker is an adapter.  Its children are the programs or the daemon
-    # that it starts, not processes of a server.
+    # Under stdio and legacy the worker is an adapter, which starts the command as its children.
+    # So these children are not the forks of a server.
     if mode is None or mode.adapter or not procfs.is_ours():
         return {}
     parents = {number_in(status, "pid"), number_in(status, "main_pid")}
@@ -28,8 +28,8 @@ def children_of(status: Message) -> dict[int, list[int]]:
     for generation in listed(status, "generations"):
         for worker in listed(generation, "workers"):
             pid = number_in(worker, "pid")
-            # If the protector runs in another PID namespace, this pid means another process here,
-            # with another parent.
+            # If the protector runs in another PID namespace, this pid belongs to another process
+            # here, which has another parent.
             if pid > 0 and procfs.parent_of(pid) in parents:
                 found[pid] = [each for each in _children(pid) if _is_alive(each)]
     return found

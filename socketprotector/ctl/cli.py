@@ -28,7 +28,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class OutputClosed(Exception):
-    """The reader of stdout has exited (`| head`), which is no error.  click would exit with 1."""
+    """The reader of stdout (such as `head`) has exited.  Exit with 0; click would exit with 1."""
 
 
 class OutputFailed(Refusal):
@@ -43,7 +43,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """The protector that the instance options choose.  Its socket is looked up when connecting."""
+    """The instance option that was given, if any.  path() finds the socket that it chooses."""
 
     name: str | None = None
     control: str | None = None
@@ -84,7 +84,7 @@ def _store_instance(ctx: click.Context, param: click.Parameter, value: str | Non
     given = [name for name, before in asdict(ctx.obj or Instance()).items() if before is not None]
     if given:
         options = (f"--{each}".replace("_", "-") for each in (*given, param.name))
-        raise UsageError(f"{' and '.join(options)}: only one of them")
+        raise UsageError(f"{' and '.join(options)}: give only one of them")
     ctx.obj = Instance(**{str(param.name): value})
 
 
@@ -94,7 +94,7 @@ def _complete_name(_: click.Context, __: click.Parameter, typed: str) -> list[st
 
 
 def _instance_options(function: Function, *, hidden: bool = False) -> Function:
-    """Add the options that choose an instance, to the program or to one of its commands."""
+    """Add the instance options to the program, or to one of its commands."""
     for name, metavar, text in (
         ("pid-file", "FILE", "Choose the protector with this pid file."),
         ("control", "PATH", "Choose the protector with this control socket."),
@@ -103,8 +103,8 @@ def _instance_options(function: Function, *, hidden: bool = False) -> Function:
         function = click.option(
             f"--{name}",
             metavar=metavar,
-            # click.Path makes shells complete files.  readable=False: click does not check the
-            # permission; the request reports if it is missing.
+            # click.Path makes shells complete files.  With readable=False click does not check the
+            # permission, so the error comes from the command itself.
             type=None if name == "name" else click.Path(readable=False),
             shell_complete=_complete_name if name == "name" else None,
             hidden=hidden,
@@ -136,7 +136,7 @@ def _instance_options(function: Function, *, hidden: bool = False) -> Function:
 def program(ctx: click.Context) -> None:
     """Run a command for one instance."""
     if ctx.invoked_subcommand is None:
-        raise UsageError(f"no command; there are {', '.join(program.list_commands(ctx))}")
+        raise UsageError(f"no command; choose one of {', '.join(program.list_commands(ctx))}")
     ctx.ensure_object(Instance)
 
 
@@ -171,7 +171,7 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
 
 
 def say(text: str) -> None:
-    """Print a line of the answer; it is escaped, so that it cannot control the terminal."""
+    """Print a line of the answer, escaped so that the line cannot control the terminal."""
     print(escape(text), flush=True)
 
 
@@ -187,7 +187,7 @@ def plural(number: int, noun: str, plural_noun: str = "") -> str:
 
 
 def answer(as_json: bool, result: Message, words: str) -> None:
-    """Print the outcome of a command: in words, or with --json as the protector's result."""
+    """Print the outcome of a command: the words, or with --json the protector's result."""
     if as_json:
         say_outcome(say_json, result)
     else:
@@ -195,7 +195,7 @@ def answer(as_json: bool, result: Message, words: str) -> None:
 
 
 def say_outcome(printer: Callable[[Any], None], outcome: Any) -> None:
-    """Print the outcome of a command.  If stdout fails, the exit status still gives the outcome."""
+    """Print the outcome of a command.  If that fails, the exit status still tells the outcome."""
     try:
         printer(outcome)
     except OSError as error:
@@ -212,7 +212,7 @@ def say_last_words(text: str) -> None:
 
 
 def tell(text: str) -> None:
-    """Print progress, a warning or an error to stderr.  Does nothing if stderr is closed."""
+    """Print progress, a warning or an error to stderr.  If that fails, the text is lost."""
     lines = [escape(line) for line in text.split("\n")]
     try:
         print(*lines, sep="\n", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """A connection to a control socket: sends requests, and receives answers and events.
 
-An upgrade or a crash of the protector ends the connection, but the socket stays.  A waiting client
-reconnects as long as a new process may still answer at the socket.
+An upgrade, or a crash under --guard, ends the connection, but the socket stays.  So query() and
+reconnect() try for up to RETURN_S to reach the next process at the socket.
 
 This module uses only the standard library, and prints nothing.  Each call blocks for a limited
 time.  The module checks the form and length of everything that it receives.
@@ -38,7 +38,7 @@ RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
 #: A protector buffers at most 1 MiB for a client, so it never sends a longer line.
 LONGEST_LINE = 1024 * 1024
-#: The limits of the events that may arrive before the answer to a request.
+#: How many events, and how many bytes of events, answer() buffers.
 _MOST_EVENTS, _MOST_EVENT_BYTES = 10_000, 2 * 1024 * 1024
 #: The longest path of a socket: the size of sun_path without the final zero byte (unix(7)).
 _LONGEST_PATH = 107
@@ -47,7 +47,7 @@ Message = dict[str, Any]
 
 
 class Client:
-    """A connected client.  Close it, or use it in a `with`."""
+    """A connected client.  Close it, or use it in a `with` statement."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Client:
     ) -> None:
         """Connect, and follow events if `events` is true.  Raises NoProtector, RequestRefused.
 
-        until: the deadline of every wait, by time.monotonic().
+        until: the deadline, by time.monotonic(), of this call, reconnect(), request() and query().
         """
         self.path = path
         self._answer_s = answer_s
@@ -76,9 +76,9 @@ class Client:
         self._begin()
 
     def _at_most(self, within_s: float) -> float:
-        """Return a time to wait, shortened so that the wait ends by `until`.
+        """Return `within_s`, shortened so that the wait ends by the client's deadline.
 
-        It is never shortened to 0, because a timeout of 0 makes a socket non-blocking.
+        The result is 0 only if `within_s` is: a timeout of 0 makes a socket non-blocking.
         """
         left_s = self._until - time.monotonic()
         return min(within_s, max(0.001, left_s)) if within_s else within_s
@@ -91,7 +91,7 @@ class Client:
         self._late_answers = 0
 
     def reconnect(self, within_s: float = math.inf) -> Message:
-        """Connect again and return the status.  Raises NoProtector if no protector comes back.
+        """Connect again and return the status.  Raises NoProtector if no protector answers.
 
         The wait is RETURN_S at most.  The requests for events and status are sent together: a
         protector that is about to exit answers only the requests that it has already received.
@@ -123,7 +123,7 @@ class Client:
 
     @property
     def peer_pid(self) -> int:
-        """Return the pid of the process that called listen(): the protector or its ancestor."""
+        """Return the pid of the last process that called listen(): the protector or an ancestor."""
         credentials = self._socket.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
         )
@@ -137,15 +137,15 @@ class Client:
         Raises RequestRefused if the protector refuses.
         Raises ConnectionLost if the connection ends before the answer: the protector may or may not
         have read the request.
-        Raises NoProtector if no answer comes in time: the connection is then unusable.
+        Raises NoProtector if no answer comes in time; then close the client, or call reconnect().
         """
         return self._request(command, arguments, self._answer_s)
 
     def query(self, command: str, **arguments: Any) -> Message:
         """Send a request that is safe to repeat, and return its result.
 
-        If the connection ends before the answer, reconnect and repeat the request.  This may happen
-        several times (a crash after an upgrade), within RETURN_S.
+        If the connection ends before the answer, reconnect and repeat the request.  Do this for up
+        to RETURN_S, because a crash may follow an upgrade.
         """
         until = time.monotonic() + self._at_most(RETURN_S)
         while True:
@@ -186,12 +186,13 @@ class Client:
                 "silent",
             ) from None
         except OSError as error:
-            # The protector may have sent a refusal before it closed; `answer` will read it.
+            # The protector may have sent a refusal before it closed the connection.  answer() will
+            # read the refusal.
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                 raise NoProtector(f"{self.path}: {error.strerror}") from error
 
     def answer(self, until: float) -> Message | None:
-        """Return the result of the last request; None if it has not arrived by `until`.
+        """Return the result of the last request; None if no result has arrived by `until`.
 
         Raises NoProtector if the peer sends more events than a protector would, or more answers
         than there were requests.
@@ -207,7 +208,7 @@ class Client:
             elif message.get("id") in (self._last_id, None):
                 return _result(message)
             else:
-                self._late_answers += 1  # this message is the late answer to an earlier request
+                self._late_answers += 1  # this message answers an earlier request
                 if self._late_answers > self._last_id:
                     raise self.foreign_peer_error()
             if self._has_run_out(until):
@@ -228,7 +229,7 @@ class Client:
                 return found[0]
             if self._has_run_out(until):
                 return None
-        # The limit is for what one answer() buffers, and nothing else adds to the buffer.
+        # The limit is for the events that one answer() buffers, so the count starts again.
         self._events_bytes = 0
         return self._events.popleft()
 
@@ -276,7 +277,7 @@ class Client:
 
     @property
     def unread_bytes(self) -> int:
-        """Return how many bytes were received but not yet returned to the caller."""
+        """Return how many bytes are buffered: an incomplete answer, and events before it."""
         return len(self._buffer) + self._events_bytes
 
     def foreign_peer_error(self) -> NoProtector:
@@ -323,7 +324,7 @@ def _connect(sock: socket.socket, path: str) -> None:
     try:
         there = f"/proc/self/fd/{folder}"
         if not os.path.exists(there):
-            why = f"longer than {_LONGEST_PATH} bytes, which needs /proc; use a shorter path"
+            why = f"a path over {_LONGEST_PATH} bytes needs /proc; mount it, or use a shorter path"
             raise OSError(errno.ENAMETOOLONG, why)
         sock.connect(f"{there}/{os.path.basename(path)}")
     finally:
@@ -340,7 +341,7 @@ def _unreachable(path: str, error: OSError) -> NoProtector | RequestRefused:
             return RequestRefused("denied", f"{escape(path)}: {why}")
         case FileNotFoundError():
             why = (
-                "no such socket; no protector is running there, or it has --no-control; "
+                "no such socket; the protector is not running, or has --no-control; "
                 "`socketprotectorctl list` shows what runs"
             )
         case ConnectionRefusedError():

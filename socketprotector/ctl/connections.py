@@ -1,8 +1,8 @@
 """Reads the connections of workers from /proc, because the protector does not know them.
 
-It takes only sockets whose local address is the address of a listener, so connections that a worker
-opens itself, such as to a database, are left out.  It also searches the worker's children, because
-a server may fork a child for each connection.
+Only connections to a listener's address count.  Connections that a worker opens itself, such as to
+a database, are left out.  The worker's children are searched, too, because a server may fork a
+child for each connection.
 
 Source: proc(5), `net/tcp`: local and remote address, state, tx_queue:rx_queue, inode.
 """
@@ -33,7 +33,10 @@ _V4_MAPPED = b"\0" * 10 + b"\xff\xff"
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One connection of a worker.  waiting_bytes is None if unknown."""
+    """One connection of a worker.
+
+    waiting_bytes: the received bytes that the worker has not read; None if unknown.
+    """
 
     generation: int
     worker: int
@@ -41,7 +44,7 @@ class Connection:
     local: str
     peer: str
     age_s: float
-    bound: str  # how age_s is meant: EXACT, AT_LEAST or AT_MOST
+    bound: str  # whether age_s is EXACT, AT_LEAST or AT_MOST
     waiting_bytes: int | None
 
 
@@ -66,14 +69,14 @@ def find_connections(
 ) -> tuple[list[Connection], list[HiddenWorker]]:
     """Return the workers' connections, and the workers whose connections cannot be read.
 
-    workers: from the request `connections` of docs/control.md.
+    workers: from the answer to the request `connections` (docs/control.md).
     listeners: the canonical addresses of the listeners.
     now: seconds since the epoch.
-    draining: generations that get no new clients.
+    draining: the numbers of the generations that get no new clients.
 
-    If the age of a connection is unknown, its bound depends on the generation.  A connection in a
-    draining generation is at least as old as the drain; otherwise it is at most as old as the
-    worker.
+    If the time of an accept is unknown, only a bound of the age is known.  In a draining generation
+    every connection is at least as old as the drain.  In any other generation, every connection is
+    at most as old as its worker.
     """
     addresses = tuple(listeners)
     found: list[Connection] = []
@@ -135,8 +138,8 @@ def _session_members(leader: int) -> list[int]:
 def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
     """Map each socket inode of these processes and their descendants to a descriptor.
 
-    pids: the worker; after its end, its session.  The value is the first process's descriptor for
-    the socket; None if only another process has the socket.
+    pids: the worker, or if it has ended the processes of its session.  The descriptors are those of
+    the first process; None if only other processes have the socket.
     """
     found: dict[int, int | None] = {}
     worker, todo = pids[0], list(reversed(pids))
@@ -144,7 +147,7 @@ def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
         each = todo.pop()
         try:
             for number, inode in procfs.sockets(each):
-                # Only the worker's descriptor numbers are the keys of `accepted_at_by_fd`.
+                # `accepted_at_by_fd` has only descriptors of the worker itself.
                 found.setdefault(inode, number if each == worker else None)
             with open(f"/proc/{each}/task/{each}/children", encoding="ascii") as children:
                 todo += [int(word) for word in children.read().split()]
@@ -155,7 +158,7 @@ def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
 
 
 def _sockets(pid: int, addresses: tuple[str, ...]) -> Iterator[tuple[int, _Socket]]:
-    """Yield (inode, socket) for each connection to these listeners.
+    """Yield (inode, socket) for each connection to these addresses.
 
     pid: a process in the network namespace to search.
     """

@@ -48,11 +48,11 @@ _EXPECT = click.option(
 @click.argument("release", metavar="NAME", callback=_check_name, shell_complete=_complete)
 @_EXPECT
 @click.option(
-    "--force", is_flag=True, help="Deploy even if current does not name the serving release."
+    "--force", is_flag=True, help="Deploy even if --current does not name the serving release."
 )
 @click.option("--if-changed", is_flag=True, help="Do nothing if this release is serving.")
 @click.option(
-    "--dry-run", is_flag=True, help="Start it without clients, and stop it when it is ready."
+    "--dry-run", is_flag=True, help="Start the release without clients; stop it when it is ready."
 )
 @WAIT
 @TIMEOUT
@@ -69,11 +69,11 @@ def deploy(
 ) -> None:
     """Start a release from the folder --releases. It takes over when it is ready.
 
-    Once it has proved itself, the link --current is moved to it, so that a restart starts the same
-    release. If it fails, the exit status is 3: the old release is still serving, and current is
-    unchanged.
+    Once the release is proved (ready, settled and checked), the link --current is moved to it, so
+    that a restart starts this release. If the release fails, the exit status is 3: the old release
+    is still serving, and --current is unchanged.
 
-    Exit status 2: nothing was tried. 5: the release is serving, but current could not be moved
+    Exit status 2: nothing was tried. 5: the release is serving, but --current could not be moved
     yet. 6: another deploy or reload is in progress.
     """
     arguments = _set_only(release=release, expect=expect, force=force, dry_run=dry_run)
@@ -98,10 +98,10 @@ def rollback(
 ) -> None:
     """End the reload or deploy in progress: the old generation gets all new clients.
 
-    If none is in progress, deploy the release that was serving previously. Each repeated rollback
+    Otherwise, deploy the release that was proved before the serving release. Each further rollback
     goes further back.
 
-    Exit status 2: there is nothing to roll back, or --expect names another release.
+    Exit status 2: there is nothing to roll back, or --expect does not name the serving release.
     """
     arguments = _set_only(expect=expect)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
@@ -130,7 +130,7 @@ def _of_releases(status: Message) -> Message:
 
 
 def _is_unchanged(client: Client, before: Message, name: str, expect: str | None) -> bool:
-    """Return True if the release is serving unchanged, and `current` names it."""
+    """Return True if the release is serving unchanged, and `current` and `expect` agree."""
     releases = _of_releases(before)
     if expect not in (None, name) or (releases.get("serving"), releases.get("current")) != (
         name,
@@ -144,7 +144,7 @@ def _is_unchanged(client: Client, before: Message, name: str, expect: str | None
 def _request_deploy(
     client: Client, before: Message, name: str, what: str, arguments: dict[str, Any]
 ) -> int:
-    """Request a deploy; repeat it if the connection ends early and no deploy has begun."""
+    """Request a deploy; request it again if the connection was cut and no deploy has begun."""
     if "releases" not in before:
         raise RequestRefused(
             "unmet",
@@ -173,7 +173,7 @@ def _await_deploy(
     wait: bool,
     old: object,
 ) -> None:
-    """Wait for the verdict on a release, then until `current` is on disk, and print the outcome."""
+    """Wait for the verdict on a release and for `current` to be on disk; print the outcome."""
     if not wait:
         operation.outcome["generation"] = promised
         words = f"requested: generation {promised} will run release {name}; see `releases`"
@@ -215,7 +215,7 @@ class _CurrentSaved(Awaited):
 
     def waits_for(self) -> str:
         """Return what is missing; "" if nothing is, or if `current` cannot be written."""
-        return "" if self._done or self.error else "current to be on disk"
+        return "" if self._done or self.error else "the link --current to be on disk"
 
 
 @command(short_help="List the releases that were tried.")
@@ -223,7 +223,7 @@ def releases(instance: Instance, as_json: bool) -> None:
     """List the releases that were tried, the latest last, with times and reasons of failures.
 
     A "failed" release was started, and a "refused" one was not. "changed" means that the release's
-    folder or program was replaced after it had proved itself. Changes of other files are not
+    folder or program was replaced after the release was proved. Changes of other files are not
     detected.
     """
     result = instance.request("releases")

@@ -43,8 +43,8 @@ def by_path(path: str) -> str:
 def by_name(name: str) -> str:
     """Return the socket of the protector with this name.
 
-    If several protectors share a name, NAME:LISTENER chooses one of them.  The port of a listener
-    is also accepted as a name, unless a protector has that name.
+    If several protectors share a name, NAME:LISTENER chooses one of them.  The port of a
+    protector's first listener is also accepted, unless a protector has that name.
     """
     # The key is the protector's name as it is written in the path of its socket.
     key, found = control_path.key_of(name), sockets()
@@ -72,9 +72,10 @@ def by_name(name: str) -> str:
 
 
 def running(prefix: str) -> list[str]:
-    """Return the names of protectors that begin with a prefix, for completion in a shell.
+    """Return the protectors' names that begin with a prefix, for completion in a shell.
 
-    Names with characters that are special to a shell are left out: any process can choose any name.
+    Any process can choose any name, so names with characters that a shell treats specially are
+    left out.
     """
     found = names(everything())
     return [each for each in found if each.startswith(prefix) and not set(each) - _SHELL_SAFE]
@@ -83,8 +84,9 @@ def running(prefix: str) -> list[str]:
 def names(found: Sequence[SocketAnswer]) -> list[str]:
     """Return a name for each protector; if several share a name, add the listener to the name.
 
-    A protector that does not answer is named by its socket.  Any process can claim any name, so
-    only the protector whose socket is in the folder of a shared name keeps it unchanged.
+    A protector that does not answer gets the name in its socket's path.  Any process can claim any
+    name, so a shared name stays unchanged only for a protector whose socket is in the folder of
+    that name.
     """
     candidates = [_names_of(each) for each in found]
     chosen = [shortest for shortest, *_ in candidates]
@@ -128,8 +130,8 @@ def by_pid_file(file: str) -> str:
         if each.alive and pid in (each.pid, status.get("pid"), status.get("main_pid")):
             matching.append(each)
     if matching:
-        # A process can claim any pid in its status.  So prefer a socket beside the pid file, then
-        # a socket whose pid the kernel confirms (SO_PEERCRED).
+        # A process can claim any pid in its status.  So prefer a socket in the pid file's folder,
+        # then a socket whose pid the kernel confirms (SO_PEERCRED).
         folder = os.path.dirname(os.path.abspath(file))
         matching.sort(key=lambda each: (os.path.dirname(each.path) != folder, each.pid != pid))
         return matching[0].path
@@ -208,8 +210,8 @@ def _unset() -> str:
     if os.geteuid() == 0 or os.environ.get("XDG_RUNTIME_DIR"):
         return ""
     return (
-        "; XDG_RUNTIME_DIR is not set: set it as it was when the protector started, or pass the "
-        "protector's --control PATH"
+        "; XDG_RUNTIME_DIR is not set: set it to the protector's value, or pass the protector's "
+        "--control PATH"
     )
 
 

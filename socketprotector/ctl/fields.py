@@ -39,7 +39,7 @@ def text_in(message: Status, name: str) -> str:
 def measure(message: Status, name: str) -> float | None:
     """Return a field's number if it is finite and not negative, otherwise None.
 
-    With None a metric is absent; 0 would be a wrong value.
+    The exporter leaves out a metric that is None; 0 would be a wrong value.
     """
     value = message.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -61,7 +61,7 @@ def serves(status: Status) -> bool:
 def why_not_ready(status: Status) -> str:
     """Return why a load balancer should send no clients to a protector; "" if it should.
 
-    A hold is not a reason: its clients wait and are served later.  If it were, a hold on all hosts
+    A hold is not a reason: its clients wait and are served later.  Otherwise a hold on all hosts
     would leave the load balancer without a host.
     """
     if is_lame_duck(status):
@@ -142,11 +142,11 @@ def share_of(status: Status, generation: int) -> float | None:
 
 
 def rollout_text(status: Status) -> str:
-    """Return a text about a rollout's progress and the end of its stage; "" if none has begun."""
+    """Return a text about a rollout's progress and the end of its stage; "" before its start."""
     rollout = rollout_of(status)
     stage = text_in(rollout, "stage") if rollout is not None else "starting"
     if rollout is None or stage == "starting":
-        return ""  # `waits_for` has an entry about the start, which says more
+        return ""  # the entry in `waits_for` about the start says more
     if text_in(rollout, "kind") == "rolling":
         return _rolling_text(rollout, stage)
     share = f"{percentage_text(measure(rollout, 'share') or 0.0)} of" if stage == "share" else "all"

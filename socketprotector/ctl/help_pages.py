@@ -47,7 +47,7 @@ _STATUSES = (
         "reload, deploy, rollback, upgrade: the new version failed, and the old one is still "
         "serving; diff: a reload would be refused; ready: not ready",
     ),
-    ("4", "not done within --timeout; it may still succeed"),
+    ("4", "not done within --timeout; the operation continues, and may still succeed"),
     ("5", "deploy, rollback: the new version is serving, but current could not be moved yet"),
     ("6", "deploy, rollback: another deploy or reload is in progress"),
     ("100", "the protector refused, or this user has no permission"),
@@ -95,7 +95,7 @@ class HelpGroup(click.Group):
 
 
 def print_full_help(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    """Print the page of --help-all and exit.  This is the callback of that option."""
+    """Print the page of --help-all and exit.  This is the callback of the option --help-all."""
     if value and not ctx.resilient_parsing:
         assert isinstance(ctx.command, HelpGroup)
         click.echo(ctx.command.full_help(ctx))

@@ -44,7 +44,7 @@ PROGRAMS = ("SocketProtector", "socketprotector", NAME, "socketprotector-exporte
 def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool) -> None:
     """Print the completion script for a shell: eval "$(socketprotectorctl completion bash)".
 
-    It completes the named programs, or all of SocketProtector's programs.
+    Without PROGRAM, the script completes all of SocketProtector's programs.
     """
     _ = instance
     found = get_completion_class(shell)

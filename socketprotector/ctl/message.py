@@ -12,7 +12,7 @@ from typing import Any
 #: The limit of values in a line.  A value takes about 100 bytes of memory.  A status of 1,000
 #: workers has 20,000 values.
 _VALUES = 200_000
-#: The limit of nesting.  A status has 8 levels, down to the buckets of a generation's wait times.
+#: The limit of nesting.  An answer with a status has 8 levels, down to a worker's forked child.
 _DEPTH = 16
 _CHARACTERS = 1 << 18
 #: The limit of members in a list or object.  A generation may have thousands of workers.
@@ -43,7 +43,7 @@ def _bounded(value: Any, depth: int) -> Any:
         return {_text(name): _bounded(each, depth - 1) for name, each in members}
     if kind is list and depth:
         return [
-            # Most values are counts.  A function call for each of them would be the largest cost.
+            # Most values are counts.  A function call for each count would be the largest cost.
             each if type(each) is int and 0 <= each <= _GREATEST else _bounded(each, depth - 1)
             for each in value[:_MEMBERS]
         ]

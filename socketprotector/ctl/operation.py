@@ -79,7 +79,7 @@ class Operation:
                 status_due = event is None or event.get("event") in awaited.refresh_after
             except ConnectionLost:
                 self._reconnect(awaited)
-            except NoProtector:  # the protector lives, but does not answer
+            except NoProtector:  # not cut: no answer has come, or another program has answered
                 self.next_wait_s(waits_for)  # raises TimedOut instead if the deadline has passed
                 raise
 

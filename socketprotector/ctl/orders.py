@@ -71,14 +71,15 @@ def lame_duck(instance: Instance, state: str, as_json: bool) -> None:
 def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
     """Let new clients wait in the kernel's backlog: they are neither accepted nor refused.
 
-    Under --handoff listener, the kernels of TCP clients retry after 1, 3, 7 s and so on.
+    Under --handoff listener TCP clients wait in their own kernels, which try again after some
+    seconds.
 
-    Without --for the hold lasts while this command runs; Ctrl-C or TERM ends it. If this command is
-    killed, the hold ends within 5 s.
+    Without --for the hold lasts while this command runs; Ctrl-C or TERM ends both. If this command
+    is killed, the hold ends within 5 s.
     """
     if seconds is not None:
         result = instance.request("hold", seconds=seconds)
-        answer(as_json, result, f"on hold for {in_units(seconds)}; release ends it earlier")
+        answer(as_json, result, f"on hold for {in_units(seconds)}; `release` ends the hold earlier")
         return
     with instance.client() as client, _end_requested() as ended:
         result = client.query("hold", seconds=_HOLD_EACH_S)
@@ -101,9 +102,9 @@ def _release(client: Client) -> None:
 
 @contextmanager
 def _end_requested() -> Iterator[Callable[[float], bool]]:
-    """Yield a function that waits some seconds; True: INT, TERM or HUP has ended the wait.
+    """Yield a function that waits some seconds, and returns True if INT, TERM or HUP came.
 
-    These signals are blocked inside the context, so that no signal is missed before the release.
+    The signals are blocked inside the context, so that they cannot interrupt the release.
     """
     numbers = {
         number
@@ -121,7 +122,7 @@ def _end_requested() -> Iterator[Callable[[float], bool]]:
 
 @command(short_help="End a hold.")
 def release(instance: Instance, as_json: bool) -> None:
-    """End a hold: clients are accepted again, those that have waited longest first."""
+    """End a hold: clients are accepted again."""
     answer(as_json, instance.request("release"), "released")
 
 
@@ -131,7 +132,7 @@ def release(instance: Instance, as_json: bool) -> None:
 @command(short_help="End the current stage of a rollout early.")
 @click.option("--now", is_flag=True, help="Skip all stages: the new generation serves at once.")
 def promote(instance: Instance, now: bool, as_json: bool) -> None:
-    """End the current stage of a rollout: a share becomes all clients, or settling ends.
+    """End the current stage of a rollout: the canary gets all clients, or settling ends.
 
     With --now the new generation skips all stages and serves at once.
     """
@@ -159,7 +160,7 @@ def replace(instance: Instance, which: str, as_json: bool) -> None:
         words = f"generation {number} is being replaced by a new one with the same program"
         words += ", then drains"
     else:
-        words = f"worker {number_in(result, 'worker')} is being replaced, then asked to leave"
+        words = f"worker {number_in(result, 'worker')} leaves when its replacement is ready"
     answer(as_json, result, words)
 
 

@@ -39,9 +39,10 @@ from .query_all import SocketAnswer
 from .reload_progress import LEAVING
 
 _AGAIN_EVERY_S = 1.0
-#: How long `diff` may take: a new process reads the configuration and resolves the host names.
+#: How long an answer to `diff` may take: a new process reads the configuration and resolves the
+#: host names.
 _DIFF_S = 60.0
-#: How long one wait for an event lasts.  After it `events` waits again, and prints nothing.
+#: How long one wait for an event lasts.  Then `events` waits again, and prints nothing.
 _LISTEN_S = 3600.0
 #: The limits of `list`: addresses of an instance, and characters of an address.
 _ADDRESSES, _ADDRESS_CHARACTERS = 64, 200
@@ -88,10 +89,10 @@ def status(instance: Instance, as_json: bool) -> None:
 @command(short_help="Exit with 0 if SocketProtector is ready for clients.")
 @click.option("--health", is_flag=True, help="Report an unhealthy instance as not ready.")
 def ready(instance: Instance, health: bool, as_json: bool) -> None:
-    """Print whether SocketProtector is ready for clients, like the exporter's /readyz.
+    """Print whether SocketProtector is ready for clients, as /readyz of the exporter does.
 
-    The exit status is 0 if it is ready, also during a hold. It is 3 if no generation is serving, or
-    if SocketProtector is a lame duck.
+    Exit status 0: ready, even during a hold. 3: no generation is serving, or SocketProtector is a
+    lame duck.
     """
     found = instance.request("status")
     why, answer = why_not_ready(found), unhealthy(found)
@@ -147,7 +148,9 @@ def history(instance: Instance, as_json: bool) -> None:
 @command(short_help="List connections: peer, age, worker.")
 @click.argument("generation", type=GENERATION, required=False, shell_complete=known_generations)
 def connections(instance: Instance, generation: int | None, as_json: bool) -> None:
-    """Show each connection: peer, age and worker. Connections keep a generation alive.
+    """Show each connection: peer, age and worker.
+
+    A draining generation ends after its last connection.
 
     The command reads /proc, so run it as root or as the workers' user. Some ages are known only as
     a bound: >= (at least) or <= (at most).

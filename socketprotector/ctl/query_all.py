@@ -78,7 +78,7 @@ def _answer_of(client: Client) -> SocketAnswer | None:
 
 
 def _longest_if_too_much(selector: selectors.BaseSelector) -> Client | None:
-    """Return the client with the longest incomplete answer if all of them exceed the limit."""
+    """Return the client with the longest incomplete answer, if all together exceed the limit."""
     clients: list[Client] = [key.data for key in selector.get_map().values()]
     if sum(each.unread_bytes for each in clients) <= _MOST_BYTES:
         return None

@@ -1,7 +1,7 @@
 """The commands reload and stop, and what deploy.py shares with reload.
 
 Each command waits, so that its exit status reports the outcome.  A reload has succeeded only if the
-protector reports that.
+protector reports the success.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ TIMEOUT = click.option(
 @WAIT
 @click.option("--drained", is_flag=True, help="Also wait for the end of the old generations.")
 @click.option(
-    "--dry-run", is_flag=True, help="Start it without clients, and stop it when it is ready."
+    "--dry-run", is_flag=True, help="Start the new version without clients; stop it when ready."
 )
-@click.option("--canary", type=_SHARE, help="Give it this share of the new clients first: 5%.")
+@click.option("--canary", type=_SHARE, help="First give it a share of new clients, such as 5%.")
 @click.option(
     "--for", "for_s", type=Duration(zero=False), help="How long the canary lasts.  [default: 60s]"
 )
-@click.option("--at-least", type=click.IntRange(0), help="Connections that the canary must have.")
+@click.option("--at-least", type=click.IntRange(0), help="Connections that the canary must get.")
 @TIMEOUT
 def reload(
     instance: Instance,
@@ -83,10 +83,10 @@ def reload(
     generation fails, the command prints the reason and exits with 3; the old one is still serving.
 
     With --dry-run the new generation gets no clients, and is stopped when it is ready. The exit
-    status has the same meaning.
+    status is 0 if it became ready, and 3 if it failed.
 
-    With --canary the new generation first gets a share of the new clients. promote and rollback end
-    the canary early.
+    With --canary the new generation first gets a share of the new clients. The commands promote and
+    rollback end the canary early.
     """
     if dry_run and (drained or canary):
         other = "--canary" if canary else "--drained"
@@ -115,14 +115,14 @@ def reload(
 
 @dataclass(frozen=True, slots=True)
 class Success:
-    """A reload or dry run that has succeeded.  words: the outcome, as printed."""
+    """A reload or dry run that has succeeded.  words: the outcome, to be printed."""
 
     words: str
     status: Message  # from after the reload; empty if the protector did not answer
 
 
 def read_status_before(operation: Operation) -> Message:
-    """Return the status before a request; store its name and generation in the outcome."""
+    """Return the status before a request; copy `name` and `route` of the status to the outcome."""
     before = operation.client.query("status")
     operation.losses = Losses(before)
     operation.outcome["name"] = before.get("name")
@@ -174,7 +174,7 @@ def follow(
 def _first_programs(status: Message, generation: int) -> str:
     """Return a text if a generation's first programs failed, or no program has run; otherwise "".
 
-    Returns "" also in a mode that does not start a program for each connection.
+    The text is also "" in a mode that does not start a program for each connection.
     """
     mode = MODES.get(text_in(status, "handoff"))
     if mode is None or not mode.pooled:
@@ -193,7 +193,7 @@ def _count_losses(operation: Operation) -> Message:
     try:
         after = operation.client.request("status")
         while operation.next_event(0.0) is not None:
-            pass  # next_event() counts what workers lost; `after` has only the protector's losses
+            pass  # next_event() counts what workers lost; `after` says what the protector lost
     except ControlError:
         return {}
     operation.outcome["lost"] = operation.losses.count(after)
@@ -201,7 +201,7 @@ def _count_losses(operation: Operation) -> Message:
 
 
 def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) -> int:
-    """Request a reload; repeat it if the connection ends early and no reload has begun."""
+    """Request a reload; request it again if the connection was cut and no reload has begun."""
     dry_run = "dry_run" in arguments
     if dry_run and "dry_run" not in before:
         raise RequestRefused(
@@ -221,7 +221,7 @@ def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) 
 
 
 def _canary(share: str | None, for_s: float | None, at_least: int | None) -> dict[str, Any] | None:
-    """Return the `canary` argument of a request; None if the new generation gets all clients."""
+    """Return the argument `canary` of a request; None for a reload without a canary."""
     more = {"for_s": for_s, "at_least": at_least}
     given = {name: value for name, value in more.items() if value is not None}
     if share is None and given:
@@ -230,7 +230,7 @@ def _canary(share: str | None, for_s: float | None, at_least: int | None) -> dic
 
 
 def _request_arguments(dry_run: bool, canary: dict[str, Any] | None) -> dict[str, Any]:
-    """Return a request's arguments; {} if possible: older protectors refuse any argument."""
+    """Return the arguments of `reload`; {} if possible, because older protectors refuse any."""
     if canary is not None:
         return {"canary": canary}
     return {"dry_run": True} if dry_run else {}
@@ -258,7 +258,7 @@ def _await_verdict(operation: Operation, watched: Reload) -> Verdict:
 
 @contextmanager
 def _allow_protector_to_end(allowed: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Ignore the end of the protector if `allowed()`: its generations have then ended, too."""
+    """Ignore that the protector has ended if `allowed()`: its generations have ended, too."""
     try:
         yield
     except NoProtector as error:
@@ -322,7 +322,7 @@ def _raise_failed(operation: Operation, found: Verdict, what: str) -> None:
 
 
 def _last_words(client: Client, generation: int) -> str:
-    """Return the last words from `crashes`, in case a cut connection lost the event with them."""
+    """Return the last words from `crashes`; their event may have come while disconnected."""
     try:
         crashes = listed(client.request("crashes"), "crashes")
     except ControlError:
@@ -355,7 +355,7 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
         for each in {number_in(before, "pid"), number_in(before, "main_pid")}:
             try:
                 pidfds.append(os.pidfd_open(each))
-            except (OSError, OverflowError):  # gone, or in another pid namespace
+            except (OSError, OverflowError):  # the process is gone, or in another pid namespace
                 continue
             opened.callback(os.close, pidfds[-1])
         _request_stop(operation.client, quick)
@@ -372,7 +372,7 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
 
 
 def _request_stop(client: Client, quick: bool) -> None:
-    """Request a stop only once, because a second request would make a graceful stop quick."""
+    """Request a stop once: a second stop would end a lame duck, or make a graceful stop quick."""
     try:
         client.request("stop", quick=quick)
     except ConnectionLost:
@@ -385,7 +385,7 @@ def _request_stop(client: Client, quick: bool) -> None:
 
 
 class _Stopped(Awaited):
-    """Waits until the protector no longer answers, because it has ended."""
+    """Waits until the protector has ended, and so no longer answers."""
 
     refresh_after = ("lame-duck", "drained", "exited", "stopping")
     stopping = True

@@ -1,8 +1,8 @@
-"""Derives the verdict of a reload from events and from the status, without any input or output.
+"""Derives the verdict of a reload from the events and statuses that its caller passes in.
 
-The module needs both: a cut connection may lose events, and the status reports the same facts
-later.
-The verdict is the first `reloaded` or `reload-failed` of the promised or a later generation.
+Both are needed: events can be lost when the connection is cut, and a status reports the same facts
+later.  The verdict is the first `reloaded` or `reload-failed` of the promised or a later
+generation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _COUNTING = ("canary", "rolling")
 OF_STOP = ("stop",)
 #: An unchanged reason of a wait is repeated after this time, with the time left.
 _REPEATED_S = 10.0
-#: A changed reason is shown at the earliest this long after the reason before it.
+#: A changed reason is shown when the previous reason has been shown for this long.
 _CHANGED_S = 1.0
 #: A wait is shown only if it lasts this long.
 _LASTS_S = 0.5
@@ -70,14 +70,14 @@ class ProgressThrottle:
 
 @dataclass(slots=True)
 class WaitsShown:
-    """Shows each reason of a wait once, and repeats it from time to time while the wait lasts."""
+    """Shows the reason of each wait, and repeats the reason every _REPEATED_S of a long wait."""
 
     tell: Callable[[str], None]
     current: list[Wait] = field(default_factory=list)
     _shown: dict[tuple[str, int], tuple[str, float]] = field(default_factory=dict)
 
     def on_status(self, status: Message, kinds: Collection[str], before: float = math.inf) -> None:
-        """Show the waits of these kinds.  before: show only generations below this number."""
+        """Show the waits of these kinds.  before: only waits of generations below this number."""
         at = measure(status, "now") or 0.0
         self.current = [
             each for each in waits_of(status) if each.kind in kinds and each.generation < before
@@ -115,7 +115,7 @@ class Awaited:
     refresh_after: tuple[str, ...] = ()
     #: The line to show when the connection is cut, unless a stop explains the cut.
     cut = ""
-    #: Whether the protector is being stopped, so that it will not come back.
+    #: Whether the protector is being stopped, and will not come back.
     stopping = False
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -234,7 +234,7 @@ class Reload(Awaited):
         if reloads or starting or under_way or self.stopping or status.get("reload_wanted"):
             self._forgotten = 0
             return
-        # Require several such statuses, because one of them may fall between two reloads.
+        # Fail only after three statuses without this reload: one may fall between two reloads.
         self._forgotten += 1
         if self._forgotten > 2:
             reason = "its verdict is no longer known; see `history` and the log"
@@ -261,7 +261,7 @@ class Reload(Awaited):
         return max(self._wanted - len(starting.ready), 0)
 
     def _ready_text(self, starting: _Generation) -> str:
-        """Return how many of all workers are ready, such as 1/4."""
+        """Return the number of ready workers and of all workers, such as 1/4."""
         return f"{len(starting.ready)}/{len(starting.ready) + self._not_ready(starting)}"
 
     def _switched(self, number: int) -> None:
@@ -309,7 +309,7 @@ class Losses:
             self._by_workers += number_in(event, "lost")
 
     def count(self, after: Message) -> int | None:
-        """Return how many connections were lost until the status `after`; None if unknown."""
+        """Return how many connections were lost between the two statuses; None if unknown."""
         before = self._before
         by_protector = measure(before, "lost"), measure(after, "lost")
         if None in by_protector or before.get("restarts") != after.get("restarts"):

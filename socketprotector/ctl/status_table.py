@@ -120,7 +120,7 @@ def listeners(status: Message) -> list[Text]:
     found = []
     for each in listed(status, "listeners"):
         words = f"listens on {text_in(each, 'address')}"
-        if each.get("backlog") is not None:  # None for UNIX sockets: the kernel does not report it
+        if each.get("backlog") is not None:  # otherwise the kernel does not report the backlog
             waiting, limit = render.counts(each, "backlog", "backlog_limit")
             words += f", {waiting} of {limit} waiting"
         found.append(render.line(words))

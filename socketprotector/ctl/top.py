@@ -81,9 +81,9 @@ def _waits(status: Message) -> list[int]:
     "--interval", default="1s", type=Duration(zero=False), help="Time between two queries."
 )
 def top(instance: Instance, interval: float, as_json: bool) -> None:
-    """Show rates, wait times, generations and workers every second; q or Ctrl-C quits.
+    """Show rates, wait times, generations and workers on one screen; q or Ctrl-C quits.
 
-    With --json, print a line with the status every interval.
+    With --json, print the status as a line after each interval.
     """
     if not as_json and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("top: needs a terminal; use status, or top --json")
@@ -122,7 +122,7 @@ def _screen(client: Client, interval: float) -> None:
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], bool]]:
-    """Yield a function that waits some seconds; True: q or end of file has ended the wait."""
+    """Yield a function that waits some seconds, but returns True at once on q or end of file."""
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
 

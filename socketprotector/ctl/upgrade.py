@@ -73,7 +73,7 @@ def _check_upgrade(instance: Instance, as_json: bool) -> None:
 
 
 class _Upgraded(Awaited):
-    """Waits for the status of the new program, which has one more restart than the old status."""
+    """Waits for a status with more restarts than before, which only a new program can send."""
 
     def __init__(self, before: Message, tell: Callable[[str], None]) -> None:
         super().__init__(tell)

@@ -52,7 +52,7 @@ def test_none_is_status_1_and_several_are_status_2(fakes: Fakes, ctl: Ctl) -> No
 def test_without_xdg_runtime_dir_a_user_is_told_how_to_find_the_socket(
     folder: Path, ctl: Ctl, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
-    advice = "set it as it was when the protector started, or pass the protector's --control PATH\n"
+    advice = "set it to the protector's value, or pass the protector's --control PATH\n"
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     found = ctl(*words)
@@ -238,8 +238,8 @@ def test_by_path_however_long(tmp_path: Path, folder: Path, ctl: Ctl) -> None:
     gone = level(ctl, "--control", str(tmp_path / "none"))
     assert (gone.status, gone.err) == (
         1,
-        f"socketprotectorctl: {tmp_path}/none: no such socket; no protector is running there, "
-        "or it has --no-control; `socketprotectorctl list` shows what runs\n",
+        f"socketprotectorctl: {tmp_path}/none: no such socket; the protector is not running, "
+        "or has --no-control; `socketprotectorctl list` shows what runs\n",
     )
 
 
@@ -307,7 +307,7 @@ def test_only_one_way_at_a_time(ctl: Ctl) -> None:
     said = level(ctl, "--name", "a", "--control", "b")
 
     assert said.status == 2
-    assert said.err == "socketprotectorctl: --name and --control: only one of them\n"
+    assert said.err == "socketprotectorctl: --name and --control: give only one of them\n"
 
 
 def test_the_protector_may_be_named_after_the_command(fakes: Fakes, ctl: Ctl) -> None:
@@ -317,7 +317,7 @@ def test_the_protector_may_be_named_after_the_command(fakes: Fakes, ctl: Ctl) ->
     assert (len(web.commands()), other.commands()) == (1, [])
     both = ctl("--name", "web", "status", "--pid-file", "x")
     assert both.status == 2
-    assert both.err == "socketprotectorctl: --name and --pid-file: only one of them\n"
+    assert both.err == "socketprotectorctl: --name and --pid-file: give only one of them\n"
 
 
 def test_list_shows_the_living_the_dead_the_denied_and_the_silent(

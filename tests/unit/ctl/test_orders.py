@@ -48,7 +48,7 @@ def test_scale(written: str, asked: Message, fake: Fake, ctl: Ctl) -> None:
         (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
         (["completion"], "Choose from: bash, zsh, fish; see"),
         (["status", "--jsno"], "No such option"),
-        ([], "no command; there are completion, connections"),
+        ([], "no command; choose one of completion, connections"),
         (["top"], "top: needs a terminal; use status, or top --json"),
     ],
 )
@@ -89,7 +89,7 @@ def test_hold_for_a_time_returns_at_once(fake: Fake, ctl: Ctl) -> None:
     fake.answers["hold"] = lambda *_: {"until_at": 1.0}
 
     assert ctl("hold", "--for", "2m30s") == Ended(
-        0, "on hold for 2m30s; release ends it earlier\n", ""
+        0, "on hold for 2m30s; `release` ends the hold earlier\n", ""
     )
     assert fake.asked == [{"command": "hold", "seconds": 150.0}]
 
@@ -126,7 +126,7 @@ def test_replace_finds_out_whether_it_is_a_generation_or_a_pid(fake: Fake, ctl: 
         {"generation": 8} if "generation" in asked else {"worker": 16}
     )
 
-    assert ctl("replace", "4712").out == "worker 16 is being replaced, then asked to leave\n"
+    assert ctl("replace", "4712").out == "worker 16 leaves when its replacement is ready\n"
     both = ctl("replace", "8")
     assert both.status == 2
     assert "8 is a generation and a pid; write generation:8 or pid:8" in both.err

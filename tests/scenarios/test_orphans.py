@@ -295,3 +295,22 @@ def test_where_connections_are_handed_over_orphans_finish_and_end_at_the_limits(
     assert daemon.log.count("event=signalled") == 0
     daemon.stop()
     assert wait_gone([child], 0) == []
+
+
+def test_there_a_child_is_known_whose_worker_died_while_no_protector_lived(
+    protector: Starter,
+) -> None:
+    times = ("--stop-timeout", "300ms", "--kill-timeout", "300ms")
+    daemon = protector("--guard", *times, "127.0.0.1:0", "--", *worker("has_children")).ready()
+    daemon.log.wait_for("^child=")
+    [child], [pid] = children(daemon), spawned(daemon)
+    # The guard cannot start another protector before it goes on.
+    daemon.process.send_signal(signal.SIGSTOP)
+    kill_protector(daemon)
+    os.kill(pid, signal.SIGKILL)
+    daemon.process.send_signal(signal.SIGCONT)
+
+    daemon.log.wait_for(rf"event=orphans generation=1 worker=1 group={pid} ")
+
+    daemon.stop()
+    assert wait_gone([child], 0) == []

@@ -19,8 +19,7 @@ from .fields import listed, number_in, text_in
 def children_of(status: Message) -> dict[int, list[int]]:
     """Return the pids of each worker's living children, by the worker's pid."""
     mode = MODES.get(text_in(status, "handoff"))
-    # Under stdio and legacy the worker is an adapter, which starts the command as its children.
-    # So these children are not the forks of a server.
+    # Under stdio and legacy each worker is an adapter, so its children are no forks of a server.
     if mode is None or mode.adapter or not procfs.is_ours():
         return {}
     parents = {number_in(status, "pid"), number_in(status, "main_pid")}

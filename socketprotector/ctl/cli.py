@@ -43,7 +43,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """The instance option that was given, if any.  path() finds the socket that it chooses."""
+    """The instance option that was given, if any.  path() finds the chosen socket."""
 
     name: str | None = None
     control: str | None = None
@@ -104,7 +104,7 @@ def _instance_options(function: Function, *, hidden: bool = False) -> Function:
             f"--{name}",
             metavar=metavar,
             # click.Path makes shells complete files.  With readable=False click does not check the
-            # permission, so the error comes from the command itself.
+            # permission, so the command itself reports a missing permission.
             type=None if name == "name" else click.Path(readable=False),
             shell_complete=_complete_name if name == "name" else None,
             hidden=hidden,

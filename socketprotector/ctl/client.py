@@ -78,7 +78,7 @@ class Client:
     def _at_most(self, within_s: float) -> float:
         """Return `within_s`, shortened so that the wait ends by the client's deadline.
 
-        The result is 0 only if `within_s` is: a timeout of 0 makes a socket non-blocking.
+        The result is 0 only if `within_s` is 0: a timeout of 0 makes a socket non-blocking.
         """
         left_s = self._until - time.monotonic()
         return min(within_s, max(0.001, left_s)) if within_s else within_s

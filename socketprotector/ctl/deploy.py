@@ -50,7 +50,7 @@ _EXPECT = click.option(
 @click.option(
     "--force", is_flag=True, help="Deploy even if --current does not name the serving release."
 )
-@click.option("--if-changed", is_flag=True, help="Do nothing if this release is serving.")
+@click.option("--if-changed", is_flag=True, help="Do nothing if this release is serving unchanged.")
 @click.option(
     "--dry-run", is_flag=True, help="Start the release without clients; stop it when it is ready."
 )
@@ -98,8 +98,8 @@ def rollback(
 ) -> None:
     """End the reload or deploy in progress: the old generation gets all new clients.
 
-    Otherwise, deploy the release that was proved before the serving release. Each further rollback
-    goes further back.
+    If neither is in progress, deploy the release that was proved before the serving release. Each
+    further rollback goes further back.
 
     Exit status 2: there is nothing to roll back, or --expect does not name the serving release.
     """
@@ -130,7 +130,7 @@ def _of_releases(status: Message) -> Message:
 
 
 def _is_unchanged(client: Client, before: Message, name: str, expect: str | None) -> bool:
-    """Return True if the release is serving unchanged, and `current` and `expect` agree."""
+    """Return True if the release is serving unchanged, and `current` and any `expect` name it."""
     releases = _of_releases(before)
     if expect not in (None, name) or (releases.get("serving"), releases.get("current")) != (
         name,

@@ -47,7 +47,7 @@ class Operation:
     def next_wait_s(self, waits_for: str) -> float:
         """Return how long to wait for the next event.  Raises TimedOut.
 
-        waits_for: what is missing; the error says "still waits for" it.
+        waits_for: what is missing, for the error.
         """
         left_s = self.until - time.monotonic()
         if left_s <= 0:

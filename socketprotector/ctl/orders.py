@@ -69,10 +69,10 @@ def lame_duck(instance: Instance, state: str, as_json: bool) -> None:
     help="Return at once; the hold ends after this time.",
 )
 def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
-    """Let new clients wait in the kernel's backlog: they are neither accepted nor refused.
+    """Let new clients wait: they are neither accepted nor refused.
 
-    Under --handoff listener TCP clients wait in their own kernels, which try again after some
-    seconds.
+    Clients wait in the kernel's backlog. Under --handoff listener, a TCP client's own kernel tries
+    again every few seconds instead.
 
     Without --for the hold lasts while this command runs; Ctrl-C or TERM ends both. If this command
     is killed, the hold ends within 5 s.

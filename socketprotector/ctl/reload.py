@@ -64,7 +64,7 @@ TIMEOUT = click.option(
 @click.option(
     "--for", "for_s", type=Duration(zero=False), help="How long the canary lasts.  [default: 60s]"
 )
-@click.option("--at-least", type=click.IntRange(0), help="Connections that the canary must get.")
+@click.option("--at-least", type=click.IntRange(0), help="How many clients the canary must get.")
 @TIMEOUT
 def reload(
     instance: Instance,
@@ -258,7 +258,7 @@ def _await_verdict(operation: Operation, watched: Reload) -> Verdict:
 
 @contextmanager
 def _allow_protector_to_end(allowed: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Ignore that the protector has ended if `allowed()`: its generations have ended, too."""
+    """If `allowed()`, ignore that the protector has ended: its generations have ended, too."""
     try:
         yield
     except NoProtector as error:
@@ -322,7 +322,7 @@ def _raise_failed(operation: Operation, found: Verdict, what: str) -> None:
 
 
 def _last_words(client: Client, generation: int) -> str:
-    """Return the last words from `crashes`; their event may have come while disconnected."""
+    """Return the last words from `crashes`, because we may have missed the event with them."""
     try:
         crashes = listed(client.request("crashes"), "crashes")
     except ControlError:

@@ -35,7 +35,7 @@ _COUNTING = ("canary", "rolling")
 OF_STOP = ("stop",)
 #: An unchanged reason of a wait is repeated after this time, with the time left.
 _REPEATED_S = 10.0
-#: A changed reason is shown when the previous reason has been shown for this long.
+#: A changed reason is shown only this long after the previous line about the same wait.
 _CHANGED_S = 1.0
 #: A wait is shown only if it lasts this long.
 _LASTS_S = 0.5
@@ -329,7 +329,7 @@ def tries(status: Message, *, dry_run: bool) -> list[Message]:
 
 
 def draining(status: Message, before: float = math.inf) -> tuple[int, str]:
-    """Return how many workers are left in draining generations, and a text that describes them.
+    """Return how many workers are left in draining generations, and a text about the generations.
 
     before: count only generations below this number.  If no generation drains, the text is "".
     """

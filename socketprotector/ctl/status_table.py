@@ -219,7 +219,7 @@ def _child_row(worker: Message, generation: Message, child: Message) -> Row:
 
 
 def omitted_columns(status: Message) -> list[Text]:
-    """Return a line that says which columns are omitted, and why; none if no column is."""
+    """Return a line that says which columns are omitted, and why; no line if none is omitted."""
     hidden = _unknown_columns(status, [*listed(status, "generations"), *_workers_of(status)])
     if not hidden:
         return []
@@ -240,7 +240,7 @@ def _workers_of(status: Message) -> list[Message]:
 
 
 def _unknown_columns(status: Message, messages: Sequence[Message]) -> dict[str, None]:
-    """Return the columns to omit, because no message has their field.
+    """Return the columns to omit: those whose field no message has.
 
     Before the first worker is ready, no column is omitted, except in modes in which workers accept.
     """

@@ -83,7 +83,7 @@ def _waits(status: Message) -> list[int]:
 def top(instance: Instance, interval: float, as_json: bool) -> None:
     """Show rates, wait times, generations and workers on one screen; q or Ctrl-C quits.
 
-    With --json, print the status as a line after each interval.
+    With --json, print the status as one line, once per interval.
     """
     if not as_json and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("top: needs a terminal; use status, or top --json")

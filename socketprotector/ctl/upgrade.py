@@ -1,4 +1,4 @@
-"""The command upgrade: replaces the protector's own program, or checks if that would work."""
+"""The command upgrade: replaces the protector's own program, or checks if it can be replaced."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Starts a daemon from a command line: read, check, bind, detach, execute the resident process.
 
 options.py has every option: its type, its help, and whether a reload may change it.  The launching
-process ends when the resident process runs.  The resident process loads none of these modules.
+process ends with the verdict of the first start; with -f it becomes the resident process.  The
+resident process loads none of these modules.
 May import: model, programs, system.
 """

@@ -1,7 +1,8 @@
 """Takes over sockets that the service manager has opened (socket activation).
 
-A LISTEN argument takes a socket with the given name (`fd:NAME`), or one bound to the argument's
-address.  The service manager still listens on these sockets after SocketProtector stops.
+A LISTEN argument takes the socket with the given name (`fd:NAME`), or the socket that is bound to
+the argument's address.  The service manager still listens on these sockets after SocketProtector
+stops.
 
 A socket with one of SocketProtector's own names comes from the descriptor store: see
 stored_listeners.py.
@@ -64,7 +65,7 @@ def passed() -> Passed:
 
 
 def _listening_socket(fd: int) -> socket.socket | None:
-    """Return the listening stream socket of a descriptor; None if it is something else."""
+    """Return the socket of a descriptor; None if this is no listening stream socket."""
     try:
         found = socket.socket(fileno=fd)
     except OSError:

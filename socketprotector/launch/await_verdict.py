@@ -1,8 +1,8 @@
 """Waits in the launching process for the verdict of the first start.
 
-It reads lines of JSON from the resident process (daemon/start_report.py), which keeps the
-connection open until a generation is serving or the process exits.  Ctrl-C and TERM cancel the
-start.  Killing the launching process also cancels it: the resident process then reads end of file.
+The resident process sends lines of JSON (daemon/start_report.py), and keeps the connection open
+until a generation is serving or the process exits.  INT, TERM and QUIT cancel the start.  So does a
+kill of the launching process, because the resident process then reads end of file.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
                 # The resident process serves already, but the operator has cancelled the start.
                 signal.pidfd_send_signal(resident, signal.SIGINT)
             break
-    if resident >= 0:  # it is not our child, so a pidfd is needed to wait for its end
+    if resident >= 0:  # the resident process is not our child, so wait for its end by a pidfd
         end = select.poll()
         end.register(resident, select.POLLIN)
         end.poll()
@@ -93,8 +93,8 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
 def known_by(path: str) -> list[int]:
     """Return numbers that identify a file as long as it exists.  Raises OSError."""
     found = os.lstat(path)
-    # A later file may have the same inode number, but not the same ctime.  A folder's ctime changes
-    # with its contents, so it is left out.
+    # A later file may have the same inode number, but not the same ctime.  For a folder use 0,
+    # because a folder's ctime changes with its contents.
     changed = 0 if stat.S_ISDIR(found.st_mode) else found.st_ctime_ns
     return [found.st_dev, found.st_ino, changed]
 
@@ -109,7 +109,7 @@ def _remove(path: str, known: list[int]) -> None:
 def _ignore_signals(wake_up: int) -> bool:
     """Ignore cancelling signals from now on; return True if one has already come.
 
-    Otherwise a late signal would contradict the exit status.
+    If we did not ignore them, a late signal would contradict the exit status.
     """
     for number in _CANCELLING:
         # A handler is not enough: at its exit Python restores the default action, which kills.

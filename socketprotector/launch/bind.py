@@ -1,7 +1,7 @@
-"""Binds all listeners of the command line; if one fails, none stays bound.
+"""Binds listeners: all of them, or none.
 
-This runs only in the launching process, so that errors appear on the operator's terminal before
-anything has changed.
+This runs in the launching process, so that errors appear on the operator's terminal before anything
+has changed.  At a reload it runs in the process that reads the configuration (reload_child.py).
 
 Source: bind(2), tcp(7), ipv6(7).
 """
@@ -26,11 +26,11 @@ from . import port_owner, socket_options
 from .bind_unix import bind_unix, give_away, reapply_options
 from .listen_spec import Listen
 
-#: How often to look for a port that two sockets can have: between the two binds, another program
-#: may take it.
+#: How many ports to try if two sockets need the same free port: between the two binds, another
+#: program may take the port.
 _SAME_PORT_TRIES = 16
 _IP = (socket.AF_INET, socket.AF_INET6)
-#: A family, and its address: an IP address, or a path for AF_UNIX.
+#: A family, and an IP address or (for AF_UNIX) a path.
 _Address = tuple[socket.AddressFamily, str]
 #: Returns why a UNIX path can have only one socket, with advice; "" if it can have more.
 Alone = Callable[[Listen, str], str]
@@ -86,7 +86,7 @@ def bind_all(
     inherited: sockets from the previous protector, by canonical address (stored_listeners.py).
     have: canonical addresses that are bound already, and are skipped.
     released: for a dry run: addresses that will be free when the running protector ends.
-    earlier: arguments before these, by place().
+    earlier: the arguments that were bound before these, by the place() of each address.
     alone: for workers that accept; see pair().
     dry: only check that the bind would work; close the returned sockets, except passed sockets.
     """
@@ -124,18 +124,18 @@ def pair(
     notice: Callable[[str], None],
     alone: Alone,
 ) -> dict[int, Bound]:
-    """Prepare sockets for workers that accept; return a second socket for each, by index.
+    """Prepare sockets for workers that accept; return each possible second socket, by index.
 
-    The caller owns the second sockets.  The settings of a second socket replace those of the first,
-    because the file beside a UNIX path is made here, even for a socket from the descriptor store.
+    The caller owns the second sockets, and replaces the settings of a first socket by those of the
+    second, in which this function has set `beside`.
     See reuseport.py for TCP, and socket_file.py for UNIX sockets.
 
     listens: the arguments of these sockets.
     notice: called with a line for each address that cannot have a second socket.
     alone: returns why a path can have only one socket.
 
-    O_NONBLOCK is set only here, because workers share this flag through the open file description.
-    A passed socket keeps its flag.
+    Workers share the flag O_NONBLOCK through the open file description, so the option `nonblock`
+    decides the flag.  A passed socket keeps its flag.
     """
     found = {}
     by_text = {each.text: each for each in listens}
@@ -325,9 +325,9 @@ def refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) ->
     """Raise UsageError if the address overlaps the address of an earlier argument.
 
     Without this check, the bind would report our own process as the owner of the address, and a dry
-    run would not notice.
+    run would not notice the overlap.
 
-    earlier: arguments by place(), which is slow: call it only once for each address.
+    earlier: arguments by place().  place() is slow, so it is called once for each address.
     """
     here = place(address)
     for other_place in earlier.keys() & {here} if here.startswith("unix:") else earlier:

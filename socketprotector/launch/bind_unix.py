@@ -78,7 +78,7 @@ def _bind_path(
         if stale:
             os.unlink(path)
         mode = listen.options.get("mode")
-        # By umask, not chmod, so that the file never has another mode.
+        # Set the mode by umask, not chmod, so that the file never has another mode.
         before = os.umask(0o777 & ~int(mode, 8)) if mode is not None else None
         try:
             sock.bind(path)
@@ -87,9 +87,8 @@ def _bind_path(
                 os.umask(before)
         with on_error(os.unlink, path):
             found = _give(path, listen)
-            sock.listen(
-                backlog
-            )  # under the lock: before this, another start would see a stale file
+            # Listen under the lock: before listen(), another start would see a stale file.
+            sock.listen(backlog)
     return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
 
 
@@ -128,7 +127,7 @@ def why_alone(listen: Listen, path: str, identity: Identity | None) -> str:
         uid, gid, mode = rights_of_new(listen, path)
         setgid = bool(os.stat(folder).st_mode & stat.S_ISGID)
     except (OSError, UsageError):
-        return ""  # the bind will report it
+        return ""  # the bind will report the error
     if identity is None or identity.uid == 0:
         return ""
     user, missing = identity.user, []
@@ -136,7 +135,7 @@ def why_alone(listen: Listen, path: str, identity: Identity | None) -> str:
         missing.append(f"user {user} cannot make files in {folder}: chown {user} {folder}")
     if uid != identity.uid:
         missing.append(f"the socket does not belong to user {user}: add ?user={user}")
-    # The group matters only if it may write, and so connect.  A setgid folder sets it anyway.
+    # The group matters only if it may write, and so connect.  A setgid folder sets the group.
     group_matters = bool(mode & stat.S_IWGRP) and not setgid
     if group_matters and gid not in (identity.gid, *identity.groups):
         advice = f"add --group {_group_name(gid)}" if "group" in listen.options else "add ?group="
@@ -176,7 +175,7 @@ def admit_group(sock: socket.socket, path: str, gid: int) -> None:
     file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if not is_file_of(sock, os.fstat(file)):
-            raise OSError(errno.EEXIST, "another file has replaced it")
+            raise OSError(errno.EEXIST, "another file has replaced the socket's file")
         os.setxattr(
             f"/proc/self/fd/{file}", "system.posix_acl_access", struct.pack("<I", 2) + packed
         )
@@ -200,7 +199,7 @@ def reapply_options(
         try:
             found = os.fstat(file)
             if not is_file_of(sock, found):
-                raise OSError(errno.EEXIST, "another file has replaced its own")
+                raise OSError(errno.EEXIST, "another file has replaced the socket's file")
             if (found.st_uid, found.st_gid) != (uid, gid):
                 give_away(file, uid, gid)
             if stat.S_IMODE(found.st_mode) != rights:

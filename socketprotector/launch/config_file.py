@@ -41,17 +41,17 @@ class ConfigFile:
     def __init__(self, path: str) -> None:
         """Read a file, and check every key.
 
-        Raises Mistaken if it is not TOML, UsageError if it cannot be read.
+        Raises Mistaken if the file is not TOML, and UsageError if it cannot be read.
         """
         self.path = path
-        #: Relative paths in the file start at this folder.  Symbolic links in it are followed again
-        #: at each reload.
+        #: Relative paths in the file start at this folder.  Each reload follows symbolic links in
+        #: the folder's path again.
         self.folder = os.path.dirname(path)
         self.listens: tuple[str, ...] = ()
         self.command: tuple[str, ...] = ()
         #: Values of options by the parameter's name, as they would stand on a command line.
         self.values: dict[str, Any] = {}
-        #: Converted values of repeatable options: name -> value.
+        #: The entries of repeatable options, by the parameter's name: NAME -> VALUE.
         self.tables: dict[str, dict[str, str]] = {}
         self._mistakes: list[tuple[int, str]] = []
         read, self._places = self._parse()
@@ -167,7 +167,7 @@ class ConfigFile:
                 self.values[str(option.name)] = given
 
     def _table(self, key: str, option: Option, value: Any) -> None:
-        """Convert a table of NAME = VALUE."""
+        """Check a table of NAME = VALUE, and put its valid entries into `tables`."""
         found = self.tables.setdefault(str(option.name), {})
         if not isinstance(value, dict):
             self.mistake((key,), f"must be a table, like [{key}] and NAME = VALUE below it")

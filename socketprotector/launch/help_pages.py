@@ -15,7 +15,7 @@ version beside the old one, and switches when the new one is ready."""
 _LISTEN = "LISTEN is 8000, 127.0.0.1:8000, [::1]:8000 or unix:PATH."
 _ALL_LISTEN = """LISTEN is PORT, HOST:PORT, [HOST6]:PORT, unix:PATH, unix:@NAME or fd:NAME, with
 options as in 4321?backlog=100&defer_accept=5 or unix:/run/x.sock?mode=0660&user=www&group=www."""
-#: A test runs each of them.
+#: A test runs each example.
 EXAMPLES = (
     r"""SocketProtector -f --handoff listener --ready notify 8000 \
     -- gunicorn --preload app:app""",
@@ -33,7 +33,7 @@ _DEMO = "SocketProtector demo shows a reload and crashes under load, in 20 secon
 
 
 class HelpCommand(Answering, click.Command):
-    """A command with these two pages.  Their texts are no docstrings: `python -OO` drops those."""
+    """A command with these two pages.  Their texts are no docstrings: -OO drops docstrings."""
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write --help."""

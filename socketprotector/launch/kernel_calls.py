@@ -18,7 +18,7 @@ OLDEST_KERNEL = (5, 4)
 
 
 def check() -> None:
-    """Refuse a kernel, or a filter of system calls, that lacks a required system call."""
+    """Refuse a kernel that lacks a required system call, or a filter that forbids such a call."""
     missing: list[str] = []
     forbidden: list[str] = []
     for call, look in (

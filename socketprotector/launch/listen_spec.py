@@ -22,7 +22,7 @@ from .users import MOST_ID
 
 UNIX_OPTIONS = ("backlog", "group", "mode", "nonblock", "user")
 _PATH_MAX_BYTES = 107
-#: More than a name of 255 characters, a host of 253 and all options can have together.
+#: Longer than a name of 255 characters, a host of 253 characters and all options together.
 _MOST_CHARS = 2000
 #: NAME= before an address.  sd_listen_fds(3) allows names of up to 255 bytes.
 _NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]{0,254})=(.*)", re.DOTALL)
@@ -35,7 +35,7 @@ class Listen:
     text: str
     port: int = 0
     host: str | None = None  # None: every address of this machine
-    path: str | None = None  # UNIX; @name for an abstract one
+    path: str | None = None  # of a UNIX socket; @name: an abstract socket
     passed: str | None = None  # the name of a socket that the service manager passes to us
     options: dict[str, str] = field(default_factory=dict)
     called: str = ""  # the NAME of NAME=ADDRESS

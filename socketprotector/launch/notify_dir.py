@@ -1,8 +1,8 @@
-"""Makes the folder of the workers' notify sockets, which keeps other users out.
+"""Makes the folder of the workers' notify sockets; the folder keeps other users out.
 
-Abstract names would not: any local user can find them in /proc/net/unix, send messages to the
-sockets and fill their queues.  In a user namespace that shares the host's network, even the user of
-a sender cannot be verified.
+Abstract names would not keep other users out: any local user can find the names in /proc/net/unix,
+send messages to the sockets and fill their queues.  In a user namespace that shares the host's
+network, even the user of a sender cannot be verified.
 A name in this folder cannot be listed (mode 0711) or guessed, and is not in /proc/net/unix
 (system/sd_notify.py).  So a process that can connect is a worker, or got the name from a worker.
 

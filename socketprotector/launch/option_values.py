@@ -138,7 +138,7 @@ FLAG = click.BOOL
 TEXT = click.STRING
 TIME = Duration()
 TIME_ABOVE_0 = Duration(zero=False)
-#: An interval of probes.  It is not shorter, because each probe costs a connection or a process.
+#: An interval of probes, with a lower limit because each probe costs a connection or a process.
 TIME_EACH = Duration(least_s=0.1)
 #: A limit for an answer.  A shorter limit would only measure how busy the machine is.
 TIME_TO_ANSWER = Duration(least_s=0.01)
@@ -185,8 +185,8 @@ def limit(name: str, text: str) -> int:
 def nofile_of_workers(environment: Mapping[str, str]) -> int:
     """Return the soft limit of descriptors that workers get without --limit nofile.
 
-    By default workers get our own limit.  If the protector needs more than its workers, the unit
-    sets SOCKETPROTECTOR_NOFILE to the workers' limit.
+    By default workers get our own limit.  If the protector needs more descriptors than its workers,
+    the unit sets SOCKETPROTECTOR_NOFILE to the workers' limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = environment.get("SOCKETPROTECTOR_NOFILE", "")

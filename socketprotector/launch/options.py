@@ -86,10 +86,10 @@ class Option(click.Option):
         """key: the name without dashes, also in a file.
         kind: how a value is read.
         text: the first line is for --help, all lines for the manual and the reference.
-        field: the field of Settings that it sets, such as "policy.settle_s".
+        field: the field of Settings that the option sets, such as "policy.settle_s".
         at_reload: what a reload does with a changed value.
         unset: the default, in words.
-        no_key: why a file cannot have it.
+        no_key: why a file cannot have this option.
         common: whether --help shows it; --help-all shows every option.
         metavar: the possible values, if kind does not describe them.
         placeholder: a shorter metavar, for the help only.
@@ -229,7 +229,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     ),
     "Reload": (
         Option("reload-order", click.Choice([each.name for each in ORDERS]),
-               "Start new workers before the old ones stop, after their end, or a few at a time.\n"
+               "Start new workers before or after the old ones stop, or replace a few at a time.\n"
                "stop-first is for a daemon that locks something; clients wait meanwhile. "
                "rolling needs less memory, and needs --drain-timeout. See docs/rollout.md.",
                default="start-first"),

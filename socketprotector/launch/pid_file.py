@@ -56,7 +56,7 @@ def _has_open(pid: int, path: str) -> bool:
         return True
     for name in names:
         with suppress(OSError):  # the descriptor was closed meanwhile
-            # stat() instead would follow the link, and may hang on its target.
+            # stat() would follow the link, and might get stuck on its target.
             if os.path.basename(os.readlink(f"{descriptors}/{name}")) == os.path.basename(path):
                 return True
     return False
@@ -110,7 +110,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         return fd
 
     def _refuse_if_changed(self, stale: int | None) -> None:
-        """Raise UsageError if the file was replaced meanwhile, or has grown."""
+        """Raise UsageError if the file was replaced meanwhile, or is no pid file any more."""
         if stale is not None:
             self._refuse_content(stale)
         if stale is not None or os.path.lexists(self.path):

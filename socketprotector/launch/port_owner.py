@@ -26,7 +26,7 @@ def of_port(host: str, port: int) -> str:
 
 
 def _of_port(host: str, port: int) -> str:
-    import psutil  # takes a tenth of a start; only a failed start needs it
+    import psutil  # late: this takes a tenth of the time of a start
 
     pid = None
     with suppress(psutil.Error, OSError):  # there is no /proc, or we may not read it

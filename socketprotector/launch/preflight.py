@@ -163,7 +163,7 @@ def _ready(settings: Settings) -> tuple[str, str]:
 
 
 def _settle_check(settings: Settings) -> tuple[str, str] | None:
-    """Return the same for --settle-check; None if it is a command, or is not given."""
+    """Return the probe of --settle-check like _ready(); None if it is a command or is not given."""
     text = settings.policy.settle_check
     probe = probe_spec.read_settle_check(text) if text else None
     return (f"--settle-check {text}", probe.listener) if probe and probe.by_http else None
@@ -289,7 +289,7 @@ def check_control(path: str, others: Mapping[str, str | None]) -> None:
 
 
 def _is_same_file(path: str, other: str) -> bool:
-    """Return True if two paths name the same file, or will name it once it is made."""
+    """Return True if two paths name the same file, or will do so once the file is made."""
     real = os.path.realpath(other)
     with suppress(OSError):
         if os.path.lexists(path):
@@ -300,7 +300,7 @@ def _is_same_file(path: str, other: str) -> bool:
 
 
 def check_log_file(path: str | None) -> None:
-    """Refuse a log file that could not be written.  The file is not made, because of --check."""
+    """Refuse a log file that could not be written.  --check runs this, too, so make no file."""
     if path is not None:
         there = path if os.path.lexists(path) else os.path.dirname(path)
         _refuse_unwritable("log file", path, there)

@@ -1,7 +1,7 @@
 """Chooses the release to start, and refuses options that do not fit --releases.
 
-The launching process takes the release that `current` names.  A reload also takes that release; a
-deploy takes the release that it names.
+The launching process and a reload take the release that `current` names.  A deploy takes the
+release in its request.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _goes_through(path: str, current: str) -> bool:
         elif not os.path.islink(step):
             folder = step if name not in ("", ".") else folder
         elif (links := links + 1) > _MOST_LINKS:
-            return False  # a loop, which opening the file reports
+            return False  # a loop of links; opening the file will report it
         else:
             target = os.readlink(step)
             folder = "/" if target.startswith("/") else folder
@@ -126,12 +126,12 @@ def owners(
 
 
 def absolute(folder: str, path: str) -> str:
-    """Return a path relative to a folder as absolute; the path of {release} is absolute already."""
+    """Return an absolute path, resolved from a folder; a path that begins with {release} stays."""
     return path if path.startswith(PLACEHOLDER) else os.path.join(folder, path)
 
 
 def check_folder(current: str, identity: Identity | None) -> None:
-    """Refuse a folder in which the protector cannot move `current`, or in which other users can."""
+    """Refuse a folder in which the protector cannot move `current`, or other users can move it."""
     _refuse_shared(current)
     closed = partial(_closed, os.path.dirname(current))
     found = user_access.as_user(identity, closed) if identity else closed()

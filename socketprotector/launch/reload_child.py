@@ -47,7 +47,7 @@ from .settings_diff import RESTART, changes, forbidden
 
 #: This process already runs as the configured user.
 _ALONE = partial(why_alone, identity=None)
-#: The index has 16 bits on the channel (docs/protocol.md).
+#: A listener's index has 16 bits on the channel (docs/protocol.md).
 _MOST_LISTENERS = 1 << 16
 #: Fields of Settings that the start decides, and a reload keeps.
 _STAYS = (

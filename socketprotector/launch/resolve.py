@@ -58,10 +58,10 @@ class ParsedOptions:
 
 
 class OptionResolver:
-    """Resolves the options of one start or reload; a mistake in the file has its line."""
+    """Resolves the options of one start or reload; reports mistakes in the file with the line."""
 
     def __init__(self, words: Sequence[str], command: list[str], running: Settings | None) -> None:
-        """words: the command line before `--`; command: the words after it.
+        """words: the whole command line; command: the words after `--`.
 
         running: at a reload, the settings of the running protector.
         """

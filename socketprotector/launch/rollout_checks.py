@@ -1,8 +1,8 @@
 """Refuses --settle, a canary or a rolling reload that could not work, before anything is bound.
 
-In listener mode, both need two sockets for each listener.  A rolling reload also needs workers that
-use the client library.  Without the library, a worker that leaves may cut clients that it has
-accepted, and one worker may be a whole server.
+In listener mode, a canary and a rolling reload need two sockets for each listener.  A rolling
+reload also needs workers that use the client library.  Without the library, a worker that leaves
+may cut clients that it has accepted, and one worker may be a whole server.
 
 A command does not show whether it uses the library, so only well-known servers are refused here.
 core/workers.py refuses other servers when the first worker is ready without the library's

@@ -128,7 +128,7 @@ def _files(settings: Settings, environment: Mapping[str, str]) -> str:
 def line(
     words: Sequence[str], listens: Sequence[Listen], mode: HandoffMode, *, whole: bool = True
 ) -> str | None:
-    """Return the line with all options that the server needs; None if that is uncertain.
+    """Return the line with all options that the server needs; None if the line is uncertain.
 
     words: the typed words.  listens: the addresses.  mode: the handoff mode of the typed line.
     whole: include words that may be secret.

@@ -81,8 +81,8 @@ def _options(old: Settings, new: Settings, *, stays: bool) -> Iterator[str]:
         if option.field and (option.at_reload == STAYS) == stays:
             before, after = map(attrgetter(option.field), (old, new))
             if isinstance(before, Identity) and isinstance(after, Identity):
-                # Compare only the user and group, which the options name.  The rest is read at the
-                # start, and is kept.
+                # Compare only the user and group, which the options name.  The other fields are
+                # read at the start, and are kept.
                 after = replace(after, groups=before.groups, home=before.home, shell=before.shell)
             if before != after:
                 yield from _differs(option.key, option.shown(before), option.shown(after))

@@ -38,5 +38,5 @@ def refusals(settings: Settings) -> Iterator[tuple[str, str]]:
 def _longer(what: str, seconds: float, limit_s: float) -> str:
     return (
         f"--{what}-spread {in_units(seconds)} is longer than --{what}-timeout "
-        f"({in_units(limit_s)}), which ends the workers; raise that, or lower this"
+        f"({in_units(limit_s)}), which ends the workers; raise the timeout, or lower the spread"
     )

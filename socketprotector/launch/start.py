@@ -1,7 +1,8 @@
-"""Starts the resident process: detaches, takes the pid file, and executes it.
+"""Starts the resident process: detaches, takes the pid file, and executes the resident program.
 
 This runs in the launching process.  In the foreground, the launching process becomes the resident
-process.  Otherwise it waits (await_verdict.py), and exits with the verdict of the first start.
+process.  Otherwise the launching process waits (await_verdict.py), and exits with the verdict of
+the first start.
 Signals stay blocked until the waiting process, or the resident process, can handle them.
 """
 
@@ -37,7 +38,7 @@ from .pid_file import PidFile, hint
 
 
 def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
-    """Start the resident process with the bound sockets; takes ownership of them.
+    """Start the resident process with the bound sockets; this function owns the sockets.
 
     Returns the exit status once the first generation is serving or has failed.  In the foreground
     this function does not return.  Raises Refusal.

@@ -46,7 +46,7 @@ class _Clients:
 def notices(listens: Sequence[Listen], listeners: Iterable[ListenerSettings]) -> Iterator[str]:
     """Yield a line for each socket file to which a proxy's user probably cannot connect.
 
-    listeners: bound listeners; those with inode 0 would be bound (--check).
+    listeners: bound listeners; with --check also listeners that are not bound (their inode is 0).
     """
     by_text = {each.text: each for each in listens}
     for each in listeners:

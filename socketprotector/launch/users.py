@@ -48,7 +48,7 @@ def refuse_root_unless_named(user: str | None, file: str | None) -> None:
 
 
 def gid_of(option: str, name: str) -> int:
-    """Return a group's number.  option: the option that names it.  name: its name or number."""
+    """Return a group's number.  option: the option's name.  name: the group's name or number."""
     try:
         number = whole(name, MOST_ID)
         return (grp.getgrnam(name) if number is None else grp.getgrgid(number)).gr_gid

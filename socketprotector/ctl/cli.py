@@ -28,7 +28,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class OutputClosed(Exception):
-    """The reader of stdout (such as `head`) has exited.  Exit with 0; click would exit with 1."""
+    """The reader of stdout, such as `head`, has exited.  So exit with 0; click would use 1."""
 
 
 class OutputFailed(Refusal):

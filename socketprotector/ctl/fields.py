@@ -59,7 +59,7 @@ def serves(status: Status) -> bool:
 
 
 def why_not_ready(status: Status) -> str:
-    """Return why a load balancer should send no clients to a protector; "" if it should.
+    """Return why a load balancer should send no clients to a protector; "" if it should send some.
 
     A hold is not a reason: its clients wait and are served later.  Otherwise a hold on all hosts
     would leave the load balancer without a host.
@@ -150,15 +150,15 @@ def rollout_text(status: Status) -> str:
     if text_in(rollout, "kind") == "rolling":
         return _rolling_text(rollout, stage)
     share = f"{percentage_text(measure(rollout, 'share') or 0.0)} of" if stage == "share" else "all"
-    words = f"generation {number_in(rollout, 'generation')} has {share} new connections"
+    words = f"generation {number_in(rollout, 'generation')} gets {share} new connections"
     met, least = measure(rollout, "met"), number_in(rollout, "at_least")
     too_few = stage == "share" and met is not None and met < least
     if met is not None:
-        words += f", {met:,.0f} of at least {least:,} so far" if too_few else f", {met:,.0f} so far"
+        words += f" ({met:,.0f}{f' of at least {least:,}' if too_few else ''} so far)"
     when = _stage_end(rollout)
     if stage == "share" and not too_few:
         return f"{words}, all of them {when}"
-    return f"{words}, {'the verdict' if too_few else 'promoted'} {when}"
+    return f"{words}; {'the verdict comes' if too_few else 'it is promoted'} {when}"
 
 
 def closing_text(generation: Status) -> str:

@@ -13,7 +13,7 @@ from .client import Client, Message
 from .errors import ConnectionLost, ControlError, NoProtector, TimedOut
 from .reload_progress import Awaited, Losses
 
-#: How often to request the status while no event comes.  This also reveals a stuck protector.
+#: How often to request the status while no event comes.  The requests reveal a stuck protector.
 _STATUS_EVERY_S = 1.0
 #: How long to try to reconnect during a stop.  It is short, because a guard keeps the socket open
 #: although no protector will answer there again.

@@ -83,7 +83,7 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
         return
     with instance.client() as client, _end_requested() as ended:
         result = client.query("hold", seconds=_HOLD_EACH_S)
-        answer(as_json, result, "on hold while this runs; Ctrl-C releases")
+        answer(as_json, result, "on hold while this command runs; Ctrl-C ends the hold")
         try:
             while not ended(_HOLD_EVERY_S):
                 client.query("hold", seconds=_HOLD_EACH_S)

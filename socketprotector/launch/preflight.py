@@ -199,7 +199,7 @@ def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
 
 
 def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
-    """Refuse a probe of a listener whose second socket could not be bound.
+    """Refuse a probe if no second socket could be bound for any of its listeners.
 
     siblings: the indexes of the listeners with a second socket.
     """
@@ -220,7 +220,7 @@ def _can_have_two_sockets(listen: Listen) -> bool:
 
 
 def check_descriptor_names(settings: Settings) -> None:
-    """Refuse unknown names in {fd:NAME}, and a --ready fd:N whose number a listener has."""
+    """Refuse unknown names in {fd:NAME}, and --ready fd:N if a listener has the number N."""
     if not settings.mode.workers_accept:
         return
     values = [value for _, value in settings.environment]

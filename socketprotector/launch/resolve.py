@@ -318,7 +318,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
 
 
 def _fitting(listen: Listen, mode: HandoffMode) -> Listen:
-    """Return an argument as workers that accept need it: a port alone is one socket, not two.
+    """Return an argument; for workers that accept, a port alone becomes one socket, not two.
 
     Raises UsageError for an option that we would have to set on each accepted connection.
     """

@@ -54,7 +54,7 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
                 raise SystemRefused(f"cannot start: {what_failed(error)}") from error
             with on_error(os.dup2, terminal, 2):  # an error belongs on the terminal, not in the log
                 _become_resident(settings, bound, log, terminal)
-        # If our caller ignores SIGCHLD, the kernel would reap the child before we do.
+        # Our caller may ignore SIGCHLD.  Then the kernel would reap the child before we do.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             ours, theirs = socket.socketpair()
@@ -63,7 +63,8 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
             raise _cannot_detach(error) from error
     if child == 0:
         ours.close()
-        # systemd's watchdog shall watch the resident process instead of the launching process.
+        # While WATCHDOG_PID names the launching process, the resident process would not send
+        # WATCHDOG=1.
         if os.environ.get("WATCHDOG_PID") == str(os.getppid()):
             del os.environ["WATCHDOG_PID"]
         try:
@@ -239,7 +240,7 @@ def _exec(
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         if settings.identity is not None:
-            # The guard needs no more privileges than the protector, and cannot pass on more.
+            # The guard runs with the protector's privileges: a process can pass on only its own.
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)
         guard_options = ["--json"] if settings.log_format == "json" else []
         if settings.pid_file is not None:

@@ -104,7 +104,7 @@ def test_hold_lasts_as_long_as_the_command_and_releases_at_its_end(
     process = subprocess.Popen([*COMMAND, "hold"], stdout=send)
     os.close(send)
     lines = Lines(receive)
-    lines.wait_for("on hold while this runs; Ctrl-C releases")
+    lines.wait_for("on hold while this command runs; Ctrl-C ends the hold")
     fake.cut_all()  # an upgrade in between
     eventually(lambda: fake.commands().count("hold") >= 2, "asked again")
     process.send_signal(number)

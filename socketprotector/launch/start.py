@@ -173,7 +173,7 @@ def _context(
     kept: the descriptors that stay open.  log: the target of stdout and stderr, if not None.
     """
     detach = not settings.foreground
-    # DaemonContext replaces None by /dev/null.  In the foreground all three stay unchanged.
+    # DaemonContext replaces None by /dev/null, so in the foreground pass the present descriptors.
     # ruff: noqa: SIM115 -- they stay open for the life of the daemon
     standard = [None if detach else open(fd, "r+b", 0, closefd=False) for fd in (0, 1, 2)]
     if log is not None:
@@ -199,8 +199,8 @@ def _context(
 def _files_made(settings: Settings, bound: Mapping[str, Bound]) -> dict[str, list[int]]:
     """Return the files that this start has made, each with numbers that identify it.
 
-    If the start fails, the waiting process removes them.  The resident process may run as another
-    user, who has no permission for that.
+    If the start fails, the waiting process removes the files, because the resident process may run
+    as a user who has no permission to remove them.
     """
     sockets = (each.settings for each in bound.values() if not each.inherited)
     paths = [each.address.removeprefix("unix:") for each in sockets if each.inode]
@@ -222,7 +222,7 @@ def _exec(
     descriptors[inherited.TERMINAL if settings.foreground else inherited.LAUNCHER] = verdict
     if pid_file is not None:
         descriptors[inherited.PID_FILE] = pid_file.fd
-    # A standard descriptor that was closed is now /dev/null, but close-on-exec.
+    # A standard descriptor that our caller had closed is now /dev/null, with close-on-exec set.
     for fd in (0, 1, 2):
         os.set_inheritable(fd, True)
     # If `-m` found the package in the current folder, the next program needs that folder, too.

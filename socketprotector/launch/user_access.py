@@ -1,8 +1,8 @@
 """Finds out which files this user can write, and which files another user can execute.
 
 A child process becomes the other user and calls access(2).  Mode bits are not enough: groups,
-access lists, mounts and security modules matter, too.  Runs in the launching process, which is
-still root.
+access lists, mounts and security modules matter, too.  Only root can become another user; at a
+reload without root, as_user() finds nothing.
 
 Source: access(2), which checks for the real user; path_resolution(7); execve(2) for scripts.
 """
@@ -19,7 +19,7 @@ from contextlib import suppress
 from ..model.settings import Identity
 from ..system.privileges import change_user
 
-#: The first line of a script that the kernel reads (BINPRM_BUF_SIZE).
+#: How many bytes of a script's first line the kernel reads (BINPRM_BUF_SIZE).
 _FIRST_LINE = 256
 
 

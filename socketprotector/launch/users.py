@@ -1,4 +1,4 @@
-"""Looks up the users and groups that options name.  All functions raise UsageError."""
+"""Looks up the users and groups that options name.  An unknown name raises UsageError."""
 
 from __future__ import annotations
 

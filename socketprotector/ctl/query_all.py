@@ -27,7 +27,7 @@ class SocketAnswer:
 
     path: str
     result: Message | None = None
-    pid: int = 0  # by SO_PEERCRED; 0: no process listens
+    pid: int = 0  # by SO_PEERCRED; 0: no process listens, or we could not connect
     why: str = ""  # the code of a NoProtector (dead, silent, no protector) or of a refusal
 
     @property
@@ -55,7 +55,7 @@ def query_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAn
             for key, _ in selector.select(left_s):
                 client = key.data
                 if client.fileno() < 0:
-                    continue  # already closed in this round, because its answer was too long
+                    continue  # closed in this round already: the client's answer was too long
                 answer = _answer_of(client)
                 if answer is None and (longest := _longest_if_too_much(selector)) is not None:
                     client, code = longest, longest.foreign_peer_error().code

@@ -61,8 +61,8 @@ class Counters:
         if started_at != self._started_at:
             self._started_at, self.forwarded = started_at, None  # another protector's count
         if forwarded is not None:
-            # The state has the count at the last event, so after a crash the next resident process
-            # reports a lower count.
+            # A protector of an earlier version reports a lower count after a crash.  To Prometheus
+            # a drop would be a reset to 0, so rate() would add all connections once more.
             self.forwarded = max(forwarded, self.forwarded or 0.0)
 
     def _see_generations(self, status: Status) -> None:

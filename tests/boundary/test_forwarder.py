@@ -194,11 +194,14 @@ class FakeLoop:
     def call_after(self, key: Hashable, seconds: float, callback: Callable[[], None]) -> None:
         if key == "forwarder-look":
             self.looks = [(seconds, callback)]
-        else:
+        elif key != "forwarder-save":
             self.timers[key] = (seconds, callback)
 
     def cancel(self, key: Hashable) -> None:
         self.timers.pop(key, None)
+
+    def due(self, key: Hashable) -> None:
+        assert key == "forwarder-save"
 
     def wake(self, what: FakeListener | FakeChannel) -> None:
         if callback := self.watched.get(what.fileno()):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from socketprotector_exporter.counters import Counters
 
 from socketprotector import __version__
 from socketprotector.model.control_requests import COMMANDS
@@ -193,6 +194,24 @@ def test_what_workers_with_the_library_count_is_right(operated: Operating) -> No
     found = web.until_generation(1, active=0)
     assert (found["accepted"], found["finished"]) == (8, 8)
     assert web.status()["forwarded"] == 8
+
+
+def test_after_a_kill_the_count_of_connections_goes_on_from_what_status_has_shown(
+    operated: Operating,
+) -> None:
+    web, counters = operated("--guard"), Counters()
+    with Load(f"127.0.0.1:{web.address[1]}", concurrency=4) as load:
+        served(load)
+        before = web.status()
+        revived(web.daemon, kill_protector(web.daemon))
+        after = web.until("restarts", 1)
+        served(load)
+        later = web.status()
+
+    assert 0 < before["forwarded"] <= after["forwarded"] < later["forwarded"]
+    for each in (before, after, later):  # a counter that waited for the others would stay the same
+        counters.see(each)
+        assert counters.forwarded == each["forwarded"]
 
 
 @pytest.mark.parametrize("handoff", ["listener"], indirect=True)

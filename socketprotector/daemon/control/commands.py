@@ -113,6 +113,7 @@ class CommandHandler:
         history = effects.reports.run.history
         generations = status.of_generations(fleet, effects)
         held, upgrade = rollout.held_by(fleet, effects), self.supervisor.upgrade_waits_for()
+        self.runtime.persist()  # after a kill the next program never reports a lower count
         return {
             "version": __version__,
             "now": time.time(),

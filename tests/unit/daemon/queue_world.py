@@ -226,7 +226,11 @@ class QueueWorld:
         self.kernel.use_in(patch, *parts, *modules)
         timed = [each for each in (*parts, *modules) if hasattr(each, "time")]
         runtime = self.clock.use_in(patch, *timed)
-        self.runtime = Runtime(runtime.loop, runtime.log, runtime.post, lambda: self.writable)
+
+        def persist() -> bool:
+            return runtime.persist() and self.writable
+
+        self.runtime = Runtime(runtime.loop, runtime.log, runtime.post, persist)
 
     def listener(self, index: int, **how: Any) -> MemoryListener:
         made = MemoryListener(self.kernel, index, **how)

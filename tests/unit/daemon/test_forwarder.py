@@ -13,6 +13,7 @@ from socketprotector.core.events import BacklogEmptied
 from socketprotector.daemon.delivery import LAST_S, QUIET_S
 from socketprotector.daemon.delivery.queue import canary, forwarder
 from socketprotector.daemon.delivery.queue.forwarder import LOOKS, Forwarder
+from socketprotector.daemon.delivery.queue.queue_watch import FIRST_LOOK_S, SAVE_S
 from socketprotector.daemon.delivery.queue.shortage import FIRST_WAIT_S, LAST_WAIT_S
 from socketprotector.model.records import ForwarderRecord
 from socketprotector.system.inherited import Inherited
@@ -26,6 +27,9 @@ from tests.unit.daemon.queue_world import (
     failure,
     header,
 )
+
+#: How long after a connection the state is written at the latest.
+LATEST_S = FIRST_LOOK_S + SAVE_S + 0.1
 
 
 class World(QueueWorld):
@@ -85,6 +89,25 @@ def test_connections_go_to_the_route_and_our_copies_are_closed(world: World) -> 
     assert route.names == ["a", "b"]
     assert world.kernel.connections == []
     assert world.forwarder.forwarded == 2
+
+
+def test_the_count_is_saved_soon_after_connections_and_not_while_there_are_none(
+    world: World,
+) -> None:
+    route = world.channel(1)
+    world.route_to(route)
+    world.clock.pass_time(2 * LATEST_S)
+    assert world.clock.saves == 0
+
+    for _ in range(3):
+        world.one.backlog += ["a"]
+        world.turn()
+        route.line.clear()
+        saves = world.clock.saves
+        world.clock.pass_time(LATEST_S)
+        assert world.clock.saves == saves + 1
+        world.clock.pass_time(2 * LATEST_S)
+        assert world.clock.saves == saves + 1
 
 
 def test_connections_carry_the_listener_that_they_came_by(world: World) -> None:

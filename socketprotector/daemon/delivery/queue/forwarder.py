@@ -65,9 +65,8 @@ class Forwarder:
         broken: called when the route's channel was shut down.
         repair: repairs a listener that was shut down, or marks the listener lost.  Raises OSError
         if the system is short of descriptors or memory.
-        untaken: called when the route's workers take nothing, but only once for each channel.  Its
-        arguments: for how many seconds, how many connections wait, and whether these workers have
-        ever taken a connection.
+        untaken: called when the route's workers take nothing, but only once for each channel: for
+        how many seconds, how many connections wait, and whether they have ever taken one.
         """
         self._loop = loop = runtime.loop
         self._post = runtime.post
@@ -81,6 +80,7 @@ class Forwarder:
             forwarded=self._sent_to_route,
             send_again=lambda route: self.outlet.send_again(route),
             untaken=untaken,
+            save=runtime.persist,
         )
         self._acceptor = Acceptor(
             loop,

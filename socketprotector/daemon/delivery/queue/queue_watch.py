@@ -6,6 +6,9 @@ is not empty, a timer checks the head of the queue.  If two checks in a row find
 send the whole queue again in the same order, which wakes another worker.  When a check finds the
 queue empty, the timer stops.  While the timer runs, a new connection costs only the test of one
 flag.
+
+A look also has the state written soon, so that a program after a kill reports nearly the same count
+of connections.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from .generation_channel import GenerationChannel
 #: head stays the same.
 FIRST_LOOK_S = 0.05
 LAST_LOOK_S = 1.6
+#: How long after a look the state is written.
+SAVE_S = 1.0
+_SAVE = "forwarder-save"
 
 
 @mutable
@@ -39,10 +45,13 @@ class QueueWatch:
     #: After how long a wait untaken() is called: the first limit applies until a worker has taken a
     #: connection from the channel, the second limit afterwards.
     late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
+    #: Writes the state.  None: a watch of the same loop has it written.
+    save: Callable[[], object] | None = None
     last_look_s: float = LAST_LOOK_S
     timer: str = "forwarder-look"
     #: Whether the timer runs; otherwise the next send must call start().
     runs: bool = False
+    _saved: int = 0  # the result of forwarded() when the state was last written here
     _extra: int = 0  # the difference between `sent` and forwarded()
     _forwarded_before: int = 0  # the result of forwarded() when this route began
     _route: GenerationChannel | None = None
@@ -112,6 +121,9 @@ class QueueWatch:
         return head is not None and self._head in (None, head)
 
     def _look(self) -> None:
+        is_saved = self.save is None or self._saved == self.forwarded()
+        if not is_saved and self.loop.due(_SAVE) is None:
+            self.loop.call_after(_SAVE, SAVE_S, self._save)
         route = self._route
         if route is None:
             self.runs = False
@@ -144,3 +156,8 @@ class QueueWatch:
             self.runs = False
         else:
             self.start()
+
+    def _save(self) -> None:
+        if self.save is not None:
+            self._saved = self.forwarded()
+            self.save()

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import string
+import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,12 +14,15 @@ from contextlib import suppress
 from ..model.errors import UsageError
 from ..model.text import escape
 from ..system import control_path
-from .client import connect, process_exists
+from .client import ANSWER_S, connect, process_exists
 from .errors import NoProtector, RequestRefused
 from .fields import label, listed, text_in
 from .query_all import SocketAnswer, query_all
 
 _NAMES_SHOWN = 8
+#: How long a restarted protector may take to write its pid file.
+_RESTART_S = 2.0
+_TRY_EVERY_S = 0.05
 
 #: Characters that no shell treats specially, anywhere in a word.
 _SHELL_SAFE = frozenset(string.ascii_letters + string.digits + "@%+:,./_-")
@@ -54,10 +58,12 @@ def by_name(name: str) -> str:
     if len(living) == 1 and not with_longer_key:
         return living[0]
     alive = [each for each in query_all(found) if each.alive]
+    matching = _called(name, alive)
+    silent: list[str] = []
+    if not (matching or living or with_key):
+        alive, silent = _wait_for_silent(alive)
+        matching = _called(name, alive)
     shown = dict(zip((each.path for each in alive), names(alive), strict=True))
-    matching = [each.path for each in alive if name in _names_of(each)] or [
-        each.path for each in alive if f"{_names_of(each)[0]}:{name}" in _names_of(each)
-    ]
     if len(matching) > 1:
         choices = [shown[path] for path in matching]
         if len(set(choices)) < len(choices):  # some of them share the listener, too
@@ -65,9 +71,35 @@ def by_name(name: str) -> str:
         raise UsageError(f"--name {name}: which one? {_shortened(choices)}")
     if matching or living or with_key:
         return (matching or living or with_key)[0]
+    if silent:
+        raise NoProtector(
+            f"--name {name}: no instance that answers has this name; no answer from "
+            f"{_shortened(silent)}; try again, or pass --control PATH",
+            "silent",
+        )
     known = _shortened(list(shown.values()))
     raise NoProtector(
         f"--name {name}: no protector of that name in {where()}; there is {known}{_unset()}"
+    )
+
+
+def _called(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
+    """Return the sockets of the protectors that --name NAME chooses."""
+    return [each.path for each in alive if name in _names_of(each)] or [
+        each.path for each in alive if f"{_names_of(each)[0]}:{name}" in _names_of(each)
+    ]
+
+
+def _wait_for_silent(found: Sequence[SocketAnswer]) -> tuple[list[SocketAnswer], list[str]]:
+    """Ask the silent sockets again, and wait as long as for any answer.
+
+    Returns all answers, and the sockets that still do not answer.
+    """
+    again = query_all((each.path for each in found if each.why == "silent"), ANSWER_S)
+    later = {each.path: each for each in again}
+    return (
+        [later.get(each.path, each) for each in found],
+        [each.path for each in again if each.why == "silent"],
     )
 
 
@@ -119,16 +151,12 @@ def _names_of(found: SocketAnswer) -> tuple[str, ...]:
 
 def by_pid_file(file: str) -> str:
     """Return the socket of the protector whose pid is in this file."""
-    pid = _pid(file)
-    if not process_exists(pid):
-        raise NoProtector(f"--pid-file {file}: process {pid} is gone; the protector has ended")
+    pid = _living_pid(file)
     found = query_all(sockets())
-    matching = []
-    for each in found:
-        status = each.result or {}
-        # Under --guard the pid file contains the guard's pid, which is main_pid in the status.
-        if each.alive and pid in (each.pid, status.get("pid"), status.get("main_pid")):
-            matching.append(each)
+    matching = _of_process(pid, found)
+    if not matching:
+        found, _ = _wait_for_silent(found)
+        matching = _of_process(pid, found)
     if matching:
         # A process can claim any pid in its status.  So prefer a socket in the pid file's folder,
         # then a socket whose pid the kernel confirms (SO_PEERCRED).
@@ -141,6 +169,38 @@ def by_pid_file(file: str) -> str:
         f"--pid-file {file}: no control socket of process {pid} in {where()}{hint}; "
         "name it with --control PATH"
     )
+
+
+def _of_process(pid: int, found: Sequence[SocketAnswer]) -> list[SocketAnswer]:
+    """Return the answers of the protector with this pid.
+
+    Under --guard the pid file contains the guard's pid, which is main_pid in the status.
+    """
+    matching = []
+    for each in found:
+        status = each.result or {}
+        if each.alive and pid in (each.pid, status.get("pid"), status.get("main_pid")):
+            matching.append(each)
+    return matching
+
+
+def _living_pid(file: str) -> int:
+    """Return the pid in a pid file, and wait a moment if a restart has not yet written it.
+
+    Raises NoProtector if no process has the pid, UsageError if the file is no pid file.
+    """
+    until = time.monotonic() + _RESTART_S
+    while True:
+        try:
+            pid = _pid(file)
+            if process_exists(pid):
+                return pid
+            gone = f"--pid-file {file}: process {pid} is gone; the protector has ended"
+            raise NoProtector(gone)
+        except NoProtector:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(_TRY_EVERY_S)
 
 
 def the_only_one() -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from socketprotector.ctl import discovery
 from socketprotector.ctl.client import Client
 from socketprotector.ctl.query_all import query_all
 from socketprotector.system import control_path
@@ -268,6 +271,56 @@ def test_by_pid_file(fakes: Fakes, tmp_path: Path, ctl: Ctl) -> None:
     assert level(ctl, "--pid-file", str(pid_file)).status == 0
 
 
+@pytest.mark.parametrize("before", [None, "999999999"], ids=["absent", "old"])
+def test_a_pid_file_is_awaited_that_a_restart_has_not_written_yet(
+    before: str | None, fakes: Fakes, tmp_path: Path, ctl: Ctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes("web")
+    file = tmp_path / "pid"
+    if before is not None:
+        file.write_text(before)
+
+    def restarts(_: float) -> None:
+        file.write_text(f"{os.getpid()}\n")
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=restarts)
+    monkeypatch.setattr(discovery, "time", clock)
+
+    assert level(ctl, "--pid-file", str(file)).status == 0
+
+
+@pytest.mark.parametrize("option", ["--name", "--pid-file"])
+def test_an_instance_that_answers_late_is_found(
+    option: str, fakes: Fakes, tmp_path: Path, ctl: Ctl
+) -> None:
+    web, asked = fakes("web"), list[object]()
+    web.status.update(listeners=listening(4321), pid=os.getppid())
+    (tmp_path / "pid").write_text(f"{os.getppid()}\n")
+
+    def second(*_: object) -> Message | None:
+        asked.append(None)
+        return web.status if len(asked) > 1 else None
+
+    web.answers["status"] = second
+
+    value = {"--name": "4321", "--pid-file": str(tmp_path / "pid")}[option]
+    assert level(ctl, option, value).status == 0
+    assert len(asked) == 3  # twice to find it, and once for the answer
+
+
+def test_an_instance_that_never_answers_is_named(
+    fakes: Fakes, ctl: Ctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discovery, "ANSWER_S", 0.2)
+    fakes("web").answers["status"] = lambda *_: None
+
+    said = level(ctl, "--name", "4321")
+
+    assert said.status == 1
+    assert "no instance that answers has this name; no answer from /" in said.err
+    assert "web.control; try again, or pass --control PATH" in said.err
+
+
 @pytest.mark.parametrize("kind", ["fifo", "device"])
 def test_a_pid_file_that_is_no_file_is_refused_at_once(
     kind: str, fake: Fake, tmp_path: Path, ctl: Ctl
@@ -291,8 +344,15 @@ def test_a_pid_file_that_is_no_file_is_refused_at_once(
     ],
 )
 def test_a_pid_file_that_leads_nowhere_is_reported(
-    content: str | None, status: int, words: str, fake: Fake, tmp_path: Path, ctl: Ctl
+    content: str | None,
+    status: int,
+    words: str,
+    fake: Fake,
+    tmp_path: Path,
+    ctl: Ctl,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(discovery, "_RESTART_S", 0.1)
     if content is not None:
         (tmp_path / "pid").write_text(content)
 

@@ -6,16 +6,14 @@ The types are checked because the peer may be a newer protector, or another prog
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from ..model.share import percentage_text
 from ..model.text import in_units
+from ..model.wait_lines import IN_SECONDS, Wait
 
 Status = dict[str, Any]
 _LABEL_CHARACTERS = 200
-#: A time below this many seconds is shown in seconds.
-_IN_SECONDS = 120
 
 
 def listed(message: Status, name: str) -> list[Status]:
@@ -86,25 +84,6 @@ def unhealthy(status: Status) -> str | None:
     return text_in(health, "reason") or text_in(health, "last")
 
 
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """One entry of `waits_for` in a status."""
-
-    kind: str
-    generation: int
-    reason: str
-    left_s: float | None
-
-    @property
-    def text(self) -> str:
-        """The reason, and the longest time that the wait can still last."""
-        if self.left_s is None:
-            return self.reason
-        whole = math.ceil(self.left_s)
-        left = f"{whole} s" if whole < _IN_SECONDS else in_units(whole)
-        return f"{self.reason}, {left} left"
-
-
 def waits_of(status: Status) -> list[Wait]:
     """Return what a protector waits for; waits that delay a reload come first."""
     return [
@@ -171,7 +150,7 @@ def closing_text(generation: Status) -> str:
     speed = (
         f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.0f}/min"
     )
-    left = f"{math.ceil(left_s)} s" if left_s < _IN_SECONDS else f"{math.ceil(left_s / 60)} min"
+    left = f"{math.ceil(left_s)} s" if left_s < IN_SECONDS else f"{math.ceil(left_s / 60)} min"
     return f"closing {speed}, {left} left"
 
 

@@ -11,10 +11,11 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from ..model.text import escape, headline
+from ..model.text import headline
+from ..model.wait_lines import WaitLines
 from .cli import plural
 from .client import Message
-from .fields import Wait, listed, measure, number_in, text_in, waits_of
+from .fields import listed, measure, number_in, text_in, waits_of
 
 #: The phases of generations that get no new connections.
 LEAVING = ("draining", "abandoned")
@@ -29,16 +30,8 @@ OF_RELOAD = (
     *("upgrade", "configuration", "start", "canary", "settle", "rolling", "back-off", "room"),
     "earlier-reload",
 )
-#: Kinds of waits whose reasons contain counts, and therefore change all the time.
-_COUNTING = ("canary", "rolling")
 #: The kinds of waits that delay a stop.
 OF_STOP = ("stop",)
-#: An unchanged reason of a wait is repeated after this time, with the time left.
-_REPEATED_S = 10.0
-#: A changed reason is shown only this long after the previous line about the same wait.
-_CHANGED_S = 1.0
-#: A wait is shown only if it lasts this long.
-_LASTS_S = 0.5
 #: With more workers than this, show progress only in this many steps.
 _PARTS = 10
 
@@ -68,29 +61,13 @@ class ProgressThrottle:
         return step != before
 
 
-@dataclass(slots=True)
-class WaitsShown:
-    """Shows the reason of each wait, and repeats the reason every _REPEATED_S of a long wait."""
-
-    tell: Callable[[str], None]
-    current: list[Wait] = field(default_factory=list)
-    _shown: dict[tuple[str, int], tuple[str, float]] = field(default_factory=dict)
+class WaitsShown(WaitLines):
+    """The waits in a status, as lines."""
 
     def on_status(self, status: Message, kinds: Collection[str], before: float = math.inf) -> None:
         """Show the waits of these kinds.  before: only waits of generations below this number."""
-        at = measure(status, "now") or 0.0
-        self.current = [
-            each for each in waits_of(status) if each.kind in kinds and each.generation < before
-        ]
-        earlier, self._shown = self._shown, {}
-        for each in self.current:
-            key = each.kind, each.generation
-            reason, shown_at = earlier.get(key, ("", at - _CHANGED_S + _LASTS_S))
-            as_before = reason == each.reason or (reason and each.kind in _COUNTING)
-            if at - shown_at >= (_REPEATED_S if as_before else _CHANGED_S):
-                self.tell(f"waiting: {escape(each.text)}")
-                reason, shown_at = each.reason, at
-            self._shown[key] = reason, shown_at
+        found = [e for e in waits_of(status) if e.kind in kinds and e.generation < before]
+        self.show(found, measure(status, "now") or 0.0)
 
     def with_reasons(self, words: str) -> str:
         """Return these words, followed by the reasons of the current waits."""

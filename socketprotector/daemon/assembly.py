@@ -248,7 +248,18 @@ class Resident:
             pool.guarded = False
 
         self.parents.watch(runtime.loop, pool.learn_status, on_guard_gone)
-        self.start_report.watch(runtime.loop, lambda: runtime.post(StopRequested(quick=True)))
+
+        def start_waits() -> Sequence[object]:
+            fleet, effects = supervisor.fleet, supervisor.effects
+            found = status.of_generations(fleet, effects)
+            waits: Sequence[object] = status.of_waits(fleet, effects, found, {}, "").get(
+                "waits_for", ()
+            )
+            return waits
+
+        self.start_report.watch(
+            runtime.loop, lambda: runtime.post(StopRequested(quick=True)), start_waits
+        )
 
     def fail(self, reason: str) -> None:
         """Release the listeners after a failure from which no program can resume."""

@@ -202,8 +202,10 @@ class PostMortem:
             reason += f"; {known_servers.detached(program)}"
         where = "" if last_words else self.output.where_to_look()
         unseen = bool(where) and not detached
-        advice = known_servers.advice(program, said=last_words, unseen=unseen)
-        if advice and not spoken_with:
+        advice = known_servers.advice(
+            program, said=last_words, unseen=unseen, spoken_with=spoken_with
+        )
+        if advice:
             reason += f"; {advice}"
         if last_words:
             return f"{reason}{LAST_WORDS}\n{last_words}"

@@ -1,8 +1,9 @@
 """Reports to the launching process whether the first generation started.
 
 The launching process is the operator's command.  It waits for the report, and exits accordingly.
-Each message is one line with a JSON object (launch/await_verdict.py reads it).  In the foreground
-no process waits, and the reason of a failure goes to the terminal.
+Each message is one line with a JSON object (launch/await_verdict.py reads it).
+While it waits, the launching process asks what the start waits for, and shows the answer.
+In the foreground no process waits, and the reason of a failure goes to the terminal.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from ..model.errors import Refusal
@@ -34,17 +35,32 @@ class StartReport:
         self._unwatch: Callable[[], None] = lambda: None
         self.failure = ""
 
-    def watch(self, loop: Loop, gone: Callable[[], None]) -> None:
-        """Call back if the launching process exits before it gets a report."""
+    def watch(
+        self, loop: Loop, gone: Callable[[], None], waits: Callable[[], Sequence[object]]
+    ) -> None:
+        """Call back if the launching process exits before it gets a report.
+
+        waits: returns the answer to the question what the start waits for.
+        """
         if self._socket is not None:
             self._unwatch = partial(loop.unwatch, self._socket.fileno())
 
-            def on_exit() -> None:
-                self._unwatch()
-                gone()
+            def on_readable() -> None:
+                if self._is_asked():
+                    self._send(waits_for=waits())
+                else:
+                    self._unwatch()
+                    gone()
 
-            loop.watch(self._socket.fileno(), on_exit)
+            loop.watch(self._socket.fileno(), on_readable)
             self._send(pid=self._pid)
+
+    def _is_asked(self) -> bool:
+        """Read what the launching process has sent; return False if it has exited."""
+        try:
+            return self._socket is not None and bool(self._socket.recv(64, socket.MSG_DONTWAIT))
+        except OSError:
+            return False
 
     def descriptors(self) -> dict[str, int]:
         """Return the descriptors with which the next program can send the report, by name."""

@@ -3,6 +3,8 @@
 The resident process sends lines of JSON (daemon/start_report.py), and keeps the connection open
 until a generation is serving or the process exits.  INT, TERM and QUIT cancel the start.  So does a
 kill of the launching process, because the resident process then reads end of file.
+
+A long start is shown as `socketprotectorctl reload` shows a long reload.
 """
 
 from __future__ import annotations
@@ -13,17 +15,21 @@ import select
 import signal
 import socket
 import stat
+import time
 from contextlib import suppress
 from typing import Any
 
 from ..model.errors import SystemRefused
 from ..model.text import escape
+from ..model.wait_lines import Wait, WaitLines
 from ..system import signals
 from ..system.dir_lock import locked
 from ..system.polling import events_of
 from ..system.terminal import tell
 
 _INTERRUPTED = 130
+#: How often to ask what the start waits for.
+_ASK_EVERY_MS = 2_000
 _CANCELLING = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 
 
@@ -40,12 +46,17 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
     poll = select.poll()
     poll.register(line, select.POLLIN)
     poll.register(wake_up, select.POLLIN)
+    lines = WaitLines(tell)
     cancelled = False
     resident = -1  # the pidfd of the resident process
     verdict: dict[str, Any] = {}
     rest = b""
     while True:
-        ready = [fd for fd, _ in poll.poll()]
+        ready = [fd for fd, _ in poll.poll(None if cancelled else _ASK_EVERY_MS)]
+        if not ready:
+            with suppress(OSError):  # the resident process has ended, or reads nothing
+                line.send(b"?", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            continue
         if wake_up in ready and not cancelled:
             cancelled = True
             poll.unregister(wake_up)
@@ -58,13 +69,19 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
             data = line.recv(65536)
         if not data:
             break
-        *lines, rest = (rest + data).split(b"\n")
-        for words in map(json.loads, lines):
+        *messages, rest = (rest + data).split(b"\n")
+        for words in map(json.loads, messages):
             if "notice" in words:
                 tell(escape(words["notice"]))
             if "pid" in words:
                 with suppress(ProcessLookupError):  # the process has ended meanwhile
                     resident = os.pidfd_open(words["pid"])
+            if "waits_for" in words:
+                waits = [
+                    Wait(each["kind"], each["generation"] or 0, each["reason"], each["left_s"])
+                    for each in words["waits_for"]
+                ]
+                lines.show(waits, time.monotonic())
             verdict.update(words)
         if verdict.get("ready"):
             cancelled = _ignore_signals(wake_up) or cancelled

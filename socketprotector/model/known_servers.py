@@ -136,7 +136,10 @@ _PRELOADS = re.compile("--preload|-c|--config|GUNICORN_CMD_ARGS=")
 OURS = "socketprotector"
 #: Servers that load an application; loading it may fail.
 _LOADS = ("gunicorn", "uvicorn", "hypercorn")
-WANTS = f"a program that binds its own port needs --handoff {LISTENER.name} ({_PAGE})"
+WANTS = (
+    "a program that binds its own port, or accepts on descriptor 3, needs "
+    f"--handoff {LISTENER.name} ({_PAGE})"
+)
 #: The advice for a server that should accept from the passed socket.
 TAKES = (
     f"the server must accept on the inherited socket, by number or variable ({_PAGE}); a server "
@@ -151,6 +154,12 @@ _CLUSTERED = re.compile(r"(?:--workers[= ]|-w ?|WEB_CONCURRENCY=)0*[1-9]")
 _CLUSTER_LIMIT_S = 30.0
 #: A configuration file in the command, which may set more options.
 _CONFIGURED = re.compile(r"-c$|--config|--ini|.*\.(?:ini|toml|ya?ml|xml)$")
+#: What a server says if descriptor 3 or LISTEN_FDS is not the listening socket that it expects.
+_NO_LISTENER = re.compile(
+    r"invalid argument|EINVAL\b|not a socket|ENOTSOCK\b|bad file descriptor|EBADF\b"
+    r"|not supported|EOPNOTSUPP\b|LISTEN_FDS|\(os error (?:9|22|88|95)\)",
+    re.IGNORECASE,
+)
 _TAKEN = re.compile(r"address already in use|EADDRINUSE|errno 98\b|os error 98\b", re.IGNORECASE)
 
 
@@ -331,20 +340,25 @@ def advice(
     *,
     said: str = "",
     unseen: bool = False,
-    listens: Callable[[], str | None] = lambda: None,
+    listens: Callable[[], str | None] | None = None,
     passes_over: bool = False,
+    spoken_with: bool = False,
 ) -> str:
     """Return advice about a program that takes no connection; "" if there is no advice.
 
     said: the program's last words.
     unseen: whether SocketProtector cannot read the program's output.
-    listens: returns the address of a listener that the program has bound itself, or None.
+    listens: returns the address of a listener that the program has bound itself, or None.  It is
+    only given for a running program.
     passes_over: whether clients wait at the socket from which the program should accept.
+    spoken_with: whether an earlier worker became ready, so that only an address in use is a cause.
     """
+    if spoken_with and not _TAKEN.search(said):
+        return ""
     name = known(program.argv)
     if program.mode.workers_accept and (passes_over or _TAKEN.search(said)):
         example = f"{name} takes it over, started as in: {line(name)} ({_PAGE})" if name else ""
-        address = listens()
+        address = listens() if listens is not None else None
         where = f"it listens on its own socket at {address}" if address else ""
         return "; ".join(filter(None, (where, TAKES, example)))
     if not program.mode.needs_library:
@@ -354,10 +368,14 @@ def advice(
         return f"{name} binds its own port; {start}"
     if _TAKEN.search(said):
         return f"it binds its own address, which is in use; {WANTS}"
+    if _NO_LISTENER.search(said):
+        return WANTS
     if unseen:
         return f"if its output says that its address is in use: {WANTS}"
+    if listens is None:
+        return ""
     address = listens()
-    return f"it listens on its own socket at {address}; {WANTS}" if address else ""
+    return f"it listens on its own socket at {address}; {WANTS}" if address else WANTS
 
 
 def detached(program: Program) -> str:

@@ -39,7 +39,9 @@ class Waiting:
     def is_called_off(self) -> None:
         """Interrupt it, and wait until it has hung up."""
         self.process.send_signal(signal.SIGINT)
-        assert self.line.recv(1) == b""
+        while (heard := self.line.recv(1)) == b"?":
+            pass
+        assert heard == b""
 
 
 @contextmanager
@@ -154,3 +156,19 @@ def test_what_was_ready_when_it_was_called_off_is_stopped(waiting: Waiting) -> N
 
         assert waiting.ends()[0] == 130
         assert protector.wait(30) == -signal.SIGINT
+
+
+def test_a_long_start_is_said_to_wait_for_what_the_resident_process_answers(
+    waiting: Waiting,
+) -> None:
+    start = {"kind": "start", "reason": "generation 1 starts", "generation": 1, "left_s": 49.5}
+    for _ in range(2):
+        assert waiting.line.recv(1) == b"?"
+        waiting.hears(waits_for=[start])
+    waiting.hears(failed="not ready", status=3)
+    waiting.line.shutdown(socket.SHUT_WR)
+
+    assert waiting.ends() == (
+        3,
+        "SocketProtector: waiting: generation 1 starts, 50 s left\nSocketProtector: not ready\n",
+    )

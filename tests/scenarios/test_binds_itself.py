@@ -18,7 +18,7 @@ from tests.running import DEADLINE_S, FAIR_START_S, Protector
 from tests.scenarios.adopting import kill_protector, revived
 from tests.scenarios.config_file import File
 from tests.scenarios.starting import MINIMAL, Start
-from tests.scenarios.tools import Release
+from tests.scenarios.tools import Release, worker
 from tests.unit.ctl.conftest import run
 
 Command = Callable[..., Protector]
@@ -41,10 +41,36 @@ def test_where_its_port_is_ours_the_start_says_what_it_wants(
     said = failed(protector, f"127.0.0.1:{port}", "--", sys.executable, "-c", _LISTENS.format(port))
 
     assert (
-        "it binds its own address, which is in use; a program that binds its own port needs" in said
+        "it binds its own address, which is in use; a program that binds its own port, or" in said
     )
     assert "--handoff listener (docs/servers.md)" in said
     assert "after:" not in said
+
+
+def test_a_reload_to_a_program_that_binds_its_own_port_says_what_it_wants(
+    protector: Command, free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    port, release = free_port(), Release(tmp_path / "release")
+    release.becomes(*worker("many"))
+    daemon = protector("--log-prefix", f"127.0.0.1:{port}", "--", release.path).ready()
+    release.becomes(sys.executable, "-c", _LISTENS.format(port))
+
+    said = run("--name", "release", "reload")
+
+    assert said.status == 3
+    assert "it binds its own address, which is in use; a program that binds its own" in said.err
+    daemon.stop()
+
+
+def test_one_that_accepts_on_descriptor_3_is_said_to_need_the_other_handoff(
+    protector: Command, tmp_path: Path
+) -> None:
+    accepts = "import socket; socket.socket(fileno=3).accept()"
+    log = tmp_path / "log"
+
+    failed(protector, "--log-file", str(log), "127.0.0.1:0", "--", sys.executable, "-c", accepts)
+
+    assert "or accepts on descriptor 3, needs --handoff listener" in log.read_text()
 
 
 def test_where_it_listens_elsewhere_the_start_says_where(
@@ -119,6 +145,18 @@ def test_a_start_that_is_doomed_says_so_at_once(start: Start, tmp_path: Path) ->
     assert f"start it as: SocketProtector --handoff listener {own}" in start.log
     assert f"{gunicorn.path} --preload ... (--check shows it whole)" in start.log
     assert "secret" not in start.log
+
+
+def test_a_start_that_waits_says_for_what(start: Start) -> None:
+    words = ("--start-timeout", "1h", "127.0.0.1:0", "--", "sleep", "1000")
+    with start.popen("--log-file", start.log_file, *words) as process:
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if "waiting: " in line)
+        process.terminate()
+        process.communicate(timeout=DEADLINE_S)
+
+    assert said.startswith("SocketProtector: waiting: generation 1 starts: 0 of 1 worker ready, ")
+    assert said.endswith(" left\n")
 
 
 def test_one_that_uses_the_client_library_gets_no_advice(

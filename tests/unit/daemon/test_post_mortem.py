@@ -70,7 +70,9 @@ class World:
             "known_servers",
             SimpleNamespace(
                 detached=lambda _: "does it detach itself?",
-                advice=lambda _, said, unseen: "run it by hand" if unseen else "",
+                advice=lambda _, said, unseen, spoken_with: (
+                    "run it by hand" if unseen and not spoken_with else ""
+                ),
             ),
         )
         runtime = self.clock.use_in(patch, module)

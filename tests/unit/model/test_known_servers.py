@@ -50,11 +50,16 @@ def test_what_is_to_be_copied_starts_that_server_with_names_that_there_are(name:
 @together(
     ("said", "listens", "advice"),
     [
-        ("", None, ""),
+        ("", "", ""),
+        ("", None, "a program that binds its own port, or accepts on descriptor 3, needs"),
         ("bind(): Address already in use", None, "it binds its own address, which is in use"),
         ("error while attempting to bind: [Errno 98] error", None, "which is in use; a program"),
         ("Error: listen EADDRINUSE: address already in use :::80", None, "--handoff listener"),
-        ("errno 981", None, ""),
+        ("errno 981", "", ""),
+        ("accept unixpacket @: accept4: invalid argument", None, "accepts on descriptor 3, needs"),
+        ("Custom { kind: Other }: Invalid argument (os error 22)", None, "--handoff listener"),
+        ("Error: listen EINVAL: invalid argument", None, "accepts on descriptor 3, needs"),
+        ("ValueError: invalid literal", "", ""),
         (
             "",
             "127.0.0.1:8000",
@@ -65,10 +70,19 @@ def test_what_is_to_be_copied_starts_that_server_with_names_that_there_are(name:
 def test_what_is_known_of_a_program_that_takes_no_client_is_said(
     said: str, listens: str | None, advice: str
 ) -> None:
-    told = known_servers.advice(PROGRAM, said=said, listens=lambda: listens)
+    found = None if listens == "" else lambda: listens  # "": the program has exited
+    told = known_servers.advice(PROGRAM, said=said, listens=found)
 
     assert advice in told
     assert bool(told) == bool(advice)
+
+
+def test_at_a_reload_only_an_address_in_use_is_a_cause() -> None:
+    def told(said: str) -> str:
+        return known_servers.advice(PROGRAM, said=said, unseen=True, spoken_with=True)
+
+    assert "which is in use; a program" in told("bind(): Address already in use")
+    assert told("listen EINVAL: invalid argument") == told("") == ""
 
 
 @pytest.mark.parametrize("mode", [handoff_modes.STDIO, handoff_modes.LEGACY])

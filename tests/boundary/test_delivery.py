@@ -572,6 +572,31 @@ def test_a_client_that_an_end_resets_is_counted(at_path: PathWorld, quick: bool)
     assert at_path.events.count("clients-lost") == 1
 
 
+@pytest.mark.parametrize("name", [each for each in WORLDS if "shared" in each or "path" in each])
+@pytest.mark.parametrize("clients", [0, 2])
+def test_a_probe_that_an_end_resets_is_no_lost_client(
+    request: pytest.FixtureRequest, name: str, clients: int
+) -> None:
+    """A probe of a release that never accepts, whose stop is quick; then clients of the service."""
+    world = WORLDS[name]()
+    request.addfinalizer(world.close)
+    serving = world.serving(1)
+    tried = world.open(2)
+    target = world.delivery.reach(tried, "")
+    assert target is not None
+    world.probe(target)
+    world.until(lambda: world.delivery.waiting(tried) == 1)
+    for _ in range(clients):
+        world.connect()
+    world.until(lambda: world.delivery.waiting(serving) == clients)
+
+    world.delivery.close_listeners(serving, quick=True)
+    world.until(lambda: not world.delivery.listeners)
+
+    target.close()
+    assert world.lines.get("clients-lost", {"lost": 0})["lost"] == clients
+
+
 def test_clients_of_a_hold_at_a_listener_that_is_removed_are_counted(at_path: PathWorld) -> None:
     """A reload that began before the hold removes it; clients at its workers are served."""
     at_path.serving(1)

@@ -209,24 +209,33 @@ class Probes:
 
         Raises OSError.
         """
+        waiting, probes = self.waiting_at(listener, number)
+        return waiting if waiting <= probes else None
+
+    def waiting_at(self, listener: Listener, number: int) -> tuple[int, int]:
+        """Return how many connections wait at a listener's socket, and how many are probes.
+
+        If no probe can wait there, the first number is 1 for any number of clients.
+        Raises OSError.
+        """
         listening, place = listener.socket_for(number), (listener.index, number)
         if not listener.has_waiting(number):
-            return 0
+            return 0, 0
         abandoned = {end for where, end in self._abandoned if where is listening}
         sources = {each[2] for each in self.probe_sources if each[:2] == place}
         if place in self.probed:
             sources.add(_SOURCE_OF_IPV6)
         if not (abandoned or sources):
-            return None
+            return 1, 0
         # Count before unaccepted().  discard() removes this many connections from the head of the
         # queue, so later connections stay.
         waiting, _ = reuseport.queue(listening)
         if listening.family == socket.AF_UNIX and place in self.probed:
-            return waiting
+            return waiting, waiting
         ends = unaccepted(listening)
         gone = {0} if abandoned else set()  # unaccepted() lists a closed connection as 0
         ours = [end for end in ends if end in abandoned | gone or bpf.comes_from(end, sources)]
-        return waiting if waiting <= len(ours) else None
+        return waiting, len(ours)
 
     def clients_wait(self, listener: Listener, number: int) -> bool:
         """Return whether clients may wait at a listener's socket, not only probes."""

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 from ....core.events import BacklogEmptied
@@ -313,9 +314,17 @@ class SharedDelivery(Delivery):
 
         accepted: the numbers of the sockets from which workers still accept.
         """
-        found = None if listener.settings.foreign else listener.backlog(0, accepted)
-        lost, _ = found or (0, 0)
-        if lost:
+        probed, probes = set(accepted), 0
+        for number in {n % len(listener.sockets) for n in (0, 1)} - probed:
+            with suppress(OSError):  # otherwise probes are counted, too
+                waiting, ours = self.steering.probes.waiting_at(listener, number)
+                if waiting <= ours:
+                    probed.add(number)
+                elif listener.path is None:  # backlog() has left out the probes that ended
+                    probes += ours
+        found = None if listener.settings.foreign else listener.backlog(0, probed)
+        lost = found[0] - probes if found else 0
+        if lost > 0:
             address = listener.settings.address
             self._log.write("warning", "clients-lost", address=address, lost=lost)
 

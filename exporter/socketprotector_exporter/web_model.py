@@ -6,6 +6,7 @@ Pure: times are arguments, and everything returned is JSON.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -347,7 +348,8 @@ def _warnings(status: Status) -> list[str]:
     texts = [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
     more = len(texts) - _MOST_WARNINGS
     shown = [cut(text.escape(each), _WARNING_CHARACTERS) for each in texts[:_MOST_WARNINGS]]
-    return [*shown, *([f"and {more} more: socketprotectorctl status"] if more > 0 else [])]
+    command = f"socketprotectorctl --name {shlex.quote(label(status, 'name') or '')} status"
+    return [*shown, *([f"and {more} more: {command}"] if more > 0 else [])]
 
 
 def _health(status: Status) -> str:

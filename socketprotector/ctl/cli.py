@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,9 +23,15 @@ from ..model.text import escape
 from ..system.answer import discard_output
 from . import discovery
 from .client import ANSWER_S, Client, Message
-from .help_pages import HelpGroup, print_full_help
+from .help_pages import GROUPS, HelpGroup, print_full_help
 
 NAME = "socketprotectorctl"
+#: A command in a message, such as `status`.  `list` and `completion` take no instance.
+_COMMAND = re.compile(
+    rf"`(?:{NAME} )?((?:{'|'.join({*sum(GROUPS.values(), ())} - {'list', 'completion'})})\b[^`]*)`"
+)
+#: The beginning of each line of a worker's last words.
+_QUOTED = "  | "
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -48,6 +56,12 @@ class Instance:
     name: str | None = None
     control: str | None = None
     pid_file: str | None = None
+
+    def line(self, words: str) -> str:
+        """Return the command line that runs this command for this protector."""
+        options = {"--name": self.name, "--control": self.control, "--pid-file": self.pid_file}
+        given = [word for name, value in options.items() if value for word in (name, value)]
+        return " ".join((NAME, *map(shlex.quote, given), words))
 
     def path(self) -> str:
         """Return the path of the protector's control socket.  Raises NoProtector, UsageError."""
@@ -153,6 +167,9 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
                 result = function(*arguments, **options)
                 sys.stdout.flush()
                 return result
+            except Refusal as error:
+                error.args = (with_instance(str(error)),)
+                raise
             except BrokenPipeError:
                 raise OutputClosed from None
             except OSError as error:
@@ -168,6 +185,22 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
 
 
 # -- output -------------------------------------------------------------------------
+
+
+def with_instance(text: str) -> str:
+    """Complete each command in a message, such as `status`, so that the reader can paste it.
+
+    The command gets the instance option of this command line.  Last words stay unchanged.
+    """
+    context = click.get_current_context(silent=True)
+    instance = context.find_object(Instance) if context is not None else None
+    instance = instance or Instance()
+
+    def whole(found: re.Match[str]) -> str:
+        return f"`{instance.line(found[1])}`"
+
+    lines = text.split("\n")
+    return "\n".join(x if x.startswith(_QUOTED) else _COMMAND.sub(whole, x) for x in lines)
 
 
 def say(text: str) -> None:
@@ -191,7 +224,7 @@ def answer(as_json: bool, result: Message, words: str) -> None:
     if as_json:
         say_outcome(say_json, result)
     else:
-        say_outcome(say, words)
+        say_outcome(say, with_instance(words))
 
 
 def say_outcome(printer: Callable[[Any], None], outcome: Any) -> None:
@@ -208,7 +241,7 @@ def say_last_words(text: str) -> None:
     """Print a worker's last words, indented below the preceding line."""
     for line in text.strip("\n").split("\n"):
         if line:
-            say(f"  | {line}")
+            say(f"{_QUOTED}{line}")
 
 
 def tell(text: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from ..model.text import in_units
-from .cli import Instance, say, say_json, say_outcome, tell
+from .cli import Instance, say, say_json, say_outcome, tell, with_instance
 from .client import Client, Message
 from .errors import ConnectionLost, ControlError, NoProtector, TimedOut
 from .reload_progress import Awaited, Losses
@@ -36,13 +36,13 @@ class Operation:
     def tell(self, step: str) -> None:
         """Print a step to stderr, except with --json."""
         if not self._as_json:
-            tell(step)
+            tell(with_instance(step))
 
     def finish(self, result: str, words: str) -> None:
         """Set the result, which --json prints at the end; without --json, print the words now."""
         self.outcome["result"] = result
         if not self._as_json:
-            say_outcome(say, words)
+            say_outcome(say, with_instance(words))
 
     def next_wait_s(self, waits_for: str) -> float:
         """Return how long to wait for the next event.  Raises TimedOut.

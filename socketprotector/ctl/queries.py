@@ -118,8 +118,8 @@ def history(instance: Instance, as_json: bool) -> None:
     except RequestRefused as error:
         if error.code != "unknown":
             raise
-        why = "this protector is older than socketprotectorctl and does not know `history`"
-        hint = "replace it with `socketprotectorctl upgrade`, or see `status`"
+        why = "this protector is older than socketprotectorctl and does not know history"
+        hint = "replace it with `upgrade`, or see `status`"
         raise RequestRefused(error.code, f"{why}; {hint}") from None
     if as_json:
         say_json(result)

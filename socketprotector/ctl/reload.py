@@ -98,10 +98,9 @@ def reload(
                 "--no-wait does not work with --drained or --timeout; leave one out"
             )
         generation = number_in(instance.request("reload", **arguments), "generation")
-        words = f"reload requested: generation {generation} will start; see status for the outcome"
+        words = f"reload requested: generation {generation} will start; see `status`"
         if dry_run:
-            words = f"dry run requested: generation {generation} will be tried; see status for the "
-            words += "verdict"
+            words = f"dry run requested: generation {generation} will be tried; see `status`"
         answer(as_json, {"generation": generation, "result": "requested"}, words)
         return
     with begin(instance, timeout, as_json, *OUTCOME) as operation:
@@ -207,7 +206,7 @@ def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) 
         raise RequestRefused(
             "unknown",
             f"{before.get('name')} runs version {before.get('version')}, which has no dry run; "
-            "nothing was tried; install a newer version and run `socketprotectorctl upgrade`",
+            "nothing was tried; install a newer version and run `upgrade`",
         )
     try:
         return number_in(client.request("reload", **arguments), "generation")

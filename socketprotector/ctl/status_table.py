@@ -14,7 +14,7 @@ from ..model.handoff_modes import MODES
 from ..model.share import percentage_text
 from ..model.text import headline
 from . import render
-from .cli import plural
+from .cli import plural, with_instance
 from .client import Message
 from .fields import (
     closing_text,
@@ -226,7 +226,7 @@ def omitted_columns(status: Message) -> list[Text]:
     why = "the workers do not use the client library, which counts these"
     if _workers_accept(status):
         why = "workers accept, so SocketProtector cannot count these"
-        why += "; see socketprotectorctl connections"
+        why += with_instance("; see `connections`")
     return [render.line(), render.line(f"not shown: {', '.join(hidden)}: {why}")]
 
 
@@ -279,7 +279,7 @@ def last_reload(status: Message) -> list[Text]:
         found.append(_reload("dry run in progress" if running else "last dry run", dry_run, now))
     if crashes := number_in(status, "crashes"):
         words = f"{crashes:,} {plural(crashes, 'worker')} failed"
-        found.append(render.line(f"{words}; see: socketprotectorctl crashes"))
+        found.append(render.line(with_instance(f"{words}; see `crashes`")))
     return found
 
 

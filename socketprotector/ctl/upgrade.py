@@ -41,7 +41,7 @@ def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json
         old = operation.client.request("upgrade").get("from", before.get("version"))
         operation.outcome["from"] = old
         if not wait:
-            words = "see status (restarts, version) or the log for the outcome"
+            words = "see `status` (restarts, version) or the log for the outcome"
             operation.finish("requested", f"upgrade requested; {words}")
             return
         upgraded = _Upgraded(before, operation.tell)

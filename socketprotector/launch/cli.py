@@ -6,6 +6,7 @@ Every error is one line that says what failed, where, and how to fix it.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -94,7 +95,8 @@ def _launch(parsed: ParsedOptions) -> int:
         released = port_owner.addresses_of(holder)
         notices.append(
             f"process {holder} runs with this pid file; --check assumes that it has ended; "
-            "to see what a reload would change, run socketprotectorctl diff"
+            f"to see what a reload would change, run `socketprotectorctl --pid-file "
+            f"{shlex.quote(str(settings.pid_file))} diff`"
         )
     if not check:
         kept = stored_listeners.take(

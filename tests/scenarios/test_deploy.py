@@ -310,7 +310,10 @@ def test_a_deploy_while_current_names_another_needs_force(web: Web, releases: Re
     ended = ctl(one, "deploy", "2")
 
     assert ended.status == 2, ended
-    assert "/current names 3, but 1 is serving; see `releases`, and use --force" in ended.err
+    assert (
+        "/current names 3, but 1 is serving; see "
+        f"`socketprotectorctl --control {one.path} releases`, and use --force" in ended.err
+    )
     assert "current names 3, and 1 is serving; a restart starts 3" in one.status()["warnings"]
     assert releases.named == "3"
     deployed(one, "2", "--force")

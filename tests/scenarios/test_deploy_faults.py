@@ -152,8 +152,8 @@ def test_if_the_rename_fails_the_release_serves_and_it_is_tried_again(
     said = f"{releases.current} still names 1: No space left on device"
     assert ended.status == 5, ended
     assert (
-        f"release 2 is serving (before: 1), but {said}; SocketProtector tries again; see `status`"
-        in (ended.err)
+        f"release 2 is serving (before: 1), but {said}; SocketProtector tries again; see "
+        f"`socketprotectorctl --control {one.path} status`" in (ended.err)
     )
     assert (serving(one), releases.named) == ("2", "1")
     status = one.status()
@@ -363,7 +363,10 @@ def test_a_link_that_leads_nowhere_needs_force(
 
     what = "names gone" if target.endswith("gone") else "leads to no release"
     assert ended.status == 2, ended
-    assert f"/current {what}, but 1 is serving; see `releases`, and use --force" in ended.err
+    assert (
+        f"/current {what}, but 1 is serving; see "
+        f"`socketprotectorctl --control {one.path} releases`, and use --force" in ended.err
+    )
     assert os.readlink(releases.current) == target
     deployed(one, "2", "--force")
     assert (serving(one), releases.named, left(releases)) == ("2", "2", WHOLE)

@@ -110,7 +110,9 @@ def test_promote_goes_on_stage_by_stage(operated: Operating, beside: Beside) -> 
     shared(one)
     assert one.status()["waits_for"][0]["kind"] == "canary"
 
-    assert ctl(one, "promote") == "promoted: generation 2 goes to its next stage; see status\n"
+    status = f"`socketprotectorctl --control {one.path} status`"
+    said = ctl(one, "promote")
+    assert said == f"promoted: generation 2 goes to its next stage; see {status}\n"
     one.until("route", 2)
     assert split(one, 2) == (0, 10)
     assert one.generation(2)["phase"] == "settling"
@@ -121,7 +123,7 @@ def test_promote_goes_on_stage_by_stage(operated: Operating, beside: Beside) -> 
     refused = run("--control", str(one.path), "promote")
     assert (refused.status, refused.err) == (
         100,
-        "socketprotectorctl: nothing to promote: no generation is settling; see `status`\n",
+        f"socketprotectorctl: nothing to promote: no generation is settling; see {status}\n",
     )
     one.daemon.stop()
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
+import shlex
 import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from socketprotector.ctl import orders
-from tests.running import DEADLINE_S, Ended, Lines, eventually
+from socketprotector.ctl.cli import program
+from tests.running import DEADLINE_S, ROOT, Ended, Lines, eventually
 from tests.together import together
 from tests.unit.ctl.conftest import COMMAND
 from tests.unit.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
@@ -358,3 +363,37 @@ def test_completion_knows_names_and_generations(fake: Fake) -> None:
     assert completed("--name", "w") == ["web"]
     assert completed("--name", "web", "kill", "8") == ["8"]
     assert completed("relo") == ["reload"]
+
+
+@together("option", ["", "--name", "--control", "--pid-file"])
+def test_a_command_in_a_message_has_the_instance_that_the_reader_named(
+    option: str, fake: Fake, ctl: Ctl, tmp_path: Path
+) -> None:
+    pid_file = tmp_path / "the pid"
+    pid_file.write_text(f"{os.getpid()}\n")
+    value = {"--name": "web", "--control": str(fake.path), "--pid-file": str(pid_file)}
+    words = [option, value[option]] if option else []
+
+    def refuse(*_: object) -> None:
+        raise Refusing("refused", "see `status`, then `scale +1`; `list` shows all, `true` nothing")
+
+    fake.answers["scale"] = refuse
+
+    said = ctl(*words, "scale", "3")
+
+    line = " ".join(("socketprotectorctl", *map(shlex.quote, words)))
+    assert said.err == (
+        f"socketprotectorctl: see `{line} status`, then `{line} scale +1`; `list` shows all, "
+        "`true` nothing\n"
+    )
+
+
+def test_each_printed_command_is_in_backquotes_so_that_it_gets_the_instance() -> None:
+    for path in (ROOT / "socketprotector" / "ctl").glob("*.py"):
+        if path.name == "help_pages.py":
+            continue
+        for each in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(each, ast.Constant) and isinstance(each.value, str):
+                named = {*re.findall(r"socketprotectorctl ([a-z-]+)", each.value)}
+                bare = program.commands.keys() & named - {"list", "completion"}
+                assert not bare, (path.name, each.value)

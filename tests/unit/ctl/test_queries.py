@@ -38,8 +38,8 @@ Ctl = Callable[..., Ended]
 UNKNOWN_HISTORY = [
     (
         "unknown",
-        "this protector is older than socketprotectorctl and does not know `history`; replace it "
-        "with `socketprotectorctl upgrade`, or see `status`",
+        "this protector is older than socketprotectorctl and does not know history; replace it "
+        "with `socketprotectorctl upgrade`, or see `socketprotectorctl status`",
     ),
     ("failed", "unknown command 'history'; known: status, reload"),
 ]
@@ -217,7 +217,7 @@ def test_status_shows_what_runs(fake: Fake, ctl: Ctl) -> None:
         "forwarded 12,345, lost 0, queue of 278, ready: notify, command: ./daemon",
         "listens on tcp:0.0.0.0:4321, 3 of 4,096 waiting",
         "last reload: generation 10 failed 49s ago: no",
-        "2 workers failed; see: socketprotectorctl crashes",
+        "2 workers failed; see `socketprotectorctl crashes`",
         "",
         "GEN  PHASE       AGE  READY  QUEUE  ACTIVE  ACCEPTED  ERRORS  LOST  WAIT-P50    P99",
         "  9  serving   1m40s    1/2      0       3       120       0     0      63us  1.0ms",
@@ -258,7 +258,7 @@ def test_status_of_an_unmodified_server_leaves_out_what_cannot_be_known(
         "    14    8  4712  ready  1m40s  5: 4713 4714 4715 4716 ...",
         "",
         "not shown: ACTIVE, ACCEPTED, ERRORS, LOST, WAIT-P50, P99: workers accept, so "
-        "SocketProtector cannot count these; see socketprotectorctl connections",
+        "SocketProtector cannot count these; see `socketprotectorctl connections`",
     ]
 
 

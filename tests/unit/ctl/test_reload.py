@@ -651,7 +651,7 @@ def test_no_wait_says_that_it_was_asked(fake: Fake, ctl: Ctl) -> None:
     reloading(fake, lambda _: None)
 
     assert ctl("reload", "--no-wait") == Ended(
-        0, "reload requested: generation 9 will start; see status for the outcome\n", ""
+        0, "reload requested: generation 9 will start; see `socketprotectorctl status`\n", ""
     )
     assert ctl("reload", "--no-wait", "--drained").status == 2
 

@@ -227,7 +227,7 @@ def test_warnings_of_the_start_are_shown_cut_and_counted(seen: Seen) -> None:
     assert seen.see(status())["warnings"] == []
     shown = seen.see(status(warnings=["a\x1b[2J", 7, "x" * 900, *map(str, range(20))]))["warnings"]
     assert (shown[0], len(shown[1])) == ("a\\x1b[2J", 500)
-    assert shown[2:] == [*map(str, range(8)), "and 12 more: socketprotectorctl status"]
+    assert shown[2:] == [*map(str, range(8)), "and 12 more: socketprotectorctl --name web status"]
     assert seen.see(status(warnings={"a": 1}))["warnings"] == []
 
 

@@ -94,7 +94,7 @@ def test_hold_for_a_time_returns_at_once(fake: Fake, ctl: Ctl) -> None:
     fake.answers["hold"] = lambda *_: {"until_at": 1.0}
 
     assert ctl("hold", "--for", "2m30s") == Ended(
-        0, "on hold for 2m30s; `release` ends the hold earlier\n", ""
+        0, "on hold for 2m30s; `socketprotectorctl release` ends the hold earlier\n", ""
     )
     assert fake.asked == [{"command": "hold", "seconds": 150.0}]
 

@@ -19,6 +19,8 @@ $(INSTALLED): pyproject.toml client_lib/pyproject.toml exporter/pyproject.toml
 	@# An older pip writes commands that import re: 0.3 MB more for a process that does not use it.
 	$(BIN)/pip install --quiet --disable-pip-version-check 'pip>=25'
 	$(BIN)/pip install --quiet --disable-pip-version-check -e client_lib -e '.[dev]' -e './exporter[web]'
+	@# Python loads setuptools' substitute for distutils at each start: 1 ms of CPU, and nothing here uses it.
+	@rm -f $(VENV)/lib/python*/site-packages/distutils-precedence.pth
 	@touch $@
 
 demo: $(INSTALLED) ## show releases and kills under load, and count the connections that fail (20 s)
@@ -31,11 +33,13 @@ LOGS := build/failed-tests.log
 # run, with 14 never.  Each takes 2 s of CPU before its first test, and 150 MB.
 JOBS := 12
 
-# And each of pytest's processes all tests.  (What cannot be collected fails below.)
+# Each of pytest's processes imports all tests, and hypothesis there the characters that text may
+# have.  Here one process compiles both for all.  (What cannot be collected fails below.)
 COLLECTED := $(VENV)/.collected
 
 $(COLLECTED): $(INSTALLED) $(shell find tests -name '*.py')
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --collect-only -qq tests >/dev/null || true
+	@$(BIN)/python -c 'from hypothesis.internal import charmap; charmap.intervals_from_codec("utf-8")' || true
 	@touch $@
 
 test-tools: # install the other programs that tests need; if that fails, each test names what it needs

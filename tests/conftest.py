@@ -10,13 +10,13 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
-import hypothesis
 import pytest
 from _pytest.terminal import TerminalReporter
 
-from tests import forked, needs, once, summary, world
+from tests import forked, needs, once, rounds, summary, world
 from tests.channel import Channel
 from tests.own_folder import OwnFolder
 from tests.procfs import GONE, children_of, descriptors, threads_of
@@ -25,14 +25,27 @@ from tests.running import LISTENER, ROOT, Client, Protector, eventually, mark
 # An ordinary user's PATH may lack where ip(8), nginx and others are.
 os.environ["PATH"] += ":/usr/sbin:/sbin"
 
-# Plugins of hypothesis, of which there are none, are looked for among all packages.
-os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"
 
-# A slow machine is no failure of what makes examples.
-hypothesis.settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("any machine")
+def _set_up_hypothesis() -> None:
+    # Before the import, which loads its plugins: trio has one, and that imports trio.
+    os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"
+    import hypothesis
+
+    # A slow machine is no failure of what makes examples.
+    hypothesis.settings.register_profile(
+        "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("any machine")
+    if not rounds.MANY:
+        # Hypothesis takes constants from the source of each module.  In a fresh clone that was 2 s
+        # of CPU in each process, for a few examples.
+        with suppress(ImportError):  # an old one has no such module
+            from hypothesis.internal.conjecture import providers
+
+            providers._get_local_constants = lambda: providers._local_constants
+
+
+_set_up_hypothesis()
 
 # Collecting makes some 500,000 objects that stay: looking for garbage among them was a third of
 # its time.

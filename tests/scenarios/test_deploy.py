@@ -321,6 +321,7 @@ def test_a_deploy_while_current_names_another_needs_force(web: Web, releases: Re
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_remembered_reload_finds_current_moved(deploying: Deploying, releases: Releases) -> None:
     one, running, gate = deploying()
     one.daemon.signal(signal.SIGHUP)
@@ -352,6 +353,7 @@ def test_a_current_that_is_moved_during_a_deploy_is_moved_again_and_that_is_said
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_current_that_is_moved_during_a_reload_stays_and_that_is_said(
     web: Web, releases: Releases
 ) -> None:
@@ -379,6 +381,7 @@ def test_a_current_that_is_moved_during_a_reload_stays_and_that_is_said(
 # -- what a deploy meets ----------------------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_a_deploy_is_refused_while_a_reload_is_in_progress(
     web: Web, releases: Releases, beside: Beside
 ) -> None:
@@ -402,6 +405,7 @@ def test_a_deploy_is_refused_while_a_reload_is_in_progress(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_an_upgrade_during_a_deploy_goes_on_with_it(
     deploying: Deploying, releases: Releases
 ) -> None:
@@ -415,6 +419,7 @@ def test_an_upgrade_during_a_deploy_goes_on_with_it(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_scale_during_a_deploy_is_for_the_release(
     deploying: Deploying, releases: Releases
 ) -> None:
@@ -458,6 +463,7 @@ def test_a_deploy_during_a_hold_moves_current_when_the_hold_is_over_or_before(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_deploy_may_add_and_remove_listeners_and_a_bad_one_does_not(
     protector: Callable[..., Protector],
     place: Path,
@@ -526,6 +532,7 @@ def test_rollback_walks_back_and_never_to_and_fro(web: Web, releases: Releases) 
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_rollback_passes_over_a_release_that_is_gone_or_fails_now(
     web: Web, releases: Releases
 ) -> None:
@@ -725,6 +732,7 @@ def test_an_upgrade_keeps_the_lock_the_release_and_the_history(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_another_protector_follows_at_its_reload(
     web: Web, operated: Operating, releases: Releases, tmp_path: Path
 ) -> None:

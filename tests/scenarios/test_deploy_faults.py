@@ -169,6 +169,7 @@ def test_if_the_rename_fails_the_release_serves_and_it_is_tried_again(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_reload_does_not_go_back_to_what_current_still_names(
     faulty: Faulty, releases: Releases, flag: Path
 ) -> None:
@@ -201,6 +202,7 @@ def test_a_link_that_an_operator_moves_meanwhile_stays(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_another_program_tries_again_what_failed(
     faulty: Faulty, releases: Releases, flag: Path
 ) -> None:
@@ -406,6 +408,7 @@ def test_the_late_writer_of_a_killed_protector_replaces_no_newer_history(
 
 @pytest.mark.parametrize("then", [KILL, KILL_AFTER], ids=["before", "after"])
 @pytest.mark.parametrize("call", ["symlink", "rename"])
+@pytest.mark.costly
 def test_a_protector_killed_at_a_write_goes_on_with_the_deploy(
     faulty: Faulty, releases: Releases, flag: Path, call: str, then: str
 ) -> None:

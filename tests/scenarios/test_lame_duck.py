@@ -164,6 +164,7 @@ def test_on_and_off_over_a_reload(operated: Operating) -> None:
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_an_upgrade_and_a_guard_go_on_with_it(operated: Operating) -> None:
     web = operated("--guard", *LONG)
     line = web.line(follows=True)

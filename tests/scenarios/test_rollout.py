@@ -197,6 +197,7 @@ def test_a_canary_with_too_few_clients_is_extended_and_then_fails(operated: Oper
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_canary_of_the_settings_is_read_again(operated: Operating, tmp_path: Path) -> None:
     file = File(tmp_path / "web.toml")
     file.command, file.listens = WORKER, ["127.0.0.1:0"]
@@ -327,6 +328,7 @@ def test_workers_without_the_client_library_are_not_rolled_where_they_accept(
 
 
 @pytest.mark.parametrize("handoff", ["listener"], indirect=True)
+@pytest.mark.costly
 def test_an_answer_counts_once_the_slowest_worker_has_declared_that_it_can_finish_alone(
     operated: Operating, tmp_path: Path, gate: Gate, handoff: str
 ) -> None:
@@ -353,6 +355,7 @@ def test_an_answer_counts_once_the_slowest_worker_has_declared_that_it_can_finis
 
 
 @pytest.mark.parametrize("ready", [(), ("--ready", "accept")], ids=["default", "accept"])
+@pytest.mark.costly
 def test_a_later_worker_may_be_slow_to_declare_that_it_can_finish_alone(
     operated: Operating, beside: Beside, tmp_path: Path, gate: Gate, ready: tuple[str, ...]
 ) -> None:
@@ -423,6 +426,7 @@ def test_a_failure_in_any_batch_brings_all_old_workers_back(
 
 
 @pytest.mark.parametrize("leaving", [True, False])
+@pytest.mark.costly
 def test_an_old_worker_that_dies_during_a_rolling_reload_does_not_exceed_the_bound(
     operated: Operating, beside: Beside, leaving: bool
 ) -> None:
@@ -443,6 +447,7 @@ def test_an_old_worker_that_dies_during_a_rolling_reload_does_not_exceed_the_bou
 
 
 @pytest.mark.parametrize("wanted", [2, 6])
+@pytest.mark.costly
 def test_scale_during_a_rolling_reload_changes_its_target(
     operated: Operating, beside: Beside, wanted: int
 ) -> None:
@@ -490,6 +495,7 @@ def test_a_canary_goes_on_in_the_next_program(
 
 
 @pytest.mark.parametrize("how", ["upgrade", "kill"])
+@pytest.mark.costly
 def test_a_rolling_reload_goes_on_in_the_next_program(
     operated: Operating, beside: Beside, how: str
 ) -> None:

@@ -204,6 +204,7 @@ def rollout(operated: Operating) -> Iterator[Beginning]:
 
 @EITHER_HANDOFF
 @STAGE
+@pytest.mark.costly
 def test_a_hold_begins_and_ends_in_a_stage(rollout: Beginning, stage: str) -> None:
     begun = rollout(stage)
     left_s = begun.left_s
@@ -234,6 +235,7 @@ def test_a_stage_ends_while_clients_are_held(rollout: Beginning, stage: str) -> 
 
 @EITHER_HANDOFF
 @STAGE
+@pytest.mark.costly
 def test_scale_up_and_down_in_a_stage(rollout: Beginning, stage: str) -> None:
     begun = rollout(stage)
 
@@ -247,6 +249,7 @@ def test_scale_up_and_down_in_a_stage(rollout: Beginning, stage: str) -> None:
 
 @EITHER_HANDOFF
 @STAGE
+@pytest.mark.costly
 def test_the_log_is_opened_again_in_a_stage(rollout: Beginning, stage: str, tmp_path: Path) -> None:
     begun = rollout(stage)
     mark = begun.one.daemon.signal(signal.SIGUSR1)
@@ -372,6 +375,7 @@ def test_a_failure_in_a_stage_gives_all_clients_back(
 @EITHER_HANDOFF
 @STAGE
 @pytest.mark.parametrize("first", ["ends well", "is rolled back"])
+@pytest.mark.costly
 def test_a_second_reload_follows_the_first(rollout: Beginning, stage: str, first: str) -> None:
     begun = rollout(stage)
     line = begun.one.line(follows=True)
@@ -396,6 +400,7 @@ def test_a_second_reload_follows_the_first(rollout: Beginning, stage: str, first
 
 @EITHER_HANDOFF
 @STAGE
+@pytest.mark.costly
 def test_listeners_added_and_removed_during_a_stage_follow_it(
     rollout: Beginning,
     protector: Starter,

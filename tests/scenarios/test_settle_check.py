@@ -303,6 +303,7 @@ def test_the_last_word_is_a_good_answer_however_short_the_time(
 
 @EITHER_HANDOFF
 @pytest.mark.parametrize("how", ["upgrade", "kill"])
+@pytest.mark.costly
 def test_another_protector_asks_on(
     protector: Starter, release: Release, check: Check, how: str
 ) -> None:

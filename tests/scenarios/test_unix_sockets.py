@@ -17,6 +17,7 @@ import pytest
 
 from tests import needs
 from tests.load import Load
+from tests.rounds import rounds
 from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, served, upgrade
 from tests.scenarios.operating import Operated
@@ -611,7 +612,7 @@ def test_many_paths_have_their_sockets_each_at_every_reload(
     protector: Starter, path: Path, release: Release
 ) -> None:
     release.becomes(*SERVER)
-    paths = [path.parent / f"s{number}" for number in range(60)]
+    paths = [path.parent / f"s{number}" for number in range(rounds(12, 60))]
     daemon = protector(*MODE, *(f"unix:{each}" for each in paths), "--", release.path).ready()
     for _ in range(3):
         daemon.reload()

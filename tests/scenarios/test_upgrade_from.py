@@ -274,6 +274,7 @@ def test_relay_watcher_and_configuration_reader_are_found_by_the_paths_of_then(
 
 @EITHER_COMMIT
 @pytest.mark.parametrize("handoff", ["listener"])
+@pytest.mark.costly
 def test_generations_at_a_unix_path_have_a_socket_each_from_the_next_reload_on(
     earlier: Earlier, handoff: str, tmp_path: Path
 ) -> None:
@@ -361,6 +362,7 @@ def test_a_program_that_knows_no_rollouts_refuses_settings_that_order_them(
 
 @pytest.mark.slow
 @EITHER_COMMIT
+@pytest.mark.costly
 def test_a_program_that_knows_no_rollouts_ends_one_at_the_new_generation(
     earlier: Earlier, place: Path
 ) -> None:

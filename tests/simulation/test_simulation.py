@@ -27,7 +27,7 @@ ROLLED = ("rolled-connection", "rolled-listener")
 #: Those of lives with releases.
 DEPLOYED = ("deployed-connection", "deployed-listener")
 #: Of the calls in stories, and lives that come off those: of some stories, so that all verbs do.
-SHARE, STORIED = ("1", "2000") if MANY else ("0.01", "120")
+SHARE, STORIED = ("1", "2000") if MANY else ("0.01", "60")
 
 
 def simulate(*arguments: str) -> str:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from socketprotector.daemon.delivery.shared.turns import Share, Turns
+from tests.rounds import rounds
 
 PAIR = cast("Any", SimpleNamespace(index=0, sockets=(1, 2), has_sibling=True, path="/s"))
 PAIR.settings = SimpleNamespace(foreign=False)
@@ -176,7 +177,7 @@ def test_what_was_passed_in_is_its_owner_s_at_the_end() -> None:
     assert turns.is_served(foreign, 0)
 
 
-def test_in_all_orders_of_six_events_clients_come_to_a_generation_or_to_the_next_one() -> None:
+def test_in_all_orders_of_events_clients_come_to_a_generation_or_to_the_next_one() -> None:
     """enter, serve, roll back, leave the oldest, leave the newest, lose a socket, move clients."""
 
     def serve(turns: Turns) -> None:
@@ -214,7 +215,7 @@ def test_in_all_orders_of_six_events_clients_come_to_a_generation_or_to_the_next
     open_next(first)
     serve(first)
     reached = {repr(first): first}
-    for _ in range(6):
+    for _ in range(rounds(5, 6)):
         after = {}
         for turns, event in itertools.product(reached.values(), events):
             turns = copied(turns)

@@ -3,7 +3,8 @@
 A server is reloaded under load, gets a release that cannot be loaded, one that hangs and one that
 answers 500; then its master is killed, the protector upgraded, the protector killed beside its
 guard, and the guard killed.  After each of these a line says what the clients of that part have
-seen.  With --results a later call measures the parts that are not in the file.
+seen.  With --results a later call measures the parts that are not in the file.  --whole measures
+every cell of the table: both transports, both proxies, with and without kept connections.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from bench.processes import free_port
@@ -31,11 +33,16 @@ from tests.servers.proxies import PROXIES, proxied
 from tests.unit.ctl.conftest import run
 from tests.web import Traffic
 
-UNIX, TCP = "unix", "tcp"
+UNIX, TCP, TCP_NODELAY = "unix", "tcp", "tcp nodelay"
 #: Children that load the application themselves have the release of before by then.
 LOADS_S = 3.0
 #: How long clients go on after a part, so that its failures are counted in it.
 GOES_ON_S = 1.5
+#: They answer on a kept connection for as long as it is busy, so their generations end late.
+NEVER_DONE = ("node", "starman")
+#: What --whole leaves out, as server and number of clients with kept connections: Starlet keeps
+#: none, and Starman needs a process for each.
+NOT_KEPT = (("starlet", 4), ("starlet", 64), ("starman", 64))
 #: The part that has a reload after each other part.
 BETWEEN = "reloads between"
 
@@ -60,12 +67,15 @@ class Parts:
 
 def measure(cell: Cell, given: argparse.Namespace, wanted: Sequence[str]) -> None:
     """Start one server behind one proxy, and go through the wanted parts."""
-    server = replace(BEHIND[cell.server], listener="?nodelay=1" if given.nodelay else "")
+    nodelay = cell.transport == TCP_NODELAY
+    server = replace(BEHIND[cell.server], listener="?nodelay=1" if nodelay else "")
     with tempfile.TemporaryDirectory(prefix="sp-") as text, mark() as marks:
         folder = Path(text)
         os.environ["XDG_RUNTIME_DIR"] = text
         path = folder / "web.sock" if cell.transport == UNIX else None
-        options = ("--guard", "--start-timeout", "8s", "--kill-timeout", "1s")
+        options = ["--guard", "--start-timeout", "8s", "--kill-timeout", "1s"]
+        if cell.kept and cell.server in NEVER_DONE:
+            options += ["--drain-timeout", "10s"]
         words, release = server.deployed(
             folder, free_port, *options, *given.option, ready=("--ready", "http:/"), unix=path
         )
@@ -83,7 +93,7 @@ def measure(cell: Cell, given: argparse.Namespace, wanted: Sequence[str]) -> Non
                 traffic.wait_for(spawned(daemon)[-1])
                 counted = Parts(cell, traffic)
                 try:
-                    go_through(daemon, release, traffic, counted, given, wanted)
+                    go_through(daemon, release, traffic, counted, cell, given, wanted)
                 finally:
                     if given.results:
                         add(given.results, cell, counted.counts)
@@ -124,13 +134,14 @@ def go_through(
     release: Release,
     traffic: Traffic,
     counted: Parts,
+    cell: Cell,
     given: argparse.Namespace,
     wanted: Sequence[str],
 ) -> None:
     """Go through the wanted parts."""
 
     def serves() -> None:
-        if given.kept:  # connections that are never idle stay with the old one
+        if cell.kept:  # connections that are never idle stay with the old one
             traffic.wait_for_answers(100)
         else:
             traffic.wait_for(spawned(daemon)[-1])
@@ -188,6 +199,19 @@ def go_through(
                 counted.ends(BETWEEN)
 
 
+def cells(given: argparse.Namespace) -> Iterator[Cell]:
+    """Yield the cells that the command line asks for."""
+    one = (TCP_NODELAY if given.nodelay else TCP) if given.tcp else UNIX
+    transports = (UNIX, TCP) if given.whole else (one,)
+    proxies = tuple(PROXIES) if given.whole else (given.proxy,)
+    keeps = (False, True) if given.whole else (given.kept,)
+    counts = [int(each) for each in given.clients.split(",")]
+    for transport, proxy, kept, clients in product(transports, proxies, keeps, counts):
+        for name in given.names or BEHIND:
+            if not (given.whole and kept and (name, clients) in NOT_KEPT):
+                yield Cell(name, transport, proxy, kept, clients)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.servers.behind", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BEHIND))
@@ -195,6 +219,9 @@ def main() -> int:
     parser.add_argument("--kept", action="store_true", help="it keeps connections to the server")
     parser.add_argument("--retries", action="store_true", help="it sends such a request again")
     parser.add_argument("--clients", default="4,64")
+    parser.add_argument(
+        "--whole", action="store_true", help="both proxies, kept and not, UNIX, TCP"
+    )
     parser.add_argument("--reloads", type=int, default=20)
     parser.add_argument("--tcp", action="store_true", help="a port instead of a path, to compare")
     parser.add_argument("--nodelay", action="store_true", help="with --tcp: TCP_NODELAY")
@@ -206,26 +233,21 @@ def main() -> int:
     if given.table:
         print(tables(read(given.results)), end="")
         return 0
-    transport = (TCP + " nodelay" if given.nodelay else TCP) if given.tcp else UNIX
-    names = given.names or list(BEHIND)
     status = 0
-    for name in names:
-        for clients in map(int, given.clients.split(",")):
-            cell = Cell(name, transport, given.proxy, given.kept, clients)
-            there = read(given.results).get(cell, {}) if given.results else {}
-            wanted = [
-                part
-                for part in names_of_parts(given.reloads)
-                if part not in there
-                and (not given.part or any(word in part for word in given.part))
-            ]
-            try:
-                if wanted:
-                    measure(cell, given, wanted)
-            except (AssertionError, subprocess.TimeoutExpired):
-                traceback.print_exc()
-                print(f"{cell}: FAILED", flush=True)
-                status = 1
+    for cell in cells(given):
+        there = read(given.results).get(cell, {}) if given.results else {}
+        wanted = [
+            part
+            for part in names_of_parts(given.reloads)
+            if part not in there and (not given.part or any(word in part for word in given.part))
+        ]
+        try:
+            if wanted:
+                measure(cell, given, wanted)
+        except (AssertionError, subprocess.TimeoutExpired):
+            traceback.print_exc()
+            print(f"{cell}: FAILED", flush=True)
+            status = 1
     return status
 
 

@@ -89,7 +89,21 @@ def _called(pid: int | None) -> str:
 
 def of_path(path: str) -> str:
     """Return, for an error, which process listens on a UNIX socket or @name, and what to do."""
-    return _advice(_peer("\0" + path[1:] if path.startswith("@") else path))
+    pid = _peer("\0" + path[1:] if path.startswith("@") else path)
+    if pid and not os.path.exists(f"/proc/{pid}"):  # the program was killed; its children have it
+        pid = _holder(path)
+    return _advice(pid)
+
+
+def _holder(path: str) -> int | None:
+    """Return a process with a socket of a UNIX path; None: unknown."""
+    import psutil
+
+    with suppress(psutil.Error, OSError):  # there is no /proc, or we may not read it
+        for each in psutil.net_connections("unix"):
+            if each.pid and each.laddr and path_of(str(each.laddr)) == path:
+                return each.pid
+    return None
 
 
 def _peer(address: str) -> int | None:

@@ -188,6 +188,8 @@ class SteeringRecord:
     lost: tuple[int, ...] = ()  # listeners whose clients come to the other socket: see Turns
     #: (listener, its group's members in two orders): see system/reuseport_group.py.
     groups: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()
+    #: (listener, the user, group, mode and access list of its path's files, the last one in hex).
+    rights: tuple[tuple[int, int, int, int, str], ...] = ()
 
 
 @frozen

@@ -107,6 +107,8 @@ class Listener:
         self.index = index
         self.settings = settings
         self.group_record: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        #: The rights of its path's files, kept because another program may remove the files.
+        self.file_rights: tuple[int, int, int, bytes | None] | None = None
         #: The backlog of each of the two sockets, for listening again.
         self._backlogs = [settings.backlog or socket.SOMAXCONN] * 2
         #: For each of the two sockets, whether it was made only for the generation that accepts
@@ -212,6 +214,11 @@ class Listener:
     def is_cut_off(self) -> bool:
         """Whether no client can connect any more, because another program has removed its files."""
         return False
+
+    @property
+    def path_fault(self) -> str:
+        """Why no client comes by its path; "" if clients come, or if we cannot know."""
+        return ""
 
     def is_out_of_reach(self, socket_number: int) -> bool:
         """Return whether a socket must be replaced, because the address cannot lead to it."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 RESERVE, MADE = 2, 3
 #: Other targets of the path: no file, a file of no member, a closed socket's file.
 MISSING, OTHER, STALE = -1, -2, -3
+_THEIRS = "another program has put its file there; remove it"
 
 
 @frozen
@@ -127,6 +128,13 @@ class PathGroup:
         Another program has removed the files.
         """
         return not any(map(self.can_lead_to, self.members))
+
+    @property
+    def fault(self) -> str:
+        """Why no client comes by the path, and what to do; "" if clients come."""
+        if self.leads_to == MISSING:
+            return "its socket file was removed; reload"
+        return _THEIRS if self.leads_to == OTHER else ""
 
     def is_out_of_reach(self, number: int) -> bool:
         """Return whether a socket must be replaced, because no path can lead to it.
@@ -254,8 +262,7 @@ class PathGroup:
 
     def _check_path(self) -> None:
         if self.leads_to == OTHER:
-            why = "another program has put its file there; remove it"
-            raise OSError(errno.EEXIST, why, self.path)
+            raise OSError(errno.EEXIST, _THEIRS, self.path)
 
     def _put(self, member: int, number: int) -> Plan:
         """Put a member in the place of another member."""

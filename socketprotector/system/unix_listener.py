@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 class UnixListener(Listener):
     """The listener of a path or abstract name."""
 
-    #: The rights of its path's files, kept because another program may remove the files.
-    _rights: socket_file.Rights | None = None
     #: A socket that has no place yet.
     _made: socket.socket | None = None
     #: The value of its path at the last look.
@@ -97,6 +95,13 @@ class UnixListener(Listener):
             return error.errno == errno.ENOENT
         return False
 
+    @property
+    def path_fault(self) -> str:
+        """Why no client comes by its path; "" if clients come, or if we cannot know."""
+        with suppress(OSError):
+            return self._look().fault if self.path else ""
+        return ""
+
     def is_out_of_reach(self, socket_number: int) -> bool:
         """Return whether a socket must be replaced: another program has removed its file."""
         number = socket_number % 2
@@ -152,7 +157,7 @@ class UnixListener(Listener):
                 self.reserve()
             self._carry_out(self._examine().steer(socket_number % len(self.sockets), held=held))
             with suppress(FileNotFoundError, PermissionError):
-                self._rights = socket_file.rights_of(self.path)
+                self.file_rights = socket_file.rights_of(self.path)
 
     def _steer_last(self, socket_number: int) -> None:
         self.steer(socket_number)
@@ -324,11 +329,11 @@ class UnixListener(Listener):
     def _bind_file(self) -> socket.socket:
         """Return a new socket of our path, which no client reaches yet.  Raises OSError."""
         with suppress(FileNotFoundError):
-            self._rights = socket_file.rights_of(self.path)
-        if self._rights is None:
+            self.file_rights = socket_file.rights_of(self.path)
+        if self.file_rights is None:
             raise FileNotFoundError(errno.ENOENT, "its file was removed", self.path)
         try:
-            made = socket_file.bind(self.path, self._backlogs[0], self._rights, _chown)
+            made = socket_file.bind(self.path, self._backlogs[0], self.file_rights, _chown)
         except OSError as error:
             error.filename = os.path.dirname(self.path)
             raise

@@ -36,7 +36,7 @@ class Twin(World):
         self.settings = ListenerSettings(address, found.st_dev, found.st_ino, 16, beside=True)
         first, second = (each.detach() for each in made)
         self.listener = UnixListener(first, 0, self.settings, shared=True, sibling=second)
-        self.listener._rights = (-1, -1, 0o600, None)  # as after the first steering
+        self.listener.file_rights = (-1, -1, 0o600, None)  # as after the first steering
         self.clients: list[socket.socket] = []
         self.foreign: list[socket.socket] = []
         self.kept: dict[int, socket.socket] = {}  # the guard's
@@ -106,7 +106,7 @@ class Twin(World):
             sibling=fds.get(1, -1),
             reserved=fds.get(RESERVE, -1),
         )
-        self.listener._rights = (-1, -1, 0o600, None)
+        self.listener.file_rights = (-1, -1, 0o600, None)
         super().restart()
 
     # -- what others do --------------------------------------------------------------------

@@ -2387,7 +2387,7 @@ def test_a_release_starts_for_other_listeners_where_files_of_a_path_were_removed
     world.steering.turn_to(0)
     for each in {pair.path, pair.address_of(0)[0], pair.address_of(1)[0]}:
         os.unlink(each)
-    pair.__dict__["_rights"] = None
+    pair.__dict__["file_rights"] = None
     world.resume((1, 0))
     world.steering.enter(2, 1, fresh=True)
     assert any("no client can connect" in each for each in world.steering.warnings)
@@ -2843,7 +2843,7 @@ def test_a_path_whose_only_socket_lost_its_file_keeps_no_generation_from_its_end
     pair.drop_socket(1)
     for each in (pair.path, socket_file.own_file(pair.path, pair.socket)):
         os.unlink(each)
-    pair.__dict__["_rights"] = None  # as in a program that was executed since
+    pair.__dict__["file_rights"] = None  # as in a program that was executed since
     world.steering.enter(2, 1)
 
     supersede(world)

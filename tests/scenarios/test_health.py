@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -291,6 +292,29 @@ def test_a_unix_socket_is_asked_as_well(
     options = ("--health", kind, *OFTEN, "--ready", "after:0s", f"unix:{tmp_path / 's'}")
     one = Watched(operated(*options, command=(str(asked.release.path),)))
 
+    one.until(state="healthy")
+    one.daemon.stop()
+
+
+@pytest.mark.parametrize("kind", ["accept", HTTP])
+@pytest.mark.parametrize("theirs", [False, True])
+def test_a_path_is_unhealthy_while_it_leads_no_client_to_the_workers(
+    operated: Operating, asked: Asked, tmp_path: Path, kind: str, theirs: bool
+) -> None:
+    path = tmp_path / "s"
+    options = ("--handoff", "listener", "--health", kind, *OFTEN, "--ready", "accept")
+    command = (str(asked.release.path),)
+    one = Watched(operated(*options, f"unix:{path}", command=command))
+    one.until(state="healthy")
+
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        if theirs:
+            other.bind(str(path))
+            other.listen()
+        one.until(state="unhealthy")
+    path.unlink(missing_ok=True)
+    one.daemon.reload()
     one.until(state="healthy")
     one.daemon.stop()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -190,3 +191,73 @@ def test_a_reload_fails_while_another_program_s_file_is_at_the_path(
     path.unlink()
     one.daemon.reload()
     newest_answers(one, path)
+
+
+def faults(one: Operated, path: Path) -> list[str]:
+    """Return what `status` reports about the path's clients."""
+    with one.line() as line:
+        found = line.ask("status")["warnings"]
+    return [each for each in found if each.startswith(f"unix:{path}: no client can connect")]
+
+
+def test_status_reports_a_path_that_leads_no_client_to_a_worker(one: Operated, path: Path) -> None:
+    assert faults(one, path) == []
+    path.unlink()
+    assert faults(one, path) == [
+        f"unix:{path}: no client can connect: its socket file was removed; reload"
+    ]
+    path.touch()
+    assert faults(one, path) == [
+        f"unix:{path}: no client can connect: another program has put its file there; remove it"
+    ]
+
+    path.unlink()
+    one.daemon.reload()
+    assert faults(one, path) == []
+
+
+@pytest.mark.parametrize("how", ["killed", "upgraded"])
+def test_the_next_protector_makes_removed_files_again_with_the_rights_that_they_had(
+    one: Operated, path: Path, how: str
+) -> None:
+    path.chmod(0o640)
+    one.daemon.reload()
+    mark = len(one.daemon.log.seen)
+    tidy(path)
+    path.unlink()
+    if how == "upgraded":
+        upgrade(one.daemon)
+    else:
+        revived(one.daemon, kill_protector(one.daemon))
+
+    one.daemon.log.wait_for("event=route generation=3", after=mark)
+    newest_answers(one, path)
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert faults(one, path) == []
+    one.daemon.reload()
+    newest_answers(one, path)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_directory_that_comes_back_has_the_path_again(
+    one: Operated, path: Path, release: Release, tmp_path: Path, killed: bool
+) -> None:
+    gate = Gate(tmp_path / "gate")
+    release.becomes(*gate.before(*SERVER))
+    mark = one.daemon.signal(signal.SIGHUP)
+    one.daemon.log.wait_for("event=spawned generation=2", after=mark)
+    release.becomes(*SERVER)
+    shutil.rmtree(path.parent)
+    if killed:
+        revived(one.daemon, kill_protector(one.daemon))
+    one.daemon.log.wait_for("event=not-steered", after=mark)
+    path.parent.mkdir()
+
+    # Without a reload: the steering is tried again and again.
+    eventually(lambda: path.exists() and pid_in(ask(str(path))) > 0, "a worker answers")
+    assert faults(one, path) == []
+    gate.stay_open()
+    at_rest(one)
+    one.daemon.reload()
+    newest_answers(one, path)
+    assert one.daemon.log.count("event=one-socket-left") == 0

@@ -559,6 +559,25 @@ def test_what_a_killed_protector_leaves_is_removed_by_the_next_start(
     assert list(path.parent.iterdir()) == []
 
 
+def test_a_start_names_the_worker_that_has_the_path_of_a_killed_protector(
+    protector: Starter, path: Path
+) -> None:
+    words = (*MODE, f"unix:{path}", "--", *SERVER)
+    daemon = protector(*words).ready()
+    os.kill(daemon.pid, signal.SIGKILL)
+    daemon.wait()
+    (worker_pid,) = spawned(daemon)
+
+    refused = protector(*words)
+
+    assert refused.wait() == 111
+    assert f"process {worker_pid} (" in refused.log.text()
+    os.kill(worker_pid, signal.SIGKILL)
+    assert wait_gone([worker_pid]) == []
+    protector(*words).ready().stop()
+    assert list(path.parent.iterdir()) == []
+
+
 def test_a_release_that_shuts_its_socket_down_harms_no_client(
     one: Operated, path: Path, release: Release, tmp_path: Path
 ) -> None:

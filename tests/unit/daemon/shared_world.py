@@ -63,6 +63,7 @@ class MemoryListener:
         address = f"unix:{path}" if path else f"tcp:127.0.0.1:{8000 + index}"
         self.settings = ListenerSettings(address, foreign=foreign, name=f"name{index}")
         self._family = socket.AF_UNIX if path else socket.AF_INET
+        self.local_address = (path, 0) if path else ("127.0.0.1", 8000 + index)
         self.sockets = [self.made() for _ in range(count)]
         self.shared, self.lost = True, False
         self.is_fresh = [False, False]
@@ -70,6 +71,8 @@ class MemoryListener:
         self.bind_fails = self.reserve_fails = self.renew_fails = 0
         self.reserved: MemorySocket | None = None
         self.is_reserved_for_clients = self.has_held_client = self.is_cut_off = False
+        self.path_fault = ""
+        self.file_rights: tuple[int, int, int, None] | None = (-1, -1, 0o600, None)
         self.passed_by: set[int] = set()
         self.identities = [(1, 1), (1, 2)]
         self.renewed: list[int] = []

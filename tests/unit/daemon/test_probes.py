@@ -311,6 +311,17 @@ def test_at_a_path_it_has_no_mark(world: World, path: MemoryListener) -> None:
     assert world.probes.probed == set(), "clients come there, too"
 
 
+def test_where_the_path_leads_no_client_the_probe_goes_with_the_clients(
+    world: World, path: MemoryListener
+) -> None:
+    path.path_fault = "its socket file was removed"
+    target = world.probes.reach_as_client("")
+    assert target is not None
+    assert target.address == (path.path, 0)
+    with pytest.raises(OSError, match="another program has the path"):
+        target.waits(world.probe(path, 0, target))
+
+
 # -- probes are no clients ---------------------------------------------------------------
 
 

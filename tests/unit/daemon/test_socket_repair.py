@@ -181,6 +181,19 @@ def test_out_of_descriptors_the_socket_stays_for_a_later_repair(
     assert not pair.lost
 
 
+def test_while_all_files_of_a_path_are_gone_a_sound_socket_stays(world: World) -> None:
+    path = world.listener(path="/run/s")
+    path.path_fault, path.is_cut_off, path.bind_fails = "gone", True, errno.ENOENT
+    world.replace(path, 0)
+    assert path.has_sibling
+    assert world.watch.later == 1
+    assert world.repairs.warnings == ("unix:/run/s: no client can connect: gone",)
+
+    path.file_rights = None  # an earlier version has not recorded them
+    world.replace(path, 0)
+    assert not path.has_sibling
+
+
 def test_where_none_can_be_bound_one_socket_is_left_for_all(
     world: World, pair: MemoryListener
 ) -> None:
@@ -341,7 +354,7 @@ def test_a_single_socket_stays_while_clients_wait_there_for_the_next_generation(
 def test_no_generation_starts_where_no_client_can_connect(world: World) -> None:
     path = world.listener(path="/run/s")
     path.is_cut_off = True
-    path.local_address = ("/run/s", 0)  # type: ignore[attr-defined]
+    path.local_address = ("/run/s", 0)
     with pytest.raises(FileNotFoundError, match="socket file was removed") as raised:
         world.make_ready(path, 0)
     assert raised.value.filename == "/run/s"
@@ -358,6 +371,7 @@ def test_a_removed_file_of_an_only_socket_keeps_no_release_from_other_listeners(
     assert [*world.repairs.warnings] == [f"unix:/run/s: {socket_repair.CUT_OFF}"]
 
     path.is_cut_off = False
+    path.path_fault = "it has one socket, so this is no advice"
     world.make_sound(path, 0, 2)
     world.make_sound(pair, 0, 2)
     assert len(world.host.lost) == 1

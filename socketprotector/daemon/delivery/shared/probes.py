@@ -49,6 +49,11 @@ def _waits(listening: socket.socket, address: tuple[str, int], client: socket.so
         return _has_waiting(listening)
 
 
+def _leads_elsewhere(client: socket.socket) -> bool:
+    """Raise OSError: the path of our connection leads to no socket of ours."""
+    raise OSError(errno.ENOTCONN, "another program has the path")
+
+
 def _end_of(client: socket.socket, listening: socket.socket) -> bytes | int:
     """Return the key by which unaccepted() lists our connection."""
     if listening.family == socket.AF_UNIX:
@@ -91,11 +96,12 @@ class Probes:
                 listening = each.socket_for(self._turns.current)
                 unix = listening.family == socket.AF_UNIX
                 address = each.address_of(self._turns.current)
+                waits: Callable[[socket.socket], bool] = partial(_waits, listening, address)
+                if each.path_fault:  # connect as clients do, not to the file beside the path
+                    address, waits = each.local_address, _leads_elsewhere
                 # The mark keeps the probe on this machine, as in reach_by_mark().
                 mark = None if unix else self._mark_for(each, address)
-                target = ProbeTarget(
-                    address, mark, partial(_waits, listening, address), lambda: None
-                )
+                target = ProbeTarget(address, mark, waits, lambda: None)
                 if each.has_sibling:  # otherwise the next generation accepts an abandoned probe
                     target.abandon = partial(self._note_abandoned, listening)
                 return target

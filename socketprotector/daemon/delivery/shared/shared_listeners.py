@@ -27,6 +27,18 @@ class SharedListeners:
         """The listeners with two sockets, so that two generations have one each."""
         return [each for each in self.all if each.has_sibling]
 
+    @property
+    def rights_record(self) -> tuple[tuple[int, int, int, int, str], ...]:
+        """The rights of each path's files; the next program may find no file to copy them from."""
+        found = ((each.index, each.file_rights) for each in self.all)
+        return tuple((n, *have[:3], (have[3] or b"").hex()) for n, have in found if have)
+
+    def adopt_rights(self, record: Iterable[tuple[int, int, int, int, str]]) -> None:
+        """Take over an earlier program's rights_record."""
+        known = {n: (uid, gid, mode, bytes.fromhex(acl)) for n, uid, gid, mode, acl in record}
+        for each in self.all:
+            each.file_rights = known.get(each.index)
+
     def note_bound(self, listener: Listener) -> None:
         """Note that a listener got another socket, or lost its second socket."""
         if not listener.has_sibling:  # tags of connections no longer distinguish generations

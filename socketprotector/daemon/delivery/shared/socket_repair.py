@@ -101,7 +101,7 @@ class SocketRepair:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Messages about listeners that need a restart: cut off, or without a spare socket."""
+        """Messages about listeners that no client reaches, or that have no spare socket."""
         cut_off = [
             f"{each.settings.address}: {CUT_OFF}"
             for each in self._listeners.living
@@ -112,7 +112,12 @@ class SocketRepair:
             for each in self._listeners.living
             if each.has_no_spare
         ]
-        return *cut_off, *spent
+        astray = [
+            f"{each.settings.address}: no client can connect: {fault}"
+            for each in self._listeners.living
+            if each.has_sibling and (fault := each.path_fault)
+        ]
+        return *cut_off, *astray, *spent
 
     def needs(self, listener: Listener) -> bool:
         """Return whether a new release must fail if clients cannot reach it at this listener.
@@ -146,7 +151,11 @@ class SocketRepair:
         try:
             listener.bind_anew(socket_number)
         except OSError as error:
-            if error.errno in RETRY_ERRNOS:
+            # Without its files a sound socket stays: the files' directory may come back.
+            cut_off = listener.is_alive(socket_number) and listener.is_cut_off
+            awaits_files = cut_off and not common and listener.file_rights is not None
+            if error.errno in RETRY_ERRNOS or awaits_files:
+                self._watch.watch_later()
                 return
             if common and not listener.is_reserved_for_clients:
                 self._listeners.lose(listener, error.strerror or str(error))

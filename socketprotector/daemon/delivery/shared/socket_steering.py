@@ -250,6 +250,7 @@ class SocketSteering(Steering):
             tuple(turns.partly_served),
             tuple(turns.lost),
             self._groups,
+            self._listeners.rights_record,
         )
 
     @property
@@ -264,9 +265,8 @@ class SocketSteering(Steering):
         """
         turns, probes = self.turns, self.probes
         turns.current = record.socket_number
-        turns.unserved = frozenset(record.unserved)
+        turns.unserved, turns.lost = frozenset(record.unserved), frozenset(record.lost)
         turns.partly_served = frozenset(record.partly_served)
-        turns.lost = frozenset(record.lost)
         turns.expected = dict(record.expected)
         self._written = record.groups
         orders = {index: (listed, order) for index, listed, order in record.groups}
@@ -275,6 +275,7 @@ class SocketSteering(Steering):
         turns.leaving = {generation: (number, at) for generation, number, at in record.leaving}
         probes.probed, probes.probe_sources = set(record.asked), set(record.asked_from)
         self._repairs.options.record = record.options
+        self._listeners.adopt_rights(record.rights)
         self.hold.record = record.hold
         if not held:
             self.hold.turn(on=False)
@@ -377,8 +378,7 @@ class SocketSteering(Steering):
 
         If that fails, clients still go to the other socket, whose workers keep accepting.
         """
-        not_steered: dict[str, str] = {}
-        not_held = ""
+        not_steered, not_held = dict[str, str](), ""
         for each in self._listeners.all:
             try:
                 not_held = self._steer_one(each, self.turns.number_for(each)) or not_held

@@ -233,7 +233,11 @@ def test_a_workers_counters(words: list[int]) -> None:
 
 
 @FEW
-@given(NUMBERS, st.just(MINE) | NUMBERS, TEXTS | st.sampled_from(["sp.names.9", "sp.names.\u00b2"]))
+@given(
+    NUMBERS,
+    st.just(MINE) | NUMBERS,
+    TEXTS | st.sampled_from(["sp.names.900009", "sp.names.\u00b2"]),
+)
 def test_the_variables_of_a_service_manager(count: str, pid: str, names: str) -> None:
     """Beyond any descriptor that there is; what is passed in is found in test_activation.py."""
     told = {"LISTEN_FDS": count, "LISTEN_PID": pid, "LISTEN_FDNAMES": names}

@@ -125,13 +125,14 @@ def write(current: str, history: ReleaseHistory, loop: Loop, done: Callable[[str
             file, following = release_store.new_history(current)
             opened.append(file)
             given = dict(enumerate(opened, _FIRST))
-            HelperProcess.start_own(
-                "release_writer.py",
-                (*map(str, given), following, f"{name}.history"),
-                {1: output, 2: output, **given},
-                loop,
-                partial(_ended, output, done),
-            )
+            with on_error(os.unlink, os.path.join(folder, following)):
+                HelperProcess.start_own(
+                    "release_writer.py",
+                    (*map(str, given), following, f"{name}.history"),
+                    {1: output, 2: output, **given},
+                    loop,
+                    partial(_ended, output, done),
+                )
         finally:
             for fd in opened:
                 os.close(fd)

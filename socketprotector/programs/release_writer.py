@@ -12,15 +12,21 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 
 def main(folder: int, content: int, file: int, following: str, name: str) -> None:
     """Replace the history by rename(2), and sync the folder, which also has the link `current`."""
     left = os.pread(content, os.fstat(content).st_size, 0)
-    while left:
-        left = left[os.write(file, left) :]
-    os.fsync(file)
-    os.rename(following, name, src_dir_fd=folder, dst_dir_fd=folder)
+    try:
+        while left:
+            left = left[os.write(file, left) :]
+        os.fsync(file)
+        os.rename(following, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except OSError:
+        with suppress(OSError):  # the next owner may have removed it
+            os.unlink(following, dir_fd=folder)
+        raise
     os.fsync(folder)
 
 

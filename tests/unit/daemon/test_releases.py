@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from socketprotector.model.records import Program
 from socketprotector.model.release import FAILED, PROVED, REFUSED, ReleaseHistory
 from socketprotector.model.settings import Settings
 from socketprotector.system import release_store
+from socketprotector.system.helper import HelperProcess
+from socketprotector.system.loop import Loop
 from tests.unit.daemon.clock import Clock
 
 
@@ -147,6 +150,17 @@ def test_a_failed_write_is_said_once_and_repeated_ever_more_slowly(world: World)
 
     assert (made.error, made.is_saved) == ("", True)
     assert world.clock.lines == ["history-not-written", "history-written"]
+
+
+def test_a_writer_that_cannot_be_started_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HelperProcess, "start_own", World.fail)
+
+    with closing(Loop()) as loop, pytest.raises(OSError, match="Read-only file system"):
+        release_history.write(str(tmp_path / "current"), ReleaseHistory(), loop, World.fail)
+
+    assert os.listdir(tmp_path) == []
 
 
 def test_without_memory_for_a_writer_it_is_repeated(world: World) -> None:

@@ -17,6 +17,7 @@ from tests.rounds import rounds
 from tests.running import ROOT, Protector, eventually
 from tests.scenarios.tools import spawned
 from tests.servers.catalogue import PAUSE_S
+from tests.unit.ctl.conftest import run
 from tests.web import Connection, Traffic
 
 Start = Callable[..., Protector]
@@ -54,6 +55,8 @@ def command(tmp_path: Path, language: str, request: pytest.FixtureRequest) -> li
     (tmp_path / source).write_text(text)
     subprocess.run(build, cwd=tmp_path, check=True)
     address = f"unix:{tmp_path / 'web.sock'}" if at == "unix" else "127.0.0.1:0"
+    log = start.index("--log-file")
+    del start[log : log + 2]  # the tests read the log from stdout
     listen = start.index("127.0.0.1:8080")
     start[listen] = address
     server = [word.replace("./", f"{tmp_path}/") for word in start[listen:]]
@@ -75,6 +78,28 @@ def test_no_request_fails_at_reloads(
     daemon.stop()
 
     assert not traffic.seen.failures
+
+
+def test_a_reload_that_fails_is_shown_as_on_the_page(
+    protector: Start, tmp_path: Path, command: list[str], language: str
+) -> None:
+    daemon = protector("--log-prefix", *command).ready()
+    daemon.reload()
+    if language == "node":
+        text = "console.error('cannot find the database')\nprocess.exit(1)\n"
+        (tmp_path / "web.js").write_text(text)
+    else:
+        (tmp_path / "web").unlink()
+        (tmp_path / "web").write_text("#!/bin/sh\necho cannot find the database\nexit 1\n")
+        (tmp_path / "web").chmod(0o755)
+
+    ended = run("--name", "web", "reload")
+
+    assert ended.status == 3
+    [shown] = [each.text for each in BLOCKS if each.is_text]
+    for wanted in shown.strip().split("\n"):
+        assert any(page.is_like(wanted.strip(), line) for line in ended.err.split("\n")), ended
+    daemon.stop()
 
 
 def test_a_request_in_progress_at_the_signal_is_answered(

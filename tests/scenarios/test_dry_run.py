@@ -334,6 +334,7 @@ def begun(one: Operated, trying: Running) -> Running:
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_another_one_and_one_beside_a_reload_are_refused(
     waiting: Waiting, beside: Callable[..., Running]
 ) -> None:
@@ -403,6 +404,7 @@ def not_accepted(port: int) -> int:
 
 @EITHER_HANDOFF
 @pytest.mark.parametrize("good", [True, False], ids=["good", "bad"])
+@pytest.mark.costly
 def test_another_protector_goes_on_with_it_after_a_kill(
     operated: Operating,
     release: Release,
@@ -433,6 +435,7 @@ def test_another_protector_goes_on_with_it_after_a_kill(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_an_upgrade_calls_it_off(waiting: Waiting, beside: Callable[..., Running]) -> None:
     """To an older version, which knows of no dry run, it would be a reload."""
     one = waiting.one

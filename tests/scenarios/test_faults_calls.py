@@ -20,6 +20,7 @@ from socketprotector.model.backoff import backoff_s
 from socketprotector.model.errors import NO_PROCESSES
 from tests.load import Load
 from tests.procfs import state_of
+from tests.rounds import rounds
 from tests.running import DEADLINE_S, LISTENER, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import revived, upgrade
 from tests.scenarios.faults import injected
@@ -114,7 +115,7 @@ def test_where_workers_accept_a_few_descriptors_too_few_are_one_line_each_time(
     start: Start,
 ) -> None:
     words = (*LISTENER, "--no-control", "--log-file", "log", "127.0.0.1:0", "--", *worker("many"))
-    for most in range(14, 25):
+    for most in range(14, 25, rounds(5, 1)):
         limited = ("/bin/sh", "-c", f'ulimit -n {most} && exec "$@"', "sh")
 
         ended = start("-f", *words, before=limited)

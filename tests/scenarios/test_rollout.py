@@ -128,6 +128,7 @@ def test_promote_goes_on_stage_by_stage(operated: Operating, beside: Beside) -> 
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_promote_now_skips_the_settling(operated: Operating, beside: Beside) -> None:
     one = operated("--settle", "1h", command=WORKER)
     reload = beside(one, *HALF)
@@ -163,6 +164,7 @@ def test_a_rollback_gives_the_clients_back(operated: Operating, beside: Beside) 
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_stop_calls_a_canary_off_and_both_generations_finish_their_clients(
     operated: Operating, beside: Beside
 ) -> None:
@@ -477,6 +479,7 @@ def replaced(one: Operated, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["upgrade", "kill"])
+@pytest.mark.costly
 def test_a_canary_goes_on_in_the_next_program(
     operated: Operating, beside: Beside, how: str
 ) -> None:

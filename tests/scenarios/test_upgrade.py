@@ -274,6 +274,7 @@ def test_during_a_drain_the_connections_go_on_and_the_old_generation_ends(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_drain_limit_goes_on_and_no_second_term_is_sent(protector: Starter, handoff: str) -> None:
     sent = 1 if handoff == "connection" else 2  # the first one has it finish
     daemon = protector(

@@ -31,15 +31,17 @@ class Phase(Enum):
 #: diagram in ARCHITECTURE.md is drawn from them.  None: the generation is gone.
 PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
-        Phase.SERVING: "every worker is ready, or it passed its probe",
-        Phase.SETTLING: "the same, with --settle, or it accepted a probe without a READY message",
+        Phase.SERVING: "every worker is ready, or the generation passed its probe",
+        Phase.SETTLING: "the same, with --settle or a rollout; or a worker accepted the probe, but "
+        "sent no READY",
         Phase.ABANDONED: "a worker exited, was not ready in time or broke the channel, a dry run "
-        "or a hold ended, or a stop began",
+        "ended, clients of a hold must be served first, or a stop began",
     },
     Phase.SETTLING: {
-        Phase.SERVING: "--settle or its rollout is over, a hold ended, or a stop began",
-        Phase.DRAINING: "a worker exited, --settle-check failed, a hold ended, an operator "
-        "called it off, a stop began during its rollout, or a quick stop began",
+        Phase.SERVING: "--settle or its rollout is over, a stop began, or it runs the last good "
+        "command and clients of a hold wait",
+        Phase.DRAINING: "a worker exited, --settle-check failed, clients of a hold must be served "
+        "first, an operator called it off, a stop began during its rollout, or a quick stop began",
     },
     Phase.SERVING: {Phase.DRAINING: "replaced, channel broken, or a stop began"},
     Phase.DRAINING: {None: "last worker gone"},

@@ -65,7 +65,7 @@ GENERATION = click.IntRange(1, 2**31 - 1)
 
 @command(short_help="Show generations, workers and the last reload.")
 def status(instance: Instance, as_json: bool) -> None:
-    """Show generations, workers, queues, waits and the last reload."""
+    """Show generations, workers, queues, the last reload, and what SocketProtector waits for."""
     found = instance.request("status")
     if as_json:
         say_json(found)
@@ -91,8 +91,8 @@ def status(instance: Instance, as_json: bool) -> None:
 def ready(instance: Instance, health: bool, as_json: bool) -> None:
     """Print whether SocketProtector is ready for clients, as /readyz of the exporter does.
 
-    Exit status 0: ready, even during a hold. 3: no generation is serving, or SocketProtector is a
-    lame duck.
+    Exit status 0: ready, even during a hold. 3: no generation is serving, SocketProtector is a lame
+    duck, or, with --health, it is unhealthy.
     """
     found = instance.request("status")
     why, answer = why_not_ready(found), unhealthy(found)
@@ -106,9 +106,9 @@ def ready(instance: Instance, health: bool, as_json: bool) -> None:
         say(f"ready: generation {number_in(found, 'route')} is serving")
 
 
-@command(short_help="List the last reloads, dry runs and failed health checks.")
+@command(short_help="List the last reloads, dry runs and changes of health.")
 def history(instance: Instance, as_json: bool) -> None:
-    """List the last reloads and dry runs, with result and reason, and failed health checks.
+    """List the last reloads, dry runs and changes of health, with result and reason.
 
     The newest is last. The protector keeps 50 reloads, 20 dry runs and 50 changes of health, even
     after an upgrade or a crash. Only the last ten reloads and dry runs include last words.
@@ -142,7 +142,7 @@ def history(instance: Instance, as_json: bool) -> None:
         )
         say_last_words(reason.partition("\n")[2])
     if not found:
-        say("no reload, dry run or failed health check yet")
+        say("no reload, dry run or change of health yet")
 
 
 @command(short_help="List connections: peer, age, worker.")

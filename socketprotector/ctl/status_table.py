@@ -131,11 +131,11 @@ def totals(status: Message) -> Text:
     """Return the line of totals (connections forwarded and lost), with the command."""
     command = status.get("command")
     words = " ".join(map(str, command if isinstance(command, list) else []))
-    named = {"forwarded": "forwarded", "lost": "lost", "queue_limit": "queue of"}
+    named = {"forwarded": "forwarded", "lost": "lost", "queue_limit": "queue limit"}
     known = {name: text for name, text in named.items() if status.get(name) is not None}
     counts = zip(known.values(), render.counts(status, *known), strict=True)
     counted = [f"{text} {count}, " for text, count in counts]
-    return render.line(f"{''.join(counted)}ready: {status.get('ready')}, command: {words}")
+    return render.line(f"{''.join(counted)}ready by {status.get('ready')}; command: {words}")
 
 
 def _newest_first(status: Message) -> list[Message]:
@@ -240,7 +240,7 @@ def _workers_of(status: Message) -> list[Message]:
 
 
 def _unknown_columns(status: Message, messages: Sequence[Message]) -> dict[str, None]:
-    """Return the columns to omit: those whose field no message has.
+    """Return the columns to omit: their fields are missing or null in all these messages.
 
     Before the first worker is ready, no column is omitted, except in modes in which workers accept.
     """

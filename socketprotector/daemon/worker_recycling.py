@@ -23,7 +23,7 @@ from .worker_spawn import Worker
 
 #: How often to check the workers.
 EVERY_S = 1.0
-#: A worker that exceeds --max-memory within this time was too large from the start.
+#: A worker that exceeds --max-memory so soon after it was ready was too large from the start.
 _AT_ONCE_S = 5.0
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 _TIMER = "limits"
@@ -50,7 +50,10 @@ class BornTooLarge:
         return max(0.0, self._next_at - now)
 
     def may_replace(self, number: int, age_s: float, now: float) -> bool:
-        """Return whether a worker that is too large may be replaced now; count replacements."""
+        """Return whether a worker that is too large may be replaced now.
+
+        Counts the replacements of workers that were too large from the start.
+        """
         replaced = self._replaced.get(number)
         if replaced or (replaced is None and age_s >= _AT_ONCE_S):
             return True
@@ -120,7 +123,11 @@ class LimitWatch:
         self._loop.call_after(_TIMER, EVERY_S, self._check_workers)
 
     def _check_child(self, worker: Worker, child: forked_children.Child) -> set[int]:
-        """Retire a forked child that has reached a limit; return the pid of a retired child."""
+        """Retire a forked child once it has reached a limit.
+
+        Returns a set of the child's pid if it has reached a limit, now or at an earlier check;
+        otherwise an empty set.
+        """
         if child.pid in self._retired:
             return {child.pid}
         accepted = child.counts.accepted if child.counts is not None else None
@@ -130,7 +137,7 @@ class LimitWatch:
         if reason is None:
             return set()
         number = worker.record.number
-        with suppress(OSError):  # the child has changed its user
+        with suppress(OSError):  # EPERM: the child has become another user, so we cannot signal it
             if forked_children.retire(child.pid, worker.process.pid):
                 self._log.write("info", "retired", worker=number, child=child.pid, reason=reason)
         return {child.pid}
@@ -154,7 +161,7 @@ class LimitWatch:
     @property
     def _hint(self) -> str:
         most, soon = f"{self._limits.memory_bytes >> 20} MiB", in_units(_AT_ONCE_S)
-        return f"workers exceed --max-memory ({most}) within {soon} of their start; raise the limit"
+        return f"workers exceed --max-memory ({most}) within {soon} of being ready; raise the limit"
 
     def _say_uncounted(self, number: int) -> None:
         """Warn once that --retire-after has no effect on a worker that does not count."""
@@ -180,7 +187,7 @@ class LimitWatch:
 
 
 def exceeded(limits: Limits, key: str, *, age_s: float, accepted: int | None) -> str | None:
-    """Return which limit of age or connections a worker has reached, in words; None: neither.
+    """Return which limit, on age or on connections, a worker has reached; None: neither.
 
     key: differs by worker, so that workers that start together do not end together.
     accepted: how many connections the worker has accepted; None: it does not count.

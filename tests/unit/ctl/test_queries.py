@@ -214,7 +214,7 @@ def test_status_shows_what_runs(fake: Fake, ctl: Ctl) -> None:
     assert said.out.splitlines() == [
         "web: serving, pid 11, version 0.9.0, up 2m30s, guarded",
         "held: accepts no connection for another 12s",
-        "forwarded 12,345, lost 0, queue of 278, ready: notify, command: ./daemon",
+        "forwarded 12,345, lost 0, queue limit 278, ready by notify; command: ./daemon",
         "listens on tcp:0.0.0.0:4321, 3 of 4,096 waiting",
         "last reload: generation 10 failed 49s ago: no",
         "2 workers failed; see `socketprotectorctl crashes`",
@@ -248,7 +248,7 @@ def test_status_of_an_unmodified_server_leaves_out_what_cannot_be_known(
     assert said.out.splitlines() == [
         "web: serving, pid {}, version 0.9.0, up 2m30s".format(fake.status["pid"]),
         "warning: it lacks \\x1b",
-        "ready: notify, command: ./daemon",
+        "ready by notify; command: ./daemon",
         "listens on tcp:0.0.0.0:4321, 3 of 4,096 waiting",
         "",
         "GEN  PHASE      AGE  READY  QUEUE",
@@ -421,7 +421,7 @@ def test_history(fake: Fake, ctl: Ctl) -> None:
     ]
     assert json.loads(ctl("history", "--json").out) == {"history": entries}
     fake.answers["history"] = lambda *_: {"history": []}
-    assert ctl("history").out == "no reload, dry run or failed health check yet\n"
+    assert ctl("history").out == "no reload, dry run or change of health yet\n"
 
 
 @together(("code", "told"), UNKNOWN_HISTORY)

@@ -45,7 +45,7 @@ class _Closing:
 
     stay: bool  # the listeners survive us, and later clients wait there
     latest: float = 0.0  # when to close at the latest; 0: no limit, because no new client comes
-    forwarded: int = -1  # Forwarder.forwarded at the last look; -1: no look yet
+    forwarded: int = -1  # Forwarder.forwarded at the last check; -1: no check yet
 
 
 class Forwarder:
@@ -134,9 +134,8 @@ class Forwarder:
     def drain(self, channel: GenerationChannel) -> None:
         """Take back untaken connections while the route has room; then end the channel.
 
-        The channel's workers take the remaining connections.  But if a worker has shut the channel
-        down, workers may never read it again.  Then the remaining connections go to the route, as
-        soon as the route has room.
+        Workers take the remaining connections.  But if a worker itself has called shutdown() on the
+        channel, perhaps no worker reads it again.  Then they go to the route once it has room.
         """
         is_shut = channel.is_shut()
         self._reclaim(channel)
@@ -175,7 +174,7 @@ class Forwarder:
             self._drains.begin(listener, to)
 
     def close_listeners(self, *, quick: bool, stay: bool = False) -> None:
-        """Refuse new clients, and close once workers have got the backlog; quick: close at once.
+        """Refuse new clients, send the backlog to workers, and close; quick: close at once.
 
         stay: our own listeners survive close(), and later clients wait there for the next start.
         """
@@ -273,7 +272,7 @@ class Forwarder:
         return found | self.undelivered.descriptors()
 
     def adopt_drained(self, channel: GenerationChannel) -> None:
-        """Send the route the connections of a channel that an earlier program has drained."""
+        """Let the route get what is left in a channel that an earlier program has drained."""
         if channel.depth():
             self._leftovers[channel] = False
 
@@ -321,7 +320,7 @@ class Forwarder:
         """Move a channel's connections to the route, the oldest first, while there is room.
 
         If the route does not know a connection's listener, the connection goes back to the end of
-        its channel.  If the channel has ended, that connection and all behind it stay there.
+        its channel.  An ended channel cannot get it back: it and all behind it are left there.
 
         last: the channel's workers have exited, so undelivered.py keeps the connections that the
         route cannot get.
@@ -361,7 +360,7 @@ class Forwarder:
         return not known
 
     def _put_back(self, channel: GenerationChannel, header: bytes, fd: int) -> None:
-        """Send a connection back to its channel, or keep it.  Takes ownership of fd."""
+        """Send a connection back to its channel, or keep or lose it.  Takes ownership of fd."""
         try:
             channel.send(header, fd)
         except OSError as error:
@@ -386,8 +385,8 @@ class Forwarder:
         elif error.errno == errno.EINVAL and not listener.is_alive():
             self._repair_shut(listener)
         else:
-            # The system is short of descriptors or memory, or the error is undocumented.  The
-            # listener stays readable in both cases, so keep it, and accept again by a timer.
+            # The system is short of descriptors or memory, or the error is undocumented.  In both
+            # cases the listener stays readable.  So stop accepting, and try again after a pause.
             self._shortage.begin("accept", error)
 
     def _send_failed(self, header: bytes, fd: int, error: OSError) -> None:
@@ -413,7 +412,7 @@ class Forwarder:
     # -- the end -------------------------------------------------------------
 
     def _close_when_quiet(self, closing: _Closing) -> None:
-        """Close the listeners once no client has come since the last look, and no client waits."""
+        """Close the listeners if no client came since the last check; otherwise check later."""
         if self.outlet.is_free and not any(self._leftovers.values()):
             self._acceptor.accept_now(lambda: self.outlet.is_free)
             if closing.stay:  # later clients stay in the backlogs

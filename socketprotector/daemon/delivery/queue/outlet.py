@@ -55,7 +55,7 @@ class Outlet:
         )
 
     def look(self) -> None:
-        """Resume if there is room again, while long work blocks the loop."""
+        """Resume if the full channel has room.  For long work, which blocks the loop."""
         if self._full is not None and self._full.has_room():
             self._on_room()
 
@@ -74,7 +74,7 @@ class Outlet:
                 self.send(route, *taken)
 
     def send(self, route: GenerationChannel, header: bytes, fd: int) -> None:
-        """Send one connection, or keep it.  Takes ownership of fd."""
+        """Send one connection; if that fails, see send_failed().  Takes ownership of fd."""
         try:
             route.send(header, fd)
         except OSError as error:
@@ -112,7 +112,7 @@ class Outlet:
             self.shortage.begin("sendmsg", error)
 
     def let_go(self, fd: int) -> None:
-        """Close our copy of a connection, and open the reserve again if it is spent."""
+        """Close our copy of a connection; reopen the reserve of shortage.py if it is in use."""
         os.close(fd)
         self.shortage.take_reserve()
 

@@ -1,9 +1,12 @@
 """Finds out when a replaced generation has accepted, and read from, all its clients.
 
-A replaced generation gets no new clients.  But some of its clients may not be accepted yet, or
-their bytes may be unread.  A server that is ordered to finish would close these connections.  So we
-query the kernel for such clients (sock_diag).  The queries take at most QUERY_SHARE of our time.
-If the kernel does not answer, we wait for a fixed time.
+A replaced generation gets no new clients.  But some of its clients may not be accepted yet, or may
+be unread.  A server that is ordered to finish would close these connections.  So we query the
+kernel for such clients (sock_diag).  The queries take at most QUERY_SHARE of our time.  If the
+kernel cannot answer, we wait for a fixed time.
+
+An unread client has sent bytes that its worker has not read.  Over TCP, an accepted client that has
+sent nothing also counts as unread, for SILENT_S.
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ from .turns import Turns
 
 #: The pause between two looks.
 _LOOK_S = 0.1
-#: The pause if workers read from all accepted clients before they exit.  For such workers we wait
-#: only until all clients are accepted, including clients whose handshake is under way.
+#: The pause with `reads_on`: workers then read from all accepted clients before they exit, so we
+#: wait only until all clients are accepted, including clients whose handshake is under way.
 _LOOK_SOON_S = 0.01
-#: For such workers, how many looks in a row must find that all clients are accepted.
+#: With `reads_on`: how many looks in a row must find that all clients are accepted.
 _SOON_LOOKS = 2
-#: A generation is quiet if no unread client was found for this time.
+#: Without `reads_on`: a generation is quiet if for this time no client waited, and none had unread
+#: bytes.
 QUIET_S = 1.0
 #: How long to wait for clients that have connected and send nothing.
 SILENT_S = 3.0
@@ -43,15 +47,17 @@ class _Generation:
 
     socket_number: int
     on_quiet: Callable[[], None]
-    common: Sequence[Listener]  # listeners with a single socket, which may have a backlog
+    common: Sequence[Listener]  # listeners with one socket for all generations, if clients wait
     reads_on: bool  # its workers read from all accepted clients before they exit
     began: float
     delay_s: float = 0.0  # the planned pause before this look
-    # The sums of planned pauses.  Elapsed time would include suspends, when no worker can read.
+    # The sums of planned pauses.  Elapsed time would include a time in which the protector and its
+    # workers were frozen, so that no worker could read.
     waited_s: float = 0.0
     quiet_s: float = 0.0
     quiet_looks: int = 0
-    # Clients that were unread at every look; True: the client has sent nothing; None: not queried.
+    # The clients that were unread at every look -> whether the client has sent nothing.  None: no
+    # query has succeeded yet.
     unread: dict[tuple[int, bytes], bool] | None = None
 
 
@@ -60,11 +66,13 @@ def _unread_unix(
 ) -> dict[tuple[int, bytes], bool]:
     """Return the unread clients of a generation's UNIX sockets.  Raises OSError.
 
-    The kernel does not report accepted clients that have sent nothing, so we do not wait for them.
+    For an accepted client that has sent nothing, the kernel reports 0 unread bytes, as for a client
+    whose bytes were read.  So we wait for neither.
 
-    replaced: listeners whose socket was replaced after the generation's start.  We no longer know
-    the old socket's name.  So we count the unread clients of every socket name that belongs to the
-    path, except the names of its present sockets.
+    replaced: listeners whose socket was replaced after the generation's start.  Each socket of a
+    path is bound under a name of its own, which its connections keep.  We no longer know the old
+    socket's name.  So we count the unread clients under every name that belongs to the path, except
+    the names of the path's present sockets.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}
@@ -100,7 +108,7 @@ class Quiescing:
         common: Sequence[Listener] = (),
         reads_on: bool = False,
     ) -> None:
-        """Call back when a generation has accepted, and read from, all its clients.
+        """Call back when a generation has accepted and read from all its clients, or after LAST_S.
 
         socket_number: the generation's socket.  common: listeners with one socket for all
         generations; the clients that wait at these listeners must be accepted, too.  reads_on: call
@@ -129,7 +137,8 @@ class Quiescing:
 
     def _look(self, generation: int) -> None:
         state, now = self._generations[generation], time.monotonic()
-        # Check before the queries: if new clients still come, the queries may miss some of them.
+        # Check this first.  If the last clients come during the queries, the queries may miss them,
+        # so this look must not count as quiet.
         gets_clients = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
         own = self._turns.own(self._listeners.pairs, state.socket_number, generation)
@@ -143,9 +152,9 @@ class Quiescing:
             self.begin_again(generation)
         unread = state.unread
         if unread is None:
-            # sock_diag reports by port, so its answer includes the backlog of the other socket,
-            # whose clients belong to the other generation.  So if no client waits for this
-            # generation, leave out both backlogs.
+            # sock_diag reports by port: it cannot tell apart the backlogs of an address's two
+            # sockets.  So include both while clients wait for this generation.  Otherwise leave out
+            # both: they have only clients of the other generation.
             unread = self._query(generation, pairs, accepted=not waiting)
         elif unread and (still := self._query(generation, pairs, accepted=not waiting)) is not None:
             unread = {client: still[client] for client in unread if client in still}
@@ -209,7 +218,7 @@ class Quiescing:
             except OSError as error:
                 if error.errno in RESOURCE_ERRNOS:
                     return None
-                continue  # without sock_diag we wait QUIET_S, far longer than most workers need
+                continue  # without sock_diag we only wait, longer than most workers need
             for each in mine:
                 clients = known[each.port].items()
                 found.update(((each.index, client), silent) for client, silent in clients)

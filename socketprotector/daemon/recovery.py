@@ -1,7 +1,7 @@
 """Resumes where an earlier program stopped: each part gets its record and its descriptors back.
 
-All parts except the workers come first, so that clients wait only briefly.  Then each step adopts
-one worker, because there may be a thousand, and clients must be accepted in between.
+adopt() restores all parts except the workers; then clients are accepted again.  Each step of
+adopt_workers() adopts one worker: there may be a thousand, and clients must not wait for them all.
 
 The earlier program may have been killed before it stored descriptors, or before it wrote the state.
 If a descriptor that the state mentions is missing, an event reports that.  A stored descriptor that
@@ -49,8 +49,8 @@ class Recovery:
     def adopt(self) -> list[Event]:
         """Adopt everything except the workers, so that a generation can get the route.
 
-        Returns an event for each generation whose first programs have failed: a kill may have lost
-        that event.
+        Returns an event for each generation whose first programs (first_programs.py) have failed:
+        the earlier program may have been killed before it posted that event.
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery
@@ -82,9 +82,10 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """Order workers to finish if the state lacks them: a kill came before their record.
+        """Let workers finish if the state lacks them, because a kill came just after their start.
 
-        Workers that accept need a signal; other workers read end of file on their RETURN line.
+        Workers with listening sockets need a signal.  Other workers read end of file on their
+        RETURN line, which is closed here.
         """
         fleet, programs = self.snapshot.fleet, self.snapshot.generations
         # Most likely these workers belong to the newest generation, which a reload was starting.
@@ -95,7 +96,7 @@ class Recovery:
         for number, descriptors in self.unclaimed.take_all(inherited.WORKER).items():
             process = descriptors.get("process", -1)
             if process >= 0 and finish and int(number) not in known:
-                with suppress(OSError):  # most of these workers have exited
+                with suppress(OSError):  # ESRCH: most of these workers have exited
                     signal.pidfd_send_signal(process, finish)
             for fd in descriptors.values():
                 os.close(fd)
@@ -122,14 +123,17 @@ class Recovery:
         ended: list[WorkerExited] = []
         pool, fleet = self.effects.pool, self.snapshot.fleet
         for record, descriptors, generation in self._workers:
-            # A worker without a finish signal needs its RETURN line: there it reads end of file.
+            # Without a finish signal, only end of file on its RETURN line can end a worker.
             needed = _STORED if generation.program.finish_signal else {*_STORED, "line"}
             if descriptors.keys() >= needed and not record.orphaned:
                 pool.adopt(record, descriptors, generation)
             else:
-                # The worker had exited, and some of its descriptors may have left the store.
+                # The worker had exited: the store no longer has all of its descriptors, or the
+                # record says that only its process group is left.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
+                # Report what the fleet does not know.  (_report_missing() reports a worker that the
+                # fleet counts as running, but that has left no group.)
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     ended.append(WorkerExited(record.number, _ENDED, orphans=has_group))
             yield ()
@@ -140,7 +144,7 @@ class Recovery:
         pool, fleet = self.effects.pool, self.snapshot.fleet
         known = {record.number for record in pool.records()}.union(ended)
         unfinished = [each.number for each in fleet.alive() if each.number not in known]
-        # A generation whose channel was not stored must lose the route, if it has the route.
+        # A generation without its descriptors is useless: ChannelBroken takes the route from it.
         lost: list[Event] = [
             OpenFailed(each.number, _KILLED, tuple(unfinished))
             if each.phase in (Phase.STARTING, Phase.ABANDONED)

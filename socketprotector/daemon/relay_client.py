@@ -1,5 +1,7 @@
 """Starts the relay process, passes the workers' pipes to it, and gets last words from it.
 
+Our socket to the relay is called the line.
+
 The protector keeps the read end of every pipe, too.  So if the relay dies, workers can still write,
 and the next relay continues reading.  A worker's pipe is kept until its last writer has exited,
 even if the worker has exited earlier.  But we keep only LEFT_BEHIND pipes of exited workers: more
@@ -48,8 +50,8 @@ _READS_S = 0.5
 #: The first and the longest wait before another relay is started.
 _RESTART_S = 0.1
 _LONGEST_S = 10.0
-#: The pause before a message is sent again after the relay's line was full, and before a pipe that
-#: could not be watched or closed is checked again.
+#: The pause before we send a message again that the full line did not take, and before we check a
+#: pipe again that we could not watch or close.
 _AGAIN_S = 0.1
 #: How soon to repeat a message for which the relay had no free descriptor.
 _ROOM_S = 1.0
@@ -195,12 +197,8 @@ class LogRelay:
         self._loop.cancel("relay-end")
         if self._helper.proven:
             self._back_off.reset()
-        self._helper, self._was_stopped, self._lacks_descriptor, self._must_end = (
-            None,
-            False,
-            False,
-            False,
-        )
+        self._helper = None
+        self._was_stopped = self._lacks_descriptor = self._must_end = False
         self._close_line()
         self._persist()
         self._start_again()
@@ -237,7 +235,7 @@ class LogRelay:
         self._wait_for_output()
 
     def _wait_for_output(self) -> None:
-        """Check again when a worker has written something."""
+        """Check the relay _READS_S after the next output of a worker."""
         try:
             self._loop.watch(self._output_ready.fileno(), self._on_output)
         except OSError:  # out of memory: check by a timer
@@ -275,7 +273,7 @@ class LogRelay:
         self._send_unsent()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
-        if number in self._workers:  # a killed program used this number without a record
+        if number in self._workers:  # a program was killed before it recorded its use of the number
             self._close_pipe(number)
         self._workers[number] = pipe
         self._named[pipe.name(number)] = pipe.read
@@ -363,7 +361,7 @@ class LogRelay:
             fd, text = _STDERR if kind == _NEW_STDERR else -1, f"{kind}{number}"
             if kind == _PIPE and pipe is not None:
                 fd, text = pipe.read, f"{text} {pipe.generation} {pipe.pid}"
-            if fd >= 0 or kind in (_WORDS, _CLOSE, _END):  # otherwise the pipe is closed already
+            if fd >= 0 or kind in (_WORDS, _CLOSE, _END):  # otherwise: _PIPE for a closed pipe
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(fd))]
                 try:
                     self._line.sendmsg([text.encode()], rights if fd >= 0 else [], _FLAGS)
@@ -402,7 +400,7 @@ class LogRelay:
         self._on_words(int(number), words)
 
     def _repeat_later(self, kind: str, number: int) -> None:
-        """Repeat a message for which the relay lacked a descriptor; the pipe keeps the output."""
+        """Repeat a message whose descriptor the relay could not receive: none was free."""
         if not self._lacks_descriptor and self._helper is not None:
             pid = self._helper.process.pid
             self._log.write("warning", "relay-short", pid=pid, hint=_LACKS_HINT)
@@ -415,7 +413,7 @@ class LogRelay:
         if self._must_end:  # only root could raise the relay's limit; the next relay gets our limit
             self._unsent.appendleft((_END, 0))
             self._send_unsent()
-            if self._helper is not None:  # a blocked relay, or an older program, ignores _END
+            if self._helper is not None:  # a blocked relay, or an older version, ignores _END
                 kill = partial(self._helper.process.signal, signal.SIGKILL)
                 self._loop.call_after("relay-end", _LONGEST_S, kill)
             return

@@ -35,16 +35,17 @@ class SavedHistory:
         #: Why the file could not be written; "": the file is written, or will be soon.
         self.error = ""
         self._current, self._loop, self._log = current, runtime.loop, runtime.log
-        self._on_disk: ReleaseHistory | None = self.value
-        self._writing: ReleaseHistory | None = None
+        # Both are compared with `value` by identity.
+        self._on_disk: ReleaseHistory | None = self.value  # what the file has, as far as we know
+        self._writing: ReleaseHistory | None = None  # what a process is writing; None: no process
         self._is_unreadable = False  # the first write keeps an unreadable file, renamed
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
 
     def read(self, *, is_owned: bool) -> None:
         """Read the file; if that fails, keep the present history, which is empty at first.
 
-        is_owned: whether we own `current`.  If so, a writer process of an earlier owner must not
-        change the file after we have read it.
+        is_owned: whether we own `current`.  If so, first prevent the writer process of an earlier
+        owner from changing the file later.
         """
         current, self._is_unreadable = self._current(), False
         if is_owned:
@@ -67,7 +68,7 @@ class SavedHistory:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the disk has the history, and the link as it was at the last add() or sync()."""
+        """Whether the disk has the history, and has `current` as of the last add() or sync()."""
         return self._on_disk is self.value
 
     def add(self, entry: Entry) -> None:
@@ -76,7 +77,8 @@ class SavedHistory:
 
     def sync(self) -> None:
         """Write the file again: the writer also syncs the folder, in which the link has changed."""
-        # A copy counts as not written: a write under way may have synced the folder too early.
+        # A copy is another object, so it counts as not written: a write in progress may have synced
+        # the folder before the link changed.
         self._save(replace(self.value))
 
     def _save(self, value: ReleaseHistory) -> None:

@@ -1,4 +1,4 @@
-"""The releases of a protector: which release a reload starts, and what a verdict changes.
+"""The releases of a protector: which one a reload starts, and what the reload's result changes.
 
 A release is proved when its start or reload has succeeded.  Then `current` is moved to that release
 (current_link.py), before a waiting reload reads `current`.
@@ -37,9 +37,9 @@ class Releases:
         self._settings, self._log = settings, runtime.log
         self.history = SavedHistory(lambda: settings().current, runtime)
         self.link = CurrentLink(settings, runtime, lock, self.history.sync)
-        #: The release whose settings the last reload has read.
+        #: The release that the last reload was to start; "": none, or its failure is recorded.
         self._tried = ""
-        self._note = ""  # what the next verdict says about `current`
+        self._note = ""  # what the report of the next success adds about `current`
         self.history.read(is_owned=self.link.is_owned or self.link.take_lock())
 
     def own(self) -> bool:
@@ -58,7 +58,7 @@ class Releases:
 
     @property
     def error(self) -> str:
-        """Why `current` or the history is wrong on disk; "": both are right, or will be soon."""
+        """Why a lock or move of `current`, or a write of the history, failed; "": no failure."""
         return self.link.error or self.history.error
 
     @property
@@ -68,7 +68,7 @@ class Releases:
 
     @property
     def warning(self) -> str:
-        """A warning that a restart would not start the serving release; "": it would."""
+        """A warning if a restart would not start the serving release; otherwise ""."""
         named = self.link.named
         if named == self.serving:
             return ""
@@ -98,11 +98,11 @@ class Releases:
     # -- a reload --------------------------------------------------------------------
 
     def begin(self, deployed: str) -> str:
-        """Note and return the release that a reload starts; return "" if `current` names it.
+        """Note which release a reload starts, and return it; "": the release that `current` names.
 
-        deployed: the release of a deploy; "": no deploy.
+        deployed: the release of a deploy, returned even if `current` names it; "": no deploy.
         """
-        # While a move is due, `current` names an old release: start the release of the due move.
+        # While a move is due, `current` names an old release: start the release it should name.
         self.link.forget_due_if_moved()
         wanted = deployed or self.link.due
         self._tried = wanted or self.link.named
@@ -111,7 +111,8 @@ class Releases:
     def prepare(self, candidate: Settings, *, dry_run: bool) -> str:
         """Prepare to move `current` to the release of a deploy; return why that is impossible.
 
-        So a full disk or a missing permission fails the deploy before anything changes for clients.
+        Returns "" if it is possible, or if `current` need not move.  A full disk or a missing
+        permission thus fails the deploy before anything changes for clients.
         """
         name = self._tried = candidate.release
         if dry_run or not candidate.release_wanted or not self.own() or self.link.named == name:
@@ -121,7 +122,7 @@ class Releases:
     def move(self, name: str, replaced: str) -> None:
         """Move `current` to a proved release; try again later if the move fails.
 
-        replaced: the release that was serving until now.
+        Only the owner of `current` moves it.  replaced: the release that was serving until now.
         """
         if not self.own():
             return
@@ -132,13 +133,13 @@ class Releases:
             self._log.write("warning", "current-moved-again", release=name, reason=self._note)
 
     def reported(self, report: Report, program: Program | None) -> Report:
-        """Note the verdict about a release; add the state of `current` to the report.
+        """Record the outcome for a release; return the report, with a note about `current`.
 
         program: the program of the report's generation; None: the generation could not be opened.
         """
         name = program.release if program is not None else self._tried
         if report.news in _VERDICTS:
-            self.link.discard()  # if a deploy failed, prepare() has left a link
+            self.link.discard()  # a failed deploy has left the link of prepare(): current.next
         if report.news in _PROVED and program is not None:
             self._prove(program)
             return replace(report, reason=self._with_note(report.reason))

@@ -1,7 +1,7 @@
 """Carries out `Report`: informs the log, systemd and the launching process.
 
-Reports also keeps the history, which the next program continues.  After STOPPING=1 no report of a
-reload sends READY=1 or RELOADING=1, which would contradict STOPPING=1.
+The class Reports also keeps the history of reloads and crashes, which the next program continues.
+After STOPPING=1 no report of a reload sends READY=1 or RELOADING=1: they would contradict it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _OF_RELOADS = (
     ReportKind.RECOVERED,
     ReportKind.RELOAD_FAILED,
 )
-#: The time from the last worker's exit to ours, with a margin.
+#: The most time from the last worker's exit to the exit of this process.
 _TO_END_S = 5.0
 
 
@@ -58,7 +58,8 @@ class Reports:
         self._systemd = systemd
         self._start_report = start_report
         self._policy = policy
-        self._is_stopping = False  # systemd knows of the stop, or learns of it from the exit status
+        # systemd has got STOPPING=1, or the start has failed, and the exit status will say so.
+        self._is_stopping = False
         self.run = RunRecord(started_at=time.time())
 
     def adopt(self, record: RunRecord, log_level: str) -> None:
@@ -86,14 +87,14 @@ class Reports:
         self.run = replace(self.run, history=change(self.run.history))
 
     def reload_began(self, generation: int) -> None:
-        """Record in the history that a reload has opened its generation."""
+        """Record in the history that a reload has opened this generation."""
         now = time.time()
         self.remember(lambda history: history.reload_began(generation, now))
 
     def write(self, report: Report, release: str = "") -> None:
         """Send a report to the log, the history, systemd and the launching process.
 
-        release: the release of the report's generation; "": unknown, or no --releases.
+        release: the release of the report's generation; "": unknown, or --releases is not set.
         """
         first_line = headline(report.reason)
         _, _, last_words = report.reason.partition("\n")
@@ -161,7 +162,8 @@ class Reports:
     def _stopping(self, reason: str = "", before_s: float = 0.0) -> None:
         """Send STOPPING=1; before_s: the time until the stop begins."""
         self._is_stopping = True
-        # Our timeout must apply even if the unit's TimeoutStopSec is shorter.
+        # Without EXTEND_TIMEOUT_USEC systemd would kill us after the unit's TimeoutStopSec, even if
+        # --stop-timeout is longer.
         policy = self._policy()
         status = f"stopping: {reason}" if reason else "stopping"
         seconds = before_s + policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S

@@ -1,10 +1,10 @@
 """The main program of the resident process.
 
-The launching process executes this program, because a mere fork would keep its larger memory.  The
-program inherits its descriptors by name (system/inherited.py).  They come from the launching
-process, from the earlier program of an upgrade, or from the guard or systemd after a crash.  If
-they include a state, the program resumes where the earlier program stopped.  Do not import heavy
-modules: a test lists the allowed modules, and bench/ measures the memory.
+The launching process executes this program to get rid of its own larger memory, which a mere fork
+would keep.  The program inherits descriptors, each with a name (system/inherited.py).  They come
+from the launching process, from the earlier program at an upgrade, or from the guard or systemd
+after a crash.  If they include a state, the program resumes where the earlier program stopped.  Do
+not import heavy modules: a test lists the allowed modules, and bench/ measures the memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from . import checkpoint
 from .assembly import Resident
 from .delivery.choice import delivery_for
 
-#: The memory for objects and buffers that a start needs and a probe does not.
+#: The memory for objects and buffers that a start needs, and an upgrade's probe does not.
 _SPARE_BYTES = 4 * 1024 * 1024
 
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def _probe(descriptors: dict[str, int]) -> int:
-    """Answer whether this program can take over; return the exit status."""
+    """Send upgrade.py an answer if this program can take over.  Returns the exit status."""
     try:
         settings, _ = _settings_and_listeners(
             descriptors, checkpoint.read(descriptors[inherited.STATE])
@@ -107,9 +107,9 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
 def _settings_and_listeners(
     descriptors: dict[str, int], snapshot: Snapshot | None
 ) -> tuple[Settings, Sequence[ListenerSettings]]:
-    """Return the settings in force, and all listeners, including those of a candidate.
+    """Return the settings in force, and all listeners.  Raises SettingsError.
 
-    Raises SettingsError.
+    The listeners include those of a candidate: of settings that are not in force yet.
     """
     if snapshot is not None:
         found = snapshot.settings

@@ -12,11 +12,13 @@ from ..system.loop import Loop
 
 @mutable
 class Runtime:
-    """The loop, the log, the event queue and the checkpoint, shared by all parts."""
+    """The loop and the log, and functions of the event queue and the checkpoint, for all parts."""
 
     loop: Loop
     log: Log
-    #: Brings an event to the supervisor.
+    #: Adds an event to the queue, which the supervisor then handles (EventQueue.post).
     post: Callable[[Event], None]
-    #: Writes the state after a change without an event; returns whether that succeeded.
+    #: Stores changed descriptors and writes a changed state (Checkpoint.save); returns whether the
+    #: write succeeded.  The supervisor does this for each event, and another part after a change
+    #: without an event.
     persist: Callable[[], bool]

@@ -1,11 +1,11 @@
-"""--settle-check: probes the new generation during --settle, while the old generation is kept.
+"""--settle-check: probes the new generation during --settle, while a rollback is still possible.
 
 An HTTP probe is sent by the prober process, as in ready_probe.py.  A check command gets the counts
 of both generations, and decides by its own criteria: it can query the probe address, or the
 operator's metrics.
 
-When the time of --settle has passed, the generation keeps settling until a good answer comes.  So a
-bad answer that comes slowly can still cause a rollback.
+When the time of --settle has passed, the generation keeps settling until one more answer comes.  If
+that answer is bad, even if it comes late, the generation fails.
 
 These probes reach the generation during a hold, too.
 """
@@ -81,7 +81,10 @@ class SettleCheck:
             self._send_probe()
 
     def awaits(self, number: int) -> bool:
-        """Note that the time of --settle has passed; return whether a good answer is missing."""
+        """Note that --settle has passed for a generation; return whether it must still answer.
+
+        Returns False for a generation that is not checked.
+        """
         generation = self._generation
         if generation is None or generation.record.number != number:
             return False

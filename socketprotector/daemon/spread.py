@@ -1,8 +1,8 @@
-"""Orders workers to end their connections evenly over a time, and reports their progress.
+"""Orders workers to end their connections evenly within a time, and reports their progress.
 
-An order is a time in the worker's slot of the scoreboard.  All connections should have ended by
-that time.  The order outlives this program, and the worker can read it at any time.  Only workers
-on the Python client library follow orders; their slots say so.
+An order is a deadline in the worker's slot of the scoreboard: by then, all connections should have
+ended.  The order outlives this program, and the worker can read it at any time.  Only workers that
+use the Python client library follow orders, and note that in their slots.
 
 Source: docs/protocol.md, section "A spread".
 """
@@ -32,9 +32,10 @@ def order(
 ) -> None:
     """Order the workers of a generation to end their connections evenly within some seconds.
 
-    seconds: how long the last connection may last; 0: no connection must end.  An earlier order
-    with an earlier end stays in force.
+    An earlier order with an earlier deadline stays in force.
+
     records: the records of all workers.  only: the number of one worker; 0: all workers.
+    seconds: how long the last connection may last; 0: the workers end no connection.
     """
     board = generation.board
     if board is None or not generation.program.spreads:
@@ -62,7 +63,7 @@ def check(generation: OpenGeneration, records: Iterable[WorkerRecord], log: Log)
         return
     unable = 0
     for each in _workers_of(generation, records):
-        # A timer may make a worker ready before the library has begun.
+        # Skip workers that a timer made ready: the library may not have begun to follow orders.
         if each.ready_by not in ("", TIMER):
             unable += not _spread_of(generation, each.slot)[0]
     if unable:

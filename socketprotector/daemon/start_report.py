@@ -21,26 +21,28 @@ from ..system.terminal import tell
 
 
 class StartReport:
-    """The report on the first start, which is sent once."""
+    """Sends the result of the first start, once; until then, answers what the start waits for."""
 
     def __init__(self, line: int | None, terminal: int | None, pid: int) -> None:
         """Take ownership of the descriptors.
 
         line: to the launching process; None: no process waits.
+        terminal: where a failure is shown in the foreground; None: nowhere.
         pid: the process whose end the launching process awaits if the start fails.
         """
         self._pid = pid
         self._socket = socket.socket(fileno=line) if line is not None else None
         self._terminal = terminal
         self._unwatch: Callable[[], None] = lambda: None
-        self.failure = ""
+        self.failure = ""  # why the start has failed; set by reports.py
 
     def watch(
         self, loop: Loop, gone: Callable[[], None], waits: Callable[[], Sequence[object]]
     ) -> None:
-        """Call back if the launching process exits before it gets a report.
+        """Send our pid and answers to the launching process.
 
-        waits: returns the answer to the question what the start waits for.
+        gone: called if the launching process exits, or cancels the start, before the result.
+        waits: returns what the start waits for.
         """
         if self._socket is not None:
             self._unwatch = partial(loop.unwatch, self._socket.fileno())
@@ -56,7 +58,7 @@ class StartReport:
             self._send(pid=self._pid)
 
     def _is_asked(self) -> bool:
-        """Read what the launching process has sent; return False if it has exited."""
+        """Read what the launching process has sent; return False at end of file."""
         try:
             return self._socket is not None and bool(self._socket.recv(64, socket.MSG_DONTWAIT))
         except OSError:
@@ -72,7 +74,7 @@ class StartReport:
         return found
 
     def started(self) -> None:
-        """Report that the first generation is serving; no report follows."""
+        """Report that the first generation is serving, and close the descriptors."""
         self._send(ready=True)
         if self._socket is not None:
             self._unwatch()

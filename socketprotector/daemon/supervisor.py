@@ -42,10 +42,11 @@ _AGAIN_S = 0.05
 _BEHIND_S = 10.0
 #: The timer of an upgrade that waits for the guard or systemd.
 _HAND_OVER = "hand-over"
-#: How long to work before we accept waiting clients; starting a worker takes 1 ms.
+#: How long we work before we accept the clients that wait.  (To start a worker takes 1 ms.)
 _YIELD_AFTER_S = 0.005
-#: How soon to look for orphans again if the first exited child belongs to a Process, which has not
-#: reaped it yet; doubles each time.
+#: waitid() returns the same ended child until it is reaped.  If this child belongs to a Process,
+#: which has not reaped it yet, we look for other ended children again after this pause.  The pause
+#: doubles each time, up to _LAST_REAP_S.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
 #: Actions after which the state is written at once, because the next program must not repeat them:
@@ -126,7 +127,7 @@ class Supervisor:
         if self._working:
             return
         self._working = True
-        acted = True  # the caller of _work() may have acted
+        acted = True  # if there is no event: adopt() has carried out actions
         try:
             for event in self.queue:
                 self.fleet, actions = decide(self.fleet, event)
@@ -177,7 +178,7 @@ class Supervisor:
             self._yield_at = time.monotonic() + _YIELD_AFTER_S
 
     def begin_upgrade(self) -> None:
-        """Probe the new program, and execute it if it can take over."""
+        """Let a process try the new program (upgrade.py); execute it if it can take over."""
         if self._handing_over:
             return
         if self.runtime.loop.due(_HAND_OVER) is not None:
@@ -188,9 +189,10 @@ class Supervisor:
             self.upgrade.failed(_NOT_KEPT)
 
     def check_upgrade(self, answered: Answered) -> None:
-        """Run the new program on a copy of the state, and call back.
+        """Let a process try the new program with a copy of the state, and call back.
 
-        Raises OSError and StateError if there can be no copy.  No upgrade may be in progress.
+        Raises OSError or StateError if the state cannot be copied.  No upgrade or other check may
+        be in progress.
         """
         copies = self.checkpoint.copies()
         self.upgrade.check(copies, answered)
@@ -204,7 +206,7 @@ class Supervisor:
         return "probing the new program" if self.upgrade.probes else ""
 
     def _hand_over(self, give_up_at: float | None = None) -> None:
-        """Become the new program, which resumes after the last signal that we handled.
+        """Execute the new program once every signal is handled and every descriptor is stored.
 
         give_up_at: when to stop waiting for the guard or systemd; None: not waiting yet.
         """
@@ -212,7 +214,7 @@ class Supervisor:
         if self.fleet.dry_run and store.flushed:
             # HandingOver ends the dry run.  So post it only now, when the upgrade need not wait.
             self.runtime.post(HandingOver())
-        if not store.flushed:  # the next program relies on stored descriptors
+        if not store.flushed:  # the next program does not store the descriptors that it inherits
             self._hand_over_later(give_up_at)
             return
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -225,7 +227,7 @@ class Supervisor:
             self.effects.suspend()
             self.upgrade.execute(self.checkpoint.descriptors())
             self.effects.resume()
-            if self.fleet.reading:
+            if self.fleet.reading:  # suspend() has ended the reader process
                 self.effects.perform(read_settings(self.fleet))
         else:
             self.upgrade.failed(_NOT_KEPT)
@@ -310,10 +312,10 @@ class Supervisor:
 
 
 def terminal_of(foreground: bool) -> int | None:
-    """Return a descriptor of the terminal that we run on; None: there is none.
+    """Return a descriptor of the terminal that we run on; None: none, or not in the foreground.
 
-    The controlling terminal is the first choice, because the kernel sends HUP when it is closed.
-    stdin, stdout and stderr may lead elsewhere (nohup).
+    Prefer the controlling terminal: the kernel sends HUP when this terminal is closed, but stdin,
+    stdout and stderr may lead to another place (nohup).
     """
     if not foreground:
         return None

@@ -1,9 +1,9 @@
 """An upgrade: replaces the protector's program in place, if the new program can take over.
 
-First a probe process runs the new program, which loads the state and answers.  Only then does this
-process execute the new program: its pid, children and descriptors stay the same.  If the
-installation is broken, the probe fails, and nothing changes.  A check is a probe with a copy of the
-state; no exec follows it.
+First another process, here called the probe, runs the new program, which loads the state and
+answers.  Only then does this process execute the new program: its pid, children and descriptors
+stay the same.  If the installation is broken, the probe fails, and nothing changes.  A check only
+runs a probe, with a copy of the state.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _OUTPUT_BYTES = 4096
 #: The descriptors that a probe reads.
 _NEEDED = (inherited.SETTINGS, inherited.STATE)
 
-#: Called with the new program's version and with the reason why it cannot take over.  One of them
-#: is empty; both are empty if a check was called off.
+#: Called with two texts: the new program's version if it can take over, and otherwise the reason
+#: why not.  The other text is ""; if a check was called off, both are "".
 Answered = Callable[[str, str], None]
 
 
 @mutable
 class Upgrade:
-    """One probe at a time, for an upgrade or for a check; then the exec."""
+    """At most one probe at a time, for an upgrade or a check; and the exec of an upgrade."""
 
     #: The command that executes the protector; a new version replaces the file at its path.
     command: tuple[str, ...]
@@ -54,7 +54,8 @@ class Upgrade:
     def begin(self, descriptors: Mapping[str, int], ready: Callable[[], None]) -> None:
         """Probe the new program with the settings and the state; call back if it can take over.
 
-        A check under way is called off: its answer would come too late.
+        If an upgrade's probe is running, only log that.  A check in progress is called off, because
+        the exec would end it.
         """
         if self.probes:
             self.log.write("info", "upgrade-under-way")
@@ -134,7 +135,7 @@ class Upgrade:
         return self._check is not None
 
     def end(self) -> None:
-        """Kill a running probe, because this process exits and must not be replaced."""
+        """Kill a running probe: this process is about to exit, and needs no new program."""
         if self._probe is not None:
             self._probe.discard()
 

@@ -19,14 +19,14 @@ REFUSED, UNREACHED = "refused", "unreached"
 UNMADE, UNTAKEN = "unmade", "untaken"
 #: The probe could not be carried out, for example because we had no free descriptor.
 CANNOT = "cannot"
-#: No socket leads to this generation alone.
+#: No socket leads to this generation alone, or the probed listener does not exist.
 NO_TARGET = "no-way"
 #: The probed socket was shut down meanwhile: another generation may have answered.
 MOVED = "moved"
 
 #: The pause before the next probe: a tenth of the time since the first probe, within these limits.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.05, 1.0, 0.1
-#: The pause after an inconclusive probe, and how long all probes may stay inconclusive.
+#: The pause after an inconclusive verdict (_UNKNOWN), and how long all may stay inconclusive.
 _AGAIN_S = 0.25
 UNKNOWN_S = 10.0
 
@@ -60,7 +60,7 @@ def time_tells(ready: str, verdict: Verdict) -> bool:
 
 # -- while it settles --------------------------------------------------------------
 
-#: These verdicts say nothing about the generation.
+#: These verdicts are inconclusive: they say nothing about the generation.
 _UNKNOWN = (CANNOT, UNREACHED, MOVED)
 
 
@@ -68,17 +68,17 @@ _UNKNOWN = (CANNOT, UNREACHED, MOVED)
 class Settling:
     """The results of a settling generation's probes.
 
-    The generation fails at the first bad answer, because clients would keep failing during a second
-    probe.  If probes stay inconclusive for UNKNOWN_S, that counts as a bad answer.
+    The generation fails at the first verdict that is neither good nor inconclusive: clients would
+    keep failing during a second probe.  It fails, too, if verdicts stay inconclusive for UNKNOWN_S.
     """
 
     is_over: bool = False  # the time of --settle has passed
-    is_good: bool = False  # a good answer has come since then
+    is_good: bool = False  # a good answer has come; over() forgets it, so that another must come
     unknown_since: float | None = None
     bad: str = ""  # why the generation fails
 
     def over(self) -> Settling:
-        """Return this state with --settle over: from now on a good answer is awaited."""
+        """Return the state after the time of --settle: only later good answers count."""
         return self if self.is_over else replace(self, is_over=True, is_good=False)
 
     def after(self, verdict: Verdict, sent_at: float, now: float) -> Settling:
@@ -104,20 +104,21 @@ UNKNOWN, UNHEALTHY = "unknown", "unhealthy"
 class Serving:
     """The results of the serving generation's health probes."""
 
-    since_at: float
+    since_at: float  # when `state` changed last
     state: str = UNKNOWN
     #: The result of the last probe, in words; "": a good answer, or no probe yet.
     last: str = ""
     #: How many bad answers have come since the last good answer, and the last bad answer's reason.
     failures: int = 0
     reason: str = ""
-    answered_at: float | None = None
+    answered_at: float | None = None  # when the last good or bad answer came
     missed: int = 0  # how many probes in a row were inconclusive
 
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
         """Return the state after a verdict.
 
-        most: after how many bad or inconclusive verdicts the state changes.
+        most: how many bad answers since a good answer make the state UNHEALTHY, and how many
+        inconclusive verdicts in a row (the last case) make it UNKNOWN.
         """
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason

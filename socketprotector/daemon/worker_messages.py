@@ -1,7 +1,7 @@
-"""Reads the workers' notify sockets (sd_notify(3)), and detects workers that are silent too long.
+"""Reads the workers' notify sockets (sd_notify(3)), and detects workers whose WATCHDOG=1 is late.
 
-A message is removed from its socket only after its event is handled and the state is written.  If
-the next program replaces this program before that, the next program gets the message again.
+If a message causes an event, it is removed from its socket only after the event is handled and the
+state is written.  So a program that replaces this program before that gets the message again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 #: How much of a STATUS= line is kept.
 _STATUS_CHARACTERS = 500
-#: The most messages handled in one go: a worker that sends without end must not block us.  The
-#: kernel queues fewer (net.unix.max_dgram_qlen, 10 to 512), so no message before a worker's exit is
-#: missed.
+#: The most messages that one read() handles: a worker that sends without end must not block us.
+#: The kernel queues fewer (net.unix.max_dgram_qlen, 10 to 512).  So one read() after a worker's
+#: exit gets all that the worker has sent.
 _READ_AT_ONCE = 1024
 #: How long to wait before reading again from a socket that could not be read.
 _READ_AGAIN_S = 0.1
-#: The most digits of the microseconds that a worker may request: about 30 years.
+#: The most digits of EXTEND_TIMEOUT_USEC: about 30 years.
 _USEC_DIGITS = 15
 _RETIRES = wire.RETIRES_ON_RETURN.split("=")
 
@@ -98,7 +98,7 @@ class WorkerMessages:
             self.await_watchdog(number, worker)
 
     def _read_later(self, number: int, worker: Worker, error: OSError) -> None:
-        """Read again after a pause: without it, the loop would call us again and again."""
+        """Read again after a pause: if the socket stayed watched, it would call us all the time."""
         self._log.write("error", "cannot-read-messages", worker=number, error=error.strerror)
         self._loop.unwatch(worker.notify.fileno())
         self._loop.call_after(("hear", number), _READ_AGAIN_S, lambda: self._read_again(number))
@@ -113,7 +113,7 @@ class WorkerMessages:
     def await_watchdog(self, number: int, worker: Worker) -> None:
         """Replace a worker if its next WATCHDOG=1 does not come in time.
 
-        Until a worker is ready, only the start timeout applies.
+        Do nothing before its first WATCHDOG=1, or before it is ready: the start timeout applies.
         """
         limit_s = worker.generation.program.watchdog_s
         if limit_s and worker.record.watched and worker.has_served:
@@ -121,7 +121,7 @@ class WorkerMessages:
             def silent() -> None:
                 self.read(number)  # the message may have come while we were too busy to read
                 if self._loop.due(("word", number)) is not None:
-                    return
+                    return  # it had come, and has set this timer again
                 reason = f"no WATCHDOG=1 for {in_units(limit_s)}"
                 self._log.write("error", "worker-stuck", worker=number, reason=reason)
                 self._post(ReplaceRequested(number, reason, hung=True))

@@ -35,7 +35,7 @@ from .runtime import Runtime
 from .worker_messages import WorkerMessages
 from .worker_spawn import Worker, WorkerSpawner, named
 
-#: The pid of the worker that --ready check:COMMAND must probe: old workers have the same port.
+#: The variable by which --ready check:COMMAND knows its worker: old workers have the same port.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
 
 
@@ -57,7 +57,7 @@ class WorkerPool:
         self._runtime, self._remember = runtime, remember
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._workers: dict[int, Worker] = {}
-        #: The workers' records, kept apart because each checkpoint needs all of them.
+        #: The record of each worker, also before adopt(): each checkpoint needs all records.
         self._records: dict[int, WorkerRecord] = {}
         self._by_pid: dict[int, int] = {}
         #: All descriptors of workers and their output that the next program needs.
@@ -106,14 +106,14 @@ class WorkerPool:
         return () if self._limits is None else self._limits.warnings
 
     def advice(self, generation: int, *, passes_over: bool = False) -> str:
-        """Return what to do about a generation that accepts no connection; "": unknown.
+        """Return what to do if a generation does not serve its clients; "": unknown.
 
-        passes_over: a connection waits, and no worker accepts it.
+        passes_over: workers run, but a client or a probe has connected in vain.
         """
         workers = self._workers_of(generation)
         if not workers:
             return ""
-        # All workers run the same program, so a search of the first few workers is enough.
+        # sockets_of() searches only the first workers, which is enough: all run the same program.
         pids = [each.process.pid for each in workers]
         return known_servers.advice(
             workers[0].generation.program,
@@ -124,7 +124,7 @@ class WorkerPool:
         )
 
     def check_result(self, generation: int) -> str:
-        """Return the last --ready check: result of a worker that is not ready; "": no result."""
+        """Return why the last --ready check: of a worker failed; "": none has, or all are ready."""
         results = (each.readiness.last for each in self._workers_of(generation))
         return next(filter(None, results), "")
 
@@ -154,7 +154,7 @@ class WorkerPool:
         self._log.write("info", "spawned", generation=opened, worker=number, slot=slot, pid=pid)
 
     def signal(self, number: int, kind: WorkerSignal) -> None:
-        """Send a signal to a worker or its orphaned group; KILL goes to the whole group."""
+        """Signal a worker, or its group after its exit; KILL always goes to the whole group."""
         worker, sent = self._workers.get(number), signal.Signals[f"SIG{kind.value}"]
         if worker is None:
             self.groups.signal(number, sent)
@@ -179,16 +179,16 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Order a generation's workers to finish, unless end of file on their channel does so."""
+        """Order workers to finish; those without a finish signal get end of file on the channel."""
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
         self.groups.drain(generation)
 
     def all_retire(self, generation: int) -> bool:
-        """Return whether all workers of a generation exit when their RETURN lines end.
+        """Return whether all workers of a generation have sent X_SOCKETPROTECTOR_RETIRE=1.
 
-        The client library in such workers reads from all accepted clients before they exit.
+        Such a worker exits when its RETURN line ends, but first reads from all accepted clients.
         """
         records = [each for each in self._records.values() if each.generation == generation]
         orphans = any(each.generation == generation for each in self.groups.records())
@@ -227,14 +227,14 @@ class WorkerPool:
         return True
 
     def suspend(self) -> None:
-        """End the checks, which the next program starts again."""
+        """End the --ready checks and the search for orphans; the next program begins both again."""
         for worker in self._workers.values():
             worker.readiness.stop_check()
         self._probes.release_all()
         self.orphans.stop_looking()
 
     def resume(self) -> None:
-        """Restart the checks after a failed exec."""
+        """Begin again, after a failed exec, what suspend() has ended."""
         for worker in self._workers.values():
             worker.readiness.check()
         self.orphans.schedule()
@@ -253,7 +253,7 @@ class WorkerPool:
         return (*self._records.values(), *self.groups.records())
 
     def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
-        """Keep a worker's record until adopt(), because a kill may come in between."""
+        """Keep a worker's record until adopt(): the state needs it if we are killed before."""
         self._records[record.number] = record
         for name, fd in named(record.number, descriptors).items():
             self.descriptors[name] = fd
@@ -287,7 +287,7 @@ class WorkerPool:
         return self._spawner.addresses(number)
 
     def learn_status(self, pid: int, clean: bool, how: str) -> None:
-        """Note how a process exited, as reported by its parent, the guard."""
+        """Note how a child of the guard exited, as the guard has reported."""
         self.groups.look()
         number = self._by_pid.get(pid)
         if number is not None:
@@ -305,7 +305,7 @@ class WorkerPool:
     # -- readiness and exits -------------------------------------------------
 
     def _share_output(self, worker: Worker) -> None:
-        """Note that workers share the log file, so its end is not one worker's last words."""
+        """Unless this worker is alone, note that the log's end is not one worker's last words."""
         for each in reversed(self._workers.values()):
             if each.record.output_start < 0:
                 break  # all earlier workers have the note, too
@@ -383,13 +383,13 @@ class WorkerPool:
     def answered(self, generation: int, by: str) -> bool:
         """Note that a generation answered the probe: its workers are ready if none has exited.
 
-        by: the kind of probe.  Returns False if workers on the client library are still starting.
+        by: the kind of probe.  Returns False while workers are still starting: probe again later.
         """
         workers = [w for w in self._workers.items() if w[1].record.generation == generation]
         for number, _ in workers:
             self._messages.read(number)  # the worker may have sent READY=1 before the answer
         relies = self._spawner.settings.policy.relies_on_library
-        # Some workers have sent X_SOCKETPROTECTOR_RETIRE=1, and others not yet.
+        # early: some workers have sent X_SOCKETPROTECTOR_RETIRE=1, and others have not yet.
         early = relies and len({each.record.retires for _, each in workers}) > 1
         if not early and all(self._note_ready(number, worker, by) for number, worker in workers):
             self._post(Answered(generation, self.all_retire(generation)))
@@ -404,7 +404,7 @@ class WorkerPool:
     def _on_ready(self, number: int, by: str, *, retires: bool = False) -> None:
         worker = self._workers.get(number)
         if worker is None or worker.record.ready_by or worker.has_served:
-            if worker is not None and retires:  # READY=1 has come after a good probe
+            if worker is not None and retires:  # READY=1 has come after another sign of readiness
                 self._note(worker, retires=True)
             return
         if self._note_ready(number, worker, by, retires=retires):

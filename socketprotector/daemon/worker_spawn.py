@@ -1,15 +1,16 @@
 """Starts a worker: its descriptors, its environment, its process.
 
-A worker's environment describes its descriptors, by number (docs/protocol.md; for workers that
-accept, also sd_listen_fds(3)).  A worker gets the handles of the delivery, a slot of the
-scoreboard, and a RETURN line of its own.  End of file on this line orders the worker to finish; we
-read nothing from the line.
+A worker gets its delivery's descriptors (the read end of the channel, or the listening sockets), a
+slot of the scoreboard, and a RETURN line of its own.  End of file on this line orders the worker to
+finish; we read nothing from the line.  The worker's environment gives the descriptors' numbers
+(docs/protocol.md; for listening sockets also sd_listen_fds(3)).
 
 We and all workers share the open file descriptions of the channel's read end and of the listening
-sockets.  A file status flag affects all sharers, so a spawn changes none.
+sockets.  File status flags belong to a description: a change would affect all of us.  So a spawn
+changes no flag.
 
-We close our copies of the worker's ends right after the spawn.  Otherwise we would never see end of
-file on the pipes from the worker.
+Right after the spawn we close our copies of the worker's ends of its pipes and sockets.  Otherwise
+we would never see end of file on our ends.
 """
 
 from __future__ import annotations
@@ -50,17 +51,18 @@ class Worker:
     generation: OpenGeneration  # close() leaves the generation open
     process: Process
     notify: NotifySocket
-    line: socket.socket | None  # our end of its RETURN line, if it has one
+    #: Our end of its RETURN line.  None: an earlier program could not store it.
+    line: socket.socket | None
     readiness: Readiness
-    named: dict[str, int] = field(default_factory=dict)  # the stored part of descriptors()
+    named: dict[str, int] = field(default_factory=dict)  # descriptors(), as last stored
     ended: bool = False
     last_words: str | None = None  # after its end; None: still awaited, or not requested
     end_from_guard: End | None = None  # how it ended, as the guard reported
-    awaits_end: bool = False  # the guard must report how it ended
+    awaits_end: bool = False  # we wait, or have waited, for that report
 
     @property
     def has_served(self) -> bool:
-        """Return whether it has served; False for a worker that exits as soon as it is ready."""
+        """Return whether it became ready, and did not exit at that moment."""
         return self.record.ready_at is not None
 
     def descriptors(self) -> dict[str, int]:
@@ -75,7 +77,7 @@ class Worker:
         return named(self.record.number, found)
 
     def close(self) -> None:
-        """Close its sockets; other processes of its group may still run."""
+        """Close its sockets, but not `process`: other processes of its group may still run."""
         self.notify.close()
         self.readiness.close()
         if self.line is not None:
@@ -92,9 +94,11 @@ def client_library_env(
 ) -> tuple[dict[int, int], dict[str, str]]:
     """Return the descriptors and the environment variables that the client library uses.
 
-    The descriptors (number in the worker -> ours) are the worker's end of the RETURN line and the
-    scoreboard.  Workers that accept get both, too: the client library counts in the scoreboard, and
-    exits at the line's end of file.
+    The descriptors (number in the worker -> ours) are the scoreboard and `end`, the worker's end of
+    the RETURN line.  Workers with listening sockets get both, too: the client library counts their
+    connections, and lets them exit at end of file on the line.
+
+    free: descriptor numbers that are unused in the worker.
     """
     line = next(free)
     descriptors, environment = {line: end.fileno()}, {wire.ENV_RETURN: str(line)}
@@ -177,9 +181,9 @@ class WorkerSpawner:
     def adopt(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
     ) -> Worker:
-        """Adopt a worker that an earlier program started, with its descriptors.
+        """Adopt a worker that an earlier program started; take ownership of the descriptors.
 
-        Raises KeyError if a descriptor is missing.
+        Raises KeyError if the worker's process or notify socket is missing.
         """
         notify = socket.socket(fileno=descriptors["notify"])
         own = {n: fd for n, fd in descriptors.items() if n not in ("notify", "process", "line")}
@@ -210,7 +214,10 @@ class WorkerSpawner:
         return other[0] if other and isinstance(notify.getsockname(), bytes) else first
 
     def _notify_socket(self, number: int) -> NotifySocket:
-        """Make a worker's notify socket; abstract if its path fails.  Raises OSError."""
+        """Bind a worker's notify socket: to its path, or to its abstract address if that fails.
+
+        Raises OSError.
+        """
         *better, abstract = self.addresses(number)
         for path in better:
             try:

@@ -394,7 +394,7 @@ def test_a_deploy_is_refused_while_a_reload_is_in_progress(
     assert (ended.status, ended.err) == (
         6,
         "socketprotectorctl: a reload of 1 is in progress (generation 2); wait for it, or "
-        "`rollback`\n",
+        f"`socketprotectorctl --control {one.path} rollback`\n",
     )
     assert ctl(one, "promote").status == 0
     one.daemon.log.wait_for("event=reloaded generation=2")
@@ -611,7 +611,7 @@ def test_two_deploys_at_once(deploying: Deploying, releases: Releases) -> None:
         assert (ended.status, ended.err) == (
             6,
             "socketprotectorctl: a deploy of gated is in progress (generation 2); wait for it, or "
-            "`rollback`\n",
+            f"`socketprotectorctl --control {one.path} rollback`\n",
         )
     gate.stay_open()
 

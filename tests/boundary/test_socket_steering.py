@@ -1763,7 +1763,7 @@ def test_one_listener_that_fails_keeps_none_of_the_others_on_hold(
 ) -> None:
     class Fails:
         index, lost, shared, has_sibling, can_be_held = 1, False, True, False, True
-        path, settings = "", ListenerSettings("tcp:127.0.0.1:1")
+        path, path_fault, settings = "", "", ListenerSettings("tcp:127.0.0.1:1")
         is_reserved_for_clients, has_held_client, group_record = False, False, None
 
         def steer(self, *_: object, **__: object) -> None:

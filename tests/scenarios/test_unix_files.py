@@ -238,6 +238,31 @@ def test_the_next_protector_makes_removed_files_again_with_the_rights_that_they_
     newest_answers(one, path)
 
 
+def test_a_reload_does_not_wait_for_a_path_that_another_program_has_taken(
+    one: Operated, path: Path, release: Release, tmp_path: Path
+) -> None:
+    gate = Gate(tmp_path / "gate")
+    release.becomes(*gate.before(*SERVER))
+    mark = one.daemon.signal(signal.SIGHUP)
+    one.daemon.log.wait_for("event=spawned generation=2", after=mark)
+    release.becomes(*SERVER)
+    path.unlink()
+    path.write_text("not ours")
+    gate.stay_open()
+    one.daemon.log.wait_for("event=not-steered", after=mark)
+
+    # No client comes by the path, so generation 1 has accepted its last one.
+    one.daemon.log.wait_for("event=drained generation=1", after=mark)
+    mark = one.daemon.signal(signal.SIGHUP)
+    one.daemon.log.wait_for(
+        "event=reload-failed generation=3 reason=.*put its file there", after=mark
+    )
+    path.unlink()
+    eventually(lambda: path.exists() and pid_in(ask(str(path))) > 0, "a worker answers")
+    one.daemon.reload()
+    newest_answers(one, path)
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_directory_that_comes_back_has_the_path_again(
     one: Operated, path: Path, release: Release, tmp_path: Path, killed: bool

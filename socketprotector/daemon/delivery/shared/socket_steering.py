@@ -288,9 +288,8 @@ class SocketSteering(Steering):
         reads_on: call back as soon as the generation has accepted its clients.
         """
         canary, newest = self._watch.canary, max(self.turns.accepting, default=0)
-        # A replaced generation, which is not the newest, may have accepted clients since.
         in_vain = canary is not None and canary.never_accepted == generation == newest
-        # A canary that accepts no client leaves at once: then another generation gets its clients.
+        # A canary that never accepted leaves at once.  A replaced one may have accepted since.
         if in_vain or generation not in self.turns.accepting or not self._listeners.pairs:
             on_quiet()
             return
@@ -353,10 +352,12 @@ class SocketSteering(Steering):
 
     def gets_no_client(self, generation: int) -> bool:
         """Return whether a generation gets no new clients; clients during a stop do not count."""
-        turns = self.turns
+        turns, bad = self.turns, self._not_steered
         if turns.given_back or self._repairs.ended:
             return True
-        return self.is_steered and turns.accepting[generation] != turns.current and not turns.share
+        is_replaced = turns.accepting[generation] != turns.current and not turns.share
+        faults = [e.path_fault for e in self._listeners.all if e.settings.address in bad]
+        return is_replaced and all(faults)  # no client comes by a path with a fault
 
     def _turn_away(self, generation: int) -> bool:
         """Steer a generation's new clients to a socket without workers; False: nothing changed."""
@@ -370,8 +371,6 @@ class SocketSteering(Steering):
         """Stop all repairs: the listeners are about to be closed."""
         self._repairs.ended = True
         self._watch.end()
-
-    # -- steering ------------------------------------------------------------------
 
     def steer(self) -> bool:
         """Update the steering in the kernel; return whether that succeeded.
@@ -429,7 +428,6 @@ class SocketSteering(Steering):
         If the current generation lost a path's socket, the path's clients are held, too.  Returns
         why this hold is impossible, or "".  Raises OSError if clients go to the other socket.
         """
-        share = self.turns.share_of(listener)
         if self.turns.given_back and listener.settings.foreign:
             socket_number = 0
         not_held = ""
@@ -446,5 +444,7 @@ class SocketSteering(Steering):
                 not_held = error.strerror or str(error)
             else:
                 return ""
-        listener.steer(socket_number, self.probes.socket_by_mark, share=share)
+        listener.steer(
+            socket_number, self.probes.socket_by_mark, share=self.turns.share_of(listener)
+        )
         return not_held

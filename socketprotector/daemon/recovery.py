@@ -123,7 +123,7 @@ class Recovery:
         ended: list[WorkerExited] = []
         pool, fleet = self.effects.pool, self.snapshot.fleet
         for record, descriptors, generation in self._workers:
-            # Without a finish signal, only end of file on its RETURN line can end a worker.
+            # Without a finish signal, only end of file on its RETURN line makes one worker finish.
             needed = _STORED if generation.program.finish_signal else {*_STORED, "line"}
             if descriptors.keys() >= needed and not record.orphaned:
                 pool.adopt(record, descriptors, generation)

@@ -88,6 +88,7 @@ class LogRelay:
         """name: the name of the lines in syslog.  kind: KIND of programs/log_relay.py.
 
         named: gets the workers' pipes, by the names under which the next program finds them.
+        prefixed: whether --log-prefix is set.
         """
         self._named = named
         self._name = name
@@ -150,7 +151,7 @@ class LogRelay:
         usable = [each for each in found if not each[0].has_ended() and each[1] >= 0]
         chosen, line = (usable or found)[-1]
         for process, its_line in found:
-            if process is not chosen or not usable:
+            if process is not chosen or not usable:  # after the chosen one, _ended() starts another
                 process.signal(signal.SIGKILL)
             if process is not chosen:
                 process.close()

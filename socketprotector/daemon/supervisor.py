@@ -49,8 +49,8 @@ _YIELD_AFTER_S = 0.005
 #: doubles each time, up to _LAST_REAP_S.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
-#: Actions after which the state is written at once, because the next program must not repeat them:
-#: a generation or worker would start twice, or a repeated verdict would look like another reload.
+#: Actions, and kinds of Report, after which the state is written at once: the next program must not
+#: repeat them.  It would start a generation or worker twice, or report a second reload.
 _WRITTEN_AT_ONCE = (
     *(Open, Spawn),
     *(ReportKind.RELOADED, ReportKind.RECOVERED, ReportKind.RELOAD_FAILED),
@@ -75,7 +75,7 @@ class Supervisor:
     on_signal: Callable[[int], object]
     #: A descriptor of the terminal that a foreground protector runs on.
     terminal: int | None
-    #: The protector was started to survive its terminal (nohup).
+    #: Whether the protector was started to survive its terminal (nohup).
     outlives_terminal: bool
     _unfinished: deque[Action] = field(default_factory=deque)  # decided, maybe not carried out
     # The RECORDED actions of _unfinished, which every snapshot needs.  Each of perhaps a thousand
@@ -117,7 +117,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until the fleet has ended.  Returns the exit status."""
-        self._reap_orphans()  # a killed program may have left some
+        self._reap_orphans()  # a program that was killed may not have reaped them
         self.runtime.loop.run()
         self.upgrade.end()
         return self.effects.exit_status or 0
@@ -250,7 +250,7 @@ class Supervisor:
         self.runtime.loop.call_after(_HAND_OVER, _AGAIN_S, lambda: self._hand_over(give_up_at))
 
     def _reap_orphans(self, again_s: float = _FIRST_REAP_S) -> None:
-        """Reap children without an owner, and orphans that we get as PID 1 or sub-reaper."""
+        """Reap children that no Process owns, and orphans that we get as PID 1 or sub-reaper."""
         reaped, more = reap_orphans()
         if reaped:
             self.effects.pool.groups.look()  # the reaped process may have been in a worker's group

@@ -36,7 +36,7 @@ class Verdict:
     """The result of one probe."""
 
     kind: str
-    why: str = ""  # for people
+    why: str = ""  # the reason, for messages
 
 
 def pause_s(since_first_s: float) -> float:

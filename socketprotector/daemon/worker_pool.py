@@ -35,7 +35,7 @@ from .runtime import Runtime
 from .worker_messages import WorkerMessages
 from .worker_spawn import Worker, WorkerSpawner, named
 
-#: The variable by which --ready check:COMMAND knows its worker: old workers have the same port.
+#: The variable with the pid of the worker to check (--ready check:): old workers share its port.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
 
 
@@ -80,7 +80,7 @@ class WorkerPool:
 
     @cached_property
     def _post_mortem(self) -> post_mortem.PostMortem:
-        """The object that finds out how a worker ended; loaded at the first exit."""
+        """The object that finds out how a worker ended; its module is loaded at the first exit."""
         return post_mortem.PostMortem(
             self._runtime,
             self._output,
@@ -102,7 +102,7 @@ class WorkerPool:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Return what an operator should know about the limits of workers."""
+        """Return the warnings about the limits of workers (worker_recycling.py)."""
         return () if self._limits is None else self._limits.warnings
 
     def advice(self, generation: int, *, passes_over: bool = False) -> str:
@@ -371,7 +371,7 @@ class WorkerPool:
             self._probes.release(generation)
 
     def _keep_descriptors(self, worker: Worker) -> None:
-        """Bring the stored descriptors of a worker up to date."""
+        """Bring a worker's descriptors in self.descriptors up to date."""
         if worker.record.number not in self._workers:
             return  # it has ended, or cannot be watched
         before, worker.named = worker.named, worker.descriptors()
@@ -430,7 +430,7 @@ class WorkerPool:
         return True
 
     def _ended(self, number: int) -> None:
-        """Handle a worker's exit after its last messages."""
+        """Handle a worker's last messages, then its exit, once it is known how the worker ended."""
         self._messages.read(number)
         worker = self._workers[number]
         end = self._post_mortem.end_of(worker, guarded=self.guarded)

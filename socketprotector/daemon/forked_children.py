@@ -20,7 +20,7 @@ from .generation import OpenGeneration
 class Child:
     """A living child of a worker."""
 
-    number: int
+    number: int  # from 0, among the worker's children
     pid: int
     counts: Counts | None
     slot: int  # the slot of its record in the scoreboard

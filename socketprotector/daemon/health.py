@@ -54,7 +54,7 @@ class Health:
         self._generation: OpenGeneration | None = None
         self._applied: tuple[object, ...] = ()  # the options that the present probes use
         self._spec = ProbeSpec("")
-        self.known = Serving(time.time())
+        self.known = Serving(time.time())  # the results for the present generation and options
 
     @property
     def shown_check(self) -> str:

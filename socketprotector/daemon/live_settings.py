@@ -1,7 +1,8 @@
 """The settings in force, and the candidate settings of a reload.
 
 A reader process reads the candidate settings.  The reload's generation starts with them.  They
-become the settings in force when this generation serves, and are dropped if it fails.
+become the settings in force when this generation serves, and are dropped if it fails, or after a
+dry run.
 """
 
 from __future__ import annotations

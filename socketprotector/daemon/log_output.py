@@ -1,9 +1,9 @@
-"""Directs the output, reopens the log file, and obtains a failed worker's last words.
+"""Directs our and the workers' output, reopens the log file, and obtains workers' last words.
 
 Workers write to a terminal, to /dev/null and to the file of `-f 2>FILE` directly.  For any other
-log (without --no-log-relay), and with --log-prefix, each worker has its own pipe.  A relay process
-(log_relay.py) reads these pipes and writes the log.  So running workers need not reopen a rotated
-log, and the relay knows which worker wrote a line.
+log (unless --no-log-relay is set), and with --log-prefix, each worker has its own pipe.  A relay
+process (log_relay.py) reads these pipes and writes the log.  So running workers need not reopen a
+rotated log, and the relay knows which worker wrote a line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _STDOUT, _STDERR = 1, 2
 LAST_LINES = 20
 _LAST_BYTES = 4096
 _WRITE = f"{inherited.RELAY}write"
-#: The options by which a later message would include a worker's output, for where_to_look().
+#: For where_to_look(): how the operator makes the next message include the worker's output.
 _KEPT = "--log-prefix shows it here"
 _NOT_RELAYED = "without --no-log-relay it is shown here"
 #: The mode of a worker's pipe: a worker that runs as another user must be able to open /dev/stdout.
@@ -69,7 +69,7 @@ class Output:
         name, prefixed = self._settings.name, self._settings.log_prefix
         self._relay = relay_client.LogRelay(name, kind, runtime, self.named, prefixed=prefixed)
         given = unclaimed.take_one(_WRITE)
-        if given is not None:  # otherwise our stderr is this pipe already, or is not piped yet
+        if given is not None:  # otherwise our stderr is that pipe already, or needs no pipe yet
             self._redirect_to(given)
         relay, outputs = unclaimed.take_all(inherited.RELAY), unclaimed.take_all(inherited.OUTPUT)
         if relay or outputs:

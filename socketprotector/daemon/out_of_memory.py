@@ -16,13 +16,13 @@ from . import forked_children
 from .runtime import Runtime
 from .worker_spawn import Worker
 
-#: How long after a kill to look for the killed process.
+#: How long after a kill to check whether the kill has explained a worker's end.
 _LOOK_S = 1.0
 _TIMER = "memory"
 
 
 class MemoryWatch:
-    """The kills that the kernel has counted, and which of them are explained."""
+    """The kills that the kernel has counted, and how many of them have explained a worker's end."""
 
     def __init__(self, runtime: Runtime, workers: Mapping[int, Worker]) -> None:
         """workers: the running workers by number, always up to date."""
@@ -79,7 +79,7 @@ class MemoryWatch:
         now, before = memory_group.counts(), self._explained
         if now.kills <= before.kills:
             return exit_text.KILLED
-        more = now.kills > before.kills + 1  # kills of workers whose ends are handled later
+        more = now.kills > before.kills + 1  # of other workers, handled later
         at_limit = before.at_limit if more else now.at_limit
         self._explained = OutOfMemory(before.kills + 1, at_limit)
         return f"{exit_text.KILLED}: {_cause(at_limit=now.at_limit > before.at_limit)}"

@@ -38,12 +38,12 @@ class Parents:
         self.line = socket.socket(fileno=line) if line is not None else None
         self.guard = Outbox(later, self.line)
         self._manager = Outbox(later, address=os.environ.get("NOTIFY_SOCKET", ""))
-        # Under a guard, the service ends when the guard exits.
+        # The service's main pid, for systemd: a service with a guard ends when the guard exits.
         pid = os.getppid() if self.line is not None else os.getpid()
         self.systemd = Systemd(os.environ, pid, self._manager, self.guard)
         room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        # Pass the number on to the next program of an upgrade in place.  There getrlimit() returns
-        # the limit that we have raised, not systemd's limit.
+        # Pass the number on to the next program after an upgrade.  In that program, getrlimit()
+        # returns the limit that we have raised, not systemd's limit.
         os.environ["FDSTORE"] = str(room)
         self.store = (
             Store(self.guard, kept)

@@ -52,7 +52,7 @@ class Probe:
         addresses: CheckProbes | None = None,
         reads: Callable[[int], bytes] = lambda number: b"",
     ) -> None:
-        """as_client: probe the serving generation, with a new target for each probe.
+        """as_client: reach the serving generation as clients do, with a new target for each probe.
 
         addresses: the addresses at which commands reach a generation; None: commands use the
         target.  reads: returns a command's stdin; its argument is the generation number.
@@ -269,7 +269,8 @@ class Probe:
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
             # At a first reset, either a server accepted and reset the connection, or the listening
-            # socket was shut down.  We repair such a socket, so a second reset comes from a server.
+            # socket was shut down.  We repair such a socket.  So a second reset in a row comes from
+            # a server, which does accept: the next case.
             self._finish(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
             self._finish(verdicts.GOOD)

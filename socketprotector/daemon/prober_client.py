@@ -1,7 +1,7 @@
 """Starts probers (programs/prober.py), and exchanges messages with them.
 
 A prober either sends HTTP probes over connections that we pass to it, or forwards the connections
-of a listening socket.  A prober exits when we close its line, or when we exit.
+of a listening socket.  It exits when we close its line (the socket between us), or when we exit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Probes generations in each phase; loads the module of a kind of probe at its first use."""
+"""Probes starting, settling and serving generations; loads each kind of probe at its first use."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Probing:
             self.settle_check.stop()
 
     def awaits(self, number: int) -> bool:
-        """Note that the time of --settle has passed; return whether a good answer is missing."""
+        """Note that --settle has passed for a generation; return whether it must still answer."""
         return self.settle_check is not None and self.settle_check.awaits(number)
 
     @property

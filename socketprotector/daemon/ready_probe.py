@@ -1,11 +1,11 @@
-"""Probes a starting generation: for --ready accept, http: and https:, and for the default --ready.
+"""Probes a starting generation under --ready accept, http: and https:, and without --ready.
 
 The generation gets no clients yet.  In listener mode a mark on the probe's connection selects the
 generation (system/reuseport.py).  In other modes the probe connects to a loopback port, and
 connections to this port go into the generation's channel.
 
-Only listener mode probes by default.  There a refused probe does not prove that the generation is
-not ready, so a timer then makes the generation ready.
+Without --ready only listener mode probes.  There a probe may fail although the generation is ready
+(_MAYBE_READY of verdicts.py).  After such a failure, a timer may make the generation ready.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .runtime import Runtime
 from .verdicts import Verdict
 
 _TIMER = "ready-probe"
-#: How long an accept probe waits for a worker.  The next probe continues with its connection.
+#: How long an accept probe waits for a worker; the next probe continues with the same connection.
 _ACCEPTED_S = 1.0
 _ANSWERED_S = 5.0
 
@@ -39,10 +39,10 @@ class ReadyProbe:
         answered: Callable[[int, str], bool],
         not_probed: Callable[[int], None],
     ) -> None:
-        """answered: called with a generation's number and the kind of probe after a good answer.
+        """answered: called after a good answer, with the generation's number and the kind of probe.
 
         answered returns False if the generation must be probed again.
-        not_probed: called when a failed probe proves nothing, so a timer must decide.
+        not_probed: called with the number if a probe has failed, but a timer may decide.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._answered, self._not_probed = answered, not_probed
@@ -97,7 +97,7 @@ class ReadyProbe:
         if verdict.kind == verdicts.GOOD:
             done = self._answered(number, self._spec.kind)
             if self._generation is not generation:
-                return  # the answer has let a waiting reload begin: its generation is probed now
+                return  # a waiting reload has begun, and now we probe that reload's generation
             if done:
                 self.stop()
             else:
@@ -106,7 +106,7 @@ class ReadyProbe:
         cannot = verdict.kind in (verdicts.CANNOT, verdicts.NO_TARGET)
         why = f"cannot be probed: {verdict.why}" if cannot else verdict.why
         waits = verdict.kind in (verdicts.UNMADE, verdicts.UNTAKEN) and not self._spec.by_http
-        if why != self.last and not waits:
+        if why != self.last and not waits:  # an accept probe that still waits has not failed
             self._log.write("info", "probe-failed", generation=number, reason=why)
         self.last = why
         if verdict.kind != verdicts.NO_TARGET:

@@ -1,7 +1,8 @@
 """Carries out the commands of the control socket: most read values, or post an event to the core.
 
-A command that begins a long operation is answered at once; clients that follow events get the
-result as an event (docs/control.md).  But `diff` and an upgrade check are answered when they end.
+A command that begins a long operation is answered at once.  Clients that follow events get the
+operation's result as an event (docs/control.md).  But the answers of `diff` and of an upgrade check
+contain the result, so they come later.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class CommandHandler:
         history = effects.reports.run.history
         generations = status.of_generations(fleet, effects)
         held, upgrade = rollout.held_by(fleet, effects), self.supervisor.upgrade_waits_for()
-        self.runtime.persist()  # after a kill the next program never reports a lower count
+        self.runtime.persist()  # so that after a kill the next program reports no lower counts
         return {
             "version": __version__,
             "now": time.time(),
@@ -204,7 +205,7 @@ class CommandHandler:
             raise RequestError("busy", "another diff is in progress; try again after it")
 
     def _check_upgrade(self, client: Client, request: Request) -> None:
-        """Answer an upgrade check once the new program has run on a copy of the state."""
+        """Answer an upgrade check once the new version has tried to read a copy of the state."""
 
         def answered(version: str, failure: str) -> None:
             if not version and not failure:

@@ -1,4 +1,7 @@
-"""Carries out `deploy` and `releases`, and the rollback to an earlier release (docs/control.md)."""
+"""Carries out `deploy` and `releases`, and the rollback to an earlier release (docs/control.md).
+
+A release is *proved* once its generation is ready and settled, and has passed all checks.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,8 @@ def deploy(
 ) -> dict[str, Any]:
     """Begin the deploy of a release, or its dry run.
 
-    expect: refuse if another release is serving.  force: deploy even if `current` does not name the
-    serving release.
+    expect: refuse unless this release is serving; "": any.  force: deploy even if `current` does
+    not name the serving release.
     """
     releases = _releases_of(effects)
     _refuse_second(fleet, effects)
@@ -80,9 +83,9 @@ def refuse_unexpected_incoming(effects: Effects, fleet: Fleet, expect: str) -> N
 
 
 def listed(effects: Effects) -> list[dict[str, Any]]:
-    """Return the releases of the history, in the order of their last verdicts.
+    """Return the releases of the history, the latest tried last.
 
-    The serving release, and the release that `current` names, are added if they are missing.
+    If the history lacks the serving release, or the release that `current` names, add it.
     """
     releases = _releases_of(effects)
     serving, named = releases.serving, releases.link.named
@@ -132,7 +135,7 @@ def of_status(effects: Effects, fleet: Fleet) -> dict[str, Any]:
 
 
 def warnings(effects: Effects) -> tuple[str, ...]:
-    """Return why a restart may not start the serving release, and what was not saved on disk."""
+    """Return that a restart would not start the serving release, and what was not saved on disk."""
     releases = effects.live_settings.releases
     if releases is None:
         return ()
@@ -146,7 +149,7 @@ def _releases_of(effects: Effects) -> Releases:
 
 
 def _incoming(effects: Effects, fleet: Fleet) -> tuple[Generation | None, str]:
-    """Return the generation that a reload or deploy has opened, if any, and its release."""
+    """Return the generation that a reload or deploy has opened, or None; and the release's name."""
     incoming = fleet.incoming if fleet.incoming and fleet.incoming.fresh else None
     opened = effects.generations.get(incoming.number) if incoming else None
     return incoming, opened.program.release if opened else fleet.release

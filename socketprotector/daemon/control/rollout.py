@@ -1,6 +1,8 @@
 """Collects the field `rollout` of `status`, and the connections of leaving workers.
 
-This module changes nothing.  docs/control.md has the names of the fields.
+A worker is *leaving* if it gets no new connections: it retires, its generation drains or was
+abandoned, or it has exited and left orphans.  This module changes nothing.  docs/control.md has the
+names of the fields.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    #: Worker -> its open connections, and the age of the oldest in seconds; None: unknown.
+    #: Worker's number -> how many open connections it has, and the age in seconds of the oldest
+    #: connection; None: unknown.
     Held = Mapping[int, tuple[int | None, float | None]]
 
-#: The search for the oldest connection takes a system call for each descriptor.  So we search few
-#: workers, and only workers with few connections.
+#: To find a worker's oldest connection, we need a system call for each of its descriptors.  So we
+#: do this for at most _MOST_WORKERS workers, and only if a worker has few connections.
 _MOST_CONNECTIONS, _MOST_WORKERS = 100, 4
 
 
@@ -79,7 +82,10 @@ def _share(fleet: Fleet, new: Generation) -> int:
 
 
 def _stage_left_s(new: Generation, effects: Effects) -> float | None:
-    """Return how many seconds are left of the stage; None: no timer ends the stage."""
+    """Return how many seconds are left of the stage.
+
+    None: no timer ends the stage, or its time is over and a settle check must still succeed.
+    """
     if new.checked and effects.probing.is_due:
         return None
     return settle_left_s(new.number, effects)

@@ -1,8 +1,9 @@
-"""Serves the control socket: clients, lines, limits.  commands.py carries out the commands.
+"""Accepts clients at the control socket, and reads and answers their lines within limits.
 
-A client of the control socket must not delay the service's clients.  So each turn of the loop
-answers at most one request of each client, and no call blocks.  A client that sends too much, reads
-too little or stays idle is disconnected.
+commands.py carries out the commands.  A client of the control socket must not delay the clients of
+the workers.  So each turn of the loop answers at most one request of each client, and no call
+blocks.  We disconnect a client that sends too long a line, does not read its answers, or stays
+idle.  If a client does not read its events, we drop events instead.
 
 Source: docs/control.md; einhorn.py; unix(7) for SO_PEERCRED and SO_PEERGROUPS.
 """
@@ -23,11 +24,13 @@ from ...system.listener import TRANSIENT_ERRNOS, Listener
 from ...system.loop import READ, WRITE, Loop
 from ...system.polling import read_now
 
+#: The most clients at a time; for how long a client may send no request; and how many bytes may
+#: wait for a client to read them.
 CLIENTS = 256
 IDLE_S = 30.0
 UNREAD_BYTES = 1024 * 1024
-#: The pause between two requests of a client.  So a client that sends requests without end takes
-#: only a few percent of a core.
+#: The pause between two requests of a client.  Because of the pause, a client that sends requests
+#: without end takes only a few percent of a core.
 REST_S = 0.001
 _READ_BYTES = 65_536
 _SO_PEERGROUPS = 59
@@ -173,7 +176,7 @@ class Client:
             self._resume()
 
     def _resume(self) -> None:
-        """Wait until the client can take output, sends a request, or its pause is over."""
+        """Wait for room to send, or for the end of the pause, or for the next request."""
         if self._unsent:
             self._await(WRITE)
         elif self.loop.due(("control-more", self.sock.fileno())) is not None:
@@ -254,7 +257,7 @@ class ControlServer:
             client.tell(lambda more: control_requests.event(name, at, level, {**fields, **more}))
 
     def finish(self) -> None:
-        """Accept all connected clients, and answer all requests so far, before a close."""
+        """Before a close: accept all connected clients, and answer all requests received so far."""
         for _ in range(CLIENTS):
             self._accept()
         for client in list(self._clients.values()):
@@ -302,7 +305,7 @@ class ControlServer:
         self.loop.call_after(("control", "again"), _AGAIN_S, self._listen)
 
     def _accept(self) -> None:
-        """Accept one client; the next turn of the loop accepts the next client."""
+        """Accept one client; if others wait, the next turn of the loop accepts another."""
         try:
             sock, _ = self.listener.socket.accept()
         except OSError as error:
@@ -326,7 +329,7 @@ class ControlServer:
         client.close()
 
     def _commands_for(self, sock: socket.socket) -> Collection[str]:
-        """Return the commands that a new client may send; an unknown user may send no command."""
+        """Return the commands that a new client may send: none if its user has no right to any."""
         try:
             found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         except OSError:
@@ -341,7 +344,7 @@ class ControlServer:
             more = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
             groups.update(each for (each,) in struct.iter_unpack("I", more))
         except OSError:
-            pass  # the client has more groups than fit into _GROUPS_BYTES
+            pass  # it has more groups than fit into _GROUPS_BYTES: only its primary group counts
         for group, commands in (
             (self.group, control_requests.COMMANDS),
             (self.status_group, control_requests.STATUS_COMMANDS),

@@ -113,10 +113,10 @@ def of_waits(
 
 
 def of_warnings(settings: Settings) -> list[str]:
-    """Return the warnings of the start that still apply.
+    """Return those warnings from SocketProtector's start that still apply.
 
     A warning about a UNIX socket names the rights of a file or folder.  If an operator has changed
-    these rights since the start, the warning is left out.
+    these rights since then, leave the warning out.
     """
     return [each for each in settings.warnings if not _is_resolved(each)]
 
@@ -151,12 +151,12 @@ def of_generations(fleet: Fleet, effects: Effects) -> list[dict[str, Any]]:
     return [
         _of_generation(each, effects, by_number)
         for each in fleet.generations
-        if each.number in effects.generations  # some generations could not be opened
+        if each.number in effects.generations  # not if a generation could not be opened
     ]
 
 
 def counts_of(fleet: Fleet, effects: Effects) -> dict[int, dict[str, Any]]:
-    """Return the counts of each generation, by number, as a --settle-check command reads them."""
+    """Return the counts that a --settle-check command reads, by the generation's number."""
     return {
         each["number"]: {name: each[name] for name in _COUNTED} | {"workers": len(each["workers"])}
         for each in of_generations(fleet, effects)
@@ -216,7 +216,10 @@ def _of_closing(
 
 
 def _of_first_programs(record: GenerationRecord) -> dict[str, Any] | None:
-    """Return how a pool's first programs failed; None: no failure, or a program worked."""
+    """Return how the first programs under --handoff stdio failed.
+
+    None: no program failed, or a program has worked.
+    """
     if not record.programs_failed:
         return None
     return {
@@ -254,7 +257,7 @@ def _of_counts(counts: Counts | None) -> dict[str, int | None]:
     return {
         "accepted": counts.accepted,
         "active": counts.active,
-        # A probe's connection is active, but not counted as accepted: avoid a negative number.
+        # A probe's connection counts as active, but not as accepted, so the difference can be < 0.
         "finished": max(0, counts.accepted - counts.active),
         "errors": counts.errors,
     }
@@ -272,9 +275,9 @@ def _of_waits(waits: Sequence[int]) -> dict[str, Any]:
 def of_connections(
     generations: Mapping[int, OpenGeneration], records: Iterable[WorkerRecord], only: int | None
 ) -> list[dict[str, Any]]:
-    """Return the pid of each worker and forked child, and when it accepted its connections.
+    """Return, for each worker and forked child, its pid and when it accepted its connections.
 
-    only: a generation's number; None: all generations.
+    The times are None if they are unknown.  only: a generation's number; None: all generations.
     """
     offset = time.time() - time.monotonic()
     found = []

@@ -19,14 +19,16 @@ from ..generation import OpenGeneration
 from .host import Host
 from .probe_target import ProbeTarget
 
-#: We report workers that have accepted no waiting client for this long: NEVER_TAKEN_S before their
-#: first client, UNTAKEN_S afterwards.
+#: We report workers that leave clients waiting for this long and accept none: NEVER_TAKEN_S until
+#: they accept their first client, UNTAKEN_S afterwards.
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
-#: A stop checks for new clients at this interval.  If a handshake is under way at one check, it is
-#: complete at the next check, unless the client has to repeat a packet.
+#: A stop, and the drain of a removed listener, check for new clients at this interval.  It is long
+#: enough for a handshake: if one is under way at a check, its client has connected by the next
+#: check, unless a packet must be repeated.
 QUIET_S = 0.2
-#: After this time, we close a listener that cannot refuse new clients, even if clients still come.
+#: If new clients cannot be refused, a stop or a drain ends after this time, although clients still
+#: come.
 LAST_S = 10.0
 
 
@@ -52,7 +54,8 @@ class Delivery(ABC):
 
     The smallest delivery is tests/memory_delivery.py.
 
-    After a kill, the next program may repeat an order.  A repeated order must change nothing.
+    If the protector is killed, the next program may repeat a call, such as route_to() or drain().
+    A repeated call must change nothing.
     """
 
     @classmethod
@@ -69,9 +72,9 @@ class Delivery(ABC):
     @classmethod
     @abstractmethod
     def leave(cls, listeners: Collection[Listener], record: DeliveryRecord) -> tuple[str, ...]:
-        """Close the listeners of an earlier program whose fleet has ended.
+        """Leave our listeners to the fd store, to complete an earlier program's exit.
 
-        Returns the names of the sockets that survive for the next start.
+        Returns the names of the sockets that the store must keep for the next start.
         """
 
     @abstractmethod
@@ -95,7 +98,7 @@ class Delivery(ABC):
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
         """Prepare the sockets from which a generation's workers will take connections.
 
-        Raises OSError on failure, and then leaves no new socket open.
+        Raises OSError on failure; then the caller forgets the generation without release().
 
         queue: how many clients a queue should hold.  fresh: the generation is a new release.
         """
@@ -148,9 +151,9 @@ class Delivery(ABC):
     ) -> None:
         """Call on_quiet once a generation without the route can be ordered to finish.
 
-        First wait, for a limited time, until the workers have accepted all clients that no other
-        generation can get, and have read from each.  reads_on: do not wait until the workers have
-        read, because they still read from accepted clients after the order.
+        Some waiting clients can be accepted only by this generation's workers.  So first wait, for
+        a limited time, until the workers have accepted these clients and read from each of them.
+        reads_on: do not wait for the reading, because the workers also read after the order.
         """
 
     @abstractmethod
@@ -257,8 +260,9 @@ class Delivery(ABC):
     ) -> None:
         """Refuse new clients, and post BacklogEmptied once all earlier clients are accepted.
 
-        quick: close at once, and post nothing.  stay: our own listeners survive, and later clients
-        wait at these listeners for the next start.
+        If new clients cannot be refused, post it after LAST_S at the latest.  serving: the serving
+        generation.  quick: close at once, and post nothing.  stay: do not refuse new clients; our
+        own listeners survive, and later clients wait there for the next start.
         """
 
     # -- the delivery as a whole ---------------------------------------------------------
@@ -301,7 +305,7 @@ class Delivery(ABC):
     ) -> None:
         """Resume from an earlier program's record; claim descriptors that belong to no generation.
 
-        held: a hold must be in force.  closing: the listeners are about to be closed.
+        held: whether the fleet is on hold.  closing: a stop is closing our own listeners.
         """
 
     @abstractmethod

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 def delivery_for(mode: HandoffMode) -> type[Delivery]:
     """Return the delivery class of a handoff mode.
 
-    Call this at the start of a program, because an upgrade may replace the class's file later.
+    Call this at the start of the resident process: a package upgrade may later replace the file
+    that defines the class.
     """
     if mode.workers_accept:
         import array

@@ -14,8 +14,8 @@ from ..runtime import Runtime
 class Host(ABC):
     """The part of the resident process that a delivery may use and report to.
 
-    Effects (daemon/effects.py) implements this class.  It has no settings, because the delivery's
-    methods get them as arguments.
+    Effects (daemon/effects.py) implements this class.  The class has no settings: the delivery's
+    methods get settings as arguments.
     """
 
     runtime: Runtime

@@ -36,8 +36,8 @@ class ProbeTarget:
     #: later answers.
     holds: Callable[[], bool] = lambda: True
     #: Returns whether the options that can keep clients out differ between the probed and the
-    #: serving socket.  If True, clients may not reach the probed workers, so a timer must not make
-    #: these workers ready.
+    #: serving socket.  If they differ, perhaps no client reaches the probed workers.  So these
+    #: workers must not become ready only because a time has passed (ready_probe.py).
     is_closed: Callable[[], bool] = lambda: False
 
     @property

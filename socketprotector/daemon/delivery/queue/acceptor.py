@@ -21,10 +21,10 @@ from .queue_watch import QueueWatch
 #: Sends one message, with these buffers, descriptors and flags.  We do not use Channel.send(),
 #: because it costs one more Python call for each connection.
 Send = Callable[[list[bytes], list[tuple[int, int, bytes]], int], object]
-#: If we accept two connections within BUSY_NS, the second one was already waiting.  Then each
+#: If we accept two connections within BUSY_NS, we assume that clients queue up.  From then on each
 #: wake-up accepts up to BURST connections, until a wake-up finds fewer than two.  Otherwise a
-#: wake-up accepts only one connection: a second accept() without a client costs 4 us (measured), as
-#: much as another turn of the loop.
+#: wake-up accepts only one connection: a second accept() that finds no client costs 4 us
+#: (measured), as much as another turn of the loop.
 BUSY_NS = 25_000
 BURST = 32
 #: After this many single connections in quick succession, we busy-poll for the next connection
@@ -80,10 +80,10 @@ class Acceptor:
         """Return the callback for a readable listener, as a closure, which is the fastest kind."""
         accept = accept_of(listener)
         now, close = time.monotonic_ns, os.close
-        # A listener's headers begin alike.  Packing this part once halves the cost in Python.
+        # All headers of a listener begin with the same bytes.  We pack these bytes only once.
         begin = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]
-        # Usually the next connection gets the same descriptor, because the kernel takes the lowest
-        # free number.
+        # Keep the packed descriptor for the next connection: usually it gets the same number,
+        # because the kernel takes the lowest free number.
         number, rights = -1, [rights_of(-1)]
         most = 1  # how many connections ready() accepts in one call
 
@@ -110,7 +110,7 @@ class Acceptor:
                 except OSError as error:
                     if count:
                         self._count_sent(count, at)
-                    self.accepted += 1  # counts the connection as sent, which take_away() undoes
+                    self.accepted += 1  # QueueWatch counts it as sent, too: subtract it there
                     self.last_ns = at
                     self.queue.take_away()
                     self.send_failed(header, fd, error)
@@ -134,6 +134,9 @@ class Acceptor:
             self.queue.start()
 
     def _expect_next(self, since_ns: int) -> None:
-        """Decide whether to busy-poll for the next connection; since_ns: the last interval."""
+        """Decide whether to busy-poll for the next connection.
+
+        since_ns: the time between the last two connections.
+        """
         self._steady = self._steady + 1 if since_ns < self.loop.soon_ns else 0
         self.loop.soon = self._steady >= STEADY

@@ -1,8 +1,8 @@
 """Sends a canary its share of the new connections; the route gets the rest.
 
-A canary is a new generation that first gets only a share of the clients.  To select the canary's
-connections, we count the connections to listeners that the canary and the route both know.  If
-sending to the canary fails, the route gets the connection at once.
+A canary is a new generation that first gets only a share of the clients.  We number the connections
+to listeners that the canary and the route both know.  The number decides whether the canary gets a
+connection (in_share()).  If sending to the canary fails, the route gets the connection at once.
 
 If only the canary knows a listener, the route cannot get the listener's connections.  If such a
 connection cannot be sent, we keep it, accept nothing from such listeners, and retry by a timer.
@@ -25,10 +25,10 @@ from .probe_port import is_probe
 from .queue_watch import QueueWatch
 from .undelivered import listener_of
 
-#: The canary fails if its workers take no connection within this time.  After their first
-#: connection the limit is UNTAKEN_S, because the workers may be busy.
+#: The canary fails if connections wait in its queue for this time and its workers take none.  After
+#: the workers have taken their first connection the limit is UNTAKEN_S, because they may be busy.
 NEVER_TAKEN_S = 2.0
-#: The longest pause between two looks at the queue.
+#: The longest pause between two looks of the QueueWatch at the canary's queue.
 _LAST_LOOK_S = 0.5
 #: The pause before a kept connection is sent again.
 _AGAIN_S = 0.05
@@ -49,7 +49,7 @@ class CanaryQueue:
     ) -> None:
         """resume: sends the kept connections, and accepts again.
 
-        count: how many connections earlier programs have counted.
+        count: the attribute `count` of the earlier program.
         """
         self._loop, self._post, self._outlet, self._resume = loop, post, outlet, resume
         self.channel: GenerationChannel | None = None
@@ -84,7 +84,10 @@ class CanaryQueue:
         return knows and route is not None and not route.knows_of(index)
 
     def sender(self, index: int) -> Send | None:
-        """Return the function that sends a listener's connections; None: do not accept now."""
+        """Return the function that sends a listener's connections.
+
+        None: only the route may get them, or they wait because a send to the canary failed.
+        """
         channel, route = self.channel, self._outlet.route
         if channel is None or route is None or not channel.knows_of(index):
             return None
@@ -118,8 +121,8 @@ class CanaryQueue:
             try:
                 send_to_canary(buffers, rights, flags)
             except OSError:
-                # After this error the acceptor subtracts one from the route's count (take_away()),
-                # although this connection was meant for the canary.  So first add one there.
+                # After this error the acceptor subtracts one from the route's count (take_away()).
+                # But this connection was meant for the canary, so first add one to that count.
                 self.sent += 1
                 self.watch.take_away()
                 self._outlet.queue.add_uncounted()
@@ -189,7 +192,10 @@ class CanaryQueue:
         return True
 
     def _send_elsewhere(self, header: bytes, fd: int) -> None:
-        """Send a connection to the route, or keep it.  Takes ownership of fd."""
+        """Send a client's connection to the route, or keep it; drop a probe.
+
+        Takes ownership of fd.
+        """
         route = self._outlet.route
         if is_probe(header):
             self._outlet.let_go(fd)

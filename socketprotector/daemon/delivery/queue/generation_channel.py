@@ -18,7 +18,7 @@ class GenerationChannel(Channel):
         #: Whether it was reported that no worker takes connections.
         self.said_untaken = False
         #: How many new connections were sent here.  A QueueWatch that follows this channel adds its
-        #: connections at the end; until then QueueWatch.new_in() counts them.
+        #: number only when it stops following; until then see QueueWatch.new_in().
         self.met = 0
         #: The value of QueueWatch.sent when a QueueWatch last stopped following this channel.
         self.sent = 0

@@ -1,9 +1,9 @@
 """Drains listeners that a reload has removed: refuses new clients, and delivers connected clients.
 
 Connected clients go to the newest generation that knows the listener, not to the serving
-generation.  A timer checks the backlog until two checks in a row find no client.  If new clients
-cannot be refused, the last check is after LAST_S.  If no generation that knows the listener is
-left, the clients count as lost, and the loss is logged.
+generation.  A timer looks at the backlog until two looks in a row find no client.  If new clients
+cannot be refused, the drain ends after LAST_S.  If no generation is left that knows the listener,
+or the generation's channel breaks, the remaining clients count as lost, and the loss is logged.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Draining:
     listener: Listener
     channel: Channel  # of the generation that knows the listener
     until: float = 0.0  # when to close at the latest; 0: no limit, because no new client comes
-    quiet: bool = False  # the last look found no client
+    quiet: bool = False  # the last _look() found no client, and room in the channel
 
     @property
     def timer(self) -> tuple[str, int]:
@@ -70,8 +70,8 @@ class DrainingListeners:
     def begin(self, listener: Listener, to: Channel) -> None:
         """Refuse new clients, send the backlog to a channel, then close the listener.
 
-        Takes ownership of the listener.  A socket from the service manager keeps its backlog,
-        because the manager accepts the clients in the backlog.
+        Takes ownership of the listener.  But a socket that was passed in keeps its backlog: the
+        process that passed the socket in, such as systemd, accepts these clients.
         """
         each = _Draining(listener, to)
         self._draining.append(each)
@@ -90,14 +90,14 @@ class DrainingListeners:
         return True
 
     def end(self, channel: Channel | None = None) -> None:
-        """Close the listeners that drain to a channel, with their backlogs; None: all listeners."""
+        """Close the listeners that drain to a channel, and lose their backlogs; None: all."""
         for each in self._to(channel) if channel is not None else tuple(self._draining):
             self._end(each)
 
     def close(self, listener: Listener) -> None:
         """Close a listener, and log how many of its waiting clients are lost."""
         lost = self._undelivered.drop(lambda index: index == listener.index)
-        if not listener.settings.foreign:  # otherwise the service manager accepts the clients
+        if not listener.settings.foreign:  # otherwise the socket's owner accepts the clients
             dropped = self._drop_backlog(listener)
             self.accepted += dropped
             lost += dropped
@@ -180,12 +180,12 @@ class DrainingListeners:
         return True
 
     def _accept(self, each: _Draining) -> tuple[bytes, int] | None:
-        """Accept one connection; return None if there is none."""
+        """Accept one connection; None: no client waits, or the system is short of resources."""
         try:
             fd, _ = accept_of(each.listener)()
         except OSError as error:
-            # No client waits, or no descriptor is free.  In the second case clients may wait, so do
-            # not end after this look.
+            # If no descriptor or memory is free, clients may wait.  Then this look must not end
+            # the drain.
             each.quiet = each.quiet and error.errno in TRANSIENT_ERRNOS
             return None
         self.accepted += 1

@@ -1,9 +1,9 @@
 """A loopback port for probes of a generation that takes connections from a channel.
 
-The port sends its connections into the generation's channel; they do not count as accepted clients.
-Until a generation serves, its channel has only probes.  In a serving generation's channel
-(--health), probes wait among clients.  When the connections in a channel go to another generation,
-the probes among them are discarded.
+The port sends its connections into the generation's channel.  These connections do not count as
+accepted clients.  Until a generation gets clients, its channel has only probes.  Afterwards its
+probes (such as those of --health) wait among clients.  When the connections in a channel go to
+another generation, the probes among them are discarded.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ProbePort:
         self._loop, self._channel, self._index, self._watch = loop, channel, index, watch
         self._sent_before = 0  # QueueWatch.sent just after the last probe was sent
         self._kept: socket.socket | None = None  # a probe that was accepted, but not sent yet
-        self._failed: OSError | None = None
+        self._failed: OSError | None = None  # the error of the last send, for _waits() to raise
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         with on_error(self._socket.close):
             self._socket.setblocking(False)
@@ -77,13 +77,13 @@ class ProbePort:
             raise failed
         if self._kept is not None or events_of(self._socket, select.POLLIN):
             return True
-        # Subtract the connections that were sent after the probe.
+        # The probe is still queued if more connections are queued than were sent after it.
         watch = self._watch()
         behind = watch.sent - self._sent_before if watch is not None else 0
         return self._channel.depth() > behind
 
     def _accept_later(self) -> None:
-        """Accept again by a timer, and unwatch the socket until then, because it stays readable."""
+        """Accept or send again after a pause; until then unwatch the socket: it stays readable."""
         self._loop.unwatch(self._socket.fileno())
         self._loop.call_after(self, _ACCEPT_AGAIN_S, self._accept_again)
 
@@ -108,7 +108,7 @@ class ProbePort:
             self._send()
 
     def _send(self) -> None:
-        """Send the accepted probe, as soon as there is room."""
+        """Send the accepted probe now, or after a pause if the channel is full."""
         probe = self._kept
         assert probe is not None
         # The accept time 0 means a probe (docs/protocol.md).
@@ -123,8 +123,8 @@ class ProbePort:
         else:
             watch = self._watch()
             if watch is not None:
-                # Count this probe for the other ports of the channel: the _waits() of a port must
-                # subtract the connections that were sent after the port's own probe.
+                # Count this probe, too: another port of the channel must know how many connections
+                # were sent after its own probe (_waits()).
                 watch.add_uncounted()
                 self._sent_before = watch.sent
         probe.close()

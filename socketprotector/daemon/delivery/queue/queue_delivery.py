@@ -1,8 +1,8 @@
 """The delivery in which the protector accepts connections; each generation's queue is a channel.
 
 All workers of a generation take connections from its queue.  The protector keeps both ends of the
-queue, so the queue outlives the workers.  Connections that no worker took go to the generation that
-has the route.
+queue, so the queue outlives the workers.  When a generation drains or has exited, the connections
+that its workers have not taken go to the generation that has the route.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class QueueDelivery(Delivery):
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._channels: dict[int, GenerationChannel] = {}
         self._route: int | None = None
-        self._met: dict[int, int] = {}  # new clients that an earlier program counted
+        self._met: dict[int, int] = {}  # generation -> its new clients in earlier programs
         self.forwarder = Forwarder(
             runtime,
             tuple(listeners),
@@ -134,7 +134,7 @@ class QueueDelivery(Delivery):
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
     ) -> None:
-        on_quiet()  # connections that no worker took go to another generation
+        on_quiet()  # no wait: another generation gets the connections that no worker has taken
 
     def drain(self, generation: OpenGeneration) -> None:
         channel = self._of(generation)
@@ -175,7 +175,7 @@ class QueueDelivery(Delivery):
 
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
         if clients_only and not generation.record.serving_since:
-            return 0  # until a generation serves, its channel has only probes (probe_port.py)
+            return 0  # it never got clients, so its channel has only probes (probe_port.py)
         channel = self._of(generation)
         waiting = channel.depth()
         return 0 if clients_only and waiting == 1 and _has_probe_first(channel) else waiting
@@ -222,7 +222,7 @@ class QueueDelivery(Delivery):
     def remove(self, listener: Listener) -> None:
         """Send a listener's backlog to the newest generation that knows the listener.
 
-        Generations that have never served do not count.
+        A generation that never had the route or a share of the clients does not get the backlog.
         """
         served = [
             number
@@ -232,9 +232,10 @@ class QueueDelivery(Delivery):
         self.forwarder.remove(listener, self._channels[max(served)] if served else None)
 
     def _repair(self, listener: Listener) -> None:
-        """Make a shut-down listener listen again, or bind another socket; or mark it as lost.
+        """Make a shut-down listener listen again; otherwise bind another socket.
 
-        Raises OSError if the system is short of descriptors or memory.
+        If that fails, too, mark the listener as lost.  But raise OSError if the system is short of
+        descriptors or memory.
         """
         address = listener.settings.address
         if listener.listen_again(0):
@@ -326,7 +327,7 @@ class QueueDelivery(Delivery):
         if draining:
             self.forwarder.adopt_drained(channel)
         if not (record.ended or record.released):
-            if channel.has_ended:  # the earlier program was killed before it stored the write end
+            if channel.has_ended:  # no write end: the earlier program was killed before storing it
                 self._post(ChannelBroken(record.number))
             else:
                 self._watch(record.number, channel)

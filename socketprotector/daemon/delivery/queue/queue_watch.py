@@ -2,13 +2,13 @@
 
 The kernel may wake only one worker for a connection (EPOLLEXCLUSIVE).  If that worker is killed or
 suspended before it reads, the other workers stay asleep while a client waits.  So while the queue
-is not empty, a timer checks the head of the queue.  If two checks in a row find the same head, we
-send the whole queue again in the same order, which wakes another worker.  When a check finds the
-queue empty, the timer stops.  While the timer runs, a new connection costs only the test of one
-flag.
+is not empty, a timer calls _look(), which reads the head of the queue.  If two looks in a row find
+the same head, we send the whole queue again in the same order, which wakes another worker.  If the
+head stays the same for too long, we report the workers.  When a look finds the queue empty, the
+timer stops.  While the timer runs, a new connection costs only the test of one flag.
 
-A look also has the state written soon, so that a program after a kill reports nearly the same count
-of connections.
+SAVE_S after a look, the state is written.  So if the protector is killed, the next program reports
+nearly the same count of connections.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SAVE = "forwarder-save"
 
 @mutable
 class QueueWatch:
-    """The periodic look at the queue, from the first send until the queue is empty."""
+    """Looks at one channel's queue at intervals, from the first send until the queue is empty."""
 
     loop: Loop
     _: KW_ONLY
@@ -45,7 +45,7 @@ class QueueWatch:
     #: After how long a wait untaken() is called: the first limit applies until a worker has taken a
     #: connection from the channel, the second limit afterwards.
     late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
-    #: Writes the state.  None: a watch of the same loop has it written.
+    #: Writes the state.  None: the QueueWatch of the route does that.
     save: Callable[[], object] | None = None
     last_look_s: float = LAST_LOOK_S
     timer: str = "forwarder-look"
@@ -53,40 +53,43 @@ class QueueWatch:
     runs: bool = False
     _saved: int = 0  # the result of forwarded() when the state was last written here
     _extra: int = 0  # the difference between `sent` and forwarded()
-    _forwarded_before: int = 0  # the result of forwarded() when this route began
-    _route: GenerationChannel | None = None
+    _forwarded_before: int = 0  # the result of forwarded() when follow() was called
+    _channel: GenerationChannel | None = None  # the channel of the route, or of a canary
     _head: bytes | None = None  # the header of the oldest queued connection, at the last look
     _head_since: float = 0.0
     _look_s: float = FIRST_LOOK_S
 
-    def follow(self, route: GenerationChannel | None) -> None:
-        """Watch this route from now on; None: watch no route."""
-        before, forwarded = self._route, self.forwarded()
-        if route is before and route is not None:
+    def follow(self, channel: GenerationChannel | None) -> None:
+        """Watch this channel from now on; None: watch no channel."""
+        before, forwarded = self._channel, self.forwarded()
+        if channel is before and channel is not None:
             return
         if before is not None:
             before.met += self.new_in(before)
             before.sent = self.sent
-        self._route, self._head = route, None
-        queued = route.depth() if route is not None else 0
-        self._extra = max(queued, route.sent if route is not None else 0) - forwarded
+        self._channel, self._head = channel, None
+        queued = channel.depth() if channel is not None else 0
+        self._extra = max(queued, channel.sent if channel is not None else 0) - forwarded
         self._forwarded_before = forwarded
-        if queued:  # an earlier program sent these, or the channel was the route before
+        if queued:  # an earlier program sent these, or we followed the channel before
             self.start()
 
     def new_in(self, channel: GenerationChannel) -> int:
-        """Return how many new connections were sent to a channel since it became the route."""
-        return self.forwarded() - self._forwarded_before if channel is self._route else 0
+        """Return how many new connections were sent to a channel since we began to follow it.
+
+        0: we follow another channel.
+        """
+        return self.forwarded() - self._forwarded_before if channel is self._channel else 0
 
     def start(self) -> None:
         """Start the looks after a connection was sent."""
-        self.runs = self._route is not None
+        self.runs = self._channel is not None
         if self.runs:
             self.loop.call_after(self.timer, self._look_s, self._look)
 
     @property
     def sent(self) -> int:
-        """Return how many connections were sent to the route, counted from an arbitrary start."""
+        """Return how many connections were sent to the channel, counted from an arbitrary start."""
         return self.forwarded() + self._extra
 
     def add_uncounted(self) -> None:
@@ -102,17 +105,17 @@ class QueueWatch:
     def oldest_waiting_s(self, channel: GenerationChannel) -> float | None:
         """Return for how long the looks have found the same connection at the head of the queue.
 
-        None: shorter than `late_s`, no connection was queued at the last look, or the channel is
-        not the route.
+        None: the time is below the limit in `late_s`, no connection was queued at the last look, or
+        we do not follow this channel.
         """
-        if channel is not self._route or self._head is None:
+        if channel is not self._channel or self._head is None:
             return None
         seconds = time.monotonic() - self._head_since
         return seconds if seconds >= self.late_s[channel.taken_from] else None
 
     def is_stuck(self, channel: GenerationChannel) -> bool:
-        """Return whether a client waits, and the queue's head has not moved since the last look."""
-        if channel is not self._route or not self.runs:
+        """Return whether connections are queued, and no look proves that the head has moved."""
+        if channel is not self._channel or not self.runs:
             return False
         try:
             head = channel.peek()
@@ -124,31 +127,33 @@ class QueueWatch:
         is_saved = self.save is None or self._saved == self.forwarded()
         if not is_saved and self.loop.due(_SAVE) is None:
             self.loop.call_after(_SAVE, SAVE_S, self._save)
-        route = self._route
-        if route is None:
+        channel = self._channel
+        if channel is None:
             self.runs = False
             return
         try:
-            head = route.peek()
+            head = channel.peek()
         except OSError:  # out of memory: try again at the next look
             self.start()
             return
         if head is not None and head == self._head:
             self._look_s = min(2 * self._look_s, self.last_look_s)
-            seconds = self.oldest_waiting_s(route)
-            if seconds is not None and not route.said_untaken:
-                route.said_untaken = True
-                self.untaken(seconds, route.depth(), route.taken_from)
-                if self._route is not route:  # the report has ended the canary
+            seconds = self.oldest_waiting_s(channel)
+            if seconds is not None and not channel.said_untaken:
+                channel.said_untaken = True
+                self.untaken(seconds, channel.depth(), channel.taken_from)
+                if self._channel is not channel:  # the report has ended the canary
                     self.start()
                     return
-            self.send_again(route)
+            self.send_again(channel)
         else:
-            route.taken_from = (
-                route.taken_from
+            # A worker has taken a connection if the head is another, if the queue is empty, or if
+            # fewer connections are queued than were sent.
+            channel.taken_from = (
+                channel.taken_from
                 or self._head is not None
                 or head is None
-                or self.sent > route.depth()
+                or self.sent > channel.depth()
             )
             self._look_s, self._head_since = FIRST_LOOK_S, time.monotonic()
         self._head = head

@@ -3,9 +3,9 @@
 A shortage (EMFILE, ENFILE, ENOBUFS, ENOMEM) is temporary.  But listeners stay readable, and would
 keep the loop spinning.  So we stop watching the listeners, and retry by a timer.
 
-The reserve makes room to take a connection out of a channel.  The kernel gives the connection a
-descriptor number in this process, and drops the connection if no number is free (unix(7),
-MSG_CTRUNC).
+The reserve is an open descriptor, which we close just before we take a connection out of a channel.
+So a descriptor number is free for the connection; otherwise the kernel would drop the connection
+(unix(7), MSG_CTRUNC).
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ class Shortage:
             self.reserve = -1
 
     def take_back(self, channel: Channel) -> tuple[bytes, int] | None:
-        """Take a connection out of a channel; None: the channel is empty, or a shortage begins."""
+        """Take a connection out of a channel; None: the channel is empty, or a shortage begins.
+
+        The connection gets the reserve's place, so Outlet.let_go() opens the reserve again.
+        """
         if not self.take_reserve():
             return None
         self.spend_reserve()

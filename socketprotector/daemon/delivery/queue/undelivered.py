@@ -22,7 +22,7 @@ from socketprotector_client import wire
 from ....system import inherited
 from ....system.inherited import Inherited
 
-#: Returns whether connections to the listener with this index are wanted.
+#: Selects connections: returns whether to select those of the listener with this index.
 Wanted = Callable[[int], bool]
 
 
@@ -38,7 +38,7 @@ class Undelivered:
         self._waiting: dict[int, tuple[bytes, int]] = {}
 
     def has(self, wanted: Wanted) -> bool:
-        """Return whether a connection from a wanted listener waits."""
+        """Return whether there is a connection of a selected listener."""
         return any(wanted(listener_of(header)) for header, _ in self._waiting.values())
 
     def keep_first(self, header: bytes, fd: int) -> None:
@@ -52,7 +52,7 @@ class Undelivered:
         self.persist()
 
     def take(self, wanted: Wanted) -> tuple[bytes, int] | None:
-        """Remove and return the first connection from a wanted listener, for the caller to send.
+        """Remove and return the first connection of a selected listener; the caller sends it.
 
         Returns None if there is no such connection, or if the state cannot be written.
         """
@@ -67,7 +67,7 @@ class Undelivered:
         return None
 
     def drop(self, wanted: Wanted) -> int:
-        """Close the connections from the wanted listeners; return how many there were."""
+        """Close the connections of the selected listeners; return how many there were."""
         gone = [n for n, (header, _) in self._waiting.items() if wanted(listener_of(header))]
         for number in gone:
             os.close(self._waiting.pop(number)[1])
@@ -93,10 +93,10 @@ class Undelivered:
     ) -> None:
         """Adopt an earlier program's connections; takes ownership of their descriptors.
 
-        number: the highest number in the record.  A program that was killed before it wrote its
-        record may have stored one more descriptor.  So new connections get neither the next number
-        nor a stored number.  If a connection's descriptor was not stored in time, we skip the
-        connection.
+        number: the highest number in the state.  If the earlier program was killed before it wrote
+        the state, the guard or the fd store may have one more descriptor, with the next number.  So
+        new connections get neither this number nor the number of a stored descriptor.  A connection
+        whose descriptor was not stored is lost.
         """
         stored = {int(key): found[""] for key, found in unclaimed.take_all(inherited.HAND).items()}
         self.number = max((number + 1, *stored))

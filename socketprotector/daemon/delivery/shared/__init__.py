@@ -1,4 +1,4 @@
-"""Workers accept, from sockets that they share with the protector.
+"""Workers accept connections from sockets that they share with the protector.
 
 socket_steering.py knows which generation has which socket, and steers clients to the sockets.
 """

@@ -1,9 +1,9 @@
 """Counts each generation's open connections from the kernel's data, under --handoff listener.
 
-`status` shows the counts.  Connections that a generation accepts carry its accept tag
-(system/accept_tags.py).  Connections with NO_TAG count for no generation.  Queries to the kernel
-take at most QUERY_SHARE of our time, however many connections there are.  Between two queries,
-`status` shows the counts of the earlier query.
+`status` shows the counts.  A generation's listening sockets have a number, the accept tag, which
+the connections inherit (system/accept_tags.py).  Connections with NO_TAG count for no generation.
+We query the kernel so seldom that the queries take at most QUERY_SHARE of our time.  Until the next
+query, `status` shows the counts of the last query.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ....system.listener import Listener
 from .accept_watch import QUERY_SHARE
 from .shared_listeners import SharedListeners
 
-#: The tag of a generation for which no unused tag was found.
+#: The tag of a socket if no unused tag is left, or if its backlog has other tags.
 NO_TAG = 0
 _OTHERS_WAIT = "clients wait there with the tag of another generation"
 
@@ -41,9 +41,9 @@ class AcceptCounts:
     ) -> tuple[tuple[int, int], ...]:
         """Tag the sockets of a generation that will start; return pairs of listener index and tag.
 
-        socket_number: 0 or 1.  taken: the tags of other generations.  The result is empty if queued
-        connections may carry another generation's tag, because then we cannot count the two
-        generations separately.
+        socket_number: 0 or 1.  taken: the pairs of other generations.  The result is empty if
+        connections of this generation may carry another generation's tag, because then we cannot
+        count the two generations separately.
         """
         try:
             return tuple(self._tag(each, socket_number, taken) for each in self.listeners.living)
@@ -62,7 +62,7 @@ class AcceptCounts:
         listening = listener.socket_for(socket_number)
         if listening.family == socket.AF_UNIX:
             tag = socket_file.number_of(listening)
-            # Connections may also belong to a generation whose tags we no longer know.
+            # If the socket has open connections, it had a generation whose tags we no longer know.
             if (listener.index, tag) in taken or socket_file.connections(listener.path)[tag]:
                 raise OSError(errno.EBUSY, "it is the socket of another generation")
             return listener.index, tag
@@ -75,7 +75,8 @@ class AcceptCounts:
             tag = self._unused(listener, socket_number, used)
         earlier = accept_tags.tag(listening, tag, used)
         if earlier and listener.has_waiting(socket_number):
-            # Connections in the backlog carry one of the tags that the socket had until now.
+            # Connections in the backlog carry an earlier tag of the socket.  We would not count
+            # them, so use NO_TAG; unless an earlier tag counts for another generation.
             earlier |= accept_tags.tag(listening, NO_TAG, used)
             if not earlier.isdisjoint(used):
                 raise OSError(errno.EBUSY, _OTHERS_WAIT)

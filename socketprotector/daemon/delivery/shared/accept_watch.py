@@ -1,11 +1,11 @@
 """Detects workers that do not accept, under --handoff listener.
 
-In this mode no connection passes through us, and a connection must not wake us needlessly.  So we
-watch for a single client.  After this client has come, we read the backlog from the kernel
-(sock_diag), and later read it again.  accept() takes the oldest client.  So if the second answer
-still has all clients of the first answer, no client was accepted in between.  If the backlog is
-empty, we watch for the next client.  So we sleep while no client connects, and in normal operation
-we wake up at most twice in LOOK_S.
+In this mode no connection passes through us, and not every connection may wake us.  So we watch the
+sockets only until a client comes.  Then we stop watching, and look twice: we read the backlog from
+the kernel (sock_diag), and read it again after a pause.  accept() takes the oldest client.  So if
+the second answer has all clients of the first answer, no client was accepted in between.  When a
+look finds the backlog empty, we watch for the next client.  So we sleep while no client connects,
+and in normal operation we wake up at most twice in LOOK_S.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from ....system.loop import Loop
 from ....system.sock_diag import Line, stands, unaccepted
 from .. import NEVER_TAKEN_S, UNTAKEN_S
 
-#: The pause between two looks: FIRST_LOOK_S until a first client is accepted, LOOK_S afterwards.
-#: For a canary, the pauses are the same fractions of the canary's limits (CanaryWatch).
+#: The pause between two looks: FIRST_LOOK_S while clients wait at a listener of which no client was
+#: accepted yet, otherwise LOOK_S.  A canary has other limits (CanaryWatch), and its pauses are the
+#: same fractions of them.
 FIRST_LOOK_S = NEVER_TAKEN_S / 4
 LOOK_S = UNTAKEN_S / 2
 #: Queries to the kernel take at most this share of our time, however many connections there are.
@@ -51,7 +52,10 @@ class Backlogs(ABC):
 def known_clients(
     sockets: Iterable[tuple[Listener, int]], clients_wait: Callable[[Listener, int], bool]
 ) -> dict[int, Line]:
-    """Return the clients known to wait at these sockets, by listener index."""
+    """Return the clients known to wait at these sockets, by listener index.
+
+    A listener is missing if clients wait there that the kernel does not list.
+    """
     found: dict[int, Line] = {}
     for each, number in sockets:
         if not clients_wait(each, number):
@@ -61,7 +65,7 @@ def known_clients(
             line = unaccepted(each.socket_for(number))
         except OSError:
             continue
-        if line:  # an empty answer: the clients are in another network namespace
+        if line:  # if not, sock_diag does not see the clients: another network namespace
             found[each.index] = line
     return found
 
@@ -80,8 +84,8 @@ class AcceptWatch:
     _accepted: set[int] = field(default_factory=set)  # the listeners at which a client was accepted
     #: True: the generation has served before, so it may have accepted clients of any listener.
     _served_before: bool = False
-    #: Listener -> the backlog, and since when no client was accepted.  An empty backlog means that
-    #: a client has come, and that the kernel was not queried yet.
+    #: Listener index -> the backlog at the last look, and since when no client was accepted.  The
+    #: backlog is empty if a client has come and no look has followed yet.
     _waiting: dict[int, tuple[Line, float]] = field(default_factory=dict)
 
     def begin(self, *, served_before: bool) -> None:
@@ -118,11 +122,17 @@ class AcceptWatch:
 
     @property
     def seconds(self) -> float | None:
-        """Return for how long no waiting client was accepted; None: shorter than `late_s`."""
+        """Return for how long no waiting client was accepted.
+
+        None: the time is below the limit in `late_s`, or no client waits.
+        """
         return max(self._passed_over().values(), default=None)
 
     def is_stuck(self) -> bool:
-        """Look now; return whether clients wait, and none was accepted since the last look."""
+        """Look now; return whether clients wait at a listener, and none was accepted there.
+
+        Only accepts since the last look count; without an earlier look, no accept is known.
+        """
         if not self._waiting:
             return False
         before = {index: line for index, (line, _) in self._waiting.items() if line}
@@ -148,7 +158,7 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                self._accepted.add(index)  # also if the backlog is unknown: use the long pause
+                self._accepted.add(index)  # an unknown backlog counts as accepted: look seldom
                 del self._waiting[index]
             else:
                 self._waiting[index] = line, since if before else began
@@ -170,7 +180,7 @@ class AcceptWatch:
         self._look_later(time.monotonic() - began)
 
     def _passed_over(self) -> dict[int, float]:
-        """Return the listeners at which no client was accepted for too long, and for how long."""
+        """Return the listeners of which no client was accepted for too long -> how long."""
         now = time.monotonic()
         found = {index: now - since for index, (line, since) in self._waiting.items() if line}
         return {index: seconds for index, seconds in found.items() if seconds >= self._limit(index)}

@@ -1,7 +1,8 @@
 """Detects a canary whose workers do not accept their share of the new clients.
 
-The canary's clients wait at another socket than the clients of the route.  If the canary's workers
-accept none of these clients, the canary fails.
+A canary is a new generation that first gets only a share of the clients.  Its clients wait at
+another socket than the clients of the route.  If the canary's workers accept none of its clients,
+the canary fails.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from .probes import Probes
 from .shared_listeners import SharedListeners
 from .turns import Turns
 
-#: The canary fails if its workers accept no client within this time.  After their first client the
-#: limit is UNTAKEN_S, because the workers may be busy.
+#: The canary fails if clients wait for this time and its workers accept none.  After the workers
+#: have accepted their first client the limit is UNTAKEN_S, because they may be busy.
 NEVER_TAKEN_S = 2.0
 
 
@@ -37,7 +38,7 @@ class CanaryWatch(Backlogs):
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch
         self._canary = 0  # the generation's number; 0: no canary
-        self.never_accepted = 0  # the last canary whose workers were seen to accept no client
+        self.never_accepted = 0  # the last canary that was reported to have accepted no client
         late_s = NEVER_TAKEN_S, UNTAKEN_S
         self.accepts = AcceptWatch(runtime.loop, self, late_s=late_s, timer="canary-untaken")
 

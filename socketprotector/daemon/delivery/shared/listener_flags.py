@@ -3,7 +3,8 @@
 Workers may change the flag.  The flag belongs to the open file description, so a change affects all
 processes that share the socket.  When systemd starts the protector again after a crash, systemd
 sets the flag to the unit's NonBlocking=.  The workers that changed the flag may still run, so we
-restore the recorded flag.  systemd does not change the flags of sockets in its fd store.
+restore the recorded flag.  Sockets that we bound need no record: systemd does not change the flags
+of sockets in its fd store.
 
 Source: systemd.service(5), fcntl(2).
 """
@@ -35,7 +36,7 @@ class ListenerFlags:
         return [each for each in self._listeners.all if each.shared and each.settings.foreign]
 
     def record(self) -> tuple[int, ...]:
-        """Return the indices of the listeners that are non-blocking now."""
+        """Return the indices of the passed-in listeners that are non-blocking now."""
         self._nonblocking = tuple(each.index for each in self._passed_in if not each.blocks)
         return self._nonblocking
 

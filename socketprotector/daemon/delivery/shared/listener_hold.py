@@ -41,7 +41,8 @@ class ListenerHold:
         if on and not self.on:
             self.record = HoldRecord(now, tried_until)
         elif self.on and not on:
-            # Clients of a UNIX socket do not retry: they wait in its backlog.
+            # Clients of a UNIX socket do not retry: they wait in its backlog.  A TCP client's next
+            # retry comes after as long as it has waited so far, plus 1 s at most.
             if any(each.can_be_held and not each.path for each in self.listeners.all):
                 retry_s = min(now - self.record.began_at + 1.0, _LAST_S)
                 tried_until = max(tried_until, now + retry_s)
@@ -53,7 +54,7 @@ class ListenerHold:
         return max(0.0, self.record.tried_until - time.monotonic())
 
     def cannot_begin(self) -> str | None:
-        """Return why a hold is impossible; None: it is possible."""
+        """Make the third sockets; return why a hold is impossible, or None if it is possible."""
         listeners = self.listeners.all
         refused = self.refusal(listeners)
         for each in listeners if refused is None else ():
@@ -64,13 +65,13 @@ class ListenerHold:
                 why = f"{each.settings.address}: {error.strerror}"
                 if error.errno in RESOURCE_ERRNOS or error.errno == errno.EEXIST:
                     return why  # EEXIST: another program's file is at the path
-                # TCP: we may have dropped the right to bind the address at the start.
+                # TCP: perhaps we no longer have the privilege that binding the address needs.
                 when = "once files can be made in its directory" if each.path else "after a restart"
                 return f"{why}; possible {when}"
         return refused
 
     def loss(self, listeners: Iterable[Listener]) -> str | None:
-        """Return which clients a reload would lose if it removed listeners now; None: no clients.
+        """Return which clients a reload would lose if it removed these listeners; None: no clients.
 
         During a hold, clients of a UNIX path wait at the third socket, which no worker has.  TCP
         clients are not lost, because they retry.

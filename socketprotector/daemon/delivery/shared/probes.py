@@ -1,8 +1,9 @@
 """Brings probes to a generation, and distinguishes waiting probes from waiting clients.
 
 At a TCP address a probe has a mark (system/bpf.py), and the kernel steers the probe by its mark.
-At a UNIX path a probe connects to the file of the generation's own socket.  We discard a probe that
-no worker accepts, so that no generation starts for the probe.
+At a UNIX path a probe connects to the file of the generation's own socket.  If no worker accepts
+from a socket, we discard the probes that wait there.  Otherwise another generation would start to
+accept them (socket_watch.py).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _waits(listening: socket.socket, address: tuple[str, int], client: socket.so
     Without sock_diag, returns True while any connection waits.
     """
     if not listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        # The socket was shut down, so our connection went to the other socket.
+        # The socket was shut down, so our connection may be at the address's other socket.
         raise OSError(errno.ENOTCONN, "it does not listen")
     if listening.family == socket.AF_UNIX:
         return os.fstat(client.fileno()).st_ino in unaccepted(listening)
@@ -50,7 +51,7 @@ def _waits(listening: socket.socket, address: tuple[str, int], client: socket.so
 
 
 def _leads_elsewhere(client: socket.socket) -> bool:
-    """Raise OSError: the path of our connection leads to no socket of ours."""
+    """Raise OSError: our connection's path leads to another program's socket."""
     raise OSError(errno.ENOTCONN, "another program has the path")
 
 
@@ -86,10 +87,10 @@ class Probes:
     def reach_as_client(
         self, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> ProbeTarget | None:
-        """Return how to reach the serving generation as clients do; None: no such listener.
+        """Return the target of probes that reach the serving generation as clients do.
 
-        name: the name of the listener; "": the first listener.  knows: returns whether that
-        generation knows a listener, by index.
+        None: no such listener.  name: the name of the listener; "": the first listener.  knows:
+        returns whether the serving generation knows a listener, by index.
         """
         for each in self._listeners.living:
             if name in ("", each.settings.name) and knows(each.index):
@@ -102,7 +103,7 @@ class Probes:
                 # The mark keeps the probe on this machine, as in reach_by_mark().
                 mark = None if unix else self._mark_for(each, address)
                 target = ProbeTarget(address, mark, waits, lambda: None)
-                if each.has_sibling:  # otherwise the next generation accepts an abandoned probe
+                if each.has_sibling:  # from a single socket the next generation accepts the probe
                     target.abandon = partial(self._note_abandoned, listening)
                 return target
         return None
@@ -117,10 +118,11 @@ class Probes:
     def _will_come_from(
         self, place: tuple[int, int], mark: bpf.Mark | None, *, no_clients: bool = False
     ) -> None:
-        """Record where probes come from, so that the next program does not take them for clients.
+        """Record how to recognize a socket's probes, so that the next program can discard them.
 
-        IPv6 probes share ::1 with this machine's clients, and UNIX probes have no address.  So for
-        these probes, record a socket only if it gets no clients.
+        IPv4 probes have a source address that no client has, so record this address.  IPv6 probes
+        share ::1 with this machine's clients, and UNIX probes have no address.  So for these
+        probes, record the socket, but only if it gets no clients.
         """
         if mark is not None and mark.family == socket.AF_INET:
             self.probe_sources.add((*place, mark.source))
@@ -136,9 +138,9 @@ class Probes:
     def reach_by_mark(
         self, generation: int, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> ProbeTarget | None:
-        """Return how to reach a generation by a mark, or at a UNIX path by its socket's file.
+        """Return the target of probes that reach a generation by a mark, or by its socket's file.
 
-        None: the generation does not accept, or has no such listener.
+        None: the generation does not accept, or has no such listener with two sockets.
         name: the name of the listener; "": the first listener that has two sockets.  knows: returns
         whether the generation knows a listener, by index.
 
@@ -165,7 +167,7 @@ class Probes:
         closed, serving = closing(listening), found.socket_for(self._turns.number_for(found))
 
         def holds() -> bool:
-            """Return whether the address leads to the socket, which lets clients in as before."""
+            """Return whether the address still leads to the same socket, as open to clients."""
             with suppress(OSError):
                 is_same = found.identity(socket_number) == identity
                 return is_same and found.is_alive(socket_number) and closing(listening) == closed
@@ -191,7 +193,7 @@ class Probes:
         return ProbeTarget(address, mark, waits, close, holds=holds, is_closed=is_closed)
 
     def _is_for_probes(self, listener: Listener, number: int) -> bool:
-        """Return whether a socket gets only probes, now that new clients are steered."""
+        """Return whether a socket gets only probes; the caller has just steered new clients."""
         gets_clients = self._turns.gets_clients(listener, number)
         return not gets_clients and not _has_waiting(listener.socket_for(number))
 
@@ -221,7 +223,7 @@ class Probes:
     def waiting_at(self, listener: Listener, number: int) -> tuple[int, int]:
         """Return how many connections wait at a listener's socket, and how many are probes.
 
-        If no probe can wait there, the first number is 1 for any number of clients.
+        If no probe can wait there, we do not count: the result is (1, 0) for one or more clients.
         Raises OSError.
         """
         listening, place = listener.socket_for(number), (listener.index, number)
@@ -253,10 +255,10 @@ class Probes:
     def waiting(
         self, generation: int, knows: Callable[[int], bool], *, clients_only: bool = False
     ) -> int | None:
-        """Return how many clients wait for a generation to accept them; None: unknown.
+        """Return how many connections wait for a generation to accept them; None: unknown.
 
-        clients_only: ignore a socket where only probes wait.  knows: returns whether the workers
-        have a listener, by index.
+        clients_only: do not count a socket where only probes wait.  knows: returns whether the
+        workers have a listener, by index.
         """
         if generation not in self._turns.accepting:
             return 0
@@ -277,10 +279,11 @@ class Probes:
         return count
 
     def discard(self) -> set[tuple[int, int]]:
-        """Discard probes where no worker accepts, so that no generation starts for probes alone.
+        """Discard probes where no worker accepts, so that no generation starts only for probes.
 
-        If a client also waits at a socket, the probes stay, and a generation starts for the client.
-        Returns the sockets, by listener and number, whose queues cannot be read now.
+        If a client waits beside the probes of a socket, the probes stay: a generation starts for
+        the client, and also accepts the probes.  Returns the sockets, by listener and number, whose
+        queues cannot be read now.
         """
         unknown = set()
         for each, number in [(each, number) for each in self._listeners.pairs for number in (0, 1)]:

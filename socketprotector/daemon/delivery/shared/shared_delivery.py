@@ -1,7 +1,7 @@
-"""The delivery in which workers accept, from listening sockets that they share with the protector.
+"""The delivery in which workers accept from listening sockets that they share with the protector.
 
-No connection passes through the protector, which only selects one of an address's two sockets for
-new clients.  Each generation has one of the two sockets (socket_steering.py).
+No connection passes through the protector.  The protector only selects, for each address, which of
+two sockets gets new clients.  Two generations have one of the sockets each (socket_steering.py).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class SharedDelivery(Delivery):
         taken = {tag for each in others for tag in each.record.accept_tags}
         tags = self._counts.enter(number, taken)
         generation.update_record(accept_tags=tags)
-        if not tags:  # clients may carry a wrong tag, so no generation's clients can be counted
+        if not tags:  # connections may carry another generation's tag, so no count is right
             for each in others:
                 each.update_record(accept_tags=())
         self._flags.watch()
@@ -278,7 +278,7 @@ class SharedDelivery(Delivery):
             on_quiet()
 
     def _finish_closing(self) -> None:
-        """Close the listeners; clients that come later wait for the next start."""
+        """Close the listeners that do not survive this stop, and post that this is done."""
         self._close_listeners()
         self._post(BacklogEmptied())
 
@@ -316,7 +316,7 @@ class SharedDelivery(Delivery):
         """
         probed, probes = set(accepted), 0
         for number in {n % len(listener.sockets) for n in (0, 1)} - probed:
-            with suppress(OSError):  # otherwise probes are counted, too
+            with suppress(OSError):  # on an error, the probes of this socket count as clients
                 waiting, ours = self.steering.probes.waiting_at(listener, number)
                 if waiting <= ours:
                     probed.add(number)
@@ -363,7 +363,7 @@ class SharedDelivery(Delivery):
     def adopt(
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
-        self._flags.adopt(record.nonblocking)  # first: a worker's accept() may block until then
+        self._flags.adopt(record.nonblocking)  # first, because a worker's accept() may block now
         self.steering.adopt_record(record.steering, held=held)
         if closing:
             self.steering.end()  # do not repair sockets that we have shut down ourselves
@@ -371,7 +371,7 @@ class SharedDelivery(Delivery):
     def adopt_generation(
         self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool
     ) -> bool:
-        for fd in descriptors.values():  # an earlier version made a channel, which is not needed
+        for fd in descriptors.values():  # an earlier version of SocketProtector made a channel here
             os.close(fd)
         if not (generation.ended or generation.record.released):
             self.steering.adopt(generation.record.number, generation.record.socket_number)

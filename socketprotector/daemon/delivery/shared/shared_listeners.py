@@ -29,7 +29,7 @@ class SharedListeners:
 
     @property
     def rights_record(self) -> tuple[tuple[int, int, int, int, str], ...]:
-        """The rights of each path's files; the next program may find no file to copy them from."""
+        """The rights of each path's socket files, because the next program may find no file."""
         found = ((each.index, each.file_rights) for each in self.all)
         return tuple((n, *have[:3], (have[3] or b"").hex()) for n, have in found if have)
 
@@ -41,7 +41,7 @@ class SharedListeners:
 
     def note_bound(self, listener: Listener) -> None:
         """Note that a listener got another socket, or lost its second socket."""
-        if not listener.has_sibling:  # tags of connections no longer distinguish generations
+        if not listener.has_sibling:  # all generations accept from one socket, which has one tag
             for each in self.host.generations.values():
                 each.update_record(accept_tags=())
         self.host.listener_bound(listener)
@@ -53,7 +53,7 @@ class SharedListeners:
 
 
 class Steering(ABC):
-    """The methods that parts of SocketSteering, such as Probes and SocketRepair, call on it."""
+    """The methods of SocketSteering that its parts, such as Probes and SocketRepair, call."""
 
     @abstractmethod
     def steer(self) -> bool:

@@ -4,17 +4,17 @@ Generations may share a listening socket.  A release that fails may have called 
 TCP_DEFER_ACCEPT, and such changes remain after its exit.  So we restore the options
 (system/socket_snapshot.py) in two cases:
 
-* When a generation begins on a socket that no other generation uses, we restore the options that
-  the socket had when it was new.
+* Before a generation starts to accept from a socket that no other generation uses, we restore the
+  options that the socket had when it was new.
 * When a release fails, we restore the options that the socket had when the release started.  So
   earlier changes by the serving generation remain.  A release has failed if its generation ends
   while all generations that still accept are older.
 
-If an option cannot be restored, we replace the socket.  We replace a socket that all generations
-share only if the option keeps clients out.
+If an option cannot be restored, we replace the socket.  But if all generations share the socket, we
+replace it only if the option keeps clients out; otherwise we log the option.
 
-If the serving generation has lowered a backlog, we raise the backlog when another generation begins
-on the socket, or when no generation accepts.  A longer backlog is harmless.
+If the serving generation has lowered a backlog, we raise the backlog when another generation starts
+to accept from the socket, or when no generation accepts.  A longer backlog is harmless.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class SocketOptionRestore:
     def end(
         self, generation: int, socket_number: int, remaining: Collection[int], *, gone: bool
     ) -> None:
-        """Undo a generation's changes if it has failed: then only older generations remain.
+        """Undo a generation's changes if it has failed: if all remaining generations are older.
 
         remaining: the generations that still accept.  gone: all workers of this generation have
         exited, so no worker can change an option later.
@@ -102,11 +102,11 @@ class SocketOptionRestore:
     def _restore(
         self, listener: Listener, socket_number: int, before: Snapshot, *, may_log: bool = True
     ) -> None:
-        """Restore a socket's options; if some stay changed, replace the socket, or log them."""
+        """Restore a socket's options; if some stay changed, replace the socket or log these."""
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         unrestored = socket_snapshot.restore(listening, before)
-        # If all generations share the socket, the serving generation does not get the new socket,
-        # and must be replaced, too.  So replace such a socket only if it keeps clients out.
+        # Running workers do not get a new socket.  So if all generations share the socket, a new
+        # socket makes a new generation necessary: replace it only if it keeps clients out.
         if unrestored and (
             listener.has_sibling
             or (

@@ -1,7 +1,7 @@
 """Gives a starting generation its own sockets, and repairs the sockets that workers have broken.
 
 We make a broken socket listen again, or replace it by a new socket.  If a starting generation gets
-no socket of its own, socket_steering.py decides what follows.
+no socket of its own, SocketSteering.enter() decides whether the generation fails.
 
 A listening socket is an open file description that all workers share, so any worker can shut it
 down for all.  Running workers cannot get a new socket, so another generation must start.
@@ -59,8 +59,8 @@ class SocketRepair:
     def repair_all(self) -> None:
         """Repair the sockets that no client can reach.
 
-        Epoll reports only sockets that were shut down.  This method also finds sockets that a
-        worker has connected, and sockets whose device or file is missing.
+        Epoll reports only sockets that were shut down.  This method also finds sockets on which a
+        worker has called connect(), and sockets whose device or file is missing.
         """
         for each in self._listeners.living:
             for number in range(len(each.sockets)):
@@ -72,10 +72,10 @@ class SocketRepair:
                     self.replace(each, number)
 
     def _is_out_of_reach(self, listener: Listener, number: int) -> bool:
-        """Return whether no client can reach a socket, because its device or file is gone.
+        """Return whether clients or probes need a socket whose device or file is gone.
 
-        A release that starts on such a socket cannot be probed, so only a timer would make the
-        release ready.
+        Clients need the socket to which they are steered.  Probes need the socket of a starting
+        generation; without probes, only a timer could make this generation ready.
         """
         turns = self._turns
         if number == turns.number_for(listener):
@@ -144,7 +144,12 @@ class SocketRepair:
         self.options.begin(generation, listener, socket_number, is_alone)
 
     def replace(self, listener: Listener, socket_number: int) -> None:
-        """Replace a broken socket by a new socket."""
+        """Replace a broken socket by a new socket.
+
+        If no socket can be bound, use the listener's other or reserved socket instead; without
+        such a socket, the listener is lost.  But in a shortage, or if only the socket's files are
+        missing, keep the socket: a later repair tries again.
+        """
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         address = listener.settings.address
         common = not listener.has_sibling

@@ -1,14 +1,14 @@
 """Steers new clients to the sockets of one generation, under --handoff listener.
 
-Each address has two sockets, 0 and 1.  The old and the new generation have one socket each.  A TCP
-address leads to the socket that a filter in the kernel selects (system/reuseport.py).  A UNIX path
-leads to the file of one socket (system/path_group.py).
+Usually an address has two sockets, 0 and 1.  The old and the new generation have one socket each.
+A TCP address leads to the socket that a filter in the kernel selects (system/reuseport.py).  A UNIX
+path leads to the file of one socket (system/path_group.py).
 
 When the new generation is ready, we steer new clients to its socket.  The old generation then gets
-no new clients, and quiesces (quiescing.py) before it is ordered to finish.  If the order came
-earlier, a server would close connections that it has just accepted.
+no new clients.  Before we order it to finish, it accepts its waiting clients and reads from them
+(quiescing.py); otherwise a server would close connections that it has not read.
 
-A listener without a second socket is common to both generations.
+If an address has only one socket, both generations accept from it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SocketSteering(Steering):
         self._persist, self._post = runtime.persist, runtime.post
         #: Addresses whose clients the kernel sends to the wrong socket, and why.
         self._not_steered: dict[str, str] = {}
-        self._not_held = ""  # why new clients are not held
+        self._not_held = ""  # why a hold does not keep new clients waiting; "": it does, or no hold
         self._written = self._groups  # the result of _groups in the last written state
         self.turns = Turns()
         self.hold = ListenerHold(listeners)
@@ -143,7 +143,7 @@ class SocketSteering(Steering):
             self._repair()
 
     def turn_hold(self, on: bool) -> None:
-        """Begin or end a hold, during which new clients get no answer and their kernels retry."""
+        """Begin or end a hold, which keeps new clients waiting (listener_hold.py)."""
         self.hold.turn(on)
         self.steer()
         if not on:  # held clients must not wait for a back-off that other clients have caused
@@ -152,7 +152,7 @@ class SocketSteering(Steering):
         self._report_adopted()
 
     def adopt_held(self) -> None:
-        """Pass the clients that waited during a hold to the next generation."""
+        """After a hold, lead its clients and those of lost sockets to the next generation."""
         free = self.turns.free
         if self.hold.on:
             return
@@ -217,11 +217,11 @@ class SocketSteering(Steering):
             if self.turns.gets_clients(each, number)
         }
         self.probes.clients_come(places)
-        self.probes.discard()  # an earlier program may have been killed before its discard()
+        self.probes.discard()  # an earlier program may have been killed before it did this
         self._repairs.repair_all()
         self.steer()
         self.adopt_held()  # clients may have waited at both sockets until now
-        self._report_adopted()  # an earlier program may have been killed after adopt_held()
+        self._report_adopted()  # an earlier program may have been killed before this report
         self._watch.follow_canary()
         self._watch.watch()
         is_watched = is_watched and self.accept_watch.runs
@@ -285,11 +285,11 @@ class SocketSteering(Steering):
     ) -> None:
         """Call back when a replaced generation has accepted, and read from, all its clients.
 
-        reads_on: call back as soon as the generation has accepted its clients.
+        Call back after LAST_S at the latest (quiescing.py).  reads_on: do not wait for the reading.
         """
         canary, newest = self._watch.canary, max(self.turns.accepting, default=0)
         in_vain = canary is not None and canary.never_accepted == generation == newest
-        # A canary that never accepted leaves at once.  A replaced one may have accepted since.
+        # Do not wait for a canary that accepted no client, unless it has had the route since then.
         if in_vain or generation not in self.turns.accepting or not self._listeners.pairs:
             on_quiet()
             return
@@ -301,8 +301,8 @@ class SocketSteering(Steering):
     def quiesce_last(self, generation: int, on_quiet: Callable[[], None]) -> None:
         """Call back when the last generation has accepted all clients that came before this call.
 
-        Later clients wait for the next start.  Without a second socket, the generation may also
-        accept later clients, until it is ordered to finish.
+        Call back after LAST_S at the latest (quiescing.py).  Later clients wait for the next start;
+        from an address's only socket, the generation may accept them until its order to finish.
         """
         self.give_back()
         socket_number = self.turns.accepting.get(generation, 0)
@@ -351,7 +351,7 @@ class SocketSteering(Steering):
             self.steer()
 
     def gets_no_client(self, generation: int) -> bool:
-        """Return whether a generation gets no new clients; clients during a stop do not count."""
+        """Return whether a generation gets no new clients, except those that come during a stop."""
         turns, bad = self.turns, self._not_steered
         if turns.given_back or self._repairs.ended:
             return True
@@ -404,7 +404,7 @@ class SocketSteering(Steering):
     def _steer_while_starting(self) -> None:
         """Repair repeatedly while a release starts, because its workers can divert clients.
 
-        They could clear SO_REUSEPORT, attach a filter to the group, or connect the socket.
+        Workers could clear SO_REUSEPORT, attach a filter to the group, or connect() the socket.
         """
         if self.turns.starting is not None and self._listeners.living and not self._repairs.ended:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)

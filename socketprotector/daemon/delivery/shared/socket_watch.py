@@ -48,7 +48,7 @@ class SocketWatch(Backlogs):
         self.accepts = AcceptWatch(self._loop, self)
         self.canary: canary_watch.CanaryWatch | None = None  # None: there was no canary yet
         self._ended = False
-        self._rescue_s = 0.0  # the pause between the last rescue and the next
+        self._rescue_s = 0.0  # the pause between the last rescue and the next rescue
         self._rescued_at = 0.0
 
     def end(self) -> None:
@@ -79,7 +79,7 @@ class SocketWatch(Backlogs):
             self._rescue_later()
 
     def unwatch(self, listener: Listener) -> None:
-        """Forget a listener's sockets until the next watch(), because they may be replaced."""
+        """Stop watching a listener's sockets until the next watch(): they may be replaced."""
         for each in listener.sockets:
             self._loop.unwatch(each.fileno())
 
@@ -105,9 +105,9 @@ class SocketWatch(Backlogs):
         ]
 
     def watch(self) -> None:
-        """Watch for sockets that are shut down, and for clients that no worker accepts.
+        """Watch for sockets that are shut down, and for clients where no worker accepts.
 
-        Until a worker is known to accept, watch for the next client, too.
+        Also watch for the next client if an AcceptWatch awaits one.
         """
         if self._ended:
             return
@@ -179,9 +179,9 @@ class SocketWatch(Backlogs):
         self._listeners.host.report_untaken(seconds, waiting, ever, " ".join(addresses))
 
     def _rescue_later(self) -> None:
-        """Call _rescue() later: a finishing worker may still accept the stranded clients.
+        """Call _rescue() after a pause, because finishing workers may accept the stranded clients.
 
-        Without such a worker, call it at once, unless there was a rescue recently.
+        If no worker is finishing, there is a pause only after a recent rescue.
         """
         leaving, may_accept = {number for number, _ in self._turns.leaving.values()}, True
         for each, number in self._without_worker():

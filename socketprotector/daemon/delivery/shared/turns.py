@@ -100,7 +100,7 @@ class Turns:
         return {each for each in there if (each, listener.index) not in lacking}
 
     def is_served(self, listener: Listener, number: int) -> bool:
-        """Return whether a present generation, or the next generation, accepts from this socket."""
+        """Return whether a generation accepts from this socket, or the next generation will."""
         if self.given_back and listener.settings.foreign:
             return True  # the socket's owner accepts
         there = self.at(listener, number)
@@ -153,7 +153,8 @@ class Turns:
         dry_run: the clients come to the current socket, because the next generation gets none.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
-        if listener.has_sibling and not dry_run:  # otherwise clients wait at the current socket
+        # With a single socket, or in a dry run, the clients wait at the current socket.
+        if listener.has_sibling and not dry_run:
             self.unserved |= {(generation, listener.index) for generation in self.accepting}
         return number
 
@@ -188,7 +189,10 @@ class Turns:
         return not self.is_served(listener, self.number_for(listener))
 
     def move_lost(self, listener: Listener) -> bool:
-        """Let clients of a lost socket wait for the next generation; return whether they do."""
+        """Let clients of a lost socket wait for the next generation.
+
+        Returns False if the listener has no such socket.
+        """
         moves = self.lacks(listener)
         if moves:
             self.lost |= {listener.index}

@@ -29,8 +29,8 @@ LAST_LINES = 20
 _LAST_BYTES = 4096
 _WRITE = f"{inherited.RELAY}write"
 #: For where_to_look(): how the operator makes the next message include the worker's output.
-_KEPT = "--log-prefix shows it here"
-_NOT_RELAYED = "without --no-log-relay it is shown here"
+_KEPT = "set --log-prefix to see the output here"
+_NOT_RELAYED = "remove --no-log-relay to see the output here"
 #: The mode of a worker's pipe: a worker that runs as another user must be able to open /dev/stdout.
 #: No other process can reach the pipe.
 _REOPENED = 0o622

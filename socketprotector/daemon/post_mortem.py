@@ -2,9 +2,10 @@
 
 The order is fixed:
 
-1. The last words, if the worker never became ready: they are the reason of a failed start, and may
-   have to come from the relay.  We reap the worker only once we have them.  So if the next program
-   replaces this program meanwhile, it finds the exited worker, and requests the words again.
+1. The last words, if the worker exited before, or as soon as, it was ready: they are the reason of
+   the failed start, and the relay may have them.  We reap the worker only once we have them.  So if
+   the next program replaces this program meanwhile, it finds the exited worker, and requests the
+   words again.
 2. The exit status: from waitid(2), or from the guard.  If an earlier program was the worker's
    parent, waitid(2) fails here with ECHILD.
 3. Whether the kernel killed the worker because memory ran out.
@@ -194,7 +195,7 @@ class PostMortem:
     def _why(
         self, worker: Worker, how: str, last_words: str, detached: bool, *, spoken_with: bool
     ) -> str:
-        """Return why a worker that never became ready has exited, as far as is known."""
+        """Return why a worker exited before, or as soon as, it was ready, as far as is known."""
         when = "as soon as it was ready" if worker.record.ready_by else "before it was ready"
         program = worker.generation.program
         reason = f"{escape(program.argv[0])} {how} {when}"

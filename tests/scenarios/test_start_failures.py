@@ -146,7 +146,7 @@ def test_a_start_without_the_log_relay_says_where_the_workers_output_is(start: S
     assert ended.status == 3
     assert "exited with status 1 before it was ready" in ended.lines[-1]
     assert ended.lines[-1].endswith(
-        "; see stderr of SocketProtector -f; without --no-log-relay it is shown here"
+        "; see stderr of SocketProtector -f; remove --no-log-relay to see the output here"
     )
 
 

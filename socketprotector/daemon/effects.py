@@ -1,7 +1,7 @@
 """Carries out the actions that package core orders, and turns their results into events.
 
-After a kill, the next program may repeat actions that were carried out already.  So each action can
-be carried out twice, except the actions of _WRITTEN_AT_ONCE (supervisor.py).
+After a kill, the next program may repeat actions that were carried out already.  So a repetition
+must do no harm, except for the actions of _WRITTEN_AT_ONCE (supervisor.py).
 
 Its parts are generation.py, worker_pool.py, probing.py, live_settings.py, reports.py and delivery/.
 """

@@ -3,7 +3,7 @@
 A pool is a worker of --handoff stdio: it starts a program for each connection.  Until a program has
 worked, the pool reports programs that fail at once; programs/stdio/first_programs.py defines
 "worked" and "fail at once".  A single failure is only shown, because a client may have caused it.
-After NO_ACCIDENT failures a settling generation fails; a generation in another phase keeps running.
+After NO_ACCIDENT failures a settling generation is rolled back; in another phase it keeps running.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class FirstPrograms:
         self.runtime.persist()  # now, because the relay may need a while for the last words
 
         def done(found: str) -> None:
-            # By now other programs may have failed with the same words.
+            # Other programs may have failed meanwhile, and written the same words.
             last_words = _without_repeats(found, generation.record.programs_failed)
             if generation.record.programs_work:
                 return  # another program has worked meanwhile

@@ -40,7 +40,7 @@ class OpenGeneration:
     @classmethod
     def adopt(cls, record: GenerationRecord, board: int | None) -> OpenGeneration:
         """Adopt a generation that an earlier program opened; take ownership of its scoreboard."""
-        if record.knows is None:  # all listeners, or an older version did not record the field
+        if record.knows is None:  # it knows all listeners, or an older version recorded no `knows`
             record = replace(record, knows=known_to(record.program))
         return cls(record, Board(board) if board is not None else None)
 

@@ -6,8 +6,8 @@ The order is fixed:
    the failed start, and the relay may have them.  We reap the worker only once we have them.  So if
    the next program replaces this program meanwhile, it finds the exited worker, and requests the
    words again.
-2. The exit status: from waitid(2), or from the guard.  If an earlier program was the worker's
-   parent, waitid(2) fails here with ECHILD.
+2. The exit status, from waitid(2).  A worker that was started before a crash of the protector is no
+   child of this process: waitid(2) fails with ECHILD, and only the guard can report the status.
 3. Whether the kernel killed the worker because memory ran out.
 4. The processes that the worker left.  We find them by the pid of the reaped worker: the kernel
    does not reuse this pid while the worker's process group exists.

@@ -67,7 +67,7 @@ class Probe:
         #: so that connections do not pile up at a server that does not accept.
         self._connection: socket.socket | None = None
         self._made_at = 0.0
-        self._was_reset = False
+        self._was_reset = False  # the last look found the connection reset
         self._prober: Prober | None = None
         #: The running command.  A late command may survive its kill if it runs as another user, or
         #: while it waits for a disk.
@@ -229,12 +229,13 @@ class Probe:
         with suppress(OSError):  # the connection is lost
             if not self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 waits = self._waits()
+        # If a worker has accepted an HTTP probe's connection meanwhile, the answer comes too late.
         if waits is None or (self._spec.by_http and not waits):
             self._disconnect()
             if self._as_client:
                 self._close_target()
             return False
-        if self._spec.by_http:
+        if self._spec.by_http:  # still not accepted: nor would a second request be
             self._finish(self._not_accepted()[0], self._late)
         else:
             self._look()

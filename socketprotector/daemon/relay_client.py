@@ -50,8 +50,8 @@ _READS_S = 0.5
 #: The first and the longest wait before another relay is started.
 _RESTART_S = 0.1
 _LONGEST_S = 10.0
-#: The pause before we send a message again that the full line did not take, and before we check a
-#: pipe again that we could not watch or close.
+#: The pause before we send a message again because the line was full.  Also the pause before we
+#: check a pipe again because we could not watch or close it.
 _AGAIN_S = 0.1
 #: How soon to repeat a message for which the relay had no free descriptor.
 _ROOM_S = 1.0

@@ -117,8 +117,8 @@ class Serving:
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
         """Return the state after a verdict.
 
-        most: how many bad answers since a good answer make the state UNHEALTHY, and how many
-        inconclusive verdicts in a row (the last case) make it UNKNOWN.
+        most: the state becomes UNHEALTHY after this many bad answers without a good one between
+        them, and UNKNOWN after this many inconclusive verdicts (the last case) in a row.
         """
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason

@@ -1,9 +1,9 @@
 """Starts a worker: its descriptors, its environment, its process.
 
-A worker gets its delivery's descriptors (the read end of the channel, or the listening sockets), a
-slot of the scoreboard, and a RETURN line of its own.  End of file on this line orders the worker to
-finish; we read nothing from the line.  The worker's environment gives the descriptors' numbers
-(docs/protocol.md; for listening sockets also sd_listen_fds(3)).
+A worker gets its delivery's descriptors: the read end of the channel, or the listening sockets.  It
+also gets a slot of the scoreboard, and a RETURN line of its own.  End of file on this line orders
+the worker to finish; we read nothing from the line.  The worker's environment gives the numbers of
+the descriptors (docs/protocol.md; for listening sockets also sd_listen_fds(3)).
 
 We and all workers share the open file descriptions of the channel's read end and of the listening
 sockets.  File status flags belong to a description: a change would affect all of us.  So a spawn

@@ -1,8 +1,7 @@
 """Collects the field `rollout` of `status`, and the connections of leaving workers.
 
-A worker is *leaving* if it gets no new connections: it retires, its generation drains or was
-abandoned, or it has exited and left orphans.  This module changes nothing.  docs/control.md has the
-names of the fields.
+A worker is *leaving* if it retires, if its generation drains or was abandoned, or if it has exited
+and left orphans.  This module changes nothing.  docs/control.md has the names of the fields.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ UNTAKEN_S = 30.0
 #: enough for a handshake: if one is under way at a check, its client has connected by the next
 #: check, unless a packet must be repeated.
 QUIET_S = 0.2
-#: If new clients cannot be refused, a stop or a drain ends after this time, although clients still
+#: If new clients cannot be refused, we stop accepting them after this time, although they still
 #: come.
 LAST_S = 10.0
 
@@ -158,9 +158,9 @@ class Delivery(ABC):
 
     @abstractmethod
     def drain(self, generation: OpenGeneration) -> None:
-        """Stop bringing clients to a generation.
+        """Stop bringing clients to a generation: its workers have been ordered to finish.
 
-        Other generations may get the clients that its workers have not accepted.
+        Other generations may get the clients that these workers have not accepted.
         """
 
     @abstractmethod
@@ -261,8 +261,8 @@ class Delivery(ABC):
         """Refuse new clients, and post BacklogEmptied once all earlier clients are accepted.
 
         If new clients cannot be refused, post it after LAST_S at the latest.  serving: the serving
-        generation.  quick: close at once, and post nothing.  stay: do not refuse new clients; our
-        own listeners survive, and later clients wait there for the next start.
+        generation.  quick: close at once, and post nothing.  stay: instead of refusing new clients,
+        let our own listeners survive; later clients wait there for the next start.
         """
 
     # -- the delivery as a whole ---------------------------------------------------------

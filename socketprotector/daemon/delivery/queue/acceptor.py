@@ -37,7 +37,7 @@ class Acceptor:
     """Accepts from the watched listeners, and sends to channels."""
 
     loop: Loop
-    queue: QueueWatch
+    queue: QueueWatch  # of the route
     _: KW_ONLY
     #: Called when accept() fails, for example because no client waits.
     accept_failed: Callable[[Listener, OSError], None]

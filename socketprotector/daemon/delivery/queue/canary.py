@@ -5,7 +5,8 @@ to listeners that the canary and the route both know.  The number decides whethe
 connection (in_share()).  If sending to the canary fails, the route gets the connection at once.
 
 If only the canary knows a listener, the route cannot get the listener's connections.  If such a
-connection cannot be sent, we keep it, accept nothing from such listeners, and retry by a timer.
+connection cannot be sent, undelivered.py keeps it.  Then we accept nothing from such listeners
+until the kept connections are sent, which a timer tries.
 
 Without a canary, no connection passes through this module (Forwarder._sender()).
 """

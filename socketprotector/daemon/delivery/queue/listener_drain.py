@@ -3,7 +3,8 @@
 Connected clients go to the newest generation that knows the listener, not to the serving
 generation.  A timer looks at the backlog until two looks in a row find no client.  If new clients
 cannot be refused, the drain ends after LAST_S.  If no generation is left that knows the listener,
-or the generation's channel breaks, the remaining clients count as lost, and the loss is logged.
+or a worker shuts that generation's channel down, the remaining clients are lost.  We count and log
+them.
 """
 
 from __future__ import annotations

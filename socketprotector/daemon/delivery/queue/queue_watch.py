@@ -7,8 +7,8 @@ the same head, we send the whole queue again in the same order, which wakes anot
 head stays the same for too long, we report the workers.  When a look finds the queue empty, the
 timer stops.  While the timer runs, a new connection costs only the test of one flag.
 
-SAVE_S after a look, the state is written.  So if the protector is killed, the next program reports
-nearly the same count of connections.
+SAVE_S seconds after a look, the state is written.  So if the protector is killed, the next program
+reports nearly the same count of connections.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Undelivered:
         self.persist = persist
         #: The highest number that was ever used.
         self.number = 0
-        #: Each connection's header and descriptor by its number, in the order of sending.
+        #: Each connection's header and descriptor by its number; the first is sent first.
         self._waiting: dict[int, tuple[bytes, int]] = {}
 
     def has(self, wanted: Wanted) -> bool:

@@ -1,11 +1,11 @@
 """Detects workers that do not accept, under --handoff listener.
 
-In this mode no connection passes through us, and not every connection may wake us.  So we watch the
-sockets only until a client comes.  Then we stop watching, and look twice: we read the backlog from
-the kernel (sock_diag), and read it again after a pause.  accept() takes the oldest client.  So if
-the second answer has all clients of the first answer, no client was accepted in between.  When a
-look finds the backlog empty, we watch for the next client.  So we sleep while no client connects,
-and in normal operation we wake up at most twice in LOOK_S.
+In this mode no connection passes through us.  It would be costly if each connection woke us.  So we
+watch the sockets only until a client comes.  Then we stop watching, and look at intervals: a *look*
+reads the backlogs from the kernel (sock_diag).  accept() takes the oldest client.  So if a look
+finds all clients of the look before, no client was accepted in between.  When a look finds the
+backlogs empty, we watch for the next client.  So we sleep while no client connects, and in normal
+operation we wake up at most twice in LOOK_S.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class AcceptWatch:
         self._look_later(time.monotonic() - began)
 
     def _passed_over(self) -> dict[int, float]:
-        """Return the listeners of which no client was accepted for too long -> how long."""
+        """Return for how long no client was accepted, for each listener where this is too long."""
         now = time.monotonic()
         found = {index: now - since for index, (line, since) in self._waiting.items() if line}
         return {index: seconds for index, seconds in found.items() if seconds >= self._limit(index)}

@@ -41,8 +41,8 @@ class ListenerHold:
         if on and not self.on:
             self.record = HoldRecord(now, tried_until)
         elif self.on and not on:
-            # Clients of a UNIX socket do not retry: they wait in its backlog.  A TCP client's next
-            # retry comes after as long as it has waited so far, plus 1 s at most.
+            # A TCP client that has waited for N seconds retries within N + 1 seconds.  UNIX clients
+            # do not retry: they wait in a backlog.
             if any(each.can_be_held and not each.path for each in self.listeners.all):
                 retry_s = min(now - self.record.began_at + 1.0, _LAST_S)
                 tried_until = max(tried_until, now + retry_s)

@@ -28,7 +28,7 @@ from .turns import Turns
 #: How long workers may still accept after the order to finish.  gunicorn's threads, for example,
 #: check for the order once a second.
 LEAVES_S = 2.0
-#: The source address of IPv6 probes, but also of this machine's clients.
+#: The source address of IPv6 probes; clients on this machine may have it, too.
 _SOURCE_OF_IPV6 = "::1"
 #: The errors after which another try to make a socket may succeed.
 RETRY_ERRNOS = RESOURCE_ERRNOS | {errno.EBUSY}
@@ -75,7 +75,8 @@ class Probes:
         #: Sockets, by listener and number, that get probes and no clients.  So their ::1 or UNIX
         #: peers are probes of this program or of an earlier program.
         self.probed: set[tuple[int, int]] = set()
-        #: Sockets that IPv4 probes come to, each with a source address that no client has.
+        #: Sockets that get IPv4 probes: listener, number, and the source address of the probes.  No
+        #: client has this address.
         self.probe_sources: set[tuple[int, int, str]] = set()
         #: The mark of the serving generation's probes, by listener and socket number.
         self._marks: dict[tuple[int, int], bpf.Mark] = {}
@@ -167,7 +168,7 @@ class Probes:
         closed, serving = closing(listening), found.socket_for(self._turns.number_for(found))
 
         def holds() -> bool:
-            """Return whether the address still leads to the same socket, as open to clients."""
+            """Return whether clients still reach the same socket, with the same closing options."""
             with suppress(OSError):
                 is_same = found.identity(socket_number) == identity
                 return is_same and found.is_alive(socket_number) and closing(listening) == closed

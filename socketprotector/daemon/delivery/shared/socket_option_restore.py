@@ -91,7 +91,7 @@ class SocketOptionRestore:
             del self._before[key]
 
     def _raise_backlogs(self) -> None:
-        """Raise each backlog, because clients may wait long for the next generation."""
+        """Raise each backlog to its initial length, because clients may wait long from now on."""
         for listener in self._listeners.living:
             initial = self._before.get((_INITIAL, listener.index))
             if initial is None:
@@ -102,7 +102,10 @@ class SocketOptionRestore:
     def _restore(
         self, listener: Listener, socket_number: int, before: Snapshot, *, may_log: bool = True
     ) -> None:
-        """Restore a socket's options; if some stay changed, replace the socket or log these."""
+        """Restore a socket's options; if some stay changed, replace the socket.
+
+        If that does not help or is not allowed, log these options (may_log).
+        """
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         unrestored = socket_snapshot.restore(listening, before)
         # Running workers do not get a new socket.  So if all generations share the socket, a new

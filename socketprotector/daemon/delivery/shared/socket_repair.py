@@ -41,7 +41,7 @@ class SocketRepair:
         runtime = listeners.host.runtime
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self.options = SocketOptionRestore(listeners, steering)
-        self.ended = False  # True: do not repair sockets that are shut down
+        self.ended = False  # True: our listeners are being closed, so repair no socket
 
     def repair(self, listener: Listener, socket_number: int) -> None:
         """Make a socket that was shut down listen again, or replace it by a new socket."""
@@ -156,7 +156,7 @@ class SocketRepair:
         try:
             listener.bind_anew(socket_number)
         except OSError as error:
-            # Without its files a sound socket stays: the files' directory may come back.
+            # Keep a sound socket if only its files are missing: their directory may come back.
             cut_off = listener.is_alive(socket_number) and listener.is_cut_off
             awaits_files = cut_off and not common and listener.file_rights is not None
             if error.errno in RETRY_ERRNOS or awaits_files:

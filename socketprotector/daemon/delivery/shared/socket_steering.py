@@ -111,7 +111,7 @@ class SocketSteering(Steering):
     def reach(
         self, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> ProbeTarget | None:
-        """Return how to reach the serving generation; see Probes.reach_as_client()."""
+        """Return the target of probes of the serving generation; see Probes.reach_as_client()."""
         return self.probes.reach_as_client(name, knows)
 
     def forget(self, generation: int) -> None:
@@ -261,7 +261,7 @@ class SocketSteering(Steering):
     def adopt_record(self, record: SteeringRecord, *, held: bool) -> None:
         """Resume from an earlier program's record of the steering.
 
-        held: whether a hold must be in force; if not, a hold in the record ends now.
+        held: whether the fleet is on hold; if not, a hold in the record ends now.
         """
         turns, probes = self.turns, self.probes
         turns.current = record.socket_number

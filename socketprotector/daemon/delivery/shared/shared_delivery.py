@@ -113,7 +113,7 @@ class SharedDelivery(Delivery):
         wanted = sorted(generation.record.knows or ())
         there = {each.index: each.socket_for(socket_number).fileno() for each in self._listeners}
         if not there.keys() >= set(wanted):
-            why = "a listener was lost when the protector was killed; restart to restore it"
+            why = "a listener was lost when the protector was killed; restart SocketProtector"
             raise OSError(errno.ENOTCONN, why)
         self.steering.grow(number, generation.knows)
         environment = worker_variables(number, slot=slot, master_pid=os.getpid())
@@ -125,7 +125,8 @@ class SharedDelivery(Delivery):
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
     ) -> ProbeTarget | None:
         found = None
-        # While two generations share the clients, an unmarked probe may reach either generation.
+        # While two generations share the clients, a probe that connects as clients do may reach
+        # either generation.  So steer the probe by a mark.
         if not as_client or self.steering.turns.share is not None:
             found = self.steering.probes.reach_by_mark(
                 generation.record.number, listener, generation.knows

@@ -116,6 +116,7 @@ class SocketWatch(Backlogs):
         without_worker = self._without_worker()
         if not without_worker:
             self._loop.cancel(_RESCUE)
+        # While a rescue is planned, stranded clients need not wake us.
         stranding = [] if self._loop.due(_RESCUE) is not None else without_worker
         awaited = [
             each

@@ -35,11 +35,11 @@ class Turns:
     accepting: dict[int, int] = field(default_factory=dict)
     #: Finishing generation -> the number of its socket, and when it was ordered to finish.
     leaving: dict[int, tuple[int, float]] = field(default_factory=dict)
-    #: Listener that the current generation does not know -> the number of the socket at which the
-    #: listener's clients wait.
+    #: Index of a listener that the current generation does not know -> the number of the socket at
+    #: which the listener's clients wait.
     expected: dict[int, int] = field(default_factory=dict)
-    #: Pairs of a generation and a listener.  The generation lacks the listener's socket, because
-    #: the socket was bound after the generation's start.
+    #: Pairs of a generation's number and a listener's index: the generation's first workers lack
+    #: the listener's socket, because it was bound after their start.
     unserved: frozenset[tuple[int, int]] = frozenset()
     #: The pairs of `unserved` where the generation's later workers have the socket.
     partly_served: frozenset[tuple[int, int]] = frozenset()
@@ -183,7 +183,7 @@ class Turns:
         self.current, self.share = number, share
 
     def lacks(self, listener: Listener) -> bool:
-        """Return whether a UNIX path's clients still go to a socket that no generation has."""
+        """Return whether a UNIX path's clients still go to a socket that its generation lost."""
         if not listener.path or listener.index in self.lost:
             return False
         return not self.is_served(listener, self.number_for(listener))

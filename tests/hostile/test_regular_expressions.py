@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from socketprotector_exporter import agent, peers, peers_model
 
+from socketprotector.ctl import cli
 from socketprotector.model import known_servers
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,11 @@ FOREIGN: dict[str, tuple[re.Pattern[str] | re.Pattern[bytes], tuple[tuple[str, s
         known_servers._TAKEN,
         (("", "address already in us"), ("", "errno 98"), ("", "os error 98_"), ("", "EADDRINUS")),
     ),
+    "model/known_servers.py _NO_LISTENER": (
+        known_servers._NO_LISTENER,
+        (("", "invalid argumen"), ("", "EINVAL_"), ("", "LISTEN_FD"), ("", "(os error 9")),
+    ),
+    "ctl/cli.py _COMMAND": (cli._COMMAND, (("", "`status "), ("`status ", "a"), ("", "`"))),
     f"{EXPORTER}/agent.py _WORD": (agent._WORD, (("", "a"), ("", "-"), ("", "a "))),
     f"{EXPORTER}/peers_model.py _SAMPLE": (
         peers_model._SAMPLE,

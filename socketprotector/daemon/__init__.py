@@ -1,6 +1,6 @@
 """The resident process: its loop takes events, package core decides, and effects.py acts.
 
-The process lives as long as the service, and has one thread.  "The next program" is the
-SocketProtector that runs after an upgrade or a crash, with the same descriptors and state.
+At an upgrade or after a crash, "the next program" takes over descriptors and state from "an earlier
+program"; both are SocketProtector.  "The next start" follows a stop, and finds no state.
 May import: core, model, system.
 """

@@ -1,6 +1,6 @@
 """Creates the parts of the resident process, and connects them.
 
-If an earlier program ran, each part takes over its descriptors and its share of the state.
+After an earlier program, each part adopts the descriptors and records that belong to this part.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 #: How soon to send a message again after the socket of the guard or service manager was full.
 _AGAIN_S = 0.1
+#: The names of the descriptors that belong to no part, so this module keeps them.
 _OWN = (inherited.SETTINGS, inherited.STATE, inherited.PID_FILE, inherited.NOTIFY)
 _STDERR = 2
 
@@ -67,13 +68,13 @@ class Resident:
         earlier: the state of an earlier program; StateError: why that state is unusable; None: a
         first start.
         """
-        # At a first start without a guard, the descriptors come from the launching process, and no
-        # store has copies.
+        # A guard has copies of all descriptors.  Without a guard, an inherited state shows that an
+        # earlier program stored them.  Otherwise this is a first start, and no store has copies.
         stored = inherited.GUARD in descriptors or inherited.STATE in descriptors
         kept = descriptors.keys() - {inherited.GUARD} if stored else set()
         self.settings = settings
         self.unclaimed = unclaimed = Inherited(descriptors)
-        #: The descriptors of the process itself, which belong to none of its parts.
+        #: The descriptors with names in _OWN, by name.
         self.own = {n: fd for n in _OWN if (fd := unclaimed.take_one(n)) is not None}
         self.earlier = earlier
         self.command = command
@@ -105,7 +106,8 @@ class Resident:
     def supervise(self) -> int:
         """Resume from an earlier state, or start; return the exit status when the fleet has ended.
 
-        Raises StateError if the earlier state cannot be resumed.
+        If the fleet of the earlier state had ended, only complete the exit.  Raises StateError if
+        the earlier state cannot be resumed.
         """
         snapshot = self._snapshot_to_resume()
         if snapshot is not None and snapshot.fleet.exiting:
@@ -152,7 +154,7 @@ class Resident:
             self.watcher.start(watchers)
 
         def pack() -> None:
-            for _ in late_modules.pack():
+            for _ in late_modules.pack():  # one module after another
                 supervisor.yield_to_accepts()
 
         loop.call_after("pack", late_modules.PACK_AFTER_S, pack)
@@ -203,7 +205,7 @@ class Resident:
 
         self._loop = loop = Loop(settings.busy_poll_s, has_spare_core)
         # This process needs descriptors for each worker and each draining generation, so raise its
-        # soft limit.  Workers still get the soft limit of our caller.
+        # soft limit.  Workers do not get this limit (settings.nofile_soft).
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         spawn.use_batch_policy()
@@ -211,11 +213,11 @@ class Resident:
             starts_others = settings.worker_identity is not None
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)
             if starts_others:
-                privileges.reclaim()  # the exec of an upgrade made our capabilities inheritable
+                privileges.reclaim()  # an upgrade may have let workers inherit our capabilities
         return loop
 
     def _begin_log(self, runtime: Runtime, snapshot: Snapshot | None) -> None:
-        """Open the log, and write the start event."""
+        """Open the log, and write its first events; after a resume, also write the pid file."""
         settings, log = self.settings, runtime.log
         log.suppress_crash_loops(runtime.loop)
         self._begin_output(runtime)
@@ -235,13 +237,14 @@ class Resident:
             self._write_pid(log)
 
     def _watch_parents(self, supervisor: Supervisor, runtime: Runtime) -> None:
-        """Read messages of the guard, and watch for the exit of the launching process."""
+        """Handle the messages and the exits of the guard and of the launching process."""
         log, pool = runtime.log, supervisor.effects.pool
 
         def on_guard_gone() -> None:
             if self.parents.line is not None:
                 hint = (
-                    "the next crash of SocketProtector loses connections; restart when convenient"
+                    "the next crash of SocketProtector loses connections; restart SocketProtector"
+                    " when convenient"
                 )
                 log.write("error", "guard-died", hint=hint)
                 self._write_pid(log)
@@ -262,18 +265,22 @@ class Resident:
         )
 
     def fail(self, reason: str) -> None:
-        """Release the listeners after a failure from which no program can resume."""
+        """Record why this program failed, and close the listeners: no program will resume."""
         self.start_report.failure = self.start_report.failure or reason
         self._close_listeners()
 
     def finish(self, status: int) -> None:
-        """Keep only surviving listeners; report the exit to launching process, guard, systemd."""
+        """Remove our files, and report the exit to the launching process, the guard and systemd.
+
+        Only the surviving listeners stay in the fd store.
+        """
         store = self.parents.store
         if self.parents.line is None:
-            # Remove the settings from the fd store first: a program that finds no settings there
-            # makes a fresh start with the other stored descriptors.
+            # First remove the settings from the fd store: if we are killed after that, the next
+            # program finds no settings, and so makes an ordinary start with the stored listeners.
             store.forget(inherited.SETTINGS)
-            # systemd may remove its copy of the settings late, so empty the file.
+            # systemd may remove its copy late.  So also empty the file, because empty settings mean
+            # the same as none (inherited.is_ours).
             os.ftruncate(self.own[inherited.SETTINGS], 0)
         # The relay exits after its last writer, and a copy in the fd store counts as a writer.
         for name in self.output.descriptors():
@@ -300,7 +307,7 @@ class Resident:
             why = f"cannot start the relay {where}{purpose}: {what_failed(error)}"
             if settings.to_syslog or purpose:
                 raise SystemRefused(why) from error
-            # No option needs the relay, so workers can write to our stderr directly.
+            # Only syslog and --log-prefix need the relay.  Without it, workers write to our stderr.
             self.output = Output(replace(settings, log_relay=False))
             runtime.log.reopen()
             runtime.log.write("warning", "notice", text=why)
@@ -346,7 +353,7 @@ class Resident:
         return supervisor
 
     def _descriptors(self) -> dict[str, int]:
-        """Return the descriptors that the next program needs and Effects does not own, by name."""
+        """Return the descriptors that the next program needs, by name, except those of Effects."""
         found = dict(self.own)
         if self.control_listener is not None:
             found[inherited.CONTROL] = self.control_listener.fileno()
@@ -358,7 +365,7 @@ class Resident:
         return found | {name: fd for each in parts for name, fd in each.descriptors().items()}
 
     def _retry_later(self, again: Callable[[], None]) -> None:
-        if self._loop is not None:  # otherwise we exit now: Outbox.finish() sends the messages
+        if self._loop is not None:  # without a loop we are exiting: Outbox.finish() sends all
             self._loop.call_after(again, _AGAIN_S, again)
 
     def _reopen_logs(self, log: Log) -> None:
@@ -382,7 +389,7 @@ class Resident:
             return None
 
         def handle(client: Client, request: Request) -> None:
-            with client.within_memory():  # out of memory here: the request has changed nothing
+            with client.within_memory():  # if memory runs out here, nothing has changed yet
                 handler = commands.CommandHandler(supervisor, runtime)
             if not client.gone:
                 handler.handle(client, request)

@@ -1,9 +1,9 @@
-"""The addresses at which check commands (--ready check:, --settle-check) reach their generation.
+"""The addresses at which the commands of --ready check: and --settle-check reach a generation.
 
-Each generation has a loopback address while it is checked, so a command can use any client program.
-In listener mode a mark on a connection selects the generation.  A command cannot set the mark, so a
-helper process (programs/prober.py) forwards the command's connections over marked connections.  In
-other modes the command's connections go into the generation's channel.
+A generation has a loopback port while it is checked, so a command can use any client program.  In
+listener mode a generation is reached by a mark on the connection, which a command cannot set, or at
+a UNIX socket.  So a helper process, the prober (programs/prober.py), forwards the command's
+connections.  In other modes the command's connections go into the generation's channel.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 class Forwarding:
-    """Forwards a loopback socket's connections to a target, by a helper that can be restarted."""
+    """A loopback socket, and the prober that forwards the socket's connections to a target."""
 
     def __init__(self, loop: Loop, target: ProbeTarget, ended: Ended) -> None:
-        """Open the socket and start the helper.  Raises OSError.
+        """Open the socket and start the prober.  Raises OSError.
 
-        ended: called with how the helper ended, or why it could not start.
+        ended: called with how the prober ended, or why it could not start.
         """
         self._loop, self._target = loop, target
         self._listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -54,7 +54,7 @@ class Forwarding:
         self._listening.close()
 
     def start(self) -> None:
-        """Start the helper unless it is running."""
+        """Start the prober unless it is running."""
         if self._prober is None:
             try:
                 self._prober = prober_client.Prober(
@@ -78,7 +78,7 @@ class CheckProbes:
     _open: dict[int, tuple[ProbeTarget, Forwarding | None]] = field(default_factory=dict)
 
     def address(self, generation: OpenGeneration) -> str:
-        """Return a generation's probe address; "": no probe can reach it.  Raises OSError."""
+        """Return a generation's probe address; "": there is none.  Raises OSError."""
         number = generation.record.number
 
         def ended(how: str) -> None:
@@ -97,7 +97,7 @@ class CheckProbes:
                 )
             self._open[number] = found
         elif found[1] is not None:
-            found[1].start()
+            found[1].start()  # the prober may have ended
         target, forwarding = found
         host, port = forwarding.address if forwarding is not None else target.address
         return f"{host}:{port}"
@@ -105,8 +105,9 @@ class CheckProbes:
     def judge(self, generation: OpenGeneration, why: str) -> str:
         """Return why a command's answer is bad; "" for a good answer.
 
-        why: the reason that the command gave.  If the command may have reached another generation,
-        returns SHUT_DOWN, and the next command gets another address.
+        why: why the command failed; "": it succeeded.  If the command may have reached another
+        generation, this releases the address, and returns SHUT_DOWN.  The next command then gets
+        another address.
         """
         number = generation.record.number
         target, _ = self._open.get(number, (None, None))

@@ -1,9 +1,10 @@
 """Saves all that the next program needs to resume, after each decision and before its actions.
 
-Descriptors go to the fd store (of systemd or the guard); the state memfd says what they are for.
-We store descriptors first, then write the state, then act.  So whenever we are killed, the store
-has all descriptors that the state mentions.  Only changes are stored and written, so a change of
-one worker costs the same with one worker as with a thousand.
+Descriptors go to the fd store: the guard, or without a guard systemd's fd store.  The state memfd
+says what they are for.  We store descriptors first, then write the state, then act.  So whenever we
+are killed, the store has all descriptors that the state mentions, unless the store was full.
+Only changes are stored and written, so a change of one worker costs the same with one worker as
+with a thousand.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ class Checkpoint:
     file: StateFile
     store: Store
     log: Log
-    #: Returns the descriptors that the next program needs and Effects does not own, by name.
+    #: Returns the descriptors that the next program needs, by name, except those of Effects.
     process_descriptors: Callable[[], Mapping[str, int]]
     _effects: Effects | None = None
     _snapshot: Callable[[], Snapshot] | None = None
-    _written: Snapshot | None = None  # the last snapshot that was written; None: unknown
+    _written: Snapshot | None = None  # the last snapshot written; None: none, or a write failed
     _failing: bool = False  # the last write of the state has failed
-    _behind: bool = False  # the guard or systemd has not received all our messages
-    _full: bool = False  # the fd store had no room for a descriptor
+    _behind: bool = False  # logged: the guard or systemd lacks a message or a descriptor
+    _full: bool = False  # the fd store had no room for all descriptors at the last save
 
     def begin(self, effects: Effects, snapshot: Callable[[], Snapshot]) -> None:
         """Start to save the state of these effects; snapshot: returns the state to write."""
@@ -61,7 +62,7 @@ class Checkpoint:
         if self._effects is None:
             return True
         if not self.store.keeps:
-            self.store.sync({}, self._effects.pool.descriptors)
+            self.store.sync({}, self._effects.pool.descriptors)  # only forgets the changed names
             return True
         wanted = {**self.process_descriptors(), **self._effects.own_descriptors()}
         wanted.pop(inherited.GUARD, None)  # the guard makes a new line for each program it starts
@@ -83,10 +84,10 @@ class Checkpoint:
         return True
 
     def write(self) -> bool:
-        """Write the state; return whether the next program may resume now.
+        """Write the state; return whether the next program of an upgrade may resume now.
 
-        The next program never stores the descriptors that it inherits.  So it may not resume while
-        one of them is missing from the fd store.
+        That program takes all descriptors that it inherits for stored, and never stores them.  So
+        it may not resume while the fd store, if there is one, lacks a descriptor.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)

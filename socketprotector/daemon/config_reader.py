@@ -19,22 +19,26 @@ from ..system import inherited
 from ..system.helper import HelperProcess, last_line
 from ..system.loop import Loop
 
+#: The size limit of a record.  An answer consists of records: names, each with one descriptor.
 _RECORD_BYTES = 64
-#: The size limit of an answer; no configuration comes near it.
+#: The size limit of a text in the answer; no configuration comes near it.
 _MOST_BYTES = 16 * 1024 * 1024
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
 
 @mutable
 class ConfigAnswer:
-    """The new settings, or why reading failed.  The receiver owns the descriptors."""
+    """The new settings, or why they were not read, or (dry) only what would change.
+
+    The receiver owns the descriptors.
+    """
 
     failure: str = ""  # in words, perhaps in several lines; "": success
     settings: Settings | None = None
     listeners: dict[int, int] = field(default_factory=dict)  # listener index -> descriptor
     siblings: dict[int, int] = field(default_factory=dict)  # second sockets, by listener index
     reserved: dict[int, int] = field(default_factory=dict)  # third sockets, by listener index
-    changes: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()  # what differs from the current settings, in words
     fixed: tuple[str, ...] = ()  # the changes that a reload would refuse
 
 
@@ -92,7 +96,7 @@ class ConfigReader:
             self._output = os.memfd_create("sp.reader", os.MFD_CLOEXEC)
             content = inherited.memory_file(inherited.SETTINGS, dump(settings))
             with open(content, "rb", buffering=0):  # closed here once the child has its copy
-                # The umask decides the mode of UNIX sockets, as at the start.
+                # As at the first start, this umask decides the mode of UNIX sockets.
                 self._process = HelperProcess.start_protector(
                     self.command,
                     {inherited.SETTINGS: content, name: theirs.fileno()},
@@ -104,7 +108,7 @@ class ConfigReader:
         self.loop.watch(self._line.fileno(), self._receive)
 
     def _receive(self) -> None:
-        """Read the child's answers so far."""
+        """Read the records that the child has sent so far."""
         assert self._line is not None
         while True:
             try:
@@ -176,7 +180,7 @@ class ConfigReader:
         return {int(name.removeprefix(kind)): self._received.pop(name) for name in names}
 
     def _release(self) -> None:
-        """Release the child process, its line and its descriptors."""
+        """Discard the child, and close the line to it and all received descriptors."""
         self.loop.cancel(self.key)
         for fd in self._received.values():
             os.close(fd)

@@ -1,7 +1,8 @@
 """Moves the symbolic link `current`, which names the release to start, and keeps the link's lock.
 
-Only the protector that holds the lock, the owner, moves the link.  The owner keeps the lock until
-it exits, upgrades included.  Other protectors with the same link only read it at their reloads.
+The protector that holds the lock is the link's owner: only the owner moves the link.  It keeps the
+lock until it exits, also through upgrades.  Other protectors with the same link only read the link,
+at their starts and reloads.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ class CurrentLink:
     ) -> None:
         """settings: returns the settings in force.  lock: an earlier program's lock; None: none.
 
-        moved_late: called when a move has succeeded that had failed before.
+        moved_late: called when a retry has moved the link.
         """
         self._settings = settings
         self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
         self._lock = lock
         self._moved_late = moved_late
-        #: Why the lock could not be taken; "": this protector or another protector has it.
+        #: The error of the last try to take the lock; "": none, but another protector may have it.
         self.not_locked = ""
         self.not_moved: NotMoved | None = None
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
@@ -74,7 +75,7 @@ class CurrentLink:
 
     @property
     def error(self) -> str:
-        """Why `current` could not be locked or moved; "": there was no failure."""
+        """Why `current` could not be locked or moved; "": there is no such failure now."""
         return self.not_locked or (self.not_moved.why if self.not_moved is not None else "")
 
     # -- the owner ---------------------------------------------------------------
@@ -108,7 +109,7 @@ class CurrentLink:
     # -- the moves ---------------------------------------------------------------
 
     def prepare(self, name: str) -> str:
-        """Prepare to move `current` to a release; return why that is impossible."""
+        """Prepare to move `current` to a release; return why that is impossible, or ""."""
         try:
             release_store.prepare(self.path, os.path.join(self._settings().releases, name))
         except OSError as error:
@@ -144,7 +145,7 @@ class CurrentLink:
         self._persist()
 
     def forget_due_if_moved(self) -> None:
-        """Forget the move that is due if an operator has moved `current` meanwhile."""
+        """If an operator has moved `current` meanwhile, forget the move that is due."""
         if self.not_moved is not None and self.named != self.not_moved.still_named:
             self.not_moved = None
 

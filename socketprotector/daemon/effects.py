@@ -1,9 +1,8 @@
 """Carries out the actions that package core orders, and turns their results into events.
 
 After a kill, the next program may repeat actions that were carried out already.  So a repetition
-must do no harm, except for the actions of _WRITTEN_AT_ONCE (supervisor.py).
-
-Its parts are generation.py, worker_pool.py, probing.py, live_settings.py, reports.py and delivery/.
+must do no harm, except for the actions of _WRITTEN_AT_ONCE (supervisor.py).  Effects consists of
+generation.py, worker_pool.py, probing.py, live_settings.py, reports.py and delivery/.
 """
 
 from __future__ import annotations
@@ -75,12 +74,12 @@ from .runtime import Runtime
 from .start_report import StartReport
 from .worker_pool import WorkerPool
 
-#: Actions that the state records until they are carried out.
+#: Actions that the state records until they are carried out; all others follow from the fleet.
 RECORDED = Undone | Report | StartTimer
 #: Reports after which a generation's program counts as the last good program.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
-#: How soon to check again, after the time of --settle, for a good answer to --settle-check.
+#: After the time of --settle: how often to check whether --settle-check has succeeded.
 _SETTLE_AGAIN_S = 0.1
 _LATE = "late"  # the timer of a stop that still accepts clients who waited during a hold
 
@@ -113,7 +112,7 @@ class Effects(Host):
         self.generations: Generations = Generations()
         self._route: int | None = None
         self._sharing: int | None = None  # the generation with a share of the new clients
-        self.last_good: Program | None = None  # the program of the generation that served last
+        self.last_good: Program | None = None  # of the last generation promoted to serving
         self._due: dict[Deadline, tuple[Deadline, float]] = {}  # each timer, and when it runs out
         self.exit_status: int | None = None
         self.delivery = build(self)
@@ -196,7 +195,7 @@ class Effects(Host):
             case Exit(status):
                 self.exit_status = status
                 self.pool.orphans.when_ended(self._stop_running)
-            case _:  # the action's generation failed to open, and OpenFailed was posted
+            case _:  # the action's generation could not be opened, or was released already
                 pass
 
     def _report(self, report: Report) -> None:
@@ -370,7 +369,7 @@ class Effects(Host):
     def report_untaken(
         self, seconds: float, waiting: int, ever: bool, listen: str | None = None
     ) -> None:
-        """Warn that workers accept no connection."""
+        """Warn that the route's workers accept no connection, and post Untaken."""
         if (number := self._route) is None:
             return
         reason = untaken(seconds, ever=ever)
@@ -397,6 +396,7 @@ class Effects(Host):
             self._note_due(deadline)
 
         def passed() -> None:
+            # --lame-duck-idle counts from the last client, and every other time from the order.
             idle_s = self.delivery.idle_s if deadline.wait is TimerKind.LAME_DUCK_IDLE else seconds
             if idle_s < seconds:
                 run(seconds - idle_s)
@@ -435,7 +435,7 @@ class Effects(Host):
 
     @property
     def late_clients_s(self) -> float | None:
-        """Return how long a stop still accepts clients who waited during a hold; None: no stop."""
+        """Return how long a stop still accepts clients of an earlier hold; None: it does not."""
         due = self._loop.due(_LATE)
         return max(0.0, due - time.monotonic()) if due is not None else None
 

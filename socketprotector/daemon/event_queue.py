@@ -30,6 +30,6 @@ class EventQueue:
         self._events.extend(events)
 
     def __iter__(self) -> Iterator[Event]:
-        """Take the events in order, until there are none."""
+        """Take the events in order, until the queue is empty."""
         while self._events:
             yield self._events.popleft()

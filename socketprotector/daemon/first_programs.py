@@ -1,9 +1,10 @@
-"""Handles the reports of pools about the first programs of their generation.
+"""Handles what pools report about the first programs of a generation.
 
 A pool is a worker of --handoff stdio: it starts a program for each connection.  Until a program has
 worked, the pool reports programs that fail at once; programs/stdio/first_programs.py defines
-"worked" and "fail at once".  A single failure is only shown, because a client may have caused it.
-After NO_ACCIDENT failures a settling generation is rolled back; in another phase it keeps running.
+"worked" and "fail at once".  Fewer than NO_ACCIDENT failures are only logged and shown, because
+clients may have caused them.  After NO_ACCIDENT failures a settling generation is rolled back; in
+another phase it keeps running.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class FirstPrograms:
         self.runtime.persist()  # now, because the relay may need a while for the last words
 
         def done(found: str) -> None:
-            # Other programs may have failed meanwhile, and written the same words.
+            # These are the pool's last words: by now several programs may have written the same.
             last_words = _without_repeats(found, generation.record.programs_failed)
             if generation.record.programs_work:
                 return  # another program has worked meanwhile
@@ -104,7 +105,7 @@ class FirstPrograms:
 
 
 def _without_repeats(last_words: str, most: int) -> str:
-    """Return last words once, if up to `most` programs have repeated them."""
+    """If last words are the same lines, up to `most` times, return these lines once."""
     lines = last_words.split("\n")
     for times in range(min(most, len(lines)), 1, -1):
         part = lines[: len(lines) // times]

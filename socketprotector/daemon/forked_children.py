@@ -1,8 +1,8 @@
 """The children that a worker has forked to share its memory (the client library's SocketServer).
 
-Only the parent, an ordinary worker, starts, reaps and replaces its children.  We read their pids
-and counts from the scoreboard.  A worker could write any pid into the scoreboard, so we signal only
-processes of the worker's own session.
+Only the worker starts, reaps and replaces its children.  We read the children's pids and counts
+from the scoreboard.  A worker could write any pid into the scoreboard, so we signal only processes
+of the worker's own session.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def left_open(record: WorkerRecord, generation: OpenGeneration) -> int:
 def retire(child: int, leader: int) -> bool:
     """Order a child to finish its connections; return False if there is no such child.
 
-    leader: the worker's pid; the child must be in the worker's session.  Raises OSError.
+    leader: the worker's pid.  A process outside the worker's session is not signalled, and counts
+    as no child.  Raises OSError.
     """
     try:
         pidfd = os.pidfd_open(child)

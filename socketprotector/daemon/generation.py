@@ -80,7 +80,7 @@ class OpenGeneration:
     def counts(self, slot: int) -> Counts | None:
         """Return the sum of the counts of the worker in a slot and of its forked children.
 
-        None: the worker does not count.
+        None: the worker does not count, or the scoreboard is missing or cannot be read.
         """
         try:
             found = self.board.read(slot) if self.board is not None else None
@@ -93,7 +93,7 @@ class OpenGeneration:
 
     @property
     def accepted(self) -> int | None:
-        """Return how many connections its workers have accepted; None: no worker counts."""
+        """Return how many connections its workers have accepted so far; None: no worker counts."""
         slots = range(SLOTS) if self.board is not None else ()
         found = [self.record.past, *map(self.counts, slots)]
         counted = [each.accepted for each in found if each is not None]
@@ -110,7 +110,7 @@ class OpenGeneration:
             if self.board is not None:
                 self.board.clear(slot)
         except OSError:
-            self.forget_board()  # no counts are better than connections counted twice
+            self.forget_board()  # otherwise we would add these counts again
         if found is None:
             return None
         past = (self.record.past or Counts()) + replace(found, active=0)
@@ -119,7 +119,7 @@ class OpenGeneration:
         return lost
 
     def scoreboard_slot(self, slot: int) -> tuple[int, int] | None:
-        """Return the scoreboard's descriptor and a slot's offset; None: no room for the slot."""
+        """Return the scoreboard's descriptor and a slot's offset; None: there is no such slot."""
         if self.board is None or self.board.offset(slot) < 0:
             return None
         return self.board.fd, self.board.offset(slot)
@@ -132,7 +132,10 @@ class OpenGeneration:
 
 
 class Generations(dict[int, OpenGeneration]):
-    """The open generations by number, and released generations whose clients still wait."""
+    """The open generations by number, and released generations whose clients still wait.
+
+    A generation is released when its last worker has exited.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +146,7 @@ class Generations(dict[int, OpenGeneration]):
         return self[number].program if number in self else None
 
     def changed(self, number: int | None) -> str:
-        """Return a warning if a generation's program file was changed in place, or ""."""
+        """Return a warning that a generation's program file was changed in place; "": unchanged."""
         return change_of(self[number].record) if number is not None else ""
 
     def release(self, number: int) -> OpenGeneration:

@@ -1,11 +1,10 @@
 """--health: probes the serving generation periodically, and reports the result.
 
-The result is in status, metrics and the exporter's /readyz, and the log reports each change.  No
-restart follows: if a shared dependency such as a database fails, all generations on all hosts fail
-at once.  Restarts would make that worse.
+The result is in status, metrics and the exporter's /readyz, and the log reports each change.  A bad
+result restarts nothing: if a shared dependency such as a database fails, the check fails on all
+hosts at once.  Restarts everywhere would prolong that failure.
 
-Our probes do not count as accepted clients.  But a probe may be among the connections in `active`
-and `queue` of `status`.
+Probes do not count as accepted clients, but `active` and `queue` of `status` may include a probe.
 """
 
 from __future__ import annotations
@@ -108,6 +107,7 @@ class Health:
         settings, generation = self._settings(), self._generation
         assert generation is not None
         self._loop.call_after(_TIMER, settings.health_every_s, self._send_probe)
+        # During a hold that leaves clients without an answer (is_silent), no probe gets one.
         if not self._delivery.is_silent and not self._probe.is_pending:
             self._probe.send(generation, self._spec, settings.health_timeout_s, self._on_verdict)
 

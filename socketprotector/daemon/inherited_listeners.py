@@ -25,7 +25,8 @@ def adopt(
         first, first_number = _newest(unclaimed.take(inherited.LISTENER, index))
         second, second_number = _newest(unclaimed.take(inherited.SIBLING, index))
         third, third_number = _newest(unclaimed.take(inherited.RESERVED, index))
-        # A killed program may have left one socket in the fd store under two names.
+        # The third socket may become the first or second.  If a program was killed during that
+        # change, the fd store may have the socket under two names.
         if _close_if_same(second, (first,)):
             second = -1
         if _close_if_same(third, (first, second)):
@@ -54,7 +55,7 @@ def _close_if_same(fd: int, kept: Sequence[int]) -> bool:
 
 
 def _newest(found: dict[str, int]) -> tuple[int, int]:
-    """Return the newest socket with its number, and close the others; -1: no socket."""
+    """Return the newest socket and its number, and close the others; -1 and 0: no socket."""
     numbered = {int(name or 0): fd for name, fd in found.items()}
     newest = max(numbered, default=0)
     fd = numbered.pop(newest, -1)

@@ -75,7 +75,7 @@ class LiveSettings:
         reader.read(replace(self.settings, release_wanted=release), done)
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
-        """Find out what a reload would change, and call back; return False if already busy."""
+        """Find out what a reload would change, and call back; return False if this is under way."""
         comparer = self._reader("comparer")
         if comparer.busy:
             return False
@@ -83,7 +83,7 @@ class LiveSettings:
         return True
 
     def _reader(self, purpose: str) -> config_reader.ConfigReader:
-        """Return the reader for a purpose.  Loads its module late, so it may raise MemoryError."""
+        """Return the reader for a purpose.  May load config_reader.py, and raise MemoryError."""
         if purpose not in self._readers:
             made = config_reader.ConfigReader(self._command, self._loop, purpose)
             self._readers[purpose] = made
@@ -103,7 +103,10 @@ class LiveSettings:
             self.on_used()
 
     def forget(self) -> None:
-        """Drop the candidate; keep its added listeners, marked as removed: no index is reused."""
+        """Drop the candidate, and remove its added listeners.
+
+        The settings keep these listeners, marked as removed, because an index is never reused.
+        """
         if "reader" in self._readers:
             self._readers["reader"].call_off()
         if self.record.candidate is not None:
@@ -115,7 +118,7 @@ class LiveSettings:
                 self._put_in_force(replace(self.settings, listeners=(*kept, *removed)))
 
     def reported(self, report: Report, program: Program | None) -> tuple[Report, str]:
-        """Return the report, with the state of `current` added, and the name of its release.
+        """Return the report with the state of `current` added, and the release's name, or "".
 
         program: the program of the report's generation; None: the generation could not be opened.
         """
@@ -126,7 +129,7 @@ class LiveSettings:
 
     @property
     def current_due(self) -> str:
-        """The release to which `current` could not be moved yet; "": none."""
+        """The release to which `current` could not be moved yet; "": there is none."""
         return self.releases.link.due if self.releases is not None else ""
 
     def stop_reading(self) -> None:
@@ -137,10 +140,9 @@ class LiveSettings:
     # -- from one program to the next ---------------------------------------------
 
     def adopt(self, snapshot: Snapshot) -> None:
-        """Resume with the candidate settings, if they may still take effect.
+        """Resume with an earlier program's candidate settings, or drop these settings.
 
-        They may if a reload is still trying them, or if UseSettings was ordered and may not have
-        been carried out.
+        They stay while a reload tries them, or if UseSettings may not have been carried out yet.
         """
         self.record = SettingsRecord(self.settings, snapshot.settings.candidate)
         if snapshot.fleet.candidate is None and UseSettings() not in snapshot.unfinished:
@@ -210,7 +212,7 @@ class LiveSettings:
     def _cannot_roll_out(
         self, new: Settings, added: Collection[Listener], canary: bool
     ) -> str | None:
-        """Return why new settings make a canary or rolling reload impossible; None: they do not.
+        """Return why new settings make a canary or rolling reload impossible, or None.
 
         canary: the reload was requested with a canary, which the present settings allow.
         """

@@ -69,7 +69,7 @@ class Output:
         name, prefixed = self._settings.name, self._settings.log_prefix
         self._relay = relay_client.LogRelay(name, kind, runtime, self.named, prefixed=prefixed)
         given = unclaimed.take_one(_WRITE)
-        if given is not None:  # otherwise our stderr is that pipe already, or needs no pipe yet
+        if given is not None:  # only after a crash: an upgrade leaves this pipe as our stderr
             self._redirect_to(given)
         relay, outputs = unclaimed.take_all(inherited.RELAY), unclaimed.take_all(inherited.OUTPUT)
         if relay or outputs:
@@ -149,10 +149,10 @@ class Output:
         return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
     def last_words(self, number: int, start: int, done: Callable[[str], None]) -> None:
-        """Call back with a worker's last lines, escaped; "" if they are unknown.
+        """Call `done` with a worker's last lines, escaped; "": they are unknown.
 
-        The callback comes at once, or when the relay has answered.  start: the position after which
-        only this worker has written; -1: unknown.
+        The call comes at once, or when the relay has answered.  start: where this worker's output
+        begins, if no other worker has written since; otherwise -1.
         """
         if self._relay is not None and self._relayed:
             self._relay.request_last_words(number, lambda data: done(_lines(data)))

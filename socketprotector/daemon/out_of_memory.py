@@ -2,7 +2,7 @@
 
 The kernel counts such kills in our memory cgroup, but does not report which process it killed.  The
 count rises before the process dies.  So a kill explains the end of a worker only if that end
-follows soon.  Otherwise the kernel has killed another process; a worker may have started it.
+follows soon.  Otherwise the kernel has killed another process, perhaps one that a worker started.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ _TIMER = "memory"
 
 
 class MemoryWatch:
-    """The kills that the kernel has counted, and how many of them have explained a worker's end."""
+    """Attributes the kills that the kernel has counted to workers' ends, and logs the others."""
 
     def __init__(self, runtime: Runtime, workers: Mapping[int, Worker]) -> None:
         """workers: the running workers by number, always up to date."""
         self._loop, self._log, self._workers = runtime.loop, runtime.log, workers
-        self._explained = memory_group.counts()  # the kills before our first worker
-        # None: the kernel sends no events.  Then a counted kill explains the next end by SIGKILL.
+        # The kills that we have attributed or logged, and those before our first worker.
+        self._handled = memory_group.counts()
+        # None: the kernel sends no events.  Then a counted kill explains the next worker's end by
+        # SIGKILL, however late that end comes.
         self._events = memory_group.Events.open()
         self._wait()
 
@@ -50,7 +52,7 @@ class MemoryWatch:
         """Log the kills that explain no worker's end; wait while a worker is still ending."""
         if self._events is not None:
             self._events.take()
-        now, before = memory_group.counts(), self._explained
+        now, before = memory_group.counts(), self._handled
         if now.kills > before.kills:
             if any(map(procfs.is_ending, self._pids())):
                 self._loop.call_after(_TIMER, _LOOK_S, self._look)
@@ -61,7 +63,7 @@ class MemoryWatch:
                 killed=now.kills - before.kills,
                 reason=_cause(at_limit=now.at_limit > before.at_limit),
             )
-            self._explained = now
+            self._handled = now
         self._wait()
 
     def _pids(self) -> Iterator[int]:
@@ -76,12 +78,12 @@ class MemoryWatch:
 
         Each kill that the kernel has counted explains the end of one worker.
         """
-        now, before = memory_group.counts(), self._explained
+        now, before = memory_group.counts(), self._handled
         if now.kills <= before.kills:
             return exit_text.KILLED
         more = now.kills > before.kills + 1  # of other workers, handled later
         at_limit = before.at_limit if more else now.at_limit
-        self._explained = OutOfMemory(before.kills + 1, at_limit)
+        self._handled = OutOfMemory(before.kills + 1, at_limit)
         return f"{exit_text.KILLED}: {_cause(at_limit=now.at_limit > before.at_limit)}"
 
 

@@ -56,7 +56,8 @@ class Parents:
     ) -> None:
         """Read the guard's messages, and feed the watchdog.
 
-        on_exited: called when the guard has reaped a process, with its pid and how it exited.
+        on_exited: called when the guard has reaped a process, with this process's pid, whether its
+        exit was clean, and how it exited, in words.
         on_gone: called when the guard exits, or at once if there is no guard.
         """
         if self.line is None:
@@ -84,7 +85,7 @@ class Parents:
             on_exited(int(pid), *exit_text.status_of(int(status)))
 
     def _feed_watchdog(self, loop: Loop) -> None:
-        """Send WATCHDOG=1 to systemd now, and again after half of WatchdogSec=."""
+        """Send WATCHDOG=1 to systemd now, and then after each half of WatchdogSec=."""
         self.systemd.send(WATCHDOG="1")
         loop.call_after(WATCHDOG, self.systemd.watchdog_s, lambda: self._feed_watchdog(loop))
 
@@ -95,7 +96,7 @@ class Parents:
         return {inherited.GUARD: self.line.fileno()}
 
     def stays(self, names: Iterable[str]) -> bool:
-        """Return whether descriptors of these names survive a stop.
+        """Return whether the descriptors with these names survive a stop, in systemd's fd store.
 
         systemd keeps them while a restart is pending, and drops them otherwise (tried with 252).
         Other service managers that read sd_notify() keep nothing, and set no $INVOCATION_ID.
@@ -109,4 +110,4 @@ class Parents:
             self.store.sync(dict.fromkeys(surviving, -1))
         self.systemd.send(EXIT_STATUS=str(status))
         self.guard.finish(_FAREWELL_S)
-        self._manager.finish(_MANAGER_S)  # so that the next start gets the stored descriptors
+        self._manager.finish(_MANAGER_S)  # sends all: the next start needs the stored descriptors

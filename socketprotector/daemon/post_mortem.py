@@ -64,7 +64,7 @@ class PostMortem:
     why_killed: Callable[[], str]
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
-        """Reap an exited worker; None: its end is not known yet, and `ended` will be called.
+        """Reap an exited worker and return its end; None: not yet, and `ended` will be called.
 
         guarded: whether there is a guard, which reports the exits of workers that are not our
         children.
@@ -79,7 +79,7 @@ class PostMortem:
                 self._request_words(worker.record, partial(self._note_words, worker))
                 return None  # the callback may have come at once, and finished everything
         if not worker.has_served and worker.last_words is None:
-            return None
+            return None  # the relay has not answered yet
         try:
             end = worker.process.reap()
         except ChildProcessError:
@@ -138,7 +138,7 @@ class PostMortem:
             lost=lost or None,
         )
         last_words, was_ready = worker.last_words or "", record.ready_by or worker.has_served
-        if not was_ready:  # it failed to start, or detached itself: end what it has left
+        if not was_ready:  # it failed to start, or detached itself (daemon(3)): end what it left
             self.orphans.end(worker.notify.address)
         detached = end.clean and not was_ready
         if not record.asked_to_exit and not (end.clean and worker.generation.ended):
@@ -155,7 +155,10 @@ class PostMortem:
         return WorkerExited(number, reason, served_s, waiting, detached, orphans)
 
     def child_failed(self, worker: Worker, text: str) -> None:
-        """Remember the failure of a forked child, which the parent has reported (wire.CHILD)."""
+        """Log and remember the failure of a forked child, as the worker has reported it.
+
+        text: the report; wire.CHILD describes it.
+        """
         words = text.split()
         if len(words) != 4 or not all(_is_number(each) for each in words[:3]):
             return
@@ -236,6 +239,7 @@ class PostMortem:
         return has_group
 
     def _group_ended(self, record: WorkerRecord, generation: OpenGeneration) -> None:
+        # This is the worker's second WorkerExited: the first said that it has left orphans.
         waiting = self.delivery.waiting(generation, clients_only=True) or 0
         self.runtime.post(WorkerExited(record.number, "orphans gone", waiting=waiting))
 

@@ -54,8 +54,8 @@ class Probe:
     ) -> None:
         """as_client: reach the serving generation as clients do, with a new target for each probe.
 
-        addresses: the addresses at which commands reach a generation; None: commands use the
-        target.  reads: returns a command's stdin; its argument is the generation number.
+        addresses: the addresses at which commands reach a generation; None: commands connect to the
+        target itself.  reads: returns a command's stdin; its argument is the generation number.
         """
         self._loop, self._reach, self._as_client = loop, reach, as_client
         self._addresses, self._reads = addresses, reads
@@ -72,7 +72,7 @@ class Probe:
         #: The running command.  A late command may survive its kill if it runs as another user, or
         #: while it waits for a disk.
         self._command: CheckCommand | None = None
-        self._late = ""
+        self._late = ""  # why the last late probe failed; its connection or command may still wait
 
     def send(
         self,
@@ -81,7 +81,11 @@ class Probe:
         limit_s: float,
         report: Callable[[Verdict], None],
     ) -> None:
-        """Send a probe; `report` is called once, maybe before the return, but not after close()."""
+        """Send a probe; `report` is called once, maybe before the return, but not after close().
+
+        Exception: if an earlier late command still runs, and ends before this probe's limit,
+        `report` is not called.
+        """
         self._spec, self._report = spec, report
         self._sent_at = time.monotonic()
         self._until = self._sent_at + limit_s
@@ -105,7 +109,7 @@ class Probe:
 
     @property
     def is_closed(self) -> bool:
-        """Return ProbeTarget.is_closed() of the present target; False: there is no target."""
+        """Return whether the present target may keep clients out (ProbeTarget.is_closed)."""
         return self._target is not None and self._target.is_closed()
 
     def close(self) -> None:
@@ -211,7 +215,7 @@ class Probe:
             self._target.close()
             self._target = None
 
-    # -- whether a worker has accepted it ----------------------------------------------
+    # -- whether a worker has accepted the connection ----------------------------------
 
     def _waits(self) -> bool:
         """Return whether our connection waits for a worker.  Raises OSError if it is lost."""
@@ -303,7 +307,7 @@ class Probe:
 
     def _run(self, generation: OpenGeneration, limit_s: float) -> None:
         """Run the check command.  Raises OSError or ValueError."""
-        if self._command is not None:  # a late command still runs: start no second command
+        if self._command is not None:  # an earlier late command still runs: start no second one
             self._loop.call_after(self, limit_s, lambda: self._finish(verdicts.BAD, self._late))
             return
         if self._addresses is not None:
@@ -319,7 +323,8 @@ class Probe:
         def ended(why: str) -> None:
             command, self._command = self._command, None
             if command is not None and command.is_late:
-                self._loop.cancel(self)  # late() has reported the verdict
+                # late() has reported this command's verdict.  End a probe that waits in its place.
+                self._loop.cancel(self)
                 self._report = None
                 return
             if self._addresses is not None:

@@ -36,8 +36,8 @@ class Prober:
         """Start the process.  Raises OSError.
 
         heard: called with the reason why an answer is bad; "" for a good answer.
-        late: called instead of heard if no answer came in time.
-        ended: called with how the process exited, unless we ended it.
+        late: called instead of `heard`, with the reason, if no answer came in time.
+        ended: called with how the process exited, unless close() has ended it.
         forwards: (target, socket); the prober forwards the socket's connections to the target.
         """
         self._heard, self._ended, self._late = heard, ended, late
@@ -64,9 +64,9 @@ class Prober:
         limit_s: float,
         left_s: float,
     ) -> None:
-        """Send a probe over a connection that the caller keeps; it may still be connecting.
+        """Send a probe over a connection, which may still be connecting.  The caller keeps it.
 
-        limit_s: how long a good answer may take.  left_s: how much of that time is left.  Answers
+        limit_s: how long a good answer may take.  left_s: how much of this time is left.  Answers
         to earlier probes are ignored from now on.  Raises OSError.
         """
         self._number += 1
@@ -87,6 +87,7 @@ class Prober:
             self._process.process.kill_group()
 
     def _on_message(self, text: str) -> None:
+        # A sign (programs/prober.py), the probe's number, a space, and why the answer is bad.
         number, _, why = text[1:].partition(" ")
         if number == str(self._number):
             (self._late if text[:1] == "~" else self._heard)(why)

@@ -1,4 +1,4 @@
-"""Probes starting, settling and serving generations; loads each kind of probe at its first use."""
+"""Probes generations while they start, settle and serve; loads each module at its first use."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Probing:
         self._runtime, self._delivery, self._addresses = runtime, delivery, addresses
         self._settings, self._remember = settings, remember
         self._answered, self._not_probed = answered, not_probed
-        #: Returns the counts of the generations, by number.
+        #: Returns the counts that `status` shows, by generation, for --settle-check commands.
         self.counts: Callable[[], Mapping[int, Mapping[str, Any]]] = dict
         self.ready_probe: ReadyProbe | None = None
         self.settle_check: SettleCheck | None = None

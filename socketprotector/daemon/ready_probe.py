@@ -1,8 +1,9 @@
 """Probes a starting generation under --ready accept, http: and https:, and without --ready.
 
 The generation gets no clients yet.  In listener mode a mark on the probe's connection selects the
-generation (system/reuseport.py).  In other modes the probe connects to a loopback port, and
-connections to this port go into the generation's channel.
+generation (system/reuseport.py); a probe of a UNIX socket connects to the generation's own socket.
+In other modes the probe connects to a loopback port, and connections to this port go into the
+generation's channel.
 
 Without --ready only listener mode probes.  There a probe may fail although the generation is ready
 (_MAYBE_READY of verdicts.py).  After such a failure, a timer may make the generation ready.
@@ -25,7 +26,7 @@ from .verdicts import Verdict
 _TIMER = "ready-probe"
 #: How long an accept probe waits for a worker; the next probe continues with the same connection.
 _ACCEPTED_S = 1.0
-_ANSWERED_S = 5.0
+_ANSWERED_S = 5.0  # how long an HTTP answer may take
 
 
 class ReadyProbe:

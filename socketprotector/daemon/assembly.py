@@ -1,6 +1,6 @@
 """Creates the parts of the resident process, and connects them.
 
-After an earlier program, each part adopts the descriptors and records that belong to this part.
+If an earlier program ran, each part adopts its own descriptors and records.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 #: How soon to send a message again after the socket of the guard or service manager was full.
 _AGAIN_S = 0.1
-#: The names of the descriptors that belong to no part, so this module keeps them.
+#: The names of descriptors that this module keeps itself, because they belong to no part.
 _OWN = (inherited.SETTINGS, inherited.STATE, inherited.PID_FILE, inherited.NOTIFY)
 _STDERR = 2
 
@@ -74,7 +74,7 @@ class Resident:
         kept = descriptors.keys() - {inherited.GUARD} if stored else set()
         self.settings = settings
         self.unclaimed = unclaimed = Inherited(descriptors)
-        #: The descriptors with names in _OWN, by name.
+        #: The descriptors of _OWN, by name.
         self.own = {n: fd for n in _OWN if (fd := unclaimed.take_one(n)) is not None}
         self.earlier = earlier
         self.command = command
@@ -93,7 +93,7 @@ class Resident:
             if control is not None and settings.control is not None
             else None
         )
-        #: Whether the next program can resume: an earlier state was read, or the launch has begun.
+        #: Whether the next program can resume: a state was read, or this program begins to launch.
         self.began = False
         #: Whether this program is still taking over what an earlier program left.
         self.resumes = False
@@ -416,7 +416,7 @@ class Resident:
                 listener.close()
 
     def _write_pid(self, log: Log) -> None:
-        """Write the pid that operators should signal into our locked pid file."""
+        """Write into our pid file the pid that operators should signal."""
         lock = self.own.get(inherited.PID_FILE)
         if lock is None:
             return

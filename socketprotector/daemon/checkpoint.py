@@ -41,7 +41,7 @@ class Checkpoint:
     _snapshot: Callable[[], Snapshot] | None = None
     _written: Snapshot | None = None  # the last snapshot written; None: none, or a write failed
     _failing: bool = False  # the last write of the state has failed
-    _behind: bool = False  # logged: the guard or systemd lacks a message or a descriptor
+    _behind: bool = False  # we have logged that the guard or systemd lacks something
     _full: bool = False  # the fd store had no room for all descriptors at the last save
 
     def begin(self, effects: Effects, snapshot: Callable[[], Snapshot]) -> None:
@@ -128,7 +128,7 @@ class Checkpoint:
 def read(fd: int) -> Snapshot | None:
     """Return the snapshot in an earlier program's state memfd; None: the memfd is empty.
 
-    Raises StateError if a newer program wrote the state, or if the state is damaged.
+    Raises StateError if we cannot read the state: it is damaged, or a newer version wrote it.
     """
     file = StateFile(fd)
     if file.empty:

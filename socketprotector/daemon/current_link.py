@@ -31,7 +31,7 @@ class NotMoved:
 
 
 class CurrentLink:
-    """The link `current` of one protector."""
+    """The link `current`, as one protector uses it."""
 
     def __init__(
         self,

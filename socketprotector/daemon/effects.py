@@ -211,7 +211,7 @@ class Effects(Host):
     def snapshot(self, fleet: Fleet, actions: Iterable[Action]) -> Snapshot:
         """Return all that the next program needs.
 
-        actions: the actions of the kinds in RECORDED that may not have been carried out.
+        actions: the RECORDED actions that have perhaps not been carried out yet.
         """
         now, delivery = time.monotonic(), self.delivery.record()
         self.generations.forget_released(self.delivery.keeps)

@@ -20,7 +20,7 @@ from ..system.scoreboard import SLOTS, Board
 
 @mutable
 class OpenGeneration:
-    """One open generation.  It owns its scoreboard; the delivery owns its sockets."""
+    """One open generation.  It owns its scoreboard; its sockets belong to the delivery."""
 
     record: GenerationRecord
     board: Board | None = None  # None: there is no scoreboard, so nothing is counted

@@ -75,7 +75,7 @@ class LiveSettings:
         reader.read(replace(self.settings, release_wanted=release), done)
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
-        """Find out what a reload would change, and call back; return False if this is under way."""
+        """Find out what a reload would change, and call back; False: an earlier call still runs."""
         comparer = self._reader("comparer")
         if comparer.busy:
             return False
@@ -142,7 +142,7 @@ class LiveSettings:
     def adopt(self, snapshot: Snapshot) -> None:
         """Resume with an earlier program's candidate settings, or drop these settings.
 
-        They stay while a reload tries them, or if UseSettings may not have been carried out yet.
+        They stay while a reload tries them, or if UseSettings has perhaps not been carried out yet.
         """
         self.record = SettingsRecord(self.settings, snapshot.settings.candidate)
         if snapshot.fleet.candidate is None and UseSettings() not in snapshot.unfinished:

@@ -115,7 +115,7 @@ class PostMortem:
         return None
 
     def close(self, worker: Worker, end: End, *, spoken_with: bool) -> WorkerExited:
-        """Log and return a worker's exit; watch its process group, and close its sockets.
+        """Log and return a worker's exit; watch the worker's process group, and close its sockets.
 
         spoken_with: whether any worker has become ready by other means than a timer.
         """

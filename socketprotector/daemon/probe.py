@@ -226,7 +226,7 @@ class Probe:
         return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
     def _continue_earlier(self) -> bool:
-        """Continue with an earlier probe's connection; return False if there is none to use."""
+        """Continue with an earlier probe's connection; return False if no such one is usable."""
         if self._connection is None:
             return False
         waits: bool | None = None
@@ -239,7 +239,7 @@ class Probe:
             if self._as_client:
                 self._close_target()
             return False
-        if self._spec.by_http:  # still not accepted: nor would a second request be
+        if self._spec.by_http:  # no worker has accepted it, so send no second request
             self._finish(self._not_accepted()[0], self._late)
         else:
             self._look()

@@ -374,8 +374,9 @@ def advice(
         return f"if its output says that its address is in use: {WANTS}"
     if listens is None:
         return ""
-    address = listens()
-    return f"it listens on its own socket at {address}; {WANTS}" if address else WANTS
+    if address := listens():
+        return f"it listens on its own socket at {address}; {WANTS}"
+    return WANTS if program.ready == "notify" else ""  # another --ready was chosen for this program
 
 
 def detached(program: Program) -> str:

@@ -114,7 +114,8 @@ def test_a_bad_release_changes_nothing(web: Web, releases: Releases) -> None:
     assert "release bad not deployed: generation 2 failed: " in ended.err
     assert ended.err.endswith("generation 1 is still serving\n  | no such table\n")
     assert (serving(one), os.readlink(releases.current)) == ("1", link)
-    assert sorted(os.listdir(releases.live)) == ["current", "current.history", "current.lock"]
+    whole = ["current", "current.history", "current.lock"]
+    eventually(lambda: sorted(os.listdir(releases.live)) == whole, "the history is written")
     assert one.status()["warnings"] == []
     one.daemon.stop()
 

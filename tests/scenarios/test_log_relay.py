@@ -151,7 +151,8 @@ def lowest_free(pid: int) -> int:
 def test_a_relay_whose_limit_of_descriptors_was_lowered_reads_from_new_workers(
     start: Start,
 ) -> None:
-    with talking(start):
+    with talking(start), Client(f"{start.folder}/s", "first"):
+        start.wait_for("(?m)^first$")  # the relay has started, and opens no more modules
         relay = relay_of(start)
         _, hard = resource.prlimit(relay, resource.RLIMIT_NOFILE)
         resource.prlimit(relay, resource.RLIMIT_NOFILE, (lowest_free(relay), hard))

@@ -254,7 +254,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "checks. socketprotectorctl deploy NAME starts another release. See docs/deploy.md.",
                "releases", STAYS, metavar="DIR", show=lambda path: path or "none"),
         Option("current", TEXT, "Start the release to which this symbolic link leads.\n"
-               "SocketProtector moves the link only when a deployed release is proved.",
+               "SocketProtector moves the link once a deploy has succeeded.",
                "current", STAYS, metavar="PATH", show=lambda path: path or "none"),
         Option("deployer", TEXT, "Accept releases that belong to this user, and those of root.",
                metavar="USER"),
@@ -329,7 +329,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "A worker on the client library gets end of file on its RETURN line instead.",
                "drain_signal", default="TERM"),
         Option("max-draining", click.IntRange(0, _MANY),
-               "Let this many old generations drain at a time, then end the oldest; 0: no limit.",
+               "End the oldest draining generation if more than this many drain; 0: no limit.",
                "policy.max_draining", default=0),
         Option("stop-timeout", TIME, "Allow this long for a graceful stop, then send TERM.",
                "policy.stop_timeout_s", default="30s"),

@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_STATUS = 1  # the exit status of cli.OutputFailed
+_STATUS = 1  # that of cli.OutputFailed, which main() cannot import without memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

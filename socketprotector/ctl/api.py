@@ -1,7 +1,7 @@
 """The public API: the only names that socketprotector-exporter may import from SocketProtector.
 
-Most of them find control sockets, query them and read the answers.  The rest help a program with
-its messages, files and exit statuses.  Everything here uses only the standard library.
+Most names find control sockets, query the sockets and read the answers.  The others help a program
+with its messages, files and exit statuses.  Everything here uses only the standard library.
 Change or remove a name only together with the exporter.
 """
 

@@ -1,7 +1,7 @@
 """Finds the child processes of an unmodified server, such as gunicorn's workers.
 
 SocketProtector knows only the processes that it starts, so socketprotectorctl reads /proc.  No
-children are found if /proc is missing, hides them, or belongs to another PID namespace.
+children are found if /proc is missing, hides the children, or belongs to another PID namespace.
 
 Source: proc(5), `task/TID/children` (CONFIG_PROC_CHILDREN) and `stat`.
 """
@@ -19,7 +19,8 @@ from .fields import listed, number_in, text_in
 def children_of(status: Message) -> dict[int, list[int]]:
     """Return the pids of each worker's living children, by the worker's pid."""
     mode = MODES.get(text_in(status, "handoff"))
-    # Under stdio and legacy each worker is an adapter, so its children are no forks of a server.
+    # Under stdio and legacy each worker is a process of SocketProtector (an adapter).  Its children
+    # are the operator's programs, not forks of a server.
     if mode is None or mode.adapter or not procfs.is_ours():
         return {}
     parents = {number_in(status, "pid"), number_in(status, "main_pid")}
@@ -27,15 +28,15 @@ def children_of(status: Message) -> dict[int, list[int]]:
     for generation in listed(status, "generations"):
         for worker in listed(generation, "workers"):
             pid = number_in(worker, "pid")
-            # If the protector runs in another PID namespace, this pid belongs to another process
-            # here, which has another parent.
+            # If the protector runs in another PID namespace, this pid is that of an unrelated
+            # process here.  That process has another parent, so leave it out.
             if pid > 0 and procfs.parent_of(pid) in parents:
                 found[pid] = [each for each in _children(pid) if _is_alive(each)]
     return found
 
 
 def _children(pid: int) -> list[int]:
-    """Return the pids of a process's children; [] if /proc hides them."""
+    """Return the pids of a process's children that /proc shows."""
     found = []
     try:
         for thread in os.listdir(f"/proc/{pid}/task"):

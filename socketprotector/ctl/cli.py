@@ -1,7 +1,4 @@
-"""The part of the command line that all commands share: the instance options, and --json.
-
-The first line of an error says what failed, where, and how to fix it.
-"""
+"""The options that all commands share (--json, and the choice of an instance), and their output."""
 
 from __future__ import annotations
 
@@ -26,7 +23,8 @@ from .client import ANSWER_S, Client, Message
 from .help_pages import GROUPS, HelpGroup, print_full_help
 
 NAME = "socketprotectorctl"
-#: A command in a message, such as `status`.  `list` and `completion` take no instance.
+#: A command in a message, such as `status`; with_instance() adds the instance option to it.
+#: `list` and `completion` are left out, because they take no instance option.
 _COMMAND = re.compile(
     rf"`(?:{NAME} )?((?:{'|'.join({*sum(GROUPS.values(), ())} - {'list', 'completion'})})\b[^`]*)`"
 )
@@ -36,7 +34,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class OutputClosed(Exception):
-    """The reader of stdout, such as `head`, has exited.  So exit with 0; click would use 1."""
+    """The reader of stdout, such as `head`, has exited.  The exit status is 0, not click's 1."""
 
 
 class OutputFailed(Refusal):
@@ -51,14 +49,17 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """The instance option that was given, if any.  path() finds the chosen socket."""
+    """The one instance option that was given, or none.  path() finds the chosen socket."""
 
     name: str | None = None
     control: str | None = None
     pid_file: str | None = None
 
     def line(self, words: str) -> str:
-        """Return the command line that runs this command for this protector."""
+        """Return the command line that runs a command for this protector.
+
+        words: the command and its arguments.
+        """
         options = {"--name": self.name, "--control": self.control, "--pid-file": self.pid_file}
         given = [word for name, value in options.items() if value for word in (name, value)]
         return " ".join((NAME, *map(shlex.quote, given), words))
@@ -76,9 +77,10 @@ class Instance:
     def client(
         self, answer_s: float = ANSWER_S, *, events: bool = False, until: float = math.inf
     ) -> Client:
-        """Return a new connection; the caller closes it.  Raises NoProtector, UsageError.
+        """Return a new connection; the caller closes it.
 
         answer_s: how long an answer may take.  events: follow events.  until: see Client.
+        Raises NoProtector, RequestRefused, UsageError.
         """
         return Client(self.path(), answer_s, events=events, until=until)
 
@@ -144,7 +146,7 @@ def _instance_options(function: Function, *, hidden: bool = False) -> Function:
     is_eager=True,
     expose_value=False,
     callback=print_full_help,
-    help="Show every command and exit.",
+    help="Show every command and exit status, and exit.",
 )
 @click.pass_context
 def program(ctx: click.Context) -> None:
@@ -155,9 +157,9 @@ def program(ctx: click.Context) -> None:
 
 
 def command(name: str | None = None, **settings: Any) -> Callable[[Function], click.Command]:
-    """Return a decorator that makes a function a command.
+    """Return a decorator that makes a command of a function.
 
-    The function takes the instance as its first argument, and `as_json` by name.
+    The function takes the instance as its first argument, and the flag --json as `as_json`.
     """
 
     def decorate(function: Function) -> click.Command:
@@ -188,9 +190,10 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
 
 
 def with_instance(text: str) -> str:
-    """Complete each command in a message, such as `status`, so that the reader can paste it.
+    """Return a message in which each command, such as `status`, is complete and can be pasted.
 
-    The command gets the instance option of this command line.  Last words stay unchanged.
+    Each command gets the name of this program and the instance option of this command line.  Lines
+    of a worker's last words stay unchanged.
     """
     context = click.get_current_context(silent=True)
     instance = context.find_object(Instance) if context is not None else None
@@ -228,7 +231,10 @@ def answer(as_json: bool, result: Message, words: str) -> None:
 
 
 def say_outcome(printer: Callable[[Any], None], outcome: Any) -> None:
-    """Print the outcome of a command.  If that fails, the exit status still tells the outcome."""
+    """Print the outcome of a command.
+
+    A failure to print does not change the exit status, which still reports the outcome.
+    """
     try:
         printer(outcome)
     except OSError as error:
@@ -245,7 +251,7 @@ def say_last_words(text: str) -> None:
 
 
 def tell(text: str) -> None:
-    """Print progress, a warning or an error to stderr.  If that fails, the text is lost."""
+    """Print progress, a warning or an error to stderr.  A failure to print is ignored."""
     lines = [escape(line) for line in text.split("\n")]
     try:
         print(*lines, sep="\n", file=sys.stderr, flush=True)

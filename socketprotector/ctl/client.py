@@ -1,7 +1,7 @@
 """A connection to a control socket: sends requests, and receives answers and events.
 
 An upgrade, or a crash under --guard, ends the connection, but the socket stays.  So query() and
-reconnect() try for up to RETURN_S to reach the next process at the socket.
+reconnect() try for up to RETURN_S to reach the protector's new process at the same socket.
 
 This module uses only the standard library, and prints nothing.  Each call blocks for a limited
 time.  The module checks the form and length of everything that it receives.
@@ -32,8 +32,8 @@ VERSION = 1
 #: How long an answer may take.  A protector answers within milliseconds, or after a crash within a
 #: few hundred milliseconds; overloaded machines need more.
 ANSWER_S = 10.0
-#: How long to try to reconnect.  A guard restarts a killed protector within 0.3 s, and waits longer
-#: before each start if the protector dies again and again.
+#: How long to try to reconnect.  A guard restarts a killed protector within 0.3 s.  If the
+#: protector dies again and again, the guard waits longer before each further start.
 RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
 #: A protector buffers at most 1 MiB for a client, so it never sends a longer line.
@@ -59,7 +59,8 @@ class Client:
     ) -> None:
         """Connect, and follow events if `events` is true.  Raises NoProtector, RequestRefused.
 
-        until: the deadline, by time.monotonic(), of this call, reconnect(), request() and query().
+        answer_s: how long an answer may take.
+        until: the deadline of this call, reconnect(), request() and query(), by time.monotonic().
         """
         self.path = path
         self._answer_s = answer_s
@@ -78,23 +79,25 @@ class Client:
     def _at_most(self, within_s: float) -> float:
         """Return `within_s`, shortened so that the wait ends by the client's deadline.
 
-        The result is 0 only if `within_s` is 0: a timeout of 0 makes a socket non-blocking.
+        A positive time stays positive even after the deadline, because a timeout of 0 would make
+        the socket non-blocking.
         """
         left_s = self._until - time.monotonic()
         return min(within_s, max(0.001, left_s)) if within_s else within_s
 
     def _begin(self) -> None:
-        """Reset the buffers, so that nothing from an earlier connection remains."""
+        """Empty the buffers: they may contain messages of an earlier connection."""
         self._buffer = bytearray()
         self._events: deque[Message] = deque()
         self._events_bytes = 0
         self._late_answers = 0
 
     def reconnect(self, within_s: float = math.inf) -> Message:
-        """Connect again and return the status.  Raises NoProtector if no protector answers.
+        """Connect again, and follow events if the client did so before; return the status.
 
-        The wait is RETURN_S at most.  The requests for events and status are sent together: a
-        protector that is about to exit answers only the requests that it has already received.
+        Tries for up to `within_s`, and RETURN_S at most.  Sends the requests for events and status
+        together: a protector that is about to exit answers only the requests that it has already
+        received.  Raises NoProtector if no protector answers, RequestRefused if it refuses.
         """
         limit_s = self._at_most(min(within_s, RETURN_S))
         until = time.monotonic() + limit_s
@@ -136,16 +139,17 @@ class Client:
 
         Raises RequestRefused if the protector refuses.
         Raises ConnectionLost if the connection ends before the answer: the protector may or may not
-        have read the request.
-        Raises NoProtector if no answer comes in time; then close the client, or call reconnect().
+        have carried out the request.
+        Raises NoProtector if no answer comes in time.  Perhaps only a part of the request was sent,
+        so the caller then closes the client, or calls reconnect().
         """
         return self._request(command, arguments, self._answer_s)
 
     def query(self, command: str, **arguments: Any) -> Message:
         """Send a request that is safe to repeat, and return its result.
 
-        If the connection ends before the answer, reconnect and repeat the request.  Do this for up
-        to RETURN_S, because a crash may follow an upgrade.
+        If the connection ends before the answer, reconnect and repeat the request.  The new
+        connection may end, too, such as by a crash after an upgrade: so repeat for up to RETURN_S.
         """
         until = time.monotonic() + self._at_most(RETURN_S)
         while True:
@@ -186,16 +190,17 @@ class Client:
                 "silent",
             ) from None
         except OSError as error:
-            # The protector may have sent a refusal before it closed the connection.  answer() will
-            # read the refusal.
+            # EPIPE, ECONNRESET: the protector has closed the connection, perhaps after a refusal.
+            # So raise nothing here: answer() reads the refusal, or raises ConnectionLost.
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                 raise NoProtector(f"{self.path}: {error.strerror}") from error
 
     def answer(self, until: float) -> Message | None:
         """Return the result of the last request; None if no result has arrived by `until`.
 
-        Raises NoProtector if the peer sends more events than a protector would, or more answers
-        than there were requests.
+        Raises RequestRefused if the protector refuses, ConnectionLost if the connection ends.
+        Raises NoProtector if the peer sends no valid message, more events than a protector would
+        send, or more answers than there were requests.
         """
         while (found := self._message(until)) is not None:
             message, size = found
@@ -218,7 +223,8 @@ class Client:
     def event(self, timeout_s: float) -> Message | None:
         """Return the next event; None if no event arrives in time.
 
-        Raises ConnectionLost; the caller then calls `reconnect`, which returns the status.
+        Raises NoProtector if the peer sends no valid message.
+        Raises ConnectionLost; the caller then calls reconnect(), which returns the status.
         """
         until = time.monotonic() + timeout_s
         while not self._events:
@@ -229,7 +235,8 @@ class Client:
                 return found[0]
             if self._has_run_out(until):
                 return None
-        # The limit is for the events that one answer() buffers, so the count starts again.
+        # answer() buffers a limited number of bytes of events.  The limit is for one call of
+        # answer(), so set the sum to 0 for the next call.
         self._events_bytes = 0
         return self._events.popleft()
 
@@ -277,7 +284,7 @@ class Client:
 
     @property
     def unread_bytes(self) -> int:
-        """Return how many bytes are buffered: an incomplete answer, and events before it."""
+        """Return how many bytes are buffered: of an incomplete line, and of events."""
         return len(self._buffer) + self._events_bytes
 
     def foreign_peer_error(self) -> NoProtector:

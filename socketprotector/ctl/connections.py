@@ -1,10 +1,12 @@
-"""Reads the connections of workers from /proc, because the protector does not know them.
+"""Reads the open connections of workers from /proc.
 
+The protector itself does not know which of the connections are still open.
 Only connections to a listener's address count.  Connections that a worker opens itself, such as to
-a database, are left out.  The worker's children are searched, too, because a server may fork a
+a database, are left out.  The worker's descendants are searched, too, because a server may fork a
 child for each connection.
 
-Source: proc(5), `net/tcp`: local and remote address, state, tx_queue:rx_queue, inode.
+Source: proc(5).  The columns of `net/tcp`: local and remote address, state, tx_queue:rx_queue,
+inode.
 """
 
 from __future__ import annotations
@@ -74,9 +76,10 @@ def find_connections(
     now: seconds since the epoch.
     draining: the numbers of the generations that get no new clients.
 
-    If the time of an accept is unknown, only a bound of the age is known.  In a draining generation
-    every connection is at least as old as the drain.  In any other generation, every connection is
-    at most as old as its worker.
+    Only workers on the client library record when they accepted a connection.  Of any other
+    connection only a bound of the age is known: in a draining generation it is at least as old as
+    the drain, and in any other generation at most as old as its worker.  (`since_at` is the
+    beginning of the drain, or of the worker.)
     """
     addresses = tuple(listeners)
     found: list[Connection] = []
@@ -86,10 +89,10 @@ def find_connections(
         generation, number = number_in(worker, "generation"), number_in(worker, "worker")
         pid = number_in(worker, "pid")
         if pid <= 0:
-            continue  # not started yet
+            continue  # the worker has not started yet
         pids = _session_members(pid) if worker.get("orphaned") is True else [pid]
         if not pids:
-            continue  # all processes of the orphan have ended meanwhile
+            continue  # a dead worker's last orphan has ended meanwhile
         try:
             space = os.readlink(f"/proc/{pids[0]}/ns/net")
             if space not in tables:
@@ -136,10 +139,10 @@ def _session_members(leader: int) -> list[int]:
 
 
 def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
-    """Map each socket inode of these processes and their descendants to a descriptor.
+    """Map the inode of each socket of these processes and their descendants to a descriptor.
 
-    pids: the worker, or if it has ended the processes of its session.  The descriptors are those of
-    the first process; None if only other processes have the socket.
+    pids: the worker; if the worker has ended, the processes of its session instead.  A descriptor
+    is the first process's; None if only other processes have the socket.
     """
     found: dict[int, int | None] = {}
     worker, todo = pids[0], list(reversed(pids))
@@ -147,7 +150,8 @@ def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
         each = todo.pop()
         try:
             for number, inode in procfs.sockets(each):
-                # `accepted_at_by_fd` has only descriptors of the worker itself.
+                # `accepted_at_by_fd`, for which the caller needs the descriptor, has only the
+                # worker's own descriptors.
                 found.setdefault(inode, number if each == worker else None)
             with open(f"/proc/{each}/task/{each}/children", encoding="ascii") as children:
                 todo += [int(word) for word in children.read().split()]
@@ -202,7 +206,7 @@ def _lines(path: str) -> Iterator[list[str]]:
             next(table, None)  # the headings
             for line in table:
                 yield line.split()
-    except FileNotFoundError:  # a kernel without IPv6
+    except FileNotFoundError:  # the kernel has no IPv6, or the process has ended
         return
 
 

@@ -1,4 +1,8 @@
-"""The commands deploy, rollback and releases, for a protector with --releases."""
+"""The commands deploy, rollback and releases, for a protector with --releases.
+
+`current` is the link that the protector's option --current names.  A release is proved when it is
+ready and settled, and has passed all checks.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from .reload import OUTCOME, TIMEOUT, WAIT, follow, read_status_before
 from .reload_progress import Awaited
 
 _OUTCOME = (*OUTCOME, "release", "from_release")
-#: The fields with the times of a release, and the words to print before each time.
+#: The fields of a release that contain a time -> the words to print before this time.
 _TIMES = {"served_at": "served since", "failed_at": "failed", "refused_at": "refused"}
 
 
@@ -40,17 +44,19 @@ _EXPECT = click.option(
     metavar="NAME",
     callback=_check_name,
     shell_complete=_complete,
-    help="Refuse unless this release is serving.",
+    help="Refuse unless release NAME is serving.",
 )
 
 
-@command(short_help="Start a release; once it is proved, point --current to it.")
+@command(short_help="Start a release; if it succeeds, make it the current one.")
 @click.argument("release", metavar="NAME", callback=_check_name, shell_complete=_complete)
 @_EXPECT
 @click.option(
     "--force", is_flag=True, help="Deploy even if --current does not name the serving release."
 )
-@click.option("--if-changed", is_flag=True, help="Do nothing if this release is serving unchanged.")
+@click.option(
+    "--if-changed", is_flag=True, help="Do nothing if the release is serving and has not changed."
+)
 @click.option(
     "--dry-run", is_flag=True, help="Start the release without clients; stop it when it is ready."
 )
@@ -67,14 +73,14 @@ def deploy(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Start a release from the folder --releases. It takes over when it is ready.
+    """Start a release from the protector's --releases folder. It takes over when it is ready.
 
-    Once the release is proved (ready, settled and checked), the link --current is moved to it, so
-    that a restart starts this release. If the release fails, the exit status is 3: the old release
-    is still serving, and --current is unchanged.
+    The protector's --current link names the release that a restart starts. When the new release is
+    ready, has settled and has passed all checks, the link is moved to it. If the release fails, the
+    exit status is 3: the old release is still serving, and the link is unchanged.
 
-    Exit status 2: nothing was tried. 5: the release is serving, but --current could not be moved
-    yet. 6: another deploy or reload is in progress.
+    Exit status 2: a condition is not met, and nothing was tried. 5: the release is serving, but the
+    link could not be moved yet. 6: another deploy or reload is in progress.
     """
     arguments = _set_only(release=release, expect=expect, force=force, dry_run=dry_run)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
@@ -98,8 +104,8 @@ def rollback(
 ) -> None:
     """End the reload or deploy in progress: the old generation gets all new clients.
 
-    If neither is in progress, deploy the release that was proved before the serving release. Each
-    further rollback goes further back.
+    If neither is in progress, deploy the release that served successfully before the serving
+    release. Each further rollback goes one release further back.
 
     Exit status 2: there is nothing to roll back, or --expect does not name the serving release.
     """
@@ -120,7 +126,7 @@ def rollback(
 
 
 def _set_only(**arguments: Any) -> dict[str, Any]:
-    """Return the arguments that have a value other than False or None."""
+    """Return the arguments without those that are False or None."""
     return {name: value for name, value in arguments.items() if value}
 
 
@@ -130,7 +136,10 @@ def _of_releases(status: Message) -> Message:
 
 
 def _is_unchanged(client: Client, before: Message, name: str, expect: str | None) -> bool:
-    """Return True if the release is serving unchanged, and `current` and any `expect` name it."""
+    """Return True if the release is serving, has not changed, and `current` names it.
+
+    False if `expect` names another release: then the deploy must be refused.
+    """
     releases = _of_releases(before)
     if expect not in (None, name) or (releases.get("serving"), releases.get("current")) != (
         name,
@@ -173,7 +182,10 @@ def _await_deploy(
     wait: bool,
     old: object,
 ) -> None:
-    """Wait for the verdict on a release and for `current` to be on disk; print the outcome."""
+    """Wait for the verdict on a release, and until `current` is on disk; print the outcome.
+
+    promised: the number of the release's generation.  old: the previous release, if known.
+    """
     if not wait:
         operation.outcome["generation"] = promised
         words = f"requested: generation {promised} will run release {name}; see `releases`"
@@ -196,7 +208,7 @@ def _await_deploy(
 
 
 class _CurrentSaved(Awaited):
-    """Waits until `current` and the history are on disk, or cannot be written."""
+    """Waits until `current` and the history of releases are on disk, or cannot be written."""
 
     cut = "the connection was cut: an upgrade or a crash; connecting again"
 
@@ -210,21 +222,21 @@ class _CurrentSaved(Awaited):
         super().on_status(status)
         releases = _of_releases(status)
         self.error = text_in(releases, "error")
-        # If another release is serving now, a later deploy is responsible for `current`.
+        # If another release is serving by now, a later deploy moves `current`, so do not wait.
         self._done = releases.get("saved") is not False or releases.get("serving") != self._name
 
     def waits_for(self) -> str:
-        """Return what is missing; "" if nothing is, or if `current` cannot be written."""
+        """Return what is missing; "" if nothing is missing, or `current` cannot be written."""
         return "" if self._done or self.error else "the link --current to be on disk"
 
 
 @command(short_help="List the releases that were tried.")
 def releases(instance: Instance, as_json: bool) -> None:
-    """List the releases that were tried, the latest last, with times and reasons of failures.
+    """List the releases that were tried, with times and reasons of failures.
 
-    A "failed" release was started, and a "refused" one was not. "changed" means that the release's
-    folder or program was replaced after the release was proved. Changes of other files are not
-    detected.
+    The release that was tried last comes last. A "failed" release was started and did not succeed;
+    a "refused" release was never started. "changed" means that the release's folder or program was
+    replaced or edited after the release had succeeded. Changes of other files are not detected.
     """
     result = instance.request("releases")
     if as_json:

@@ -29,13 +29,16 @@ _SHELL_SAFE = frozenset(string.ascii_letters + string.digits + "@%+:,./_-")
 
 
 def sockets() -> list[str]:
-    """Return the paths of all control sockets, even those of protectors that have ended."""
+    """Return the paths of all control sockets in the folders of where().
+
+    Some may be of protectors that have ended.
+    """
     return control_path.sockets(os.environ, os.geteuid())
 
 
 def by_path(path: str) -> str:
-    """Return the absolute path of a control socket.  Raises UsageError for another kind of file."""
-    with suppress(OSError):  # connect() will report a missing file or permission
+    """Return a path as an absolute path.  Raises UsageError if the file there is no socket."""
+    with suppress(OSError):  # connect() will report that the file or a permission is missing
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise UsageError(
                 f"--control {path}: it is no socket; `socketprotectorctl list` shows the control "
@@ -47,10 +50,11 @@ def by_path(path: str) -> str:
 def by_name(name: str) -> str:
     """Return the socket of the protector with this name.
 
-    If several protectors share a name, NAME:LISTENER chooses one of them.  The port of a
-    protector's first listener is also accepted, unless a protector has that name.
+    If several protectors share a name, NAME:PORT or NAME:ADDRESS of the first listener chooses one
+    of them.  PORT alone is accepted, too, unless it is a protector's name.
+    Raises NoProtector, or UsageError if several protectors match.
     """
-    # The key is the protector's name as it is written in the path of its socket.
+    # A socket's key is the protector's name in the form that the socket's path contains.
     key, found = control_path.key_of(name), sockets()
     with_key = [path for path in found if control_path.key(path) == key]
     with_longer_key = [path for path in found if control_path.key(path).startswith(f"{key}:")]
@@ -79,21 +83,21 @@ def by_name(name: str) -> str:
         )
     known = _shortened(list(shown.values()))
     raise NoProtector(
-        f"--name {name}: no protector of that name in {where()}; there is {known}{_unset()}"
+        f"--name {name}: no protector of that name in {where()}; found: {known}{_unset()}"
     )
 
 
 def _called(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
-    """Return the sockets of the protectors that --name NAME chooses."""
+    """Return the sockets of the protectors with this name; if there is none, with this port."""
     return [each.path for each in alive if name in _names_of(each)] or [
         each.path for each in alive if f"{_names_of(each)[0]}:{name}" in _names_of(each)
     ]
 
 
 def _wait_for_silent(found: Sequence[SocketAnswer]) -> tuple[list[SocketAnswer], list[str]]:
-    """Ask the silent sockets again, and wait as long as for any answer.
+    """Query the sockets again that have not answered in time; wait for up to ANSWER_S.
 
-    Returns all answers, and the sockets that still do not answer.
+    Returns `found` with the later answers, and the paths of the sockets that still do not answer.
     """
     again = query_all((each.path for each in found if each.why == "silent"), ANSWER_S)
     later = {each.path: each for each in again}
@@ -106,7 +110,7 @@ def _wait_for_silent(found: Sequence[SocketAnswer]) -> tuple[list[SocketAnswer],
 def running(prefix: str) -> list[str]:
     """Return the protectors' names that begin with a prefix, for completion in a shell.
 
-    Any process can choose any name, so names with characters that a shell treats specially are
+    Any process can choose any name.  So names with characters that a shell treats specially are
     left out.
     """
     found = names(everything())
@@ -114,11 +118,11 @@ def running(prefix: str) -> list[str]:
 
 
 def names(found: Sequence[SocketAnswer]) -> list[str]:
-    """Return a name for each protector; if several share a name, add the listener to the name.
+    """Return a name for each protector; if several share a name, add port or address to the name.
 
-    A protector that does not answer gets the name in its socket's path.  Any process can claim any
-    name, so a shared name stays unchanged only for a protector whose socket is in the folder of
-    that name.
+    The name of a protector that does not answer is the name in its socket's path.  Any process can
+    claim any name in its status.  So a shared name stays without an addition only for a socket in
+    the folder of that name (docs/control.md), which only its owner can write.
     """
     candidates = [_names_of(each) for each in found]
     chosen = [shortest for shortest, *_ in candidates]
@@ -138,7 +142,7 @@ def _own_folder(name: str) -> str:
 
 
 def _names_of(found: SocketAnswer) -> tuple[str, ...]:
-    """Return the names by which a protector can be chosen, the shortest first."""
+    """Return the names by which a protector can be chosen: NAME, NAME:PORT, NAME:ADDRESS."""
     status = found.result or {}
     name = label(status, "name") or control_path.key(found.path)
     listeners = listed(status, "listeners")
@@ -158,8 +162,8 @@ def by_pid_file(file: str) -> str:
         found, _ = _wait_for_silent(found)
         matching = _of_process(pid, found)
     if matching:
-        # A process can claim any pid in its status.  So prefer a socket in the pid file's folder,
-        # then a socket whose pid the kernel confirms (SO_PEERCRED).
+        # A process can claim any pid in its status.  So if several match, prefer a socket in the
+        # pid file's folder, then a socket whose pid the kernel confirms (SO_PEERCRED).
         folder = os.path.dirname(os.path.abspath(file))
         matching.sort(key=lambda each: (os.path.dirname(each.path) != folder, each.pid != pid))
         return matching[0].path
@@ -185,9 +189,11 @@ def _of_process(pid: int, found: Sequence[SocketAnswer]) -> list[SocketAnswer]:
 
 
 def _living_pid(file: str) -> int:
-    """Return the pid in a pid file, and wait a moment if a restart has not yet written it.
+    """Return the pid in a pid file, if a process has this pid.
 
-    Raises NoProtector if no process has the pid, UsageError if the file is no pid file.
+    Tries for up to _RESTART_S, because a restarted protector may not have written the file yet.
+    Raises NoProtector if the file is missing or no process has the pid, UsageError if the file
+    cannot be read or contains no pid.
     """
     until = time.monotonic() + _RESTART_S
     while True:
@@ -204,7 +210,10 @@ def _living_pid(file: str) -> int:
 
 
 def the_only_one() -> str:
-    """Return the socket of the only running protector.  Raises UsageError if several run."""
+    """Return the socket of the only running protector.
+
+    Raises NoProtector if none is running, UsageError if several are.
+    """
     living = [path for path in sockets() if _listening(path)]
     if not living:
         raise NoProtector(
@@ -218,7 +227,7 @@ def the_only_one() -> str:
 
 
 def everything() -> list[SocketAnswer]:
-    """Request the status from all control sockets in the usual folders; return the answers."""
+    """Request the status from all control sockets in the folders of where(); return the answers."""
     return query_all(sockets())
 
 
@@ -266,7 +275,10 @@ def none_found() -> str:
 
 
 def _unset() -> str:
-    """Return advice if XDG_RUNTIME_DIR is not set, because it may be set for the protector."""
+    """Return advice if XDG_RUNTIME_DIR is not set here; "" if it is set, and for root.
+
+    The protector may have the variable: then its socket is in a folder that we do not search.
+    """
     if os.geteuid() == 0 or os.environ.get("XDG_RUNTIME_DIR"):
         return ""
     return (

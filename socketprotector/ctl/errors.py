@@ -9,14 +9,16 @@ from ..model.text import escape
 class ControlError(Refusal):
     """A request to a protector, or the operation that the request started, has failed."""
 
-    #: The outcome in a word or two; commands that wait print it with `--json`.
+    #: The outcome in a word or two, which commands that wait print with `--json`.  lost: the
+    #: command does not know how the operation ended.
     result = "lost"
 
 
 class NoProtector(ControlError):
-    """No protector answers at the control socket, or no protector came back to it.
+    """No protector answers at the control socket, at the start or after a lost connection.
 
-    code: dead (no process listens), silent (no answer) or no protector (another program answers).
+    code: silent (no answer in time), no protector (another program answers) or dead (no process
+    listens, the connection ended, or any other error).
     """
 
     status = 1
@@ -27,11 +29,11 @@ class NoProtector(ControlError):
 
 
 class ConnectionLost(NoProtector):
-    """An upgrade, crash or stop ended the connection.  A waiting command reconnects."""
+    """The connection ended, usually by an upgrade, crash or stop.  A waiting command reconnects."""
 
 
 class NewVersionFailed(ControlError):
-    """The new version failed; the old version is still serving."""
+    """A reload, deploy or upgrade failed, or would fail (diff, --check)."""
 
     status = 3
     result = "failed"
@@ -45,26 +47,29 @@ class NotReady(ControlError):
 
 
 class TimedOut(ControlError):
-    """--timeout has expired; the operation may still succeed."""
+    """--timeout has expired.  The operation continues, and may still succeed."""
 
     status = 4
     result = "timed out"
 
 
 class CurrentNotMoved(ControlError):
-    """The new version is serving, but `current` or the history is not on disk yet."""
+    """The new release is serving, but the link --current or the history is not on disk yet."""
 
     status = 5
     result = "not recorded"
 
 
-#: Refusal codes that have their own exit status.  invalid: a mistake in the command line, such as a
-#: number out of range.
+#: The codes (docs/control.md) that have their own exit status.  invalid: a mistake in the command
+#: line, such as a number out of range; unmet: a condition of a deploy; deploying: another deploy.
 _STATUSES = {"invalid": UsageError.status, "unmet": UsageError.status, "deploying": 6}
 
 
 class RequestRefused(ControlError):
-    """The protector refused a request.  code: see docs/control.md."""
+    """The protector refused a request or is too old for it, or this user may not connect.
+
+    code: see docs/control.md.
+    """
 
     status = 100
     result = "refused"

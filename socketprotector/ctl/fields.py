@@ -1,4 +1,4 @@
-"""Reads fields of a status or an event, and ignores fields of a wrong type.
+"""Reads fields of a status or an event, and treats fields of a wrong type as missing.
 
 The types are checked because the peer may be a newer protector, or another program.
 """
@@ -13,6 +13,7 @@ from ..model.text import in_units
 from ..model.wait_lines import IN_SECONDS, Wait
 
 Status = dict[str, Any]
+#: The exporter's metrics need short labels.
 _LABEL_CHARACTERS = 200
 
 
@@ -37,7 +38,7 @@ def text_in(message: Status, name: str) -> str:
 def measure(message: Status, name: str) -> float | None:
     """Return a field's number if it is finite and not negative, otherwise None.
 
-    The exporter leaves out a metric that is None; 0 would be a wrong value.
+    The exporter leaves out a metric whose value is None: with 0 it would report a wrong value.
     """
     value = message.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -46,7 +47,7 @@ def measure(message: Status, name: str) -> float | None:
 
 
 def is_lame_duck(status: Status) -> bool:
-    """Return True if load balancers should send clients elsewhere, although workers still serve."""
+    """Return True if load balancers should send clients elsewhere while workers still serve."""
     return status.get("lame_duck") in ("on", "stopping")
 
 
@@ -59,8 +60,8 @@ def serves(status: Status) -> bool:
 def why_not_ready(status: Status) -> str:
     """Return why a load balancer should send no clients to a protector; "" if it should send some.
 
-    A hold is not a reason: its clients wait and are served later.  Otherwise a hold on all hosts
-    would leave the load balancer without a host.
+    A hold is not a reason: clients wait during the hold, and are served later.  If a hold were a
+    reason, a hold on all hosts would leave the load balancer without a host.
     """
     if is_lame_duck(status):
         return "lame duck"
@@ -97,9 +98,9 @@ def waits_of(status: Status) -> list[Wait]:
     ]
 
 
-#: Kinds of waits that the text of a rollout includes.
+#: Kinds of waits that rollout_text() includes.
 _OF_ROLLOUTS = ("canary", "rolling", "settle")
-#: How many awaited workers the text of a rolling reload names.
+#: How many awaited workers rollout_text() names in a rolling reload.
 _NAMED = 3
 
 
@@ -110,7 +111,10 @@ def rollout_of(status: Status) -> Status | None:
 
 
 def share_of(status: Status, generation: int) -> float | None:
-    """Return the percentage of new connections that a generation gets; None without a rollout."""
+    """Return the percentage of new connections that a generation gets.
+
+    None if there is no rollout, or its share is unknown.
+    """
     rollout = rollout_of(status)
     share = measure(rollout, "share") if rollout is not None else None
     if rollout is None or share is None:
@@ -121,11 +125,14 @@ def share_of(status: Status, generation: int) -> float | None:
 
 
 def rollout_text(status: Status) -> str:
-    """Return a text about a rollout's progress and the end of its stage; "" before its start."""
+    """Return a text about the progress of a rollout, and the time left in its present stage.
+
+    "" without a rollout, and while the new generation starts.
+    """
     rollout = rollout_of(status)
     stage = text_in(rollout, "stage") if rollout is not None else "starting"
     if rollout is None or stage == "starting":
-        return ""  # the entry in `waits_for` about the start says more
+        return ""  # `waits_for` has an entry about the start, which says more
     if text_in(rollout, "kind") == "rolling":
         return _rolling_text(rollout, stage)
     share = f"{percentage_text(measure(rollout, 'share') or 0.0)} of" if stage == "share" else "all"
@@ -136,12 +143,15 @@ def rollout_text(status: Status) -> str:
         words += f" ({met:,.0f}{f' of at least {least:,}' if too_few else ''} so far)"
     when = _stage_end(rollout)
     if stage == "share" and not too_few:
-        return f"{words}, all of them {when}"
-    return f"{words}; {'the verdict comes' if too_few else 'it is promoted'} {when}"
+        return f"{words}; it gets all {when}"
+    return f"{words}; {'the number is checked' if too_few else 'the reload ends'} {when}"
 
 
 def closing_text(generation: Status) -> str:
-    """Return how fast a generation closes connections, and the time left; "" if it closes none."""
+    """Return how fast a draining generation closes its connections, and the time left.
+
+    "" if the generation does not close connections.
+    """
     closing = generation.get("closing")
     rate = measure(closing, "per_s") if isinstance(closing, dict) else None
     left_s = measure(closing, "left_s") if isinstance(closing, dict) else None
@@ -155,7 +165,7 @@ def closing_text(generation: Status) -> str:
 
 
 def _stage_end(rollout: Status) -> str:
-    """Return when the stage of a rollout ends."""
+    """Return when the present stage of a rollout ends, such as `in 41s`."""
     left_s = measure(rollout, "left_s")
     if left_s is None:
         return "after the next good --settle-check"
@@ -166,7 +176,7 @@ def _rolling_text(rollout: Status, stage: str) -> str:
     replaced, wanted = number_in(rollout, "replaced"), number_in(rollout, "wanted")
     words = f"{replaced:,} of {wanted:,} {'worker' if wanted == 1 else 'workers'} replaced"
     if stage == "settling":
-        return f"{words}, the next {_stage_end(rollout)}"
+        return f"{words}; the reload continues {_stage_end(rollout)}"
     awaited = listed(rollout, "waits_for")
     if not awaited:
         return words
@@ -176,7 +186,7 @@ def _rolling_text(rollout: Status, stage: str) -> str:
 
 
 def _awaited(worker: Status) -> str:
-    """Describe a worker that a rolling reload waits for, with its connections."""
+    """Return the name of a worker that a rolling reload waits for, with its connections."""
     name, active = f"worker {number_in(worker, 'worker')}", measure(worker, "active")
     if active is None:
         return name
@@ -188,13 +198,17 @@ def _awaited(worker: Status) -> str:
 
 
 def other_waits_of(status: Status) -> list[Wait]:
-    """Return the waits of a protector that the text of its rollout does not include."""
+    """Return what a protector waits for, without the waits that rollout_text() includes."""
     included = _OF_ROLLOUTS if rollout_text(status) else ()
     return [each for each in waits_of(status) if each.kind not in included]
 
 
 def failing(generation: Status) -> str:
-    """Return why a generation's first programs failed, and their last output; "" if none did."""
+    """Return why a generation's first programs failed, with the last line of their output.
+
+    Only with --handoff stdio, which starts a program for each connection; otherwise, and if the
+    first programs did not fail, "".
+    """
     found = generation.get("first_programs")
     if not isinstance(found, dict):
         return ""
@@ -203,6 +217,6 @@ def failing(generation: Status) -> str:
 
 
 def label(message: Status, name: str) -> str | None:
-    """Return a field's text, cut to the length of a metric label; None if it is not a text."""
+    """Return a field's text, cut for a metric's label; None if the field is not a text."""
     value = message.get(name)
     return value[:_LABEL_CHARACTERS] if isinstance(value, str) else None

@@ -14,7 +14,7 @@ GROUPS = {
         "top",
     ),
     "Reload, upgrade, stop": (*("reload", "deploy", "promote", "rollback", "upgrade", "stop"),),
-    "Immediate commands": (
+    "Workers, clients, log": (
         *("scale", "lame-duck", "hold", "release", "replace", "kill", "log-level", "reopen"),
     ),
     "Shell": ("completion",),
@@ -26,10 +26,10 @@ COMMON = (
 )
 _PURPOSE = """Inspect and control a running SocketProtector. If several run, choose one by --name,
 --control or --pid-file, before or after the command."""
-_STATUS = """Exit status of reload and upgrade: 0: the new version is serving; 3: it failed, and
-the old one is still serving."""
-_MORE = """--help-all: every command and exit status. COMMAND --help: its options. Each command
-has --json."""
+_STATUS = """Exit status of reload and upgrade: 0: the new version has taken over; 3: the new
+version failed, and the old version continues."""
+_MORE = """--help-all shows every command and exit status, COMMAND --help the options of a command.
+Each command has --json."""
 EXAMPLES = (
     "socketprotectorctl --name web reload --timeout 2m && echo deployed",
     "socketprotectorctl --name web reload --dry-run",
@@ -37,18 +37,27 @@ EXAMPLES = (
 )
 _STATUSES = (
     ("0", "done"),
-    ("1", "no protector is running, or the connection to it was lost for good"),
+    (
+        "1",
+        "no protector is running, the connection to the protector was lost for good, or the answer "
+        "could not be written",
+    ),
     (
         "2",
-        "the command line is wrong; deploy, rollback: also an unmet condition, nothing was tried",
+        "the command line is wrong; deploy, rollback: or a condition is not met, and nothing was "
+        "tried",
     ),
     (
         "3",
-        "reload, deploy, rollback, upgrade: the new version failed, and the old one is still "
-        "serving; diff: a reload would be refused; ready: not ready",
+        "reload, deploy, rollback, upgrade: the new version failed, and the old version continues; "
+        "diff: a reload would fail; ready: not ready",
     ),
     ("4", "not done within --timeout; the operation continues, and may still succeed"),
-    ("5", "deploy, rollback: the new version is serving, but current could not be moved yet"),
+    (
+        "5",
+        "deploy, rollback: the new version is serving, but the link --current could not be moved "
+        "yet",
+    ),
     ("6", "deploy, rollback: another deploy or reload is in progress"),
     ("100", "the protector refused, or this user has no permission"),
     ("130", "interrupted"),

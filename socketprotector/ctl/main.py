@@ -31,10 +31,11 @@ from .cli import (
     say_json,
 )
 
-#: Importing these modules adds their commands to the program.
+#: The import of these modules adds their commands to the program.
 COMMANDS = (deploy, orders, queries, reload, top, upgrade)
 INTERRUPTED = 130
-#: The programs with completion in a shell; each of them computes its own completions.
+#: The programs with completion in a shell.  Each program computes its own completions, so the
+#: script only has to name the program.
 PROGRAMS = ("SocketProtector", "socketprotector", NAME, "socketprotector-exporter")
 
 
@@ -42,7 +43,9 @@ PROGRAMS = ("SocketProtector", "socketprotector", NAME, "socketprotector-exporte
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.argument("of", nargs=-1, type=click.Choice(PROGRAMS), metavar="[PROGRAM]...")
 def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool) -> None:
-    """Print the completion script for a shell: eval "$(socketprotectorctl completion bash)".
+    """Print a shell's completion script.
+
+    In bash, run: eval "$(socketprotectorctl completion bash)"
 
     Without PROGRAM, the script completes all of SocketProtector's programs.
     """
@@ -52,7 +55,7 @@ def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool)
     scripts = []
     for name in of or PROGRAMS:
         variable = f"_{name.replace('-', '_')}_COMPLETE".upper()
-        # The subclass's source() would run bash to read its version.
+        # For bash, the subclass's source() would run bash to read the version of bash.
         scripts.append(ShellComplete.source(found(program, {}, name, variable)))
     script = "\n".join(scripts)
     if as_json:
@@ -65,12 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.  arguments: by default those of the process."""
     open_missing_standard_streams()
     if isinstance(sys.stdout, TextIOWrapper):  # the locale may lack characters of a worker's output
-        # If stdout was a regular file when Python opened it, reconfigure() calls tell(), which
-        # fails if descriptor 1 has become a pipe.
+        # If stdout was a regular file when Python opened it, reconfigure() calls tell().  If
+        # descriptor 1 has been replaced by a pipe since then, tell() fails.
         with suppress(OSError):
             sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as for SIGINT
     try:
         status = program.main(arguments, prog_name=NAME, standalone_mode=False)
         return int(status or 0)
@@ -86,14 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refusal as error:
         if isinstance(error, OutputFailed):
             discard_output()
-        # A usage error may quote a path with a line break, so escape it.  Other errors may quote a
-        # worker's last words, whose line breaks must stay.
+        # A usage error may quote a path with a line break, so escape line breaks, too.  Other
+        # errors may quote a worker's last words, whose line breaks must stay.
         complain(escape(str(error)) if isinstance(error, UsageError) else str(error))
         return error.status
     except MemoryError as error:
         complain(f"cannot answer: {what_failed(error)}")
         return OutputFailed.status
-    except (OutputClosed, SystemExit):  # click exits if it cannot print help for `| head`
+    except (OutputClosed, SystemExit):  # SystemExit: click's, if it prints help to `| head`
         discard_output()
         return 0
     except OSError as error:  # help, or the version, cannot be written

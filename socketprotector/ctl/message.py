@@ -1,4 +1,4 @@
-"""Parses a message from a control socket, and limits its values for all callers.
+"""Parses a message from a control socket, and makes its values safe for all callers.
 
 The peer may be a newer protector, or another program.  Callers can rely on a parsed message: its
 numbers can be shown and added, its texts can be encoded, and its size and nesting are limited.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-#: The limit of values in a line.  A value takes about 100 bytes of memory.  A status of 1,000
-#: workers has 20,000 values.
+#: The limit of values in a line.  A value takes about 100 bytes of memory.  The status of an
+#: instance with 1,000 workers has 20,000 values.
 _VALUES = 200_000
 #: The limit of nesting.  An answer with a status has 8 levels, down to a worker's forked child.
 _DEPTH = 16
@@ -24,8 +24,8 @@ _GREATEST = 1 << 63
 def message_in(line: bytes) -> dict[str, Any] | None:
     """Return the message in a line; None if the line is not a message.
 
-    Long texts and lists are cut.  NaN, numbers out of range and values nested too deep become None;
-    no protector sends such values.
+    Long texts, lists and objects are cut.  NaN, numbers out of range and values nested too deep
+    become None; no protector sends NaN, nor numbers or nesting beyond these limits.
     """
     if sum(map(line.count, (b",", b":", b"[", b"{"))) > _VALUES:
         return None
@@ -43,7 +43,8 @@ def _bounded(value: Any, depth: int) -> Any:
         return {_text(name): _bounded(each, depth - 1) for name, each in members}
     if kind is list and depth:
         return [
-            # Most values are counts.  A function call for each count would be the largest cost.
+            # Most values are counts.  So handle them here: a function call for each count would be
+            # the largest part of the parsing time.
             each if type(each) is int and 0 <= each <= _GREATEST else _bounded(each, depth - 1)
             for each in value[:_MEMBERS]
         ]

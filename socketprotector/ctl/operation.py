@@ -1,4 +1,4 @@
-"""Waits for the outcome of a command until a deadline, and reconnects if the connection is cut."""
+"""Waits for the outcome of a command until a deadline, and reconnects if the connection ends."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from .client import Client, Message
 from .errors import ConnectionLost, ControlError, NoProtector, TimedOut
 from .reload_progress import Awaited, Losses
 
-#: How often to request the status while no event comes.  The requests reveal a stuck protector.
+#: How long to wait for an event before the next request for the status.  A protector that does not
+#: answer the request is stuck.
 _STATUS_EVERY_S = 1.0
-#: How long to try to reconnect during a stop.  It is short, because a guard keeps the socket open
-#: although no protector will answer there again.
+#: How long to try to reconnect during a stop.  This time is short, because a guard may keep the
+#: socket open after the stop, although no protector will answer there.
 _GONE_S = 0.2
 
 
@@ -39,19 +40,20 @@ class Operation:
             tell(with_instance(step))
 
     def finish(self, result: str, words: str) -> None:
-        """Set the result, which --json prints at the end; without --json, print the words now."""
+        """Set the result.  Without --json print the words now; with --json begin() prints later."""
         self.outcome["result"] = result
         if not self._as_json:
             say_outcome(say, with_instance(words))
 
     def next_wait_s(self, waits_for: str) -> float:
-        """Return how long to wait for the next event.  Raises TimedOut.
+        """Return how long to wait for the next event.  Raises TimedOut after the deadline.
 
-        waits_for: what is missing, for the error.
+        waits_for: what the command still waits for, to be shown in the error.
         """
         left_s = self.until - time.monotonic()
         if left_s <= 0:
-            raise TimedOut(f"not within {in_units(self._timeout_s)}: still waits for {waits_for}")
+            within = in_units(self._timeout_s)
+            raise TimedOut(f"not done within {within}: still waiting for {waits_for}")
         return min(left_s, _STATUS_EVERY_S)
 
     def next_event(self, timeout_s: float) -> Message | None:
@@ -62,7 +64,7 @@ class Operation:
         return event
 
     def wait(self, awaited: Awaited, *, status_first: bool = False) -> None:
-        """Read events until `awaited` is complete; read the status while no event comes.
+        """Pass events to `awaited` until nothing is missing; without an event, pass the status.
 
         status_first: begin with the status.  Raises NoProtector, TimedOut.
         """
@@ -79,12 +81,12 @@ class Operation:
                 status_due = event is None or event.get("event") in awaited.refresh_after
             except ConnectionLost:
                 self._reconnect(awaited)
-            except NoProtector:  # not cut: no answer has come, or another program has answered
+            except NoProtector:  # no answer has come in time, or another program has answered
                 self.next_wait_s(waits_for)  # raises TimedOut instead if the deadline has passed
                 raise
 
     def _reconnect(self, awaited: Awaited) -> None:
-        """Process the events from before the cut; then reconnect, and process the status."""
+        """Process the events that came before the connection ended; then reconnect."""
         with suppress(ConnectionLost):
             while event := self.next_event(0.0):
                 awaited.on_event(event)
@@ -102,7 +104,7 @@ class Operation:
 
 @contextmanager
 def begin(instance: Instance, timeout_s: float, as_json: bool, *fields: str) -> Iterator[Operation]:
-    """Connect for an operation.  With --json, print the outcome even if the operation fails."""
+    """Connect for an operation.  With --json, print the outcome at the end, even of a failure."""
     operation, begun_s = Operation(timeout_s, as_json, fields), time.monotonic()
     outcome = operation.outcome
     try:
@@ -111,7 +113,7 @@ def begin(instance: Instance, timeout_s: float, as_json: bool, *fields: str) -> 
                 yield operation
         except NoProtector as error:
             if error.code == "silent" and time.monotonic() >= operation.until:
-                raise TimedOut(f"not within {in_units(timeout_s)}: {error}") from error
+                raise TimedOut(f"not done within {in_units(timeout_s)}: {error}") from error
             raise
     except ControlError as error:
         outcome["reason"] = outcome.get("reason") or str(error).partition("\n")[0]

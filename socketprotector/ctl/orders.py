@@ -1,4 +1,7 @@
-"""Commands that wait for no outcome: scale, lame-duck, hold, promote, replace, kill and others."""
+"""Commands that end with the protector's answer: scale, lame-duck, promote, replace and others.
+
+Exception: `hold` without --for runs until a signal ends it.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ from .errors import ControlError, RequestRefused
 from .fields import listed, number_in
 from .queries import GENERATION, known_generations
 
-#: A hold without --for is ordered for _HOLD_EACH_S, and again every _HOLD_EVERY_S.  So the hold
-#: ends soon after the command is killed.
+#: `hold` without --for requests a hold of _HOLD_EACH_S, and a new one every _HOLD_EVERY_S.  So the
+#: hold ends soon after the command is killed.
 _HOLD_EVERY_S = 1.0
 _HOLD_EACH_S = 5.0
 _LEVELS = ("debug", "info", "warning", "error")
@@ -42,12 +45,13 @@ def scale(instance: Instance, workers: str, as_json: bool) -> None:
 # -- for load balancers --------------------------------------------------------------------
 
 
-@command("lame-duck", short_help="Report not ready to load balancers, and keep serving.")
+@command("lame-duck", short_help="Report to load balancers: not ready (on), or ready (off).")
 @click.argument("state", metavar="on|off", type=click.Choice(["on", "off"]))
 def lame_duck(instance: Instance, state: str, as_json: bool) -> None:
-    """Keep serving, but let the exporter's /readyz answer 503.
+    """With "on", keep serving, but let the exporter's /readyz answer 503.
 
-    Load balancers then send clients elsewhere. This lasts until `lame-duck off` or a stop.
+    Load balancers then send clients elsewhere. The answer is 503 until `lame-duck off`, or until
+    SocketProtector ends.
     """
     words = (
         "lame duck: still serving, but not ready for new clients"
@@ -74,8 +78,8 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
     Clients wait in the kernel's backlog. Under --handoff listener, a TCP client's own kernel tries
     again every few seconds instead.
 
-    Without --for the hold lasts while this command runs; Ctrl-C or TERM ends both. If this command
-    is killed, the hold ends within 5 s.
+    Without --for the hold lasts while this command runs; Ctrl-C or TERM ends the command and the
+    hold. If KILL ends the command, the hold ends within 5 s.
     """
     if seconds is not None:
         result = instance.request("hold", seconds=seconds)
@@ -102,9 +106,10 @@ def _release(client: Client) -> None:
 
 @contextmanager
 def _end_requested() -> Iterator[Callable[[float], bool]]:
-    """Yield a function that waits some seconds, and returns True if INT, TERM or HUP came.
+    """Yield a function that waits for INT, TERM or HUP, and returns True if one of them came.
 
-    The signals are blocked inside the context, so that they cannot interrupt the release.
+    The function's argument is the longest wait, in seconds.  The signals are blocked inside the
+    context, so that they cannot interrupt _release().
     """
     numbers = {
         number
@@ -116,7 +121,7 @@ def _end_requested() -> Iterator[Callable[[float], bool]]:
         yield lambda seconds: signal.sigtimedwait(numbers, seconds) is not None
     finally:
         while signal.sigtimedwait(numbers, 0) is not None:
-            pass  # discard a second Ctrl-C: the hold is already released
+            pass  # discard a second Ctrl-C: the hold has ended already
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -132,13 +137,13 @@ def release(instance: Instance, as_json: bool) -> None:
 @command(short_help="End the current stage of a rollout early.")
 @click.option("--now", is_flag=True, help="Skip all stages: the new generation serves at once.")
 def promote(instance: Instance, now: bool, as_json: bool) -> None:
-    """End the current stage of a rollout: the canary gets all clients, or settling ends.
+    """End the current stage of a rollout: the canary gets all new clients, or settling ends.
 
     With --now the new generation skips all stages and serves at once.
     """
     result = instance.request("promote", **({"now": True} if now else {}))
     number = number_in(result, "generation")
-    what = "serves" if now else "goes to its next stage; see `status`"
+    what = "is serving" if now else "goes to its next stage; see `status`"
     answer(as_json, result, f"promoted: generation {number} {what}")
 
 
@@ -157,8 +162,8 @@ def replace(instance: Instance, which: str, as_json: bool) -> None:
         result = client.request("replace", **wanted)
     if "generation" in wanted:
         number = wanted["generation"]
-        words = f"generation {number} is being replaced by a new one with the same program"
-        words += ", then drains"
+        words = f"a new generation of the same program replaces generation {number}, which then "
+        words += "drains"
     else:
         words = f"worker {number_in(result, 'worker')} leaves when its replacement is ready"
     answer(as_json, result, words)
@@ -188,7 +193,7 @@ def _generation_or_pid(which: str, status: Message) -> dict[str, int]:
     return {"pid" if number in pids else "generation": number}
 
 
-@command(short_help="Send KILL to the workers of an old generation.")
+@command(short_help="Send KILL to the workers of a draining or failed generation.")
 @click.argument("generation", type=GENERATION, shell_complete=known_generations)
 def kill(instance: Instance, generation: int, as_json: bool) -> None:
     """Send KILL to the workers of a draining or failed generation; their connections are lost."""

@@ -38,13 +38,14 @@ from .fields import (
 from .query_all import SocketAnswer
 from .reload_progress import LEAVING
 
+#: The interval at which `events --follow` tries to connect.
 _AGAIN_EVERY_S = 1.0
 #: How long an answer to `diff` may take: a new process reads the configuration and resolves the
 #: host names.
 _DIFF_S = 60.0
-#: How long one wait for an event lasts.  Then `events` waits again, and prints nothing.
+#: How long one wait for an event lasts.  If none comes, `events` prints nothing and waits again.
 _LISTEN_S = 3600.0
-#: The limits of `list`: addresses of an instance, and characters of an address.
+#: What `list` shows at most: addresses of an instance, and characters of an address.
 _ADDRESSES, _ADDRESS_CHARACTERS = 64, 200
 _BOUNDS = {EXACT: "", AT_LEAST: ">=", AT_MOST: "<="}
 
@@ -59,7 +60,7 @@ def known_generations(ctx: click.Context, _: click.Parameter, typed: str) -> lis
     return [number for number in numbers if number.startswith(typed)]
 
 
-#: The type of an argument GEN.
+#: The type of an argument GENERATION.
 GENERATION = click.IntRange(1, 2**31 - 1)
 
 
@@ -111,7 +112,7 @@ def history(instance: Instance, as_json: bool) -> None:
     """List the last reloads, dry runs and changes of health, with result and reason.
 
     The newest is last. The protector keeps 50 reloads, 20 dry runs and 50 changes of health, even
-    after an upgrade or a crash. Only the last ten reloads and dry runs include last words.
+    after an upgrade or a crash. Only the recent reloads and dry runs include last words.
     """
     try:
         result = instance.request("history")
@@ -145,15 +146,15 @@ def history(instance: Instance, as_json: bool) -> None:
         say("no reload, dry run or change of health yet")
 
 
-@command(short_help="List connections: peer, age, worker.")
+@command(short_help="List open connections: peer, age, worker.")
 @click.argument("generation", type=GENERATION, required=False, shell_complete=known_generations)
 def connections(instance: Instance, generation: int | None, as_json: bool) -> None:
-    """Show each connection: peer, age and worker.
+    """Show each open connection: its peer, age, worker, and bytes that the worker has not read.
 
-    A draining generation ends after its last connection.
+    A draining generation ends after its last connection has ended.
 
-    The command reads /proc, so run it as root or as the workers' user. Some ages are known only as
-    a bound: >= (at least) or <= (at most).
+    The command reads /proc, so run it as root or as the workers' user. Of some ages only a bound is
+    known: >= (at least) or <= (at most).
     """
     with instance.client() as client:
         state = client.request("status")
@@ -202,7 +203,7 @@ def _show_connections(state: Message, found: list[Connection], unseen: list[Hidd
 
 @command(short_help="List the last crashes of workers.")
 def crashes(instance: Instance, as_json: bool) -> None:
-    """List the last workers that failed: how and when, the connections lost, the last words."""
+    """List the last workers that failed: how and when each failed, what it lost, its last words."""
     result = instance.request("crashes")
     found = listed(result, "crashes")
     if as_json:
@@ -257,7 +258,7 @@ def diff(instance: Instance, as_json: bool) -> None:
 
 
 @command(short_help="Print events as they happen.")
-@click.option("--follow", is_flag=True, help="Continue even after a stop and a new start.")
+@click.option("--follow", is_flag=True, help="After a stop, wait for the next start and continue.")
 def events(instance: Instance, follow: bool, as_json: bool) -> None:
     """Print all events from now on, until Ctrl-C. Upgrades and crashes do not end the command."""
     path = instance.path()
@@ -274,7 +275,10 @@ def events(instance: Instance, follow: bool, as_json: bool) -> None:
 
 
 def _connect(path: str, follow: bool) -> Client:
-    """Connect for events; with `follow`, wait for a protector while the socket's folder exists."""
+    """Connect for events.
+
+    follow: if no protector is running, wait for its start, as long as the socket's folder exists.
+    """
     while True:
         try:
             return Client(path, events=True)
@@ -315,10 +319,13 @@ def _show_event(event: Message, as_json: bool) -> None:
 # -- list -------------------------------------------------------------------------------
 
 
-@command("list", short_help="List all protectors on this machine.")
+@command("list", short_help="List the protectors that have a control socket.")
 @click.option("--living", is_flag=True, help="Leave out sockets of protectors that have ended.")
 def list_all(instance: Instance, living: bool, as_json: bool) -> None:
-    """List all protectors whose control sockets are in the usual folders."""
+    """List the protectors that have a control socket in one of the usual folders.
+
+    These are $XDG_RUNTIME_DIR/socketprotector and /run/socketprotector.
+    """
     if instance != Instance():
         raise click.UsageError("list shows all; it takes no --name, --control or --pid-file")
     found = [each for each in discovery.everything() if each.alive or not living]

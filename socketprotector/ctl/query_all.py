@@ -1,6 +1,6 @@
 """Requests the status from many control sockets at once, in one loop with one timeout.
 
-So a query of a hundred instances takes as long as the slowest answer, and at most SURVEY_S.
+So a query of a hundred instances takes as long as the slowest answer, and at most the timeout.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from .client import Client, Message
 from .errors import NoProtector, RequestRefused
 
-#: How long to wait for all answers.  A protector that takes longer is shown as silent.
+#: The default timeout for all answers.  A protector that takes longer is shown as silent.
 SURVEY_S = 0.8
-#: The limit of all incomplete answers together.  Above it, the longest of them is dropped.
-#: The status of an instance with 1,000 workers has 300 KB.
+#: The limit of all incomplete answers together.  Above this limit, the connection with the longest
+#: incomplete answer is closed.  The status of an instance with 1,000 workers has 300 KB.
 _MOST_BYTES = 4 * 1024 * 1024
 
 
@@ -27,8 +27,8 @@ class SocketAnswer:
 
     path: str
     result: Message | None = None
-    pid: int = 0  # by SO_PEERCRED; 0: no process listens, or we could not connect
-    why: str = ""  # the code of a NoProtector (dead, silent, no protector) or of a refusal
+    pid: int = 0  # by SO_PEERCRED; 0: no process listens, or the connection failed
+    why: str = ""  # why there is no answer: the code of NoProtector or RequestRefused
 
     @property
     def alive(self) -> bool:
@@ -55,7 +55,7 @@ def query_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAn
             for key, _ in selector.select(left_s):
                 client = key.data
                 if client.fileno() < 0:
-                    continue  # closed in this round already: the client's answer was too long
+                    continue  # an earlier turn of this `for` has closed it as the longest
                 answer = _answer_of(client)
                 if answer is None and (longest := _longest_if_too_much(selector)) is not None:
                     client, code = longest, longest.foreign_peer_error().code
@@ -68,7 +68,7 @@ def query_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAn
 
 
 def _answer_of(client: Client) -> SocketAnswer | None:
-    """Return the answer, or why there will be no answer; None while the answer is incomplete."""
+    """Return the answer, or why there is none; None while the answer may still come."""
     try:
         result = client.answer(0.0)
     except (NoProtector, RequestRefused) as error:
@@ -78,7 +78,7 @@ def _answer_of(client: Client) -> SocketAnswer | None:
 
 
 def _longest_if_too_much(selector: selectors.BaseSelector) -> Client | None:
-    """Return the client with the longest incomplete answer, if all together exceed the limit."""
+    """Return the client with the longest incomplete answer; None below _MOST_BYTES in all."""
     clients: list[Client] = [key.data for key in selector.get_map().values()]
     if sum(each.unread_bytes for each in clients) <= _MOST_BYTES:
         return None

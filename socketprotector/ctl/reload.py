@@ -1,7 +1,7 @@
 """The commands reload and stop, and what deploy.py shares with reload.
 
-Each command waits, so that its exit status reports the outcome.  A reload has succeeded only if the
-protector reports the success.
+Each command waits, so that its exit status reports the outcome.  A reload counts as successful only
+if the protector reports that it was.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ from .reload_progress import (
     tries,
 )
 
-#: The fields of `reload --json` besides result and waited_s; null if unknown.
+#: The fields of `reload --json` besides result and waited_s.  A field is null if it is unknown.
 OUTCOME = ("name", "from", "generation", "reason", "last_words", "lost")
 
-WAIT = click.option("--wait/--no-wait", default=True, help="Whether to wait for the outcome.")
+WAIT = click.option(
+    "--wait/--no-wait", default=True, help="Wait for the outcome, or return at once."
+)
 _SHARE = Value("SHARE", lambda text: percent(read_percent(text)))
 TIMEOUT = click.option(
     "--timeout", default="0", type=Duration(), help="How long to wait; 0: no limit."
@@ -60,11 +62,18 @@ TIMEOUT = click.option(
 @click.option(
     "--dry-run", is_flag=True, help="Start the new version without clients; stop it when ready."
 )
-@click.option("--canary", type=_SHARE, help="First give it a share of new clients, such as 5%.")
+@click.option(
+    "--canary", type=_SHARE, help="First give the new version this share of clients, such as 5%."
+)
 @click.option(
     "--for", "for_s", type=Duration(zero=False), help="How long the canary lasts.  [default: 60s]"
 )
-@click.option("--at-least", type=click.IntRange(0), help="How many clients the canary must get.")
+@click.option(
+    "--at-least",
+    metavar="N",
+    type=click.IntRange(0),
+    help="Fail if the canary gets fewer clients, even in twice the time.",
+)
 @TIMEOUT
 def reload(
     instance: Instance,
@@ -83,7 +92,7 @@ def reload(
     generation fails, the command prints the reason and exits with 3; the old one is still serving.
 
     With --dry-run the new generation gets no clients, and is stopped when it is ready. The exit
-    status is 0 if it became ready, and 3 if it failed.
+    status is 0 if the generation became ready, and 3 if it failed.
 
     With --canary the new generation first gets a share of the new clients. The commands promote and
     rollback end the canary early.
@@ -117,11 +126,11 @@ class Success:
     """A reload or dry run that has succeeded.  words: the outcome, to be printed."""
 
     words: str
-    status: Message  # from after the reload; empty if the protector did not answer
+    status: Message  # as it was after the reload; empty if the protector did not answer
 
 
 def read_status_before(operation: Operation) -> Message:
-    """Return the status before a request; copy `name` and `route` of the status to the outcome."""
+    """Return the status before a request; copy its `name` and `route` to the outcome."""
     before = operation.client.query("status")
     operation.losses = Losses(before)
     operation.outcome["name"] = before.get("name")
@@ -138,8 +147,9 @@ def follow(
     dry_run: bool,
     drained: bool = False,
 ) -> Success:
-    """Wait for the verdict on a generation; with `drained`, also for the end of older generations.
+    """Wait for the verdict on a generation.
 
+    Then wait for the end of older generations (`drained`), or of the generation itself (`dry_run`).
     promised: the number of the generation, from the answer to the request.
     failed: the first words of the error.  Raises NewVersionFailed if the generation fails.
     """
@@ -171,9 +181,9 @@ def follow(
 
 
 def _first_programs(status: Message, generation: int) -> str:
-    """Return a text if a generation's first programs failed, or no program has run; otherwise "".
+    """Return a text if a generation's first programs failed, or it has run no program yet.
 
-    The text is also "" in a mode that does not start a program for each connection.
+    Otherwise return "", as in a mode that does not start a program for each connection.
     """
     mode = MODES.get(text_in(status, "handoff"))
     if mode is None or not mode.pooled:
@@ -182,17 +192,21 @@ def _first_programs(status: Message, generation: int) -> str:
         if each.get("number") == generation:
             if why := failing(each):
                 return f"; {why}"
-            return "; no program of it has run yet" if each.get("accepted") == 0 else ""
+            none_yet = f"; generation {generation} has run no program yet"
+            return none_yet if each.get("accepted") == 0 else ""
     return ""
 
 
 def _count_losses(operation: Operation) -> Message:
-    """Store in the outcome how many connections the reload has lost; return the status."""
+    """Store in the outcome how many connections were lost since the request; return the status.
+
+    The status is empty if the protector does not answer.
+    """
     assert operation.losses is not None
     try:
         after = operation.client.request("status")
         while operation.next_event(0.0) is not None:
-            pass  # next_event() counts what workers lost; `after` says what the protector lost
+            pass  # next_event() counts the workers' losses; `after` has the protector's losses
     except ControlError:
         return {}
     operation.outcome["lost"] = operation.losses.count(after)
@@ -200,7 +214,10 @@ def _count_losses(operation: Operation) -> Message:
 
 
 def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) -> int:
-    """Request a reload; request it again if the connection was cut and no reload has begun."""
+    """Request a reload or dry run, and return the number of its generation.
+
+    If the connection is cut and nothing has begun, send the request again.
+    """
     dry_run = "dry_run" in arguments
     if dry_run and "dry_run" not in before:
         raise RequestRefused(
@@ -229,7 +246,10 @@ def _canary(share: str | None, for_s: float | None, at_least: int | None) -> dic
 
 
 def _request_arguments(dry_run: bool, canary: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of `reload`; {} if possible, because older protectors refuse any."""
+    """Return the arguments of the request `reload`.
+
+    A plain reload has none, because older protectors refuse any argument.
+    """
     if canary is not None:
         return {"canary": canary}
     return {"dry_run": True} if dry_run else {}
@@ -257,7 +277,10 @@ def _await_verdict(operation: Operation, watched: Reload) -> Verdict:
 
 @contextmanager
 def _allow_protector_to_end(allowed: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """If `allowed()`, ignore that the protector has ended: its generations have ended, too."""
+    """End the block without an error if the protector has ended meanwhile, and `allowed()`.
+
+    The block waits for the end of generations, which then have ended, too, or of the protector.
+    """
     try:
         yield
     except NoProtector as error:
@@ -266,7 +289,7 @@ def _allow_protector_to_end(allowed: Callable[[], bool] = lambda: True) -> Itera
 
 
 class _OlderGenerations(Awaited):
-    """Waits, after a reload, until all generations older than the serving one have ended."""
+    """Waits, after a reload, until all generations older than the new one have ended."""
 
     refresh_after = ("drained", "exited")
 
@@ -303,7 +326,10 @@ class _TriedGeneration(_OlderGenerations):
 
 
 def _raise_failed(operation: Operation, found: Verdict, what: str) -> None:
-    """Raise NewVersionFailed with the reason, and the last words of the worker that failed."""
+    """Raise NewVersionFailed with the reason and the failed worker's last words.
+
+    what: the first words of the error.
+    """
     last_words = found.last_words or _last_words(operation.client, found.generation)
     operation.outcome["reason"] = found.reason or None
     operation.outcome["last_words"] = last_words or None
@@ -321,7 +347,10 @@ def _raise_failed(operation: Operation, found: Verdict, what: str) -> None:
 
 
 def _last_words(client: Client, generation: int) -> str:
-    """Return the last words from `crashes`, because we may have missed the event with them."""
+    """Return a generation's last words from `crashes`; "" if there are none.
+
+    They are also in an event, which we may have missed.
+    """
     try:
         crashes = listed(client.request("crashes"), "crashes")
     except ControlError:
@@ -349,12 +378,12 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
     """Stop gracefully: serve the connected clients, let the workers finish, then exit."""
     with begin(instance, timeout, as_json) as operation, ExitStack() as opened:
         before = operation.client.query("status")
-        # The protector and its guard: "stopped" is printed only when both processes are gone.
+        # "stopped" is printed only when both the protector's and the guard's process are gone.
         pidfds = []
         for each in {number_in(before, "pid"), number_in(before, "main_pid")}:
             try:
                 pidfds.append(os.pidfd_open(each))
-            except (OSError, OverflowError):  # the process is gone, or in another pid namespace
+            except (OSError, OverflowError):  # it is gone, or its pid namespace is not ours
                 continue
             opened.callback(os.close, pidfds[-1])
         _request_stop(operation.client, quick)

@@ -1,8 +1,8 @@
 """Derives the verdict of a reload from the events and statuses that its caller passes in.
 
-Both are needed: events can be lost when the connection is cut, and a status reports the same facts
-later.  The verdict is the first `reloaded` or `reload-failed` of the promised or a later
-generation.
+Events report each step at once, but events can be lost when the connection is cut.  A status
+reports the same facts later.  The answer to the request promises a generation's number.  The
+verdict is the first `reloaded` or `reload-failed` of this generation or a later one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .fields import listed, measure, number_in, text_in, waits_of
 #: The phases of generations that get no new connections.
 LEAVING = ("draining", "abandoned")
 _STARTING = ("starting", "settling")
-#: The events that report a verdict, and whether the verdict is a success.
+#: The events that report a verdict -> whether the verdict is a success.
 _VERDICTS = {"reloaded": True, "reload-failed": False}
 _DRY_RUN_VERDICTS = {"dry-run-passed": True, "dry-run-failed": False}
 #: The results in a status that mean success.
@@ -32,7 +32,7 @@ OF_RELOAD = (
 )
 #: The kinds of waits that delay a stop.
 OF_STOP = ("stop",)
-#: With more workers than this, show progress only in this many steps.
+#: For up to this many workers, show each count; for more workers, show only this many steps.
 _PARTS = 10
 
 
@@ -48,7 +48,7 @@ class Verdict:
 
 @dataclass(slots=True)
 class ProgressThrottle:
-    """Decides which counts to show: for few workers every count, for many only ten counts."""
+    """Decides which counts of workers to show (_PARTS)."""
 
     _total: int = 0
     _last: object = None
@@ -62,10 +62,10 @@ class ProgressThrottle:
 
 
 class WaitsShown(WaitLines):
-    """The waits in a status, as lines."""
+    """Shows the waits in a status as lines of progress."""
 
     def on_status(self, status: Message, kinds: Collection[str], before: float = math.inf) -> None:
-        """Show the waits of these kinds.  before: only waits of generations below this number."""
+        """Show the waits of these kinds.  before: only those of generations below this number."""
         found = [e for e in waits_of(status) if e.kind in kinds and e.generation < before]
         self.show(found, measure(status, "now") or 0.0)
 
@@ -76,21 +76,21 @@ class WaitsShown(WaitLines):
 
 @dataclass(slots=True)
 class _Generation:
-    """The progress of a generation that is starting, as shown so far."""
+    """What has been shown of a starting generation."""
 
     number: int
-    ready: set[int] = field(default_factory=set)
+    ready: set[int] = field(default_factory=set)  # the numbers of the ready workers
     shown: ProgressThrottle = field(default_factory=ProgressThrottle)
-    routed: bool = False
+    routed: bool = False  # the generation gets all new connections
     shares: bool = False  # the generation gets a share of the new connections
 
 
 class Awaited:
-    """The outcome that a command waits for.  Events report it at once, the status later."""
+    """What a command waits for.  Events report it at once; a status reports it later."""
 
     #: Events after which the status is requested at once.
     refresh_after: tuple[str, ...] = ()
-    #: The line to show when the connection is cut, unless a stop explains the cut.
+    #: The line to show when the connection is cut, except during a stop.
     cut = ""
     #: Whether the protector is being stopped, and will not come back.
     stopping = False
@@ -116,7 +116,7 @@ class Awaited:
             self.tell("the protector is being stopped")
 
     def waits_for(self) -> str:
-        """Return what is missing, to be shown after "still waits for"; "" if nothing is missing."""
+        """Return what is missing, to be shown after "waiting for"; "" if nothing is missing."""
         raise NotImplementedError
 
 
@@ -151,7 +151,7 @@ class Reload(Awaited):
             tell("an earlier reload is still in progress")
 
     def on_event(self, event: Message) -> None:
-        """Process an event.  An event of an earlier generation does not decide the verdict."""
+        """Process an event.  Ignore the verdict of an earlier generation."""
         super().on_event(event)
         name, number = event.get("event"), number_in(event, "generation")
         if name == "route" and number_in(event, "sharing") >= self.generation:
@@ -170,7 +170,7 @@ class Reload(Awaited):
                 self._switched(number)
 
     def on_status(self, status: Message) -> None:
-        """Process a status, which makes up for events that were missed."""
+        """Process a status, which reports what missed events would have reported."""
         super().on_status(status)
         self._phase = str(status.get("phase"))
         if self.verdict is not None:
@@ -211,7 +211,8 @@ class Reload(Awaited):
         if reloads or starting or under_way or self.stopping or status.get("reload_wanted"):
             self._forgotten = 0
             return
-        # Fail only after three statuses without this reload: one may fall between two reloads.
+        # Fail only after three statuses in a row without this reload: in a single one it may be
+        # missing because an earlier reload has just ended, and this reload has not begun yet.
         self._forgotten += 1
         if self._forgotten > 2:
             reason = "its verdict is no longer known; see `history` and the log"
@@ -263,20 +264,20 @@ class Reload(Awaited):
         if self._now is None:
             if self._ahead:
                 return "an earlier reload to end"
-            return f"generation {self.generation} to be started ({self._phase})"
+            return f"generation {self.generation} to start (now: {self._phase})"
         if self._now.routed:
             return f"generation {self._now.number} to survive --settle"
         if self._now.shares:
             return f"generation {self._now.number} to get all clients"
         ready = self._ready_text(self._now)
-        return f"generation {self._now.number} to be ready ({ready} workers are)"
+        return f"generation {self._now.number} to become ready ({ready} workers are ready)"
 
 
 class Losses:
-    """Counts the connections that the protector and its workers lose after a status."""
+    """Counts the connections that the protector and its workers lose between two statuses."""
 
     def __init__(self, before: Message) -> None:
-        """before: the status at the start.  The caller passes every later event to on_event()."""
+        """before: the first status.  The caller passes every later event to on_event()."""
         self._before = before
         self._by_workers = 0
 
@@ -286,14 +287,14 @@ class Losses:
             self._by_workers += number_in(event, "lost")
 
     def count(self, after: Message) -> int | None:
-        """Return how many connections were lost between the two statuses; None if unknown."""
+        """Return how many connections were lost until this status; None if unknown."""
         before = self._before
         by_protector = measure(before, "lost"), measure(after, "lost")
         if None in by_protector or before.get("restarts") != after.get("restarts"):
             return None  # after a restart, events may have been missed
         counted = [*listed(before, "generations"), *listed(after, "generations")]
         if any(each.get("serving_since_at") and each.get("lost") is None for each in counted):
-            return None
+            return None  # the workers of a generation do not count their connections
         return number_in(after, "lost") - number_in(before, "lost") + self._by_workers
 
 
@@ -306,9 +307,9 @@ def tries(status: Message, *, dry_run: bool) -> list[Message]:
 
 
 def draining(status: Message, before: float = math.inf) -> tuple[int, str]:
-    """Return how many workers are left in draining generations, and a text about the generations.
+    """Return the number of workers in draining or failed generations, and a text about them.
 
-    before: count only generations below this number.  If no generation drains, the text is "".
+    before: count only generations below this number.  Without such a generation the text is "".
     """
     leaving = [
         each
@@ -322,7 +323,7 @@ def draining(status: Message, before: float = math.inf) -> tuple[int, str]:
     if pids := [str(number_in(each, "pid")) for each in workers if number_in(each, "pid")]:
         words += f": pid {', '.join(pids[:5])}" + (", ..." if len(workers) > 5 else "")
     active = [number for each in leaving if isinstance(number := each.get("active"), int)]
-    if len(active) == len(leaving):  # otherwise some generations do not report their connections
+    if len(active) == len(leaving):  # otherwise the number of some generation is unknown
         words += f", {sum(active)} {plural(sum(active), 'connection')}"
     numbers = ", ".join(str(number_in(each, "number")) for each in leaving)
     return len(workers), f"{plural(len(leaving), 'generation')} {numbers} ({words})"

@@ -1,7 +1,7 @@
 """Formats values for people: numbers with units, columns, colours.
 
-On a terminal, lines have colours and tables are cut at the right edge.  Elsewhere the output is
-plain, so that awk can read it.  NO_COLOR is respected.  This module escapes all text
+On a terminal, lines have colours (unless NO_COLOR is set), and tables are cut at the right edge.
+Elsewhere the output is plain, so that awk can read it.  This module escapes all text
 (`model.text.escape`).
 """
 
@@ -55,7 +55,7 @@ def counts(message: Message, *names: str) -> list[str]:
 
 
 def duration_text(seconds: object) -> str:
-    """Return 90061 as 1d1h, with two units at most; UNKNOWN if the value is not a number."""
+    """Return 90061 seconds as 1d1h, with two units at most; UNKNOWN if it is not a number."""
     if not isinstance(seconds, int | float):
         return UNKNOWN
     span_s = max(0.0, float(seconds))
@@ -71,14 +71,14 @@ def duration_text(seconds: object) -> str:
 
 
 def age_text(now: object, at: object) -> str:
-    """Return the time from `at` to `now`; UNKNOWN unless both are numbers."""
+    """Return the time from `at` to `now` as duration_text(); UNKNOWN unless both are numbers."""
     if isinstance(now, int | float) and isinstance(at, int | float):
         return duration_text(now - at)
     return UNKNOWN
 
 
 def latency_text(microseconds: object) -> str:
-    """Return 63 as 63us, and 1023 as 1.0ms."""
+    """Return 63 as 63us, and 1023 as 1.0ms; UNKNOWN if the value is not a number."""
     if not isinstance(microseconds, int | float):
         return UNKNOWN
     if microseconds < 1000:
@@ -89,7 +89,7 @@ def latency_text(microseconds: object) -> str:
 
 
 def size(number: object) -> str:
-    """Return 1536 as 1.5K."""
+    """Return 1536 bytes as 1.5K; UNKNOWN if the number is not whole."""
     if not isinstance(number, int):
         return UNKNOWN
     if number < 1024:
@@ -98,7 +98,7 @@ def size(number: object) -> str:
 
 
 def time_text(at: object) -> str:
-    """Return a time since the epoch in the form that the log uses."""
+    """Return a time in the log's form; `at`: seconds since the epoch."""
     if not isinstance(at, int | float):
         return UNKNOWN
     try:
@@ -108,7 +108,7 @@ def time_text(at: object) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Draw the last values as bars; the highest is a full block."""
+    """Return the last `width` values as bars; the bar of the highest value is a full block."""
     last = values[-width:]
     most = max(last, default=0.0)
     steps = len(_BARS) - 1
@@ -123,7 +123,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 def columns(headings: str, rows: Iterable[Row]) -> Table:
     """Return a table without ruled lines.  headings: the titles, separated by blanks."""
-    # One blank between columns, so that a generation's row fits into 80 characters.
+    # On a terminal, one blank between columns, so that a generation's row fits into 80 characters.
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for heading in headings.split():
         table.add_column(heading, justify="left" if heading in _TEXT else "right", no_wrap=True)
@@ -144,7 +144,7 @@ def styled(text: str, style: str = "") -> Text:
 
 
 def line(*parts: Cell) -> Text:
-    """Return a line of several values without a gap."""
+    """Return a line of several values, with no blank between the values."""
     return Text.assemble(*(cell(each) for each in parts))
 
 

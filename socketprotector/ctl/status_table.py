@@ -70,12 +70,12 @@ def heading(status: Message) -> list[Text]:
     lame_duck_s = status.get("lame_duck_s")
     if isinstance(lame_duck_s, int | float):
         span = render.duration_text(lame_duck_s)
-        warnings.append(f"lame duck: /readyz answers 503; still serving, stop in {span}")
+        warnings.append(f"lame duck: /readyz answers 503; still serving, the stop begins in {span}")
     elif status.get("lame_duck") == "on":
         warnings.append("lame duck: /readyz answers 503; still serving")
     if says := _health_line(status):
         warnings.append(says)
-    # Leave out a hold and a lame duck: the warnings above already describe them.
+    # Leave out the waits of a hold and of a lame duck: the warnings above already describe these.
     shown = [each for each in other_waits_of(status) if each.kind not in ("hold", "lame-duck")]
     warnings += [f"waiting: {each.text}" for each in shown]
     for each in listed(status, "generations"):
@@ -93,7 +93,10 @@ def heading(status: Message) -> list[Text]:
 
 
 def _health_line(status: Message) -> str:
-    """Return the line about --health if the last answer was bad or missing; "" otherwise."""
+    """Return the line about --health if it is unhealthy, or its last check was not good.
+
+    Otherwise return "".
+    """
     health = status.get("health")
     if not isinstance(health, dict):
         return ""
@@ -106,7 +109,7 @@ def _health_line(status: Message) -> str:
 
 
 def stuck_generations(status: Message) -> list[tuple[int, float]]:
-    """Return each stuck generation, and for how many seconds no worker has taken a client."""
+    """Return each generation whose workers take no waiting client, and for how many seconds."""
     found = []
     for each in listed(status, "generations"):
         seconds = each.get("oldest_waiting_s")

@@ -1,6 +1,6 @@
-"""The command top: one screen, redrawn every second, for a terminal of at least 80 x 24.
+"""The command top: one screen, redrawn after each interval, on a terminal of at least 80 x 24.
 
-Rates and wait times cover the last interval: they are computed from two consecutive statuses.
+Rates and wait times are those of the last interval, computed from two consecutive statuses.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from .fields import listed, measure
 if TYPE_CHECKING:
     from rich.console import Group
 
+#: How many rates are kept for the bars.
 _KEPT = 200
 
 
 class Rates:
-    """The rates and wait times of the last interval."""
+    """The rates of the last intervals, and the wait times of the last one."""
 
     def __init__(self) -> None:
         self.forwarded: deque[float] = deque(maxlen=_KEPT)
@@ -54,19 +55,19 @@ class Rates:
         if isinstance(now, int) and isinstance(then, int):
             self.forwarded.append(max(0, now - then) / span_s)
         else:
-            self.forwarded.clear()  # unknown in modes in which workers accept
+            self.forwarded.clear()  # where workers accept, the number of connections is unknown
         waits = zip(_waits(status), _waits(before), strict=True)
         counts = [max(0, now - then) for now, then in waits]
         self.p50_us, self.p99_us = quantile_us(counts, 0.5), quantile_us(counts, 0.99)
 
     @property
     def per_second(self) -> float | None:
-        """Connections forwarded per second; None if unknown so far, or if workers accept."""
+        """Connections forwarded per second; None before the second status, or if workers accept."""
         return self.forwarded[-1] if self.forwarded else None
 
 
 def _waits(status: Message) -> list[int]:
-    """Return the buckets of wait times, each summed over all generations."""
+    """Return the buckets of wait times; each is the sum of this bucket over all generations."""
     total = [0] * 32
     for generation in listed(status, "generations"):
         wait_us = generation.get("wait_us")
@@ -76,9 +77,9 @@ def _waits(status: Message) -> list[int]:
     return total
 
 
-@command(short_help="Show the status on one screen, every second.")
+@command(short_help="Show the status on one screen, redrawn every second.")
 @click.option(
-    "--interval", default="1s", type=Duration(zero=False), help="Time between two queries."
+    "--interval", default="1s", type=Duration(zero=False), help="Time from one status to the next."
 )
 def top(instance: Instance, interval: float, as_json: bool) -> None:
     """Show rates, wait times, generations and workers on one screen; q or Ctrl-C quits.
@@ -122,7 +123,10 @@ def _screen(client: Client, interval: float) -> None:
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], bool]]:
-    """Yield a function that waits some seconds, but returns True at once on q or end of file."""
+    """Yield a function that waits for a key, and returns True if q or end of file came.
+
+    The function's argument is the longest wait, in seconds.
+    """
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
 
@@ -144,7 +148,7 @@ def _keys() -> Iterator[Callable[[float], bool]]:
 
 
 def draw(status: Message, rates: Rates, width: int, height: int) -> Group:
-    """Return the screen.  The workers are last, because a small terminal cuts off the end."""
+    """Return the screen.  A small terminal cuts off the end, so the workers' table is last."""
     from rich.console import Group
     from rich.text import Text
 

@@ -1,4 +1,7 @@
-"""The command upgrade: replaces the protector's own program, or checks if it can be replaced."""
+"""The command upgrade: replaces the protector's running program by the installed program.
+
+With --check it only tries whether the installed program can take over.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from .operation import begin
 from .reload import TIMEOUT, WAIT, quoted
 from .reload_progress import Awaited
 
-#: How long to wait for the answer to `upgrade --check`: longer than the protector waits for the
-#: installed program.
+#: How long to wait for the answer to `upgrade --check`.  The protector runs the installed program
+#: for the check, and ends it after a shorter time than this.
 _CHECK_S = 45.0
 
 
@@ -24,12 +27,12 @@ _CHECK_S = 45.0
 @click.option("--check", is_flag=True, help="Only check if the installed program can take over.")
 @TIMEOUT
 def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json: bool) -> None:
-    """Replace the protector's own program in place: same pid, same workers, nothing closed.
+    """Replace the protector's own program by the installed one. Pid and workers stay the same.
 
-    The command waits until the new program is running. If the new program cannot take over, the
-    exit status is 3, and the old program keeps running.
+    Clients notice nothing. The command waits until the installed program is running. If it cannot
+    take over, the exit status is 3, and the old program keeps running.
 
-    With --check the installed program is tried with a copy of the state; nothing is replaced.
+    With --check the installed program only reads a copy of the state, and nothing is replaced.
     """
     if check:
         if timeout or not wait:
@@ -53,7 +56,8 @@ def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json
 
 def _check_upgrade(instance: Instance, as_json: bool) -> None:
     """Print whether the installed program can take over.  Raises NewVersionFailed."""
-    # During a long check, the protector would disconnect a client that does not follow events.
+    # The protector disconnects a client that sends no request for 30 s, which a check may exceed.
+    # It does not disconnect clients that follow events, so follow them.
     with instance.client(_CHECK_S, events=True) as client:
         try:
             result = client.request("upgrade", check=True)
@@ -73,7 +77,7 @@ def _check_upgrade(instance: Instance, as_json: bool) -> None:
 
 
 class _Upgraded(Awaited):
-    """Waits for a status with more restarts than before, which only a new program can send."""
+    """Waits for a status with more restarts than before: a later program has sent it."""
 
     def __init__(self, before: Message, tell: Callable[[str], None]) -> None:
         super().__init__(tell)

@@ -201,7 +201,7 @@ def test_a_deploy_that_outlasts_its_limit_continues_and_another_is_refused(one: 
     status, said = one.release("slow", *words)
 
     assert status == 2, said
-    assert "host1 does not take slow: not within 1s: " in said
+    assert "host1 does not take slow: not done within 1s: " in said
     assert "the verdict is still to come, and current follows it" in said
     status, said = one.release("2", *words)
     assert status == 2, said

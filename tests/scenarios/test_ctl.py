@@ -268,7 +268,7 @@ def test_drained_waits_for_the_last_connection(beside: Beside, web: Start) -> No
         running.err.wait_for(r"drained 0/\d workers")
 
     assert short.status == 4
-    assert "still waits for generation 1 (1 worker: pid " in short.err
+    assert "still waiting for generation 1 (1 worker: pid " in short.err
     assert running.wait() == 0
     assert running.out.text().endswith("nothing older is left")
     assert [each["number"] for each in state()["generations"]] == [3]

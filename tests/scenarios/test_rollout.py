@@ -134,7 +134,7 @@ def test_promote_now_skips_the_settling(operated: Operating, beside: Beside) -> 
     reload = beside(one, *HALF)
     shared(one)
 
-    assert ctl(one, "promote", "--now") == "promoted: generation 2 serves\n"
+    assert ctl(one, "promote", "--now") == "promoted: generation 2 is serving\n"
 
     assert reload.wait() == 0, reload.err.text()
     assert one.status()["phase"] == "serving"

@@ -61,7 +61,7 @@ def test_a_canary_is_seen_from_its_share_to_its_verdict(operated: Operating, han
     assert 0 < rollout.pop("left_s") <= 3600
     canary = {"generation": 2, "kind": "canary", "stage": "share", "share": 50.0}
     assert rollout == {**canary, "met": met, "at_least": 2}
-    words = f"rollout: generation 2 gets 50% of new connections ({met} so far), all of them in "
+    words = f"rollout: generation 2 gets 50% of new connections ({met} so far); it gets all in "
     assert [each.startswith(words) for each in told(one)[1:3]] == [True, False]
     assert grey_lines(status)[0].startswith(words)
     assert metrics(status) == {"share": 1, "share_ratio": 0.5, "connections": met}

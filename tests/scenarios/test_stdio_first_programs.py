@@ -96,7 +96,8 @@ def test_without_settle_status_says_so_until_a_program_works(
     one = serving(operated, release)
     release.write(BROKEN)
     assert ctl(one, "reload") == [
-        "reloaded: generation 2 is serving in place of generation 1; no program of it has run yet"
+        "reloaded: generation 2 is serving in place of generation 1; "
+        "generation 2 has run no program yet"
     ]
     in_vain(one)
     eventually(lambda: first_of(one, 2) is not None, "a program that failed at once")

@@ -136,7 +136,7 @@ def test_replace_finds_out_whether_it_is_a_generation_or_a_pid(fake: Fake, ctl: 
     assert both.status == 2
     assert "8 is a generation and a pid; write generation:8 or pid:8" in both.err
     assert ctl("replace", "generation:8").out == (
-        "generation 8 is being replaced by a new one with the same program, then drains\n"
+        "a new generation of the same program replaces generation 8, which then drains\n"
     )
     neither = ctl("replace", "7")
     assert neither.status == 100
@@ -254,7 +254,8 @@ def test_stop_that_takes_too_long_is_status_4(
     said = ctl("stop", "--quick", "--timeout", "3s")
 
     assert said.status == 4
-    assert "still waits for generation 8 (1 worker: pid 4712, 3 connections) to finish" in said.err
+    left = "generation 8 (1 worker: pid 4712, 3 connections)"
+    assert f"still waiting for {left} to finish" in said.err
     protected.communicate()
 
 

@@ -51,7 +51,7 @@ UNKNOWN_HISTORY = [
         ({"lame_duck": "on"}, "lame duck: /readyz answers 503; still serving"),
         (
             {"phase": "stopping", "lame_duck": "stopping", "lame_duck_s": 12.0},
-            "lame duck: /readyz answers 503; still serving, stop in 12s",
+            "lame duck: /readyz answers 503; still serving, the stop begins in 12s",
         ),
     ],
 )
@@ -103,23 +103,26 @@ def test_status_says_what_is_waited_for(fake: Fake, ctl: Ctl) -> None:
 @pytest.mark.parametrize(
     ("rollout", "told"),
     [
-        (canary(), "generation 9 gets 5% of new connections (1,230 so far), all of them in 41s"),
-        (canary(met=None), "generation 9 gets 5% of new connections, all of them in 41s"),
+        (canary(), "generation 9 gets 5% of new connections (1,230 so far); it gets all in 41s"),
+        (canary(met=None), "generation 9 gets 5% of new connections; it gets all in 41s"),
         (
             canary(met=12, at_least=100),
             "generation 9 gets 5% of new connections (12 of at least 100 so far); "
-            "the verdict comes in 41s",
+            "the number is checked in 41s",
         ),
         (
             canary(share=0.25, at_least=100, left_s=None),
-            "generation 9 gets 0.25% of new connections (1,230 so far), "
-            "all of them after the next good --settle-check",
+            "generation 9 gets 0.25% of new connections (1,230 so far); "
+            "it gets all after the next good --settle-check",
         ),
         (
             canary("all", left_s=300),
-            "generation 9 gets all new connections (1,230 so far); it is promoted in 5m",
+            "generation 9 gets all new connections (1,230 so far); the reload ends in 5m",
         ),
-        (rolling(stage="settling", left_s=9.9), "3 of 8 workers replaced, the next in 10s"),
+        (
+            rolling(stage="settling", left_s=9.9),
+            "3 of 8 workers replaced; the reload continues in 10s",
+        ),
         (rolling(), "3 of 8 workers replaced"),
         (
             rolling(awaited(5, 2, 240.9)),

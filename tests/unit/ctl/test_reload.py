@@ -399,7 +399,8 @@ def test_a_timeout_is_status_4_and_says_what_is_waited_for(fake: Fake, ctl: Ctl)
 
     assert said.status == 4
     assert said.err.endswith(
-        "not within 2s: still waits for generation 9 to be ready (0/1 workers are)\n"
+        "not done within 2s: still waiting for generation 9 to become ready "
+        "(0/1 workers are ready)\n"
     )
 
 
@@ -424,7 +425,7 @@ def test_a_timeout_says_what_is_waited_for_though_status_is_not_answered_at_the_
     said = ctl("reload", "--drained", "--timeout", "2s")
 
     assert said.status == 4
-    assert "not within 2s: still waits for generation 8 (1 worker: pid 4712" in said.err
+    assert "not done within 2s: still waiting for generation 8 (1 worker: pid 4712" in said.err
 
 
 @together("command", ["reload", "upgrade", "stop"])
@@ -442,7 +443,7 @@ def test_a_timeout_bounds_the_wait_for_an_answer_too(
     fake.answers = answers
 
     assert said.status == 4
-    assert said.err.startswith("socketprotectorctl: not within 200ms: ")
+    assert said.err.startswith("socketprotectorctl: not done within 200ms: ")
     assert in_json["result"] == "timed out"
 
 
@@ -458,7 +459,7 @@ def test_a_timeout_bounds_the_wait_for_a_protector_that_always_cuts(
     fake.answers = answers
 
     assert said.status == 4
-    assert said.err.startswith("socketprotectorctl: not within 200ms: ")
+    assert said.err.startswith("socketprotectorctl: not done within 200ms: ")
 
 
 def test_settle_is_waited_for(fake: Fake, ctl: Ctl) -> None:
@@ -471,7 +472,7 @@ def test_settle_is_waited_for(fake: Fake, ctl: Ctl) -> None:
     said = ctl("reload", "--timeout", "2s")
 
     assert said.status == 4
-    assert "still waits for generation 9 to survive --settle" in said.err
+    assert "still waiting for generation 9 to survive --settle" in said.err
 
 
 def test_drained_waits_for_the_end_of_the_old_generations(fake: Fake, ctl: Ctl) -> None:

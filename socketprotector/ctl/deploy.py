@@ -44,7 +44,7 @@ _EXPECT = click.option(
     metavar="NAME",
     callback=_check_name,
     shell_complete=_complete,
-    help="Refuse unless release NAME is serving.",
+    help="Refuse unless the serving release has this name.",
 )
 
 

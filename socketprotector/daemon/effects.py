@@ -333,12 +333,12 @@ class Effects(Host):
         names = [name for each in ours for name in each.descriptors()]
         return bool(ours) and self._survive_exit(names)
 
-    def _close_listeners(self, *, quick: bool) -> None:
+    def _close_listeners(self, *, quick: bool = False, waited: bool = False) -> None:
         stay, serving = self.listeners_survive_stop, self._route
         self._loop.cancel(_LATE)
-        late_s = 0.0 if quick or stay else self._late_s
+        late_s = 0.0 if quick or stay or waited else self._late_s
         if late_s > 0.0:
-            self._loop.call_after(_LATE, late_s, lambda: self._close_listeners(quick=False))
+            self._loop.call_after(_LATE, late_s, lambda: self._close_listeners(waited=True))
             return
         generation = self.generations.get(serving) if serving is not None else None
         self.delivery.close_listeners(generation, quick=quick, stay=stay)

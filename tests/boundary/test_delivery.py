@@ -597,6 +597,29 @@ def test_a_probe_that_an_end_resets_is_no_lost_client(
     assert world.lines.get("clients-lost", {"lost": 0})["lost"] == clients
 
 
+@pytest.mark.parametrize("name", [n for n in WORLDS if "shared" in n and "path" not in n])
+def test_a_probe_beside_a_lost_client_at_one_socket_is_not_counted(
+    request: pytest.FixtureRequest, name: str
+) -> None:
+    world = WORLDS[name]()
+    request.addfinalizer(world.close)
+    world.serving(1)
+    tried = world.open(2)
+    target = world.delivery.reach(tried, "")
+    assert target is not None
+    world.probe(target)
+    world.until(lambda: world.delivery.waiting(tried) == 1)
+    world.delivery.route_to(tried)
+    world.connect()
+    world.until(lambda: world.delivery.waiting(tried) == 2)
+
+    world.delivery.close_listeners(tried, quick=True)
+    world.until(lambda: not world.delivery.listeners)
+
+    target.close()
+    assert world.lines["clients-lost"]["lost"] == 1
+
+
 def test_clients_of_a_hold_at_a_listener_that_is_removed_are_counted(at_path: PathWorld) -> None:
     """A reload that began before the hold removes it; clients at its workers are served."""
     at_path.serving(1)

@@ -321,7 +321,7 @@ class SharedDelivery(Delivery):
                 waiting, ours = self.steering.probes.waiting_at(listener, number)
                 if waiting <= ours:
                     probed.add(number)
-                elif listener.path is None:  # backlog() has left out the probes that ended
+                elif not listener.path:  # backlog() of a path has left out the probes that ended
                     probes += ours
         found = None if listener.settings.foreign else listener.backlog(0, probed)
         lost = found[0] - probes if found else 0

@@ -96,7 +96,9 @@ def find_connections(
         try:
             space = os.readlink(f"/proc/{pids[0]}/ns/net")
             if space not in tables:
-                tables[space] = dict(_sockets(pids[0], addresses))
+                table = dict(_sockets(pids[0], addresses))
+                os.readlink(f"/proc/{pids[0]}/ns/net")  # raises if the process has ended meanwhile
+                tables[space] = table
             inodes = _inodes(pids)
         except PermissionError:
             why = "permission denied; run as root or as the worker's user"

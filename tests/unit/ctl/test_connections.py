@@ -165,6 +165,30 @@ def test_a_worker_that_has_ended_meanwhile_is_left_out() -> None:
     ) == ([], [])
 
 
+def test_a_worker_that_ends_while_its_table_is_read_hides_no_other(
+    monkeypatch: pytest.MonkeyPatch, stack: ExitStack
+) -> None:
+    """Both are in one network namespace, whose table is read once."""
+    _, accepted = pair(stack, socket.AF_INET, ("127.0.0.1", 0))
+    port = accepted.getsockname()[1]
+    process = subprocess.Popen(["sleep", "1000"])
+    read = connections._sockets
+
+    def read_later(pid: int, addresses: tuple[str, ...]) -> object:
+        if pid == process.pid:
+            process.kill()
+            process.wait()
+        return read(pid, addresses)
+
+    monkeypatch.setattr(connections, "_sockets", read_later)
+
+    found, unseen = connections.find_connections(
+        [owner(process.pid), owner(os.getpid())], [f"tcp:127.0.0.1:{port}"], now=100.0
+    )
+
+    assert ({each.pid for each in found}, unseen) == ({os.getpid()}, [])
+
+
 def test_a_worker_of_another_user_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def no(_: object) -> str:
         raise PermissionError

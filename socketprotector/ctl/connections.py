@@ -1,6 +1,6 @@
 """Reads the open connections of workers from /proc.
 
-The protector itself does not know which of the connections are still open.
+The protector does not see when a worker closes a connection.
 Only connections to a listener's address count.  Connections that a worker opens itself, such as to
 a database, are left out.  The worker's descendants are searched, too, because a server may fork a
 child for each connection.
@@ -76,13 +76,14 @@ def find_connections(
     now: seconds since the epoch.
     draining: the numbers of the generations that get no new clients.
 
-    Only workers on the client library record when they accepted a connection.  Of any other
-    connection only a bound of the age is known: in a draining generation it is at least as old as
-    the drain, and in any other generation at most as old as its worker.  (`since_at` is the
-    beginning of the drain, or of the worker.)
+    Only some workers record when they accepted a connection (docs/protocol.md).  For any other
+    connection only a bound on its age is known: in a draining generation it is at least as old as
+    the drain, and in any other generation at most as old as its worker.  (`since_at` is when the
+    drain began, or when the worker was started.)
     """
     addresses = tuple(listeners)
-    found: list[Connection] = []
+    # By worker, network namespace and inode: a parent and its forked child may have one socket.
+    found: dict[tuple[int, str, int], Connection] = {}
     unseen: list[HiddenWorker] = []
     tables: dict[str, dict[int, _Socket]] = {}
     for worker in workers:
@@ -117,8 +118,10 @@ def find_connections(
             if isinstance(at, int | float):
                 begun, bound = at, EXACT
             age_s = max(0.0, now - begun) if isinstance(begun, int | float) else 0.0
-            found.append(Connection(generation, number, pid, **seen, age_s=age_s, bound=bound))
-    return found, unseen
+            if bound == EXACT or (number, space, inode) not in found:
+                each = Connection(generation, number, pid, **seen, age_s=age_s, bound=bound)
+                found[number, space, inode] = each
+    return [*found.values()], unseen
 
 
 def addresses_of(status: Message) -> list[str]:
@@ -143,8 +146,8 @@ def _session_members(leader: int) -> list[int]:
 def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
     """Map the inode of each socket of these processes and their descendants to a descriptor.
 
-    pids: the worker; if the worker has ended, the processes of its session instead.  A descriptor
-    is the first process's; None if only other processes have the socket.
+    pids: the worker; if the worker has ended, the processes of its session instead.  The descriptor
+    is the number that the socket has in the first of these; None if only others have the socket.
     """
     found: dict[int, int | None] = {}
     worker, todo = pids[0], list(reversed(pids))
@@ -152,8 +155,8 @@ def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
         each = todo.pop()
         try:
             for number, inode in procfs.sockets(each):
-                # `accepted_at_by_fd`, for which the caller needs the descriptor, has only the
-                # worker's own descriptors.
+                # The caller looks the number up in `accepted_at_by_fd`, which has only the worker's
+                # own descriptors.
                 found.setdefault(inode, number if each == worker else None)
             with open(f"/proc/{each}/task/{each}/children", encoding="ascii") as children:
                 todo += [int(word) for word in children.read().split()]

@@ -17,7 +17,7 @@ _DEPTH = 16
 _CHARACTERS = 1 << 18
 #: The limit of members in a list or object.  A generation may have thousands of workers.
 _MEMBERS = 1 << 16
-#: The limit of numbers: no count and no time is larger.
+#: The largest number that is passed on; no count and no time is larger.
 _GREATEST = 1 << 63
 
 

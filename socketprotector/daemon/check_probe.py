@@ -1,9 +1,10 @@
-"""The addresses at which the commands of --ready check: and --settle-check reach a generation.
+"""The addresses at which the operator's check commands reach a generation.
 
-A generation has a loopback port while it is checked, so a command can use any client program.  In
-listener mode a generation is reached by a mark on the connection, which a command cannot set, or at
-a UNIX socket.  So a helper process, the prober (programs/prober.py), forwards the command's
-connections.  In other modes the command's connections go into the generation's channel.
+These are the commands of `--ready check:CMD` and `--settle-check CMD`.  A generation has a loopback
+port while it is checked, so a command can use any client program.  In listener mode the connections
+to this port must be forwarded: to the generation's UNIX socket, or from a source address by which
+the kernel knows a probe, and which a command does not choose.  A helper process, the prober
+(programs/prober.py), does that.  In other modes they go into the generation's channel.
 """
 
 from __future__ import annotations
@@ -103,11 +104,11 @@ class CheckProbes:
         return f"{host}:{port}"
 
     def judge(self, generation: OpenGeneration, why: str) -> str:
-        """Return why a command's answer is bad; "" for a good answer.
+        """Return why a check failed; "": it passed.
 
-        why: why the command failed; "": it succeeded.  If the command may have reached another
-        generation, this releases the address, and returns SHUT_DOWN.  The next command then gets
-        another address.
+        why: why the command failed; "": it succeeded.  If the socket of the target has changed, the
+        command may have reached another generation, so its result does not count: release the
+        address, and return SHUT_DOWN.  The next command gets another address.
         """
         number = generation.record.number
         target, _ = self._open.get(number, (None, None))

@@ -1,7 +1,7 @@
-"""The history of releases, and its file beside `current`.
+"""The history of releases, and its file `current.history`, beside the link `current`.
 
 A separate process writes the file and waits for the disk (programs/release_writer.py).  A failed
-write is repeated.  The first write gives an unreadable file another name.
+write is repeated.  A file that could not be read is renamed before the next write.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class SavedHistory:
         #: Why the file could not be written; "": the file is written, or will be soon.
         self.error = ""
         self._current, self._loop, self._log = current, runtime.loop, runtime.log
-        # Both are compared with `value` by identity.
+        # The next two are compared with `value` by identity.
         self._on_disk: ReleaseHistory | None = self.value  # what the file has, as far as we know
         self._writing: ReleaseHistory | None = None  # what a process is writing; None: no process
-        self._is_unreadable = False  # the first write keeps an unreadable file, renamed
+        self._is_unreadable = False  # the file could not be read: rename it before the next write
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
 
     def read(self, *, is_owned: bool) -> None:
@@ -56,7 +56,8 @@ class SavedHistory:
             self.value = release.load(found) if found is not None else ReleaseHistory()
         except (release_store.ReleaseError, release.HistoryError) as error:
             self._is_unreadable = True
-            kept = f"; {release_store.unreadable_name(current)} keeps the file" if is_owned else ""
+            name = release_store.unreadable_name(current)
+            kept = f"; the next write renames the old file to {name}" if is_owned else ""
             self._log.write(
                 "warning",
                 "history-unreadable",
@@ -68,7 +69,7 @@ class SavedHistory:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the disk has the history, and has `current` as of the last add() or sync()."""
+        """Whether the disk has the history, and each change of `current` before add() or sync()."""
         return self._on_disk is self.value
 
     def add(self, entry: Entry) -> None:
@@ -77,8 +78,8 @@ class SavedHistory:
 
     def sync(self) -> None:
         """Write the file again: the writer also syncs the folder, in which the link has changed."""
-        # A copy is another object, so it counts as not written: a write in progress may have synced
-        # the folder before the link changed.
+        # A write in progress may have synced the folder before the link changed, so it must not
+        # count.  A copy is another object, so is_saved is False until the copy is written.
         self._save(replace(self.value))
 
     def _save(self, value: ReleaseHistory) -> None:
@@ -101,7 +102,7 @@ class SavedHistory:
         if failure:
             if not self.error:
                 self._log.write("error", "history-not-written", error=failure)
-            self.error = f"current and its history may not be on disk: {failure}"
+            self.error = f"the link current and its history may not be on disk: {failure}"
             self._loop.call_after(_AGAIN, self._back_off.wait_s(), self._write)
         elif written is not self.value:
             self._write()

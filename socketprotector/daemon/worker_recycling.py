@@ -1,6 +1,6 @@
 """Replaces workers that have reached a limit: --retire-after, --max-memory, --max-age.
 
-The limits bound a worker's leaks without a reload.  Workers are checked once a second, if one of
+So a worker that leaks is replaced without a reload.  Workers are checked once a second, if one of
 these options is set.
 """
 
@@ -23,7 +23,8 @@ from .worker_spawn import Worker
 
 #: How often to check the workers.
 EVERY_S = 1.0
-#: A worker that exceeds --max-memory so soon after it was ready was too large from the start.
+#: A worker that exceeds --max-memory within this time after it was ready counts as too large from
+#: the start.
 _AT_ONCE_S = 5.0
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 _TIMER = "limits"
@@ -36,7 +37,8 @@ class BornTooLarge:
     """
 
     def __init__(self) -> None:
-        self._replaced: dict[int, bool] = {}  # running worker -> whether it may be replaced
+        # Running worker that was too large from the start -> whether it may be replaced.
+        self._allowed: dict[int, bool] = {}
         self._in_a_row = 0
         self._next_at = 0.0
 
@@ -54,19 +56,22 @@ class BornTooLarge:
 
         Counts the replacements of workers that were too large from the start.
         """
-        replaced = self._replaced.get(number)
-        if replaced or (replaced is None and age_s >= _AT_ONCE_S):
+        allowed = self._allowed.get(number)
+        if allowed or (allowed is None and age_s >= _AT_ONCE_S):
             return True
-        self._replaced[number] = now >= self._next_at
+        self._allowed[number] = now >= self._next_at
         if now >= self._next_at:
             self._in_a_row += 1
             self._next_at = now + backoff_s(self._in_a_row)
-        return self._replaced[number]
+        return self._allowed[number]
 
     def forget(self, living: Container[int], *, grown_worker_fits: bool) -> None:
-        """Forget exited workers; end the replacement loop if a worker stayed within the limit."""
-        self._replaced = {each: may for each, may in self._replaced.items() if each in living}
-        if grown_worker_fits and not self._replaced:
+        """Forget exited workers.  If none of the others was too large, the loop may be over.
+
+        grown_worker_fits: a worker has been ready for _AT_ONCE_S, and is within the limit.
+        """
+        self._allowed = {each: may for each, may in self._allowed.items() if each in living}
+        if grown_worker_fits and not self._allowed:
             self._in_a_row = 0
 
 
@@ -125,8 +130,8 @@ class LimitWatch:
     def _check_child(self, worker: Worker, child: forked_children.Child) -> set[int]:
         """Retire a forked child once it has reached a limit.
 
-        Returns a set of the child's pid if it has reached a limit, now or at an earlier check;
-        otherwise an empty set.
+        Returns {pid} if the child has reached a limit, now or at an earlier check; otherwise an
+        empty set.
         """
         if child.pid in self._retired:
             return {child.pid}
@@ -164,10 +169,10 @@ class LimitWatch:
         return f"workers exceed --max-memory ({most}) within {soon} of being ready; raise the limit"
 
     def _say_uncounted(self, number: int) -> None:
-        """Warn once that --retire-after has no effect on a worker that does not count."""
+        """Warn once that --retire-after has no effect without counts of connections."""
         if not self._said_uncounted:
             self._said_uncounted = True
-            hint = "--retire-after has no effect on workers without the client library"
+            hint = "--retire-after has no effect on workers that do not count their connections"
             self._log.write("warning", "not-counted", worker=number, hint=hint)
 
     def _is_memory_hidden(self) -> bool:
@@ -190,7 +195,7 @@ def exceeded(limits: Limits, key: str, *, age_s: float, accepted: int | None) ->
     """Return which limit, on age or on connections, a worker has reached; None: neither.
 
     key: differs by worker, so that workers that start together do not end together.
-    accepted: how many connections the worker has accepted; None: it does not count.
+    accepted: how many connections the worker has accepted; None: unknown.
     """
     if limits.age_s and age_s >= limits.age_s:
         return f"older than {in_units(limits.age_s)}"

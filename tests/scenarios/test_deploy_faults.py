@@ -270,7 +270,8 @@ def test_an_unreadable_history_is_empty_and_said_and_kept(
         one = operated(*releases.options, command=COMMAND)
         one.daemon.log.wait_for(
             r"event=history-unreadable file=\S+/current.history error=.* "
-            rf'hint="the history of releases begins again; {name} keeps the file"'
+            r'hint="the history of releases begins again; '
+            rf'the next write renames the old file to {name}"'
         )
         saved(one)
         found = one.line().ask("releases")["releases"]

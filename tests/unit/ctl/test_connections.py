@@ -156,6 +156,25 @@ def test_a_connection_that_only_a_workers_child_has(stack: ExitStack) -> None:
     assert found[0].bound == AT_MOST
 
 
+def test_a_connection_of_a_forked_child_is_shown_once(stack: ExitStack) -> None:
+    """The answer has the parent, whose descendants are searched, and the child with its times."""
+    _, accepted = pair(stack, socket.AF_INET, ("127.0.0.1", 0))
+    child = subprocess.Popen(["sleep", "1000"], pass_fds=[accepted.fileno()])
+    stack.callback(child.wait)
+    stack.callback(child.kill)
+    number = accepted.fileno()
+    address = f"tcp:127.0.0.1:{accepted.getsockname()[1]}"
+    accepted.close()
+    places = [owner(os.getpid()), owner(child.pid, accepted_at_by_fd={str(number): 40.0})]
+
+    for each in (places, places[::-1]):
+        found, _ = connections.find_connections(each, [address], now=100.0)
+
+        assert [(one.pid, one.bound, one.age_s) for one in found if one.local == address[4:]] == [
+            (child.pid, EXACT, 60.0)
+        ]
+
+
 def test_a_worker_that_has_ended_meanwhile_is_left_out() -> None:
     process = subprocess.Popen(["true"])
     process.wait()

@@ -149,6 +149,24 @@ def test_clients_of_a_replaced_unix_socket_are_waited_for(
     assert bool(world.ended) != waits
 
 
+def test_one_whose_workers_read_on_waits_for_no_unread_client_of_a_unix_path(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = SimpleNamespace(getsockname=lambda: "/run/.s.sp-000001")
+    listener = SimpleNamespace(
+        socket=SimpleNamespace(family=socket.AF_UNIX),
+        sockets=[only],
+        socket_for=lambda _: only,
+        path="/run/s",
+        index=INDEX,
+    )
+    world.pairs[:] = [cast("Listener", listener)]
+    monkeypatch.setattr(quiescing, "accepted_unix", lambda: [("/run/.s.sp-000001", 7, 1)])
+    world.begin(reads_on=True)
+    world.clock.pass_time(0.05)
+    assert len(world.ended) == 1
+
+
 def test_clients_of_the_next_generation_are_none_of_its_own(world: World) -> None:
     """Only what had come before the first look counts: others are at the other socket."""
     world.begin()

@@ -2,11 +2,15 @@
 
 A replaced generation gets no new clients.  But some of its clients may not be accepted yet, or may
 be unread.  A server that is ordered to finish would close these connections.  So we query the
-kernel for such clients (sock_diag).  The queries take at most QUERY_SHARE of our time.  If the
-kernel cannot answer, we wait for a fixed time.
+kernel for such clients (sock_diag) again and again; each round is a look.  The queries take at most
+QUERY_SHARE of our time.  If the kernel cannot answer, we wait for a fixed time.
 
 An unread client has sent bytes that its worker has not read.  Over TCP, an accepted client that has
 sent nothing also counts as unread, for SILENT_S.
+
+Workers may read from all clients that they have accepted, even after the order to finish, as the
+client library does (`reads_on`).  Then we wait only until all clients are accepted, including
+clients whose handshake is under way.
 """
 
 from __future__ import annotations
@@ -27,8 +31,7 @@ from .turns import Turns
 
 #: The pause between two looks.
 _LOOK_S = 0.1
-#: The pause with `reads_on`: workers then read from all accepted clients before they exit, so we
-#: wait only until all clients are accepted, including clients whose handshake is under way.
+#: The pause with `reads_on`.
 _LOOK_SOON_S = 0.01
 #: With `reads_on`: how many looks in a row must find that all clients are accepted.
 _SOON_LOOKS = 2
@@ -47,7 +50,7 @@ class _Generation:
 
     socket_number: int
     on_quiet: Callable[[], None]
-    common: Sequence[Listener]  # listeners with one socket for all generations, if clients wait
+    common: Sequence[Listener]  # listeners with one socket for all generations and waiting clients
     reads_on: bool  # its workers read from all accepted clients before they exit
     began: float
     delay_s: float = 0.0  # the planned pause before this look
@@ -56,8 +59,8 @@ class _Generation:
     waited_s: float = 0.0
     quiet_s: float = 0.0
     quiet_looks: int = 0
-    # The clients that were unread at every look -> whether the client has sent nothing.  None: no
-    # query has succeeded yet.
+    # The clients that every look has found unread -> whether the client has sent nothing.  With
+    # `reads_on`: those in the handshake.  None: the next look starts afresh.
     unread: dict[tuple[int, bytes], bool] | None = None
 
 
@@ -69,10 +72,10 @@ def _unread_unix(
     For an accepted client that has sent nothing, the kernel reports 0 unread bytes, as for a client
     whose bytes were read.  So we wait for neither.
 
-    replaced: listeners whose socket was replaced after the generation's start.  Each socket of a
-    path is bound under a name of its own, which its connections keep.  We no longer know the old
-    socket's name.  So we count the unread clients under every name that belongs to the path, except
-    the names of the path's present sockets.
+    replaced: listeners whose socket was replaced after the generation's start.  The path is a link
+    to one of several socket files (socket_file.py), and a connection keeps the name of its file.
+    We no longer know the old file's name.  So we count the unread clients under every name that
+    belongs to the path, except the names of its present files.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}
@@ -108,8 +111,9 @@ class Quiescing:
         common: Sequence[Listener] = (),
         reads_on: bool = False,
     ) -> None:
-        """Call back when a generation has accepted and read from all its clients, or after LAST_S.
+        """Call back when a generation has accepted and read from all its clients.
 
+        Calls back LAST_S after the last new client may have come, even if some are unread.
         socket_number: the generation's socket.  common: listeners with one socket for all
         generations; the clients that wait at these listeners must be accepted, too.  reads_on: call
         back as soon as the generation has accepted its clients.
@@ -137,13 +141,13 @@ class Quiescing:
 
     def _look(self, generation: int) -> None:
         state, now = self._generations[generation], time.monotonic()
-        # Check this first.  If the last clients come during the queries, the queries may miss them,
-        # so this look must not count as quiet.
+        # Check this before the queries.  A client that comes after its query would be missed, so a
+        # look during which clients may still come must not count as quiet.
         gets_clients = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
         own = self._turns.own(self._listeners.pairs, state.socket_number, generation)
-        # Unlike `own`, include listeners whose socket was replaced: the generation accepted clients
-        # from the earlier socket.
+        # These include listeners whose socket was replaced since the generation started, because
+        # the generation has accepted clients from the earlier socket.
         pairs = self._turns.own(self._listeners.pairs, state.socket_number)
         waiting = any(self._probes.clients_wait(each, state.socket_number) for each in own) or bool(
             state.common
@@ -153,13 +157,13 @@ class Quiescing:
         unread = state.unread
         if unread is None:
             # sock_diag reports by port: it cannot tell apart the backlogs of an address's two
-            # sockets.  So include both while clients wait for this generation.  Otherwise leave out
-            # both: they have only clients of the other generation.
+            # sockets.  So include both backlogs while clients wait for this generation.  Otherwise
+            # leave out both backlogs: they have only clients of the other generation.
             unread = self._query(generation, pairs, accepted=not waiting)
         elif unread and (still := self._query(generation, pairs, accepted=not waiting)) is not None:
             unread = {client: still[client] for client in unread if client in still}
-        # sock_diag omits clients in a UNIX backlog.  So while clients wait, forget the result: the
-        # next look finds the clients that workers have accepted by then.
+        # Later looks only remove clients from the first result, which omits those in a UNIX
+        # backlog.  So while clients wait, keep no result: the next look starts afresh.
         state.unread = None if waiting else unread
         state.waited_s += state.delay_s
         state.quiet_s += state.delay_s if state.quiet_looks else 0.0
@@ -174,7 +178,7 @@ class Quiescing:
         late = now - state.began >= LAST_S
         if late or (quiet and not awaited):
             if waiting:
-                hint = "its workers do not accept; the next generation gets the waiting clients"
+                hint = "its workers have not accepted all clients; another generation gets the rest"
                 self._log.write("warning", "not-accepted", generation=generation, hint=hint)
             del self._generations[generation]
             state.on_quiet()
@@ -198,6 +202,8 @@ class Quiescing:
         for family in {each.socket.family for each in pairs}:
             mine = [each for each in pairs if each.socket.family == family]
             if family == socket.AF_UNIX:
+                if state.reads_on:
+                    continue  # a UNIX connection has no handshake
                 replaced = [
                     each for each in mine if (generation, each.index) in self._turns.unserved
                 ]
@@ -218,7 +224,7 @@ class Quiescing:
             except OSError as error:
                 if error.errno in RESOURCE_ERRNOS:
                     return None
-                continue  # without sock_diag we only wait, longer than most workers need
+                continue  # without sock_diag we only let the time pass: most workers need less
             for each in mine:
                 clients = known[each.port].items()
                 found.update(((each.index, client), silent) for client, silent in clients)

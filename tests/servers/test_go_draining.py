@@ -1,0 +1,54 @@
+"""The Go program of docs/inherited-socket.md with the page's lines for keep-alive clients."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import needs
+from tests.pages import page
+from tests.running import ROOT, Protector
+from tests.scenarios.tools import spawned
+from tests.web import Connection
+
+Start = Callable[..., Protector]
+
+PROGRAM, LINES = (
+    each.text
+    for each in page.blocks(ROOT / "docs" / "inherited-socket.md")
+    if "server.Shutdown" in each.text
+)
+SHUTDOWN = "server.Shutdown(context.Background())\n"
+
+
+def program() -> str:
+    """Return the program, changed as the page says; it waits for a shorter time."""
+    text = PROGRAM.replace(SHUTDOWN, LINES.replace("5 * time.Second", "time.Second"))
+    text = text.replace('"syscall"\n', '"syscall"\n"sync/atomic"\n"time"\n')
+    text = text.replace("answer := func", "var draining atomic.Bool\nanswer := func")
+    header = 'if draining.Load() {\nw.Header().Set("Connection", "close")\n}\n'
+    return text.replace("fmt.Fprintln", f"{header}fmt.Fprintln")
+
+
+@pytest.mark.slow
+def test_a_kept_connection_is_told_to_close_and_the_old_program_ends(
+    protector: Start, tmp_path: Path
+) -> None:
+    if shutil.which("go") is None:
+        needs.skip("go")
+    (tmp_path / "web.go").write_text(program())
+    subprocess.run(["go", "build", "-o", "web", "web.go"], cwd=tmp_path, check=True)
+    daemon = protector("--handoff", "listener", "127.0.0.1:0", "--", str(tmp_path / "web")).ready()
+    with Connection(("127.0.0.1", daemon.port)) as client:
+        client.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.answer() == spawned(daemon)[0]
+        daemon.reload()
+        daemon.log.wait_for(r"event=signalled\b.* signal=TERM")
+        client.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.answer() == spawned(daemon)[0]
+    daemon.log.wait_for(r"event=exited generation=1\b.*exited with status 0")
+    daemon.stop()

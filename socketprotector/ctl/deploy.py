@@ -91,7 +91,7 @@ def deploy(
             operation.outcome["generation"] = before.get("route")
             operation.finish("unchanged", f"unchanged: release {release} is serving")
             return
-        promised = _request_deploy(operation.client, before, release, "deploy", arguments)
+        promised = _request_deploy(operation.client, before, release, arguments)
         _await_deploy(operation, before, promised, release, dry_run=dry_run, wait=wait, old=serving)
 
 
@@ -150,9 +150,7 @@ def _is_unchanged(client: Client, before: Message, name: str, expect: str | None
     return bool(found) and not any(each.get("changed") for each in found)
 
 
-def _request_deploy(
-    client: Client, before: Message, name: str, what: str, arguments: dict[str, Any]
-) -> int:
+def _request_deploy(client: Client, before: Message, name: str, arguments: dict[str, Any]) -> int:
     """Request a deploy; request it again if the connection was cut and no deploy has begun."""
     if "releases" not in before:
         raise RequestRefused(
@@ -161,7 +159,7 @@ def _request_deploy(
             "PATH to use them",
         )
     try:
-        return number_in(client.request(what, **arguments), "generation")
+        return number_in(client.request("deploy", **arguments), "generation")
     except ConnectionLost:
         client.reconnect()
     now = _of_releases(client.query("status"))
@@ -169,7 +167,7 @@ def _request_deploy(
         now.get("serving") == name and _of_releases(before).get("serving") != name
     ):
         return number_in(now, "generation")
-    return number_in(client.query(what, **arguments), "generation")
+    return number_in(client.query("deploy", **arguments), "generation")
 
 
 def _await_deploy(

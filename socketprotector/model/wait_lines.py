@@ -1,4 +1,4 @@
-"""Lines about what a protector waits for, for an operator who waits: at a start and at a reload.
+"""Lines that tell a waiting operator what the protector waits for, at a start and at a reload.
 
 The resident process does not load this module.
 """

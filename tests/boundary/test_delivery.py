@@ -15,7 +15,9 @@ import pytest
 
 from socketprotector.core.events import BacklogEmptied, HeldClientsWait, Stranded
 from socketprotector.daemon import inherited_listeners
+from socketprotector.daemon.delivery.probe_target import ProbeTarget
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
+from socketprotector.daemon.generation import OpenGeneration
 from socketprotector.launch.bind_unix import give_away
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import inherited, reuseport, socket_file
@@ -227,13 +229,19 @@ def test_a_probe_reaches_the_serving_generation_as_clients_do(world: World) -> N
     target.close()
 
 
-def test_no_client_is_among_the_probes_that_wait(world: World) -> None:
-    world.serving(1)
+def probed(world: World) -> tuple[OpenGeneration, ProbeTarget]:
+    """Open generation 2 and let a probe wait there."""
     tried = world.open(2)
     target = world.delivery.reach(tried, "")
     assert target is not None
     world.probe(target)
     world.until(lambda: world.delivery.waiting(tried) == 1)
+    return tried, target
+
+
+def test_no_client_is_among_the_probes_that_wait(world: World) -> None:
+    world.serving(1)
+    tried, target = probed(world)
     assert world.delivery.waiting(tried, clients_only=True) == 0
 
     world.take(2)
@@ -581,11 +589,7 @@ def test_a_probe_that_an_end_resets_is_no_lost_client(
     world = WORLDS[name]()
     request.addfinalizer(world.close)
     serving = world.serving(1)
-    tried = world.open(2)
-    target = world.delivery.reach(tried, "")
-    assert target is not None
-    world.probe(target)
-    world.until(lambda: world.delivery.waiting(tried) == 1)
+    _, target = probed(world)
     for _ in range(clients):
         world.connect()
     world.until(lambda: world.delivery.waiting(serving) == clients)
@@ -604,11 +608,7 @@ def test_a_probe_beside_a_lost_client_at_one_socket_is_not_counted(
     world = WORLDS[name]()
     request.addfinalizer(world.close)
     world.serving(1)
-    tried = world.open(2)
-    target = world.delivery.reach(tried, "")
-    assert target is not None
-    world.probe(target)
-    world.until(lambda: world.delivery.waiting(tried) == 1)
+    tried, target = probed(world)
     world.delivery.route_to(tried)
     world.connect()
     world.until(lambda: world.delivery.waiting(tried) == 2)

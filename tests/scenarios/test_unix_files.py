@@ -238,14 +238,20 @@ def test_the_next_protector_makes_removed_files_again_with_the_rights_that_they_
     newest_answers(one, path)
 
 
-def test_a_reload_does_not_wait_for_a_path_that_another_program_has_taken(
-    one: Operated, path: Path, release: Release, tmp_path: Path
-) -> None:
-    gate = Gate(tmp_path / "gate")
+def starting(one: Operated, release: Release, gate: Gate) -> int:
+    """Begin a reload whose worker waits at a gate; return the log's position before it."""
     release.becomes(*gate.before(*SERVER))
     mark = one.daemon.signal(signal.SIGHUP)
     one.daemon.log.wait_for("event=spawned generation=2", after=mark)
     release.becomes(*SERVER)
+    return mark
+
+
+def test_a_reload_does_not_wait_for_a_path_that_another_program_has_taken(
+    one: Operated, path: Path, release: Release, tmp_path: Path
+) -> None:
+    gate = Gate(tmp_path / "gate")
+    mark = starting(one, release, gate)
     path.unlink()
     path.write_text("not ours")
     gate.stay_open()
@@ -268,10 +274,7 @@ def test_a_directory_that_comes_back_has_the_path_again(
     one: Operated, path: Path, release: Release, tmp_path: Path, killed: bool
 ) -> None:
     gate = Gate(tmp_path / "gate")
-    release.becomes(*gate.before(*SERVER))
-    mark = one.daemon.signal(signal.SIGHUP)
-    one.daemon.log.wait_for("event=spawned generation=2", after=mark)
-    release.becomes(*SERVER)
+    mark = starting(one, release, gate)
     shutil.rmtree(path.parent)
     if killed:
         revived(one.daemon, kill_protector(one.daemon))

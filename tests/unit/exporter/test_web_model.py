@@ -332,16 +332,16 @@ def test_while_one_has_a_share_the_other_has_the_rest(seen: Seen) -> None:
     assert (seen.lane(8)["phase"], seen.lane(9)["phase"]) == ("serving", "settling")
     assert seen.lane(8)["note"] == "95% of new connections"
     assert seen.lane(9)["note"] == "5% of new connections; --settle-check probes http:/"
-    told = "rollout: generation 9 gets 5% of new connections (1,230 so far); it gets all in 41s"
-    assert shown["waits_for"] == [told, "generation 7"]
+    text = "rollout: generation 9 gets 5% of new connections (1,230 so far); it gets all in 41s"
+    assert shown["waits_for"] == [text, "generation 7"]
 
     shown = seen.see(status(*both, route=9, rollout=canary("all", left_s=None)))
     assert seen.lane(8)["phase"] == "standby"
     assert "of new connections" not in seen.lane(9)["note"]
 
     shown = seen.see(status(*both, route=8, rollout=rolling(awaited(5, 1, 61.0))))
-    told = "rollout: 3 of 8 workers replaced, waiting for worker 5 (1 connection, longest 1m1s)"
-    assert shown["waits_for"] == [told]
+    text = "rollout: 3 of 8 workers replaced, waiting for worker 5 (1 connection, longest 1m1s)"
+    assert shown["waits_for"] == [text]
     assert seen.lane(9)["note"].startswith("37.5% of new connections")
 
 

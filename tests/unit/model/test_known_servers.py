@@ -71,18 +71,18 @@ def test_what_is_known_of_a_program_that_takes_no_client_is_said(
     said: str, listens: str | None, advice: str
 ) -> None:
     found = None if listens == "" else lambda: listens  # "": the program has exited
-    told = known_servers.advice(PROGRAM, said=said, listens=found)
+    advised = known_servers.advice(PROGRAM, said=said, listens=found)
 
-    assert advice in told
-    assert bool(told) == bool(advice)
+    assert advice in advised
+    assert bool(advised) == bool(advice)
 
 
 def test_at_a_reload_only_an_address_in_use_is_a_cause() -> None:
-    def told(said: str) -> str:
+    def advised(said: str) -> str:
         return known_servers.advice(PROGRAM, said=said, unseen=True, spoken_with=True)
 
-    assert "which is in use; a program" in told("bind(): Address already in use")
-    assert told("listen EINVAL: invalid argument") == told("") == ""
+    assert "which is in use; a program" in advised("bind(): Address already in use")
+    assert advised("listen EINVAL: invalid argument") == advised("") == ""
 
 
 @pytest.mark.parametrize("mode", [handoff_modes.STDIO, handoff_modes.LEGACY])
@@ -98,11 +98,11 @@ def test_the_advice_for_one_that_binds_the_socket_it_was_handed_is_to_take_it_ov
 ) -> None:
     program = replace(PROGRAM, argv=argv, handoff="listener")
 
-    told = known_servers.advice(program, said="bind: Address already in use")
+    advised = known_servers.advice(program, said="bind: Address already in use")
 
-    assert "accept on the inherited socket" in told
-    assert "a proxy in front (docs/comparison.md)" in told
-    assert ("uvicorn --fd {fd:http}" in told) is (argv[0] == "uvicorn")
+    assert "accept on the inherited socket" in advised
+    assert "a proxy in front (docs/comparison.md)" in advised
+    assert ("uvicorn --fd {fd:http}" in advised) is (argv[0] == "uvicorn")
     assert known_servers.advice(program, said="no such module") == ""
 
 
@@ -159,10 +159,10 @@ def lacks(
 def test_the_advice_for_a_known_server_that_would_only_seem_to_serve_is_what_it_lacks(
     command: str, variables: tuple[str, ...], said: str | None
 ) -> None:
-    told = lacks(command, *variables)
+    advised = lacks(command, *variables)
 
-    assert (told is not None) is (said is not None)
-    assert (said or "") in (told or "")
+    assert (advised is not None) is (said is not None)
+    assert (said or "") in (advised or "")
 
 
 @together(
@@ -178,9 +178,9 @@ def test_the_advice_for_a_known_server_that_would_only_seem_to_serve_is_what_it_
     ],
 )
 def test_starman_is_warned_of_on_a_unix_socket(command: str, unix: bool, dies: bool) -> None:
-    told = lacks(command, unix=unix) or ""
+    advised = lacks(command, unix=unix) or ""
 
-    assert ("dies of its first client" in told) is dies
+    assert ("dies of its first client" in advised) is dies
 
 
 def test_starman_that_gets_a_unix_socket_by_another_variable_is_not_warned_of() -> None:
@@ -303,20 +303,20 @@ def test_a_chosen_limit_is_named_where_ours_was_chosen_too_and_is_longer() -> No
 def test_one_that_loads_an_application_while_a_timer_says_that_it_is_ready_is_warned_of(
     command: str,
 ) -> None:
-    told = lacks(command, after_s=1.0)
+    advised = lacks(command, after_s=1.0)
 
-    assert told is not None
-    assert "counts as ready after 1s" in told
+    assert advised is not None
+    assert "counts as ready after 1s" in advised
     assert lacks(command, after_s=1.0, settles=True) is None
     assert lacks("haproxy -f haproxy.cfg", after_s=1.0) is None
 
 
 @together("name", known_servers.KNOWN)
 def test_a_known_server_that_is_handed_connections_is_warned_of_at_once(name: str) -> None:
-    told = lacks(f"{name} app", mode=handoff_modes.CONNECTION)
+    advised = lacks(f"{name} app", mode=handoff_modes.CONNECTION)
 
-    assert told is not None
-    assert told.startswith(
+    assert advised is not None
+    assert advised.startswith(
         f"{name} binds its own port; it takes connections from SocketProtector only"
     )
     assert lacks(f"{name} app", mode=handoff_modes.STDIO) is None
@@ -354,18 +354,18 @@ def test_a_line_to_be_copied_lacks_nothing(name: str) -> None:
 
 @together("name", known_servers.KNOWN)
 def test_what_to_add_is_what_the_line_to_be_copied_has(name: str) -> None:
-    server, told = known_servers.KNOWN[name], known_servers.to_add(name)
+    server, advised = known_servers.KNOWN[name], known_servers.to_add(name)
 
-    assert "--handoff listener" in told
-    assert server.options in told
-    assert server.adds in told
+    assert "--handoff listener" in advised
+    assert server.options in advised
+    assert server.adds in advised
 
 
 def test_a_known_server_gets_a_line_of_its_own() -> None:
-    told = known_servers.advice(replace(PROGRAM, argv=("gunicorn", "app")))
+    advised = known_servers.advice(replace(PROGRAM, argv=("gunicorn", "app")))
 
-    assert told.startswith("gunicorn binds its own port; start it as in: SocketProtector ")
-    assert told.endswith("(--check shows your command; docs/servers.md)")
+    assert advised.startswith("gunicorn binds its own port; start it as in: SocketProtector ")
+    assert advised.endswith("(--check shows your command; docs/servers.md)")
 
 
 @pytest.mark.parametrize("advice", ["", "it listens on its own socket at 127.0.0.1:9090; ..."])

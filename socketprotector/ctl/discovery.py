@@ -37,7 +37,10 @@ def sockets() -> list[str]:
 
 
 def by_path(path: str) -> str:
-    """Return a path as an absolute path.  Raises UsageError if the file there is no socket."""
+    """Return a path as an absolute path.
+
+    Raises UsageError if the path names a file that is not a socket.
+    """
     with suppress(OSError):  # connect() will report that the file or a permission is missing
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise UsageError(
@@ -121,8 +124,9 @@ def names(found: Sequence[SocketAnswer]) -> list[str]:
     """Return a name for each protector; if several share a name, add port or address to the name.
 
     The name of a protector that does not answer is the name in its socket's path.  Any process can
-    claim any name in its status.  So a shared name stays without an addition only for a socket in
-    the folder of that name (docs/control.md), which only its owner can write.
+    claim any name in its status.  So if several protectors that answer share a name, the name stays
+    without an addition only for a socket in the folder of that name (docs/control.md), which only
+    its owner can write.
     """
     candidates = [_names_of(each) for each in found]
     chosen = [shortest for shortest, *_ in candidates]

@@ -32,7 +32,7 @@ class SocketAnswer:
 
     @property
     def alive(self) -> bool:
-        """Return True if a process listens at the socket."""
+        """Return False if no process listens at the socket, or if it hung up without an answer."""
         return self.why != "dead"
 
 

@@ -77,7 +77,7 @@ class Health:
             self._begin()
 
     def suspend(self) -> None:
-        """Stop the probes; the next program starts them again."""
+        """Stop the probes; resume() starts them again, after an exec in the new program."""
         self._loop.cancel(_TIMER)
         self._probe.end()
 
@@ -120,7 +120,7 @@ class Health:
         self._remember(
             lambda history: history.health_changed(number, known.state, known.last, known.since_at)
         )
-        self._persist()  # there is no event for this, so no decision writes the state
+        self._persist()  # the core does not learn of the change, so it does not write the state
         if known.state == HEALTHY:
             self._log.write("info", "healthy", generation=number)
         else:

@@ -61,7 +61,7 @@ class Parents:
         on_gone: called when the guard exits, or at once if there is no guard.
         """
         if self.line is None:
-            on_gone()  # the guard may have exited under an earlier program
+            on_gone()  # the guard may have exited before the exec of this program
         else:
             loop.watch(self.line.fileno(), lambda: self._read(loop, on_exited, on_gone))
         if self.systemd.watchdog_s:
@@ -110,4 +110,5 @@ class Parents:
             self.store.sync(dict.fromkeys(surviving, -1))
         self.systemd.send(EXIT_STATUS=str(status))
         self.guard.finish(_FAREWELL_S)
-        self._manager.finish(_MANAGER_S)  # sends all: the next start needs the stored descriptors
+        # Wait until the queued messages are sent: they store descriptors that the next start needs.
+        self._manager.finish(_MANAGER_S)

@@ -5,8 +5,8 @@ generation (system/reuseport.py); a probe of a UNIX socket connects to the gener
 In other modes the probe connects to a loopback port, and connections to this port go into the
 generation's channel.
 
-Without --ready only listener mode probes.  There a probe may fail although the generation is ready
-(_MAYBE_READY of verdicts.py).  After such a failure, a timer may make the generation ready.
+Without --ready, probes are sent only in listener mode.  Such a probe may fail although the
+generation is ready (_MAYBE_READY of verdicts.py).  Then a timer may make the generation ready.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ReadyProbe:
         self._generation, self.last = None, ""
 
     def suspend(self) -> None:
-        """Stop the probes; the next program starts them again."""
+        """Stop the probes before an exec; the new program starts them again."""
         self._loop.cancel(_TIMER)
         self._probe.end()
 

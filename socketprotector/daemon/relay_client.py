@@ -120,7 +120,7 @@ class LogRelay:
     def adopt(
         self, relay: Mapping[str, dict[str, int]], outputs: Mapping[str, Mapping[str, int]]
     ) -> None:
-        """Adopt the relay that an earlier program started; takes ownership.
+        """Adopt the relay that an earlier program started; takes ownership of the descriptors.
 
         relay, outputs: the inherited descriptors whose names begin with RELAY and OUTPUT.
         """
@@ -151,7 +151,8 @@ class LogRelay:
         usable = [each for each in found if not each[0].has_ended() and each[1] >= 0]
         chosen, line = (usable or found)[-1]
         for process, its_line in found:
-            if process is not chosen or not usable:  # after the chosen one, _ended() starts another
+            # If no relay is usable, kill the chosen one, too: _ended() then starts a new relay.
+            if process is not chosen or not usable:
                 process.signal(signal.SIGKILL)
             if process is not chosen:
                 process.close()
@@ -274,7 +275,7 @@ class LogRelay:
         self._send_unsent()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
-        if number in self._workers:  # a program was killed before it recorded its use of the number
+        if number in self._workers:  # a killed protector used this number, but did not record it
             self._close_pipe(number)
         self._workers[number] = pipe
         self._named[pipe.name(number)] = pipe.read

@@ -26,7 +26,8 @@ MOVED = "moved"
 
 #: The pause before the next probe: a tenth of the time since the first probe, within these limits.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.05, 1.0, 0.1
-#: The pause after an inconclusive verdict (_UNKNOWN), and how long all may stay inconclusive.
+#: The pause after an inconclusive verdict (_UNKNOWN), and how long verdicts may stay inconclusive
+#: before the generation fails.
 _AGAIN_S = 0.25
 UNKNOWN_S = 10.0
 
@@ -68,8 +69,9 @@ _UNKNOWN = (CANNOT, UNREACHED, MOVED)
 class Settling:
     """The results of a settling generation's probes.
 
-    The generation fails at the first verdict that is neither good nor inconclusive: clients would
-    keep failing during a second probe.  It fails, too, if verdicts stay inconclusive for UNKNOWN_S.
+    The generation fails at the first verdict that is neither good nor inconclusive: if we waited
+    for a second verdict, more clients would fail meanwhile.  It also fails if verdicts stay
+    inconclusive for UNKNOWN_S.
     """
 
     is_over: bool = False  # the time of --settle has passed

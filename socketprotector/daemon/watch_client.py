@@ -37,7 +37,7 @@ class FileWatch:
         self._warned = False  # the first of several failures in a row was logged
 
     def start(self, watchers: Mapping[str, Mapping[str, int]]) -> None:
-        """Adopt the watcher of an earlier program, or start a watcher; takes ownership.
+        """Adopt an earlier program's watcher, or start one; takes ownership of the descriptors.
 
         watchers: the descriptors of earlier watchers, by pid.
         """

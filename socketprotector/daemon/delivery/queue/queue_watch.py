@@ -36,14 +36,15 @@ class QueueWatch:
 
     loop: Loop
     _: KW_ONLY
-    #: Returns how many new connections were sent so far to all routes, or to all canaries.
+    #: Returns how many new connections were sent so far, to all generations that had the route.
+    #: For the QueueWatch of a canary: to all canaries.
     forwarded: Callable[[], int]
     #: Sends all queued connections again.
     send_again: Callable[[GenerationChannel], None]
     #: See Forwarder.__init__().
     untaken: Callable[[float, int, bool], None]
-    #: After how long a wait untaken() is called: the first limit applies until a worker has taken a
-    #: connection from the channel, the second limit afterwards.
+    #: If the head stays the same for longer than this limit, untaken() is called.  The first limit
+    #: applies until a worker has taken a connection from the channel, the second limit afterwards.
     late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     #: Writes the state.  None: the QueueWatch of the route does that.
     save: Callable[[], object] | None = None

@@ -21,7 +21,8 @@ from ....system.listener import Listener
 from .accept_watch import QUERY_SHARE
 from .shared_listeners import SharedListeners
 
-#: The tag of a socket if no unused tag is left, or if its backlog has other tags.
+#: The tag of a socket if no unused tag can be found, or if connections in its backlog carry an
+#: earlier tag of the socket.
 NO_TAG = 0
 _OTHERS_WAIT = "clients wait there with the tag of another generation"
 
@@ -62,13 +63,13 @@ class AcceptCounts:
         listening = listener.socket_for(socket_number)
         if listening.family == socket.AF_UNIX:
             tag = socket_file.number_of(listening)
-            # If the socket has open connections, it had a generation whose tags we no longer know.
+            # If the socket has open connections, they are of a generation whose tags we have lost.
             if (listener.index, tag) in taken or socket_file.connections(listener.path)[tag]:
                 raise OSError(errno.EBUSY, "it is the socket of another generation")
             return listener.index, tag
         used = {tag for index, tag in taken if index == listener.index} - {NO_TAG}
         if accept_tags.tag_of(listening) in used and listener.has_waiting(socket_number):
-            # Keep the tag, so that the next program comes to the same result if we are killed now.
+            # Keep the tag: if we are killed now, the next protector must come to the same result.
             raise OSError(errno.EBUSY, _OTHERS_WAIT)
         tag = NO_TAG
         with suppress(OSError):  # for example no descriptor is free, or the kernel does not answer
@@ -76,7 +77,7 @@ class AcceptCounts:
         earlier = accept_tags.tag(listening, tag, used)
         if earlier and listener.has_waiting(socket_number):
             # Connections in the backlog carry an earlier tag of the socket.  We would not count
-            # them, so use NO_TAG; unless an earlier tag counts for another generation.
+            # them, so use NO_TAG.  If another generation uses an earlier tag, fail.
             earlier |= accept_tags.tag(listening, NO_TAG, used)
             if not earlier.isdisjoint(used):
                 raise OSError(errno.EBUSY, _OTHERS_WAIT)
@@ -89,8 +90,8 @@ class AcceptCounts:
         used: the tags of known generations.  Raises OSError.
         """
         listening, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
-        # Open connections may still carry a released generation's tag: one of its processes may
-        # have left the process group, or have passed a connection to another program.
+        # Open connections may still carry the tag of a generation whose last worker has exited: a
+        # process may have left the process group, or a connection was passed to another program.
         ours = self.listeners.host.own_connection
         found = self._found[listener.index] = accept_tags.connections(listening, ours)
         tag = accept_tags.tag_of(listening)

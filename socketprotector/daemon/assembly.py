@@ -66,10 +66,10 @@ class Resident:
         """Take ownership of the descriptors.
 
         earlier: the state of an earlier program; StateError: why that state is unusable; None: a
-        first start.
+        first start.  command: executes this program again.
         """
         # A guard has copies of all descriptors.  Without a guard, an inherited state shows that an
-        # earlier program stored them.  Otherwise this is a first start, and no store has copies.
+        # earlier program stored them.  Without both, this is a first start: no store has copies.
         stored = inherited.GUARD in descriptors or inherited.STATE in descriptors
         kept = descriptors.keys() - {inherited.GUARD} if stored else set()
         self.settings = settings
@@ -93,7 +93,7 @@ class Resident:
             if control is not None and settings.control is not None
             else None
         )
-        #: Whether the next program can resume: a state was read, or this program begins to launch.
+        #: Whether the next program could resume: we have read a state, or begin the first launch.
         self.began = False
         #: Whether this program is still taking over what an earlier program left.
         self.resumes = False
@@ -154,7 +154,7 @@ class Resident:
             self.watcher.start(watchers)
 
         def pack() -> None:
-            for _ in late_modules.pack():  # one module after another
+            for _ in late_modules.pack():  # yields after each part that it has compressed
                 supervisor.yield_to_accepts()
 
         loop.call_after("pack", late_modules.PACK_AFTER_S, pack)
@@ -213,7 +213,8 @@ class Resident:
             starts_others = settings.worker_identity is not None
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)
             if starts_others:
-                privileges.reclaim()  # an upgrade may have let workers inherit our capabilities
+                # After an upgrade, workers would inherit the capabilities that it lent to us.
+                privileges.reclaim()
         return loop
 
     def _begin_log(self, runtime: Runtime, snapshot: Snapshot | None) -> None:
@@ -265,7 +266,7 @@ class Resident:
         )
 
     def fail(self, reason: str) -> None:
-        """Record why this program failed, and close the listeners: no program will resume."""
+        """Record why this program failed, and close the listeners: no later program will resume."""
         self.start_report.failure = self.start_report.failure or reason
         self._close_listeners()
 
@@ -365,7 +366,8 @@ class Resident:
         return found | {name: fd for each in parts for name, fd in each.descriptors().items()}
 
     def _retry_later(self, again: Callable[[], None]) -> None:
-        if self._loop is not None:  # without a loop we are exiting: Outbox.finish() sends all
+        # Without a loop we are exiting, and Outbox.finish() sends the unsent messages.
+        if self._loop is not None:
             self._loop.call_after(again, _AGAIN_S, again)
 
     def _reopen_logs(self, log: Log) -> None:

@@ -1,10 +1,10 @@
 """The addresses at which the operator's check commands reach a generation.
 
 These are the commands of `--ready check:CMD` and `--settle-check CMD`.  A generation has a loopback
-port while it is checked, so a command can use any client program.  In listener mode the connections
-to this port must be forwarded: to the generation's UNIX socket, or from a source address by which
-the kernel knows a probe, and which a command does not choose.  A helper process, the prober
-(programs/prober.py), does that.  In other modes they go into the generation's channel.
+port while it is checked, so a command can use any client program.  In listener mode a helper
+process, the prober (programs/prober.py), forwards the port's connections to the generation's
+socket.  It gives each TCP connection the mark by which the kernel recognizes a probe, because a
+command would not set this mark.  In other modes the connections go into the generation's channel.
 """
 
 from __future__ import annotations

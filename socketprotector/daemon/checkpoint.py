@@ -1,8 +1,9 @@
 """Saves all that the next program needs to resume, after each decision and before its actions.
 
 Descriptors go to the fd store: the guard, or without a guard systemd's fd store.  The state memfd
-says what they are for.  We store descriptors first, then write the state, then act.  So whenever we
-are killed, the store has all descriptors that the state mentions, unless the store was full.
+says what each descriptor is for.  We store descriptors first, then write the state, then act.  So
+whenever we are killed, the store has all descriptors that the state mentions, unless the store was
+full.
 Only changes are stored and written, so a change of one worker costs the same with one worker as
 with a thousand.
 """
@@ -86,8 +87,8 @@ class Checkpoint:
     def write(self) -> bool:
         """Write the state; return whether the next program of an upgrade may resume now.
 
-        That program takes all descriptors that it inherits for stored, and never stores them.  So
-        it may not resume while the fd store, if there is one, lacks a descriptor.
+        That program assumes that the fd store has all descriptors that it inherits, and never
+        stores them again.  So it must wait while a store with room for a descriptor lacks it.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)

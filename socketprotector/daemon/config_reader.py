@@ -19,7 +19,7 @@ from ..system import inherited
 from ..system.helper import HelperProcess, last_line
 from ..system.loop import Loop
 
-#: The size limit of a record.  An answer consists of records: names, each with one descriptor.
+#: The size limit of a record.  An answer consists of records; each is a name and one descriptor.
 _RECORD_BYTES = 64
 #: The size limit of a text in the answer; no configuration comes near it.
 _MOST_BYTES = 16 * 1024 * 1024
@@ -28,7 +28,7 @@ _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
 @mutable
 class ConfigAnswer:
-    """The new settings, or why they were not read, or (dry) only what would change.
+    """The new settings, or why the reading failed; after a dry reading, only what would change.
 
     The receiver owns the descriptors.
     """

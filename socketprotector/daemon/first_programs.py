@@ -105,7 +105,10 @@ class FirstPrograms:
 
 
 def _without_repeats(last_words: str, most: int) -> str:
-    """If last words are the same lines, up to `most` times, return these lines once."""
+    """Return the last words; if they are the same lines repeated, return these lines only once.
+
+    most: the most repetitions to look for.
+    """
     lines = last_words.split("\n")
     for times in range(min(most, len(lines)), 1, -1):
         part = lines[: len(lines) // times]

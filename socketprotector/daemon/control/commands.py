@@ -1,4 +1,6 @@
-"""Carries out the commands of the control socket: most read values, or post an event to the core.
+"""Carries out the commands of the control socket.
+
+Most commands only read values, or post an event to the core.
 
 A command that begins a long operation is answered at once.  Clients that follow events get the
 operation's result as an event (docs/control.md).  But the answers of `diff` and of an upgrade check
@@ -275,7 +277,7 @@ class CommandHandler:
 
     def do_rollback(self, expect: str = "") -> Mapping[str, Any]:
         fleet = self.supervisor.fleet
-        if cannot_roll_back(fleet):
+        if cannot_roll_back(fleet):  # no reload to call off: deploy an earlier release
             return releases.roll_back(self._effects, fleet, self.runtime, expect)
         releases.refuse_unexpected_incoming(self._effects, fleet, expect)
         self.runtime.post(RollbackRequested())

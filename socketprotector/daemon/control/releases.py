@@ -33,7 +33,7 @@ def deploy(
 ) -> dict[str, Any]:
     """Begin the deploy of a release, or its dry run.
 
-    expect: refuse unless this release is serving; "": any.  force: deploy even if `current` does
+    expect: the release that must be serving; "": any release.  force: deploy even if `current` does
     not name the serving release.
     """
     releases = _releases_of(effects)
@@ -83,9 +83,9 @@ def refuse_unexpected_incoming(effects: Effects, fleet: Fleet, expect: str) -> N
 
 
 def listed(effects: Effects) -> list[dict[str, Any]]:
-    """Return the releases of the history, the latest tried last.
+    """Return the releases of the history, in the order in which each was last tried.
 
-    If the history lacks the serving release, or the release that `current` names, add it.
+    If the history lacks the release that `current` names, or the serving release, add it last.
     """
     releases = _releases_of(effects)
     serving, named = releases.serving, releases.link.named
@@ -114,7 +114,7 @@ def _time(entry: release.Entry | None, outcome: str) -> float | None:
 
 
 def of_status(effects: Effects, fleet: Fleet) -> dict[str, Any]:
-    """Return the field `releases` of `status`; an empty result without releases."""
+    """Return the field `releases` of `status`; an empty result without --releases."""
     releases = effects.live_settings.releases
     if releases is None:
         return {}
@@ -135,7 +135,10 @@ def of_status(effects: Effects, fleet: Fleet) -> dict[str, Any]:
 
 
 def warnings(effects: Effects) -> tuple[str, ...]:
-    """Return that a restart would not start the serving release, and what was not saved on disk."""
+    """Return the warnings about releases.
+
+    A restart would not start the serving release; or a lock, a move or a write has failed.
+    """
     releases = effects.live_settings.releases
     if releases is None:
         return ()
@@ -149,7 +152,7 @@ def _releases_of(effects: Effects) -> Releases:
 
 
 def _incoming(effects: Effects, fleet: Fleet) -> tuple[Generation | None, str]:
-    """Return the generation that a reload or deploy has opened, or None; and the release's name."""
+    """Return the generation that a reload has opened, or None; and the release of the reload."""
     incoming = fleet.incoming if fleet.incoming and fleet.incoming.fresh else None
     opened = effects.generations.get(incoming.number) if incoming else None
     return incoming, opened.program.release if opened else fleet.release

@@ -344,7 +344,7 @@ class ControlServer:
             more = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
             groups.update(each for (each,) in struct.iter_unpack("I", more))
         except OSError:
-            pass  # it has more groups than fit into _GROUPS_BYTES: only its primary group counts
+            pass  # the user has too many groups for _GROUPS_BYTES: only the primary group counts
         for group, commands in (
             (self.group, control_requests.COMMANDS),
             (self.status_group, control_requests.STATUS_COMMANDS),

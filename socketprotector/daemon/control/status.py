@@ -210,7 +210,7 @@ def _of_generation(
 def _of_closing(
     opened: OpenGeneration, slots: Sequence[tuple[int, Counts | None]]
 ) -> dict[str, Any]:
-    """Return the field `closing`; an empty result if no worker ends its connections evenly now."""
+    """Return the field `closing`; an empty result outside a spread (--drain-spread)."""
     found = spread.closing_rate(opened, slots) if opened.program.spreads else None
     return {"closing": found} if found else {}
 
@@ -299,8 +299,8 @@ def of_connections(
                     "pid": pid,
                     "accepted_at_by_fd": times,
                     "orphaned": record.orphaned,
-                    # In a draining generation every connection is older than the drain.  In any
-                    # other generation, every connection is younger than its worker.
+                    # A limit for the age of connections without a time: at least the age of the
+                    # drain in a draining generation, and at most the age of the worker in others.
                     "since_at": opened.record.drained_at or record.started_at,
                 }
             )

@@ -19,16 +19,16 @@ from ..generation import OpenGeneration
 from .host import Host
 from .probe_target import ProbeTarget
 
-#: We report workers that leave clients waiting for this long and accept none: NEVER_TAKEN_S until
-#: they accept their first client, UNTAKEN_S afterwards.
+#: How long clients may wait before we report that the workers accept none of them: NEVER_TAKEN_S
+#: until the workers accept their first client, UNTAKEN_S afterwards.
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
 #: A stop, and the drain of a removed listener, check for new clients at this interval.  It is long
 #: enough for a handshake: if one is under way at a check, its client has connected by the next
 #: check, unless a packet must be repeated.
 QUIET_S = 0.2
-#: If new clients cannot be refused, we stop accepting them after this time, although they still
-#: come.
+#: If a stop, or the drain of a removed listener, cannot refuse new clients, it stops accepting them
+#: after this time.
 LAST_S = 10.0
 
 
@@ -169,15 +169,15 @@ class Delivery(ABC):
 
     @abstractmethod
     def keeps(self, number: int) -> bool:
-        """Return whether clients of a released generation still wait for another generation."""
+        """Return whether a released generation has clients left for another generation to get."""
 
     # -- counts --------------------------------------------------------------------
 
     @abstractmethod
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
-        """Return the number of clients waiting for a generation; None: unknown.
+        """Return how many connections wait for a generation's workers; None: unknown.
 
-        clients_only: return 0 if only our probes wait.
+        clients_only: return 0 if only our probes wait; otherwise the number may include probes.
         """
 
     @abstractmethod
@@ -227,7 +227,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def add(self, listener: Listener, *, dry_run: bool) -> None:
-        """Add a listener; takes ownership.  Generations that know the listener get its clients.
+        """Add a listener, which we then own.  Generations that know it get its clients.
 
         dry_run: the next generation will know the listener, but gets no clients.
         """
@@ -247,7 +247,7 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def is_silent(self) -> bool:
-        """Return whether a client that connects now gets no answer."""
+        """Return whether a hold also stops probes that connect as clients do (see reach())."""
 
     @property
     @abstractmethod

@@ -653,7 +653,7 @@ def test_what_cannot_be_held_is_not_added_during_a_hold(protector: Starter, tmp_
 
     assert (
         f"on hold, and unix:{added} has one socket for all generations, "
-        "from which workers accept directly; release it first"
+        "from which workers accept directly; end the hold first"
     ) in said
     assert not added.exists()
     daemon.reload()

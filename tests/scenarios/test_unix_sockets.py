@@ -305,7 +305,7 @@ def test_a_reload_removes_no_path_at_which_clients_wait_through_a_hold(
         mark = one.daemon.signal(signal.SIGHUP)
         said = one.daemon.log.wait_for("event=(reload-failed|reloaded)", after=mark)
         lost = f"the clients that wait at unix:{path} would be reset"
-        assert f"on hold, and {lost}; release it first" in said
+        assert f"on hold, and {lost}; end the hold first" in said
         with one.line() as line:
             line.ask("release")
         assert late.hear().endswith(" hello")

@@ -3,9 +3,9 @@
 In this mode no connection passes through us.  It would be costly if each connection woke us.  So we
 watch the sockets only until a client comes.  Then we stop watching, and look at intervals: a *look*
 reads the backlogs from the kernel (sock_diag).  accept() takes the oldest client.  So if a look
-finds all clients of the look before, no client was accepted in between.  When a look finds the
-backlogs empty, we watch for the next client.  So we sleep while no client connects, and in normal
-operation we wake up at most twice in LOOK_S.
+still finds each client that the previous look found, no client was accepted in between.  When a
+look finds the backlogs empty, we watch for the next client.  So we sleep while no client connects,
+and in normal operation we wake up at most twice in LOOK_S.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Backlogs(ABC):
 
     @abstractmethod
     def watch(self) -> None:
-        """Apply a change of AcceptWatch.awaits."""
+        """Wake up for the next client if AcceptWatch.awaits is True, otherwise for no client."""
 
     @abstractmethod
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Report that the workers of a generation do not accept.
 
-        waiting: how many clients wait.  ever: a client was accepted before.  at: the indices of
-        the listeners at which clients wait.
+        waiting: how many clients wait.  at: the indices of the listeners at which clients wait.
+        ever: workers may have accepted earlier clients of all these listeners.
         """
 
 
@@ -131,7 +131,8 @@ class AcceptWatch:
     def is_stuck(self) -> bool:
         """Look now; return whether clients wait at a listener, and none was accepted there.
 
-        Only accepts since the last look count; without an earlier look, no accept is known.
+        Only accepts since the last look count.  If there was no earlier look at a listener, one
+        waiting client there suffices.
         """
         if not self._waiting:
             return False

@@ -1,10 +1,10 @@
-"""Records O_NONBLOCK of listening sockets that were passed in; the next program restores the flag.
+"""Keeps the O_NONBLOCK flag of passed-in listening sockets when the protector is started again.
 
 Workers may change the flag.  The flag belongs to the open file description, so a change affects all
 processes that share the socket.  When systemd starts the protector again after a crash, systemd
 sets the flag to the unit's NonBlocking=.  The workers that changed the flag may still run, so we
-restore the recorded flag.  Sockets that we bound need no record: systemd does not change the flags
-of sockets in its fd store.
+record the flag, and restore it after the start.  Sockets that we bound need no record: systemd does
+not change the flags of sockets in its fd store.
 
 Source: systemd.service(5), fcntl(2).
 """

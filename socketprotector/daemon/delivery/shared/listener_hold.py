@@ -1,9 +1,9 @@
 """Holds new clients under --handoff listener.
 
 Workers accept every client that comes to their sockets.  So during a hold, we steer new clients to
-a third socket, which no worker has.  TCP clients get no answer from it (system/reuseport.py), so
-their kernels try again.  UNIX clients wait in its backlog.  With a guard or an fd store, the third
-socket and the hold survive the protector's death; otherwise both end.
+the listener's third socket, which no worker has.  TCP clients get no answer from it
+(system/reuseport.py), so their kernels try again.  UNIX clients wait in its backlog.  With a guard
+or an fd store, the third socket and the hold survive the protector's death; otherwise both end.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 At a TCP address a probe has a mark (system/bpf.py), and the kernel steers the probe by its mark.
 At a UNIX path a probe connects to the file of the generation's own socket.  If no worker accepts
-from a socket, we discard the probes that wait there.  Otherwise another generation would start to
-accept them (socket_watch.py).
+from a socket, we discard the probes that wait there.  Otherwise socket_watch.py would have another
+generation started only for these probes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RETRY_ERRNOS = RESOURCE_ERRNOS | {errno.EBUSY}
 def _waits(listening: socket.socket, address: tuple[str, int], client: socket.socket) -> bool:
     """Return whether our connection waits to be accepted.  Raises OSError.
 
-    Without sock_diag, returns True while any connection waits.
+    Over TCP without sock_diag, returns True while any connection waits.
     """
     if not listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         # The socket was shut down, so our connection may be at the address's other socket.
@@ -99,7 +99,7 @@ class Probes:
                 unix = listening.family == socket.AF_UNIX
                 address = each.address_of(self._turns.current)
                 waits: Callable[[socket.socket], bool] = partial(_waits, listening, address)
-                if each.path_fault:  # connect as clients do, not to the file beside the path
+                if each.path_fault:  # connect by the path, as clients do, not by the own file
                     address, waits = each.local_address, _leads_elsewhere
                 # The mark keeps the probe on this machine, as in reach_by_mark().
                 mark = None if unix else self._mark_for(each, address)
@@ -168,7 +168,10 @@ class Probes:
         closed, serving = closing(listening), found.socket_for(self._turns.number_for(found))
 
         def holds() -> bool:
-            """Return whether clients still reach the same socket, with the same closing options."""
+            """Return whether the address still leads to the same socket.
+
+            Also returns False if options that can keep clients out have changed.
+            """
             with suppress(OSError):
                 is_same = found.identity(socket_number) == identity
                 return is_same and found.is_alive(socket_number) and closing(listening) == closed

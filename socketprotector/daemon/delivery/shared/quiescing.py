@@ -1,15 +1,15 @@
 """Finds out when a replaced generation has accepted, and read from, all its clients.
 
-A replaced generation gets no new clients.  But some of its clients may not be accepted yet, or may
-be unread.  A server that is ordered to finish would close these connections.  So we query the
-kernel for such clients (sock_diag) again and again; each round is a look.  The queries take at most
-QUERY_SHARE of our time.  If the kernel cannot answer, we wait for a fixed time.
+A replaced generation gets no new clients.  But its workers may not have accepted, or not have read
+from, some of its clients.  A server that is ordered to finish would close these connections.  So we
+query the kernel for such clients (sock_diag) again and again; each round is a look.  The queries
+take at most QUERY_SHARE of our time.  If the kernel cannot answer, we wait for a fixed time.
 
-An unread client has sent bytes that its worker has not read.  Over TCP, an accepted client that has
-sent nothing also counts as unread, for SILENT_S.
+An unread client has sent bytes that its worker has not read.  Over TCP, clients in the handshake
+also count as unread.  So do accepted clients that have sent nothing, but only for SILENT_S.
 
-Workers may read from all clients that they have accepted, even after the order to finish, as the
-client library does (`reads_on`).  Then we wait only until all clients are accepted, including
+Some workers still read from all their accepted clients after the order to finish, as the client
+library does (`reads_on`).  For such workers we wait only until all clients are accepted, including
 clients whose handshake is under way.
 """
 
@@ -50,7 +50,7 @@ class _Generation:
 
     socket_number: int
     on_quiet: Callable[[], None]
-    common: Sequence[Listener]  # listeners with one socket for all generations and waiting clients
+    common: Sequence[Listener]  # single-socket listeners where clients wait
     reads_on: bool  # its workers read from all accepted clients before they exit
     began: float
     delay_s: float = 0.0  # the planned pause before this look
@@ -60,7 +60,7 @@ class _Generation:
     quiet_s: float = 0.0
     quiet_looks: int = 0
     # The clients that every look has found unread -> whether the client has sent nothing.  With
-    # `reads_on`: those in the handshake.  None: the next look starts afresh.
+    # `reads_on`: the clients in the handshake.  None: the next look starts afresh.
     unread: dict[tuple[int, bytes], bool] | None = None
 
 
@@ -113,7 +113,8 @@ class Quiescing:
     ) -> None:
         """Call back when a generation has accepted and read from all its clients.
 
-        Calls back LAST_S after the last new client may have come, even if some are unread.
+        Calls back at the latest LAST_S after new clients stopped coming, even if some still wait or
+        are unread.
         socket_number: the generation's socket.  common: listeners with one socket for all
         generations; the clients that wait at these listeners must be accepted, too.  reads_on: call
         back as soon as the generation has accepted its clients.
@@ -141,13 +142,13 @@ class Quiescing:
 
     def _look(self, generation: int) -> None:
         state, now = self._generations[generation], time.monotonic()
-        # Check this before the queries.  A client that comes after its query would be missed, so a
-        # look during which clients may still come must not count as quiet.
+        # Check this before the queries.  A query misses clients that come after it, so a look
+        # during which clients may still come must not count as quiet.
         gets_clients = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
         own = self._turns.own(self._listeners.pairs, state.socket_number, generation)
-        # These include listeners whose socket was replaced since the generation started, because
-        # the generation has accepted clients from the earlier socket.
+        # Unlike `own`, also listeners whose socket was replaced since the generation started: the
+        # generation has accepted clients from the earlier socket.
         pairs = self._turns.own(self._listeners.pairs, state.socket_number)
         waiting = any(self._probes.clients_wait(each, state.socket_number) for each in own) or bool(
             state.common
@@ -178,7 +179,8 @@ class Quiescing:
         late = now - state.began >= LAST_S
         if late or (quiet and not awaited):
             if waiting:
-                hint = "its workers have not accepted all clients; another generation gets the rest"
+                hint = "its workers have not accepted all clients; "
+                hint += "another generation gets the rest, except at a stop"
                 self._log.write("warning", "not-accepted", generation=generation, hint=hint)
             del self._generations[generation]
             state.on_quiet()
@@ -224,7 +226,7 @@ class Quiescing:
             except OSError as error:
                 if error.errno in RESOURCE_ERRNOS:
                     return None
-                continue  # without sock_diag we only let the time pass: most workers need less
+                continue  # without sock_diag we only wait a while: most workers read sooner
             for each in mine:
                 clients = known[each.port].items()
                 found.update(((each.index, client), silent) for client, silent in clients)

@@ -36,7 +36,7 @@ _CLOSE = "listeners-close"
 
 
 def _cannot_share(listener: Listener) -> str | None:
-    """Return why the kernel cannot share a listener's clients between two sockets."""
+    """Return why the kernel cannot share a listener's clients between two sockets; None: it can."""
     if listener.socket.family == socket.AF_UNIX:
         named = "a path leads" if listener.path else "its name leads"
         return f"is a UNIX socket: {named} to one socket at a time"
@@ -89,7 +89,8 @@ class SharedDelivery(Delivery):
         for each in self._listeners:
             if not each.has_sibling:
                 address = each.settings.address
-                return f"{address} has one socket for all generations, which accept directly"
+                why = "so clients would reach the release"
+                return f"{address} has one socket for all generations, {why}"
         # If clients cannot be steered, they may reach the generation of the dry run.
         return None if self.steering.is_steered else "new clients cannot be steered now"
 
@@ -231,7 +232,7 @@ class SharedDelivery(Delivery):
     ) -> str | None:
         hold = self.steering.hold
         cannot = (hold.refusal(added) or hold.loss(removed)) if hold.on else None
-        return f"on hold, and {cannot}; release it first" if cannot is not None else None
+        return f"on hold, and {cannot}; end the hold first" if cannot is not None else None
 
     def add(self, listener: Listener, *, dry_run: bool) -> None:
         self._listeners.append(listener)
@@ -321,7 +322,7 @@ class SharedDelivery(Delivery):
                 waiting, ours = self.steering.probes.waiting_at(listener, number)
                 if waiting <= ours:
                     probed.add(number)
-                elif not listener.path:  # backlog() of a path has left out the probes that ended
+                elif not listener.path:  # a path's backlog() leaves out abandoned probes already
                     probes += ours
         found = None if listener.settings.foreign else listener.backlog(0, probed)
         lost = found[0] - probes if found else 0
@@ -334,7 +335,7 @@ class SharedDelivery(Delivery):
             self._loop.unwatch(each.fileno())
         listener.close()
 
-    # -- the whole -----------------------------------------------------------------------
+    # -- the delivery as a whole ---------------------------------------------------------
 
     @property
     def forwarded(self) -> int | None:
@@ -364,7 +365,8 @@ class SharedDelivery(Delivery):
     def adopt(
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
-        self._flags.adopt(record.nonblocking)  # first, because a worker's accept() may block now
+        # First: systemd may have made a socket blocking, so a worker may block in accept() now.
+        self._flags.adopt(record.nonblocking)
         self.steering.adopt_record(record.steering, held=held)
         if closing:
             self.steering.end()  # do not repair sockets that we have shut down ourselves

@@ -73,4 +73,4 @@ class Steering(ABC):
 
     @abstractmethod
     def gets_no_client(self, generation: int) -> bool:
-        """Return whether no new client comes to a generation."""
+        """Return whether no new client comes to a generation; always True during a stop."""

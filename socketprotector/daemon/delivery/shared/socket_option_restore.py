@@ -11,7 +11,8 @@ TCP_DEFER_ACCEPT, and such changes remain after its exit.  So we restore the opt
   while all generations that still accept are older.
 
 If an option cannot be restored, we replace the socket.  But if all generations share the socket, we
-replace it only if the option keeps clients out; otherwise we log the option.
+replace it only if the option keeps clients out and we can do without this socket.  If the option
+stays changed, we log it.
 
 If the serving generation has lowered a backlog, we raise the backlog when another generation starts
 to accept from the socket, or when no generation accepts.  A longer backlog is harmless.
@@ -109,7 +110,7 @@ class SocketOptionRestore:
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         unrestored = socket_snapshot.restore(listening, before)
         # Running workers do not get a new socket.  So if all generations share the socket, a new
-        # socket makes a new generation necessary: replace it only if it keeps clients out.
+        # socket makes a new generation necessary: replace only a socket that keeps clients out.
         if unrestored and (
             listener.has_sibling
             or (

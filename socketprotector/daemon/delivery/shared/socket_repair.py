@@ -75,7 +75,7 @@ class SocketRepair:
         """Return whether clients or probes need a socket whose device or file is gone.
 
         Clients need the socket to which they are steered.  Probes need the socket of a starting
-        generation; without probes, only a timer could make this generation ready.
+        generation: if they cannot reach it, only a timer could make this generation ready.
         """
         turns = self._turns
         if number == turns.number_for(listener):
@@ -147,8 +147,8 @@ class SocketRepair:
         """Replace a broken socket by a new socket.
 
         If no socket can be bound, use the listener's other or reserved socket instead; without
-        such a socket, the listener is lost.  But in a shortage, or if only the socket's files are
-        missing, keep the socket: a later repair tries again.
+        such a socket, the listener is lost.  But if another try may succeed (RETRY_ERRNOS), or only
+        the socket's files are missing, keep the socket: a later repair tries again.
         """
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         address = listener.settings.address

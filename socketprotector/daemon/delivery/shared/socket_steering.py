@@ -152,7 +152,7 @@ class SocketSteering(Steering):
         self._report_adopted()
 
     def adopt_held(self) -> None:
-        """After a hold, lead its clients and those of lost sockets to the next generation."""
+        """After a hold, pass held clients, and clients of lost sockets, to the next generation."""
         free = self.turns.free
         if self.hold.on:
             return
@@ -351,7 +351,7 @@ class SocketSteering(Steering):
             self.steer()
 
     def gets_no_client(self, generation: int) -> bool:
-        """Return whether a generation gets no new clients, except those that come during a stop."""
+        """Return whether no new client comes to a generation; always True during a stop."""
         turns, bad = self.turns, self._not_steered
         if turns.given_back or self._repairs.ended:
             return True

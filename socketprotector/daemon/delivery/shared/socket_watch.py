@@ -28,7 +28,7 @@ LAST_RESCUE_S = 600.0
 _RESCUE = "steering-rescue"
 _REPAIR = "steering-repair"
 _REPAIR_AGAIN_S = 0.1
-_MOUNTED = "clients came to a path's earlier socket; mount the folder, not the file"
+_MOUNTED = "clients use a mount of an old socket file; mount the folder, not the file"
 
 
 class SocketWatch(Backlogs):
@@ -217,4 +217,4 @@ class SocketWatch(Backlogs):
             self._post(Stranded())
         if unknown:
             self._loop.call_after(_RESCUE, FIRST_RESCUE_S, self._rescue)
-        self.watch()  # in case no generation can be opened now
+        self.watch()  # so that clients wake us again if no generation can be opened now

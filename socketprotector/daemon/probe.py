@@ -31,8 +31,8 @@ from .generation import OpenGeneration
 from .prober_client import Prober
 from .verdicts import Verdict
 
-#: The pauses between checks whether a connection was accepted: the first pause, the longest pause,
-#: and each pause as a share of the connection's waiting time.
+#: The pauses between two looks at a connection that waits for a worker: the first pause, the
+#: longest pause, and each pause as a share of the connection's waiting time.
 _FIRST_LOOK_S, _LAST_LOOK_S, _LOOK_SHARE = 0.005, 1.0, 0.1
 #: How much longer than the probe's limit the prober may take: it may have to start first.
 _PROBER_S = 10.0
@@ -72,7 +72,8 @@ class Probe:
         #: The running command.  A late command may survive its kill if it runs as another user, or
         #: while it waits for a disk.
         self._command: CheckCommand | None = None
-        self._late = ""  # why the last late probe failed; its connection or command may still wait
+        #: Why the last late probe failed.  Its connection may still wait, or its command still run.
+        self._late = ""
 
     def send(
         self,
@@ -83,8 +84,8 @@ class Probe:
     ) -> None:
         """Send a probe; `report` is called once, maybe before the return, but not after close().
 
-        Exception: if an earlier late command still runs, and ends before this probe's limit,
-        `report` is not called.
+        Exception: while an earlier late command still runs, no other command is started.  If that
+        earlier command ends before this probe's limit, `report` is not called.
         """
         self._spec, self._report = spec, report
         self._sent_at = time.monotonic()
@@ -222,7 +223,7 @@ class Probe:
         target, connection = self._target, self._connection
         assert target is not None
         assert connection is not None
-        # While the backlog is full, the kernel does not connect our socket: that is waiting, too.
+        # A connection that the kernel delays, because the backlog is full, waits for a worker, too.
         return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
     def _continue_earlier(self) -> bool:
@@ -273,9 +274,9 @@ class Probe:
         if not target.holds():
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
-            # At a first reset, either a server accepted and reset the connection, or the listening
-            # socket was shut down.  We repair such a socket.  So a second reset in a row comes from
-            # a server, which does accept: the next case.
+            # A first reset may only show that the listening socket was shut down.  We repair the
+            # socket meanwhile.  So a second reset in a row comes from a server that has accepted
+            # the connection: the next branch reports GOOD.
             self._finish(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
             self._finish(verdicts.GOOD)
@@ -323,7 +324,8 @@ class Probe:
         def ended(why: str) -> None:
             command, self._command = self._command, None
             if command is not None and command.is_late:
-                # late() has reported this command's verdict.  End a probe that waits in its place.
+                # late() has reported this command's verdict.  Forget a later probe that has waited
+                # for the end of this command: the caller sends another probe.
                 self._loop.cancel(self)
                 self._report = None
                 return

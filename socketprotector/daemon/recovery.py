@@ -1,7 +1,8 @@
-"""Resumes where an earlier program stopped: each part gets its record and its descriptors back.
+"""Resumes where the protector's earlier program stopped.
 
-adopt() restores all parts except the workers; then clients are accepted again.  Each step of
-adopt_workers() adopts one worker: there may be a thousand, and clients must not wait for them all.
+Each part gets its record and its descriptors back.  adopt() restores all parts except the workers;
+then clients are accepted again.  adopt_workers() adopts one worker in each step, because clients
+must not wait until perhaps a thousand workers are adopted.
 
 The earlier program may have been killed before it stored descriptors, or before it wrote the state.
 If a descriptor that the state mentions is missing, an event reports that.  A stored descriptor that
@@ -49,8 +50,8 @@ class Recovery:
     def adopt(self) -> list[Event]:
         """Adopt everything except the workers, so that a generation can get the route.
 
-        Returns an event for each generation whose first programs (first_programs.py) have failed:
-        the earlier program may have been killed before it posted that event.
+        Returns an event for each generation whose first programs for clients have failed
+        (first_programs.py): the protector may have been killed before it handled that event.
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery
@@ -82,9 +83,9 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """Let workers finish if the state lacks them, because a kill came just after their start.
+        """Order workers unknown to the state to finish: they were started just before a kill.
 
-        Workers with listening sockets need a signal.  Other workers read end of file on their
+        Workers with a finish signal get this signal.  Other workers read end of file on their
         RETURN line, which is closed here.
         """
         fleet, programs = self.snapshot.fleet, self.snapshot.generations
@@ -123,17 +124,18 @@ class Recovery:
         ended: list[WorkerExited] = []
         pool, fleet = self.effects.pool, self.snapshot.fleet
         for record, descriptors, generation in self._workers:
-            # Without a finish signal, only end of file on its RETURN line makes one worker finish.
+            # Without a finish signal we need the RETURN line, to order a single worker to finish.
             needed = _STORED if generation.program.finish_signal else {*_STORED, "line"}
             if descriptors.keys() >= needed and not record.orphaned:
                 pool.adopt(record, descriptors, generation)
             else:
-                # The worker had exited: the store no longer has all of its descriptors, or the
-                # record says that only its process group is left.
+                # The worker had exited, or the fd store had no room for all of its descriptors.
+                # Either way, treat what still runs as the group of an exited worker.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
-                # Report what the fleet does not know.  (_report_missing() reports a worker that the
-                # fleet counts as running, but that has left no group.)
+                # Report a group if the fleet counts its worker as running, and the end of a group
+                # that the fleet counts as orphans.  If a running worker has left no group,
+                # _report_missing() reports the worker.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     ended.append(WorkerExited(record.number, _ENDED, orphans=has_group))
             yield ()
@@ -144,7 +146,7 @@ class Recovery:
         pool, fleet = self.effects.pool, self.snapshot.fleet
         known = {record.number for record in pool.records()}.union(ended)
         unfinished = [each.number for each in fleet.alive() if each.number not in known]
-        # A generation without its descriptors is useless: ChannelBroken takes the route from it.
+        # A generation without its descriptors is useless: end its start, or take the route from it.
         lost: list[Event] = [
             OpenFailed(each.number, _KILLED, tuple(unfinished))
             if each.phase in (Phase.STARTING, Phase.ABANDONED)
@@ -160,7 +162,7 @@ class Recovery:
     def _end_unfinished(self, number: int) -> None:
         """End a worker that was starting when the earlier program was killed.
 
-        Until a scan of /proc finds no process of this worker, the fleet counts an orphan.
+        The fleet counts the worker as an orphan until a scan of /proc finds none of its processes.
         """
         pool = self.effects.pool
         searched = set(pool.addresses(number))

@@ -69,7 +69,10 @@ class SavedHistory:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the disk has the history, and each change of `current` before add() or sync()."""
+        """Whether the disk has the history, with all entries.
+
+        The disk then also has each move of `current` that came before the last add() or sync().
+        """
         return self._on_disk is self.value
 
     def add(self, entry: Entry) -> None:

@@ -33,7 +33,10 @@ class Releases:
     def __init__(
         self, settings: Callable[[], Settings], runtime: Runtime, lock: int | None
     ) -> None:
-        """settings: returns the settings in force.  lock: an earlier program's lock; None: none."""
+        """settings: returns the settings in force.
+
+        lock: the inherited descriptor that holds the lock of `current`; None: there is none.
+        """
         self._settings, self._log = settings, runtime.log
         self.history = SavedHistory(lambda: settings().current, runtime)
         self.link = CurrentLink(settings, runtime, lock, self.history.sync)
@@ -98,7 +101,7 @@ class Releases:
     # -- a reload --------------------------------------------------------------------
 
     def begin(self, deployed: str) -> str:
-        """Note which release a reload starts, and return it; "": the release that `current` names.
+        """Note which release a reload starts; return its name, or "" to let `current` decide.
 
         deployed: the release of a deploy, returned even if `current` names it; "": no deploy.
         """
@@ -143,7 +146,8 @@ class Releases:
         if report.news in _PROVED and program is not None:
             self._prove(program)
             return replace(report, reason=self._with_note(report.reason))
-        # A reload of the serving release may fail for other reasons than the release.
+        # Do not record a failed reload of the serving release: that release has worked, so the
+        # failure probably has another cause.
         if report.news is ReportKind.RELOAD_FAILED and name not in ("", self.serving):
             self._tried = ""
             if (
@@ -182,10 +186,10 @@ class Releases:
             self.history.add(Entry(name, time.time(), was=was))
 
     def resume(self, due: str, program: Program | None) -> None:
-        """Complete what an earlier program may have left undone.
+        """Complete what the protector may have left undone before an upgrade or a kill.
 
         due: the release to which `current` must still be moved; "": there is none.
-        program: the last program that was proved.
+        program: the workers' program that was proved last; None: there is none.
         """
         if due and self.own():
             self.link.move(due)

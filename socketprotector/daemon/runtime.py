@@ -19,6 +19,6 @@ class Runtime:
     #: Adds an event to the queue, which the supervisor then handles (EventQueue.post).
     post: Callable[[Event], None]
     #: Stores changed descriptors and writes a changed state (Checkpoint.save); returns whether the
-    #: write succeeded.  The supervisor does this for each event, and another part after a change
-    #: without an event.
+    #: write succeeded.  The supervisor calls it for each event; any other part calls it after a
+    #: change that comes without an event.
     persist: Callable[[], bool]

@@ -5,7 +5,7 @@ of both generations, and decides by its own criteria: it can query the probe add
 operator's metrics.
 
 When the time of --settle has passed, the generation keeps settling until one more answer comes.  If
-that answer is bad, even if it comes late, the generation fails.
+that answer is bad, or does not come in time, the generation fails.
 
 These probes reach the generation during a hold, too.
 """

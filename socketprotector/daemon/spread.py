@@ -1,8 +1,8 @@
 """Orders workers to end their connections evenly within a time, and reports their progress.
 
 An order is a deadline in the worker's slot of the scoreboard: by then, all connections should have
-ended.  The order outlives this program, and the worker can read it at any time.  Only workers that
-use the Python client library follow orders, and note that in their slots.
+ended.  The order outlives an upgrade or kill of the protector, and the worker can read it at any
+time.  Only the Python client library follows orders; it notes in the worker's slot that it does.
 
 Source: docs/protocol.md, section "A spread".
 """
@@ -63,7 +63,8 @@ def check(generation: OpenGeneration, records: Iterable[WorkerRecord], log: Log)
         return
     unable = 0
     for each in _workers_of(generation, records):
-        # Skip workers that a timer made ready: the library may not have begun to follow orders.
+        # Skip workers that are not ready, or that a timer made ready: the client library may not
+        # have noted yet that it follows orders.
         if each.ready_by not in ("", TIMER):
             unable += not _spread_of(generation, each.slot)[0]
     if unable:
@@ -101,7 +102,7 @@ def _spread_of(generation: OpenGeneration, slot: int) -> tuple[bool, int]:
 def closing_rate(
     generation: OpenGeneration, slots: Iterable[tuple[int, Counts | None]]
 ) -> dict[str, float] | None:
-    """Return how many connections a second a generation ends, and for how many seconds.
+    """Return how many connections per second a generation ends, and for how many more seconds.
 
     None: no worker of the generation ends connections evenly at present.
 

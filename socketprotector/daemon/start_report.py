@@ -26,7 +26,7 @@ class StartReport:
     def __init__(self, line: int | None, terminal: int | None, pid: int) -> None:
         """Take ownership of the descriptors.
 
-        line: to the launching process; None: no process waits.
+        line: the socket to the launching process; None: no process waits.
         terminal: where a failure is shown in the foreground; None: nowhere.
         pid: the process whose end the launching process awaits if the start fails.
         """
@@ -39,7 +39,7 @@ class StartReport:
     def watch(
         self, loop: Loop, gone: Callable[[], None], waits: Callable[[], Sequence[object]]
     ) -> None:
-        """Send our pid and answers to the launching process.
+        """Send the pid to the launching process, and answer what the start waits for.
 
         gone: called if the launching process exits, or cancels the start, before the result.
         waits: returns what the start waits for.

@@ -49,8 +49,8 @@ _YIELD_AFTER_S = 0.005
 #: doubles each time, up to _LAST_REAP_S.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
-#: Actions, and kinds of Report, after which the state is written at once: the next program must not
-#: repeat them.  It would start a generation or worker twice, or report a second reload.
+#: Actions, and kinds of Report, after which the state is written at once.  If the next program
+#: repeated them, it would start a generation or worker twice, or report a reload twice.
 _WRITTEN_AT_ONCE = (
     *(Open, Spawn),
     *(ReportKind.RELOADED, ReportKind.RECOVERED, ReportKind.RELOAD_FAILED),
@@ -90,7 +90,7 @@ class Supervisor:
         self.checkpoint.begin(effects, lambda: effects.snapshot(self.fleet, self._recorded))
         self.queue.drain = self._work
         # Catch SIGCHLD, too: if our caller ignored it, the kernel would discard the workers' exit
-        # status.  We learn of each exit by a pidfd.
+        # status.  (A worker's pidfd, not SIGCHLD, tells us that the worker has exited.)
         self.runtime.loop.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD), self._signalled)
 
     def launch(self) -> None:
@@ -117,7 +117,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until the fleet has ended.  Returns the exit status."""
-        self._reap_orphans()  # a program that was killed may not have reaped them
+        self._reap_orphans()  # an earlier program may have been killed before it reaped them
         self.runtime.loop.run()
         self.upgrade.end()
         return self.effects.exit_status or 0
@@ -127,7 +127,7 @@ class Supervisor:
         if self._working:
             return
         self._working = True
-        acted = True  # if there is no event: adopt() has carried out actions
+        acted = True  # even without an event, because adopt() has carried out actions
         try:
             for event in self.queue:
                 self.fleet, actions = decide(self.fleet, event)
@@ -154,7 +154,7 @@ class Supervisor:
 
         After a kill, the next program repeats each action that the state still records.
 
-        kinds: stop at the first action of another kind.
+        kinds: stop at the first action of another kind; none given: carry out all actions.
         """
         while self._unfinished and (not kinds or isinstance(self._unfinished[0], kinds)):
             action = self._unfinished[0]

@@ -31,14 +31,14 @@ _OUTPUT_BYTES = 4096
 #: The descriptors that a probe reads.
 _NEEDED = (inherited.SETTINGS, inherited.STATE)
 
-#: Called with two texts: the new program's version if it can take over, and otherwise the reason
-#: why not.  The other text is ""; if a check was called off, both are "".
+#: Called with (version, "") if the new program can take over, with ("", reason) if it cannot, and
+#: with ("", "") if the check was called off.
 Answered = Callable[[str, str], None]
 
 
 @mutable
 class Upgrade:
-    """At most one probe at a time, for an upgrade or a check; and the exec of an upgrade."""
+    """Runs one probe at a time, for an upgrade or a check, and executes the new program."""
 
     #: The command that executes the protector; a new version replaces the file at its path.
     command: tuple[str, ...]

@@ -1,7 +1,7 @@
 """Reads the workers' notify sockets (sd_notify(3)), and detects workers whose WATCHDOG=1 is late.
 
 If a message causes an event, it is removed from its socket only after the event is handled and the
-state is written.  So a program that replaces this program before that gets the message again.
+state is written.  So if this program is killed meanwhile, the next program reads the message again.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class WorkerMessages:
             self.await_watchdog(number, worker)
 
     def _read_later(self, number: int, worker: Worker, error: OSError) -> None:
-        """Read again after a pause: if the socket stayed watched, it would call us all the time."""
+        """Read again after a pause: if we kept watching, the loop would call us again and again."""
         self._log.write("error", "cannot-read-messages", worker=number, error=error.strerror)
         self._loop.unwatch(worker.notify.fileno())
         self._loop.call_after(("hear", number), _READ_AGAIN_S, lambda: self._read_again(number))
@@ -113,7 +113,7 @@ class WorkerMessages:
     def await_watchdog(self, number: int, worker: Worker) -> None:
         """Replace a worker if its next WATCHDOG=1 does not come in time.
 
-        Do nothing before its first WATCHDOG=1, or before it is ready: the start timeout applies.
+        Do nothing before its first WATCHDOG=1.  Before it is ready, the start timeout applies.
         """
         limit_s = worker.generation.program.watchdog_s
         if limit_s and worker.record.watched and worker.has_served:

@@ -35,7 +35,7 @@ from .runtime import Runtime
 from .worker_messages import WorkerMessages
 from .worker_spawn import Worker, WorkerSpawner, named
 
-#: The variable with the pid of the worker to check (--ready check:): old workers share its port.
+#: The variable that tells a --ready check its worker's pid: old workers serve the same port.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
 
 
@@ -124,7 +124,7 @@ class WorkerPool:
         )
 
     def check_result(self, generation: int) -> str:
-        """Return why the last --ready check: of a worker failed; "": none has, or all are ready."""
+        """Return why a worker's last --ready check failed; "": none failed, or all are ready."""
         results = (each.readiness.last for each in self._workers_of(generation))
         return next(filter(None, results), "")
 
@@ -179,14 +179,14 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Order workers to finish; those without a finish signal get end of file on the channel."""
+        """Order workers with a finish signal to finish; other workers see their channel end."""
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
         self.groups.drain(generation)
 
     def all_retire(self, generation: int) -> bool:
-        """Return whether all workers of a generation have sent X_SOCKETPROTECTOR_RETIRE=1.
+        """Return whether all workers have sent X_SOCKETPROTECTOR_RETIRE=1, and no orphan is left.
 
         Such a worker exits when its RETURN line ends, but first reads from all accepted clients.
         """
@@ -253,7 +253,7 @@ class WorkerPool:
         return (*self._records.values(), *self.groups.records())
 
     def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
-        """Keep a worker's record until adopt(): the state needs it if we are killed before."""
+        """Keep a worker's record and descriptors for checkpoints that come before adopt()."""
         self._records[record.number] = record
         for name, fd in named(record.number, descriptors).items():
             self.descriptors[name] = fd
@@ -305,7 +305,7 @@ class WorkerPool:
     # -- readiness and exits -------------------------------------------------
 
     def _share_output(self, worker: Worker) -> None:
-        """Unless this worker is alone, note that the log's end is not one worker's last words."""
+        """If other workers run, note for all workers that the log's end mixes their output."""
         for each in reversed(self._workers.values()):
             if each.record.output_start < 0:
                 break  # all earlier workers have the note, too

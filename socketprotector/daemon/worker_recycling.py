@@ -66,7 +66,9 @@ class BornTooLarge:
         return self._allowed[number]
 
     def forget(self, living: Container[int], *, grown_worker_fits: bool) -> None:
-        """Forget exited workers.  If none of the others was too large, the loop may be over.
+        """Forget exited workers, and end the loop if workers fit again.
+
+        The loop ends if grown_worker_fits, and no living worker was too large from the start.
 
         grown_worker_fits: a worker has been ready for _AT_ONCE_S, and is within the limit.
         """

@@ -51,14 +51,15 @@ class Worker:
     generation: OpenGeneration  # close() leaves the generation open
     process: Process
     notify: NotifySocket
-    #: Our end of its RETURN line.  None: an earlier program could not store it.
+    #: Our end of its RETURN line.  None: the fd store had no room for it, or the worker has exited
+    #: and its process group has the line.
     line: socket.socket | None
     readiness: Readiness
-    named: dict[str, int] = field(default_factory=dict)  # descriptors(), as last stored
+    named: dict[str, int] = field(default_factory=dict)  # its part of WorkerPool.descriptors
     ended: bool = False
     last_words: str | None = None  # after its end; None: still awaited, or not requested
     end_from_guard: End | None = None  # how it ended, as the guard reported
-    awaits_end: bool = False  # we wait, or have waited, for that report
+    awaits_end: bool = False  # we wait, or have waited, for the guard's report
 
     @property
     def has_served(self) -> bool:

@@ -14,11 +14,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_STATUS = 1  # that of cli.OutputFailed, which main() cannot import without memory
+_STATUS = 1  # cli.OutputFailed.status; without memory, main() cannot import cli
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status.  arguments: by default those of the process."""
+    """Run one command and return the exit status.  arguments: by default sys.argv[1:]."""
     try:
         from . import main as program
 

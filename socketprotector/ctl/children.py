@@ -28,8 +28,8 @@ def children_of(status: Message) -> dict[int, list[int]]:
     for generation in listed(status, "generations"):
         for worker in listed(generation, "workers"):
             pid = number_in(worker, "pid")
-            # If the protector runs in another PID namespace, this pid is that of an unrelated
-            # process here.  That process has another parent, so leave it out.
+            # If the protector runs in another PID namespace, our namespace may have an unrelated
+            # process with the worker's pid.  Its parent differs, so leave the process out.
             if pid > 0 and procfs.parent_of(pid) in parents:
                 found[pid] = [each for each in _children(pid) if _is_alive(each)]
     return found

@@ -60,7 +60,8 @@ class Client:
         """Connect, and follow events if `events` is true.  Raises NoProtector, RequestRefused.
 
         answer_s: how long an answer may take.
-        until: the deadline of this call, reconnect(), request() and query(), by time.monotonic().
+        until: the deadline of the client, by time.monotonic().  It limits the first connection and
+        each later reconnect(), request() and query().
         """
         self.path = path
         self._answer_s = answer_s
@@ -97,7 +98,7 @@ class Client:
 
         Tries for up to `within_s`, and RETURN_S at most.  Sends the requests for events and status
         together: a protector that is about to exit answers only the requests that it has already
-        received.  Raises NoProtector if no protector answers, RequestRefused if it refuses.
+        received.  Raises NoProtector if no protector answers, RequestRefused after a refusal.
         """
         limit_s = self._at_most(min(within_s, RETURN_S))
         until = time.monotonic() + limit_s
@@ -126,7 +127,7 @@ class Client:
 
     @property
     def peer_pid(self) -> int:
-        """Return the pid of the last process that called listen(): the protector or an ancestor."""
+        """Return the pid of the process that last called listen(): the protector or an ancestor."""
         credentials = self._socket.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
         )
@@ -149,7 +150,8 @@ class Client:
         """Send a request that is safe to repeat, and return its result.
 
         If the connection ends before the answer, reconnect and repeat the request.  The new
-        connection may end, too, such as by a crash after an upgrade: so repeat for up to RETURN_S.
+        connection may end, too, for example if the protector is upgraded and then crashes.  So
+        repeat the request for up to RETURN_S.
         """
         until = time.monotonic() + self._at_most(RETURN_S)
         while True:
@@ -199,7 +201,7 @@ class Client:
         """Return the result of the last request; None if no result has arrived by `until`.
 
         Raises RequestRefused if the protector refuses, ConnectionLost if the connection ends.
-        Raises NoProtector if the peer sends no valid message, more events than a protector would
+        Raises NoProtector if the peer sends an invalid message, more events than a protector would
         send, or more answers than there were requests.
         """
         while (found := self._message(until)) is not None:
@@ -223,8 +225,8 @@ class Client:
     def event(self, timeout_s: float) -> Message | None:
         """Return the next event; None if no event arrives in time.
 
-        Raises NoProtector if the peer sends no valid message.
-        Raises ConnectionLost; the caller then calls reconnect(), which returns the status.
+        Raises NoProtector if the peer sends an invalid message.
+        Raises ConnectionLost if the connection ends; the caller then calls reconnect().
         """
         until = time.monotonic() + timeout_s
         while not self._events:
@@ -235,8 +237,8 @@ class Client:
                 return found[0]
             if self._has_run_out(until):
                 return None
-        # answer() buffers a limited number of bytes of events.  The limit is for one call of
-        # answer(), so set the sum to 0 for the next call.
+        # The caller reads the buffered events, so restart the sum that answer() limits
+        # (_MOST_EVENT_BYTES).
         self._events_bytes = 0
         return self._events.popleft()
 
@@ -284,7 +286,7 @@ class Client:
 
     @property
     def unread_bytes(self) -> int:
-        """Return how many bytes are buffered: of an incomplete line, and of events."""
+        """Return the number of buffered bytes: an incomplete line, and events."""
         return len(self._buffer) + self._events_bytes
 
     def foreign_peer_error(self) -> NoProtector:

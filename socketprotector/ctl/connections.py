@@ -1,6 +1,6 @@
 """Reads the open connections of workers from /proc.
 
-The protector does not see when a worker closes a connection.
+/proc is needed because the protector does not see when a worker closes a connection.
 Only connections to a listener's address count.  Connections that a worker opens itself, such as to
 a database, are left out.  The worker's descendants are searched, too, because a server may fork a
 child for each connection.
@@ -76,13 +76,13 @@ def find_connections(
     now: seconds since the epoch.
     draining: the numbers of the generations that get no new clients.
 
-    Only some workers record when they accepted a connection (docs/protocol.md).  For any other
-    connection only a bound on its age is known: in a draining generation it is at least as old as
-    the drain, and in any other generation at most as old as its worker.  (`since_at` is when the
-    drain began, or when the worker was started.)
+    Only some workers record when they accepted a connection (docs/protocol.md).  A connection
+    without such a record is at least as old as the drain if its generation is draining, and
+    otherwise at most as old as its worker.  (`since_at` is when the drain began, or when the worker
+    was started.)
     """
     addresses = tuple(listeners)
-    # By worker, network namespace and inode: a parent and its forked child may have one socket.
+    # By worker, network namespace and inode: a parent and its forked child may share a socket.
     found: dict[tuple[int, str, int], Connection] = {}
     unseen: list[HiddenWorker] = []
     tables: dict[str, dict[int, _Socket]] = {}
@@ -147,7 +147,7 @@ def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
     """Map the inode of each socket of these processes and their descendants to a descriptor.
 
     pids: the worker; if the worker has ended, the processes of its session instead.  The descriptor
-    is the number that the socket has in the first of these; None if only others have the socket.
+    is the socket's number in the first process of `pids`; None if that process lacks the socket.
     """
     found: dict[int, int | None] = {}
     worker, todo = pids[0], list(reversed(pids))

@@ -1,7 +1,6 @@
 """The commands deploy, rollback and releases, for a protector with --releases.
 
-`current` is the link that the protector's option --current names.  A release is proved when it is
-ready and settled, and has passed all checks.
+`current` is the link that the protector's option --current names.
 """
 
 from __future__ import annotations
@@ -79,8 +78,9 @@ def deploy(
     ready, has settled and has passed all checks, the link is moved to it. If the release fails, the
     exit status is 3: the old release is still serving, and the link is unchanged.
 
-    Exit status 2: a condition is not met, and nothing was tried. 5: the release is serving, but the
-    link could not be moved yet. 6: another deploy or reload is in progress.
+    Exit status 2: nothing was tried, because --expect or --current does not name the serving
+    release, or the protector cannot move the link. 5: the release is serving, but the link could
+    not be moved yet. 6: another deploy, reload or dry run is in progress.
     """
     arguments = _set_only(release=release, expect=expect, force=force, dry_run=dry_run)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
@@ -107,7 +107,12 @@ def rollback(
     If neither is in progress, deploy the release that served successfully before the serving
     release. Each further rollback goes one release further back.
 
-    Exit status 2: there is nothing to roll back, or --expect does not name the serving release.
+    During a reload or deploy, --expect is compared with the release that is starting, not with the
+    serving release.
+
+    Exit status 2: nothing was tried, because there is nothing to roll back, --expect names another
+    release, or the protector cannot move the link. 6: a dry run, or a reload that cannot be ended,
+    is in progress.
     """
     arguments = _set_only(expect=expect)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:

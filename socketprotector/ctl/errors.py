@@ -9,13 +9,13 @@ from ..model.text import escape
 class ControlError(Refusal):
     """A request to a protector, or the operation that the request started, has failed."""
 
-    #: The outcome in a word or two, which commands that wait print with `--json`.  lost: the
+    #: The field `result` of the outcome that a waiting command prints with --json.  lost: the
     #: command does not know how the operation ended.
     result = "lost"
 
 
 class NoProtector(ControlError):
-    """No protector answers at the control socket, at the start or after a lost connection.
+    """No protector answers at the control socket, or the connection to the protector has ended.
 
     code: silent (no answer in time), no protector (another program answers) or dead (no process
     listens, the connection ended, or any other error).
@@ -61,7 +61,8 @@ class CurrentNotMoved(ControlError):
 
 
 #: The codes (docs/control.md) that have their own exit status.  invalid: a mistake in the command
-#: line, such as a number out of range; unmet: a condition of a deploy; deploying: another deploy.
+#: line, such as a number out of range; unmet: a condition of deploy, rollback or releases is not
+#: met; deploying: another deploy, reload or dry run is in progress.
 _STATUSES = {"invalid": UsageError.status, "unmet": UsageError.status, "deploying": 6}
 
 

@@ -58,7 +58,7 @@ def serves(status: Status) -> bool:
 
 
 def why_not_ready(status: Status) -> str:
-    """Return why a load balancer should send no clients to a protector; "" if it should send some.
+    """Return why a protector is not ready for a load balancer's clients; "" if it is ready.
 
     A hold is not a reason: clients wait during the hold, and are served later.  If a hold were a
     reason, a hold on all hosts would leave the load balancer without a host.
@@ -206,8 +206,8 @@ def other_waits_of(status: Status) -> list[Wait]:
 def failing(generation: Status) -> str:
     """Return why a generation's first programs failed, with the last line of their output.
 
-    Only with --handoff stdio, which starts a program for each connection; otherwise, and if the
-    first programs did not fail, "".
+    "" if they did not fail, and in every mode except stdio, which starts a program for each
+    connection.
     """
     found = generation.get("first_programs")
     if not isinstance(found, dict):

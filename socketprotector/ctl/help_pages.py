@@ -28,8 +28,8 @@ _PURPOSE = """Inspect and control a running SocketProtector. If several run, cho
 --control or --pid-file, before or after the command."""
 _STATUS = """Exit status of reload and upgrade: 0: the new version has taken over; 3: the new
 version failed, and the old version continues."""
-_MORE = """--help-all shows every command and exit status, COMMAND --help the options of a command.
-Each command has --json."""
+_MORE = """--help-all shows every command and exit status. COMMAND --help shows the options of a
+command. Each command has --json."""
 EXAMPLES = (
     "socketprotectorctl --name web reload --timeout 2m && echo deployed",
     "socketprotectorctl --name web reload --dry-run",
@@ -44,8 +44,8 @@ _STATUSES = (
     ),
     (
         "2",
-        "the command line is wrong; deploy, rollback: or a condition is not met, and nothing was "
-        "tried",
+        "the command line is wrong; deploy, rollback: a condition is not met, and nothing was "
+        "tried; releases: the protector has no --releases",
     ),
     (
         "3",
@@ -58,7 +58,7 @@ _STATUSES = (
         "deploy, rollback: the new version is serving, but the link --current could not be moved "
         "yet",
     ),
-    ("6", "deploy, rollback: another deploy or reload is in progress"),
+    ("6", "deploy, rollback: another deploy, reload or dry run is in progress"),
     ("100", "the protector refused, or this user has no permission"),
     ("130", "interrupted"),
 )
@@ -68,7 +68,7 @@ class HelpGroup(click.Group):
     """The group of all commands; it prints --help and --help-all."""
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write --help."""
+        """Write the page of --help."""
         self.format_usage(ctx, formatter)
         _write_paragraphs(formatter, _PURPOSE)
         self._write_options(ctx, formatter)
@@ -79,7 +79,7 @@ class HelpGroup(click.Group):
         _write_paragraphs(formatter, _STATUS, _MORE)
 
     def full_help(self, ctx: click.Context) -> str:
-        """Return --help-all."""
+        """Return the page of --help-all."""
         formatter = ctx.make_formatter()
         self.format_usage(ctx, formatter)
         _write_paragraphs(formatter, _PURPOSE, _MORE)

@@ -13,8 +13,8 @@ from .client import Client, Message
 from .errors import ConnectionLost, ControlError, NoProtector, TimedOut
 from .reload_progress import Awaited, Losses
 
-#: How long to wait for an event before the next request for the status.  A protector that does not
-#: answer the request is stuck.
+#: How long to wait for an event before the next request for the status.  The request also detects a
+#: stuck protector, which sends neither events nor answers.
 _STATUS_EVERY_S = 1.0
 #: How long to try to reconnect during a stop.  This time is short, because a guard may keep the
 #: socket open after the stop, although no protector will answer there.
@@ -40,7 +40,7 @@ class Operation:
             tell(with_instance(step))
 
     def finish(self, result: str, words: str) -> None:
-        """Set the result.  Without --json print the words now; with --json begin() prints later."""
+        """Set the result.  Print the words, except with --json: then begin() prints the outcome."""
         self.outcome["result"] = result
         if not self._as_json:
             say_outcome(say, with_instance(words))
@@ -64,9 +64,11 @@ class Operation:
         return event
 
     def wait(self, awaited: Awaited, *, status_first: bool = False) -> None:
-        """Pass events to `awaited` until nothing is missing; without an event, pass the status.
+        """Pass events and statuses to `awaited` until nothing is missing.
 
-        status_first: begin with the status.  Raises NoProtector, TimedOut.
+        A status is requested if no event comes for _STATUS_EVERY_S, and after certain events
+        (refresh_after).
+        status_first: begin with a status.  Raises NoProtector, TimedOut.
         """
         status_due = status_first
         while waits_for := awaited.waits_for():
@@ -104,7 +106,7 @@ class Operation:
 
 @contextmanager
 def begin(instance: Instance, timeout_s: float, as_json: bool, *fields: str) -> Iterator[Operation]:
-    """Connect for an operation.  With --json, print the outcome at the end, even of a failure."""
+    """Connect for an operation.  With --json, print the outcome, even if the operation fails."""
     operation, begun_s = Operation(timeout_s, as_json, fields), time.monotonic()
     outcome = operation.outcome
     try:

@@ -21,8 +21,8 @@ from .errors import ControlError, RequestRefused
 from .fields import listed, number_in
 from .queries import GENERATION, known_generations
 
-#: `hold` without --for requests a hold of _HOLD_EACH_S, and a new one every _HOLD_EVERY_S.  So the
-#: hold ends soon after the command is killed.
+#: Without --for, the command requests a hold of _HOLD_EACH_S, and renews it every _HOLD_EVERY_S.
+#: So the hold ends soon after the command is killed.
 _HOLD_EVERY_S = 1.0
 _HOLD_EACH_S = 5.0
 _LEVELS = ("debug", "info", "warning", "error")
@@ -153,7 +153,7 @@ def promote(instance: Instance, now: bool, as_json: bool) -> None:
 @command(short_help="Replace the serving generation, or a worker.")
 @click.argument("which", metavar="GEN|PID", shell_complete=known_generations)
 def replace(instance: Instance, which: str, as_json: bool) -> None:
-    """Replace the serving generation, or one worker. The replacement runs the same program.
+    """Replace the serving generation, or one worker. The replacement runs the same command.
 
     If a number is both a generation and a pid, write generation:N or pid:N.
     """

@@ -153,8 +153,8 @@ def connections(instance: Instance, generation: int | None, as_json: bool) -> No
 
     A draining generation ends after its last connection has ended.
 
-    The command reads /proc, so run it as root or as the workers' user. Of some ages only a bound is
-    known: >= (at least) or <= (at most).
+    The command reads /proc, so run it as root or as the workers' user. An age with >= (at least) or
+    <= (at most) is only a bound.
     """
     with instance.client() as client:
         state = client.request("status")
@@ -258,9 +258,14 @@ def diff(instance: Instance, as_json: bool) -> None:
 
 
 @command(short_help="Print events as they happen.")
-@click.option("--follow", is_flag=True, help="After a stop, wait for the next start and continue.")
+@click.option(
+    "--follow", is_flag=True, help="Wait for the protector's start, at first and after each stop."
+)
 def events(instance: Instance, follow: bool, as_json: bool) -> None:
-    """Print all events from now on, until Ctrl-C. Upgrades and crashes do not end the command."""
+    """Print all events from now on, until Ctrl-C.
+
+    If the protector answers again within 10 s, as after an upgrade, the command continues.
+    """
     path = instance.path()
     with _connect(path, follow) as client:
         while True:
@@ -324,10 +329,12 @@ def _show_event(event: Message, as_json: bool) -> None:
 def list_all(instance: Instance, living: bool, as_json: bool) -> None:
     """List the protectors that have a control socket in one of the usual folders.
 
-    These are $XDG_RUNTIME_DIR/socketprotector and /run/socketprotector.
+    The usual folders are $XDG_RUNTIME_DIR/socketprotector and /run/socketprotector.
     """
     if instance != Instance():
-        raise click.UsageError("list shows all; it takes no --name, --control or --pid-file")
+        raise click.UsageError(
+            "list shows all protectors; it takes no --name, --control or --pid-file"
+        )
     found = [each for each in discovery.everything() if each.alive or not living]
     names = discovery.names(found)
     if as_json:

@@ -1,7 +1,7 @@
 """The commands reload and stop, and what deploy.py shares with reload.
 
 Each command waits, so that its exit status reports the outcome.  A reload counts as successful only
-if the protector reports that it was.
+if the protector reports its success.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ TIMEOUT = click.option(
     "--at-least",
     metavar="N",
     type=click.IntRange(0),
-    help="Fail if the canary gets fewer clients, even in twice the time.",
+    help="Fail if the canary gets fewer than N clients in twice the time of --for.",
 )
 @TIMEOUT
 def reload(
@@ -183,7 +183,7 @@ def follow(
 def _first_programs(status: Message, generation: int) -> str:
     """Return a text if a generation's first programs failed, or it has run no program yet.
 
-    Otherwise return "", as in a mode that does not start a program for each connection.
+    Otherwise return "".  The text is always "" in modes that start no program for each connection.
     """
     mode = MODES.get(text_in(status, "handoff"))
     if mode is None or not mode.pooled:
@@ -277,9 +277,9 @@ def _await_verdict(operation: Operation, watched: Reload) -> Verdict:
 
 @contextmanager
 def _allow_protector_to_end(allowed: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """End the block without an error if the protector has ended meanwhile, and `allowed()`.
+    """If the protector ends during the block and allowed() is true, end the block without error.
 
-    The block waits for the end of generations, which then have ended, too, or of the protector.
+    The block waits for the end of the protector or of generations, which end with the protector.
     """
     try:
         yield

@@ -93,7 +93,7 @@ def heading(status: Message) -> list[Text]:
 
 
 def _health_line(status: Message) -> str:
-    """Return the line about --health if it is unhealthy, or its last check was not good.
+    """Return the line about --health if the instance is unhealthy or the last check was not good.
 
     Otherwise return "".
     """
@@ -228,7 +228,7 @@ def omitted_columns(status: Message) -> list[Text]:
         return []
     why = "the workers do not use the client library, which counts these"
     if _workers_accept(status):
-        why = "workers accept, so SocketProtector cannot count these"
+        why = "workers accept clients themselves, so SocketProtector cannot count these"
         why += with_instance("; see `connections`")
     return [render.line(), render.line(f"not shown: {', '.join(hidden)}: {why}")]
 

@@ -67,7 +67,7 @@ class Rates:
 
 
 def _waits(status: Message) -> list[int]:
-    """Return the buckets of wait times; each is the sum of this bucket over all generations."""
+    """Return the buckets of wait times, each summed over all generations."""
     total = [0] * 32
     for generation in listed(status, "generations"):
         wait_us = generation.get("wait_us")

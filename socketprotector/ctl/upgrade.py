@@ -29,8 +29,8 @@ _CHECK_S = 45.0
 def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json: bool) -> None:
     """Replace the protector's own program by the installed one. Pid and workers stay the same.
 
-    Clients notice nothing. The command waits until the installed program is running. If it cannot
-    take over, the exit status is 3, and the old program keeps running.
+    Clients notice nothing. The command waits until the installed program is running. If the
+    installed program cannot take over, the exit status is 3, and the old program keeps running.
 
     With --check the installed program only reads a copy of the state, and nothing is replaced.
     """
@@ -77,7 +77,7 @@ def _check_upgrade(instance: Instance, as_json: bool) -> None:
 
 
 class _Upgraded(Awaited):
-    """Waits for a status with more restarts than before: a later program has sent it."""
+    """Waits for a status with more restarts than before, which the next program sends."""
 
     def __init__(self, before: Message, tell: Callable[[str], None]) -> None:
         super().__init__(tell)

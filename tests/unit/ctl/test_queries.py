@@ -260,8 +260,8 @@ def test_status_of_an_unmodified_server_leaves_out_what_cannot_be_known(
         "WORKER  GEN   PID  STATE    AGE  CHILDREN                    SAYS",
         "    14    8  4712  ready  1m40s  5: 4713 4714 4715 4716 ...",
         "",
-        "not shown: ACTIVE, ACCEPTED, ERRORS, LOST, WAIT-P50, P99: workers accept, so "
-        "SocketProtector cannot count these; see `socketprotectorctl connections`",
+        "not shown: ACTIVE, ACCEPTED, ERRORS, LOST, WAIT-P50, P99: workers accept clients "
+        "themselves, so SocketProtector cannot count these; see `socketprotectorctl connections`",
     ]
 
 

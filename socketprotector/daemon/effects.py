@@ -1,7 +1,7 @@
 """Carries out the actions that package core orders, and turns their results into events.
 
-After a kill, the next program may repeat actions that were carried out already.  So a repetition
-must do no harm, except for the actions of _WRITTEN_AT_ONCE (supervisor.py).  Effects consists of
+After a kill, the next program may repeat an action, so a repetition must do no harm.  If it would,
+the state is written right after the action (supervisor.py, _WRITTEN_AT_ONCE).  Effects consists of
 generation.py, worker_pool.py, probing.py, live_settings.py, reports.py and delivery/.
 """
 
@@ -74,7 +74,7 @@ from .runtime import Runtime
 from .start_report import StartReport
 from .worker_pool import WorkerPool
 
-#: Actions that the state records until they are carried out; all others follow from the fleet.
+#: The state records these actions until they are carried out; the fleet implies all other actions.
 RECORDED = Undone | Report | StartTimer
 #: Reports after which a generation's program counts as the last good program.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
@@ -99,7 +99,7 @@ class Effects(Host):
         command: tuple[str, ...] = (),
         survive_exit: Callable[[Iterable[str]], bool] = lambda names: False,
     ) -> None:
-        """build: makes the delivery.  command: executes this program again.
+        """build: makes the delivery.  command: executes SocketProtector's program again.
 
         survive_exit: returns whether the next start gets the descriptors with these names.
         """
@@ -248,13 +248,13 @@ class Effects(Host):
         return {name: fd for each in owners for name, fd in each.descriptors().items()}
 
     def suspend(self) -> None:
-        """Stop all probes and reader processes; the next program starts them again."""
+        """Stop all probes, readers and the search for orphans; the next program restarts them."""
         self.live_settings.stop_reading()
         for each in (self.pool, self.probing):
             each.suspend()
 
     def resume(self) -> None:
-        """Restart the probes after a failed exec."""
+        """Restart the probes and the search for orphans after a failed exec."""
         for each in (self.pool, self.probing):
             each.resume()
 
@@ -267,7 +267,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_try()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            # Needed here, too: without an fd store, snapshot() may never be called.
+            # snapshot() forgets them, too, but without an fd store it may never be called.
             self.generations.forget_released(self.delivery.keeps)
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:
@@ -396,7 +396,7 @@ class Effects(Host):
             self._note_due(deadline)
 
         def passed() -> None:
-            # --lame-duck-idle counts from the last client, and every other time from the order.
+            # --lame-duck-idle runs from the last client; all other timers run from the order.
             idle_s = self.delivery.idle_s if deadline.wait is TimerKind.LAME_DUCK_IDLE else seconds
             if idle_s < seconds:
                 run(seconds - idle_s)

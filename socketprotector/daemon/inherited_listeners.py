@@ -1,4 +1,4 @@
-"""Builds the listeners from the sockets that a program inherits."""
+"""Builds the listeners from the sockets that the protector inherits."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def adopt(
         first, first_number = _newest(unclaimed.take(inherited.LISTENER, index))
         second, second_number = _newest(unclaimed.take(inherited.SIBLING, index))
         third, third_number = _newest(unclaimed.take(inherited.RESERVED, index))
-        # The third socket may become the first or second.  If a program was killed during that
-        # change, the fd store may have the socket under two names.
+        # A socket may change its role.  If the protector was killed during the change, the fd store
+        # may have the socket under two names.
         if _close_if_same(second, (first,)):
             second = -1
         if _close_if_same(third, (first, second)):

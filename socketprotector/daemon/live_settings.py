@@ -36,7 +36,7 @@ class LiveSettings:
         delivery: Delivery,
         command: tuple[str, ...],
     ) -> None:
-        """command: executes this program again."""
+        """command: executes SocketProtector's program again."""
         #: The record that the next program needs; always replaced as a whole.
         self.record = SettingsRecord(settings)
         self._pool = pool
@@ -140,9 +140,9 @@ class LiveSettings:
     # -- from one program to the next ---------------------------------------------
 
     def adopt(self, snapshot: Snapshot) -> None:
-        """Resume with an earlier program's candidate settings, or drop these settings.
+        """Adopt an earlier program's candidate settings if still needed; otherwise drop them.
 
-        They stay while a reload tries them, or if UseSettings has perhaps not been carried out yet.
+        A reload that is trying them needs them, and so does an unfinished UseSettings.
         """
         self.record = SettingsRecord(self.settings, snapshot.settings.candidate)
         if snapshot.fleet.candidate is None and UseSettings() not in snapshot.unfinished:

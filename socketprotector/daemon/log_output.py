@@ -106,7 +106,7 @@ class Output:
         read, write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(read, False)  # the worker's end is unaffected
         os.fchmod(write, _REOPENED)
-        # If the protector's stdout and stderr differ, stdout is relayed only for the prefix.
+        # If the protector's stdout and stderr differ, stdout is relayed only with --log-prefix.
         both = self._settings.log_prefix or os.path.sameopenfile(_STDOUT, _STDERR)
         given = Opened(dict.fromkeys((_STDOUT, _STDERR) if both else (_STDERR,), write))
         try:

@@ -22,15 +22,15 @@ _TIMER = "memory"
 
 
 class MemoryWatch:
-    """Attributes the kills that the kernel has counted to workers' ends, and logs the others."""
+    """Attributes each counted kill to a worker's end, and logs the kills that explain no end."""
 
     def __init__(self, runtime: Runtime, workers: Mapping[int, Worker]) -> None:
         """workers: the running workers by number, always up to date."""
         self._loop, self._log, self._workers = runtime.loop, runtime.log, workers
         # The kills that we have attributed or logged, and those before our first worker.
         self._handled = memory_group.counts()
-        # None: the kernel sends no events.  Then a counted kill explains the next worker's end by
-        # SIGKILL, however late that end comes.
+        # None: the kernel sends no events.  Then a counted kill explains the next SIGKILL of a
+        # worker, however late it comes.
         self._events = memory_group.Events.open()
         self._wait()
 

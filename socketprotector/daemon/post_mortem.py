@@ -2,10 +2,10 @@
 
 The order is fixed:
 
-1. The last words, if the worker exited before, or as soon as, it was ready: they are the reason of
-   the failed start, and the relay may have them.  We reap the worker only once we have them.  So if
-   the next program replaces this program meanwhile, it finds the exited worker, and requests the
-   words again.
+1. The last words of a worker that exited before, or as soon as, it was ready: they tell why the
+   start failed.  We may have to wait until the relay sends them, and reap the worker only then.  So
+   if the protector is upgraded or killed meanwhile, the next program still finds the exited worker,
+   and requests the words again.
 2. The exit status, from waitid(2).  A worker that was started before a crash of the protector is no
    child of this process: waitid(2) fails with ECHILD, and only the guard can report the status.
 3. Whether the kernel killed the worker because memory ran out.
@@ -38,7 +38,7 @@ from .log_output import Output
 from .runtime import Runtime
 from .worker_spawn import Worker
 
-#: How soon to reap again an exited worker that a tracer holds.
+#: How soon to try again to reap an exited worker that a tracer holds.
 _REAP_AGAIN_S = 0.1
 #: How long the guard may take to report how a worker exited.
 _STATUS_S = 1.0

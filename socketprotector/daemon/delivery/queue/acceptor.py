@@ -34,7 +34,7 @@ STEADY = 8
 
 @mutable
 class Acceptor:
-    """Accepts from the watched listeners, and sends to channels."""
+    """Accepts connections from listeners, and sends each connection to a channel."""
 
     loop: Loop
     queue: QueueWatch  # of the route
@@ -52,7 +52,7 @@ class Acceptor:
     def begin(self, listener: Listener, send: Send) -> None:
         """Accept from this listener, too.  Raises OSError.
 
-        send: sendmsg() of the route's channel, or a function that selects a channel.
+        send: sendmsg() of the route's channel, or a function of the CanaryQueue.
         """
         fd = listener.fileno()
         if fd not in self._watched:
@@ -82,7 +82,7 @@ class Acceptor:
         now, close = time.monotonic_ns, os.close
         # All headers of a listener begin with the same bytes.  We pack these bytes only once.
         begin = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]
-        # Keep the packed descriptor for the next connection: usually it gets the same number,
+        # Keep the packed descriptor.  The next connection's descriptor usually has the same number,
         # because the kernel takes the lowest free number.
         number, rights = -1, [rights_of(-1)]
         most = 1  # how many connections ready() accepts in one call
@@ -110,7 +110,7 @@ class Acceptor:
                 except OSError as error:
                     if count:
                         self._count_sent(count, at)
-                    self.accepted += 1  # QueueWatch counts it as sent, too: subtract it there
+                    self.accepted += 1  # the connection counts as sent, until take_away()
                     self.last_ns = at
                     self.queue.take_away()
                     self.send_failed(header, fd, error)

@@ -5,8 +5,8 @@ to listeners that the canary and the route both know.  The number decides whethe
 connection (in_share()).  If sending to the canary fails, the route gets the connection at once.
 
 If only the canary knows a listener, the route cannot get the listener's connections.  If such a
-connection cannot be sent, undelivered.py keeps it.  Then we accept nothing from such listeners
-until the kept connections are sent, which a timer tries.
+connection cannot be sent, undelivered.py keeps it.  Until a timer has sent the kept connections,
+we accept nothing from such listeners.
 
 Without a canary, no connection passes through this module (Forwarder._sender()).
 """
@@ -31,7 +31,7 @@ from .undelivered import listener_of
 NEVER_TAKEN_S = 2.0
 #: The longest pause between two looks of the QueueWatch at the canary's queue.
 _LAST_LOOK_S = 0.5
-#: The pause before a kept connection is sent again.
+#: The pause before we try again to send the kept connections.
 _AGAIN_S = 0.05
 _AGAIN = "canary-again"
 
@@ -50,7 +50,7 @@ class CanaryQueue:
     ) -> None:
         """resume: sends the kept connections, and accepts again.
 
-        count: the attribute `count` of the earlier program.
+        count: the value of `self.count` in the earlier program.
         """
         self._loop, self._post, self._outlet, self._resume = loop, post, outlet, resume
         self.channel: GenerationChannel | None = None
@@ -71,7 +71,10 @@ class CanaryQueue:
         )
 
     def lead_to(self, channel: GenerationChannel | None, share: int) -> None:
-        """Give a channel this share of the connections, in ten-thousandths; None: no channel."""
+        """Send this share of the connections to a canary's channel; None: there is no canary.
+
+        share: in ten-thousandths.
+        """
         if channel is not self.channel:
             self._loop.cancel(_AGAIN)
             self._waits = False
@@ -87,7 +90,7 @@ class CanaryQueue:
     def sender(self, index: int) -> Send | None:
         """Return the function that sends a listener's connections.
 
-        None: only the route may get them, or they wait because a send to the canary failed.
+        None: the canary gets none of them, or they wait because a send to the canary failed.
         """
         channel, route = self.channel, self._outlet.route
         if channel is None or route is None or not channel.knows_of(index):
@@ -123,7 +126,7 @@ class CanaryQueue:
                 send_to_canary(buffers, rights, flags)
             except OSError:
                 # After this error the acceptor subtracts one from the route's count (take_away()).
-                # But this connection was meant for the canary, so first add one to that count.
+                # But this connection was not sent to the route: first add one to the route's count.
                 self.sent += 1
                 self.watch.take_away()
                 self._outlet.queue.add_uncounted()

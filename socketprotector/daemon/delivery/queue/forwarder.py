@@ -43,7 +43,7 @@ _QUIET = "forwarder-quiet"
 class _Closing:
     """A graceful close: connected clients still go to workers, later clients do not."""
 
-    stay: bool  # the listeners survive us, and later clients wait there
+    stay: bool  # our own listeners survive a stop, and later clients wait there
     latest: float = 0.0  # when to close at the latest; 0: no limit, because no new client comes
     forwarded: int = -1  # Forwarder.forwarded at the last check; -1: no check yet
 
@@ -65,8 +65,8 @@ class Forwarder:
         broken: called when the route's channel was shut down.
         repair: repairs a listener that was shut down, or marks the listener lost.  Raises OSError
         if the system is short of descriptors or memory.
-        untaken: called when the route's workers take nothing, but only once for each channel: for
-        how many seconds, how many connections wait, and whether they have ever taken one.
+        untaken: called if the route's workers take nothing, once for each channel.  Arguments: for
+        how many seconds, how many connections wait, whether a connection was ever taken.
         """
         self._loop = loop = runtime.loop
         self._post = runtime.post
@@ -134,8 +134,9 @@ class Forwarder:
     def drain(self, channel: GenerationChannel) -> None:
         """Take back untaken connections while the route has room; then end the channel.
 
-        Workers take the remaining connections.  But if a worker itself has called shutdown() on the
-        channel, perhaps no worker reads it again.  Then they go to the route once it has room.
+        Workers take the remaining connections.  But if a worker has called shutdown() on the
+        channel, perhaps no worker reads it again.  Then the remaining connections go to the route
+        once the route has room.
         """
         is_shut = channel.is_shut()
         self._reclaim(channel)
@@ -154,7 +155,7 @@ class Forwarder:
             self._leftovers[channel] = True
             self._resume()
         else:
-            channel.close()  # at once: many generations may fail before there is a route
+            channel.close()  # now: many generations may fail before _resume() has a route
 
     def add(self, listener: Listener) -> None:
         """Add a listener, for the generations that know it; takes ownership."""
@@ -317,13 +318,13 @@ class Forwarder:
         return self._acceptor.accepted - (self._canary.sent if self._canary else 0)
 
     def _reclaim(self, channel: GenerationChannel, *, last: bool = False) -> None:
-        """Move a channel's connections to the route, the oldest first, while there is room.
+        """Move a channel's connections to the route, the oldest first, while the route has room.
 
         If the route does not know a connection's listener, the connection goes back to the end of
-        its channel.  An ended channel cannot get it back: it and all behind it are left there.
+        its channel.  If the channel has ended, this connection and all behind it stay there.
 
-        last: the channel's workers have exited, so undelivered.py keeps the connections that the
-        route cannot get.
+        last: the channel's workers have exited.  So instead, undelivered.py keeps the connections
+        that the route cannot get, unless their listener is closed.
         """
         route = self.outlet.route
         has_unknown = route is not None and _may_have_unknown(channel, route)
@@ -365,7 +366,7 @@ class Forwarder:
             channel.send(header, fd)
         except OSError as error:
             if channel.write.fileno() >= 0 and error.errno not in BROKEN:
-                # The channel has not ended, so its other connections stay there until the retry.
+                # The channel is full, or memory is short.  So _reclaim() takes nothing more back.
                 self._shortage.begin("sendmsg", error)
             listeners = (*self._listeners, *self._drains.listeners)
             if listener_of(header) in {each.index for each in listeners}:

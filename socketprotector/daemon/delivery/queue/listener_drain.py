@@ -2,9 +2,9 @@
 
 Connected clients go to the newest generation that knows the listener, not to the serving
 generation.  A timer looks at the backlog until two looks in a row find no client.  If new clients
-cannot be refused, the drain ends after LAST_S.  If no generation is left that knows the listener,
-or a worker shuts that generation's channel down, the remaining clients are lost.  We count and log
-them.
+cannot be refused, the drain ends after LAST_S at the latest.  If no generation is left that knows
+the listener, or a worker shuts that generation's channel down, the remaining clients are lost.  We
+count and log them.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ class DrainingListeners:
         return True
 
     def end(self, channel: Channel | None = None) -> None:
-        """Close the listeners that drain to a channel, and lose their backlogs; None: all."""
+        """Close the listeners that drain to a channel, and lose their backlogs.
+
+        None: close all draining listeners.
+        """
         for each in self._to(channel) if channel is not None else tuple(self._draining):
             self._end(each)
 

@@ -55,7 +55,7 @@ class Outlet:
         )
 
     def look(self) -> None:
-        """Resume if the full channel has room.  For long work, which blocks the loop."""
+        """Resume if the full channel has room again.  Called while long work blocks the loop."""
         if self._full is not None and self._full.has_room():
             self._on_room()
 
@@ -112,7 +112,7 @@ class Outlet:
             self.shortage.begin("sendmsg", error)
 
     def let_go(self, fd: int) -> None:
-        """Close our copy of a connection; reopen the reserve of shortage.py if it is in use."""
+        """Close our copy of a connection; reopen the reserve (shortage.py) if it was spent."""
         os.close(fd)
         self.shortage.take_reserve()
 

@@ -232,10 +232,10 @@ class QueueDelivery(Delivery):
         self.forwarder.remove(listener, self._channels[max(served)] if served else None)
 
     def _repair(self, listener: Listener) -> None:
-        """Make a shut-down listener listen again; otherwise bind another socket.
+        """Listen again on a listener that was shut down; if that fails, bind another socket.
 
-        If that fails, too, mark the listener as lost.  But raise OSError if the system is short of
-        descriptors or memory.
+        If binding fails, too, mark the listener as lost.  But raise OSError if the system is short
+        of descriptors or memory.
         """
         address = listener.settings.address
         if listener.listen_again(0):

@@ -1,10 +1,10 @@
-"""Keeps accepted connections that are in no channel, so no worker can take them.
+"""Keeps accepted connections that are in no channel, so that no worker can take them now.
 
 There are few of them, because we accept only connections that we can deliver.  We keep a connection
 if its send failed, or if no generation that knows its listener can get it now.
 
-These connections survive this program.  Their headers are in the state, and the next program gets
-their descriptors by name.  This module follows two rules:
+The next program gets these connections: their headers from the state, their descriptors by name.
+This module follows two rules:
 
 * A connection is removed from the state before it is sent.  If we are killed in between, the
   connection is lost.  In the other order, a second worker could get the same connection.
@@ -94,9 +94,9 @@ class Undelivered:
         """Adopt an earlier program's connections; takes ownership of their descriptors.
 
         number: the highest number in the state.  If the earlier program was killed before it wrote
-        the state, the guard or the fd store may have one more descriptor, with the next number.  So
-        new connections get neither this number nor the number of a stored descriptor.  A connection
-        whose descriptor was not stored is lost.
+        the state, a descriptor with the next number may have been stored.  So new connections skip
+        that number, and the numbers of all stored descriptors.  A connection is lost if its
+        descriptor or its header was not stored.
         """
         stored = {int(key): found[""] for key, found in unclaimed.take_all(inherited.HAND).items()}
         self.number = max((number + 1, *stored))

@@ -19,7 +19,7 @@ from ..model.duration import Duration, Value
 from ..model.handoff_modes import MODES
 from ..model.share import percent, read_percent
 from ..model.text import in_units
-from .cli import Instance, answer, command
+from .cli import Instance, command
 from .client import Client, Message
 from .errors import (
     ConnectionLost,
@@ -101,20 +101,17 @@ def reload(
         other = "--canary" if canary else "--drained"
         raise click.UsageError(f"--dry-run does not work with {other}; leave one out")
     arguments = _request_arguments(dry_run, _canary(canary, for_s, at_least))
-    if not wait:
-        if drained or timeout:
-            raise click.UsageError(
-                "--no-wait does not work with --drained or --timeout; leave one out"
-            )
-        generation = number_in(instance.request("reload", **arguments), "generation")
-        words = f"reload requested: generation {generation} will start; see `status`"
-        if dry_run:
-            words = f"dry run requested: generation {generation} will be tried; see `status`"
-        answer(as_json, {"generation": generation, "result": "requested"}, words)
-        return
+    if not wait and (drained or timeout):
+        raise click.UsageError("--no-wait does not work with --drained or --timeout; leave one out")
     with begin(instance, timeout, as_json, *OUTCOME) as operation:
         before = read_status_before(operation)
         promised = _request_reload(operation.client, before, arguments)
+        if not wait:
+            operation.outcome["generation"] = promised
+            requested, will = ("dry run", "be tried") if dry_run else ("reload", "start")
+            words = f"{requested} requested: generation {promised} will {will}; see `status`"
+            operation.finish("requested", words)
+            return
         failed = "not ready to reload" if dry_run else "not reloaded"
         found = follow(operation, before, promised, failed, dry_run=dry_run, drained=drained)
         words = f"would reload: {found.words}" if dry_run else f"reloaded: {found.words}"

@@ -5,6 +5,7 @@ Pure.  docs/reliability.md explains the numbers, in "How many workers".
 
 from __future__ import annotations
 
+from .listen_fds import ready_fd
 from .ready_kinds import PROBED
 from .settings import Settings
 
@@ -17,9 +18,13 @@ _RAISE = "raise that (ulimit -Hn, LimitNOFILE= of a unit)"
 
 
 def of_a_worker(settings: Settings) -> int:
-    """Return the number of descriptors for one worker: pidfd, notify socket, line, output, ack."""
-    acks = settings.ready in ("ack", *PROBED)
-    return 3 + settings.log_relay + acks
+    """Return the number of descriptors for one worker.
+
+    They are: pidfd, notify socket, line, output, einhorn's ack, the pipe of --ready fd:N.
+    """
+    has_ack = settings.ready in ("ack", *PROBED)
+    has_pipe = settings.ready in ("fd", *PROBED) and ready_fd(settings) >= 0
+    return 3 + settings.log_relay + has_ack + has_pipe
 
 
 def most(settings: Settings, hard: int) -> int:

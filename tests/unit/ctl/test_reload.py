@@ -655,6 +655,23 @@ def test_no_wait_says_that_it_was_asked(fake: Fake, ctl: Ctl) -> None:
         0, "reload requested: generation 9 will start; see `socketprotectorctl status`\n", ""
     )
     assert ctl("reload", "--no-wait", "--drained").status == 2
+    done = ctl("reload", "--no-wait", "--dry-run", "--json")
+    assert json.loads(done.out)["result"] == "requested"
+    assert json.loads(done.out)["generation"] == 9
+
+
+def test_a_request_without_a_wait_prints_its_refusal_as_json(fake: Fake, ctl: Ctl) -> None:
+    def answer(_: Connection, __: Message) -> Message:
+        raise Refusing("refused", "cannot reload: a stop is in progress")
+
+    fake.answers["reload"] = answer
+
+    done = ctl("reload", "--no-wait", "--json")
+
+    assert done.status == 100
+    said = json.loads(done.out)
+    assert (said["result"], said["generation"]) == ("refused", None)
+    assert "a stop is in progress" in said["reason"]
 
 
 def test_a_refusal_is_status_100(fake: Fake, ctl: Ctl) -> None:

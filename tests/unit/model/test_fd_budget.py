@@ -13,7 +13,8 @@ NO_LIMIT = -1
 
 
 def settings(**given: Any) -> Settings:
-    return Settings("web", ("./daemon",), "/", **given)
+    command = given.pop("command", ("./daemon",))
+    return Settings("web", command, "/", **given)
 
 
 @together(
@@ -24,6 +25,8 @@ def settings(**given: Any) -> Settings:
         ({"handoff": "listener"}, 4),
         ({"handoff": "listener", "ready": "any"}, 5),
         ({"ready": "ack"}, 5),
+        ({"ready": "fd", "ready_fd": 3}, 5),
+        ({"handoff": "listener", "ready": "any", "command": ("node", "{fd:ready}")}, 6),
     ],
 )
 def test_a_worker_takes_what_it_is_asked_for_by(given: dict[str, Any], each: int) -> None:

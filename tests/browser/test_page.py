@@ -21,7 +21,9 @@ from tests.browser.cards import WEB, card, happened, lane, seen
 from tests.browser.driver import Browser
 from tests.load import Load
 from tests.running import Client, Protector
+from tests.scenarios.releases import COMMAND, Releases
 from tests.scenarios.tools import Release, library_worker
+from tests.unit.ctl.conftest import run
 from tests.unit.ctl.fake import Fake, generation, health, reload, status, worker
 from tests.unit.exporter.conftest import Exporter
 
@@ -135,6 +137,26 @@ def test_a_broken_release_shows_its_last_words_as_text(
     web.reload()
     browser.until("!document.querySelector('.failed').open", "the failure of before, closed")
     browser.until("document.querySelector('#attention').hidden")
+
+
+def test_a_deploy_names_the_releases_and_a_bad_one_is_said_to_have_failed(
+    browser: Browser, exporter: Starter, protector: Protectors, runtime: Path, tmp_path: Path
+) -> None:
+    releases, control = Releases(tmp_path / "srv"), runtime / "web.control"
+    options = ("--control", control, "--name", "web", *releases.options)
+    protector(*options, "127.0.0.1:0", "--", *COMMAND).ready()
+    seen(browser, exporter(*WEB, "--control", control), "web")
+    notes = "[...document.querySelectorAll('.lane .note')].map(n => n.textContent).join('|')"
+    browser.until(f"{notes} === 'release 1'", "the release at the start")
+
+    assert run("--control", str(control), "deploy", "2").status == 0
+    browser.until(f"{notes}.split('|').includes('release 2')", "the deployed release")
+    browser.until(f"{lane('web', 1)} === undefined", "the old generation gone")
+    assert run("--control", str(control), "deploy", "bad").status == 3
+
+    browser.until("document.querySelector('.failed pre')?.textContent", "last words")
+    assert "no such table" in browser.text(".failed pre")
+    browser.until(f"{notes} === 'release 2'", "the release that still serves, alone")
 
 
 def test_dry_run_settling_and_health_are_seen(

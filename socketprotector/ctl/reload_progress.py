@@ -1,8 +1,8 @@
-"""Derives the verdict of a reload from the events and statuses that its caller passes in.
+"""Derives the verdict of a reload from the events and statuses that the caller passes in.
 
 Events report each step at once, but events can be lost when the connection is cut.  A status
-reports the same facts later.  The answer to the request promises a generation's number.  The
-verdict is the first `reloaded` or `reload-failed` of this generation or a later one.
+reports the same facts later.  The answer to a `reload` request has the number of the generation
+to wait for.  The verdict is the first `reloaded` or `reload-failed` of this or a later generation.
 """
 
 from __future__ import annotations
@@ -211,8 +211,8 @@ class Reload(Awaited):
         if reloads or starting or under_way or self.stopping or status.get("reload_wanted"):
             self._forgotten = 0
             return
-        # Fail only after three statuses in a row without this reload: in a single one it may be
-        # missing because an earlier reload has just ended, and this reload has not begun yet.
+        # Fail only after three statuses in a row without this reload.  A single status may lack it,
+        # because an earlier reload has just ended, and this reload has not begun yet.
         self._forgotten += 1
         if self._forgotten > 2:
             reason = "its verdict is no longer known; see `history` and the log"

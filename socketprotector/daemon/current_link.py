@@ -40,7 +40,9 @@ class CurrentLink:
         lock: int | None,
         moved_late: Callable[[], None],
     ) -> None:
-        """settings: returns the settings in force.  lock: an earlier program's lock; None: none.
+        """settings: returns the settings in force.
+
+        lock: the descriptor of the lock, if the earlier program had the lock; otherwise None.
 
         moved_late: called when a retry has moved the link.
         """
@@ -48,7 +50,8 @@ class CurrentLink:
         self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
         self._lock = lock
         self._moved_late = moved_late
-        #: The error of the last try to take the lock; "": none, but another protector may have it.
+        #: The error of the last try to take the lock; "": no error, even if another protector has
+        #: the lock.
         self.not_locked = ""
         self.not_moved: NotMoved | None = None
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)

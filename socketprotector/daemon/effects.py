@@ -112,7 +112,7 @@ class Effects(Host):
         self.generations: Generations = Generations()
         self._route: int | None = None
         self._sharing: int | None = None  # the generation with a share of the new clients
-        self.last_good: Program | None = None  # of the last generation promoted to serving
+        self.last_good: Program | None = None  # the last successful generation's program
         self._due: dict[Deadline, tuple[Deadline, float]] = {}  # each timer, and when it runs out
         self.exit_status: int | None = None
         self.delivery = build(self)
@@ -248,7 +248,7 @@ class Effects(Host):
         return {name: fd for each in owners for name, fd in each.descriptors().items()}
 
     def suspend(self) -> None:
-        """Stop all probes, readers and the search for orphans; the next program restarts them."""
+        """Stop all probes, the reading of settings and the search for orphans, before an exec."""
         self.live_settings.stop_reading()
         for each in (self.pool, self.probing):
             each.suspend()
@@ -396,7 +396,7 @@ class Effects(Host):
             self._note_due(deadline)
 
         def passed() -> None:
-            # --lame-duck-idle runs from the last client; all other timers run from the order.
+            # --lame-duck-idle counts from the last client; other timers count from their start.
             idle_s = self.delivery.idle_s if deadline.wait is TimerKind.LAME_DUCK_IDLE else seconds
             if idle_s < seconds:
                 run(seconds - idle_s)

@@ -74,7 +74,7 @@ class MemoryWatch:
                 yield child.pid
 
     def why_killed(self) -> str:
-        """Return, in words, the end of a worker that got SIGKILL, but not from us.
+        """Return, in words, how a worker ended that got a SIGKILL which we did not send.
 
         Each kill that the kernel has counted explains the end of one worker.
         """

@@ -57,7 +57,7 @@ _AGAIN_S = 0.1
 _ROOM_S = 1.0
 #: How long our exit waits for the relay, which exits at once unless a process still writes.
 _END_S = 3.0
-#: The messages to the relay: read a worker's pipe, close the pipe, send last words, write lines to
+#: The messages to the relay: read a worker's pipe, close the pipe, send last words, write output to
 #: this descriptor, exit.
 _PIPE, _CLOSE, _WORDS, _NEW_STDERR, _END = "+", "-", "?", "=", "!"
 _LACKS_HINT = "its descriptor limit was lowered; SocketProtector raises it or restarts the relay"
@@ -85,7 +85,7 @@ class LogRelay:
     def __init__(
         self, name: str, kind: str, runtime: Runtime, named: inherited.Named, *, prefixed: bool
     ) -> None:
-        """name: the name of the lines in syslog.  kind: KIND of programs/log_relay.py.
+        """name: the name of the output in syslog.  kind: KIND of programs/log_relay.py.
 
         named: gets the workers' pipes, by the names under which the next program finds them.
         prefixed: whether --log-prefix is set.
@@ -322,7 +322,7 @@ class LogRelay:
             return
         for number in sorted(self._workers.keys() - numbers())[:excess]:
             pipe = self._workers[number]
-            if not events_of(pipe.read, 0):  # otherwise the relay closes its copy at end of file
+            if not events_of(pipe.read, 0):  # a writer is left, so the relay gets no end of file
                 self._log.write(
                     "warning",
                     "output-closed",
@@ -339,7 +339,7 @@ class LogRelay:
         self._loop.call_after(("output", number), _AGAIN_S, lambda: self._close_if_done(number))
 
     def reopened(self) -> None:
-        """Send the new stderr to a relay that writes lines to stderr."""
+        """Send the new stderr to a relay that writes its output to stderr."""
         if self._kind != "syslog":
             self._unsent.append((_NEW_STDERR, 0))
             self._send_unsent()
@@ -363,7 +363,7 @@ class LogRelay:
             fd, text = _STDERR if kind == _NEW_STDERR else -1, f"{kind}{number}"
             if kind == _PIPE and pipe is not None:
                 fd, text = pipe.read, f"{text} {pipe.generation} {pipe.pid}"
-            if fd >= 0 or kind in (_WORDS, _CLOSE, _END):  # otherwise: _PIPE for a closed pipe
+            if fd >= 0 or kind in (_WORDS, _CLOSE, _END):  # skip _PIPE for a closed pipe
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(fd))]
                 try:
                     self._line.sendmsg([text.encode()], rights if fd >= 0 else [], _FLAGS)
@@ -402,7 +402,7 @@ class LogRelay:
         self._on_words(int(number), words)
 
     def _repeat_later(self, kind: str, number: int) -> None:
-        """Repeat a message whose descriptor the relay could not receive: none was free."""
+        """Repeat a message later, because the relay had no free descriptor to receive it."""
         if not self._lacks_descriptor and self._helper is not None:
             pid = self._helper.process.pid
             self._log.write("warning", "relay-short", pid=pid, hint=_LACKS_HINT)

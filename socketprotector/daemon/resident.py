@@ -109,7 +109,7 @@ def _settings_and_listeners(
 ) -> tuple[Settings, Sequence[ListenerSettings]]:
     """Return the settings in force, and all listeners.  Raises SettingsError.
 
-    The listeners include those of a candidate: of settings that are not in force yet.
+    If there is a candidate (settings that are not in force yet), its listeners are included.
     """
     if snapshot is not None:
         found = snapshot.settings

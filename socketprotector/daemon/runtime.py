@@ -12,7 +12,7 @@ from ..system.loop import Loop
 
 @mutable
 class Runtime:
-    """The loop and the log, and functions of the event queue and the checkpoint, for all parts."""
+    """The loop, the log, and the functions that post an event and write the state."""
 
     loop: Loop
     log: Log

@@ -155,7 +155,7 @@ class Forwarder:
             self._leftovers[channel] = True
             self._resume()
         else:
-            channel.close()  # now: many generations may fail before _resume() has a route
+            channel.close()  # at once: many generations may fail before there is a route
 
     def add(self, listener: Listener) -> None:
         """Add a listener, for the generations that know it; takes ownership."""

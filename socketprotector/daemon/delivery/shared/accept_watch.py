@@ -20,9 +20,9 @@ from ....system.loop import Loop
 from ....system.sock_diag import Line, stands, unaccepted
 from .. import NEVER_TAKEN_S, UNTAKEN_S
 
-#: The pause between two looks: FIRST_LOOK_S while clients wait at a listener of which no client was
-#: accepted yet, otherwise LOOK_S.  A canary has other limits (CanaryWatch), and its pauses are the
-#: same fractions of them.
+#: The pause between two looks.  FIRST_LOOK_S: the generation has not served before, and clients
+#: wait at a listener where it has accepted none yet.  LOOK_S: in all other cases.  A canary has
+#: other limits (CanaryWatch), and its pauses are the same fractions of those limits.
 FIRST_LOOK_S = NEVER_TAKEN_S / 4
 LOOK_S = UNTAKEN_S / 2
 #: Queries to the kernel take at most this share of our time, however many connections there are.

@@ -69,7 +69,7 @@ class SocketSteering(Steering):
         return canary.accepts if canary is not None else None
 
     def adopt(self, generation: int, socket_number: int) -> None:
-        """Note from which socket the workers of an earlier program's generation accept."""
+        """Note from which socket an adopted generation accepts."""
         self.turns.accepting[generation] = socket_number
         # The earlier program may have been killed during a repair.
         for each in self._listeners.living:

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         complain(f"cannot answer: {what_failed(error)}")
         return OutputFailed.status
-    except (OutputClosed, SystemExit):  # SystemExit: click's, if it prints help to `| head`
+    except (OutputClosed, SystemExit):  # click raises SystemExit if help goes to `| head`
         discard_output()
         return 0
     except OSError as error:  # help, or the version, cannot be written

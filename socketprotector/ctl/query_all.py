@@ -55,7 +55,7 @@ def query_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAn
             for key, _ in selector.select(left_s):
                 client = key.data
                 if client.fileno() < 0:
-                    continue  # an earlier turn of this `for` has closed it as the longest
+                    continue  # closed in an earlier turn of this `for`: its answer was the longest
                 answer = _answer_of(client)
                 if answer is None and (longest := _longest_if_too_much(selector)) is not None:
                     client, code = longest, longest.foreign_peer_error().code
@@ -78,7 +78,10 @@ def _answer_of(client: Client) -> SocketAnswer | None:
 
 
 def _longest_if_too_much(selector: selectors.BaseSelector) -> Client | None:
-    """Return the client with the longest incomplete answer; None below _MOST_BYTES in all."""
+    """Return the client with the longest incomplete answer.
+
+    None: the incomplete answers together do not exceed _MOST_BYTES.
+    """
     clients: list[Client] = [key.data for key in selector.get_map().values()]
     if sum(each.unread_bytes for each in clients) <= _MOST_BYTES:
         return None

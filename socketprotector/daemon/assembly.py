@@ -213,7 +213,7 @@ class Resident:
             starts_others = settings.worker_identity is not None
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)
             if starts_others:
-                # After an upgrade, workers would inherit the capabilities that it lent to us.
+                # The program before an upgrade lent us capabilities, which workers would inherit.
                 privileges.reclaim()
         return loop
 

@@ -1,4 +1,6 @@
-"""Saves all that the next program needs to resume, after each decision and before its actions.
+"""Saves what the protector's next program needs to resume after a crash or an upgrade.
+
+We save after each decision, before the decision's actions are carried out.
 
 Descriptors go to the fd store: the guard, or without a guard systemd's fd store.  The state memfd
 says what each descriptor is for.  We store descriptors first, then write the state, then act.  So
@@ -88,7 +90,8 @@ class Checkpoint:
         """Write the state; return whether the next program of an upgrade may resume now.
 
         That program assumes that the fd store has all descriptors that it inherits, and never
-        stores them again.  So it must wait while a store with room for a descriptor lacks it.
+        stores them again.  So the upgrade must wait until every descriptor for which the store has
+        room was sent to the store.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)

@@ -84,7 +84,7 @@ class ConfigReader:
         self.loop.call_after(self.key, limit_s, lambda: self._too_late(limit_s))
 
     def call_off(self) -> None:
-        """End a running child, without calling back."""
+        """End a running child; `done` is not called."""
         if self._process is not None:
             self._done = _discard_answer
             self._release()

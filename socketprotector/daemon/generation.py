@@ -1,6 +1,6 @@
-"""An open generation: its record and its scoreboard.
+"""An open generation: its record, and the scoreboard in which its workers count connections.
 
-The next program gets the record from the state, and the scoreboard's descriptor by name
+The protector's next program gets the record from the state, and the scoreboard's descriptor by name
 (system/inherited.py).
 """
 

@@ -77,7 +77,7 @@ class Health:
             self._begin()
 
     def suspend(self) -> None:
-        """Stop the probes; resume() starts them again, after an exec in the new program."""
+        """Stop the probes; resume() or the next program starts them again."""
         self._loop.cancel(_TIMER)
         self._probe.end()
 
@@ -107,7 +107,7 @@ class Health:
         settings, generation = self._settings(), self._generation
         assert generation is not None
         self._loop.call_after(_TIMER, settings.health_every_s, self._send_probe)
-        # During a hold that leaves clients without an answer (is_silent), no probe gets one.
+        # During a hold in which no client gets an answer (is_silent), no probe is answered.
         if not self._delivery.is_silent and not self._probe.is_pending:
             self._probe.send(generation, self._spec, settings.health_timeout_s, self._on_verdict)
 

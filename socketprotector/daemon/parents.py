@@ -25,15 +25,15 @@ _MANAGER_S = 1.0
 
 
 class Parents:
-    """The line to the guard, the messages to guard and service manager, and the fd store."""
+    """The line (a socket) to the guard, the messages to both parents, and the fd store."""
 
     def __init__(
         self, line: int | None, kept: Collection[str], later: Callable[[Callable[[], None]], None]
     ) -> None:
         """Take ownership of the guard's line.
 
-        kept: the names of descriptors that came from a store.  later: calls a function after a
-        short pause.
+        kept: the names of the descriptors that a store already has.  later: calls a function
+        after a short pause.
         """
         self.line = socket.socket(fileno=line) if line is not None else None
         self.guard = Outbox(later, self.line)
@@ -85,12 +85,12 @@ class Parents:
             on_exited(int(pid), *exit_text.status_of(int(status)))
 
     def _feed_watchdog(self, loop: Loop) -> None:
-        """Send WATCHDOG=1 to systemd now, and then after each half of WatchdogSec=."""
+        """Send WATCHDOG=1 to systemd now, and again whenever half of WatchdogSec= has passed."""
         self.systemd.send(WATCHDOG="1")
         loop.call_after(WATCHDOG, self.systemd.watchdog_s, lambda: self._feed_watchdog(loop))
 
     def descriptors(self) -> dict[str, int]:
-        """Return the guard's line, by name, while there is a guard."""
+        """Return the descriptor of the guard's line, by name; nothing if there is no guard."""
         if self.line is None or self.line.fileno() < 0:
             return {}
         return {inherited.GUARD: self.line.fileno()}

@@ -1,4 +1,4 @@
-"""Resumes where the protector's earlier program stopped.
+"""Resumes, after an upgrade or a crash, where the protector's earlier program stopped.
 
 Each part gets its record and its descriptors back.  adopt() restores all parts except the workers;
 then clients are accepted again.  adopt_workers() adopts one worker in each step, because clients
@@ -83,10 +83,10 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """Order workers unknown to the state to finish: they were started just before a kill.
+        """Make workers finish if the state does not know them: they started just before a kill.
 
-        Workers with a finish signal get this signal.  Other workers read end of file on their
-        RETURN line, which is closed here.
+        If there is a finish signal, they get it.  Otherwise they read end of file on their RETURN
+        line, which is closed here.
         """
         fleet, programs = self.snapshot.fleet, self.snapshot.generations
         # Most likely these workers belong to the newest generation, which a reload was starting.

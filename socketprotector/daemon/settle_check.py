@@ -4,8 +4,8 @@ An HTTP probe is sent by the prober process, as in ready_probe.py.  A check comm
 of both generations, and decides by its own criteria: it can query the probe address, or the
 operator's metrics.
 
-When the time of --settle has passed, the generation keeps settling until one more answer comes.  If
-that answer is bad, or does not come in time, the generation fails.
+The generation fails at the first bad answer, or if an answer does not come in time.  When the time
+of --settle has passed, the generation keeps settling until one more good answer comes.
 
 These probes reach the generation during a hold, too.
 """

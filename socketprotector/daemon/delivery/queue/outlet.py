@@ -28,7 +28,7 @@ class Outlet:
     undelivered: Undelivered
     queue: QueueWatch
     shortage: Shortage
-    #: Stops accepting.
+    #: Called when a send has failed, to stop accepting.
     stop: Callable[[], None]
     #: Called when there is room again.
     resume: Callable[[], None]
@@ -46,7 +46,7 @@ class Outlet:
 
     @property
     def is_free(self) -> bool:
-        """Return whether a connection can be delivered now."""
+        """Return whether a new connection can be sent now; kept connections go first."""
         return (
             self.route is not None
             and self._full is None

@@ -53,7 +53,7 @@ class QueueDelivery(Delivery):
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._channels: dict[int, GenerationChannel] = {}
         self._route: int | None = None
-        self._met: dict[int, int] = {}  # generation -> its new clients in earlier programs
+        self._met: dict[int, int] = {}  # generation -> how many clients it got in earlier programs
         self.forwarder = Forwarder(
             runtime,
             tuple(listeners),

@@ -146,7 +146,7 @@ class SocketWatch(Backlogs):
         elif (listener, number) in self._without_worker():
             self._rescue_later()
         for watch, sockets in self._watches():
-            # If a worker has accepted the client by now, the look after came() finds no client.
+            # came() looks at the backlog again: perhaps a worker has accepted the client by now.
             if watch.awaits and (listener, number) in sockets:
                 watch.came(listener.index)
 

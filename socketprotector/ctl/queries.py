@@ -51,7 +51,7 @@ _BOUNDS = {EXACT: "", AT_LEAST: ">=", AT_MOST: "<="}
 
 
 def known_generations(ctx: click.Context, _: click.Parameter, typed: str) -> list[str]:
-    """Return the instance's generations that begin with the typed text."""
+    """Return the numbers of the instance's generations that begin with the typed text."""
     try:
         generations = listed((ctx.obj or Instance()).request("status"), "generations")
     except Exception:  # an error is shown when the command is run, not while it is typed
@@ -259,7 +259,7 @@ def diff(instance: Instance, as_json: bool) -> None:
 
 @command(short_help="Print events as they happen.")
 @click.option(
-    "--follow", is_flag=True, help="Wait for the protector's start, at first and after each stop."
+    "--follow", is_flag=True, help="If the protector stops or is not running, wait for its start."
 )
 def events(instance: Instance, follow: bool, as_json: bool) -> None:
     """Print all events from now on, until Ctrl-C.

@@ -1,6 +1,6 @@
-"""The command upgrade: replaces the protector's running program by the installed program.
+"""The command `upgrade`: replaces the protector's running program by the installed program.
 
-With --check it only tries whether the installed program can take over.
+With --check the command only checks whether the installed program can take over.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def left_open(record: WorkerRecord, generation: OpenGeneration) -> int:
 def retire(child: int, leader: int) -> bool:
     """Order a child to finish its connections; return False if there is no such child.
 
-    leader: the worker's pid.  A process outside the worker's session is not signalled, and counts
-    as no child.  Raises OSError.
+    leader: the worker's pid.  A process outside the worker's session is not signalled, and
+    does not count as a child.  Raises OSError.
     """
     try:
         pidfd = os.pidfd_open(child)

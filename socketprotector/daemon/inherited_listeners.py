@@ -17,8 +17,9 @@ def adopt(
 ) -> list[Listener]:
     """Adopt the inherited listeners, for this delivery; take ownership of their descriptors.
 
-    Several sockets may be inherited for one role of a listener (first, second or reserved).  Only
-    the newest is in use: the socket whose name ends in the highest number.
+    A listener has up to three sockets: the first, the second and the third (reserved).  Several
+    sockets may be inherited for one of these roles.  Only the newest is in use: the socket whose
+    name ends in the highest number.
     """
     made = []
     for index, each in enumerate(settings):
@@ -32,7 +33,7 @@ def adopt(
         if _close_if_same(third, (first, second)):
             # Advance the number, because a name in the fd store must never get another descriptor.
             third, third_number = -1, third_number + 1
-        if first >= 0:  # otherwise an earlier program has closed the listener
+        if first >= 0:  # -1: an earlier program has closed the listener
             numbers = first_number, second_number, third_number
             made.append(delivery.make_listener(index, each, (first, second, third), numbers))
             continue
@@ -55,7 +56,7 @@ def _close_if_same(fd: int, kept: Sequence[int]) -> bool:
 
 
 def _newest(found: dict[str, int]) -> tuple[int, int]:
-    """Return the newest socket and its number, and close the others; -1 and 0: no socket."""
+    """Return the newest socket and its number (-1 and 0 if there is none); close the others."""
     numbered = {int(name or 0): fd for name, fd in found.items()}
     newest = max(numbered, default=0)
     fd = numbered.pop(newest, -1)

@@ -36,7 +36,7 @@ class LiveSettings:
         delivery: Delivery,
         command: tuple[str, ...],
     ) -> None:
-        """command: executes SocketProtector's program again."""
+        """command: the command line that executes SocketProtector again."""
         #: The record that the next program needs; always replaced as a whole.
         self.record = SettingsRecord(settings)
         self._pool = pool
@@ -224,7 +224,7 @@ class LiveSettings:
         if cannot is not None and canary:
             return f"no canary: {cannot}"
         if cannot is None and policy.finish_alone:
-            # The old workers, too, must be able to leave one after another.
+            # The old workers, too, must be able to finish while other workers accept.
             workers = [each for each in self._pool.records() if not each.asked_to_exit]
             cannot = None if all(each.retires for each in workers) else NO_LIBRARY
         return cannot

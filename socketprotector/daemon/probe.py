@@ -151,7 +151,7 @@ class Probe:
             report(Verdict(kind, why))
 
     def _connect(self, generation: OpenGeneration, limit_s: float) -> None:
-        """Connect to the generation.  Raises OSError if it cannot be reached now."""
+        """Connect to the generation.  Raises OSError if the generation cannot be reached now."""
         spec = self._spec
         self._target = self._target or self._reach(generation, spec.listener)
         target = self._target
@@ -227,7 +227,7 @@ class Probe:
         return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
     def _continue_earlier(self) -> bool:
-        """Continue with an earlier probe's connection; return False if no such one is usable."""
+        """Continue with an earlier probe's connection; return False if none is usable."""
         if self._connection is None:
             return False
         waits: bool | None = None

@@ -35,7 +35,7 @@ class SavedHistory:
         #: Why the file could not be written; "": the file is written, or will be soon.
         self.error = ""
         self._current, self._loop, self._log = current, runtime.loop, runtime.log
-        # The next two are compared with `value` by identity.
+        # The next two attributes are compared with `value` by identity.
         self._on_disk: ReleaseHistory | None = self.value  # what the file has, as far as we know
         self._writing: ReleaseHistory | None = None  # what a process is writing; None: no process
         self._is_unreadable = False  # the file could not be read: rename it before the next write

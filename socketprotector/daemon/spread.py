@@ -106,7 +106,7 @@ def closing_rate(
 
     None: no worker of the generation ends connections evenly at present.
 
-    slots: the slots of its living workers, with their counts.
+    slots: the slots of the generation's living workers, with their counts.
     """
     now, rate, longest_s = time.monotonic_ns(), 0.0, 0.0
     for slot, counts in slots if generation.program.spreads else ():

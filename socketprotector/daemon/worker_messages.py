@@ -121,7 +121,7 @@ class WorkerMessages:
             def silent() -> None:
                 self.read(number)  # the message may have come while we were too busy to read
                 if self._loop.due(("word", number)) is not None:
-                    return  # it had come, and has set this timer again
+                    return  # the message had come, and has set this timer again
                 reason = f"no WATCHDOG=1 for {in_units(limit_s)}"
                 self._log.write("error", "worker-stuck", worker=number, reason=reason)
                 self._post(ReplaceRequested(number, reason, hung=True))

@@ -64,7 +64,7 @@ class ListenerHold:
             except OSError as error:
                 why = f"{each.settings.address}: {error.strerror}"
                 if error.errno in RESOURCE_ERRNOS or error.errno == errno.EEXIST:
-                    return why  # EEXIST: another program's file is at the path
+                    return why  # EEXIST: a file that is not ours is at the path
                 # TCP: perhaps we no longer have the privilege that binding the address needs.
                 when = "once files can be made in its directory" if each.path else "after a restart"
                 return f"{why}; possible {when}"

@@ -29,7 +29,7 @@ class SharedListeners:
 
     @property
     def rights_record(self) -> tuple[tuple[int, int, int, int, str], ...]:
-        """The rights of each path's socket files, because the next program may find no file."""
+        """The rights of each path's socket file: the next program needs them if it is gone."""
         found = ((each.index, each.file_rights) for each in self.all)
         return tuple((n, *have[:3], (have[3] or b"").hex()) for n, have in found if have)
 
@@ -41,7 +41,7 @@ class SharedListeners:
 
     def note_bound(self, listener: Listener) -> None:
         """Note that a listener got another socket, or lost its second socket."""
-        if not listener.has_sibling:  # all generations accept from one socket, which has one tag
+        if not listener.has_sibling:  # all generations share one socket: its tag counts for none
             for each in self.host.generations.values():
                 each.update_record(accept_tags=())
         self.host.listener_bound(listener)

@@ -103,9 +103,9 @@ class SocketOptionRestore:
     def _restore(
         self, listener: Listener, socket_number: int, before: Snapshot, *, may_log: bool = True
     ) -> None:
-        """Restore a socket's options; if some stay changed, replace the socket.
+        """Restore a socket's options; if some stay changed, replace the socket if that is allowed.
 
-        If that does not help or is not allowed, log these options (may_log).
+        may_log: whether to log the options that stay changed even then.
         """
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         unrestored = socket_snapshot.restore(listening, before)

@@ -124,9 +124,9 @@ def names(found: Sequence[SocketAnswer]) -> list[str]:
     """Return a name for each protector; if several share a name, add port or address to the name.
 
     The name of a protector that does not answer is the name in its socket's path.  Any process can
-    claim any name in its status.  So if several protectors that answer share a name, the name stays
-    without an addition only for a socket in the folder of that name (docs/control.md), which only
-    its owner can write.
+    claim any name in its status.  So among protectors that share a name, only a protector whose
+    socket is in the folder of that name (docs/control.md) keeps the name without an addition.  Only
+    the folder's owner can put a socket there.
     """
     candidates = [_names_of(each) for each in found]
     chosen = [shortest for shortest, *_ in candidates]

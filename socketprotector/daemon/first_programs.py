@@ -3,8 +3,8 @@
 A pool is a worker of --handoff stdio: it starts a program for each connection.  Until a program has
 worked, the pool reports programs that fail at once; programs/stdio/first_programs.py defines
 "worked" and "fail at once".  Fewer than NO_ACCIDENT failures are only logged and shown, because
-clients may have caused them.  After NO_ACCIDENT failures a settling generation is rolled back; in
-another phase it keeps running.
+clients may have caused them.  After NO_ACCIDENT failures a settling generation is rolled back; a
+generation in another phase keeps running.
 """
 
 from __future__ import annotations

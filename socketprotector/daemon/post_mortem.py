@@ -64,7 +64,10 @@ class PostMortem:
     why_killed: Callable[[], str]
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
-        """Reap an exited worker and return its end; None: not yet, and `ended` will be called.
+        """Reap an exited worker and return its end, or None.
+
+        None: the end was not known yet.  Then `ended` is called once it is known, perhaps before
+        this method returns.
 
         guarded: whether there is a guard, which reports the exits of workers that are not our
         children.

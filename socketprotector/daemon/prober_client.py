@@ -87,7 +87,8 @@ class Prober:
             self._process.process.kill_group()
 
     def _on_message(self, text: str) -> None:
-        # A sign (programs/prober.py), the probe's number, a space, and why the answer is bad.
+        # The text has a sign (programs/prober.py), the probe's number, a space, and why the answer
+        # is bad.
         number, _, why = text[1:].partition(" ")
         if number == str(self._number):
             (self._late if text[:1] == "~" else self._heard)(why)

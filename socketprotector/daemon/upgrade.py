@@ -2,8 +2,8 @@
 
 First another process, here called the probe, runs the new program, which loads the state and
 answers.  Only then does this process execute the new program: its pid, children and descriptors
-stay the same.  If the installation is broken, the probe fails, and nothing changes.  A check only
-runs a probe, with a copy of the state.
+stay the same.  If the installation is broken, the probe fails, and nothing changes.  A check
+(`upgrade --check`) only runs a probe, with a copy of the state.
 """
 
 from __future__ import annotations

@@ -137,7 +137,8 @@ def of_status(effects: Effects, fleet: Fleet) -> dict[str, Any]:
 def warnings(effects: Effects) -> tuple[str, ...]:
     """Return the warnings about releases.
 
-    A restart would not start the serving release; or a lock, a move or a write has failed.
+    A warning says that a restart would not start the serving release, or that a lock, a move or a
+    write has failed.
     """
     releases = effects.live_settings.releases
     if releases is None:

@@ -299,8 +299,8 @@ def of_connections(
                     "pid": pid,
                     "accepted_at_by_fd": times,
                     "orphaned": record.orphaned,
-                    # A limit for the age of connections without a time: at least the age of the
-                    # drain in a draining generation, and at most the age of the worker in others.
+                    # For connections whose accept time is unknown: in a draining generation they
+                    # began before this time, in another generation after it.
                     "since_at": opened.record.drained_at or record.started_at,
                 }
             )

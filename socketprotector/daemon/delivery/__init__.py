@@ -23,9 +23,9 @@ from .probe_target import ProbeTarget
 #: until the workers accept their first client, UNTAKEN_S afterwards.
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
-#: A stop, and the drain of a removed listener, check for new clients at this interval.  It is long
-#: enough for a handshake: if one is under way at a check, its client has connected by the next
-#: check, unless a packet must be repeated.
+#: A stop, and the drain of a removed listener, check for new clients at this interval.  A client
+#: whose handshake is under way at one check has connected by the next check, unless the network
+#: loses a packet.
 QUIET_S = 0.2
 #: If a stop, or the drain of a removed listener, cannot refuse new clients, it stops accepting them
 #: after this time.

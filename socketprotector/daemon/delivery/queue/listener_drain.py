@@ -2,9 +2,9 @@
 
 Connected clients go to the newest generation that knows the listener, not to the serving
 generation.  A timer looks at the backlog until two looks in a row find no client.  If new clients
-cannot be refused, the drain ends after LAST_S at the latest.  If no generation is left that knows
-the listener, or a worker shuts that generation's channel down, the remaining clients are lost.  We
-count and log them.
+cannot be refused, the drain ends after LAST_S at the latest.  The remaining clients are lost if no
+generation that knows the listener is left, or if a worker shuts down the channel that gets these
+clients.  We count and log lost clients.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class DrainingListeners:
     def begin(self, listener: Listener, to: Channel) -> None:
         """Refuse new clients, send the backlog to a channel, then close the listener.
 
-        Takes ownership of the listener.  But a socket that was passed in keeps its backlog: the
-        process that passed the socket in, such as systemd, accepts these clients.
+        But a socket that was passed in keeps its backlog: the process that passed the socket in,
+        such as systemd, accepts these clients.  Takes ownership of the listener.
         """
         each = _Draining(listener, to)
         self._draining.append(each)

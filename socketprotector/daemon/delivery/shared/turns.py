@@ -183,7 +183,10 @@ class Turns:
         self.current, self.share = number, share
 
     def lacks(self, listener: Listener) -> bool:
-        """Return whether a UNIX path's clients still go to a socket that its generation lacks."""
+        """Return whether a UNIX path's clients still go to a socket that first workers lack.
+
+        See `unserved`.
+        """
         if not listener.path or listener.index in self.lost:
             return False
         return not self.is_served(listener, self.number_for(listener))

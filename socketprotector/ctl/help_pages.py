@@ -39,7 +39,7 @@ _STATUSES = (
     ("0", "done"),
     (
         "1",
-        "no protector is running, the connection to the protector was lost for good, or the answer "
+        "no protector is running, the connection to the protector was lost for good, or the output "
         "could not be written",
     ),
     (

@@ -248,7 +248,7 @@ class Effects(Host):
         return {name: fd for each in owners for name, fd in each.descriptors().items()}
 
     def suspend(self) -> None:
-        """Stop all probes, the reading of settings and the search for orphans, before an exec."""
+        """Stop all probes, the reading of settings and the search for orphans."""
         self.live_settings.stop_reading()
         for each in (self.pool, self.probing):
             each.suspend()

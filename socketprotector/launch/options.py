@@ -366,8 +366,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "(docs/log.md).",
                "log_prefix", STAYS, common=True),
         Option("no-log-relay", FLAG, "Let workers write to the log themselves.\n"
-               "This saves 10.5 MB. But after a rotation running workers keep the old file, and a "
-               "failed worker's last words may be unknown (docs/log.md).",
+               "This saves 10.5 MB of memory. But after a rotation running workers keep the old "
+               "file, and a failed worker's last words may be unknown (docs/log.md).",
                "log_relay", STAYS, show=lambda relay: "false" if relay else "true"),
     ),
     "Security": (

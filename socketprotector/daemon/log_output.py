@@ -139,9 +139,9 @@ class Output:
             self._relay.finish()
 
     def position(self) -> int:
-        """Return where the output ends now, before a worker writes.
+        """Return where the log file ends now, before a worker writes.
 
-        Returns -1 if the output cannot be read back, or if the relay provides last words.
+        Returns -1 if the log cannot be read back, or if the relay provides last words.
         """
         if self._relayed:
             return -1

@@ -41,7 +41,7 @@ class SharedListeners:
 
     def note_bound(self, listener: Listener) -> None:
         """Note that a listener got another socket, or lost its second socket."""
-        if not listener.has_sibling:  # all generations share one socket: its tag counts for none
+        if not listener.has_sibling:  # one socket for all generations: its tag identifies none
             for each in self.host.generations.values():
                 each.update_record(accept_tags=())
         self.host.listener_bound(listener)
@@ -69,7 +69,7 @@ class Steering(ABC):
 
     @abstractmethod
     def adopt_held(self) -> None:
-        """Pass the clients that waited during a hold to the next generation."""
+        """After a hold, pass held clients, and clients of lost sockets, to the next generation."""
 
     @abstractmethod
     def gets_no_client(self, generation: int) -> bool:

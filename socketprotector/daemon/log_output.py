@@ -54,7 +54,7 @@ class Output:
         #: Whether each worker has a pipe of its own.
         self._relayed = settings.log_prefix or (settings.log_relay and (ours or _is_stream()))
         #: The descriptors of workers that the next program needs.  The relay adds the workers'
-        #: pipes, and WorkerPool all others.
+        #: pipes, WorkerPool all other descriptors.
         self.named = inherited.Named()
         self._relay: relay_client.LogRelay | None = None
 

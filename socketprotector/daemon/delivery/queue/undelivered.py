@@ -22,7 +22,7 @@ from socketprotector_client import wire
 from ....system import inherited
 from ....system.inherited import Inherited
 
-#: Selects connections: returns whether to select those of the listener with this index.
+#: Selects connections: returns whether to select those that came to the listener with this index.
 Wanted = Callable[[int], bool]
 
 
@@ -42,7 +42,7 @@ class Undelivered:
         return any(wanted(listener_of(header)) for header, _ in self._waiting.values())
 
     def keep_first(self, header: bytes, fd: int) -> None:
-        """Keep a connection whose send failed, before all others.  Takes ownership of fd."""
+        """Keep a connection whose send failed, in front of all others.  Takes ownership of fd."""
         self._waiting = {self._new_number(): (header, fd), **self._waiting}
         self.persist()
 

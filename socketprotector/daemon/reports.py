@@ -38,7 +38,7 @@ _OF_RELOADS = (
     ReportKind.RECOVERED,
     ReportKind.RELOAD_FAILED,
 )
-#: The most time from the last worker's exit to the exit of this process.
+#: The longest time from the last worker's exit to the exit of this process.
 _TO_END_S = 5.0
 
 

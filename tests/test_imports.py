@@ -256,7 +256,7 @@ def test_a_delivery_is_known_to_its_own_modules_alone(module: str) -> None:
 #: The modules that act on a capability of a mode after the start, each by its name.
 ASKED_FOR = {
     "adapter": {"system.program_spec"},
-    "cannot": {"daemon.control.commands", "daemon.supervisor"},
+    "cannot": {"daemon.supervisor"},
     "finish_signal": {
         *{"daemon.assembly", "daemon.post_mortem", "daemon.recovery", "daemon.worker_pool"},
     },

@@ -12,7 +12,6 @@ import click
 from ..model.text import field, headline
 from ..system import control_path
 from . import discovery
-from .children import children_of
 from .cli import Instance, command, complain, plural, say, say_json, say_last_words, tell
 from .client import Client, Message
 from .connections import (
@@ -37,6 +36,7 @@ from .fields import (
 )
 from .query_all import SocketAnswer
 from .reload_progress import LEAVING
+from .server_children import children_of
 
 #: The interval at which `events --follow` tries to connect.
 _AGAIN_EVERY_S = 1.0

@@ -21,11 +21,11 @@ import click
 from ..model.duration import Duration
 from ..model.errors import UsageError
 from ..model.wait_quantiles import quantile_us
-from .children import children_of
 from .cli import Instance, command, say_json
 from .client import Client, Message
 from .errors import NoProtector
 from .fields import listed, measure
+from .server_children import children_of
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from ..core.actions import Action, Hold, Open, Report, ReportKind, RouteTo, Spawn
 from ..core.decide import decide, resume
 from ..core.events import HandingOver, Launched, ReloadRequested, ScaleRequested, StopRequested
-from ..core.fleet import Fleet
+from ..core.fleet import Fleet, Phase
 from ..core.rollout import read_settings
 from ..model import fd_budget
 from ..model.lazy_dataclass import KW_ONLY, field, mutable
@@ -286,6 +286,19 @@ class Supervisor:
                 self.reopen_logs()
             case signal.SIGUSR2:
                 self.begin_upgrade()
+
+    def cannot_dry_run(self) -> str | None:
+        """Return why no dry run can begin now, or None."""
+        settings = self.effects.live_settings.settings
+        if no_dry_run := settings.policy.order.no_dry_run:
+            return no_dry_run
+        if self.fleet.dry_run:
+            return "another dry run is in progress; try again after it"
+        if self.fleet.is_changing:
+            return "a reload is in progress; try again after it"
+        if self.fleet.of(Phase.SERVING) is None:
+            return "no generation is serving; reload instead"
+        return settings.mode.cannot.get("dry-run") or self.effects.delivery.cannot_try()
 
     def scale(self, request: ScaleRequested) -> str | None:
         """Change the number of workers; return why that is impossible, or None."""

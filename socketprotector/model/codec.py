@@ -2,7 +2,8 @@
 
 Classes and fields are identified by name, so that a newer program can read an older program's
 state.  A missing field takes its default, and a renamed field is found by its old name.
-An older program refuses a newer program's state, with the reason.
+An older program ignores an unknown field, but refuses an unknown class, and an unknown field of a
+strict class (Codec); the error says why.
 
 Pure.  All values that outlive a program use this serializer.
 """

@@ -238,7 +238,7 @@ class CommandHandler:
         if dry_run and canary:
             raise RequestError("invalid", "reload: no canary in a dry run, which gets no clients")
         if dry_run:
-            self._refuse_dry_run(fleet)
+            self._refuse_dry_run()
             self.runtime.post(DryRunRequested())
             return {"generation": fleet.next_generation}
         share = control_requests.canary_of(canary) if canary else None
@@ -267,7 +267,7 @@ class CommandHandler:
     ) -> Mapping[str, Any]:
         fleet = self.supervisor.fleet
         if dry_run and not fleet.is_releasing:
-            self._refuse_dry_run(fleet)
+            self._refuse_dry_run()
         return releases.deploy(
             *(self._effects, fleet, self.runtime, release),
             expect=expect,
@@ -283,18 +283,8 @@ class CommandHandler:
         self.runtime.post(RollbackRequested())
         return {"generation": fleet.incoming.number if fleet.incoming else fleet.next_generation}
 
-    def _refuse_dry_run(self, fleet: Fleet) -> None:
-        settings = self._effects.live_settings.settings
-        cannot = settings.mode.cannot.get("dry-run") or self._effects.delivery.cannot_try()
-        if no_dry_run := settings.policy.order.no_dry_run:
-            cannot = no_dry_run
-        elif fleet.dry_run:
-            cannot = "another dry run is in progress; try again after it"
-        elif fleet.is_changing:
-            cannot = "a reload is in progress; try again after it"
-        elif fleet.of(Phase.SERVING) is None:
-            cannot = "no generation is serving; reload instead"
-        if cannot:
+    def _refuse_dry_run(self) -> None:
+        if cannot := self.supervisor.cannot_dry_run():
             raise RequestError("refused", f"no dry run: {cannot}")
 
     def do_upgrade(self, check: bool = False) -> Mapping[str, Any]:

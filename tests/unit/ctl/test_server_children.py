@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.ctl.children import children_of
+from socketprotector.ctl.server_children import children_of
 from socketprotector.system import procfs
 from tests import needs
 from tests.unit.ctl.fake import generation, status, worker

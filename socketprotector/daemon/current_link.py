@@ -121,11 +121,10 @@ class CurrentLink:
 
     def move(self, name: str) -> None:
         """Move `current` to a release; try again later if the move fails."""
-        was = self.not_moved
         try:
             release_store.move(self.path, self._settings().releases, name)
         except OSError as error:
-            if was is None:
+            if name != self.due:
                 self._log.write("error", "current-not-moved", release=name, error=error.strerror)
             named = self.named
             self.not_moved = NotMoved(
@@ -134,10 +133,9 @@ class CurrentLink:
             if self._loop.due(_AGAIN) is None:
                 self._loop.call_after(_AGAIN, self._back_off.wait_s(), self._again)
         else:
-            if was is not None:
+            if self.due:
                 self._log.write("info", "current-moved", release=name)
-            self.not_moved = None
-            self._back_off.reset()
+            self._forget_due()
 
     def _again(self) -> None:
         self.forget_due_if_moved()
@@ -150,7 +148,12 @@ class CurrentLink:
     def forget_due_if_moved(self) -> None:
         """If an operator has moved `current` meanwhile, forget the move that is due."""
         if self.not_moved is not None and self.named != self.not_moved.still_named:
-            self.not_moved = None
+            self._forget_due()
+
+    def _forget_due(self) -> None:
+        self.not_moved = None
+        self._loop.cancel(_AGAIN)
+        self._back_off.reset()
 
     def discard(self) -> None:
         """Undo prepare(), unless a move is still due."""

@@ -291,6 +291,53 @@ def test_a_link_that_an_operator_moved_meanwhile_stays(
     assert (made.link.due, made.link.named) == ("", "3")
 
 
+def test_each_release_that_current_cannot_name_is_said_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = world.make()
+    with monkeypatch.context() as faulty:
+        world.cannot_move(faulty)
+        world.proved(made, "2")
+        world.clock.pass_time(10)
+        world.proved(made, "3")
+        world.clock.pass_time(10)
+    world.clock.pass_time(60)
+
+    said = [
+        (each, fields["release"])
+        for each, fields in zip(world.clock.lines, world.clock.fields, strict=True)
+        if "current" in each
+    ]
+    failed, moved = "current-not-moved", "current-moved"
+    assert said == [(failed, "2"), (failed, "3"), (moved, "3")]
+
+
+@pytest.mark.parametrize("by", ["operator", "deploy"])
+def test_each_failure_is_first_repeated_after_a_second(
+    world: World, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    made = world.make()
+    with monkeypatch.context() as faulty:
+        world.cannot_move(faulty)
+        world.proved(made, "2")
+        world.clock.pass_time(200)  # retries now come a minute apart
+    if by == "operator":
+        world.current.unlink()
+        world.current.symlink_to(world.folder / "gone")
+        made.begin("")
+    else:
+        world.proved(made, "1")
+    assert made.link.due == ""
+    with monkeypatch.context() as faulty:
+        world.cannot_move(faulty)
+        world.proved(made, "3")
+    assert made.link.due == "3"
+
+    world.clock.pass_time(1.1)
+
+    assert (made.link.due, made.link.named) == ("", "3")
+
+
 def test_the_next_program_syncs_what_an_earlier_one_may_not_have(world: World) -> None:
     made = world.make()
     world.proved(made, "2")

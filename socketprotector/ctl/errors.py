@@ -33,7 +33,7 @@ class ConnectionLost(NoProtector):
 
 
 class NewVersionFailed(ControlError):
-    """A reload, deploy or upgrade failed, or would fail (diff, --check)."""
+    """A reload, deploy or upgrade failed, or would fail (diff, --check, --dry-run)."""
 
     status = 3
     result = "failed"

@@ -93,7 +93,8 @@ class Resident:
             if control is not None and settings.control is not None
             else None
         )
-        #: Whether the next program could resume: we have read a state, or begin the first launch.
+        #: Whether the next program could resume from our state: False until we have read an
+        #: earlier state, or are about to launch for the first time.
         self.began = False
         #: Whether this program is still taking over what an earlier program left.
         self.resumes = False
@@ -213,7 +214,8 @@ class Resident:
             starts_others = settings.worker_identity is not None
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)
             if starts_others:
-                # The program before an upgrade lent us capabilities, which workers would inherit.
+                # The program that executed us (the guard, or the program before an upgrade) may
+                # have lent us capabilities, which workers would inherit.
                 privileges.reclaim()
         return loop
 

@@ -1,7 +1,7 @@
 """Carries out the actions that package core orders, and turns their results into events.
 
-After a kill, the next program may repeat an action, so a repetition must do no harm.  If it would,
-the state is written right after the action (supervisor.py, _WRITTEN_AT_ONCE).  Effects consists of
+After a kill, the next program may repeat an action.  Most repetitions do no harm.  After the other
+actions, the state is written at once (supervisor.py, _WRITTEN_AT_ONCE).  Effects consists of
 generation.py, worker_pool.py, probing.py, live_settings.py, reports.py and delivery/.
 """
 

@@ -305,7 +305,7 @@ class WorkerPool:
     # -- readiness and exits -------------------------------------------------
 
     def _share_output(self, worker: Worker) -> None:
-        """If other workers run, note for all workers that the log's end mixes their output."""
+        """If other workers run, note for all workers that their output is mixed in the log."""
         for each in reversed(self._workers.values()):
             if each.record.output_start < 0:
                 break  # all earlier workers have the note, too

@@ -197,7 +197,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("busy-poll", TIME,
                "Poll this long for the next connection before sleeping; 0: sleep at once.\n"
                "SocketProtector polls only with more than one processor, while connections come at "
-               "shorter intervals. Polling lowers the latency by 30 %, and uses one processor.",
+               "intervals under TIME. Polling lowers the latency by 30 %, and uses one processor.",
                "busy_poll_s", STAYS, default="200us"),
     ),
     "Start": (
@@ -350,8 +350,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     ),
     "Log": (
         Option("log-file", TEXT, "Write the log, and the workers' output, to this file.\n"
-               "Without this option and without a syslog daemon at /dev/log, lines are lost; a "
-               "notice at the start says so.",
+               "If the log goes to syslog and no daemon listens at /dev/log, lines are lost; the "
+               "start warns.",
                "log_file", STAYS, metavar="FILE", common=True,
                unset="syslog, or the terminal with -f"),
         Option("log-level", click.Choice(list(LEVELS)), "Log this level and more severe levels.",
@@ -362,7 +362,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "text: key=value, in colour on a terminal unless NO_COLOR is set. json: one object "
                "a line.", "log_format", STAYS, default="text"),
         Option("log-prefix", FLAG, "Begin each line of a worker with [GENERATION PID].\n"
-               "With -f on a terminal or a file, failed workers' last words are then saved, too "
+               "This also saves failed workers' last words if -f writes to a terminal or a file "
                "(docs/log.md).",
                "log_prefix", STAYS, common=True),
         Option("no-log-relay", FLAG, "Let workers write to the log themselves.\n"

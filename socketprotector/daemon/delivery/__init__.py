@@ -20,7 +20,7 @@ from .host import Host
 from .probe_target import ProbeTarget
 
 #: How long clients may wait before we report that the workers accept none of them: NEVER_TAKEN_S
-#: until the workers accept their first client, UNTAKEN_S afterwards.
+#: before the first accepted client (in shared/: of the same listener), UNTAKEN_S afterwards.
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
 #: A stop, and the drain of a removed listener, check for new clients at this interval.  A client
@@ -247,12 +247,12 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def is_silent(self) -> bool:
-        """Return whether a hold also stops probes that connect as clients do (see reach())."""
+        """Return whether a hold now stops even probes that connect as clients do (see reach())."""
 
     @property
     @abstractmethod
     def late_s(self) -> float:
-        """Return how long the clients of an ended hold may still retry."""
+        """Return for how many seconds clients still retry after a hold has ended; 0: none do."""
 
     @abstractmethod
     def close_listeners(

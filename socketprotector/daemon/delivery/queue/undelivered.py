@@ -1,4 +1,4 @@
-"""Keeps accepted connections that are in no channel, so that no worker can take them now.
+"""Keeps accepted connections that no worker can take now, because they are in no channel.
 
 There are few of them, because we accept only connections that we can deliver.  We keep a connection
 if its send failed, or if no generation that knows its listener can get it now.

@@ -76,7 +76,7 @@ class AcceptWatch:
 
     loop: Loop
     backlogs: Backlogs
-    #: How long workers may leave clients waiting: before the first accepted client, and after it.
+    #: How long clients may wait at a listener: before its first accepted client, and after it.
     late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     timer: str = "untaken"
     awaits: bool = False  # True: the owner must call came() when a client comes

@@ -18,8 +18,8 @@ from .probes import Probes
 from .shared_listeners import SharedListeners
 from .turns import Turns
 
-#: The canary fails if clients wait for this time and its workers accept none.  After the workers
-#: have accepted their first client the limit is UNTAKEN_S, because they may be busy.
+#: The canary fails if clients wait at a listener for this time, and its workers accept none there.
+#: After the listener's first accepted client the limit is UNTAKEN_S, because workers may be busy.
 NEVER_TAKEN_S = 2.0
 
 
@@ -38,7 +38,8 @@ class CanaryWatch(Backlogs):
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch
         self._canary = 0  # the generation's number; 0: no canary
-        self.never_accepted = 0  # the last canary that was reported to have accepted no client
+        #: The last canary that was reported to have accepted no client of some listener.
+        self.never_accepted = 0
         late_s = NEVER_TAKEN_S, UNTAKEN_S
         self.accepts = AcceptWatch(runtime.loop, self, late_s=late_s, timer="canary-untaken")
 

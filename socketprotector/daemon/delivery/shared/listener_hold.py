@@ -24,7 +24,7 @@ _LAST_S = 10.0
 
 @mutable
 class ListenerHold:
-    """The hold, and the time until which the clients of an ended hold may retry."""
+    """The hold, and the time until which clients still retry after a hold has ended."""
 
     listeners: SharedListeners
     #: What the next program needs.
@@ -50,7 +50,7 @@ class ListenerHold:
 
     @property
     def late_s(self) -> float:
-        """Return how long the clients of an ended hold may still retry."""
+        """Return for how many seconds clients still retry after a hold has ended; 0: none do."""
         return max(0.0, self.record.tried_until - time.monotonic())
 
     def cannot_begin(self) -> str | None:

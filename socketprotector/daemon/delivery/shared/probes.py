@@ -99,12 +99,12 @@ class Probes:
                 unix = listening.family == socket.AF_UNIX
                 address = each.address_of(self._turns.current)
                 waits: Callable[[socket.socket], bool] = partial(_waits, listening, address)
-                if each.path_fault:  # connect by the path, as clients do, not by the own file
+                if each.path_fault:  # connect by the path, as clients do, not to the socket's file
                     address, waits = each.local_address, _leads_elsewhere
                 # The mark keeps the probe on this machine, as in reach_by_mark().
                 mark = None if unix else self._mark_for(each, address)
                 target = ProbeTarget(address, mark, waits, lambda: None)
-                if each.has_sibling:  # from a single socket the next generation accepts the probe
+                if each.has_sibling:  # if not, the next generation accepts an abandoned probe
                     target.abandon = partial(self._note_abandoned, listening)
                 return target
         return None

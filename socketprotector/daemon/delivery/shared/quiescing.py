@@ -147,8 +147,8 @@ class Quiescing:
         gets_clients = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
         own = self._turns.own(self._listeners.pairs, state.socket_number, generation)
-        # Unlike `own`, also listeners whose socket was replaced since the generation started: the
-        # generation has accepted clients from the earlier socket.
+        # Unlike `own`, `pairs` includes listeners whose socket was replaced since the generation
+        # started: the generation has accepted clients from the earlier socket.
         pairs = self._turns.own(self._listeners.pairs, state.socket_number)
         waiting = any(self._probes.clients_wait(each, state.socket_number) for each in own) or bool(
             state.common
@@ -226,7 +226,7 @@ class Quiescing:
             except OSError as error:
                 if error.errno in RESOURCE_ERRNOS:
                     return None
-                continue  # without sock_diag we only wait a while: most workers read sooner
+                continue  # without sock_diag, wait for a fixed time: most workers read sooner
             for each in mine:
                 clients = known[each.port].items()
                 found.update(((each.index, client), silent) for client, silent in clients)

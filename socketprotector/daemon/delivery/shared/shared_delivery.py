@@ -365,7 +365,7 @@ class SharedDelivery(Delivery):
     def adopt(
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
-        # First: systemd may have made a socket blocking, so a worker may block in accept() now.
+        # Do this first: if systemd has made a socket blocking, a worker may block in accept() now.
         self._flags.adopt(record.nonblocking)
         self.steering.adopt_record(record.steering, held=held)
         if closing:

@@ -29,7 +29,7 @@ class SharedListeners:
 
     @property
     def rights_record(self) -> tuple[tuple[int, int, int, int, str], ...]:
-        """The rights of each path's socket file: the next program needs them if it is gone."""
+        """The rights of each path's socket file, needed by the next program if the file is gone."""
         found = ((each.index, each.file_rights) for each in self.all)
         return tuple((n, *have[:3], (have[3] or b"").hex()) for n, have in found if have)
 

@@ -1,8 +1,8 @@
 """Undoes a generation's changes to the options of a socket that other generations also use.
 
-Generations may share a listening socket.  A release that fails may have called listen(5), or set
-TCP_DEFER_ACCEPT, and such changes remain after its exit.  So we restore the options
-(system/socket_snapshot.py) in two cases:
+Generations may share a listening socket.  A release that fails may have shortened the backlog by
+listen(), or set TCP_DEFER_ACCEPT, and such changes remain after its exit.  So we restore the
+options (system/socket_snapshot.py) in two cases:
 
 * Before a generation starts to accept from a socket that no other generation uses, we restore the
   options that the socket had when it was new.

@@ -105,7 +105,7 @@ class SocketSteering(Steering):
         knows: returns whether its workers have a listener, by index.
         """
         if self.turns.grow(generation, knows):
-            # Before the worker accepts: the next program must wait for the worker's clients, too.
+            # Write the state before the worker accepts: the next program must wait for its clients.
             self._persist()
 
     def reach(
@@ -289,7 +289,7 @@ class SocketSteering(Steering):
         """
         canary, newest = self._watch.canary, max(self.turns.accepting, default=0)
         in_vain = canary is not None and canary.never_accepted == generation == newest
-        # Do not wait for a canary that accepted no client, unless it has had the route since then.
+        # Do not wait for the canary `never_accepted`, unless it has had the route since then.
         if in_vain or generation not in self.turns.accepting or not self._listeners.pairs:
             on_quiet()
             return

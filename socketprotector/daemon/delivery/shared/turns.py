@@ -183,9 +183,9 @@ class Turns:
         self.current, self.share = number, share
 
     def lacks(self, listener: Listener) -> bool:
-        """Return whether a UNIX path's clients still go to a socket that first workers lack.
+        """Return whether a UNIX path's clients go to a socket that a generation's workers lack.
 
-        See `unserved`.
+        The later workers of that generation may have the socket (see `unserved`).
         """
         if not listener.path or listener.index in self.lost:
             return False

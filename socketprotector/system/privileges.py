@@ -1,7 +1,7 @@
 """Drops privileges for good, and keeps the few that starting workers as another user needs.
 
-With --worker-user the protector keeps only CAP_SETUID, CAP_SETGID and CAP_KILL.  Programs that it
-executes do not inherit these, except its own successor (`lent()`).
+With --worker-user the protector keeps only CAP_SETUID, CAP_SETGID and CAP_KILL.  Only the guard and
+the protector's next program inherit these (`lent()`); other executed programs do not.
 
 Source: capabilities(7), prctl(2), capset(2).
 """

@@ -35,7 +35,7 @@ LAST_S = 10.0
 def untaken(seconds: float, *, ever: bool) -> str:
     """Return the message about workers that accept no client.
 
-    seconds: for how long.  ever: whether the workers have accepted a client before.
+    seconds: for how long.  ever: whether the workers may have accepted a client before.
     """
     return f"no worker has accepted a connection {f'for {seconds:.0f} s' if ever else 'yet'}"
 

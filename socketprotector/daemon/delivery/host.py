@@ -35,8 +35,8 @@ class Host(ABC):
     ) -> None:
         """Report that the route's workers have accepted no client for this number of seconds.
 
-        waiting: how many clients wait.  ever: the workers have accepted a client before.  listen:
-        the addresses where clients wait; None: the clients wait in the queue.
+        waiting: how many clients wait.  listen: the addresses where clients wait; None: the clients
+        wait in the queue.  ever: the workers may have accepted clients there before.
         """
 
     @property

@@ -267,7 +267,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_try()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            # snapshot() forgets them, too, but without an fd store it may never be called.
+            # snapshot() does this, too, but without an fd store snapshot() may never be called.
             self.generations.forget_released(self.delivery.keeps)
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:

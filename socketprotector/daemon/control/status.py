@@ -299,8 +299,8 @@ def of_connections(
                     "pid": pid,
                     "accepted_at_by_fd": times,
                     "orphaned": record.orphaned,
-                    # For connections whose accept time is unknown: in a draining generation they
-                    # began before this time, in another generation after it.
+                    # In a draining generation, connections of unknown accept time began before this
+                    # time; in any other generation, they began after this time.
                     "since_at": opened.record.drained_at or record.started_at,
                 }
             )

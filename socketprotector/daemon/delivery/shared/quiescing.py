@@ -113,8 +113,9 @@ class Quiescing:
     ) -> None:
         """Call back when a generation has accepted and read from all its clients.
 
-        Calls back at the latest LAST_S after new clients stopped coming, even if some still wait or
-        are unread.
+        Calls back LAST_S after new clients stopped coming at the latest, even if clients still wait
+        or are unread.
+
         socket_number: the generation's socket.  common: listeners with one socket for all
         generations; the clients that wait at these listeners must be accepted, too.  reads_on: call
         back as soon as the generation has accepted its clients.

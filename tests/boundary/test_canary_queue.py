@@ -314,6 +314,21 @@ def test_clients_that_only_a_full_canary_can_serve_wait_alone(real: World, kills
     assert not real.delivery.lost
 
 
+def test_clients_that_only_a_broken_canary_could_serve_keep_their_order(real: World) -> None:
+    real.add(real.listener(2))
+    share_with(real, HALF)
+    own = [come_to(real, 2) for _ in range(4)]
+    real.handed[2][0].shutdown(socket.SHUT_RDWR)
+    real.until(lambda: not queued(real))  # a look took them back to send them again
+    real.open(3)
+    real.route_to(3)
+    real.end(2)
+
+    real.until(lambda: {*own} <= {*real.taken[3]}, 3)
+    assert real.taken[3] == own
+    assert not real.delivery.lost
+
+
 def test_a_broken_canary_is_reported_and_its_clients_go_to_the_route(real: World) -> None:
     share_with(real, HALF)
     real.handed[2][0].shutdown(socket.SHUT_RDWR)

@@ -204,7 +204,8 @@ class CanaryQueue:
         if is_probe(header):
             self._outlet.let_go(fd)
         elif route is None or not route.knows_of(listener_of(header)):
-            self.keep(header, fd)
+            self._outlet.undelivered.keep_last(header, fd)  # in the same order
+            self._send_later()
         elif self._outlet.is_free:
             self._outlet.send(route, header, fd)
         else:

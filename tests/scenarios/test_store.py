@@ -91,6 +91,41 @@ def test_what_was_queued_with_workers_that_stand_still_is_served(service: Servic
     second.stop()
 
 
+def test_a_client_that_finds_no_room_in_the_store_is_counted_if_a_kill_loses_it(
+    service: Service, tmp_path: Path
+) -> None:
+    stored = OWN | of_generation(1, 1)
+    service.environment["FDSTORE"] = str(len(stored))
+    control = tmp_path / "control"
+    options = ("--no-log-relay", "--queue", "6", "--control", str(control))
+    words = (*options, "127.0.0.1:0", "--", *MANY)
+    first = service.start(*words).ready()
+    wait_stored(service, stored)
+    [pid] = spawned(first)
+    hold(pid)
+    mark = len(first.log.seen)
+    clients = [Client(("127.0.0.1", first.port), f"hello {number}") for number in range(20)]
+    first.log.wait_for("event=store-full", after=mark)
+    with Line(control) as line:
+        assert line.status()["lost"] == 0  # and the state has the undelivered connection
+    service.kill()
+    second = service.start(*words)
+    second.log.wait_for("event=route")
+    os.kill(pid, signal.SIGCONT)
+
+    lost = 0
+    for client in clients:
+        reply = ""
+        with client, suppress(ConnectionResetError):
+            reply = client.hear()
+        lost += not reply
+    with Line(control) as line:
+        counted = line.status()["lost"]
+    assert counted == 1
+    assert lost - counted in (0, 1)  # it may have had another one in hand
+    second.stop()
+
+
 @pytest.mark.costly
 def test_no_more_is_stored_than_systemd_can_pass_on_below_the_soft_limit(service: Service) -> None:
     service.environment["TEST_NOFILE"] = "100"

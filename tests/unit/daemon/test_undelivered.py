@@ -119,7 +119,7 @@ def test_the_next_program_has_the_same_ones_in_the_same_order(world: World) -> N
     after = Undelivered(lambda: True)
 
     left = Inherited({n: os.dup(fd) for n, fd in world.kept.descriptors().items()})
-    after.adopt(*world.states[-1], left)
+    assert after.adopt(*world.states[-1], left) == 0
 
     assert after.waiting == world.states[-1][1]
     assert after.number > world.kept.number
@@ -127,15 +127,25 @@ def test_the_next_program_has_the_same_ones_in_the_same_order(world: World) -> N
     assert after.drop(any_listener) == 4
 
 
-def test_one_whose_descriptor_was_not_stored_in_time_is_forgotten(world: World) -> None:
+def test_one_whose_descriptor_was_not_stored_in_time_is_lost(world: World) -> None:
     world.kept.keep_last(*came_by(1))
     world.kept.keep_first(*came_by(0))
     after = Undelivered(lambda: True)
 
-    after.adopt(*world.states[-1], Inherited({}))
+    assert after.adopt(*world.states[-1], Inherited({})) == 2
 
     assert (after.waiting, after.descriptors()) == ((), {})
     assert after.number > world.kept.number
+
+
+def test_one_that_was_sent_and_is_still_in_the_store_is_not_lost(world: World) -> None:
+    world.kept.keep_last(*came_by(0))
+    stored = {name: os.dup(fd) for name, fd in world.kept.descriptors().items()}
+    taken = world.kept.take(any_listener)
+    assert taken is not None
+    os.close(taken[1])
+
+    assert Undelivered(lambda: True).adopt(*world.states[-1], Inherited(stored)) == 0
 
 
 def test_no_number_is_used_again_that_two_killed_programs_have_stored(world: World) -> None:
@@ -147,7 +157,7 @@ def test_no_number_is_used_again_that_two_killed_programs_have_stored(world: Wor
     kept = {name: os.dup(fd) for name, fd in world.kept.descriptors().items()}
     after = Undelivered(lambda: True)
 
-    after.adopt(*known, Inherited({**kept, **names}))
+    assert after.adopt(*known, Inherited({**kept, **names})) == 2
     after.keep_last(*came_by(0))
 
     assert not after.descriptors().keys() & names.keys()

@@ -264,7 +264,7 @@ class Forwarder:
         """Adopt an earlier program's record, and its undelivered connections."""
         self._forwarded, self._lost, self._shared = record.forwarded, record.lost, record.shared
         first = ((record.number, record.pending),) if record.pending is not None else ()
-        self.undelivered.adopt(record.number, (*first, *record.parked), unclaimed)
+        self._lost += self.undelivered.adopt(record.number, (*first, *record.parked), unclaimed)
 
     def descriptors(self) -> dict[str, int]:
         """Return the descriptors that the next program needs, by name."""

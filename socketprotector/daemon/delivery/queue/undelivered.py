@@ -88,23 +88,27 @@ class Undelivered:
         """Return all descriptors, by name."""
         return {f"{inherited.HAND}{number}": fd for number, (_, fd) in self._waiting.items()}
 
-    def adopt(
-        self, number: int, waiting: Iterable[tuple[int, bytes]], unclaimed: Inherited
-    ) -> None:
+    def adopt(self, number: int, waiting: Iterable[tuple[int, bytes]], unclaimed: Inherited) -> int:
         """Adopt an earlier program's connections; takes ownership of their descriptors.
 
         number: the highest number in the state.  If the earlier program was killed before it wrote
         the state, a descriptor with the next number may have been stored.  So new connections skip
-        that number, and the numbers of all stored descriptors.  A connection is lost if its
-        descriptor or its header was not stored.
+        that number, and the numbers of all stored descriptors.
+
+        Returns how many connections are lost, because their descriptor or header was not stored.
         """
         stored = {int(key): found[""] for key, found in unclaimed.take_all(inherited.HAND).items()}
         self.number = max((number + 1, *stored))
+        lost = 0
         for each, header in waiting:
             if each in stored:
                 self._waiting[each] = header, stored.pop(each)
-        for fd in stored.values():
+            else:
+                lost += 1
+        for each, fd in stored.items():
             os.close(fd)
+            lost += each > number  # a lower number was removed from the state to be sent
+        return lost
 
 
 def listener_of(header: bytes) -> int:

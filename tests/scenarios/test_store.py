@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -124,6 +125,31 @@ def test_a_client_that_finds_no_room_in_the_store_is_counted_if_a_kill_loses_it(
     assert counted == 1
     assert lost - counted in (0, 1)  # it may have had another one in hand
     second.stop()
+
+
+def test_undelivered_clients_wait_while_the_state_cannot_be_written_and_the_log_says_why(
+    service: Service,
+) -> None:
+    words = ("--queue", "6", "127.0.0.1:0", "--", *MANY)
+    first = service.start(*words).ready()
+    [pid] = spawned(first)
+    hold(pid)
+    clients = [Client(("127.0.0.1", first.port), f"hello {number}") for number in range(20)]
+    eventually(lambda: "sp.hand.1" in service.store, "an undelivered connection")
+
+    before = resource.prlimit(first.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(first.pid, resource.RLIMIT_FSIZE, (1, before[1]))
+    os.kill(pid, signal.SIGCONT)
+    first.log.wait_for('event=state-not-written error="File too large"')
+    eventually(lambda: all(client.has_answer() for client in clients[:5]), "the queue's clients")
+    assert not clients[-1].has_answer()
+    resource.prlimit(first.pid, resource.RLIMIT_FSIZE, before)
+
+    for number, client in enumerate(clients):
+        with client:
+            assert client.hear() == f"[{pid}] hello {number}"
+    assert not first.log.count("event=resources-exhausted")
+    first.stop()
 
 
 @pytest.mark.costly

@@ -52,8 +52,10 @@ class World:
         self.shortages: list[str] = []
         self.cannot_watch = False
         self.kept = Kept()
-        patch.setattr(module, "os", SimpleNamespace(close=self.closed.append, strerror=os.strerror))
-        self.shortage = SimpleNamespace(lasts=False, begin=self._short, take_reserve=bool)
+        patch.setattr(module, "os", SimpleNamespace(close=self.closed.append))
+        self.shortage = SimpleNamespace(
+            lasts=False, begin=self._short, pause=self._pause, take_reserve=bool
+        )
         self.outlet = Outlet(
             cast("Any", SimpleNamespace(watch=self._watch, unwatch=self.watched.pop)),
             cast("Any", self.kept),
@@ -72,6 +74,10 @@ class World:
     def _short(self, call: str, _: OSError) -> None:
         self.shortage.lasts = True
         self.shortages.append(call)
+
+    def _pause(self) -> None:
+        self.shortage.lasts = True
+        self.calls.append("pause")
 
     def lead_to(self, *known: int) -> Queue:
         made = Queue(*known)
@@ -204,7 +210,7 @@ def test_a_kept_connection_is_not_sent_before_its_removal_is_in_the_state(world:
 
     world.outlet.send_kept()
 
-    assert (queue.sent, world.shortages) == ([], ["state"])
+    assert (queue.sent, world.calls, world.shortages) == ([], ["pause"], [])
 
 
 def test_kept_connections_that_break_the_route_are_all_kept(world: World) -> None:

@@ -69,7 +69,7 @@ class Outlet:
                 return
             taken = self.undelivered.take(route.knows_of)
             if taken is None:
-                self.shortage.begin("state", OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+                self.shortage.pause()  # checkpoint.py has logged why the state cannot be written
             else:
                 self.send(route, *taken)
 

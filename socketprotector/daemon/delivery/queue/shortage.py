@@ -47,17 +47,23 @@ class Shortage:
 
     def begin(self, call: str, error: OSError) -> None:
         """Stop accepting, and retry after a growing wait; log the first failure of a shortage."""
-        now = time.monotonic()
-        if now - self._failed_at > 2 * LAST_WAIT_S:
-            self._back_off.reset()
+        if self.pause():
             hint = "SocketProtector tries again after a short pause"
             self.runtime.log.write(
                 "error", "resources-exhausted", call=call, error=error.strerror, hint=hint
             )
+
+    def pause(self) -> bool:
+        """Stop accepting, and retry after a growing wait; return whether a shortage begins."""
+        now = time.monotonic()
+        begins = now - self._failed_at > 2 * LAST_WAIT_S
+        if begins:
+            self._back_off.reset()
         self._failed_at = now
         self.lasts = True
         self.stop()
         self.runtime.loop.call_after(_RETRY, self._back_off.wait_s(), self._try_again)
+        return begins
 
     def _try_again(self) -> None:
         self.lasts = False

@@ -17,7 +17,7 @@ from ..model import text
 from ..model.lazy_dataclass import field, mutable
 from ..model.log_format import is_own
 from ..model.settings import Settings
-from ..system import inherited, log_file
+from ..system import cgroups, inherited, log_file
 from ..system.cleanup import on_error
 from ..system.inherited import Inherited
 from ..system.log import is_journal
@@ -172,7 +172,7 @@ class Output:
         elif self._to_syslog:
             where = "see syslog"
         elif is_journal():
-            where = f"see {_journal_command()}"
+            where = f"see `{journal_command()}`"
         else:
             place = "the terminal" if os.isatty(_STDERR) else "stderr"
             where = f"see {place} of SocketProtector -f"
@@ -192,15 +192,18 @@ def _is_stream() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
-def _journal_command() -> str:
+def journal_command(proc: str = cgroups.PROC) -> str:
     """Return the shell command that shows the journal of our unit."""
     try:
-        with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
-            units = [name for name in file.read().split("/") if name.rstrip().endswith(".service")]
+        parts = [part.rstrip() for part in cgroups.names(proc).split("/")]
     except OSError:
-        units = []
-    of_unit = f" -u {text.escape(units[-1].strip())}" if units else ""
-    return f"`journalctl{of_unit}`"
+        parts = []
+    units = [text.escape(part) for part in parts if part.endswith(".service")]
+    if not units:
+        return "journalctl"
+    # The cgroups of a user manager's units are below that of its own unit, user@UID.service.
+    of_user = units[0].startswith("user@") and units[-1] != units[0]
+    return f"journalctl {'--user-unit' if of_user else '-u'} {units[-1]}"
 
 
 def _lines(data: bytes) -> str:

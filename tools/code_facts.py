@@ -23,10 +23,10 @@ from socketprotector.model.log_format import LEVELS  # noqa: E402
 PACKAGE = ROOT / "socketprotector"
 #: The fields that Reports.write() writes for each Report.
 _OF_REPORTS = ("generation", "reason", "last_words", "release")
-#: The fields of crash-loop, which repeats fields of the suppressed lines.
+#: The fields of crash-loop, which repeats fields of the last death's lines.
 _OF_CRASH_LOOPS = (
-    *("generation", "slot", "deaths", "unreported", "for_s", "worker", "how", "lost", "reason"),
-    *("last_words", "ago_s"),
+    *("generation", "slot", "deaths", "unreported", "for_s", "worker", "how", "reason"),
+    "last_words",
 )
 #: Programs that run as workers; their variables are those of workers (docs/protocol.md).
 _WORKERS = ("programs/stdio", "programs/legacy", "programs/worker_protocol.py")

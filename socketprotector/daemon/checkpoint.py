@@ -44,7 +44,7 @@ class Checkpoint:
     _snapshot: Callable[[], Snapshot] | None = None
     _written: Snapshot | None = None  # the last snapshot written; None: none, or a write failed
     _failing: bool = False  # the last write of the state has failed
-    _behind: bool = False  # we have logged that the guard or systemd lacks something
+    _behind: bool = False  # we have logged that the guard or systemd is behind
     _full: bool = False  # the fd store had no room for all descriptors at the last save
 
     def begin(self, effects: Effects, snapshot: Callable[[], Snapshot]) -> None:

@@ -42,8 +42,8 @@ class Parents:
         pid = os.getppid() if self.line is not None else os.getpid()
         self.systemd = Systemd(os.environ, pid, self._manager, self.guard)
         room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        # Pass the number on to the next program after an upgrade.  In that program, getrlimit()
-        # returns the limit that we have raised, not systemd's limit.
+        # Pass the store's size on to the next program: after an upgrade, getrlimit() returns the
+        # limit that we have raised, not systemd's limit.
         os.environ["FDSTORE"] = str(room)
         self.store = (
             Store(self.guard, kept)

@@ -56,7 +56,7 @@ _WRITTEN_AT_ONCE = (
     *(ReportKind.RELOADED, ReportKind.RECOVERED, ReportKind.RELOAD_FAILED),
     *(ReportKind.DRY_RUN_PASSED, ReportKind.DRY_RUN_FAILED),
 )
-_NOT_KEPT = "the state cannot be written, or the guard or systemd lacks a descriptor"
+_NOT_KEPT = "the state cannot be written, or not all descriptors have reached the guard or systemd"
 
 
 @mutable

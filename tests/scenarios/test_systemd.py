@@ -320,7 +320,7 @@ def test_an_upgrade_waits_for_a_full_notify_socket_but_not_for_ever(
         assert "has not responded for 3s" in line
         mark = daemon.signal(signal.SIGUSR2)
         line = daemon.log.wait_for("event=upgrade-failed", after=mark)
-        assert "the guard or systemd lacks a descriptor" in line
+        assert "not all descriptors have reached the guard or systemd" in line
         manager.rest()
     assert daemon.log.count("event=upgrade-waits") == 1
     assert ask(("127.0.0.1", daemon.port)).endswith("] hello")

@@ -11,8 +11,8 @@ options (system/socket_snapshot.py) in two cases:
   while all generations that still accept are older.
 
 If an option cannot be restored, we replace the socket.  But if all generations share the socket, we
-replace it only if the option keeps clients out and we can do without this socket.  If the option
-stays changed, we log it.
+replace it only if the option keeps clients out, and a spare socket exists or no client can reach
+this socket anyway (Listener.can_do_without).  If the option stays changed, we log it.
 
 If the serving generation has lowered a backlog, we raise the backlog when another generation starts
 to accept from the socket, or when no generation accepts.  A longer backlog is harmless.

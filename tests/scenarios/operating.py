@@ -142,6 +142,12 @@ class Operated:
         return self.generation(number)
 
     @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """The addresses of its TCP listeners at 127.0.0.1."""
+        ports = [each["address"].rpartition(":")[2] for each in self.status()["listeners"]]
+        return [("127.0.0.1", int(port)) for port in ports]
+
+    @property
     def address(self) -> tuple[str, int]:
         """Of the first listener, also where the log is in a file."""
         port = self.status()["listeners"][0]["address"].rpartition(":")[2]

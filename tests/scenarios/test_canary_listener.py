@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.rounds import rounds
 from tests.running import Client, ask
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.operating import Line, Operated, Operating
-from tests.scenarios.tools import library_worker, worker
+from tests.scenarios.tools import Release, library_worker, worker
 
 MODE = ("--handoff", "listener", "--ready", "notify", "--workers", "2")
 SERVERS = {"asyncio": worker("asyncio_accepts"), "library": library_worker("asyncio_server")}
@@ -142,4 +143,25 @@ def test_a_canary_whose_workers_stop_after_its_share_is_returned_too(operated: O
     # Their rescue has not waited until the stopped workers accept.
     assert not web.daemon.log.count("event=not-accepted")
     for each in clients:
+        each.close()
+
+
+def test_a_canary_that_accepts_at_one_listener_alone_reads_from_its_clients_there(
+    operated: Operating, tmp_path: Path
+) -> None:
+    release, gate = Release(tmp_path / "daemon"), tmp_path / "gate"
+    release.becomes(*SERVERS["asyncio"])
+    web = operated(*MODE, "--kill-timeout", "2s", "127.0.0.1:0", command=(release.path,))
+    release.becomes(*worker("accepts_first", str(gate)))
+    mark = begin(web, "50%")
+    release.becomes(*SERVERS["asyncio"])  # for the clients that the canary leaves
+    first, second = web.addresses
+    there = [Client(first, "hello") for _ in range(20)]
+    elsewhere = [Client(second, "hello") for _ in range(20)]
+    web.daemon.log.wait_for(r"event=reload-failed\b.*no worker has accepted", after=mark)
+    canary = {*web.pids(2)}
+    gate.touch()
+    assert {pid_of(each.hear()) for each in there} & canary
+    assert {pid_of(each.hear()) for each in elsewhere}.isdisjoint(canary)
+    for each in there + elsewhere:
         each.close()

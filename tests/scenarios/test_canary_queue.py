@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.rounds import rounds
-from tests.running import Address, Client, ask
+from tests.running import Client, ask
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.operating import Line, Operated, Operating
 from tests.scenarios.running_ctl import Running
@@ -42,11 +42,6 @@ def canary(web: Operated) -> Iterator[Callable[[str], Running]]:
         each.end()
 
 
-def addresses(web: Operated) -> list[Address]:
-    ports = [each["address"].rpartition(":")[2] for each in web.status()["listeners"]]
-    return [("127.0.0.1", int(port)) for port in ports]
-
-
 def pid_of(answer: str) -> int:
     found = re.match(r"\[(\d+)\] ", answer)
     assert found, answer
@@ -56,7 +51,7 @@ def pid_of(answer: str) -> int:
 def generations(web: Operated, count: int) -> list[int]:
     """Connect so many clients, to one listener after the other; return who served each."""
     of = {pid: number for number in (1, 2) for pid in web.pids(number)}
-    at = addresses(web)
+    at = web.addresses
     return [of[pid_of(ask(at[n % len(at)]))] for n in range(count)]
 
 
@@ -77,14 +72,14 @@ def test_one_of_twenty_connections_over_two_listeners(
 
 def generations_of_serving(web: Operated, count: int) -> list[int]:
     of = dict.fromkeys(web.pids(2), 2)
-    at = addresses(web)
+    at = web.addresses
     return [of.get(pid_of(ask(at[n % len(at)])), 1) for n in range(count)]
 
 
 def test_a_canary_whose_workers_are_stopped_is_returned_and_no_client_is_lost(
     web: Operated, canary: Callable[[str], Running]
 ) -> None:
-    old, at = web.pids(1), addresses(web)
+    old, at = web.pids(1), web.addresses
     reload = canary("50%")
     stopped = web.pids(2)
     for pid in stopped:

@@ -834,8 +834,10 @@ class Handed(World):
         if protector is None or self._reason():
             return
         generation = protector.fleet.generation(leader.generation)
-        records = [each for each in protector.effects.pool.records() if each.pid == leader.pid]
-        found = protector.fleet.find(records[0].number) if records else None
+        # Earlier workers, not yet reaped by a protector that was killed, may have had its pid.
+        records = protector.effects.pool.records()
+        number = max((each.number for each in records if each.pid == leader.pid), default=0)
+        found = protector.fleet.find(number)
         if found is None or found[1].state is not State.READY:
             return  # it leaves for a reason of its own
         opened = protector.effects.generations.get(leader.generation)
@@ -848,13 +850,14 @@ class Handed(World):
             return
         canary = steering_of(protector.effects)._watch.canary
         # Then another generation accepts what waits there.
-        in_vain = canary is not None and canary.never_accepted == leader.generation
+        refused, at = canary.never_accepted if canary is not None else (0, ())
+        in_vain = at if refused == leader.generation else ()
         for listener in protector.effects.delivery.listeners:
             its = self._at(listener.settings.address)
             for each in its.clients.values() if listener.has_sibling else ():
                 one = (to for to in leader.listening.values() if each in to.backlog)
                 mine = any(each in server.connections for server in leader.living)
-                mine = mine or (any(one) and not in_vain)
+                mine = mine or (any(one) and listener.index not in in_vain)
                 if its.is_path and each.said_ns / 1e9 > drained_at:
                     continue  # it was silent, and that is not known of a UNIX socket
                 if mine and each.said and each.said_at < self.turns and not each.excuse:

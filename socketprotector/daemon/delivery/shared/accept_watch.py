@@ -81,7 +81,7 @@ class AcceptWatch:
     timer: str = "untaken"
     awaits: bool = False  # True: the owner must call came() when a client comes
     _reported: bool = False
-    _accepted: set[int] = field(default_factory=set)  # the listeners at which a client was accepted
+    accepted: set[int] = field(default_factory=set)  # the listeners at which a client was accepted
     #: True: the generation has served before, so it may have accepted clients of any listener.
     _served_before: bool = False
     #: Listener index -> the backlog at the last look, and since when no client was accepted.  The
@@ -94,7 +94,7 @@ class AcceptWatch:
         served_before: the generation also got clients earlier.
         """
         self._reported, self._served_before = False, served_before
-        self._accepted.clear()
+        self.accepted.clear()
         self._await()
 
     @property
@@ -105,7 +105,7 @@ class AcceptWatch:
     @property
     def has_accepted(self) -> bool:
         """Return whether the generation is known to have accepted a client."""
-        return bool(self._accepted)
+        return bool(self.accepted)
 
     def end(self) -> None:
         """Watch no generation."""
@@ -148,7 +148,7 @@ class AcceptWatch:
 
     def _look_later(self, query_s: float) -> None:
         """Look again later; query_s: how long the query to the kernel took."""
-        seldom = self._served_before or self._waiting.keys() <= self._accepted
+        seldom = self._served_before or self._waiting.keys() <= self.accepted
         never_s, later_s = self.late_s
         delay_s = later_s / 2 if seldom else never_s / 4
         self.loop.call_after(self.timer, max(delay_s, query_s / QUERY_SHARE), self._look)
@@ -159,7 +159,7 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                self._accepted.add(index)  # an unknown backlog counts as accepted: look seldom
+                self.accepted.add(index)  # an unknown backlog counts as accepted: look seldom
                 del self._waiting[index]
             else:
                 self._waiting[index] = line, since if before else began
@@ -173,7 +173,7 @@ class AcceptWatch:
         if passed_over and not self._reported:
             self._reported = True
             count = sum(len(self._waiting[index][0]) for index in passed_over)
-            ever = self._served_before or passed_over.keys() <= self._accepted
+            ever = self._served_before or passed_over.keys() <= self.accepted
             seconds, at = max(passed_over.values()), frozenset(passed_over)
             self.backlogs.report_untaken(seconds, count, ever, at)
             if not self._waiting:  # the report has ended the canary, and this watch
@@ -187,4 +187,4 @@ class AcceptWatch:
         return {index: seconds for index, seconds in found.items() if seconds >= self._limit(index)}
 
     def _limit(self, index: int) -> float:
-        return self.late_s[self._served_before or index in self._accepted]
+        return self.late_s[self._served_before or index in self.accepted]

@@ -7,7 +7,7 @@ the canary fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from ....core.events import Untaken
 from ....system.listener import Listener
@@ -38,8 +38,8 @@ class CanaryWatch(Backlogs):
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch
         self._canary = 0  # the generation's number; 0: no canary
-        #: The last canary that was reported to have accepted no client of some listener.
-        self.never_accepted = 0
+        #: The last canary that accepted no client at some listeners, and these listeners.
+        self.never_accepted: tuple[int, Collection[int]] = (0, ())
         late_s = NEVER_TAKEN_S, UNTAKEN_S
         self.accepts = AcceptWatch(runtime.loop, self, late_s=late_s, timer="canary-untaken")
 
@@ -80,7 +80,7 @@ class CanaryWatch(Backlogs):
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Fail the canary."""
         if not ever:
-            self.never_accepted = self._canary
+            self.never_accepted = self._canary, at - self.accepts.accepted
         addresses = [each.settings.address for each in self._listeners.living if each.index in at]
         reason = f"{untaken(seconds, ever=ever)} at {' '.join(addresses)}"
         self._post(Untaken(self._canary, f"{reason}; {waiting} waiting"))

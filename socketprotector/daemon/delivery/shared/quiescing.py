@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from ....model.lazy_dataclass import mutable
@@ -51,6 +51,7 @@ class _Generation:
     socket_number: int
     on_quiet: Callable[[], None]
     common: Sequence[Listener]  # single-socket listeners where clients wait
+    leave_out: Collection[int]  # listeners that we do not wait for
     reads_on: bool  # its workers read from all accepted clients before they exit
     began: float
     delay_s: float = 0.0  # the planned pause before this look
@@ -109,6 +110,7 @@ class Quiescing:
         on_quiet: Callable[[], None],
         *,
         common: Sequence[Listener] = (),
+        leave_out: Collection[int] = (),
         reads_on: bool = False,
     ) -> None:
         """Call back when a generation has accepted and read from all its clients.
@@ -117,11 +119,12 @@ class Quiescing:
         or are unread.
 
         socket_number: the generation's socket.  common: listeners with one socket for all
-        generations; the clients that wait at these listeners must be accepted, too.  reads_on: call
-        back as soon as the generation has accepted its clients.
+        generations; the clients that wait at these listeners must be accepted, too.  leave_out:
+        listeners whose clients need not be accepted.  reads_on: call back as soon as the generation
+        has accepted its clients.
         """
         self._generations[generation] = _Generation(
-            socket_number, on_quiet, common, reads_on, began=time.monotonic()
+            *(socket_number, on_quiet, common, leave_out, reads_on), began=time.monotonic()
         )
         self._look(generation)
 
@@ -147,10 +150,11 @@ class Quiescing:
         # during which clients may still come must not count as quiet.
         gets_clients = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
-        own = self._turns.own(self._listeners.pairs, state.socket_number, generation)
+        with_two = [each for each in self._listeners.pairs if each.index not in state.leave_out]
+        own = self._turns.own(with_two, state.socket_number, generation)
         # Unlike `own`, `pairs` includes listeners whose socket was replaced since the generation
         # started: the generation has accepted clients from the earlier socket.
-        pairs = self._turns.own(self._listeners.pairs, state.socket_number)
+        pairs = self._turns.own(with_two, state.socket_number)
         waiting = any(self._probes.clients_wait(each, state.socket_number) for each in own) or bool(
             state.common
         )

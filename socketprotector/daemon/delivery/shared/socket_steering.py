@@ -287,16 +287,14 @@ class SocketSteering(Steering):
 
         Call back after LAST_S at the latest (quiescing.py).  reads_on: do not wait for the reading.
         """
-        canary, newest = self._watch.canary, max(self.turns.accepting, default=0)
-        in_vain = canary is not None and canary.never_accepted == generation == newest
-        # Do not wait for the canary `never_accepted`, unless it has had the route since then.
-        if in_vain or generation not in self.turns.accepting or not self._listeners.pairs:
+        leave_out = self._watch.never_accepted(generation)
+        awaited = [each for each in self._listeners.pairs if each.index not in leave_out]
+        if generation not in self.turns.accepting or not awaited:
             on_quiet()
             return
         self._turn_away(generation)
-        self._quiescing.begin(
-            generation, self.turns.accepting[generation], on_quiet, reads_on=reads_on
-        )
+        number = self.turns.accepting[generation]
+        self._quiescing.begin(generation, number, on_quiet, leave_out=leave_out, reads_on=reads_on)
 
     def quiesce_last(self, generation: int, on_quiet: Callable[[], None]) -> None:
         """Call back when the last generation has accepted all clients that came before this call.

@@ -7,7 +7,7 @@ A client is stranded at a socket from which no worker accepts.  Then another gen
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 from ....core.events import Stranded
@@ -175,9 +175,20 @@ class SocketWatch(Backlogs):
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Report the addresses at which workers do not accept."""
         if self.canary is not None and not ever:  # the route may be a canary that gets all clients
-            self.canary.never_accepted = max(self._turns.routed, default=0)
+            generation = max(self._turns.routed, default=0)
+            self.canary.never_accepted = generation, at - self.accepts.accepted
         addresses = [each.settings.address for each in self._listeners.living if each.index in at]
         self._listeners.host.report_untaken(seconds, waiting, ever, " ".join(addresses))
+
+    def never_accepted(self, generation: int) -> Collection[int]:
+        """Return the listeners at which the newest generation was a canary and accepted no client.
+
+        Return none for an older generation: it may have got the route again since then.
+        """
+        if self.canary is None or generation != max(self._turns.accepting, default=0):
+            return ()
+        canary, at = self.canary.never_accepted
+        return at if canary == generation else ()
 
     def _rescue_later(self) -> None:
         """Call _rescue() after a pause, because finishing workers may accept the stranded clients.

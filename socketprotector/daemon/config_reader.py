@@ -34,6 +34,7 @@ class ConfigAnswer:
     """
 
     failure: str = ""  # in words, perhaps in several lines; "": success
+    code: str = "refused"  # of a failure, for the client that waits for a dry reading
     settings: Settings | None = None
     listeners: dict[int, int] = field(default_factory=dict)  # listener index -> descriptor
     siblings: dict[int, int] = field(default_factory=dict)  # second sockets, by listener index
@@ -83,11 +84,13 @@ class ConfigReader:
         limit_s = settings.policy.start_timeout_s
         self.loop.call_after(self.key, limit_s, lambda: self._too_late(limit_s))
 
-    def call_off(self) -> None:
-        """End a running child; `done` is not called."""
+    def call_off(self, answer: ConfigAnswer | None = None) -> None:
+        """End a running child; `done` is called only if an answer is given."""
         if self._process is not None:
-            self._done = _discard_answer
+            done, self._done = self._done, _discard_answer
             self._release()
+            if answer is not None:
+                done(answer)
 
     def _start(self, settings: Settings, *, dry: bool) -> None:
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -133,9 +133,14 @@ class LiveSettings:
         return self.releases.link.due if self.releases is not None else ""
 
     def stop_reading(self) -> None:
-        """End the reader processes, because the next program does not know them."""
-        for each in self._readers.values():
-            each.call_off()
+        """End the reader processes, because the next program does not know them.
+
+        The next program reads again for a reload, but cannot answer the caller of compare().
+        """
+        for purpose, each in self._readers.items():
+            called_off = "called off: an upgrade or a stop has begun"
+            answer = config_reader.ConfigAnswer(called_off, code="busy")
+            each.call_off(answer if purpose == "comparer" else None)
 
     # -- from one program to the next ---------------------------------------------
 

@@ -253,14 +253,17 @@ def test_whatever_becomes_of_it_there_is_an_answer(
     assert said in answer.failure
 
 
-def test_one_that_is_called_off_gives_no_answer(loop: Loop, web: Web) -> None:
+@pytest.mark.parametrize("answer", [None, ConfigAnswer("called off", code="busy")])
+def test_one_that_is_called_off_gives_no_answer_but_the_given_one(
+    loop: Loop, web: Web, answer: ConfigAnswer | None
+) -> None:
     reader = ConfigReader(("/bin/sleep", "60"), loop, "reader")
     answers: list[ConfigAnswer] = []
     reader.read(web.settings, answers.append)
 
-    reader.call_off()
-    reader.call_off()
+    reader.call_off(answer)
+    reader.call_off(answer)
 
     assert not reader.busy
     settle(loop)
-    assert answers == []
+    assert answers == ([answer] if answer is not None else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -26,6 +27,7 @@ from tests.scenarios.adopting import (
     upgrade,
 )
 from tests.scenarios.managers import Manager
+from tests.scenarios.operating import Line
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
     Gate,
@@ -39,6 +41,11 @@ from tests.scenarios.tools import (
 )
 
 MANY = worker("many")
+AGREES = "from socketprotector.__main__ import main\nmain()\n"
+#: A release that says yes to an upgrade, and cannot be executed any more.
+REMOVED_ONCE_TRIED = (
+    "if 'sp.probe' in os.environ.get('LISTEN_FDNAMES', ''):\n    os.unlink(sys.argv[0])\n" + AGREES
+)
 Starter = Callable[..., Protector]
 
 
@@ -218,11 +225,7 @@ def test_a_program_removed_after_it_said_yes_leaves_all_as_it_was(
     daemon = installation.start("127.0.0.1:0", "--", *MANY).ready()
     descriptors = kinds_at_rest(daemon)
     installation.add("two")
-    installation.script(
-        "two",
-        "if 'sp.probe' in os.environ.get('LISTEN_FDNAMES', ''):\n    os.unlink(sys.argv[0])\n"
-        "from socketprotector.__main__ import main\nmain()\n",
-    )
+    installation.script("two", REMOVED_ONCE_TRIED)
     installation.switch("two")
 
     line = upgrade(daemon)
@@ -233,6 +236,46 @@ def test_a_program_removed_after_it_said_yes_leaves_all_as_it_was(
     daemon.log.wait_for("event=reloaded")
     installation.switch("one")
     upgraded(daemon)
+    daemon.stop()
+
+
+@pytest.mark.parametrize("ended", ["upgraded", "not upgraded", "stopped"])
+def test_a_diff_in_progress_is_called_off_and_its_client_gets_an_answer(
+    installation: Installation, tmp_path: Path, ended: str
+) -> None:
+    place, file, there = (tmp_path / each for each in ("control", "web.toml", "there"))
+    file.write_text(f'listen = "127.0.0.1:0"\ncommand = {json.dumps(MANY)}\n')
+    daemon = installation.start("--control", place, "--config", file).ready()
+    descriptors = kinds_at_rest(daemon)
+    installation.add("two")
+    installation.script(
+        "two",
+        f"if 'sp.reader.dry' in os.environ.get('LISTEN_FDNAMES', ''):\n"
+        f"    os.symlink(str(os.getpid()), {str(there)!r})\n    import signal\n    signal.pause()\n"
+        + (REMOVED_ONCE_TRIED if ended == "not upgraded" else AGREES),
+    )
+    installation.switch("two")
+    with Line(place) as line:
+        line.send("diff")
+        eventually(there.is_symlink, "the reader")
+
+        if ended == "stopped":
+            daemon.stop()
+        else:
+            assert ("event=resumed" in upgrade(daemon)) == (ended == "upgraded")
+
+        answer = line.answer()
+    assert (answer["code"], answer["error"]) == (
+        "busy",
+        "called off: an upgrade or a stop has begun",
+    )
+    assert wait_gone([int(there.readlink().name)]) == []
+    if ended == "stopped":
+        return
+    no_more_open(descriptors, daemon.pid)
+    installation.switch("one")
+    with Line(place) as line:
+        assert line.ask("diff") == {"changes": [], "needs_restart": []}
     daemon.stop()
 
 

@@ -332,7 +332,7 @@ class Reads:
         self.busy = False
         done(self._world._read_again(settings))
 
-    def call_off(self) -> None:
+    def call_off(self, _answer: ConfigAnswer | None = None) -> None:
         self.busy = False
         self._loop.cancel(self._key)
 

@@ -196,9 +196,8 @@ class CommandHandler:
 
         def done(answer: ConfigAnswer) -> None:
             if answer.failure:
-                client.say(
-                    control_requests.refusal(RequestError("refused", answer.failure, request.id))
-                )
+                wrong = RequestError(answer.code, answer.failure, request.id)
+                client.say(control_requests.refusal(wrong))
             else:
                 result = {"changes": list(answer.changes), "needs_restart": list(answer.fixed)}
                 client.say(control_requests.answer(request.id, result))

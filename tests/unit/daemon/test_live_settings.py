@@ -45,8 +45,10 @@ class Reader:
         self.read_settings.append(settings)
         self.done, self.dry = done, dry
 
-    def call_off(self) -> None:
+    def call_off(self, answer: ConfigAnswer | None = None) -> None:
         self.called_off += 1
+        if answer is not None:
+            self.answer(answer)
 
     def answer(self, answer: ConfigAnswer) -> None:
         done, self.done = self.done, None
@@ -71,7 +73,11 @@ class World:
         self.no_memory = False
         runtime = self.clock.use_in(patch)
         cast("Any", runtime.log).set_level = self.levels.append
-        patch.setattr(module, "config_reader", SimpleNamespace(ConfigReader=self._reader))
+        patch.setattr(
+            module,
+            "config_reader",
+            SimpleNamespace(ConfigReader=self._reader, ConfigAnswer=ConfigAnswer),
+        )
         self.live = LiveSettings(
             OLD,
             runtime,
@@ -263,12 +269,15 @@ def test_a_comparison_does_not_disturb_a_reload_and_runs_once_at_a_time(world: W
 
 def test_a_forgotten_reload_is_read_no_further(world: World) -> None:
     world.live.read(dry_run=False)
-    world.live.compare(lambda _: None)
+    answers: list[ConfigAnswer] = []
+    world.live.compare(answers.append)
     world.live.forget()
     assert [world.readers[each].called_off for each in ("reader", "comparer")] == [1, 0]
 
     world.live.stop_reading()
     assert [world.readers[each].called_off for each in ("reader", "comparer")] == [2, 1]
+    assert [each.code for each in answers] == ["busy"]  # a client waits for it
+    assert world.clock.posted == []  # the next program reads again for the reload
 
 
 def test_a_new_socket_file_is_recorded_in_both_settings(world: World) -> None:

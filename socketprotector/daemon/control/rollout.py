@@ -129,6 +129,7 @@ def held_by(fleet: Fleet, effects: Effects) -> Held:
         return {}
     found: dict[int, tuple[int | None, float | None]] = {}
     records = {each.number: each for each in effects.pool.records()}
+    lookups_left = _MOST_WORKERS
     for generation, worker in _leaving(fleet):
         opened = effects.generations.get(generation.number)
         counts = None
@@ -136,8 +137,9 @@ def held_by(fleet: Fleet, effects: Effects) -> Held:
             counts = opened.counts(worker.slot)  # other workers may use an orphaned worker's slot
         active = counts.active if counts is not None else None
         oldest_s = None
-        if active and opened is not None and len(found) < _MOST_WORKERS:
+        if lookups_left and active and active <= _MOST_CONNECTIONS and opened is not None:
             oldest_s = _oldest_s(opened, worker, active, records)
+            lookups_left -= 1
         found[worker.number] = active, oldest_s
     return found
 
@@ -147,7 +149,7 @@ def _oldest_s(
 ) -> float | None:
     """Return the age of a worker's oldest connection; None: unknown."""
     record, board = records.get(worker.number), opened.board
-    if record is None or board is None or active > _MOST_CONNECTIONS or not is_ours():
+    if record is None or board is None or not is_ours():
         return None
     accepted_at = board.accepted_at(worker.slot)
     times = []

@@ -228,3 +228,31 @@ def test_the_oldest_of_the_connections_that_are_waited_for(
 
     assert waited_for["active"] == active
     assert waited_for["oldest_s"] == (oldest_s and pytest.approx(oldest_s, abs=5))
+
+
+@pytest.mark.parametrize(
+    "first", [(), (0, 0, 0, 0), (101, 101, 101, 101)], ids=["few", "none", "many"]
+)
+def test_at_most_four_workers_with_few_connections_have_the_age_of_their_oldest(
+    story: Story, seen: Seen, board: Board, first: tuple[int, ...]
+) -> None:
+    """To find the age costs a call for each of a worker's descriptors; others cost nothing."""
+    active = [*first, *[1] * (9 - len(first))]
+    begun(story, ROLLS, workers=9, ready=1)
+    story.when(ChannelBroken(1))
+    now = time.monotonic_ns()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for slot in range(9):
+            accepted(board, slot, {ours.fileno(): now})
+
+        def counts(slot: int) -> Counts:
+            return _counts(active[slot])
+
+        seen.boards = {1: cast("OpenGeneration", SimpleNamespace(board=board, counts=counts))}
+        seen.records = [WorkerRecord(number, 1, os.getpid(), -1) for number in range(1, 10)]
+        found = seen.found["waits_for"]
+
+    aged = [each["worker"] for each in found if each["oldest_s"] is not None]
+    assert [each["active"] for each in found] == active
+    assert aged == list(range(len(first) + 1, len(first) + 5))

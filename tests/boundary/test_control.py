@@ -14,6 +14,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -654,6 +655,50 @@ def test_at_the_end_what_has_been_asked_is_answered(desk: Desk) -> None:
     ]
     said = [[each.get("event") or each["result"]["command"] for each in lines] for lines in heard]
     assert said == [["status", "status"], ["events", "status", "stopped"]]
+
+
+def test_at_the_end_too_nothing_after_a_line_that_is_too_long_is_carried_out(desk: Desk) -> None:
+    line = padded(LINE_BYTES + 1)
+    long = desk.call(line[:10_000])
+    desk.turns_until(lambda: desk.clients == 1, "the client")
+    desk.rests()
+    long.send(line[10_000:] + b"\n" + STATUS)
+
+    desk.control.finish()
+
+    long.look()
+    assert [json.loads(each)["code"] for each in long.got.splitlines()] == ["invalid"]
+    assert long.ended
+    assert desk.asked == []
+
+
+def test_at_the_end_too_a_client_that_is_being_ended_is_heard_no_more(desk: Desk) -> None:
+    def fill(client: Client, _: Request) -> None:
+        with suppress(BlockingIOError):
+            while True:
+                client.sock.send(b"x" * 4096, socket.MSG_DONTWAIT)
+
+    desk.answers = fill
+    caller = desk.call(STATUS + padded(LINE_BYTES + 1) + b"\n" + STATUS)
+
+    def is_ending() -> bool:
+        return any(each._ending for each in desk.control._clients.values())
+
+    desk.turns_until(is_ending, "a refusal for which there is no room")
+    desk.answers = desk._answer
+    caller.send(STATUS)
+
+    desk.control.finish()
+
+    assert desk.asked == []
+
+
+def test_at_the_end_too_a_client_that_has_reported_a_worker_is_heard_no_more(desk: Desk) -> None:
+    desk.call(b'{"command":"worker:ack", "pid":7}\n' + STATUS)
+
+    desk.control.finish()
+
+    assert (desk.acked, desk.asked) == ([7], [])
 
 
 # -- out of memory -------------------------------------------------------------

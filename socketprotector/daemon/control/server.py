@@ -101,12 +101,12 @@ class Client:
             self.close()
 
     def finish(self) -> None:
-        """Answer all requests that the client has sent so far."""
+        """Answer the requests that the client has sent so far, up to _READ_BYTES of them."""
         data = self._receive()
-        *lines, _ = (self._received + (data or b"")).split(b"\n")
-        self._received.clear()
-        for line in lines:
-            self.server.take(self, bytes(line))
+        with self.within_memory():
+            self._received += data or b""
+        while self._has_more:
+            self._answer_one()
 
     @contextmanager
     def within_memory(self) -> Iterator[None]:
@@ -199,7 +199,7 @@ class Client:
 
     @property
     def _has_more(self) -> bool:
-        return b"\n" in self._received and not self._ending
+        return b"\n" in self._received and not self._ending and not self.gone
 
     def _await(self, events: int) -> None:
         """Watch the client's descriptor for only these epoll events; 0: stop watching."""
@@ -257,7 +257,7 @@ class ControlServer:
             client.tell(lambda more: control_requests.event(name, at, level, {**fields, **more}))
 
     def finish(self) -> None:
-        """Before a close: accept all connected clients, and answer all requests received so far."""
+        """Before a close: accept all connected clients, and answer the requests received so far."""
         for _ in range(CLIENTS):
             self._accept()
         for client in list(self._clients.values()):

@@ -72,6 +72,8 @@ class Resident:
         # earlier program stored them.  Without both, this is a first start: no store has copies.
         stored = inherited.GUARD in descriptors or inherited.STATE in descriptors
         kept = descriptors.keys() - {inherited.GUARD} if stored else set()
+        if isinstance(earlier, Snapshot):
+            kept -= set(earlier.left_out)  # after an upgrade in place, we inherit these, too
         self.settings = settings
         self.unclaimed = unclaimed = Inherited(descriptors)
         #: The descriptors of _OWN, by name.

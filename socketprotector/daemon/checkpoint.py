@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 
 from ..core.snapshot import CODEC, Snapshot
 from ..model.codec import DecodeError, refusal
-from ..model.lazy_dataclass import mutable
+from ..model.lazy_dataclass import mutable, replace
 from ..system import inherited
 from ..system.cleanup import on_error
 from ..system.log import Log
@@ -70,9 +70,10 @@ class Checkpoint:
         wanted = {**self.process_descriptors(), **self._effects.own_descriptors()}
         wanted.pop(inherited.GUARD, None)  # the guard makes a new line for each program it starts
         self.store.sync(wanted, self._effects.pool.descriptors)
-        if self.store.full and not self._full:
+        full = bool(self.store.left_out)
+        if full and not self._full:
             self.log.write("warning", "store-full", descriptors=len(self.store.kept), hint=_FULL)
-        self._full = self.store.full
+        self._full = full
         if not self._write():
             return False
         if self.store.flushed and self.store.complete:
@@ -89,9 +90,9 @@ class Checkpoint:
     def write(self) -> bool:
         """Write the state; return whether the next program of an upgrade may resume now.
 
-        That program assumes that the fd store has all descriptors that it inherits, and never
-        stores them again.  So the upgrade must wait until every descriptor for which the store has
-        room was sent to the store.
+        That program assumes that the fd store has all descriptors that it inherits, except those
+        that the state lists as left out, and never stores them again.  So the upgrade must wait
+        until every descriptor for which the store has room was sent to the store.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)
@@ -112,7 +113,8 @@ class Checkpoint:
 
     def _write(self) -> bool:
         assert self._snapshot is not None
-        snapshot, before = self._snapshot(), self._written
+        snapshot = replace(self._snapshot(), left_out=self.store.left_out)
+        before = self._written
         self._written = None  # until the write has succeeded
         try:
             if before is None or not self.file.takes_changes:

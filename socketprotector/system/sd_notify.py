@@ -326,9 +326,9 @@ class Store:
         return self.keeps and self.kept.issuperset(names)
 
     @property
-    def full(self) -> bool:
-        """Whether descriptors were left out, so that a kill loses their workers."""
-        return bool(self._left_out)
+    def left_out(self) -> tuple[str, ...]:
+        """The names of the descriptors without room in the store: a kill loses their workers."""
+        return tuple(sorted(self._left_out))
 
     def sync(self, few: Mapping[str, int], many: Named | None = None) -> None:
         """Make the store hold exactly these descriptors, by name.  The caller still owns them.

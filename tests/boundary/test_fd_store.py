@@ -226,16 +226,16 @@ def test_what_there_is_no_room_for_is_left_out_until_there_is(
     named = Named()
     for name, fd in zip(("sp.a", "sp.b", "sp.c"), files, strict=True):
         named[name] = fd
-        assert not store.full
+        assert not store.left_out
         store.sync({}, named)
 
-    assert store.full
+    assert store.left_out == ("sp.c",)
     assert store.complete
     assert store.has(named)  # an upgrade in place takes all along
     assert kept(guard) == {"sp.a": file(0), "sp.b": file(1)}
     del named["sp.a"]
     store.sync({}, named)
-    assert not store.full
+    assert not store.left_out
     assert kept(guard) == {"sp.b": file(1), "sp.c": file(2)}
 
 

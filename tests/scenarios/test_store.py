@@ -173,11 +173,11 @@ def test_no_more_is_stored_than_systemd_can_pass_on_below_the_soft_limit(service
     wait_stored(service, set())
 
 
-# 6 are its own, 3 a generation's, 3 each worker's: no room for a channel, for half of one, for any
+# 8 are its own, 3 a generation's, 4 each worker's: no room for a channel, for half of one, for any
 # worker, for half of one, for more than two generations need.  Where workers accept 2 more are its
 # own: one's twin for the next generation, and the address reserved meanwhile.
 @EITHER_HANDOFF
-@pytest.mark.parametrize("room", [6, 8, 10, 14, 32])
+@pytest.mark.parametrize("room", [6, 8, 10, 14, 40])
 def test_with_a_store_that_is_full_it_serves_after_a_kill_all_the_same(
     service: Service, room: int
 ) -> None:
@@ -188,7 +188,7 @@ def test_with_a_store_that_is_full_it_serves_after_a_kill_all_the_same(
     with Client(("127.0.0.1", first.port)) as held:
         held.ask()  # so that the generation before the last one is still there
         first.reload()
-        assert (first.log.count("event=store-full") > 0) == (room < 32)
+        assert (first.log.count("event=store-full") > 0) == (room < 40)
         workers = spawned(first)
         service.kill()
         assert len(service.store) <= room
@@ -202,6 +202,32 @@ def test_with_a_store_that_is_full_it_serves_after_a_kill_all_the_same(
             waiting.ask()
     second.stop()
     assert wait_gone(workers) == []
+    wait_stored(service, set())
+
+
+def test_after_an_upgrade_with_a_full_store_what_was_left_out_is_stored_once_there_is_room(
+    service: Service,
+) -> None:
+    service.environment["FDSTORE"] = "20"  # room for one generation, and not for two
+    words = ("127.0.0.1:0", "--", *MANY)
+    first = service.start(*words).ready()
+    service.wait_for("READY")
+    with Client(("127.0.0.1", first.port)) as held:
+        held.ask()  # so that the first generation stays
+        first.reload()
+        [_, worker] = spawned(first)
+        mark = first.signal(signal.SIGUSR2)
+        first.log.wait_for("event=resumed", after=mark)
+        first.log.wait_for("event=store-full", after=mark)
+        assert len(service.store) <= 20
+    wait_stored(service, OWN | of_generation(2, 2))
+
+    service.kill()
+    second = service.start(*words)
+    service.wait_for("READY")
+
+    assert pid_in(ask(("127.0.0.1", first.port))) == worker
+    second.stop()
     wait_stored(service, set())
 
 

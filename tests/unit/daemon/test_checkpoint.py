@@ -52,7 +52,7 @@ class World:
         self.lines: list[str] = []
         self.file = File(self.calls)
         self.store = SimpleNamespace(
-            keeps=True, full=False, flushed=True, complete=True, kept={}, sync=self._sync, has=None
+            keeps=True, left_out=(), flushed=True, complete=True, kept={}, sync=self._sync, has=None
         )
         self.snapshot = Snapshot(Fleet(), SETTINGS)
         self.workers = {"worker.1.process": 9}
@@ -148,12 +148,13 @@ def test_a_store_that_lags_is_logged_until_it_has_caught_up(world: World) -> Non
     assert world.lines == ["keeper-behind"] * 2
 
 
-def test_a_full_store_is_logged_once(world: World) -> None:
-    world.store.full = True
+def test_a_full_store_is_logged_once_and_the_next_program_knows_what_it_lacks(world: World) -> None:
+    world.store.left_out = ("worker.1.process",)
     world.checkpoint.save()
     world.checkpoint.save()
 
     assert world.lines == ["store-full"]
+    assert CODEC.decode(world.file.payload).left_out == ("worker.1.process",)
 
 
 def test_an_upgrade_needs_the_state_and_every_descriptor_in_the_store(world: World) -> None:
@@ -180,7 +181,7 @@ def test_the_next_program_reads_the_last_state_and_refuses_what_is_none() -> Non
         assert module.read(file.fd) is None
         checkpoint = Checkpoint(
             file,
-            cast("Any", SimpleNamespace(keeps=True, full=False, flushed=True, complete=True,
+            cast("Any", SimpleNamespace(keeps=True, left_out=(), flushed=True, complete=True,
                                         sync=lambda *_: None)),
             cast("Any", None),
             dict,

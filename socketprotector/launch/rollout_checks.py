@@ -85,8 +85,8 @@ def _shares(settings: Settings) -> str:
 def _one_socket(option: str, where: str, why: str) -> str:
     words = _ROLLING if option == "reload_order" else "--canary"
     return (
-        f"{words}: old and new generation accept from the same socket of {where} ({why}), so they "
-        "cannot share its clients; leave the option out, or listen on TCP"
+        f"{words}: all new clients of {where} ({why}) reach one socket, so two generations cannot "
+        "share them; leave the option out, or listen on TCP"
     )
 
 

@@ -130,15 +130,15 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
         ),
         (
             [*CANARY, *LISTENER, "unix:/run/w", "--", "true"],
-            "--canary: old and new generation accept from the same socket of unix:/run/w (a UN",
+            "--canary: all new clients of unix:/run/w (a UNIX path) reach one socket, so two",
         ),
         (
             [*CANARY, *LISTENER, "0", "unix:@w", "--", "true"],
-            "the same socket of unix:@w (an abstract name)",
+            "all new clients of unix:@w (an abstract name) reach one socket",
         ),
         (
             [*CANARY, *LISTENER, "0?defer_accept=5", "--", "true"],
-            "the same socket of 0?defer_accept=5 (?defer_accept)",
+            "all new clients of 0?defer_accept=5 (?defer_accept) reach one socket",
         ),
         (["--surge", "2", "0", "--", "true"], "--surge needs --reload-order rolling"),
         (
@@ -199,15 +199,15 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
         ),
         (
             [*ROLLING, *LISTENER, "unix:/run/w", "--", "true"],
-            "generation accept from the same socket of unix:/run/w (a UNIX path)",
+            "all new clients of unix:/run/w (a UNIX path) reach one socket",
         ),
         (
             [*ROLLING, *LISTENER, "0", "unix:@w", "--", "true"],
-            "the same socket of unix:@w (an abstract name)",
+            "all new clients of unix:@w (an abstract name) reach one socket",
         ),
         (
             [*ROLLING, *LISTENER, "0", "web=0?defer_accept=5", "--", "true"],
-            "the same socket of web=0?defer_accept=5 (?defer_accept)",
+            "all new clients of web=0?defer_accept=5 (?defer_accept) reach one socket",
         ),
         (
             [*ROLLING, *LISTENER, "--ready", "check:true", "0", "--", "true"],

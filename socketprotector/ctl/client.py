@@ -1,7 +1,7 @@
 """A connection to a control socket: sends requests, and receives answers and events.
 
-An upgrade, or a crash under --guard, ends the connection, but the socket stays.  So query() and
-reconnect() try for up to RETURN_S to reach the protector's new process at the same socket.
+An upgrade, or a crash under --guard or systemd, ends the connection, but the socket stays.  So
+query() and reconnect() try for up to RETURN_S to reach the next program at the same socket.
 
 This module uses only the standard library, and prints nothing.  Each call blocks for a limited
 time.  The module checks the form and length of everything that it receives.

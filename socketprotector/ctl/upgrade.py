@@ -77,7 +77,7 @@ def _check_upgrade(instance: Instance, as_json: bool) -> None:
 
 
 class _Upgraded(Awaited):
-    """Waits for a status with more restarts than before, which the next program sends."""
+    """Waits for the next program's status: it has more restarts than the status from before."""
 
     def __init__(self, before: Message, tell: Callable[[str], None]) -> None:
         super().__init__(tell)

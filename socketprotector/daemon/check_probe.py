@@ -1,8 +1,8 @@
 """The addresses at which the operator's check commands reach a generation.
 
-These are the commands of `--ready check:CMD` and `--settle-check CMD`.  A generation has a loopback
-port while it is checked, so a command can use any client program.  In listener mode a helper
-process, the prober (programs/prober.py), forwards the port's connections to the generation's
+The options `--ready check:CMD` and `--settle-check CMD` set these commands.  A generation has a
+loopback port while it is checked, so a command can use any client program.  In listener mode a
+helper process, the prober (programs/prober.py), forwards the port's connections to the generation's
 socket.  It gives each TCP connection the mark by which the kernel recognizes a probe, because a
 command would not set this mark.  In other modes the connections go into the generation's channel.
 """

@@ -17,9 +17,9 @@ def adopt(
 ) -> list[Listener]:
     """Adopt the inherited listeners, for this delivery; take ownership of their descriptors.
 
-    A listener has up to three sockets: the first, the second and the third (reserved).  Several
-    sockets may be inherited for one of these roles.  Only the newest is in use: the socket whose
-    name ends in the highest number.
+    A listener has up to three sockets: the first, its sibling and the reserved socket (see class
+    Listener).  Several sockets may be inherited for one of these roles.  Only the newest is in use:
+    the socket whose name ends in the highest number.
     """
     made = []
     for index, each in enumerate(settings):

@@ -96,9 +96,9 @@ class Output:
 
     @contextmanager
     def opened(self, number: int, generation: int) -> Iterator[Opened]:
-        """Open a worker's output while the worker starts.
+        """Open the output of a worker, which the caller starts inside the `with` statement.
 
-        Raises OSError.  If the start fails, nothing stays open.
+        number: the worker's number.  Raises OSError.  If the start fails, nothing stays open.
         """
         if self._relay is None or not self._relayed:
             yield Opened()
@@ -117,9 +117,10 @@ class Output:
         self._relay.read_from(number, relay_client.WorkerPipe(read, generation, given.pid))
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
-        """Keep the pipes of running workers and of a few exited workers; close the others.
+        """Keep the pipes of living workers and of a few dead workers; close the others.
 
-        living: how many workers run.  numbers: returns the numbers of these workers.
+        living: how many workers run, or have exited and left a process in their group.
+        numbers: returns the numbers of these workers.
         """
         if self._relay is not None:
             self._relay.close_oldest(living, numbers)
@@ -149,10 +150,10 @@ class Output:
         return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
     def last_words(self, number: int, start: int, done: Callable[[str], None]) -> None:
-        """Call `done` with a worker's last lines, escaped; "": they are unknown.
+        """Call `done` with a worker's last lines, escaped, or with "" if none are known.
 
         The call comes at once, or when the relay has answered.  start: where this worker's output
-        begins, if no other worker has written since; otherwise -1.
+        begins in the log file, if no other worker has written since; otherwise -1.
         """
         if self._relay is not None and self._relayed:
             self._relay.request_last_words(number, lambda data: done(_lines(data)))
@@ -201,7 +202,7 @@ def journal_command(proc: str = cgroups.PROC) -> str:
     units = [text.escape(part) for part in parts if part.endswith(".service")]
     if not units:
         return "journalctl"
-    # The cgroups of a user manager's units are below that of its own unit, user@UID.service.
+    # A user manager runs in the unit user@UID.service; its units have cgroups below this unit's.
     of_user = units[0].startswith("user@") and units[-1] != units[0]
     return f"journalctl {'--user-unit' if of_user else '-u'} {units[-1]}"
 

@@ -74,7 +74,7 @@ class MemoryWatch:
                 yield child.pid
 
     def why_killed(self) -> str:
-        """Return, in words, how a worker ended that got a SIGKILL which we did not send.
+        """Return, in words, how a worker ended after a SIGKILL that we did not send.
 
         Each kill that the kernel has counted explains the end of one worker.
         """

@@ -160,7 +160,7 @@ class PostMortem:
     def child_failed(self, worker: Worker, text: str) -> None:
         """Log and remember the failure of a forked child, as the worker has reported it.
 
-        text: the report; wire.CHILD describes it.
+        text: the report, in the form that wire.CHILD describes.
         """
         words = text.split()
         if len(words) != 4 or not all(_is_number(each) for each in words[:3]):

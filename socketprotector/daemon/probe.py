@@ -275,8 +275,8 @@ class Probe:
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
             # A first reset may only show that the listening socket was shut down.  We repair the
-            # socket meanwhile.  So a second reset in a row comes from a server that has accepted
-            # the connection: the next branch reports GOOD.
+            # socket meanwhile.  So if the next probe's connection is reset at its first look, a
+            # server has accepted that connection: the next branch reports GOOD.
             self._finish(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
             self._finish(verdicts.GOOD)

@@ -50,7 +50,7 @@ class Recovery:
     def adopt(self) -> list[Event]:
         """Adopt everything except the workers, so that a generation can get the route.
 
-        Returns an event for each generation whose first programs for clients have failed
+        Returns an event for each generation of --handoff stdio whose first programs have failed
         (first_programs.py): the protector may have been killed before it handled that event.
         """
         effects, snapshot = self.effects, self.snapshot
@@ -83,10 +83,10 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """Make workers finish if the state does not know them: they started just before a kill.
+        """Order workers that the state does not contain to finish.
 
-        If there is a finish signal, they get it.  Otherwise they read end of file on their RETURN
-        line, which is closed here.
+        They were started just before the protector was killed.  They get the finish signal, if
+        there is one, and read end of file on their RETURN lines, which are closed here.
         """
         fleet, programs = self.snapshot.fleet, self.snapshot.generations
         # Most likely these workers belong to the newest generation, which a reload was starting.

@@ -95,7 +95,7 @@ class LogRelay:
         self._kind = kind
         self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
         self._prefixed = prefixed
-        self._shared = -1  # for syslog: the read end of the pipe that all workers share; -1: none
+        self._shared = -1  # under syslog: the read end of the pipe that is our stderr; -1: none
         self._helper: HelperProcess | None = None
         self._line: socket.socket | None = None
         self._workers: dict[int, WorkerPipe] = {}  # by the worker's number
@@ -112,7 +112,7 @@ class LogRelay:
     # -- the process -----------------------------------------------------------
 
     def start(self, shared: int) -> None:
-        """Start the relay.  shared: its stdin; -1: none.  Raises OSError."""
+        """Start the relay.  shared: its stdin (see _shared); -1: none.  Raises OSError."""
         self._shared = shared
         self._begin_to_watch()
         self._spawn()
@@ -313,9 +313,9 @@ class LogRelay:
         os.close(pipe.read)
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
-        """Close the oldest pipes that are still open after their workers have ended; keep a few.
+        """Close the oldest pipes of dead workers; keep LEFT_BEHIND of these pipes.
 
-        living: how many workers have not ended.  numbers: returns the numbers of these workers.
+        living, numbers: see Output.close_oldest().
         """
         excess = len(self._workers) - living - LEFT_BEHIND
         if excess <= 0:

@@ -1,7 +1,8 @@
 """The history of releases, and its file `current.history`, beside the link `current`.
 
-A separate process writes the file and waits for the disk (programs/release_writer.py).  A failed
-write is repeated.  A file that could not be read is renamed before the next write.
+`current` stands for the link that the option --current names.  A separate process writes the file
+and waits for the disk (programs/release_writer.py).  A failed write is repeated.  A file that could
+not be read is renamed before the next write.
 """
 
 from __future__ import annotations

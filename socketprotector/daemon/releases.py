@@ -1,7 +1,8 @@
 """The releases of a protector: which one a reload starts, and what the reload's result changes.
 
-A release is proved when its start or reload has succeeded.  Then the symbolic link `current` is
-moved to the release (current_link.py), before a waiting reload reads the link.
+`current` is the symbolic link that the option --current names.  A release is proved when its start
+or reload has succeeded.  Then `current` is moved to the release (current_link.py), before a waiting
+reload reads the link.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """--settle-check: probes the new generation during --settle, while a rollback is still possible.
 
-An HTTP probe is sent by the prober process, as in ready_probe.py.  A check command gets the counts
-of both generations, and decides by its own criteria: it can query the probe address, or the
-operator's metrics.
+The prober process sends an HTTP probe (probe.py).  A check command gets the counts of both
+generations, and decides by its own criteria: it can query the probe address, or the operator's
+metrics.
 
 The generation fails at the first bad answer, or if an answer does not come in time.  When the time
 of --settle has passed, the generation keeps settling until one more good answer comes.

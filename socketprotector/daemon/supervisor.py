@@ -1,7 +1,7 @@
 """Passes each event to `decide`, and the resulting actions to the effects.
 
 Signals, pidfds, timers and notify sockets only put events on the queue.  This module decides only
-what a signal means, and whether an upgrade or a change of the number of workers is possible.
+what a signal means, and whether an upgrade, a dry run or another number of workers is possible.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ class Supervisor:
             self.effects.suspend()
             self.upgrade.execute(self.checkpoint.descriptors())
             self.effects.resume()
-            if self.fleet.reading:  # suspend() has ended the reader process
+            if self.fleet.reading:  # suspend() has ended the process that reads the configuration
                 self.effects.perform(read_settings(self.fleet))
         else:
             self.upgrade.failed(_NOT_KEPT)

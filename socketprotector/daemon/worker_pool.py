@@ -35,7 +35,7 @@ from .runtime import Runtime
 from .worker_messages import WorkerMessages
 from .worker_spawn import Worker, WorkerSpawner, named
 
-#: The variable that tells a --ready check its worker's pid: old workers serve the same port.
+#: Gives a --ready check the pid of its worker, because old workers may serve the same port.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
 
 
@@ -297,7 +297,7 @@ class WorkerPool:
                 self._ended(number)
 
     def acked(self, pid: int) -> None:
-        """Note that a worker reported by einhorn's protocol that it is ready."""
+        """Note that a worker has reported its readiness by einhorn's protocol."""
         number = self._by_pid.get(pid)
         if number is not None and self._workers[number].readiness.by_ack:
             self._on_ready(number, "ack")

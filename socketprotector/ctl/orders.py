@@ -162,7 +162,7 @@ def replace(instance: Instance, which: str, as_json: bool) -> None:
         result = client.request("replace", **wanted)
     if "generation" in wanted:
         number = wanted["generation"]
-        words = f"a new generation of the same program replaces generation {number}, which then "
+        words = f"a new generation of the same command replaces generation {number}, which then "
         words += "drains"
     else:
         words = f"worker {number_in(result, 'worker')} leaves when its replacement is ready"
@@ -210,7 +210,7 @@ def kill(instance: Instance, generation: int, as_json: bool) -> None:
 @command("log-level")
 @click.argument("level", type=click.Choice(_LEVELS))
 def log_level(instance: Instance, level: str, as_json: bool) -> None:
-    """Set the log level until the protector's next start."""
+    """Set the log level until a stop, or a reload that changes --log-level."""
     answer(as_json, instance.request("log-level", level=level), f"log level {level}")
 
 

@@ -136,7 +136,7 @@ def test_replace_finds_out_whether_it_is_a_generation_or_a_pid(fake: Fake, ctl: 
     assert both.status == 2
     assert "8 is a generation and a pid; write generation:8 or pid:8" in both.err
     assert ctl("replace", "generation:8").out == (
-        "a new generation of the same program replaces generation 8, which then drains\n"
+        "a new generation of the same command replaces generation 8, which then drains\n"
     )
     neither = ctl("replace", "7")
     assert neither.status == 100

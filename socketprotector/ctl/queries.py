@@ -232,7 +232,8 @@ def crashes(instance: Instance, as_json: bool) -> None:
 @command()
 def diff(instance: Instance, as_json: bool) -> None:
     """Show what a reload would change."""
-    with instance.client(_DIFF_S) as client:
+    # Follow events, so that the protector does not disconnect us after 30 s without a request.
+    with instance.client(_DIFF_S, events=True) as client:
         try:
             result = client.request("diff")
         except RequestRefused as error:

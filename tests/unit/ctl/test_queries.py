@@ -465,6 +465,7 @@ def test_crashes_say_what_would_keep_last_words(fake: Fake, ctl: Ctl) -> None:
 def test_diff(fake: Fake, ctl: Ctl) -> None:
     fake.answers["diff"] = lambda *_: {"changes": ["workers: 1 -> 2"]}
     assert ctl("diff") == Ended(0, "workers: 1 -> 2\n", "")
+    assert fake.commands()[-2:] == ["events", "diff"]  # so that it may take more than 30 s
     fixed = {"changes": ["name: a -> b; needs a restart"], "needs_restart": ["name"]}
     fake.answers["diff"] = lambda *_: fixed
     said = ctl("diff")

@@ -6,7 +6,7 @@ query() and reconnect() try for up to RETURN_S to reach the next program at the 
 This module uses only the standard library, and prints nothing.  Each call blocks for a limited
 time.  The module checks the form and length of everything that it receives.
 
-Source: docs/control.md; unix(7) for SO_PEERCRED.
+Source: docs/control.md; unix(7) for SO_PEERCRED and SO_PASSCRED.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ LONGEST_LINE = 1024 * 1024
 _MOST_EVENTS, _MOST_EVENT_BYTES = 10_000, 2 * 1024 * 1024
 #: The longest path of a socket: the size of sun_path without the final zero byte (unix(7)).
 _LONGEST_PATH = 107
+#: Pid, uid and gid, as SO_PEERCRED and SCM_CREDENTIALS return them: in our own namespaces.
+_CREDENTIALS = struct.Struct("3i")
+#: Room for credentials alone, so that the kernel drops descriptors in a message.
+_CREDENTIALS_BYTES = socket.CMSG_SPACE(_CREDENTIALS.size)
 
 Message = dict[str, Any]
 
@@ -75,6 +79,8 @@ class Client:
 
     def _connect(self, within_s: float) -> None:
         self._socket = connect(self.path, self._at_most(within_s))
+        # Only now: before a connect() it would give the socket a name of its own.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._begin()
 
     def _at_most(self, within_s: float) -> float:
@@ -92,6 +98,8 @@ class Client:
         self._events: deque[Message] = deque()
         self._events_bytes = 0
         self._late_answers = 0
+        #: The process that sent the last message; 0: it has no pid in our PID namespace.
+        self.protector_pid = 0
 
     def reconnect(self, within_s: float = math.inf) -> Message:
         """Connect again, and follow events if the client did so before; return the status.
@@ -129,9 +137,16 @@ class Client:
     def peer_pid(self) -> int:
         """Return the pid of the process that last called listen(): the protector or an ancestor."""
         credentials = self._socket.getsockopt(
-            socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+            socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
         )
-        return int(struct.unpack("3i", credentials)[0])
+        return int(_CREDENTIALS.unpack(credentials)[0])
+
+    def shares_pids(self, status: Message) -> bool:
+        """Return True if the pids in the last status are of our own PID namespace.
+
+        If they are of another, an unrelated process may have the same pid here.
+        """
+        return self.protector_pid == status.get("pid")
 
     # -- requests ----------------------------------------------------------------
 
@@ -193,8 +208,9 @@ class Client:
             ) from None
         except OSError as error:
             # EPIPE, ECONNRESET: the protector has closed the connection, perhaps after a refusal.
+            # EBADF: we have closed it, after a failed reconnect().
             # So raise nothing here: answer() reads the refusal, or raises ConnectionLost.
-            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EBADF):
                 raise NoProtector(f"{self.path}: {error.strerror}") from error
 
     def answer(self, until: float) -> Message | None:
@@ -215,6 +231,7 @@ class Client:
             elif message.get("id") in (self._last_id, None):
                 return _result(message)
             else:
+                _result(message)  # reconnect() sends two requests, and each may be refused
                 self._late_answers += 1  # this message answers an earlier request
                 if self._late_answers > self._last_id:
                     raise self.foreign_peer_error()
@@ -268,9 +285,9 @@ class Client:
             searched = len(self._buffer)
             if searched > LONGEST_LINE:
                 raise self.foreign_peer_error()
-            self._socket.settimeout(left_s)
             try:
-                data = self._socket.recv(65536)
+                self._socket.settimeout(left_s)
+                data, ancillary, _, _ = self._socket.recvmsg(65536, _CREDENTIALS_BYTES)
             except (TimeoutError, BlockingIOError):
                 return None
             except OSError as error:
@@ -280,6 +297,9 @@ class Client:
             if not data:
                 raise ConnectionLost(f"{self.path}: the connection was cut")
             self._buffer += data
+            for _, kind, content in ancillary:
+                if kind == socket.SCM_CREDENTIALS:
+                    self.protector_pid = _CREDENTIALS.unpack(content)[0]
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         return line

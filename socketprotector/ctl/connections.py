@@ -18,6 +18,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+from ..model.errors import what_failed
 from ..system import procfs
 from ..system.sock_diag import unread_unix
 from ..system.socket_file import path_of
@@ -30,6 +31,7 @@ _LISTENING = "0A"
 _CONNECTED = "03"
 EXACT, AT_LEAST, AT_MOST = "exact", "at least", "at most"
 _HIDDEN = "not in /proc (hidepid, or /proc is not mounted here); run as root, with /proc mounted"
+_ELSEWHERE = "in another PID namespace; run this command in the same container"
 _V4_MAPPED = b"\0" * 10 + b"\xff\xff"
 
 
@@ -67,14 +69,20 @@ class _Socket(TypedDict):
 
 
 def find_connections(
-    workers: Iterable[Message], listeners: Iterable[str], now: float, draining: Container[int] = ()
+    workers: Iterable[Message],
+    listeners: Iterable[str],
+    now: float,
+    draining: Container[int] = (),
+    *,
+    shares_pids: bool = True,
 ) -> tuple[list[Connection], list[HiddenWorker]]:
-    """Return the workers' connections, and the workers whose connections cannot be read.
+    """Return the workers' connections, and the workers some of whose connections cannot be read.
 
     workers: from the answer to the request `connections` (docs/control.md).
     listeners: the canonical addresses of the listeners.
     now: seconds since the epoch.
     draining: the numbers of the generations that get no new clients.
+    shares_pids: whether the workers' pids are of our own PID namespace (Client.shares_pids).
 
     Only some workers record when they accepted a connection (docs/protocol.md).  A connection
     without such a record is at least as old as the drain if its generation is draining, and
@@ -91,6 +99,9 @@ def find_connections(
         pid = number_in(worker, "pid")
         if pid <= 0:
             continue  # the worker has not started yet
+        if not shares_pids:
+            unseen.append(HiddenWorker(generation, number, pid, _ELSEWHERE))
+            continue
         pids = _session_members(pid) if worker.get("orphaned") is True else [pid]
         if not pids:
             continue  # a dead worker's last orphan has ended meanwhile
@@ -100,15 +111,11 @@ def find_connections(
                 table = dict(_sockets(pids[0], addresses))
                 os.readlink(f"/proc/{pids[0]}/ns/net")  # raises if the process has ended meanwhile
                 tables[space] = table
-            inodes = _inodes(pids)
-        except PermissionError:
-            why = "permission denied; run as root or as the worker's user"
+            inodes, why = _inodes(pids)
+        except OSError as error:
+            inodes, why = {}, _why_hidden(pids[0], error)
+        if why:
             unseen.append(HiddenWorker(generation, number, pid, why))
-            continue
-        except (FileNotFoundError, ProcessLookupError):
-            if process_exists(pid):  # otherwise the worker has ended meanwhile
-                unseen.append(HiddenWorker(generation, number, pid, _HIDDEN))
-            continue
         times = worker.get("accepted_at_by_fd")
         for inode, fd in inodes.items():
             if (seen := tables[space].get(inode)) is None:
@@ -143,13 +150,26 @@ def _session_members(leader: int) -> list[int]:
     return found
 
 
-def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
+def _why_hidden(pid: int, error: OSError) -> str:
+    """Return why a process's sockets cannot be read; "" if the process has ended."""
+    # Only root may read the descriptors of a zombie, which has none.
+    if procfs.is_alive(pid) is False or not process_exists(pid):
+        return ""
+    if isinstance(error, PermissionError):
+        return "permission denied; run as root or as the worker's user"
+    gone = isinstance(error, FileNotFoundError | ProcessLookupError)
+    return _HIDDEN if gone else what_failed(error)
+
+
+def _inodes(pids: Sequence[int]) -> tuple[dict[int, int | None], str]:
     """Map the inode of each socket of these processes and their descendants to a descriptor.
 
+    Also return why some of these processes cannot be read; "": all were read, or have ended.
     pids: the worker; if the worker has ended, the processes of its session instead.  The descriptor
     is the socket's number in the first process of `pids`; None if that process lacks the socket.
     """
     found: dict[int, int | None] = {}
+    why = ""
     worker, todo = pids[0], list(reversed(pids))
     while todo:
         each = todo.pop()
@@ -158,12 +178,11 @@ def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
                 # The caller looks the number up in `accepted_at_by_fd`, which has only the worker's
                 # own descriptors.
                 found.setdefault(inode, number if each == worker else None)
-            with open(f"/proc/{each}/task/{each}/children", encoding="ascii") as children:
-                todo += [int(word) for word in children.read().split()]
-        except OSError:
-            if each == worker:
-                raise
-    return found
+            todo += procfs.children_of(each)
+        except OSError as error:
+            hidden = _why_hidden(each, error)
+            why = why or (hidden if each == worker else hidden and f"its child {each}: {hidden}")
+    return found, why
 
 
 def _sockets(pid: int, addresses: tuple[str, ...]) -> Iterator[tuple[int, _Socket]]:

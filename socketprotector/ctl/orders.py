@@ -92,7 +92,8 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
             while not ended(_HOLD_EVERY_S):
                 client.query("hold", seconds=_HOLD_EACH_S)
         finally:
-            _release(client)
+            if client.fileno() >= 0:  # otherwise reconnecting took longer than the hold lasts
+                _release(client)
         if not as_json:
             say("released")
 

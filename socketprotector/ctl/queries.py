@@ -67,7 +67,9 @@ GENERATION = click.IntRange(1, 2**31 - 1)
 @command(short_help="Show generations, workers and the last reload.")
 def status(instance: Instance, as_json: bool) -> None:
     """Show generations, workers, queues, the last reload, and what SocketProtector waits for."""
-    found = instance.request("status")
+    with instance.client() as client:
+        found = client.request("status")
+        shares_pids = client.shares_pids(found)
     if as_json:
         say_json(found)
         return
@@ -82,7 +84,7 @@ def status(instance: Instance, as_json: bool) -> None:
         status_table.generations(found),
     )
     if any(listed(each, "workers") for each in listed(found, "generations")):
-        children = children_of(found)
+        children = children_of(found) if shares_pids else {}
         render.show(render.line(), status_table.workers(found, children))
     render.show(*status_table.omitted_columns(found))
 
@@ -160,13 +162,16 @@ def connections(instance: Instance, generation: int | None, as_json: bool) -> No
         state = client.request("status")
         arguments = {} if generation is None else {"generation": generation}
         workers = listed(client.request("connections", **arguments), "workers")
+        shares_pids = client.shares_pids(state)
     now = measure(state, "now") or time.time()
     draining = {
         number_in(each, "number")
         for each in listed(state, "generations")
         if each.get("phase") in LEAVING
     }
-    found, unseen = find_connections(workers, addresses_of(state), now, draining)
+    found, unseen = find_connections(
+        workers, addresses_of(state), now, draining, shares_pids=shares_pids
+    )
     found.sort(key=lambda each: (each.generation, -each.age_s))
     if as_json:
         say_json({"connections": [asdict(c) for c in found], "unseen": [asdict(u) for u in unseen]})

@@ -376,11 +376,15 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
     with begin(instance, timeout, as_json) as operation, ExitStack() as opened:
         before = operation.client.query("status")
         # "stopped" is printed only when both the protector's and the guard's process are gone.
+        # From another PID namespace the guard's pid is unknown.
+        pids = {operation.client.protector_pid}
+        if operation.client.shares_pids(before):
+            pids.add(number_in(before, "main_pid"))
         pidfds = []
-        for each in {number_in(before, "pid"), number_in(before, "main_pid")}:
+        for each in pids:
             try:
                 pidfds.append(os.pidfd_open(each))
-            except (OSError, OverflowError):  # it is gone, or its pid namespace is not ours
+            except (OSError, OverflowError):  # it is gone, or has no pid in our PID namespace
                 continue
             opened.callback(os.close, pidfds[-1])
         _request_stop(operation.client, quick)

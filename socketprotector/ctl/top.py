@@ -13,7 +13,7 @@ import time
 import tty
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -23,7 +23,7 @@ from ..model.errors import UsageError
 from ..model.wait_quantiles import quantile_us
 from .cli import Instance, command, say_json
 from .client import Client, Message
-from .errors import NoProtector
+from .errors import ConnectionLost, NoProtector
 from .fields import listed, measure
 from .server_children import children_of
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 #: How many rates are kept for the bars.
 _KEPT = 200
+#: How long to try to reconnect before the screen shows why that fails, and keys are read again.
+_RECONNECT_S = 1.0
 
 
 class Rates:
@@ -110,15 +112,24 @@ def _screen(client: Client, interval: float) -> None:
     ):
         while True:
             try:
-                status = client.query("status")
+                status = _status(client)
                 rates.take(status)
-                live.update(draw(status, rates, console.width, console.height), refresh=True)
+                children = children_of(status) if client.shares_pids(status) else {}
+                size = console.width, console.height
+                live.update(draw(status, children, rates, *size), refresh=True)
             except NoProtector as error:
                 live.update(render.styled(f"no answer: {error}", "red"), refresh=True)
-                with suppress(NoProtector):  # the next query reports the error again
-                    client.reconnect(1.0)
+                client.close()  # a late answer must not be taken for the next one
             if pressed(interval):
                 return
+
+
+def _status(client: Client) -> Message:
+    """Return the status; if the connection has ended, try to reconnect, but keep `q` usable."""
+    try:
+        return client.request("status")
+    except ConnectionLost:
+        return client.reconnect(_RECONNECT_S)
 
 
 @contextmanager
@@ -147,8 +158,13 @@ def _keys() -> Iterator[Callable[[float], bool]]:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
-def draw(status: Message, rates: Rates, width: int, height: int) -> Group:
-    """Return the screen.  A small terminal cuts off the end, so the workers' table is last."""
+def draw(
+    status: Message, children: dict[int, list[int]], rates: Rates, width: int, height: int
+) -> Group:
+    """Return the screen.  A small terminal cuts off the end, so the workers' table is last.
+
+    children: the pids of each worker's children, by the worker's pid.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -171,7 +187,7 @@ def draw(status: Message, rates: Rates, width: int, height: int) -> Group:
         Text(),
         status_table.generations(status),
         Text(),
-        status_table.workers(status, children_of(status)),
+        status_table.workers(status, children),
     )
 
 

@@ -62,13 +62,29 @@ def is_ending(pid: int) -> bool:
     return False
 
 
-def parent_of(pid: int) -> int | None:
-    """Return the pid of a process's parent; None if unknown."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[1])
-    except (OSError, IndexError):
-        return None
+def is_alive(pid: int) -> bool | None:
+    """Return whether a process has not exited; None if unknown."""
+    state = state_of(pid)
+    return state[0] not in (b"Z", b"X") if state is not None else None
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the children of all threads of a process, those that have exited included.
+
+    Raises OSError if the process is gone, or /proc does not show it.
+
+    Source: proc(5), `task/TID/children` (CONFIG_PROC_CHILDREN).
+    """
+    found = []
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        folder = f"/proc/{pid}/task/{thread}"
+        try:
+            with open(f"{folder}/children", encoding="ascii") as file:
+                found += [int(word) for word in file.read().split()]
+        except (FileNotFoundError, ProcessLookupError):
+            if os.path.exists(folder):  # otherwise the thread has ended meanwhile
+                raise
+    return found
 
 
 def sockets(pid: int) -> Iterator[tuple[int, int]]:

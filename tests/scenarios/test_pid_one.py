@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ import pytest
 
 from tests import needs
 from tests.procfs import children_of, state_of, wake_ups
-from tests.running import Client, Protector, ask, eventually
+from tests.running import DEADLINE_S, Client, Protector, ask, eventually
 from tests.scenarios.releases import COMMAND, Releases
 from tests.scenarios.tools import pid_in, worker
 from tests.unit.ctl.conftest import run
@@ -118,6 +119,26 @@ def test_orphans_end_is_seen_at_once_where_they_are_left_to_us(
     daemon.log.wait_for("event=orphans-gone generation=1 worker=1")
     eventually(lambda: not set(orphans) & set(children_of(pid)), "the end of all of them")
     os.kill(pid, signal.SIGTERM)
+    assert daemon.wait() == 0
+
+
+@IN_CONTAINER
+def test_from_outside_no_other_process_is_taken_for_one_of_the_container(
+    start: Start, tmp_path: Path
+) -> None:
+    """The pids of its status are those of other processes here, such as ours with pid 1."""
+    control = tmp_path / "control"
+    daemon = start(CONTAINER, "--control", str(control), "--name", "web", *MANY).ready()
+    pid = inner(daemon)
+    with Client(("127.0.0.1", daemon.port), "hello"):
+        shown = json.loads(run("--control", control, "connections", "--json").out)
+
+        assert shown["connections"] == []
+        assert "another PID namespace" in shown["unseen"][0]["why"]
+    stopped = run("--control", control, "stop", "--timeout", f"{DEADLINE_S:.0f}s")
+
+    assert (stopped.status, stopped.out) == (0, "stopped: web\n"), stopped.err
+    assert state_of(pid) in ("Z", ""), "it was waited for"
     assert daemon.wait() == 0
 
 

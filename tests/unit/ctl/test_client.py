@@ -144,6 +144,44 @@ def test_a_client_comes_back_and_follows_again(fake: Fake) -> None:
     assert fake.commands() == ["events", *["events", "status"] * 2, "status"]
 
 
+def test_a_client_that_was_not_let_back_in_tries_again_at_the_next_request(tmp_path: Path) -> None:
+    first = Fake(tmp_path / "web.control")
+    with Client(str(first.path), events=True) as client:
+        first.end()
+        with pytest.raises(NoProtector, match="no process listens there any more"):
+            client.reconnect(0.1)
+        with pytest.raises(ConnectionLost):
+            client.request("status")
+        with pytest.raises(ConnectionLost):
+            client.event(0.0)
+        first.path.unlink()
+        second = Fake(first.path)
+        try:
+            assert client.query("status")["name"] == "web"
+        finally:
+            second.end()
+
+
+def test_a_client_that_may_no_longer_follow_does_not_go_on_without_events(fake: Fake) -> None:
+    def refuse(*_: object) -> None:
+        raise Refusing("denied", "no events for you")
+
+    with Client(str(fake.path), events=True) as client:
+        fake.cut_all()
+        fake.answers["events"] = refuse
+
+        with pytest.raises(RequestRefused, match="no events for you"):
+            client.reconnect()
+
+
+def test_the_pids_of_a_status_are_ours_if_its_sender_has_that_pid(fake: Fake) -> None:
+    """A protector in a container, as seen from outside, has another pid than it says."""
+    with Client(str(fake.path)) as client:
+        assert client.shares_pids(client.request("status"))
+        fake.status["pid"] = 1
+        assert not client.shares_pids(client.request("status"))
+
+
 def test_a_client_asks_again_as_often_as_it_is_cut(fake: Fake) -> None:
     """As when a crash follows an upgrade."""
     cuts = iter(range(3))

@@ -16,6 +16,7 @@ import pytest
 
 from socketprotector.ctl import connections
 from socketprotector.ctl.connections import AT_LEAST, AT_MOST, EXACT
+from socketprotector.system import procfs
 from tests.running import Ended, eventually
 from tests.unit.ctl.fake import Fake, generation, listener, owner, status, worker
 
@@ -154,6 +155,72 @@ def test_a_connection_that_only_a_workers_child_has(stack: ExitStack) -> None:
 
     assert [each.peer for each in found] == [f"127.0.0.1:{client.getsockname()[1]}"]
     assert found[0].bound == AT_MOST
+
+
+#: A process whose second thread starts a child with descriptor N; a third child is a zombie.
+_BY_THREAD = """
+import os, subprocess, sys, threading
+def more():
+    children.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[int(sys.argv[1])]))
+    os.close(int(sys.argv[1]))
+    print(children[0].pid, flush=True)
+    sys.stdin.read()
+children = []
+ended = subprocess.Popen(["true"])
+os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+thread = threading.Thread(target=more)
+thread.start()
+thread.join()
+children[0].communicate()
+ended.wait()
+"""
+
+
+@pytest.mark.parametrize("hidden", [None, PermissionError, FileNotFoundError])
+def test_a_child_that_a_workers_thread_has_started_is_searched_or_reported(
+    hidden: type[OSError] | None, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, accepted = pair(stack, socket.AF_INET, ("127.0.0.1", 0))
+    local, number = "{}:{}".format(*accepted.getsockname()), accepted.fileno()
+    with subprocess.Popen(
+        [sys.executable, "-c", _BY_THREAD, str(number)],
+        pass_fds=[number],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        accepted.close()
+        assert process.stdout
+        child = int(process.stdout.readline())
+        read = procfs.sockets
+
+        def sockets(pid: int) -> Iterator[tuple[int, int]]:
+            if hidden is not None and pid != process.pid:
+                raise hidden
+            return read(pid)
+
+        monkeypatch.setattr(procfs, "sockets", sockets)
+
+        found, unseen = connections.find_connections(
+            [owner(process.pid)], [f"tcp:{local}"], now=100.0
+        )
+        process.communicate()
+
+    assert [each.pid for each in found] == ([] if hidden else [process.pid])
+    assert [each.pid for each in unseen] == ([process.pid] if hidden else [])
+    for each in unseen:
+        assert each.why.startswith(f"its child {child}: ")
+
+
+def test_pids_of_another_namespace_are_not_looked_up(stack: ExitStack) -> None:
+    _, accepted = pair(stack, socket.AF_INET, ("127.0.0.1", 0))
+    listens = ["tcp:{}:{}".format(*accepted.getsockname())]
+
+    found, unseen = connections.find_connections(
+        [owner(os.getpid())], listens, now=100.0, shares_pids=False
+    )
+
+    assert found == []
+    assert [(each.pid, "PID namespace" in each.why) for each in unseen] == [(os.getpid(), True)]
 
 
 def test_a_connection_of_a_forked_child_is_shown_once(stack: ExitStack) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from socketprotector.ctl import orders
 from socketprotector.ctl.cli import program
+from socketprotector.ctl.client import Client
 from tests.running import DEADLINE_S, ROOT, Ended, Lines, eventually
 from tests.together import together
 from tests.unit.ctl.conftest import COMMAND
@@ -161,9 +162,11 @@ def test_kill_log_level_reopen_and_release(fake: Fake, ctl: Ctl) -> None:
 
 
 @pytest.fixture
-def protected() -> Iterator[subprocess.Popen[bytes]]:
+def protected(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
     """A process in the place of the protector's; it ends when its stdin does."""
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        sender = property(lambda _: process.pid, lambda *_: None)
+        monkeypatch.setattr(Client, "protector_pid", sender, raising=False)
         yield process
 
 

@@ -116,7 +116,7 @@ def test_a_busy_generation_fits_into_80_columns() -> None:
     waits = {"count": 1, "p50": 1_023, "p99": 1_048_575, "buckets": []}
     busy = generation(1234, "draining", worker(1), accepted=12_345_678, active=4_321, wait_us=waits)
     console = Console(width=80, file=io.StringIO())
-    console.print(draw(status(busy), Rates(), 80, 24))
+    console.print(draw(status(busy), {}, Rates(), 80, 24))
 
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "12,345,678" in shown
@@ -131,7 +131,7 @@ def test_a_rollout_is_a_line_and_a_column_that_fits_into_80_columns() -> None:
     )
     shares = status(old, new, route=8, rollout=rolling(awaited(5, 2, 240.9), share=33.33))
     console = Console(width=80, file=io.StringIO())
-    console.print(draw(shares, Rates(), 80, 24))
+    console.print(draw(shares, {}, Rates(), 80, 24))
 
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "rollout: 3 of 8 workers replaced, waiting for worker 5 (2 connections, longest" in shown
@@ -150,6 +150,18 @@ def test_a_cut_is_survived(fake: Fake, top: Terminal) -> None:
     assert top.wait() == 0
 
 
+def test_why_nothing_is_shown_after_the_end_stays_there_and_keys_are_read(
+    fake: Fake, top: Terminal
+) -> None:
+    eventually(lambda: "web" in top.shown, "a screen")
+    fake.end()
+    eventually(lambda: len(re.findall(r"did\s+not\s+come\s+back", top.shown)) > 2, "three tries")
+    os.write(top.fd, b"q")
+
+    assert top.wait() == 0
+    assert "Bad file descriptor" not in top.shown
+
+
 def test_rates_and_waits_are_those_of_the_interval() -> None:
     rates = Rates()
     for second, forwarded, buckets in ((0, 100, [5, 0, 0]), (2, 300, [5, 98, 2]), (3, 300, [0])):
@@ -160,7 +172,7 @@ def test_rates_and_waits_are_those_of_the_interval() -> None:
 
     assert list(rates.forwarded) == [100.0, 0.0]
     assert rates.p50_us is None
-    draw({}, rates, 80, 24)
+    draw({}, {}, rates, 80, 24)
 
 
 def test_where_connections_are_not_counted_there_is_no_rate() -> None:
@@ -169,7 +181,7 @@ def test_where_connections_are_not_counted_there_is_no_rate() -> None:
         rates.take(status(now=100.0 + second, forwarded=None, lost=None))
     console = Console(file=io.StringIO(), width=100)
 
-    console.print(draw(status(forwarded=None, lost=None), rates, 100, 24))
+    console.print(draw(status(forwarded=None, lost=None), {}, rates, 100, 24))
 
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert re.search(r"^-/s .* forwarded -  lost -$", shown, re.MULTILINE), shown

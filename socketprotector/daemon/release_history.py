@@ -43,7 +43,7 @@ class SavedHistory:
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
 
     def read(self, *, is_owned: bool) -> None:
-        """Read the file; if that fails, keep the present history, which is empty at first.
+        """Read the file; if that fails, keep the present history, and write it unless it is empty.
 
         is_owned: whether we own `current`.  If so, first prevent the writer process of an earlier
         owner from changing the file later.
@@ -57,6 +57,7 @@ class SavedHistory:
             self.value = release.load(found) if found is not None else ReleaseHistory()
         except (release_store.ReleaseError, release.HistoryError) as error:
             self._is_unreadable = True
+            known = "is kept in memory" if self.value != ReleaseHistory() else "begins again"
             name = release_store.unreadable_name(current)
             kept = f"; the next write renames the old file to {name}" if is_owned else ""
             self._log.write(
@@ -64,9 +65,11 @@ class SavedHistory:
                 "history-unreadable",
                 file=f"{current}.history",
                 error=str(error),
-                hint=f"the history of releases begins again{kept}",
+                hint=f"the history of releases {known}{kept}",
             )
         self._on_disk = self.value
+        if self._is_unreadable and self.value != ReleaseHistory():
+            self.sync()  # the disk lacks the history that we keep
 
     @property
     def is_saved(self) -> bool:

@@ -188,6 +188,26 @@ def test_a_broken_file_is_empty_and_said_and_written_whole_again(world: World) -
     assert release.load(file.read_bytes()).way == ("2",)
 
 
+def test_a_new_owner_that_cannot_read_the_file_writes_what_it_knows_and_says_so(
+    world: World,
+) -> None:
+    file = world.live / "current.history"
+    file.write_bytes(release.dump(ReleaseHistory(way=("1",))))
+    lock = release_store.lock(str(world.current))
+    assert lock is not None
+    made = world.make()
+    file.write_text('{"format": 99}')
+    os.close(lock)
+
+    assert made.own()
+
+    assert world.clock.lines == ["history-unreadable"]
+    assert "the history of releases is kept in memory; " in str(world.clock.fields[-1]["hint"])
+    assert not made.is_saved
+    world.writer_ends()
+    assert (made.is_saved, release.load(file.read_bytes()).way) == (True, ("1",))
+
+
 def test_an_unreadable_file_stays_until_it_has_another_name(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,9 +3,9 @@
 We save after each decision, before the decision's actions are carried out.
 
 Descriptors go to the fd store: the guard, or without a guard systemd's fd store.  The state memfd
-says what each descriptor is for.  We store descriptors first, then write the state, then act.  So
-whenever we are killed, the store has all descriptors that the state mentions, unless the store was
-full.
+says what each descriptor is for.  We store new descriptors first, then write the state, then remove
+old descriptors, then act.  So whenever we are killed, the store has all descriptors that the state
+mentions, unless the store was full.
 Only changes are stored and written, so a change of one worker costs the same with one worker as
 with a thousand.
 """
@@ -69,13 +69,12 @@ class Checkpoint:
             return True
         wanted = {**self.process_descriptors(), **self._effects.own_descriptors()}
         wanted.pop(inherited.GUARD, None)  # the guard makes a new line for each program it starts
-        self.store.sync(wanted, self._effects.pool.descriptors)
+        if not self.store.sync(wanted, self._effects.pool.descriptors, self._write):
+            return False
         full = bool(self.store.left_out)
         if full and not self._full:
             self.log.write("warning", "store-full", descriptors=len(self.store.kept), hint=_FULL)
         self._full = full
-        if not self._write():
-            return False
         if self.store.flushed and self.store.complete:
             self._behind = False
         elif not self._behind:

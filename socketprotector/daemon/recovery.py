@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from functools import partial
@@ -31,6 +32,7 @@ from .generation import OpenGeneration
 #: Why a worker or generation of the fleet is missing.
 _KILLED = "the protector was killed during this start"
 _ENDED = "ended while no protector was running"
+_NOT_STORED = "the protector was killed, and this worker's descriptors were not stored"
 #: The descriptors without which a worker cannot be adopted.
 _STORED = {"process", "notify"}
 
@@ -137,7 +139,8 @@ class Recovery:
                 # that the fleet counts as orphans.  If a running worker has left no group,
                 # _report_missing() reports the worker.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
-                    ended.append(WorkerExited(record.number, _ENDED, orphans=has_group))
+                    served_s = _served_s(record)
+                    ended.append(WorkerExited(record.number, _ENDED, served_s, orphans=has_group))
             yield ()
         yield (*ended, *self._report_missing({each.worker for each in ended}))
 
@@ -154,13 +157,17 @@ class Recovery:
             for each in fleet.generations
             if each.number not in self.effects.generations
         ]
+        records = {record.number: record for record in self.snapshot.workers}
         for number in unfinished:
             self._end_unfinished(number)
-            lost.append(WorkerExited(number, _KILLED, orphans=True))
+            # The record of a worker is written once its process runs.
+            record = records.get(number)
+            reason = _KILLED if record is None else _NOT_STORED
+            lost.append(WorkerExited(number, reason, _served_s(record), orphans=True))
         return lost
 
     def _end_unfinished(self, number: int) -> None:
-        """End a worker that was starting when the earlier program was killed.
+        """End a worker that cannot be adopted: it was starting, or the fd store was full.
 
         The fleet counts the worker as an orphan until a scan of /proc finds none of its processes.
         """
@@ -174,6 +181,11 @@ class Recovery:
 
         for address in tuple(searched):
             pool.orphans.end(address, partial(gone, address))
+
+
+def _served_s(record: WorkerRecord | None) -> float:
+    ready_at = record.ready_at if record is not None else None
+    return time.monotonic() - ready_at if ready_at is not None else 0.0
 
 
 def _never_works(record: GenerationRecord) -> SettleFailed:

@@ -330,16 +330,23 @@ class Store:
         """The names of the descriptors without room in the store: a kill loses their workers."""
         return tuple(sorted(self._left_out))
 
-    def sync(self, few: Mapping[str, int], many: Named | None = None) -> None:
+    def sync(
+        self,
+        few: Mapping[str, int],
+        many: Named | None = None,
+        write_state: Callable[[], bool] = lambda: True,
+    ) -> bool:
         """Make the store hold exactly these descriptors, by name.  The caller still owns them.
 
         A name is never reused for another descriptor, so only names are compared; of `many` only
         the changed names.
+        write_state: called once the new descriptors are stored.  If it returns False, the previous
+        state stays valid, so no descriptor is removed and sync() returns False.
         """
         if not self.keeps:
             if many is not None:
                 many.changed.clear()  # otherwise each worker's name would stay in it
-            return
+            return True
         before, due = self._few, self._due
         due |= (before ^ few.keys()) | self._left_out  # there may be room by now
         due |= self.kept if many is None else many.changed
@@ -348,6 +355,12 @@ class Store:
         # New descriptors first: they may replace old ones, and we may be killed in between.
         # Keep the given order: the most important descriptors come first.
         given = [self._give(name, few[name]) for name in few]
+        for name in due - few.keys():
+            if name in many:
+                self._give(name, many[name])
+        if not write_state():
+            self._few = before | few.keys()
+            return False
         for name in tuple(due):
             if name not in few and name not in many and (all(given) or name not in before):
                 self.forget(name)
@@ -357,6 +370,7 @@ class Store:
             if fd is not None and self._give(name, fd):
                 due.discard(name)
         self._few = before & due | few.keys()
+        return True
 
     def _give(self, name: str, fd: int) -> bool:
         """Store a descriptor; return False if that must be tried again later."""

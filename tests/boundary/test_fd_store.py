@@ -199,6 +199,39 @@ def test_what_comes_in_the_place_of_another_is_given_before_that_is_dropped(
     ]
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_what_is_over_is_dropped_once_the_state_does_not_mention_it(
+    guard: Guard, line: tuple[socket.socket, socket.socket], files: list[int], many: bool
+) -> None:
+    """Killed between the two the next program would lack what the state mentions."""
+    store, named = Store(Outbox(lambda again: None, line[0])), Named()
+    present: list[dict[str, str]] = []
+
+    def sync(wanted: dict[str, int], *, written: bool) -> bool:
+        for name in named.keys() - wanted.keys():
+            del named[name]
+        for name in wanted.keys() - named.keys():
+            named[name] = wanted[name]
+
+        def write() -> bool:
+            present.append(kept(guard))
+            return written
+
+        return store.sync({} if many else wanted, named if many else Named(), write)
+
+    assert sync({"sp.a": files[0], "sp.b": files[1]}, written=True)
+    assert not sync({"sp.b": files[1], "sp.c": files[2]}, written=False)
+    assert kept(guard) == {"sp.a": file(0), "sp.b": file(1), "sp.c": file(2)}
+    assert sync({"sp.b": files[1]}, written=True)
+
+    assert kept(guard) == {"sp.b": file(1)}
+    assert [sorted(each) for each in present] == [
+        ["sp.a", "sp.b"],
+        ["sp.a", "sp.b", "sp.c"],
+        ["sp.a", "sp.b", "sp.c"],
+    ]
+
+
 def test_a_signal_is_given_to_the_next_one_unless_it_was_taken(guard: Guard) -> None:
     guard.untaken = [signal.SIGHUP, signal.SIGTERM, signal.SIGTTIN]
     guard.take({"X_BEGAN": "1"}, -1)

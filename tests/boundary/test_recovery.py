@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -102,6 +103,26 @@ def test_one_that_is_known_or_reads_the_end_of_its_line_is_sent_no_signal(
 
     process.kill()
     assert process.wait() == -signal.SIGKILL, "a signal that was sent before comes first"
+
+
+def test_a_worker_that_ran_and_was_not_stored_has_served_until_now() -> None:
+    """The fd store had no room for its descriptors."""
+    pool = SimpleNamespace(
+        records=lambda: (), addresses=lambda _: (), orphans=SimpleNamespace(end=None)
+    )
+    record = WorkerRecord(12, 1, 4711, 0, ready_at=time.monotonic() - 100)
+    made = recovery(12, os.open(os.devnull, os.O_RDONLY), record, handoff="connection")
+    made.unclaimed.close()
+    made.effects = cast("Any", SimpleNamespace(pool=pool, generations={1: None}))
+    serving = Generation(1, Phase.SERVING, workers=(Worker(12, 0, State.READY),))
+    fleet = Fleet(generations=(serving,), served=True)
+    made.snapshot = replace(made.snapshot, fleet=fleet)
+
+    [(ended,)] = made.adopt_workers()
+
+    assert isinstance(ended, WorkerExited)
+    assert "not stored" in ended.reason
+    assert ended.served_s >= 100
 
 
 @pytest.mark.parametrize("opened", [True, False])

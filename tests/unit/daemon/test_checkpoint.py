@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -68,9 +69,15 @@ class World:
             lambda: {inherited.GUARD: 3, inherited.STATE: 4},
         )
 
-    def _sync(self, few: dict[str, int], many: dict[str, int]) -> None:
+    def _sync(
+        self,
+        few: dict[str, int],
+        many: dict[str, int],
+        write_state: Callable[[], bool] = lambda: True,
+    ) -> bool:
         self.calls.append("store")
         self.stored.append((few, {**many}))
+        return write_state()
 
     def begin(self) -> None:
         self.checkpoint.begin(cast("Any", self.effects), lambda: self.snapshot)
@@ -182,7 +189,7 @@ def test_the_next_program_reads_the_last_state_and_refuses_what_is_none() -> Non
         checkpoint = Checkpoint(
             file,
             cast("Any", SimpleNamespace(keeps=True, left_out=(), flushed=True, complete=True,
-                                        sync=lambda *_: None)),
+                                        sync=lambda *given: given[-1]())),
             cast("Any", None),
             dict,
         )  # fmt: skip

@@ -65,7 +65,7 @@ def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status.  arguments: by default those of the process."""
+    """Run one command and return the exit status.  arguments: by default the process's own."""
     open_missing_standard_streams()
     if isinstance(sys.stdout, TextIOWrapper):  # the locale may lack characters of a worker's output
         # If stdout was a regular file when Python opened it, reconfigure() calls tell().  If

@@ -43,7 +43,7 @@ _AGAIN_EVERY_S = 1.0
 #: How long an answer to `diff` may take: a new process reads the configuration and resolves the
 #: host names.
 _DIFF_S = 60.0
-#: How long one wait for an event lasts.  If none comes, `events` prints nothing and waits again.
+#: How long one wait lasts.  If no event comes, `events` prints nothing and waits again.
 _LISTEN_S = 3600.0
 #: What `list` shows at most: addresses of an instance, and characters of an address.
 _ADDRESSES, _ADDRESS_CHARACTERS = 64, 200

@@ -65,7 +65,7 @@ class WaitsShown(WaitLines):
     """Shows the waits in a status as lines of progress."""
 
     def on_status(self, status: Message, kinds: Collection[str], before: float = math.inf) -> None:
-        """Show the waits of these kinds.  before: only those of generations below this number."""
+        """Show the waits of these kinds.  before: show only generations below this number."""
         found = [e for e in waits_of(status) if e.kind in kinds and e.generation < before]
         self.show(found, measure(status, "now") or 0.0)
 
@@ -215,7 +215,7 @@ class Reload(Awaited):
         # because an earlier reload has just ended, and this reload has not begun yet.
         self._forgotten += 1
         if self._forgotten > 2:
-            reason = "its verdict is no longer known; see `history` and the log"
+            reason = "the verdict is no longer known; see `history` and the log"
             self.verdict = Verdict(False, self.generation, reason)
 
     # -- progress -----------------------------------------------------------------

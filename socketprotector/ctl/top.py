@@ -119,7 +119,8 @@ def _screen(client: Client, interval: float) -> None:
                 live.update(draw(status, children, rates, *size), refresh=True)
             except NoProtector as error:
                 live.update(render.styled(f"no answer: {error}", "red"), refresh=True)
-                client.close()  # a late answer must not be taken for the next one
+                # A late answer must not be taken for the answer to the next request.
+                client.close()
             if pressed(interval):
                 return
 

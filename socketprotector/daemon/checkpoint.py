@@ -2,7 +2,7 @@
 
 We save after each decision, before the decision's actions are carried out.
 
-Descriptors go to the fd store: the guard, or without a guard systemd's fd store.  The state memfd
+Descriptors go to the fd store: to the guard or, if there is no guard, to systemd.  The state memfd
 says what each descriptor is for.  We store new descriptors first, then write the state, then remove
 old descriptors, then act.  So whenever we are killed, the store has all descriptors that the state
 mentions, unless the store was full.
@@ -44,7 +44,8 @@ class Checkpoint:
     _snapshot: Callable[[], Snapshot] | None = None
     _written: Snapshot | None = None  # the last snapshot written; None: none, or a write failed
     _failing: bool = False  # the last write of the state has failed
-    _behind: bool = False  # we have logged that the guard or systemd is behind
+    #: We have logged that the guard or systemd has not taken all descriptors yet.
+    _behind: bool = False
     _full: bool = False  # the fd store had no room for all descriptors at the last save
 
     def begin(self, effects: Effects, snapshot: Callable[[], Snapshot]) -> None:
@@ -65,10 +66,11 @@ class Checkpoint:
         if self._effects is None:
             return True
         if not self.store.keeps:
-            self.store.sync({}, self._effects.pool.descriptors)  # only forgets the changed names
+            self.store.sync({}, self._effects.pool.descriptors)  # only clears the changed names
             return True
         wanted = {**self.process_descriptors(), **self._effects.own_descriptors()}
-        wanted.pop(inherited.GUARD, None)  # the guard makes a new line for each program it starts
+        # Not stored: the guard makes a new socket pair for each program that it starts.
+        wanted.pop(inherited.GUARD, None)
         if not self.store.sync(wanted, self._effects.pool.descriptors, self._write):
             return False
         full = bool(self.store.left_out)
@@ -81,17 +83,17 @@ class Checkpoint:
             self.log.write(
                 "warning",
                 "keeper-behind",
-                hint="no upgrade until the guard or systemd has caught up",
+                hint="an upgrade must wait until the guard or systemd has taken all descriptors",
             )
             self._behind = True
         return True
 
     def write(self) -> bool:
-        """Write the state; return whether the next program of an upgrade may resume now.
+        """Write the state; return whether an upgrade may execute the next program now.
 
-        That program assumes that the fd store has all descriptors that it inherits, except those
-        that the state lists as left out, and never stores them again.  So the upgrade must wait
-        until every descriptor for which the store has room was sent to the store.
+        That program does not store the descriptors that it inherits: it assumes that the fd store
+        has them all, except those that the state lists as left out.  So the upgrade must wait until
+        every descriptor for which the store has room was sent to the store.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)

@@ -33,10 +33,11 @@ def adopt(
         if _close_if_same(third, (first, second)):
             # Advance the number, because a name in the fd store must never get another descriptor.
             third, third_number = -1, third_number + 1
-        if first >= 0:  # -1: an earlier program has closed the listener
+        if first >= 0:
             numbers = first_number, second_number, third_number
             made.append(delivery.make_listener(index, each, (first, second, third), numbers))
             continue
+        # The program that we replace has closed the listener: close its other sockets, too.
         for fd in (second, third):
             if fd >= 0:
                 os.close(fd)

@@ -1,6 +1,6 @@
 """Determines an exited worker's status, the reason of its exit, and the processes that it left.
 
-The order is fixed:
+The steps have a fixed order:
 
 1. The last words of a worker that exited before, or as soon as, it was ready: they tell why the
    start failed.  We may have to wait until the relay sends them, and reap the worker only then.  So

@@ -43,7 +43,8 @@ class ReadyProbe:
         """answered: called after a good answer, with the generation's number and the kind of probe.
 
         answered returns False if the generation must be probed again.
-        not_probed: called with the number if a probe has failed, but a timer may decide.
+        not_probed: called with the generation's number if a probe has failed, but a timer may still
+        make the generation ready.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._answered, self._not_probed = answered, not_probed

@@ -33,7 +33,7 @@ _TIMER = "limits"
 class BornTooLarge:
     """Delays the replacement of workers that are too large from the start.
 
-    Their replacements would be too large, too.
+    The replacement of such a worker would be too large, too, so we would replace workers in a loop.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,10 @@
 """Starts a worker: its descriptors, its environment, its process.
 
 A worker gets its delivery's descriptors: the read end of the channel, or the listening sockets.  It
-also gets a slot of the scoreboard, and a RETURN line of its own.  End of file on this line orders
-the worker to finish; we read nothing from the line.  The worker's environment gives the numbers of
-the descriptors (docs/protocol.md; for listening sockets also sd_listen_fds(3)).
+also gets a slot of the scoreboard (memory for the workers' counts), and a RETURN line of its own.
+End of file on this line orders the worker to finish; we read nothing from the line.  The worker's
+environment gives the numbers of the descriptors (docs/protocol.md; for listening sockets also
+sd_listen_fds(3)).
 
 We and all workers share the open file descriptions of the channel's read end and of the listening
 sockets.  File status flags belong to a description: a change would affect all of us.  So a spawn
@@ -45,14 +46,14 @@ from .log_output import Output
 class Worker:
     """One worker process, and the sockets between it and us."""
 
-    #: The record that the next program needs.  Always replace it whole, because a checkpoint
-    #: detects changes by identity.
+    #: The record that the next program needs after an upgrade or a kill.  Always replace the whole
+    #: record, because a checkpoint detects changes by identity.
     record: WorkerRecord
     generation: OpenGeneration  # close() leaves the generation open
     process: Process
     notify: NotifySocket
-    #: Our end of its RETURN line.  None: the fd store had no room for it, or the worker has exited
-    #: and its process group has the line.
+    #: Our end of the worker's RETURN line.  None: a kill of the protector has closed the line, for
+    #: which the fd store had no room; or the worker has exited (Groups may keep the line).
     line: socket.socket | None
     readiness: Readiness
     named: dict[str, int] = field(default_factory=dict)  # its part of WorkerPool.descriptors
@@ -78,7 +79,7 @@ class Worker:
         return named(self.record.number, found)
 
     def close(self) -> None:
-        """Close its sockets, but not `process`: other processes of its group may still run."""
+        """Close the worker's sockets.  Keep `process`, by which the process group is watched."""
         self.notify.close()
         self.readiness.close()
         if self.line is not None:
@@ -96,8 +97,8 @@ def client_library_env(
     """Return the descriptors and the environment variables that the client library uses.
 
     The descriptors (number in the worker -> ours) are the scoreboard and `end`, the worker's end of
-    the RETURN line.  Workers with listening sockets get both, too: the client library counts their
-    connections, and lets them exit at end of file on the line.
+    the RETURN line.  Workers with listening sockets get both, too: a client library in such a
+    worker counts the connections, and ends the worker at end of file on the line.
 
     free: descriptor numbers that are unused in the worker.
     """
@@ -123,7 +124,7 @@ def _spread_variables(program: Program) -> dict[str, str]:
 
 @mutable
 class WorkerSpawner:
-    """Starts workers, and adopts the workers of an earlier program."""
+    """Starts workers, and adopts the workers of the program that we replaced."""
 
     settings: Settings
     loop: Loop

@@ -181,7 +181,8 @@ def _refuse_unmovable(releases: Releases) -> None:
         raise RequestError(
             "unmet",
             releases.link.not_locked
-            or f"another protector owns {releases.link.path}; deploy there, then reload this one",
+            or f"another protector owns {releases.link.path}; deploy with that protector, then "
+            "reload this one",
         )
     if found := releases.link.in_the_way:
         raise RequestError("unmet", found)

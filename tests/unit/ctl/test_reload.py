@@ -783,7 +783,7 @@ def test_a_reload_that_the_protector_has_forgotten_is_no_success(fake: Fake, ctl
     said = ctl("reload", "--timeout", "60s")
 
     assert said.status == 3
-    assert "its verdict is no longer known" in said.err
+    assert "the verdict is no longer known" in said.err
 
 
 # -- an output that takes nothing ----------------------------------------------------------

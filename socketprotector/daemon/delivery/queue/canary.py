@@ -50,7 +50,7 @@ class CanaryQueue:
     ) -> None:
         """resume: sends the kept connections, and accepts again.
 
-        count: the value of `self.count` in the earlier program.
+        count: the value of `self.count` before the last upgrade or kill of the protector.
         """
         self._loop, self._post, self._outlet, self._resume = loop, post, outlet, resume
         self.channel: GenerationChannel | None = None
@@ -204,7 +204,7 @@ class CanaryQueue:
         if is_probe(header):
             self._outlet.let_go(fd)
         elif route is None or not route.knows_of(listener_of(header)):
-            self._outlet.undelivered.keep_last(header, fd)  # in the same order
+            self._outlet.undelivered.keep_last(header, fd)  # last, so connections keep their order
             self._send_later()
         elif self._outlet.is_free:
             self._outlet.send(route, header, fd)

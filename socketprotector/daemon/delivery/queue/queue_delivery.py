@@ -53,7 +53,8 @@ class QueueDelivery(Delivery):
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._channels: dict[int, GenerationChannel] = {}
         self._route: int | None = None
-        self._met: dict[int, int] = {}  # generation -> how many clients it got in earlier programs
+        #: Generation -> how many clients it got before the last upgrade or kill of the protector.
+        self._met: dict[int, int] = {}
         self.forwarder = Forwarder(
             runtime,
             tuple(listeners),

@@ -3,11 +3,12 @@
 There are few of them, because we accept only connections that we can deliver.  We keep a connection
 if its send failed, or if no generation that knows its listener can get it now.
 
-The next program gets these connections: their headers from the state, their descriptors by name.
-This module follows two rules:
+After an upgrade or a kill, the program that replaces us (the next program) gets these connections:
+their headers from the state, their descriptors by name.  This module follows two rules:
 
 * A connection is removed from the state before it is sent.  If we are killed in between, the
-  connection is lost.  In the other order, a second worker could get the same connection.
+  connection is lost.  If we sent the connection first, such a kill could give it to a
+  second worker, too.
 * A descriptor's name contains a number that no other connection ever had.  If numbers were reused,
   the guard or systemd's store might still have an older descriptor under the same name.
 """
@@ -89,11 +90,11 @@ class Undelivered:
         return {f"{inherited.HAND}{number}": fd for number, (_, fd) in self._waiting.items()}
 
     def adopt(self, number: int, waiting: Iterable[tuple[int, bytes]], unclaimed: Inherited) -> int:
-        """Adopt an earlier program's connections; takes ownership of their descriptors.
+        """Adopt the connections of the program that we replaced; take ownership of the descriptors.
 
-        number: the highest number in the state.  If the earlier program was killed before it wrote
-        the state, a descriptor with the next number may have been stored.  So new connections skip
-        that number, and the numbers of all stored descriptors.
+        number: the highest number in the state.  If that program was killed before it wrote the
+        state, a descriptor with the next number may have been stored.  So new connections skip the
+        next number, and the numbers of all stored descriptors.
 
         Returns how many connections are lost, because their descriptor or header was not stored.
         """
@@ -107,7 +108,9 @@ class Undelivered:
                 lost += 1
         for each, fd in stored.items():
             os.close(fd)
-            lost += each > number  # a lower number was removed from the state to be sent
+            # Up to `number`, the connections that the state lacks were removed from it (to be
+            # sent, or by drop()): do not count them.
+            lost += each > number
         return lost
 
 

@@ -131,8 +131,8 @@ class AcceptWatch:
     def is_stuck(self) -> bool:
         """Look now; return whether clients wait at a listener, and none was accepted there.
 
-        Only accepts since the last look count.  If there was no earlier look at a listener, one
-        waiting client there suffices.
+        Only accepts since the last look count.  If there was no earlier look at a listener, return
+        True if a client waits there.
         """
         if not self._waiting:
             return False

@@ -2,8 +2,8 @@
 
 At a TCP address a probe has a mark (system/bpf.py), and the kernel steers the probe by its mark.
 At a UNIX path a probe connects to the file of the generation's own socket.  If no worker accepts
-from a socket, we discard the probes that wait there.  Otherwise socket_watch.py would have another
-generation started only for these probes.
+from a socket, we discard the probes that wait there.  Otherwise socket_watch.py would take these
+probes for clients without a worker, and another generation would start.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Probes:
         self._listeners, self._turns, self._steering = listeners, turns, steering
         self._persist = listeners.host.runtime.persist
         #: Sockets, by listener and number, that get probes and no clients.  So their ::1 or UNIX
-        #: peers are probes of this program or of an earlier program.
+        #: peers are our probes, or those of the program that we replaced (by an upgrade or a kill).
         self.probed: set[tuple[int, int]] = set()
         #: Sockets that get IPv4 probes: listener, number, and the source address of the probes.  No
         #: client has this address.
@@ -119,7 +119,9 @@ class Probes:
     def _will_come_from(
         self, place: tuple[int, int], mark: bpf.Mark | None, *, no_clients: bool = False
     ) -> None:
-        """Record how to recognize a socket's probes, so that the next program can discard them.
+        """Record how to recognize a socket's probes.
+
+        After an upgrade or a kill, the next program uses this record to discard the probes.
 
         IPv4 probes have a source address that no client has, so record this address.  IPv6 probes
         share ::1 with this machine's clients, and UNIX probes have no address.  So for these

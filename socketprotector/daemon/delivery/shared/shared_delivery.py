@@ -267,12 +267,13 @@ class SharedDelivery(Delivery):
         self._stay = stay
         if quick:
             self.steering.give_back()
-            if not stay:  # with `stay`, keep repairing the sockets: the next start gets them
+            # With `stay`, the next start gets the sockets, so the repair of the sockets continues.
+            if not stay:
                 self.steering.end()
             self._close_listeners()
             return
-        # From now on, new clients belong to the next start (`stay`), or to the owner of the
-        # passed-in sockets.  So the serving generation must accept only the earlier clients.
+        # With `stay`, new clients wait for the next start.  At passed-in sockets, their owner gets
+        # new clients.  In both cases the serving generation must accept only the earlier clients.
         on_quiet = self._finish_closing if stay else self._refuse_new
         if serving is not None and (stay or self.steering.has_passed_in_pair):
             self.steering.quiesce_last(serving.record.number, on_quiet)
@@ -374,7 +375,8 @@ class SharedDelivery(Delivery):
     def adopt_generation(
         self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool
     ) -> bool:
-        for fd in descriptors.values():  # an earlier version of SocketProtector made a channel here
+        # An earlier version of SocketProtector made a channel in this mode, too: close its ends.
+        for fd in descriptors.values():
             os.close(fd)
         if not (generation.ended or generation.record.released):
             self.steering.adopt(generation.record.number, generation.record.socket_number)

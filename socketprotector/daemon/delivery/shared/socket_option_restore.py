@@ -11,8 +11,8 @@ options (system/socket_snapshot.py) in two cases:
   while all generations that still accept are older.
 
 If an option cannot be restored, we replace the socket.  But if all generations share the socket, we
-replace it only if the option keeps clients out, and a spare socket exists or no client can reach
-this socket anyway (Listener.can_do_without).  If the option stays changed, we log it.
+replace it only if both are true: the option keeps clients out, and the listener can do without the
+socket (Listener.can_do_without).  If the option stays changed, we log it.
 
 If the serving generation has lowered a backlog, we raise the backlog when another generation starts
 to accept from the socket, or when no generation accepts.  A longer backlog is harmless.
@@ -42,7 +42,7 @@ class SocketOptionRestore:
 
     @property
     def record(self) -> tuple[tuple[int, int, str], ...]:
-        """The snapshots that the next program needs, by generation and listener."""
+        """The snapshots that the next program needs after an upgrade or a kill, with their keys."""
         return tuple((*key, socket_snapshot.as_text(each)) for key, each in self._before.items())
 
     @record.setter
@@ -105,7 +105,7 @@ class SocketOptionRestore:
     ) -> None:
         """Restore a socket's options; if some stay changed, replace the socket if that is allowed.
 
-        may_log: whether to log the options that stay changed even then.
+        may_log: whether to log the options that could not be restored in either way.
         """
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         unrestored = socket_snapshot.restore(listening, before)
@@ -120,7 +120,7 @@ class SocketOptionRestore:
         ):
             self._steering.replace(listener, socket_number)
             if listener.lost or len(listener.sockets) != count:
-                return  # the remaining socket belongs to the serving generation
+                return  # no socket remains, or only the socket of the serving generation
             unrestored = socket_snapshot.restore(listener.socket_for(socket_number), before)
         if unrestored and may_log:
             address, options = listener.settings.address, " ".join(unrestored)

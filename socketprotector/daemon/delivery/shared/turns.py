@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @frozen
 class Share:
-    """The share of the new clients that a second generation gets, at the socket `1 - current`."""
+    """The share of the new clients that a second generation gets, at socket `1 - Turns.current`."""
 
     generation: int
     part: int  # in parts of WHOLE (model/share.py)
@@ -47,7 +47,9 @@ class Turns:
     #: generation's socket.
     lost: frozenset[int] = frozenset()
     given_back: bool = False  # True: new clients go to passed-in sockets, whose owner accepts them
-    share: Share | None = None  # not recorded, because the next program gets RouteTo again
+    #: Not recorded: after an upgrade or a kill, the next program repeats the action RouteTo, which
+    #: has the share.
+    share: Share | None = None
 
     @property
     def free(self) -> int:
@@ -100,13 +102,14 @@ class Turns:
         return {each for each in there if (each, listener.index) not in lacking}
 
     def is_served(self, listener: Listener, number: int) -> bool:
-        """Return whether a generation accepts from this socket, or the next generation will."""
+        """Return whether a generation accepts from this socket, or the next planned one will."""
         if self.given_back and listener.settings.foreign:
             return True  # the socket's owner accepts
         there = self.at(listener, number)
         if not there:
             # While no generation accepts at all, the next generation gets the clients of any
-            # socket.  Otherwise it gets only the clients of its own socket.
+            # socket.  Otherwise it gets only the clients of its own socket.  But for a listener of
+            # `lost` no start is planned: return False, so that a rescue (socket_watch.py) follows.
             is_next = number == self.number_for(listener) and listener.index not in self.lost
             return not self.accepting or is_next
         return any((generation, listener.index) not in self.unserved for generation in there)
@@ -153,7 +156,8 @@ class Turns:
         dry_run: the clients come to the current socket, because the next generation gets none.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
-        # With a single socket, or in a dry run, the clients wait at the current socket.
+        # With a single socket, or in a dry run, the clients wait at the current socket.  If it were
+        # in `unserved`, a rescue (socket_watch.py) would start for these clients.
         if listener.has_sibling and not dry_run:
             self.unserved |= {(generation, listener.index) for generation in self.accepting}
         return number
@@ -217,7 +221,7 @@ class Turns:
 
         Returns whether the generation then has a socket that all its workers lacked before.
 
-        knows: returns whether its workers have a listener, by index.
+        knows: returns whether the generation's workers have a listener, by index.
         """
         served = {each for each in self.unserved if each[0] == generation and knows(each[1])}
         grown = not served <= self.partly_served

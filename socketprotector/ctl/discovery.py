@@ -31,7 +31,7 @@ _SHELL_SAFE = frozenset(string.ascii_letters + string.digits + "@%+:,./_-")
 def sockets() -> list[str]:
     """Return the paths of all control sockets in the folders of where().
 
-    Some may be of protectors that have ended.
+    Some of the sockets may belong to protectors that have ended.
     """
     return control_path.sockets(os.environ, os.geteuid())
 
@@ -91,7 +91,7 @@ def by_name(name: str) -> str:
 
 
 def _called(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
-    """Return the sockets of the protectors with this name; if there is none, with this port."""
+    """Return the sockets of the protectors with this name; without a match, with this port."""
     return [each.path for each in alive if name in _names_of(each)] or [
         each.path for each in alive if f"{_names_of(each)[0]}:{name}" in _names_of(each)
     ]

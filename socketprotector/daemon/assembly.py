@@ -1,6 +1,7 @@
 """Creates the parts of the resident process, and connects them.
 
-If an earlier program ran, each part adopts its own descriptors and records.
+After an upgrade or a kill, this process replaces another ("an earlier program").  Each part then
+adopts its descriptors and records from that program.  "The next program" will replace this process.
 """
 
 from __future__ import annotations
@@ -69,11 +70,12 @@ class Resident:
         first start.  command: executes this program again.
         """
         # A guard has copies of all descriptors.  Without a guard, an inherited state shows that an
-        # earlier program stored them.  Without both, this is a first start: no store has copies.
+        # earlier program stored them.  If there is neither, this is a first start without copies.
         stored = inherited.GUARD in descriptors or inherited.STATE in descriptors
         kept = descriptors.keys() - {inherited.GUARD} if stored else set()
         if isinstance(earlier, Snapshot):
-            kept -= set(earlier.left_out)  # after an upgrade in place, we inherit these, too
+            # Inherited at an upgrade in place, but not stored: the store had no room for them.
+            kept -= set(earlier.left_out)
         self.settings = settings
         self.unclaimed = unclaimed = Inherited(descriptors)
         #: The descriptors of _OWN, by name.
@@ -284,10 +286,10 @@ class Resident:
             # First remove the settings from the fd store: if we are killed after that, the next
             # program finds no settings, and so makes an ordinary start with the stored listeners.
             store.forget(inherited.SETTINGS)
-            # systemd may remove its copy late.  So also empty the file, because empty settings mean
-            # the same as none (inherited.is_ours).
+            # systemd may remove its copy late.  So also empty the file: empty settings count as
+            # missing settings (inherited.is_ours).
             os.ftruncate(self.own[inherited.SETTINGS], 0)
-        # The relay exits after its last writer, and a copy in the fd store counts as a writer.
+        # A copy of a pipe to the relay in the fd store would keep the relay from exiting.
         for name in self.output.descriptors():
             store.forget(name)
         self.output.finish()
@@ -370,7 +372,7 @@ class Resident:
         return found | {name: fd for each in parts for name, fd in each.descriptors().items()}
 
     def _retry_later(self, again: Callable[[], None]) -> None:
-        # Without a loop we are exiting, and Outbox.finish() sends the unsent messages.
+        # If there is no loop, we are about to exit, and Outbox.finish() sends the unsent messages.
         if self._loop is not None:
             self._loop.call_after(again, _AGAIN_S, again)
 

@@ -34,7 +34,7 @@ class ConfigAnswer:
     """
 
     failure: str = ""  # in words, perhaps in several lines; "": success
-    code: str = "refused"  # of a failure, for the client that waits for a dry reading
+    code: str = "refused"  # the failure's error code in the answer to `diff`
     settings: Settings | None = None
     listeners: dict[int, int] = field(default_factory=dict)  # listener index -> descriptor
     siblings: dict[int, int] = field(default_factory=dict)  # second sockets, by listener index
@@ -85,7 +85,7 @@ class ConfigReader:
         self.loop.call_after(self.key, limit_s, lambda: self._too_late(limit_s))
 
     def call_off(self, answer: ConfigAnswer | None = None) -> None:
-        """End a running child; `done` is called only if an answer is given."""
+        """End a running child, and call `done` with this answer; None: do not call `done`."""
         if self._process is not None:
             done, self._done = self._done, _discard_answer
             self._release()

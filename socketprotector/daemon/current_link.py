@@ -1,8 +1,8 @@
 """Moves the symbolic link `current`, which names the release to start, and keeps the link's lock.
 
-The protector that holds the lock is the link's owner: only the owner moves the link.  It keeps the
-lock until it exits, also through upgrades.  Other protectors with the same link only read the link,
-at their starts and reloads.
+The protector that holds the lock is the link's owner: only the owner moves the link.  The owner
+keeps the lock until it exits, also through upgrades.  Other protectors with the same link only read
+the link, at their starts and reloads.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class CurrentLink:
     ) -> None:
         """settings: returns the settings in force.
 
-        lock: the descriptor of the lock, if the earlier program had the lock; otherwise None.
+        lock: the lock's descriptor, if the process before an upgrade or a kill had the lock;
+        otherwise None.
 
         moved_late: called when a retry has moved the link.
         """
@@ -73,7 +74,7 @@ class CurrentLink:
 
     @property
     def due(self) -> str:
-        """The release to which `current` must still be moved; "": there is none."""
+        """The release to which `current` must still be moved; "": no move is due."""
         return self.not_moved.release if self.not_moved is not None else ""
 
     @property
@@ -106,7 +107,7 @@ class CurrentLink:
             release_store.unlock(self._lock)
 
     def descriptors(self) -> dict[str, int]:
-        """Return the descriptor that the next program needs, by name."""
+        """Return the lock's descriptor by name, to keep the lock after an upgrade or a kill."""
         return {inherited.CURRENT: self._lock} if self._lock is not None else {}
 
     # -- the moves ---------------------------------------------------------------

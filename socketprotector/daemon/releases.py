@@ -36,18 +36,18 @@ class Releases:
     ) -> None:
         """settings: returns the settings in force.
 
-        lock: the inherited descriptor that holds the lock of `current`; None: there is none.
+        lock: the inherited descriptor that holds the lock of `current`; None: nothing is inherited.
         """
         self._settings, self._log = settings, runtime.log
         self.history = SavedHistory(lambda: settings().current, runtime)
         self.link = CurrentLink(settings, runtime, lock, self.history.sync)
-        #: The release that the last reload was to start; "": none, or its failure is recorded.
+        #: The release that the last reload was to start; "": unknown, or that reload has failed.
         self._tried = ""
         self._note = ""  # what the report of the next success adds about `current`
         self.history.read(is_owned=self.link.is_owned or self.link.take_lock())
 
     def own(self) -> bool:
-        """Return whether this protector owns `current`; become its owner if `current` has none."""
+        """Become the owner of `current` if it has no owner; return whether we are the owner."""
         if not self.link.is_owned and self.link.take_lock():
             # The previous owner may have added entries, and our next write replaces the whole file.
             self.history.read(is_owned=True)
@@ -106,8 +106,8 @@ class Releases:
 
         deployed: the release of a deploy, returned even if `current` names it; "": no deploy.
         """
-        # While a move is due, `current` names an old release: start the release it should name.
         self.link.forget_due_if_moved()
+        # While a move is due, `current` names an old release: start the release of that move.
         wanted = deployed or self.link.due
         self._tried = wanted or self.link.named
         return wanted
@@ -115,8 +115,8 @@ class Releases:
     def prepare(self, candidate: Settings, *, dry_run: bool) -> str:
         """Prepare to move `current` to the release of a deploy; return why that is impossible.
 
-        Returns "" if it is possible, or if `current` need not move.  A full disk or a missing
-        permission thus fails the deploy before anything changes for clients.
+        Returns "" if the move is possible, or if this deploy does not move `current`.  A full disk
+        or a missing permission thus fails the deploy before anything changes for clients.
         """
         name = self._tried = candidate.release
         if dry_run or not candidate.release_wanted or not self.own() or self.link.named == name:
@@ -143,7 +143,7 @@ class Releases:
         """
         name = program.release if program is not None else self._tried
         if report.news in _VERDICTS:
-            self.link.discard()  # a failed deploy has left the link of prepare(): current.next
+            self.link.discard()  # a failed deploy has left current.next, which prepare() made
         if report.news in _PROVED and program is not None:
             self._prove(program)
             return replace(report, reason=self._with_note(report.reason))
@@ -189,8 +189,8 @@ class Releases:
     def resume(self, due: str, program: Program | None) -> None:
         """Complete what the protector may have left undone before an upgrade or a kill.
 
-        due: the release to which `current` must still be moved; "": there is none.
-        program: the workers' program that was proved last; None: there is none.
+        due: the release to which `current` must still be moved; "": no move is due.
+        program: the workers' program that was proved last; None: no program was proved.
         """
         if due and self.own():
             self.link.move(due)

@@ -1,7 +1,8 @@
-"""Carries out `Report`: informs the log, systemd and the launching process.
+"""Carries out the action `Report`: informs the log, systemd and the launching process.
 
-The class Reports also keeps the history of reloads and crashes, which the next program continues.
-After STOPPING=1 no report of a reload sends READY=1 or RELOADING=1: they would contradict it.
+The class Reports also keeps the history of reloads and crashes.  After an upgrade or a kill, the
+process that replaces this one continues the history.  After STOPPING=1, a report of a reload sends
+neither READY=1 nor RELOADING=1, which would contradict STOPPING=1.
 """
 
 from __future__ import annotations
@@ -58,19 +59,23 @@ class Reports:
         self._systemd = systemd
         self._start_report = start_report
         self._policy = policy
-        # systemd has got STOPPING=1, or the start has failed, and the exit status will say so.
+        # Whether we have sent STOPPING=1, or the start has failed (systemd learns that from our
+        # exit status).
         self._is_stopping = False
         self.run = RunRecord(started_at=time.time())
 
     def adopt(self, record: RunRecord, log_level: str) -> None:
-        """Continue the run record of an earlier program."""
+        """Continue the run record of the process that we replace after an upgrade or a kill.
+
+        log_level: the log level of that process; "": unknown.
+        """
         started_at = record.started_at or self.run.started_at
         self.run = replace(record, started_at=started_at, restarts=record.restarts + 1)
         if log_level:
             self._log.set_level(log_level)
 
     def welcome(self, fleet: Fleet) -> None:
-        """Repeat the messages to systemd, in case the earlier program did not send them."""
+        """Repeat the messages to systemd, in case the process that we replace did not send them."""
         if fleet.stop_awaits_rescue:
             self._stopping()
         elif fleet.lame_duck is LameDuck.STOPPING:
@@ -135,7 +140,8 @@ class Reports:
 
     def listener_lost(self, address: str, reason: str) -> None:
         """Report that a listener gets no more clients."""
-        hint = "a process broke the socket or removed its file; restart to restore the listener"
+        hint = "a process broke the socket or removed its file; "
+        hint += "restart SocketProtector to restore the listener"
         self._log.write("error", "listener-lost", listen=address, error=reason, hint=hint)
         self._systemd.send(STATUS=f"{address} no longer accepts connections; restart to restore it")
 

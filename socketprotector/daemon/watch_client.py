@@ -37,9 +37,9 @@ class FileWatch:
         self._warned = False  # the first of several failures in a row was logged
 
     def start(self, watchers: Mapping[str, Mapping[str, int]]) -> None:
-        """Adopt an earlier program's watcher, or start one; takes ownership of the descriptors.
+        """Adopt a watcher that an upgrade or a kill has left, or start a watcher.
 
-        watchers: the descriptors of earlier watchers, by pid.
+        watchers: the descriptors of such watchers, by pid.  Takes ownership of the descriptors.
         """
         for pid, descriptors in watchers.items():
             if self._settings.watch and self._process is None and len(descriptors) == 2:
@@ -54,7 +54,7 @@ class FileWatch:
             self._spawn()
 
     def descriptors(self) -> dict[str, int]:
-        """Return the descriptors with which the next program adopts the watcher, by name."""
+        """Return the watcher's descriptors by name, to keep the watcher at an upgrade or a kill."""
         if self._process is None or self._line is None:
             return {}
         process = self._process.process

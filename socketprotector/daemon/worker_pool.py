@@ -60,7 +60,7 @@ class WorkerPool:
         #: The record of each worker, also before adopt(): each checkpoint needs all records.
         self._records: dict[int, WorkerRecord] = {}
         self._by_pid: dict[int, int] = {}
-        #: All descriptors of workers and their output that the next program needs.
+        #: Descriptors of workers and their output, for a process that replaces us (upgrade, kill).
         self.descriptors = output.named
         #: Whether a guard reports the exits of workers that are not our children.
         self.guarded = settings.guarded
@@ -227,7 +227,7 @@ class WorkerPool:
         return True
 
     def suspend(self) -> None:
-        """End the --ready checks and the search for orphans; the next program begins both again."""
+        """Before an upgrade or the exit, end the --ready checks and the search for orphans."""
         for worker in self._workers.values():
             worker.readiness.stop_check()
         self._probes.release_all()
@@ -239,7 +239,7 @@ class WorkerPool:
             worker.readiness.check()
         self.orphans.schedule()
 
-    # -- from one program to the next ---------------------------------------------
+    # -- from the process before an upgrade or a kill ("earlier program") to the next ---
 
     def _note(self, worker: Worker, **changes: object) -> None:
         """Change fields of a worker's record."""

@@ -210,7 +210,8 @@ def test_an_upgrade_calls_a_check_off(web: Protector, waiting: Waiting) -> None:
     assert re.search(r"event=resumed .* version=9\.8\.7", upgrade(web))
 
     assert waiting.running.wait() == 100
-    assert waiting.running.err.seen == ["socketprotectorctl: called off: an upgrade has begun"]
+    said = "socketprotectorctl: the upgrade check was called off, because an upgrade has begun"
+    assert waiting.running.err.seen == [said]
     reaped(web, waiting.pid)
     no_more_open(descriptors, web.pid)
     web.stop()

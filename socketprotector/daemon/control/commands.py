@@ -94,8 +94,8 @@ class CommandHandler:
             raise
         except Exception as error:
             if not asked.reads:
-                # The command may be half done.  So this program ends, and the next program resumes
-                # from the state.
+                # The command may be half done.  So end this process; with a guard or systemd's fd
+                # store, another process replaces it and resumes from the state.
                 raise
             self.runtime.log.write(
                 "error", "command-failed", command=request.command, error=repr(error)
@@ -116,7 +116,7 @@ class CommandHandler:
         history = effects.reports.run.history
         generations = status.of_generations(fleet, effects)
         held, upgrade = rollout.held_by(fleet, effects), self.supervisor.upgrade_waits_for()
-        self.runtime.persist()  # so that after a kill the next program reports no lower counts
+        self.runtime.persist()  # so that the counts do not go back after a kill
         return {
             "version": __version__,
             "now": time.time(),
@@ -210,7 +210,7 @@ class CommandHandler:
 
         def answered(version: str, failure: str) -> None:
             if not version and not failure:
-                called_off = "called off: an upgrade has begun"
+                called_off = "the upgrade check was called off, because an upgrade has begun"
                 client.say(
                     control_requests.refusal(RequestError("refused", called_off, request.id))
                 )

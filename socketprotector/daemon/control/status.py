@@ -151,7 +151,7 @@ def of_generations(fleet: Fleet, effects: Effects) -> list[dict[str, Any]]:
     return [
         _of_generation(each, effects, by_number)
         for each in fleet.generations
-        if each.number in effects.generations  # a generation that could not be opened is missing
+        if each.number in effects.generations  # leave out generations that could not be opened
     ]
 
 

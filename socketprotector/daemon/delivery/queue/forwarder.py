@@ -2,8 +2,8 @@
 
 acceptor.py is the fast path; this module handles its failures.  We choose no worker: workers take
 connections from the shared queue (client_lib's intake.py).  core/decide.py sets the route and
-orders drains, but handles no connection.  The queue delivery posts only ChannelBroken, Untaken and
-BacklogEmptied.
+orders drains, but handles no connection.  The only events that the core gets from this folder's
+modules are ChannelBroken, Untaken and BacklogEmptied.
 
 We accept only connections that we can deliver.  If a send fails nevertheless, undelivered.py keeps
 the connection, and we send it before all others.  When a generation drains or has exited, we take
@@ -65,8 +65,8 @@ class Forwarder:
         broken: called when the route's channel was shut down.
         repair: repairs a listener that was shut down, or marks the listener lost.  Raises OSError
         if the system is short of descriptors or memory.
-        untaken: called if the route's workers take nothing, once for each channel.  Arguments: for
-        how many seconds, how many connections wait, whether a connection was ever taken.
+        untaken: called if the route's workers take nothing, at most once for each channel, with the
+        time in seconds, the number of waiting connections, and whether any was ever taken.
         """
         self._loop = loop = runtime.loop
         self._post = runtime.post
@@ -88,8 +88,8 @@ class Forwarder:
             accept_failed=self._accept_failed,
             send_failed=self._send_failed,
         )
-        #: Channels whose connections the route gets, in this order, once it has room.  True: the
-        #: generation is released, so we close the channel afterwards.
+        #: Channels whose connections go to the route, in this order, once the route has room.
+        #: True: its workers have exited (release() was called), so we close the channel afterwards.
         self._leftovers: dict[GenerationChannel, bool] = {}
         self._holding = False  # True during a hold: accept nothing
         self._ended_listeners: list[Listener] = []  # we no longer accept from them
@@ -155,7 +155,7 @@ class Forwarder:
             self._leftovers[channel] = True
             self._resume()
         else:
-            channel.close()  # at once: many generations may fail before there is a route
+            channel.close()  # do not wait for a route: failed generations' channels would pile up
 
     def add(self, listener: Listener) -> None:
         """Add a listener, for the generations that know it; takes ownership."""
@@ -186,7 +186,7 @@ class Forwarder:
         refused = not stay
         for listener in self._listeners:
             if listener.settings.foreign:
-                # The socket's owner keeps listening, so the backlog may never be empty.
+                # The process that owns the socket keeps listening, and gets the backlog.
                 self._accept_no_more(listener)
             elif not stay:
                 refused = listener.refuse_new() and refused
@@ -253,7 +253,7 @@ class Forwarder:
     def listeners(self) -> tuple[Listener, ...]:
         return tuple(self._listeners)
 
-    # -- from one program to the next ---------------------------------------------
+    # -- the next program: the process that replaces us after an upgrade or a kill -----
 
     def record(self) -> ForwarderRecord:
         """Return the record that the next program needs."""
@@ -273,7 +273,7 @@ class Forwarder:
         return found | self.undelivered.descriptors()
 
     def adopt_drained(self, channel: GenerationChannel) -> None:
-        """Let the route get what is left in a channel that an earlier program has drained."""
+        """Send the route the connections in a channel that an earlier program has drained."""
         if channel.depth():
             self._leftovers[channel] = False
 
@@ -321,10 +321,10 @@ class Forwarder:
         """Move a channel's connections to the route, the oldest first, while the route has room.
 
         If the route does not know a connection's listener, the connection goes back to the end of
-        its channel.  If the channel has ended, this connection and all behind it stay there.
+        its channel.  If the channel has ended, this and all later connections stay in the channel.
 
         last: the channel's workers have exited.  So instead, undelivered.py keeps the connections
-        that the route cannot get, unless their listener is closed.
+        that the route cannot get; a closed listener's connections are lost.
         """
         route = self.outlet.route
         has_unknown = route is not None and _may_have_unknown(channel, route)
@@ -361,12 +361,12 @@ class Forwarder:
         return not known
 
     def _put_back(self, channel: GenerationChannel, header: bytes, fd: int) -> None:
-        """Send a connection back to its channel, or keep or lose it.  Takes ownership of fd."""
+        """Send a connection back to its channel; on failure keep or lose it.  Takes over fd."""
         try:
             channel.send(header, fd)
         except OSError as error:
             if channel.write.fileno() >= 0 and error.errno not in BROKEN:
-                # The channel is full, or memory is short.  So _reclaim() takes nothing more back.
+                # The channel is full, or memory is short.  Pause: _reclaim() takes back no more.
                 self._shortage.begin("sendmsg", error)
             listeners = (*self._listeners, *self._drains.listeners)
             if listener_of(header) in {each.index for each in listeners}:

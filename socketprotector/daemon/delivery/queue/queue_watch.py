@@ -7,8 +7,8 @@ the same head, we send the whole queue again in the same order, which wakes anot
 head stays the same for too long, we report the workers.  When a look finds the queue empty, the
 timer stops.  While the timer runs, a new connection costs only the test of one flag.
 
-SAVE_S seconds after a look, the state is written.  So if the protector is killed, the next program
-reports nearly the same count of connections.
+SAVE_S seconds after a look, the state is written.  So if the protector is killed, the process that
+replaces it continues with nearly the same count of connections.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class QueueWatch:
         queued = channel.depth() if channel is not None else 0
         self._extra = max(queued, channel.sent if channel is not None else 0) - forwarded
         self._forwarded_before = forwarded
-        if queued:  # an earlier program sent these, or we followed the channel before
+        if queued:  # sent before an upgrade or a kill, or when we followed the channel before
             self.start()
 
     def new_in(self, channel: GenerationChannel) -> int:

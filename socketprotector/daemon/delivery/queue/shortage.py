@@ -89,7 +89,8 @@ class Shortage:
     def take_back(self, channel: Channel) -> tuple[bytes, int] | None:
         """Take a connection out of a channel; None: the channel is empty, or a shortage begins.
 
-        The connection gets the reserve's place, so Outlet.let_go() opens the reserve again.
+        The connection uses up the reserve.  Outlet.let_go() closes the connection, and opens the
+        reserve again.
         """
         if not self.take_reserve():
             return None

@@ -50,6 +50,9 @@ class ListenerFlags:
                 self._runtime.loop.call_after(_TIMER, after_s, lambda: self.watch(next_s))
 
     def adopt(self, nonblocking: Collection[int]) -> None:
-        """Restore the flags; nonblocking: the result of record() in an earlier program."""
+        """Restore the flags.
+
+        nonblocking: what record() returned before the protector was started again.
+        """
         for each in self._passed_in:
             each.socket.setblocking(each.index not in nonblocking)

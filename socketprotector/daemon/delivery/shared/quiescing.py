@@ -115,8 +115,8 @@ class Quiescing:
     ) -> None:
         """Call back when a generation has accepted and read from all its clients.
 
-        Calls back LAST_S after new clients stopped coming at the latest, even if clients still wait
-        or are unread.
+        Calls back at the latest LAST_S after the last time at which new clients could come, even if
+        clients still wait or are unread.
 
         socket_number: the generation's socket.  common: listeners with one socket for all
         generations; the clients that wait at these listeners must be accepted, too.  leave_out:
@@ -184,7 +184,7 @@ class Quiescing:
         late = now - state.began >= LAST_S
         if late or (quiet and not awaited):
             if waiting:
-                hint = "its workers have not accepted all clients; "
+                hint = "the generation's workers have not accepted all clients; "
                 hint += "another generation gets the rest, except at a stop"
                 self._log.write("warning", "not-accepted", generation=generation, hint=hint)
             del self._generations[generation]

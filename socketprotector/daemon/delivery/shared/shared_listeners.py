@@ -29,19 +29,21 @@ class SharedListeners:
 
     @property
     def rights_record(self) -> tuple[tuple[int, int, int, int, str], ...]:
-        """The rights of each path's socket file, needed by the next program if the file is gone."""
+        """The rights of each socket file, in case the file is gone after an upgrade or a kill."""
         found = ((each.index, each.file_rights) for each in self.all)
         return tuple((n, *have[:3], (have[3] or b"").hex()) for n, have in found if have)
 
     def adopt_rights(self, record: Iterable[tuple[int, int, int, int, str]]) -> None:
-        """Take over an earlier program's rights_record."""
+        """Adopt the rights_record of the process that we replace after an upgrade or a kill."""
         known = {n: (uid, gid, mode, bytes.fromhex(acl)) for n, uid, gid, mode, acl in record}
         for each in self.all:
             each.file_rights = known.get(each.index)
 
     def note_bound(self, listener: Listener) -> None:
         """Note that a listener got another socket, or lost its second socket."""
-        if not listener.has_sibling:  # one socket for all generations: its tag identifies none
+        if not listener.has_sibling:
+            # All generations share one socket, and connections inherit its tag.  So forget the
+            # tags: they do not show which generation accepted a connection.
             for each in self.host.generations.values():
                 each.update_record(accept_tags=())
         self.host.listener_bound(listener)

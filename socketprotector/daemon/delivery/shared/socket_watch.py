@@ -181,9 +181,10 @@ class SocketWatch(Backlogs):
         self._listeners.host.report_untaken(seconds, waiting, ever, " ".join(addresses))
 
     def never_accepted(self, generation: int) -> Collection[int]:
-        """Return the listeners at which the newest generation was a canary and accepted no client.
+        """Return the listeners at which a generation accepted no client while it was a canary.
 
-        Return none for an older generation: it may have got the route again since then.
+        Return no listener unless the generation is the newest: an older generation may have got the
+        route again since then.
         """
         if self.canary is None or generation != max(self._turns.accepting, default=0):
             return ()

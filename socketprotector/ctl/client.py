@@ -306,7 +306,7 @@ class Client:
 
     @property
     def unread_bytes(self) -> int:
-        """Return the number of buffered bytes: an incomplete line, and events."""
+        """Return how many bytes are buffered: unread lines, and events since the last event()."""
         return len(self._buffer) + self._events_bytes
 
     def foreign_peer_error(self) -> NoProtector:

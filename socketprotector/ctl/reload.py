@@ -384,7 +384,7 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
         for each in pids:
             try:
                 pidfds.append(os.pidfd_open(each))
-            except (OSError, OverflowError):  # it is gone, or has no pid in our PID namespace
+            except (OSError, OverflowError):  # the process is gone, or in another PID namespace
                 continue
             opened.callback(os.close, pidfds[-1])
         _request_stop(operation.client, quick)

@@ -65,7 +65,7 @@ def _check_upgrade(instance: Instance, as_json: bool) -> None:
             if error.code != "invalid":
                 raise
             raise RequestRefused(
-                "unknown", "this protector's version has no check; nothing was tried"
+                "unknown", "this protector's version cannot check an upgrade; nothing was tried"
             ) from error
     if as_json:
         say_outcome(say_json, result)
@@ -77,7 +77,7 @@ def _check_upgrade(instance: Instance, as_json: bool) -> None:
 
 
 class _Upgraded(Awaited):
-    """Waits for the next program's status: it has more restarts than the status from before."""
+    """Waits for the new program's status, which has more restarts than the status before."""
 
     def __init__(self, before: Message, tell: Callable[[str], None]) -> None:
         super().__init__(tell)

@@ -1,8 +1,8 @@
 """Carries out the actions that package core orders, and turns their results into events.
 
-After a kill, the next program may repeat an action.  Most repetitions do no harm.  After the other
-actions, the state is written at once (supervisor.py, _WRITTEN_AT_ONCE).  Effects consists of
-generation.py, worker_pool.py, probing.py, live_settings.py, reports.py and delivery/.
+If the protector is killed, the process that replaces it may repeat an action.  If a repetition
+would do harm, the state is written right after the action (_WRITTEN_AT_ONCE in supervisor.py).
+Effects uses generation.py, worker_pool.py, probing.py, live_settings.py, reports.py and delivery/.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class Effects(Host):
     # -- from one program to the next ---------------------------------------------
 
     def snapshot(self, fleet: Fleet, actions: Iterable[Action]) -> Snapshot:
-        """Return all that the next program needs.
+        """Return the state from which we resume after an upgrade or a crash.
 
         actions: the RECORDED actions that have perhaps not been carried out yet.
         """
@@ -236,7 +236,7 @@ class Effects(Host):
         )
 
     def descriptors(self) -> dict[str, int]:
-        """Return all descriptors that the next program needs, by name."""
+        """Return all descriptors that are needed after an upgrade or a crash, by name."""
         return {**self.own_descriptors(), **self.pool.descriptors}
 
     def own_descriptors(self) -> dict[str, int]:
@@ -352,7 +352,7 @@ class Effects(Host):
     # -- as the host of the delivery ---------------------------------------------
 
     def listener_lost(self, listener: Listener, reason: str) -> None:
-        """Report a lost listener; post ListenersLost when all are lost."""
+        """Report a lost listener; post ListenersLost when all listeners are lost."""
         self.reports.listener_lost(listener.settings.address, reason)
         if all(each.lost for each in self.delivery.listeners):
             self._post(ListenersLost())

@@ -60,7 +60,7 @@ class FirstPrograms:
         self.runtime.persist()  # now, because the relay may need a while for the last words
 
         def done(found: str) -> None:
-            # These are the pool's last words: by now several programs may have written the same.
+            # The last words are the whole pool's: several programs may have written the same lines.
             last_words = _without_repeats(found, generation.record.programs_failed)
             if generation.record.programs_work:
                 return  # another program has worked meanwhile

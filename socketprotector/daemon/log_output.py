@@ -53,13 +53,13 @@ class Output:
         ours = self._to_syslog or self._log_file is not None
         #: Whether each worker has a pipe of its own.
         self._relayed = settings.log_prefix or (settings.log_relay and (ours or _is_stream()))
-        #: The descriptors of workers that the next program needs.  The relay adds the workers'
-        #: pipes, WorkerPool all other descriptors.
+        #: The descriptors of workers that are needed after an upgrade or a crash.  The relay adds
+        #: the workers' pipes, WorkerPool all other descriptors.
         self.named = inherited.Named()
         self._relay: relay_client.LogRelay | None = None
 
     def begin(self, unclaimed: Inherited, runtime: Runtime) -> None:
-        """Start the relay if one is needed, or adopt the relay of an earlier program.
+        """Start the relay if the log needs one; after an upgrade or a crash, adopt the old relay.
 
         Takes ownership of the relay's descriptors.  Raises OSError.
         """
@@ -88,7 +88,7 @@ class Output:
         os.close(fd)
 
     def descriptors(self) -> dict[str, int]:
-        """Return the relay's descriptors that the next program needs, by name."""
+        """Return the relay's descriptors that are needed after an upgrade or a crash, by name."""
         if self._relay is None:
             return {}
         shared = {_WRITE: _STDERR} if self._to_syslog else {}

@@ -227,7 +227,7 @@ class Probe:
         return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
     def _continue_earlier(self) -> bool:
-        """Continue with an earlier probe's connection; return False if none is usable."""
+        """Continue with an earlier probe's connection; return False if it is not usable."""
         if self._connection is None:
             return False
         waits: bool | None = None
@@ -240,7 +240,7 @@ class Probe:
             if self._as_client:
                 self._close_target()
             return False
-        if self._spec.by_http:  # no worker has accepted it, so send no second request
+        if self._spec.by_http:  # no worker has accepted the connection: send no second request
             self._finish(self._not_accepted()[0], self._late)
         else:
             self._look()

@@ -21,7 +21,7 @@ from ..system.terminal import tell
 
 
 class StartReport:
-    """Sends the result of the first start, once; until then, answers what the start waits for."""
+    """Sends the result of the first start, once; until then, tells what the start waits for."""
 
     def __init__(self, line: int | None, terminal: int | None, pid: int) -> None:
         """Take ownership of the descriptors.
@@ -39,7 +39,7 @@ class StartReport:
     def watch(
         self, loop: Loop, gone: Callable[[], None], waits: Callable[[], Sequence[object]]
     ) -> None:
-        """Send the pid to the launching process, and answer what the start waits for.
+        """Send the pid to the launching process, and tell it what the start waits for, if it asks.
 
         gone: called if the launching process exits, or cancels the start, before the result.
         waits: returns what the start waits for.
@@ -65,7 +65,7 @@ class StartReport:
             return False
 
     def descriptors(self) -> dict[str, int]:
-        """Return the descriptors with which the next program can send the report, by name."""
+        """Return, by name, the descriptors that the report needs after an upgrade or a crash."""
         found = {}
         if self._socket is not None:
             found[inherited.LAUNCHER] = self._socket.fileno()
@@ -87,7 +87,7 @@ class StartReport:
     def failed(self, status: int) -> None:
         """Report, just before this process exits, that the start has failed.
 
-        The line stays open until this process exits: the launching process waits for that.
+        The socket stays open: end of file tells the launching process that this process has exited.
         """
         self._send(
             failed=self.failure or "stopped before a generation was serving",

@@ -1,7 +1,8 @@
 """Passes each event to `decide`, and the resulting actions to the effects.
 
-Signals, pidfds, timers and notify sockets only put events on the queue.  This module decides only
-what a signal means, and whether an upgrade, a dry run or another number of workers is possible.
+Most signals, pidfds, timers and notify sockets act only by events on the queue.  This module itself
+decides only what a signal means, and whether an upgrade, a dry run or another number of workers is
+possible.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Supervisor:
     runtime: Runtime
     _: KW_ONLY
     reopen_logs: Callable[[], None]
-    #: Called with each signal before we act on it.
+    #: Called with each signal except SIGCHLD, before we act on it.
     on_signal: Callable[[int], object]
     #: A descriptor of the terminal that a foreground protector runs on.
     terminal: int | None

@@ -21,7 +21,8 @@ UNMADE, UNTAKEN = "unmade", "untaken"
 CANNOT = "cannot"
 #: No socket leads to this generation alone, or the probed listener does not exist.
 NO_TARGET = "no-way"
-#: The probed socket was shut down meanwhile: another generation may have answered.
+#: The probed socket was shut down, closed to clients or replaced during the probe, so another
+#: generation may have answered.
 MOVED = "moved"
 
 #: The pause before the next probe: a tenth of the time since the first probe, within these limits.
@@ -120,7 +121,7 @@ class Serving:
         """Return the state after a verdict.
 
         most: the state becomes UNHEALTHY after this many bad answers without a good one between
-        them, and UNKNOWN after this many inconclusive verdicts (the last case) in a row.
+        them, and UNKNOWN after this many inconclusive verdicts (`case _`) in a row.
         """
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason
@@ -131,7 +132,8 @@ class Serving:
             case "bad" | "refused":
                 failures, reason = failures + 1, why
                 state = UNHEALTHY if failures >= most else state
-            case "unmade" | "untaken":  # no further probe before a worker accepts this probe
+            case "unmade" | "untaken":
+                # The next probe reuses this probe's connection, unless a UNIX backlog was full.
                 why, answered_at = "busy: no worker has accepted the probe yet", self.answered_at
             case _:
                 why, missed, answered_at = f"not probed: {why}", self.missed + 1, self.answered_at

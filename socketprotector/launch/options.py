@@ -236,7 +236,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("surge", SURGE, "With --reload-order rolling: add this many workers at most.\n"
                "P%: this percentage of the workers, rounded up.", default="1"),
         Option("canary", CANARY,
-               "Give each new generation only this share of new connections at first: 5%.\n"
+               "Give each new generation only this share of new connections at first, such as 5%.\n"
                "SHARE is 0.01% to 99.99% of the connections, not of the requests. All clients "
                "follow after --canary-for. See docs/rollout.md.", unset="all"),
         Option("canary-for", TIME_ABOVE_0, "Keep the canary at its share for this time.",

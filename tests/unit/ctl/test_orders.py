@@ -327,7 +327,7 @@ def test_an_older_protector_has_no_check(fake: Fake, ctl: Ctl) -> None:
 
     said = ctl("upgrade", "--check")
 
-    words = "this protector's version has no check; nothing was tried"
+    words = "this protector's version cannot check an upgrade; nothing was tried"
     assert said == Ended(100, "", f"socketprotectorctl: {words}\n")
 
 

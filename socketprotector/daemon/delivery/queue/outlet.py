@@ -1,7 +1,7 @@
 """Sends connections to the route, and handles failed sends.
 
 A full queue, a broken channel or a shortage blocks sending.  If a send fails, undelivered.py keeps
-the connection, and we send it first once sending is possible again.
+the client's connection, and we send it first once sending is possible again.  (A probe is dropped.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Outlet:
     shortage: Shortage
     #: Called when a send has failed, to stop accepting.
     stop: Callable[[], None]
-    #: Called when there is room again.
+    #: Called when a full channel has room again.
     resume: Callable[[], None]
     #: Called when the route's channel was shut down.
     broken: Callable[[], None]

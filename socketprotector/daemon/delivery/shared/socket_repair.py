@@ -49,7 +49,7 @@ class SocketRepair:
             return
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         if listener.listen_again(socket_number):
-            # Steer before we log: until then, new clients go to the other socket.
+            # Steer before we log: until we steer, new clients go to the other socket.
             self._steering.steer()
             self._log.write("warning", "listens-again", listen=listener.settings.address)
         else:

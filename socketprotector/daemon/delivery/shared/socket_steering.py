@@ -71,7 +71,7 @@ class SocketSteering(Steering):
     def adopt(self, generation: int, socket_number: int) -> None:
         """Note from which socket an adopted generation accepts."""
         self.turns.accepting[generation] = socket_number
-        # The earlier program may have been killed during a repair.
+        # If we restart after a kill, the kill may have come during a repair.
         for each in self._listeners.living:
             if each.is_alive(socket_number) and not each.is_sound(socket_number):
                 self._repairs.repair(each, socket_number)
@@ -105,7 +105,8 @@ class SocketSteering(Steering):
         knows: returns whether its workers have a listener, by index.
         """
         if self.turns.grow(generation, knows):
-            # Write the state before the worker accepts: the next program must wait for its clients.
+            # Write the state before the worker accepts: after a kill, we must still know that the
+            # clients of these sockets have a worker.
             self._persist()
 
     def reach(
@@ -206,7 +207,8 @@ class SocketSteering(Steering):
         """
         listeners, before, canary = self._listeners.all, self.turns, self._watch.canary
         if canary is not None and before.share and socket_number != before.current:
-            again = canary.accepts.has_accepted  # the canary, which had a share, gets the route
+            # The canary gets the route: it has served before if it has accepted a client.
+            again = canary.accepts.has_accepted
         # A change of the share alone does not restart the watch.
         is_watched = socket_number == before.current and (share or before.share) is not None
         self.turns.turn_to(socket_number, {each.index for each in listeners}, knows, share)
@@ -217,11 +219,11 @@ class SocketSteering(Steering):
             if self.turns.gets_clients(each, number)
         }
         self.probes.clients_come(places)
-        self.probes.discard()  # an earlier program may have been killed before it did this
+        self.probes.discard()  # an earlier process may have been killed before it did this
         self._repairs.repair_all()
         self.steer()
         self.adopt_held()  # clients may have waited at both sockets until now
-        self._report_adopted()  # an earlier program may have been killed before this report
+        self._report_adopted()  # an earlier process may have been killed before this report
         self._watch.follow_canary()
         self._watch.watch()
         is_watched = is_watched and self.accept_watch.runs
@@ -236,7 +238,7 @@ class SocketSteering(Steering):
             self._watch.follow_canary()
 
     def record(self) -> SteeringRecord:
-        """Return the record that the next program needs."""
+        """Return the record of the steering, for adopt_record() after an upgrade or a crash."""
         turns, probes = self.turns, self.probes
         return SteeringRecord(
             turns.current,
@@ -259,7 +261,7 @@ class SocketSteering(Steering):
         return tuple((index, *record) for index, record in records if record is not None)
 
     def adopt_record(self, record: SteeringRecord, *, held: bool) -> None:
-        """Resume from an earlier program's record of the steering.
+        """Resume from the record that record() returned before an upgrade or a crash.
 
         held: whether the fleet is on hold; if not, a hold in the record ends now.
         """

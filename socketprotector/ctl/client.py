@@ -1,7 +1,7 @@
 """A connection to a control socket: sends requests, and receives answers and events.
 
 An upgrade, or a crash under --guard or systemd, ends the connection, but the socket stays.  So
-query() and reconnect() try for up to RETURN_S to reach the next program at the same socket.
+query() and reconnect() try for up to RETURN_S to reach the protector's new program at this socket.
 
 This module uses only the standard library, and prints nothing.  Each call blocks for a limited
 time.  The module checks the form and length of everything that it receives.
@@ -79,7 +79,7 @@ class Client:
 
     def _connect(self, within_s: float) -> None:
         self._socket = connect(self.path, self._at_most(within_s))
-        # Only now: before a connect() it would give the socket a name of its own.
+        # Only now: on an unconnected socket, SO_PASSCRED makes connect() bind an abstract name.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._begin()
 
@@ -98,7 +98,7 @@ class Client:
         self._events: deque[Message] = deque()
         self._events_bytes = 0
         self._late_answers = 0
-        #: The process that sent the last message; 0: it has no pid in our PID namespace.
+        #: The pid of the last message's sender; 0: unknown, or not in our PID namespace.
         self.protector_pid = 0
 
     def reconnect(self, within_s: float = math.inf) -> Message:
@@ -144,7 +144,7 @@ class Client:
     def shares_pids(self, status: Message) -> bool:
         """Return True if the pids in the last status are of our own PID namespace.
 
-        If they are of another, an unrelated process may have the same pid here.
+        If they are of another namespace, an unrelated process may have the same pid in ours.
         """
         return self.protector_pid == status.get("pid")
 

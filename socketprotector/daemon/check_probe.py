@@ -3,8 +3,9 @@
 The options `--ready check:CMD` and `--settle-check CMD` set these commands.  A generation has a
 loopback port while it is checked, so a command can use any client program.  In listener mode a
 helper process, the prober (programs/prober.py), forwards the port's connections to the generation's
-socket.  It gives each TCP connection the mark by which the kernel recognizes a probe, because a
-command would not set this mark.  In other modes the connections go into the generation's channel.
+socket.  The prober gives each TCP connection the mark by which the kernel recognizes a probe,
+because a command would not set this mark.  In other modes the connections go into the generation's
+channel.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """An open generation: its record, and the scoreboard in which its workers count connections.
 
-The protector's next program gets the record from the state, and the scoreboard's descriptor by name
-(system/inherited.py).
+After an upgrade or a kill, the protector's next program gets the record from the state, and the
+scoreboard's descriptor by name (system/inherited.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class OpenGeneration:
     @classmethod
     def adopt(cls, record: GenerationRecord, board: int | None) -> OpenGeneration:
         """Adopt a generation that an earlier program opened; take ownership of its scoreboard."""
-        if record.knows is None:  # it knows all listeners, or an older version recorded no `knows`
+        # The generation knows all listeners, or an older version recorded no `knows`.
+        if record.knows is None:
             record = replace(record, knows=known_to(record.program))
         return cls(record, Board(board) if board is not None else None)
 
@@ -93,7 +94,7 @@ class OpenGeneration:
 
     @property
     def accepted(self) -> int | None:
-        """Return how many connections its workers have accepted so far; None: no worker counts."""
+        """Return how many connections the workers have accepted so far; None: no worker counts."""
         slots = range(SLOTS) if self.board is not None else ()
         found = [self.record.past, *map(self.counts, slots)]
         counted = [each.accepted for each in found if each is not None]

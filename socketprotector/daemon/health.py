@@ -66,7 +66,7 @@ class Health:
         return self._probe.connection
 
     def set_serving(self, generation: OpenGeneration | None) -> None:
-        """Check this generation, which gets new clients from now on; None: check none."""
+        """Check this generation, which gets new clients from now on; None: no generation."""
         if generation is not self._generation:
             self._generation = generation
             self._begin()
@@ -77,12 +77,12 @@ class Health:
             self._begin()
 
     def suspend(self) -> None:
-        """Stop the probes; resume() or the next program starts them again."""
+        """Stop the probes; resume(), or the next program after an upgrade, starts them again."""
         self._loop.cancel(_TIMER)
         self._probe.end()
 
     def resume(self) -> None:
-        """Start the probes, or restart them after a failed exec."""
+        """Start the probes, or restart them if an upgrade's exec has failed."""
         text = self._settings().health
         if self._generation is not None and text:
             self._spec = probe_spec.read_health(text)

@@ -37,7 +37,8 @@ class LiveSettings:
         command: tuple[str, ...],
     ) -> None:
         """command: the command line that executes SocketProtector again."""
-        #: The record that the next program needs; always replaced as a whole.
+        #: The record that the next program (after an upgrade or a kill) needs; always replaced as a
+        #: whole.
         self.record = SettingsRecord(settings)
         self._pool = pool
         self._delivery = delivery
@@ -133,9 +134,10 @@ class LiveSettings:
         return self.releases.link.due if self.releases is not None else ""
 
     def stop_reading(self) -> None:
-        """End the reader processes, because the next program does not know them.
+        """End the reader processes: the program that an upgrade executes would not know them.
 
-        The next program reads again for a reload, but cannot answer the caller of compare().
+        For a reload, that program reads the configuration again.  But it cannot answer the caller
+        of compare(), so we answer now.
         """
         for purpose, each in self._readers.items():
             called_off = "called off: an upgrade or a stop has begun"
@@ -147,7 +149,8 @@ class LiveSettings:
     def adopt(self, snapshot: Snapshot) -> None:
         """Adopt an earlier program's candidate settings if still needed; otherwise drop them.
 
-        A reload that is trying them needs them, and so does an unfinished UseSettings.
+        A reload that tries the candidate settings needs them, and so does an unfinished action
+        UseSettings.
         """
         self.record = SettingsRecord(self.settings, snapshot.settings.candidate)
         if snapshot.fleet.candidate is None and UseSettings() not in snapshot.unfinished:

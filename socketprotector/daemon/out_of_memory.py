@@ -81,7 +81,7 @@ class MemoryWatch:
         now, before = memory_group.counts(), self._handled
         if now.kills <= before.kills:
             return exit_text.KILLED
-        more = now.kills > before.kills + 1  # more kills, of workers whose ends we handle later
+        more = now.kills > before.kills + 1  # perhaps kills of workers whose ends we handle later
         at_limit = before.at_limit if more else now.at_limit
         self._handled = OutOfMemory(before.kills + 1, at_limit)
         return f"{exit_text.KILLED}: {_cause(at_limit=now.at_limit > before.at_limit)}"

@@ -42,8 +42,8 @@ class Parents:
         pid = os.getppid() if self.line is not None else os.getpid()
         self.systemd = Systemd(os.environ, pid, self._manager, self.guard)
         room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        # Pass the store's size on to the next program: after an upgrade, getrlimit() returns the
-        # limit that we have raised, not systemd's limit.
+        # Pass the store's size on to the program that an upgrade executes: for that program,
+        # getrlimit() returns the limit that we have raised, not systemd's limit.
         os.environ["FDSTORE"] = str(room)
         self.store = (
             Store(self.guard, kept)
@@ -61,7 +61,7 @@ class Parents:
         on_gone: called when the guard exits, or at once if there is no guard.
         """
         if self.line is None:
-            on_gone()  # the guard may have exited before the exec of this program
+            on_gone()  # perhaps the guard exited just before an upgrade executed this program
         else:
             loop.watch(self.line.fileno(), lambda: self._read(loop, on_exited, on_gone))
         if self.systemd.watchdog_s:
@@ -98,8 +98,9 @@ class Parents:
     def stays(self, names: Iterable[str]) -> bool:
         """Return whether the descriptors with these names survive a stop, in systemd's fd store.
 
-        systemd keeps them while a restart is pending, and drops them otherwise (tried with 252).
-        Other service managers that read sd_notify() keep nothing, and set no $INVOCATION_ID.
+        systemd keeps these descriptors while a restart is pending, and otherwise drops them (tried
+        with 252).  Other service managers that receive sd_notify(3) messages keep no descriptors,
+        and set no $INVOCATION_ID.
         """
         systemd = self.line is None and bool(os.environ.get("INVOCATION_ID"))
         return systemd and self.store.holds(names)

@@ -90,7 +90,7 @@ class Probing:
         return self.settle_check is not None and self.settle_check.is_due
 
     def set_serving(self, generation: OpenGeneration | None) -> None:
-        """Check the health of this generation, which gets new clients; None: check none."""
+        """Check the health of this generation, which gets new clients; None: no generation."""
         if self.health is None:
             if generation is None or not self._settings().health:
                 return
@@ -115,12 +115,12 @@ class Probing:
         return self.health.tcp_connection if self.health is not None else None
 
     def suspend(self) -> None:
-        """Stop all probes; the next program starts them again."""
+        """Stop all probes; resume(), or the next program after an upgrade, starts them again."""
         for each in self._used():
             each.suspend()
 
     def resume(self) -> None:
-        """Restart the probes after a failed exec."""
+        """Restart the probes if an upgrade's exec has failed."""
         for each in self._used():
             each.resume()
 

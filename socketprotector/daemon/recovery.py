@@ -87,8 +87,8 @@ class Recovery:
     def dismiss_unknown(self) -> None:
         """Order workers that the state does not contain to finish.
 
-        They were started just before the protector was killed.  They get the finish signal, if
-        there is one, and read end of file on their RETURN lines, which are closed here.
+        Such a worker was started just before the protector was killed.  The worker gets the finish
+        signal, if there is one, and reads end of file on its RETURN line, which is closed here.
         """
         fleet, programs = self.snapshot.fleet, self.snapshot.generations
         # Most likely these workers belong to the newest generation, which a reload was starting.

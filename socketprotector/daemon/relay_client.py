@@ -60,7 +60,7 @@ _END_S = 3.0
 #: The messages to the relay: read a worker's pipe, close the pipe, send last words, write output to
 #: this descriptor, exit.
 _PIPE, _CLOSE, _WORDS, _NEW_STDERR, _END = "+", "-", "?", "=", "!"
-_LACKS_HINT = "its descriptor limit was lowered; SocketProtector raises it or restarts the relay"
+_LACKS_HINT = "relay's nofile limit was lowered; SocketProtector raises it or restarts the relay"
 _CLOSED_HINT = (
     "a process that writes to the pipe gets SIGPIPE; see: ls -l /proc/*/fd/* | grep pipe:.{pipe}"
 )
@@ -75,7 +75,7 @@ class WorkerPipe:
     pid: int
 
     def name(self, number: int) -> str:
-        """Return the name by which the next program finds the pipe of worker `number`."""
+        """Return the name by which our next program (after an upgrade or kill) finds this pipe."""
         return f"{inherited.OUTPUT}{number}.{self.generation}.{self.pid}"
 
 
@@ -112,7 +112,7 @@ class LogRelay:
     # -- the process -----------------------------------------------------------
 
     def start(self, shared: int) -> None:
-        """Start the relay.  shared: its stdin (see _shared); -1: none.  Raises OSError."""
+        """Start the relay.  shared: the relay's stdin (see _shared); -1: none.  Raises OSError."""
         self._shared = shared
         self._begin_to_watch()
         self._spawn()
@@ -181,7 +181,7 @@ class LogRelay:
         with on_error(ours.close), theirs, open(os.devnull, "r+b", buffering=0) as file:
             null = file.fileno()
             # Under syslog our stderr is the write end of the shared pipe.  If the relay inherited
-            # it, the relay would never see end of file on that pipe.
+            # our stderr, the relay would never see end of file on that pipe.
             out = null if self._kind == "syslog" else _STDERR
             shared = self._shared if self._shared >= 0 else null
             descriptors = {0: shared, 1: out, 2: null, _LINE_FD: theirs.fileno()}

@@ -67,14 +67,14 @@ class SettleCheck:
         self._generation = None
 
     def suspend(self) -> None:
-        """Stop the probes; resume() or the next program starts them again."""
+        """Stop the probes; resume(), or the next program after an upgrade, starts them again."""
         self._loop.cancel(_TIMER)
         self._probe.end()
         if self._generation is not None:
             self._probes.release(self._generation.record.number)
 
     def resume(self) -> None:
-        """Start the probes, or restart them after a failed exec."""
+        """Start the probes, or restart them if an upgrade's exec has failed."""
         if self._generation is not None:
             self._settling = replace(self._settling, unknown_since=None)
             self._began = time.monotonic()

@@ -50,8 +50,9 @@ _YIELD_AFTER_S = 0.005
 #: doubles each time, up to _LAST_REAP_S.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
-#: Actions, and kinds of Report, after which the state is written at once.  If the next program
-#: repeated them, it would start a generation or worker twice, or report a reload twice.
+#: Actions, and kinds of Report, after which the state is written at once.  Otherwise, after a kill,
+#: the next program could repeat such an action: start a generation or a worker twice, or report a
+#: reload twice.
 _WRITTEN_AT_ONCE = (
     *(Open, Spawn),
     *(ReportKind.RELOADED, ReportKind.RECOVERED, ReportKind.RELOAD_FAILED),
@@ -99,7 +100,7 @@ class Supervisor:
         self.runtime.post(Launched())
 
     def adopt(self, recovery: Recovery) -> None:
-        """Resume where another program stopped."""
+        """Resume where an earlier program stopped, at an upgrade or a kill."""
         snapshot = recovery.snapshot
         self.fleet = snapshot.fleet
         self._working = True  # events wait until everything is restored
@@ -118,7 +119,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until the fleet has ended.  Returns the exit status."""
-        self._reap_orphans()  # an earlier program may have been killed before it reaped them
+        self._reap_orphans()  # an earlier program may have ended before it reaped its children
         self.runtime.loop.run()
         self.upgrade.end()
         return self.effects.exit_status or 0
@@ -213,9 +214,10 @@ class Supervisor:
         """
         store = self.checkpoint.store
         if self.fleet.dry_run and store.flushed:
-            # HandingOver ends the dry run.  So post it only now, when the upgrade need not wait.
+            # HandingOver ends the dry run, so post HandingOver only when the upgrade need not wait.
             self.runtime.post(HandingOver())
-        if not store.flushed:  # the next program does not store the descriptors that it inherits
+        if not store.flushed:
+            # The new program assumes that the store already has the descriptors that it inherits.
             self._hand_over_later(give_up_at)
             return
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -266,7 +268,8 @@ class Supervisor:
             # children only after this turn of the loop.
             self.runtime.loop.call_after("reap", 0.0, self._reap_orphans)
             return
-        # Report the signal first, so that the guard does not send it to the next program, too.
+        # Report the signal first: if we die, the guard sends unreported signals to the program that
+        # replaces us.  (A stop signal is sent again unless the stop has begun.)
         self.on_signal(number)
         self.runtime.log.write("info", "signal", signal=signal.Signals(number).name)
         match number:
@@ -326,7 +329,9 @@ class Supervisor:
 
 
 def terminal_of(foreground: bool) -> int | None:
-    """Return a descriptor of the terminal that we run on; None: none, or not in the foreground.
+    """Return a descriptor of the terminal that we run on.
+
+    None: there is no terminal, or we do not run in the foreground.
 
     Prefer the controlling terminal: the kernel sends HUP when this terminal is closed, but stdin,
     stdout and stderr may lead to another place (nohup).

@@ -2739,7 +2739,7 @@ def test_a_hold_at_a_path_is_possible_again_as_soon_as_its_folder_is_there(
     cannot = world.steering.hold.cannot_begin() or ""
     aside.rename(folder)
 
-    assert cannot.endswith("; possible once files can be made in its directory")
+    assert cannot.endswith("; a hold is possible once files can be made in the socket's directory")
     assert world.steering.hold.cannot_begin() is None
 
 

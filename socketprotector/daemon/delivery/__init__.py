@@ -54,8 +54,8 @@ class Delivery(ABC):
 
     The smallest delivery is tests/memory_delivery.py.
 
-    If the protector is killed, the next program may repeat a call, such as route_to() or drain().
-    A repeated call must change nothing.
+    If the protector is killed, the program that replaces it (the next program) may repeat a call,
+    such as route_to() or drain().  A repeated call must change nothing.
     """
 
     @classmethod
@@ -72,7 +72,7 @@ class Delivery(ABC):
     @classmethod
     @abstractmethod
     def leave(cls, listeners: Collection[Listener], record: DeliveryRecord) -> tuple[str, ...]:
-        """Leave our listeners to the fd store, to complete an earlier program's exit.
+        """Leave our listeners to the fd store, to complete the exit that an earlier program began.
 
         Returns the names of the sockets that the store must keep for the next start.
         """
@@ -177,7 +177,7 @@ class Delivery(ABC):
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
         """Return how many connections wait for a generation's workers; None: unknown.
 
-        clients_only: return 0 if only our probes wait; otherwise the number may include probes.
+        clients_only: return 0 if only our probes wait.  A number above 0 may include probes.
         """
 
     @abstractmethod
@@ -260,9 +260,10 @@ class Delivery(ABC):
     ) -> None:
         """Refuse new clients, and post BacklogEmptied once all earlier clients are accepted.
 
-        If new clients cannot be refused, post it after LAST_S at the latest.  serving: the serving
-        generation.  quick: close at once, and post nothing.  stay: instead of refusing new clients,
-        let our own listeners survive; later clients wait there for the next start.
+        If new clients cannot be refused, post BacklogEmptied after LAST_S at the latest.
+        serving: the serving generation.  quick: close at once, and post nothing.
+        stay: instead of refusing new clients, let our own listeners survive; later clients wait
+        there for the next start.
         """
 
     # -- the delivery as a whole ---------------------------------------------------------
@@ -314,8 +315,8 @@ class Delivery(ABC):
     ) -> bool:
         """Adopt a generation that an earlier program opened; takes ownership of its descriptors.
 
-        draining: the generation drains already.  Returns False if the earlier program was killed
-        before it stored the descriptors.  Such a generation never got a client.
+        draining: the generation drains already.  Returns False if the descriptors were not stored:
+        the earlier program was killed before it stored them, or the store had no room for them.
         """
 
     @abstractmethod

@@ -115,8 +115,12 @@ def test_a_listener_from_which_no_worker_accepts_is_no_obstacle(world: World, na
     [
         ("", errno.EMFILE, ""),
         ("/run/s", errno.EEXIST, ""),
-        ("", errno.EACCES, "; possible after a restart"),
-        ("/run/s", errno.EACCES, "; possible once files can be made in its directory"),
+        ("", errno.EACCES, "; a hold is possible after a restart"),
+        (
+            "/run/s",
+            errno.EACCES,
+            "; a hold is possible once files can be made in the socket's directory",
+        ),
     ],
 )
 def test_it_is_said_why_a_socket_cannot_be_made_and_when_it_can(

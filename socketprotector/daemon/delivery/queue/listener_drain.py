@@ -188,8 +188,8 @@ class DrainingListeners:
         try:
             fd, _ = accept_of(each.listener)()
         except OSError as error:
-            # If no descriptor or memory is free, clients may wait.  Then this look must not end
-            # the drain.
+            # If accept() failed for lack of a descriptor or memory, clients may still wait, so this
+            # look must not end the drain.
             each.quiet = each.quiet and error.errno in TRANSIENT_ERRNOS
             return None
         self.accepted += 1

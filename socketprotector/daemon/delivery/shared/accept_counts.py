@@ -1,9 +1,9 @@
 """Counts each generation's open connections from the kernel's data, under --handoff listener.
 
-`status` shows the counts.  A generation's listening sockets have a number, the accept tag, which
-the connections inherit (system/accept_tags.py).  Connections with NO_TAG count for no generation.
-We query the kernel so seldom that the queries take at most QUERY_SHARE of our time.  Until the next
-query, `status` shows the counts of the last query.
+`status` shows the counts.  Each listening socket of a generation has a number, the accept tag,
+which the socket's connections inherit (system/accept_tags.py).  Connections with NO_TAG count for
+no generation.  We query the kernel so seldom that the queries take at most QUERY_SHARE of our time.
+Until the next query, `status` shows the counts of the last query.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _OTHERS_WAIT = "clients wait there with the tag of another generation"
 
 @mutable
 class AcceptCounts:
-    """The open connections of all generations, queried at once."""
+    """The open connections of all generations, counted by one query of each listener."""
 
     listeners: SharedListeners
     #: Index of a listener -> how many connections carry each tag.  A listener is missing if the
@@ -76,8 +76,8 @@ class AcceptCounts:
             tag = self._unused(listener, socket_number, used)
         earlier = accept_tags.tag(listening, tag, used)
         if earlier and listener.has_waiting(socket_number):
-            # Connections in the backlog carry an earlier tag of the socket.  We would not count
-            # them, so use NO_TAG.  If another generation uses an earlier tag, fail.
+            # Connections in the backlog carry an earlier tag of the socket.  A count by the new tag
+            # would miss them, so use NO_TAG.  If another generation uses an earlier tag, fail.
             earlier |= accept_tags.tag(listening, NO_TAG, used)
             if not earlier.isdisjoint(used):
                 raise OSError(errno.EBUSY, _OTHERS_WAIT)
@@ -91,7 +91,7 @@ class AcceptCounts:
         """
         listening, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
         # Open connections may still carry the tag of a generation whose last worker has exited: a
-        # process may have left the process group, or a connection was passed to another program.
+        # worker's child may have left the process group, or another process has got a connection.
         ours = self.listeners.host.own_connection
         found = self._found[listener.index] = accept_tags.connections(listening, ours)
         tag = accept_tags.tag_of(listening)

@@ -1,9 +1,10 @@
 """Holds new clients under --handoff listener.
 
 Workers accept every client that comes to their sockets.  So during a hold, we steer new clients to
-the listener's third socket, which no worker has.  TCP clients get no answer from it
-(system/reuseport.py), so their kernels try again.  UNIX clients wait in its backlog.  With a guard
-or an fd store, the third socket and the hold survive the protector's death; otherwise both end.
+the listener's third socket, which no worker has.  TCP clients get no answer from this socket
+(system/reuseport.py), so their kernels try again.  UNIX clients wait in the socket's backlog.  With
+a guard or an fd store, the third socket and the hold survive the protector's death; otherwise both
+end.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class ListenerHold:
     """The hold, and the time until which clients still retry after a hold has ended."""
 
     listeners: SharedListeners
-    #: What the next program needs.
+    #: What the next program (after an upgrade or a kill) needs.
     record: HoldRecord = field(default_factory=HoldRecord)
 
     @property
@@ -50,7 +51,7 @@ class ListenerHold:
 
     @property
     def late_s(self) -> float:
-        """Return for how many seconds clients still retry after a hold has ended; 0: none do."""
+        """Return for how many seconds clients still retry after a hold has ended; 0: no retries."""
         return max(0.0, self.record.tried_until - time.monotonic())
 
     def cannot_begin(self) -> str | None:
@@ -66,15 +67,18 @@ class ListenerHold:
                 if error.errno in RESOURCE_ERRNOS or error.errno == errno.EEXIST:
                     return why  # EEXIST: a file that is not ours is at the path
                 # TCP: perhaps we no longer have the privilege that binding the address needs.
-                when = "once files can be made in its directory" if each.path else "after a restart"
-                return f"{why}; possible {when}"
+                when = "after a restart"
+                if each.path:
+                    when = "once files can be made in the socket's directory"
+                return f"{why}; a hold is possible {when}"
         return refused
 
     def loss(self, listeners: Iterable[Listener]) -> str | None:
         """Return which clients a reload would lose if it removed these listeners; None: no clients.
 
-        During a hold, clients of a UNIX path wait at the third socket, which no worker has.  TCP
-        clients are not lost, because they retry.
+        During a hold, clients of a UNIX path wait at the third socket, which no worker has.  The
+        waiting TCP clients are not connected yet: like all later clients of a removed listener,
+        they are refused.
         """
         lost = [each.settings.address for each in listeners if each.is_reserved_for_clients]
         return f"the clients that wait at {' '.join(lost)} would be reset" if lost else None

@@ -346,7 +346,7 @@ def _raise_failed(operation: Operation, found: Verdict, what: str) -> None:
 def _last_words(client: Client, generation: int) -> str:
     """Return a generation's last words from `crashes`; "" if there are none.
 
-    They are also in an event, which we may have missed.
+    The last words are also in an event, which we may have missed.
     """
     try:
         crashes = listed(client.request("crashes"), "crashes")

@@ -206,7 +206,7 @@ class Effects(Host):
             report = replace(report, reason=added(report.reason, more))
         self.reports.write(*self.live_settings.reported(report, program))
 
-    # -- from one program to the next ---------------------------------------------
+    # -- for upgrades, and after crashes ------------------------------------------
 
     def snapshot(self, fleet: Fleet, actions: Iterable[Action]) -> Snapshot:
         """Return the state from which we resume after an upgrade or a crash.

@@ -89,7 +89,7 @@ class SocketSteering(Steering):
         for each in self._listeners.living:
             try:
                 self._repairs.make_ready(each, socket_number)
-            except OSError as error:  # if we do not raise it, the listener keeps its socket
+            except OSError as error:  # if not raised again, the listener keeps its present socket
                 is_needed = self._repairs.needs(each)
                 if fresh and is_needed and error.errno not in RESOURCE_ERRNOS:
                     self._watch.watch()
@@ -102,7 +102,7 @@ class SocketSteering(Steering):
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
         """Note that a generation will get another worker, which inherits the present sockets.
 
-        knows: returns whether its workers have a listener, by index.
+        knows: returns whether the generation's workers have a listener, by index.
         """
         if self.turns.grow(generation, knows):
             # Write the state before the worker accepts: after a kill, we must still know that the
@@ -219,11 +219,11 @@ class SocketSteering(Steering):
             if self.turns.gets_clients(each, number)
         }
         self.probes.clients_come(places)
-        self.probes.discard()  # an earlier process may have been killed before it did this
+        self.probes.discard()  # after a kill and a restart, this may not have been done yet
         self._repairs.repair_all()
         self.steer()
         self.adopt_held()  # clients may have waited at both sockets until now
-        self._report_adopted()  # an earlier process may have been killed before this report
+        self._report_adopted()  # after a kill and a restart, this may not be reported yet
         self._watch.follow_canary()
         self._watch.watch()
         is_watched = is_watched and self.accept_watch.runs
@@ -231,7 +231,7 @@ class SocketSteering(Steering):
             self.accept_watch.begin(served_before=again)
 
     def end_share(self) -> None:
-        """Steer all new clients to the route's socket: a quick stop may keep only that socket."""
+        """Steer all new clients to the route's socket; only this socket may survive a quick stop."""
         if self.turns.share is not None:
             self.turns.share = None
             self.steer()

@@ -231,7 +231,7 @@ class SocketSteering(Steering):
             self.accept_watch.begin(served_before=again)
 
     def end_share(self) -> None:
-        """Steer all new clients to the route's socket; only this socket may survive a quick stop."""
+        """Steer all new clients to the route's socket; only this may survive a quick stop."""
         if self.turns.share is not None:
             self.turns.share = None
             self.steer()

@@ -64,8 +64,8 @@ class Client:
         """Connect, and follow events if `events` is true.  Raises NoProtector, RequestRefused.
 
         answer_s: how long an answer may take.
-        until: the deadline of the client, by time.monotonic().  It limits the first connection and
-        each later reconnect(), request() and query().
+        until: the deadline of the first connection and of each later reconnect(), request() and
+        query(), by time.monotonic().
         """
         self.path = path
         self._answer_s = answer_s

@@ -172,7 +172,7 @@ class Generations(dict[int, OpenGeneration]):
 
 
 def known_to(program: Program) -> frozenset[int] | None:
-    """Return the indices of the listeners that a program gets; None: all listeners."""
+    """Return the indices of the listeners that a program's workers get; None: all listeners."""
     if not program.listeners:
         return None
     names = program.listeners.split()

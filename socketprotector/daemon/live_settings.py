@@ -1,8 +1,8 @@
 """The settings in force, and the candidate settings of a reload.
 
-A reader process reads the candidate settings.  The reload's generation starts with them.  They
-become the settings in force when this generation serves, and are dropped if it fails, or after a
-dry run.
+A reader process reads the candidate settings, with which the reload's generation starts.  The
+candidate settings become the settings in force when this generation serves.  A candidate is
+dropped if its generation fails, or after a dry run.
 """
 
 from __future__ import annotations

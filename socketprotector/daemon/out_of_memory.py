@@ -2,7 +2,8 @@
 
 The kernel counts such kills in our memory cgroup, but does not report which process it killed.  The
 count rises before the process dies.  So a kill explains the end of a worker only if that end
-follows soon.  Otherwise the kernel has killed another process, such as a child of a worker.
+follows soon.  If no worker's end follows, the kernel has killed another process, such as a child of
+a worker.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ _STORED = {"process", "notify"}
 
 @mutable
 class Recovery:
-    """One recovery, at the start of a program."""
+    """One recovery, at the start of the program that resumes."""
 
     effects: Effects
     snapshot: Snapshot

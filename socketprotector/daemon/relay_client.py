@@ -60,7 +60,7 @@ _END_S = 3.0
 #: The messages to the relay: read a worker's pipe, close the pipe, send last words, write output to
 #: this descriptor, exit.
 _PIPE, _CLOSE, _WORDS, _NEW_STDERR, _END = "+", "-", "?", "=", "!"
-_LACKS_HINT = "relay's nofile limit was lowered; SocketProtector raises it or restarts the relay"
+_LACKS_HINT = "the relay's nofile limit has fallen; SocketProtector raises it or restarts the relay"
 _CLOSED_HINT = (
     "a process that writes to the pipe gets SIGPIPE; see: ls -l /proc/*/fd/* | grep pipe:.{pipe}"
 )

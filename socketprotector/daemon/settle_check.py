@@ -7,7 +7,7 @@ metrics.
 The generation fails at the first bad answer, or if an answer does not come in time.  When the time
 of --settle has passed, the generation keeps settling until one more good answer comes.
 
-These probes reach the generation during a hold, too.
+The probes of --settle-check reach the generation during a hold, too.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ _MOST_CONNECTIONS, _MOST_WORKERS = 100, 4
 
 
 def of_rollout(fleet: Fleet, effects: Effects, held: Held) -> dict[str, Any]:
-    """Return the field `rollout`; an empty result without a rollout.
+    """Return the field `rollout`; {}: there is no rollout.
 
     held: the result of held_by().
     """

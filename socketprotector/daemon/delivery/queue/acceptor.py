@@ -110,7 +110,7 @@ class Acceptor:
                 except OSError as error:
                     if count:
                         self._count_sent(count, at)
-                    self.accepted += 1  # QueueWatch.sent counts the connection, too, until take_away()
+                    self.accepted += 1  # QueueWatch.sent includes this connection until take_away()
                     self.last_ns = at
                     self.queue.take_away()
                     self.send_failed(header, fd, error)

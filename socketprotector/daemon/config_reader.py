@@ -37,8 +37,8 @@ class ConfigAnswer:
     code: str = "refused"  # the failure's error code in the answer to `diff`
     settings: Settings | None = None
     listeners: dict[int, int] = field(default_factory=dict)  # listener index -> descriptor
-    siblings: dict[int, int] = field(default_factory=dict)  # second sockets, by listener index
-    reserved: dict[int, int] = field(default_factory=dict)  # third sockets, by listener index
+    siblings: dict[int, int] = field(default_factory=dict)  # listener index -> its second socket
+    reserved: dict[int, int] = field(default_factory=dict)  # listener index -> its third socket, for a hold
     changes: tuple[str, ...] = ()  # what differs from the current settings, in words
     fixed: tuple[str, ...] = ()  # the changes that a reload would refuse
 

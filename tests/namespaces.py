@@ -6,6 +6,8 @@ As in a rootless container with --net=host; maps are written by root, as newuidm
 from __future__ import annotations
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -102,3 +104,37 @@ def of_user(uid: int, code: str, *arguments: str) -> Iterator[subprocess.Popen[b
             yield process
         finally:
             process.kill()
+
+
+@contextmanager
+def two_links() -> Iterator[tuple[str, str]]:
+    """Two interfaces of this run's own network, each with the same link-local address.
+
+    As a router has them; the hosts are returned, with interface.
+    """
+    others = (name for _, name in socket.if_nameindex() if not name.startswith(("lo", "sp-")))
+    if not needs.IS_ROOT or any(others):
+        needs.skip("root, in a network of its own")
+    if shutil.which("ip") is None:
+        needs.skip("ip")
+    names = f"sp-{os.getpid()}-1", f"sp-{os.getpid()}-2"
+    made = _ip("link", "add", names[0], "type", "veth", "peer", "name", names[1])
+    if made.returncode:
+        needs.skip("veth", made.stderr)
+    try:
+        for name in names:
+            _ip("addr", "add", "fe80::77/64", "dev", name, "nodad").check_returncode()
+            _ip("link", "set", name, "up").check_returncode()
+        yield f"fe80::77%{names[0]}", f"fe80::77%{names[1]}"
+    finally:
+        _ip("link", "del", names[0])
+
+
+def _ip(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["ip", *words], capture_output=True, text=True)
+
+
+def at(host: str, port: int) -> tuple[str, int, int, int]:
+    """The address of a host with an interface, as connect() takes it."""
+    bare, _, interface = host.partition("%")
+    return bare, port, 0, socket.if_nametoindex(interface)

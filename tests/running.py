@@ -36,7 +36,7 @@ LISTENER = ("--handoff", "listener", "--ready", "notify")
 DEADLINE_S = 30.0
 
 #: Host and port, or the path of a UNIX socket (in bytes or with a 0 in front: an abstract name).
-Address = tuple[str, int] | str | bytes
+Address = tuple[str, int] | tuple[str, int, int, int] | str | bytes
 
 #: --start-timeout where a good start has to fit into it on a busy machine, and one that hangs is
 #: waited for.

@@ -173,6 +173,8 @@ def name_of(family: int, address: Any) -> str:
         path = os.fsdecode(address)
         return f"unix:@{path[1:]}" if path.startswith("\0") else f"unix:{path}"
     host, port = address[:2]
+    if len(address) > 3 and address[3]:  # a link-local address, with its interface
+        host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
     return f"tcp:[{host}]:{port}" if family == socket.AF_INET6 else f"tcp:{host}:{port}"
 
 
@@ -193,4 +195,11 @@ def sockname_of(name: str) -> Any:
     host, _, port = name[len("tcp:") :].rpartition(":")
     if not port.isdecimal():
         return ("0.0.0.0", 0)
-    return (host[1:-1], int(port), 0, 0) if host.startswith("[") else (host, int(port))
+    if not host.startswith("["):
+        return host, int(port)
+    host, _, interface = host[1:-1].partition("%")
+    try:
+        index = socket.if_nametoindex(interface) if interface else 0
+    except OSError:  # the interface is gone, or of another network namespace
+        index = 0
+    return host, int(port), 0, index

@@ -30,7 +30,7 @@ class BoundedServer(ThreadingMixIn, TCPServer):
     # checks time out before the kernel tries to connect again, after a second.
     request_queue_size = CONNECTIONS
 
-    def __init__(self, address: tuple[str, int], handler: type[BaseRequestHandler]) -> None:
+    def __init__(self, address: tuple[Any, ...], handler: type[BaseRequestHandler]) -> None:
         """Bind and listen.  Raises OSError."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._free = threading.BoundedSemaphore(CONNECTIONS)

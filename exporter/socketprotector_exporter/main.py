@@ -197,7 +197,7 @@ def _command(**given: Any) -> int:
     return 0
 
 
-def _address(option: str, text: str) -> tuple[str, int]:
+def _address(option: str, text: str) -> tuple[Any, ...]:
     host, colon, port = text.rpartition(":")
     if not colon or whole(port, 65535) is None:
         raise UsageError(f"{option} {text}: write HOST:PORT, as in {DEFAULT} or [::]:9517")
@@ -206,7 +206,7 @@ def _address(option: str, text: str) -> tuple[str, int]:
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "no name"
         raise UsageError(f"{option} {text}: {why}; give an address of this machine") from error
-    return str(found[0][4][0]), int(port)
+    return found[0][4]
 
 
 def _tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:

@@ -14,6 +14,8 @@ import socket
 import threading
 from contextlib import suppress
 
+_NUMERIC = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+
 
 class Names:
     """The last known addresses of names; for one event loop."""
@@ -43,7 +45,8 @@ class Names:
             found: list[str] | Exception
             try:
                 infos = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-                found = [str(each[4][0]) for each in infos]
+                # Numeric, with the interface of a link-local address.
+                found = [socket.getnameinfo(each[4], _NUMERIC)[0] for each in infos]
             except Exception as error:
                 found = error
             with suppress(RuntimeError):  # the loop has ended meanwhile

@@ -20,6 +20,7 @@ from typing import TypedDict
 
 from ..model.errors import what_failed
 from ..system import procfs
+from ..system.scoped import without_interface
 from ..system.sock_diag import unread_unix
 from ..system.socket_file import path_of
 from .client import Message, process_exists
@@ -190,7 +191,7 @@ def _sockets(pid: int, addresses: tuple[str, ...]) -> Iterator[tuple[int, _Socke
 
     pid: a process in the network namespace to search.
     """
-    tcp = {each[4:] for each in addresses if each.startswith("tcp:")}
+    tcp = {without_interface(each[4:]) for each in addresses if each.startswith("tcp:")}
     unix = {each[5:] for each in addresses if each.startswith("unix:")}
     if tcp:
         yield from _tcp(f"/proc/{pid}/net/tcp", tcp)

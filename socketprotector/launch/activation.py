@@ -21,6 +21,7 @@ from ..model.errors import UsageError
 from ..model.lazy_dataclass import frozen
 from ..model.settings import ListenerSettings
 from ..system import inherited
+from ..system.scoped import host_of
 from ..system.socket_file import path_of
 from .bind import Bound, canonical
 from .listen_spec import Listen
@@ -105,4 +106,4 @@ def _address(passed: socket.socket) -> str:
     name = passed.getsockname()
     if passed.family == socket.AF_UNIX:
         return canonical(passed.family, path_of(os.fsdecode(name)).replace("\0", "@", 1))
-    return canonical(passed.family, *name[:2])
+    return canonical(passed.family, host_of(name), name[1])

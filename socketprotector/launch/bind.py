@@ -18,7 +18,7 @@ from dataclasses import replace
 from ..model.errors import Refusal, SystemRefused, UsageError
 from ..model.lazy_dataclass import frozen
 from ..model.settings import ListenerSettings
-from ..system import reuseport, socket_copy, socket_file
+from ..system import reuseport, scoped, socket_copy, socket_file
 from ..system.cleanup import on_error
 from ..system.sock_diag import listening
 from ..system.unix_listener import remove_file
@@ -38,6 +38,7 @@ _HINTS = {
     errno.EACCES: "a port this low needs root or CAP_NET_BIND_SERVICE: start as root with "
     "--user, or choose another port",
     errno.EADDRNOTAVAIL: "no interface has this address: add ?freebind=1 if one gets it later",
+    errno.EINVAL: "a link-local address needs its interface, as in [fe80::1%eth0]:80",
 }
 
 
@@ -249,11 +250,12 @@ def _resolved(listen: Listen, host: str) -> list[_Address]:
         answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
         reason = error.strerror if isinstance(error, socket.gaierror) else "no valid name"
-        raise SystemRefused(
-            f"cannot resolve {host} in {listen.text}: {reason}; check the name, "
-            "or write the address as a number"
-        ) from error
-    return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in answers))
+        hint = "check the name, or write the address as a number"
+        if "%" in host:
+            hint = "see `ip link` for the interfaces there are"
+        raise SystemRefused(f"cannot resolve {host} in {listen.text}: {reason}; {hint}") from error
+    found = ((family, scoped.host_of(address)) for family, _, _, _, address in answers)
+    return list(dict.fromkeys(found))
 
 
 def _has_ipv6() -> bool:
@@ -294,6 +296,8 @@ def _bind(
             for family, host in addresses:
                 address = canonical(family, host, port)
                 here = place(address) if released else address
+                if family == socket.AF_INET6:  # `released` is from /proc
+                    here = scoped.without_interface(here)
                 free = not any(_overlap(here, other) for other in released)
                 each = inherited.get(address) or _bind_one(
                     listen, family, host, port, backlog, free=free, alone=alone
@@ -361,6 +365,8 @@ def reuse(bound: Bound, listen: Listen, backlog: int) -> Bound:
         socket_copy.reapply_options(sock, sock)
         return replace(bound, settings=reapply_options(sock, listen, listen.path, backlog))
     with _unbound(listen, socket.AddressFamily(sock.family)) as fresh:
+        if interface := bound.settings.address.partition("%")[2].rpartition("]")[0]:
+            fresh.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
         socket_copy.reapply_options(sock, fresh)
     sock.listen(backlog)
     return bound
@@ -387,16 +393,16 @@ def _bind_one(
         if not free:
             pass  # only the options are checked, because the port is not free yet
         elif port or backlog is None:
-            sock.bind((host, port))
+            sock.bind(scoped.sockaddr(host, port))
         else:
             # Find a free port first, then bind to its number.  A socket that was bound to port 0
             # would get another port when it listens again after a worker has shut it down
             # (SOCK_BINDPORT_LOCK, tcp_set_state() in net/ipv4/tcp.c).
             # Both sockets can have the port, because neither of them listens.
             with _unbound(listen, family) as chooser:
-                chooser.bind((host, 0))
+                chooser.bind(scoped.sockaddr(host, 0))
                 port = chooser.getsockname()[1]
-                sock.bind((host, port))
+                sock.bind(scoped.sockaddr(host, port))
         if backlog is not None:
             reuseport.prepare(sock)
             sock.listen(backlog)

@@ -28,6 +28,7 @@ def of_port(host: str, port: int) -> str:
 def _of_port(host: str, port: int) -> str:
     import psutil  # late: this takes a tenth of the time of a start
 
+    host = host.partition("%")[0]  # /proc names no interface
     pid = None
     with suppress(psutil.Error, OSError):  # there is no /proc, or we may not read it
         pids = [

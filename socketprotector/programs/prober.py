@@ -121,15 +121,15 @@ class ProbeRequest:
         """Connect to the generation.  Raises OSError."""
         fields = self._fields
         host, port = fields["address"]
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        connection = socket.socket(family if port else socket.AF_UNIX)
+        family, there = _sockaddr(host, port) if port else (socket.AF_UNIX, host)
+        connection = socket.socket(family)
         try:
             for level, option, value in fields["options"]:
                 connection.setsockopt(level, option, value)
             if fields["source"]:
-                connection.bind((fields["source"], 0))
+                connection.bind(_sockaddr(fields["source"], 0)[1])
             connection.settimeout(limit_s)
-            connection.connect((host, port) if port else host)
+            connection.connect(there)
         except BaseException:
             connection.close()
             raise
@@ -219,6 +219,16 @@ class ProbeRequest:
         return context.wrap_socket(plain, server_hostname=name or None)
 
 
+def _sockaddr(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
+    """Return the family of a numeric host, and the address as connect() takes it."""
+    # Bytes, because for a str Python would load the IDNA codec.
+    found = socket.getaddrinfo(
+        host.encode(), port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+    )
+    family, _, _, _, address = found[0]
+    return family, address
+
+
 def _await_connected(connection: socket.socket, until: float) -> None:
     """Wait until a connection is established.  Raises OSError; TimeoutError: not in time."""
     waiting = select.poll()
@@ -234,7 +244,8 @@ def _shown_address(host: str, port: int) -> str:
     """Return an address as the Host header has it."""
     if not port:
         return "localhost"  # it is a UNIX socket
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    bare = host.partition("%")[0]  # an interface means nothing to others (RFC 6874)
+    return f"[{bare}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _shown(text: str) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from ..model.lazy_dataclass import frozen
 from ..model.share import WHOLE
-from . import accept_tags
+from . import accept_tags, scoped
 
 #: One instruction: code, jump distance if true, jump distance if false, value.
 Instruction = tuple[int, int, int, int]
@@ -62,11 +62,11 @@ class Mark:
     traffic_class: int = 0  # for IPv6
 
     @classmethod
-    def draw(cls, family: int) -> Mark:
-        """Return a random mark for connections of a family."""
+    def draw(cls, host: str) -> Mark:
+        """Return a random mark for connections to a host of this machine."""
         first, second, third = os.urandom(3)
-        if family == socket.AF_INET6:
-            return cls("::1", (1 + first % 63) << 2)  # six bits
+        if ":" in host:
+            return cls(source_of_ipv6(host), (1 + first % 63) << 2)  # six bits
         return cls(f"127.{1 + first % 254}.{second}.{1 + third % 254}")
 
     @property
@@ -92,18 +92,15 @@ class Mark:
         """Make a socket connect with this mark.  Raises OSError."""
         for level, option, value in self.options:
             sock.setsockopt(level, option, value)
-        sock.bind((self.source, 0))
+        sock.bind(scoped.sockaddr(self.source, 0))
 
     def _checks(self) -> Sequence[tuple[int, int, int]]:
         """Return the checks for a packet with this mark: load instruction, offset, and value."""
-        source = struct.unpack("!4I" if ":" in self.source else "!I", self._packed())
+        source = struct.unpack("!4I" if ":" in self.source else "!I", _packed(self.source))
         if self.family == socket.AF_INET:
             return ((_LOAD_WORD, 12, source[0]),)
         words = ((_LOAD_WORD, 8 + 4 * at, word) for at, word in enumerate(source))
         return ((_LOAD_BYTE, 7, MOST_TTL), *words)
-
-    def _packed(self) -> bytes:
-        return socket.inet_pton(self.family, self.source)
 
     def program(self, member: int) -> Sequence[Instruction]:
         """Return instructions that select a member for connections with this mark.
@@ -122,6 +119,14 @@ class Mark:
         return (*found, (_RETURN, 0, 0, member))
 
 
+def source_of_ipv6(host: str) -> str:
+    """Return the source address of our IPv6 connections to a host; clients here may have it, too.
+
+    A socket of one interface has no route to ::1, but to its own address.
+    """
+    return host if "%" in host else "::1"
+
+
 def comes_from(end: bytes | int, sources: Collection[str]) -> bool:
     """Return True if a connection from sock_diag.unaccepted() has one of these source addresses."""
     if isinstance(end, int):
@@ -131,7 +136,8 @@ def comes_from(end: bytes | int, sources: Collection[str]) -> bool:
 
 
 def _packed(address: str) -> bytes:
-    return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.inet_pton(family, address.partition("%")[0])
 
 
 def selecting(

@@ -33,6 +33,10 @@ from contextlib import suppress
 from . import accept_tags, bpf, sock_diag, socket_copy
 from .cleanup import on_error
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .scoped import SocketAddress
+
 #: The accept queue's length and limit in the tcp_info of a listening socket (tcp.h).
 _QUEUE = struct.Struct("=24x2I")
 
@@ -127,7 +131,7 @@ def backlog(listening: socket.socket) -> int:
 
 
 def rebind(
-    sock: socket.socket, address: tuple[str, int], backlog: int, *, other_tag: bool = False
+    sock: socket.socket, address: SocketAddress, backlog: int, *, other_tag: bool = False
 ) -> socket.socket:
     """Return a new listening socket on an address, with the options of `sock`.  Raises OSError.
 
@@ -157,7 +161,7 @@ def steer(
     bpf.attach(sock, bpf.SO_ATTACH_REUSEPORT_CBPF, bpf.selecting(member, marked, drawn, share))
 
 
-def reserve(sock: socket.socket, address: tuple[str, int]) -> socket.socket:
+def reserve(sock: socket.socket, address: SocketAddress) -> socket.socket:
     """Return a bound socket that does not listen yet.
 
     silence() adds it to the group, so that clients get no answer.  Raises OSError, also if we may

@@ -17,7 +17,10 @@ import socket
 import struct
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+
+from . import scoped
+from .socket_copy import NO_DEVICE, device_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -121,12 +124,12 @@ def unaccepted(listening: socket.socket) -> Line:
     """
     if listening.family == socket.AF_UNIX:
         return tuple(each for (each,) in _INODE.iter_unpack(_unix_attribute(listening, *_PENDING)))
-    address = _address(listening)
+    is_here = _at(listening)
     found: set[bytes] = set()
     port = listening.getsockname()[1]
     for fields, _ in _tcp(listening.family, port, 1 << _ESTABLISHED | 1 << _CLOSE_WAIT):
-        _, _, _, _, _, theirs, ours, client, *_, inode = fields
-        if not inode and (not any(address) or ours[: len(address)] == address):
+        _, _, _, _, _, theirs, _, client, *_, inode = fields
+        if not inode and is_here(fields):
             found.add(theirs + client)
     return frozenset(found)
 
@@ -184,23 +187,32 @@ def accepted(
     exclude: the key of a client that does not count, see end_of().  waiting: include clients that
     wait to be accepted.  Raises OSError where sock_diag is unavailable, or before Linux 5.10.
     """
-    address = _address(listening)
+    is_here = _at(listening)
     found: Counter[bytes] = Counter()
     for fields, attributes in _tcp(listening.family, listening.getsockname()[1], _OPEN):
         if fields[5] + fields[7] == exclude:
             continue
         # No inode: the connection waits to be accepted, or no process has it open any more.
         counts = fields[-1] or (waiting and fields[1] in (_ESTABLISHED, _CLOSE_WAIT))
-        if counts and (not any(address) or fields[6][: len(address)] == address):
+        if counts and is_here(fields):
             found[_attribute(attributes, _OPTIONS)] += 1
     if b"" in found:
         raise OSError(errno.EOPNOTSUPP, "the kernel does not report that")
     return found
 
 
-def _address(listening: socket.socket) -> bytes:
-    """Return the address that a socket is bound to; zeros for the wildcard address."""
-    return socket.inet_pton(listening.family, listening.getsockname()[0].partition("%")[0])
+def _at(listening: socket.socket) -> Callable[[tuple[Any, ...]], bool]:
+    """Return a test whether a reply is about a connection to a socket's address and device."""
+    address = socket.inet_pton(listening.family, listening.getsockname()[0])
+    device = device_of(listening)
+
+    def is_here(fields: tuple[Any, ...]) -> bool:
+        # A connection keeps the device that the listening socket had; that may be gone meanwhile.
+        return (not any(address) or fields[6][: len(address)] == address) and (
+            fields[8] in (0, device) or device in (0, NO_DEVICE)
+        )
+
+    return is_here
 
 
 def end_of(client: socket.socket, family: int) -> bytes:
@@ -230,10 +242,11 @@ def address_of(inodes: Collection[int]) -> str | None:
         try:
             for fields, _ in _tcp(family, 0, 1 << _LISTEN):
                 if fields[-1] in inodes:
-                    of_ipv6 = fields[0] == socket.AF_INET6
-                    host = socket.inet_ntop(fields[0], fields[6] if of_ipv6 else fields[6][:4])
                     port = int.from_bytes(fields[4], "big")
-                    return f"[{host}]:{port}" if of_ipv6 else f"{host}:{port}"
+                    if fields[0] == socket.AF_INET:
+                        return f"{socket.inet_ntop(socket.AF_INET, fields[6][:4])}:{port}"
+                    host = socket.inet_ntop(socket.AF_INET6, fields[6])
+                    return f"[{scoped.host_of((host, port, 0, fields[8]))}]:{port}"
         except OSError:
             continue
     return None

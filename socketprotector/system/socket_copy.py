@@ -14,6 +14,10 @@ from contextlib import suppress
 
 from .cleanup import on_error
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .scoped import SocketAddress
+
 _SO_DETACH_FILTER = 27
 _SO_BINDTOIFINDEX = 62
 #: Option: which buffers have a fixed size, which the kernel does not adapt (since 5.14).
@@ -69,7 +73,7 @@ _HARMLESS = (
 )
 
 
-def bind_beside(sock: socket.socket, address: tuple[str, int]) -> socket.socket:
+def bind_beside(sock: socket.socket, address: SocketAddress) -> socket.socket:
     """Return a socket bound to an address, with the options of `sock`.  Raises OSError."""
     made = socket.socket(sock.family, socket.SOCK_STREAM)
     with on_error(made.close):

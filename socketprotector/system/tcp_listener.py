@@ -13,7 +13,7 @@ import socket
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 
-from . import accept_tags, bpf, reuseport, reuseport_group, sock_diag, socket_copy
+from . import accept_tags, bpf, reuseport, reuseport_group, scoped, sock_diag, socket_copy
 from .listener import NO_MARKS, RESOURCE_ERRNOS, Listener, is_listening, shut_down
 
 TYPE_CHECKING = False
@@ -49,6 +49,11 @@ class TcpListener(Listener):
     def port(self) -> int:
         """The port of its address; a socket that was shut down may have another one."""
         return _bound_to(self.settings.address)[1]
+
+    @property
+    def _bind_address(self) -> scoped.SocketAddress:
+        """Its address as bind() takes it.  Raises OSError."""
+        return scoped.sockaddr(*_bound_to(self.settings.address))
 
     @property
     def local_address(self) -> tuple[str, int]:
@@ -142,7 +147,7 @@ class TcpListener(Listener):
         # None: there is no sibling, or the sibling has another port after a shutdown.
         beside = None if other is sock or other.getsockname()[1] != self.port else other
         if beside is None and spare is None:
-            return reuseport.rebind(sock, _bound_to(self.settings.address), backlog)
+            return reuseport.rebind(sock, self._bind_address, backlog)
         made = None
         if beside is not None:
             try:
@@ -160,7 +165,7 @@ class TcpListener(Listener):
         self._reserved = None
         self._again[2] += 1
         with suppress(OSError):  # now, before workers can change the options
-            self._reserved = reuseport.reserve(spare, _bound_to(self.settings.address))
+            self._reserved = reuseport.reserve(spare, self._bind_address)
         return spare
 
     def steer(

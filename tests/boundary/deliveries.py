@@ -39,6 +39,7 @@ from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
 from socketprotector.system.loop import Loop
 from socketprotector.system.polling import events_of
+from socketprotector.system.scoped import SocketAddress
 from tests import memory_delivery
 from tests.boundary import ending
 from tests.memory_delivery import MemoryDelivery
@@ -232,7 +233,7 @@ class World(Host):
         host, port = to.local_address
         return self.connect_to(socket.socket(to.socket.family), (host, port) if port else host)
 
-    def connect_to(self, one: socket.socket, address: tuple[str, int] | str) -> int:
+    def connect_to(self, one: socket.socket, address: SocketAddress | str) -> int:
         """Connect a client or a probe, which then belongs to this world; return its number."""
         number = next(self.numbers)
         self.clients[number] = one

@@ -66,7 +66,7 @@ with subprocess.Popen(STAYS, stdout=subprocess.PIPE) as other:
             first.setblocking(False)
             second = reuseport.make(first)
             assert second is not None
-            mark = bpf.Mark.draw(socket.AF_INET)
+            mark = bpf.Mark.draw("127.0.0.1")
             reuseport.steer(first, 0, {mark: 1})
             port = first.getsockname()[1]
             got_in = json.loads(run(*there, sys.executable, __file__, port, mark.source))

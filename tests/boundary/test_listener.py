@@ -261,7 +261,7 @@ def test_while_one_is_asked_what_is_for_one_that_is_shut_down_comes_to_no_other(
 ) -> None:
     """Neither a client to the one that is asked, nor the question to the one that serves."""
     listener = shared(listen)
-    mark = bpf.Mark.draw(listener.socket.family)
+    mark = bpf.Mark.draw(listener.local_address[0])
     address, marked = listener.socket.getsockname(), {mark: asked}
     serving = 1 - asked
     for _ in range(2):  # in whatever order they stand then

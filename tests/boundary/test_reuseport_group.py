@@ -7,7 +7,7 @@ import random
 import select
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -17,6 +17,7 @@ from socketprotector.system import bpf, reuseport, sock_diag
 from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
 from socketprotector.system.reuseport_group import OTHER, SILENT
+from tests.namespaces import two_links
 from tests.running import DEADLINE_S
 from tests.unit.system.reuseport_group_model import DRAWN, EVENTS, OF_WORKERS, World
 
@@ -32,16 +33,16 @@ SOON_S = 0.02
 class Address:
     """A listener with two sockets, to which happens what happens to the model."""
 
-    def __init__(self, family: int, host: str) -> None:
+    def __init__(self, host: str) -> None:
         listen = f"[{host}]:0" if ":" in host else f"{host}:0"
         [bound] = bind_all([Listen(listen, port=0, host=host)], 40, notice=print)
-        self.target, self.settings = bound.socket.getsockname()[:2], bound.settings
+        self.target, self.settings = bound.socket.getsockname(), bound.settings
         second = reuseport.make(bound.socket)
         assert second is not None
         self.listener: Listener = listener_of(
             bound.socket.detach(), 0, self.settings, shared=True, sibling=second.detach()
         )
-        self.mark = bpf.Mark.draw(family)
+        self.mark = bpf.Mark.draw(host)
         self.model = World()
         self.model.is_killed = False
         self.steer()
@@ -145,22 +146,23 @@ class Address:
 
 
 @contextmanager
-def address(family: int, host: str) -> Iterator[Address]:
-    made = Address(family, host)
+def address(host: str) -> Iterator[Address]:
+    made = Address(host)
     try:
         yield made
     finally:
         made.close()
 
 
-FAMILIES = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
+@pytest.fixture(params=["127.0.0.1", "::1", "link-local"])
+def host(request: pytest.FixtureRequest) -> Iterator[str]:
+    with ExitStack() as links:
+        is_known = request.param != "link-local"
+        yield request.param if is_known else links.enter_context(two_links())[0]
 
 
-@pytest.mark.parametrize(("family", "host"), FAMILIES)
-def test_the_next_program_knows_the_order_that_a_foreign_member_left(
-    family: int, host: str
-) -> None:
-    with address(family, host) as one:
+def test_the_next_program_knows_the_order_that_a_foreign_member_left(host: str) -> None:
+    with address(host) as one:
         listener = one.listener
         foreign = reuseport.make(listener.socket)
         assert foreign is not None
@@ -180,11 +182,10 @@ def test_the_next_program_knows_the_order_that_a_foreign_member_left(
         assert one.comes_to(marked=False) == 0
 
 
-@pytest.mark.parametrize(("family", "host"), FAMILIES)
-def test_the_kernel_does_as_its_model(family: int, host: str) -> None:
+def test_the_kernel_does_as_its_model(host: str) -> None:
     for seed in range(SEQUENCES):
         pick, so_far = random.Random(seed), []
-        with address(family, host) as one:
+        with address(host) as one:
             try:
                 for _ in range(6):
                     so_far.append(pick.choice(list(EVENTS)))

@@ -9,10 +9,11 @@ from contextlib import ExitStack
 import pytest
 
 from socketprotector.system import sock_diag as module
-from socketprotector.system.sock_diag import is_waiting, unread
-from socketprotector.system.socket_copy import device_of
+from socketprotector.system.sock_diag import accepted, is_waiting, unaccepted, unread
+from socketprotector.system.socket_copy import device_of, leave_devices
 from tests import needs
 from tests.boundary.listening import KINDS, listening
+from tests.namespaces import at, two_links
 from tests.running import eventually
 
 V4 = socket.AF_INET
@@ -87,6 +88,24 @@ def test_one_whose_listener_is_bound_to_a_device_waits_too() -> None:
             assert is_waiting(ours, address, device_of(listener))
             with listener.accept()[0]:
                 assert not is_waiting(ours, address, device_of(listener))
+
+
+def test_clients_of_the_same_address_on_another_link_are_not_counted() -> None:
+    with two_links() as hosts, ExitStack() as ends:
+        one, two = (ends.enter_context(socket.socket(socket.AF_INET6)) for _ in hosts)
+        one.bind(at(hosts[0], 0))
+        two.bind(at(hosts[1], port_of(one)))
+        one.listen()
+        two.listen()
+        for _ in range(2):
+            client = ends.enter_context(socket.socket(socket.AF_INET6))
+            client.connect(at(hosts[0], port_of(one)))
+        ends.enter_context(one.accept()[0])
+        assert (len(unaccepted(one)), len(unaccepted(two))) == (1, 0)
+        assert (accepted(one).total(), accepted(two).total()) == (1, 0)
+
+        leave_devices(one)  # it gets no more clients, but has those
+        assert len(unaccepted(one)) == 1
 
 
 def test_one_whose_handshake_the_server_has_not_finished_waits(first: socket.socket) -> None:

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 
 from ...model.lazy_dataclass import mutable
-from ...system import bpf
+from ...system import bpf, scoped
 from ...system.cleanup import on_error
 from ..generation import OpenGeneration
 
@@ -64,11 +64,11 @@ class ProbeTarget:
         return self.text if self.is_unix else "{} port {}".format(*self.address)
 
     @property
-    def connect_address(self) -> tuple[str, int] | str:
-        """The address as connect() takes it."""
+    def connect_address(self) -> scoped.SocketAddress | str:
+        """The address as connect() takes it.  Raises OSError."""
         host, _ = self.address
         if not self.is_unix:
-            return self.address
+            return scoped.sockaddr(*self.address)
         return f"\0{host[1:]}" if host.startswith("@") else host
 
     def connecting(self) -> socket.socket:

@@ -22,7 +22,8 @@ from typing import Any
 
 import pytest
 from socketprotector_exporter import peers
-from socketprotector_exporter.main import _command
+from socketprotector_exporter.main import _address, _command
+from socketprotector_exporter.names import Names
 from socketprotector_exporter.peers import Files, Peers, why_not
 from socketprotector_exporter.peers_file import parse
 from socketprotector_exporter.peers_model import Host
@@ -471,6 +472,13 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[NameServer]:
 @pytest.fixture(scope="module")
 def named(authority: Authority) -> ssl.SSLContext:
     return authority.sign("named", f"DNS:{NAME}")
+
+
+def test_a_link_local_host_keeps_its_interface() -> None:
+    """As a peer, and as our own address."""
+    host, interface = "fe80::1%lo", socket.if_nametoindex("lo")
+    assert asyncio.run(Names().addresses(host)) == [host]
+    assert _address("--listen", f"[{host}]:9517") == ("fe80::1", 9517, 0, interface)
 
 
 def test_names_that_no_server_answers_for_delay_no_other(

@@ -21,15 +21,13 @@ from ....system import bpf, reuseport, socket_copy, socket_snapshot
 from ....system.cleanup import on_error
 from ....system.listener import RESOURCE_ERRNOS, TRANSIENT_ERRNOS, Listener
 from ....system.sock_diag import end_of, is_waiting, unaccepted
-from ..probe_target import ProbeTarget, family_of
+from ..probe_target import ProbeTarget
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
 #: How long workers may still accept after the order to finish.  gunicorn's threads, for example,
 #: check for the order once a second.
 LEAVES_S = 2.0
-#: The source address of IPv6 probes; clients on this machine may have it, too.
-_SOURCE_OF_IPV6 = "::1"
 #: The errors after which another try to make a socket may succeed.
 RETRY_ERRNOS = RESOURCE_ERRNOS | {errno.EBUSY}
 
@@ -112,7 +110,7 @@ class Probes:
     def _mark_for(self, listener: Listener, address: tuple[str, int]) -> bpf.Mark:
         place = listener.index, self._turns.current
         if place not in self._marks:
-            mark = self._marks[place] = bpf.Mark.draw(family_of(address))
+            mark = self._marks[place] = bpf.Mark.draw(address[0])
             self._will_come_from(place, mark)
         return self._marks[place]
 
@@ -183,7 +181,7 @@ class Probes:
             no_clients = self._steering.steer() and self._is_for_probes(found, socket_number)
             self._will_come_from(place, None, no_clients=no_clients)
             return ProbeTarget(address, None, waits, lambda: None, holds=holds)
-        while (mark := bpf.Mark.draw(family_of(address))) in self.socket_by_mark:
+        while (mark := bpf.Mark.draw(address[0])) in self.socket_by_mark:
             pass  # draw again: IPv6 has few marks
         self.socket_by_mark[mark] = socket_number
         with on_error(self.socket_by_mark.pop, mark):
@@ -238,7 +236,7 @@ class Probes:
         abandoned = {end for where, end in self._abandoned if where is listening}
         sources = {each[2] for each in self.probe_sources if each[:2] == place}
         if place in self.probed:
-            sources.add(_SOURCE_OF_IPV6)
+            sources.add(bpf.source_of_ipv6(listener.local_address[0]))
         if not (abandoned or sources):
             return 1, 0
         # Count before unaccepted().  discard() removes this many connections from the head of the

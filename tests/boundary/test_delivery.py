@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,13 @@ from socketprotector.daemon.delivery.probe_target import ProbeTarget
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.daemon.generation import OpenGeneration
 from socketprotector.launch.bind_unix import give_away
+from socketprotector.model.lazy_dataclass import replace
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import inherited, reuseport, socket_file
 from socketprotector.system.inherited import Inherited
+from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
+from socketprotector.system.polling import events_of
 from tests.boundary.deliveries import WORLDS, PathWorld, QueueWorld, SharedWorld, World, except_in
 
 
@@ -651,3 +655,109 @@ def test_a_graceful_end_awaits_no_probe_that_has_come_beside_a_client_of_a_hold(
 
     at_path.delivery.close_listeners(serving, quick=False)
     at_path.until(lambda: BacklogEmptied() in at_path.posted, 1)
+
+
+def pass_in(listener: Listener) -> None:
+    """Have another process own a listener's first socket."""
+    listener.settings = replace(listener.settings, foreign=True)
+
+
+def close(world: World) -> tuple[str, ...]:
+    """Close the delivery at the end of a stop, when all workers have exited."""
+    for handed in world.handed.values():
+        for one in handed:
+            one.close()
+    return world.delivery.close()
+
+
+@pytest.mark.parametrize("name", ["shared", "shared_path"])
+@pytest.mark.parametrize("clients", [0, 2])
+def test_clients_at_the_socket_that_does_not_survive_a_stop_are_counted(
+    request: pytest.FixtureRequest, name: str, clients: int
+) -> None:
+    world = WORLDS[name]()
+    request.addfinalizer(world.close)
+    old = world.serving(1)
+    lost = [world.connect() for _ in range(clients)]
+    world.until(lambda: world.delivery.waiting(old) == clients)
+    serving = world.serving(2)
+    saved = world.connect()
+    world.until(lambda: world.delivery.waiting(serving) == 1)
+    [listener] = world.delivery.listeners
+    kept = listener.socket_for(serving.record.socket_number).dup()
+
+    world.delivery.close_listeners(serving, quick=True, stay=True)
+    assert "clients-lost" not in world.events, "workers may still accept"
+    assert len(close(world)) == 1
+
+    for each in lost:
+        with pytest.raises(ConnectionResetError):
+            world.clients[each].recv(1)
+    with kept, kept.accept()[0] as connection:
+        assert world.names[connection.getpeername()] == saved
+    assert world.lines.get("clients-lost", {"lost": 0})["lost"] == clients
+
+
+def test_a_stop_leaves_the_socket_at_which_clients_wait_for_the_next_generation(
+    at_path: PathWorld,
+) -> None:
+    """The serving generation has lost its own; no other has started yet."""
+    serving = at_path.serving(1)
+    at_path.handed[1][0].shutdown(socket.SHUT_RDWR)
+    at_path.until(lambda: Stranded() in at_path.posted)
+    client = at_path.connect()
+    [listener] = at_path.delivery.listeners
+    copies = [each.dup() for each in listener.sockets]
+
+    at_path.delivery.close_listeners(serving, quick=True, stay=True)
+    assert len(close(at_path)) == 1
+
+    [kept] = [each for each in copies if events_of(each, select.POLLIN | select.POLLRDHUP) == 1]
+    with kept.accept()[0] as connection:
+        assert at_path.names[connection.getpeername()] == client
+    for each in copies:
+        each.close()
+    assert "clients-lost" not in at_path.events
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_clients_at_our_socket_beside_one_that_was_passed_in_are_counted(
+    request: pytest.FixtureRequest, number: int
+) -> None:
+    """Generation 1 has the passed-in socket, whose owner accepts from it."""
+    world = SharedWorld()
+    request.addfinalizer(world.close)
+    [listener] = world.delivery.listeners
+    pass_in(listener)
+    world.serving(1)
+    serving = world.serving(2) if number == 2 else world.generations[1]
+    client = world.connect()
+    world.until(lambda: world.delivery.waiting(serving) == 1)
+    owners = listener.socket.dup()
+
+    world.delivery.close_listeners(serving, quick=True)
+    close(world)
+
+    assert world.lines.get("clients-lost", {"lost": 0})["lost"] == number - 1
+    if number == 1:
+        owners.accept()[0].close()
+    else:
+        with pytest.raises(ConnectionResetError):
+            world.clients[client].recv(1)
+    owners.close()
+
+
+def test_an_abandoned_probe_is_subtracted_once_at_a_path_that_is_lost(at_path: PathWorld) -> None:
+    serving = at_path.serving(1)
+    target = at_path.delivery.reach(serving, "", as_client=True)
+    assert target is not None
+    probe = at_path.clients[at_path.probe(target)]
+    for _ in range(2):
+        at_path.connect()
+    target.abandon(probe)
+    probe.close()
+    at_path.delivery.listeners[0].lost = True
+
+    at_path.delivery.close_listeners(serving, quick=True)
+
+    assert at_path.lines["clients-lost"]["lost"] == 2

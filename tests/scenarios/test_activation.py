@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -278,6 +279,33 @@ def test_with_reuseport_each_generation_has_a_socket_and_the_owner_gets_all_back
 
     assert "no second socket" not in daemon.log.text() + second.log.text()
     assert clients.failures == []
+
+
+@pytest.mark.parametrize("reloads", [0, 1])
+def test_a_quick_stop_counts_clients_at_our_socket_and_leaves_the_others_to_the_owner(
+    giver: Giver, tmp_path: Path, reloads: int
+) -> None:
+    port, gate = giver.tcp("web", reuse=True), tmp_path / "gate"
+    os.mkfifo(gate)
+    daemon = giver.start(*SHARED).ready()
+    for _ in range(reloads):
+        daemon.reload()
+    with Client(("127.0.0.1", port), f"wait {gate}") as held:
+        writes = os.open(gate, os.O_WRONLY)  # waits until the worker has accepted
+        waiting = [Client(("127.0.0.1", port), f"waits {number}") for number in range(2)]
+        mark = daemon.signal(signal.SIGINT)
+        daemon.log.wait_for(f"event=signalled worker={reloads + 1} ", after=mark)
+        os.close(writes)
+        assert held.hear()
+    assert daemon.wait() == 0
+
+    lost = f"event=clients-lost address=tcp:127.0.0.1:{port} lost=2"
+    assert daemon.log.count(lost) == daemon.log.count("event=clients-lost") == reloads
+    second = giver.start(*SHARED).ready()
+    for number, each in enumerate(waiting):
+        with each, pytest.raises(ConnectionResetError) if reloads else nullcontext():
+            assert each.hear().endswith(f" waits {number}")
+    second.stop()
 
 
 def test_a_second_socket_is_not_made_beside_one_that_an_earlier_protector_has_left(

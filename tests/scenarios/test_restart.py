@@ -18,7 +18,8 @@ import pytest
 from tests.load import Load, Snapshot
 from tests.procfs import listening
 from tests.rounds import rounds
-from tests.running import DEADLINE_S, Client, ask, eventually
+from tests.running import DEADLINE_S, Address, Client, ask, eventually
+from tests.scenarios.adopting import at_rest
 from tests.scenarios.managers import MANY, OWN, Service, of_generation, wait_stored
 from tests.scenarios.tools import EITHER_HANDOFF, hold, pid_in, spawned, worker
 
@@ -155,6 +156,36 @@ def test_a_quick_stop_leaves_them_too(
     second = service.start(*words)
     with later:
         assert pid_in(later.hear()) == spawned(second)[0]
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_clients_that_a_quick_stop_cuts_off_are_counted_and_later_ones_wait(
+    service: Service, free_port: Callable[[], int], tmp_path: Path, kind: str
+) -> None:
+    path, gate = tmp_path / "socket", tmp_path / "gate"
+    os.mkfifo(gate)
+    to: Address = ("127.0.0.1", free_port()) if kind == "tcp" else str(path)
+    words = words_of("listener", f"127.0.0.1:{to[1]}" if kind == "tcp" else f"unix:{path}")
+    first = service.start(*words)
+    serves(service)
+    with Client(to, f"wait {gate}") as held:
+        writes = os.open(gate, os.O_WRONLY)  # waits until the worker has accepted
+        early = [Client(to, f"early {number}") for number in range(2)]
+        first.log.wait_for("event=stopping", after=first.signal(signal.SIGTERM))
+        at_rest(first)  # from now on, clients come to the other socket
+        late = Client(to, "late")
+        mark = first.signal(signal.SIGTERM)
+        first.log.wait_for("event=signalled worker=1", after=mark)
+        os.close(writes)
+        assert held.hear()
+    assert first.wait() == 0
+    for each in early:
+        with each, pytest.raises(ConnectionResetError):
+            each.hear()
+    assert first.log.count(f"event=clients-lost address={kind}:.* lost=2") == 1
+    service.start(*words)
+    with late:
+        assert late.hear().endswith(" late")
 
 
 @EITHER_HANDOFF

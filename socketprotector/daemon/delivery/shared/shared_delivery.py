@@ -315,17 +315,19 @@ class SharedDelivery(Delivery):
     def _report_lost(self, listener: Listener, accepted: Collection[int] = ()) -> None:
         """Report how many clients are lost when a listener is closed.
 
-        accepted: the numbers of the sockets from which workers still accept.
+        accepted: the numbers of the sockets from which workers, or the next start, still accept.
         """
         probed, probes = set(accepted), 0
+        if listener.settings.foreign:
+            probed.add(0)  # its owner accepts
         for number in {n % len(listener.sockets) for n in (0, 1)} - probed:
             with suppress(OSError):  # on an error, the probes of this socket count as clients
                 waiting, ours = self.steering.probes.waiting_at(listener, number)
                 if waiting <= ours:
                     probed.add(number)
-                elif not listener.path:  # a path's backlog() leaves out abandoned probes already
-                    probes += ours
-        found = None if listener.settings.foreign else listener.backlog(0, probed)
+                elif listener.socket.family != socket.AF_UNIX:
+                    probes += ours  # backlog() of a UNIX socket leaves out abandoned probes already
+        found = listener.backlog(0, probed)
         lost = found[0] - probes if found else 0
         if lost > 0:
             address = listener.settings.address
@@ -385,7 +387,10 @@ class SharedDelivery(Delivery):
     def close(self) -> tuple[str, ...]:
         self.steering.end()
         self._close_listeners()
-        current = self.steering.turns.current
-        surviving = tuple(filter(None, [each.leave(current) for each in self._listeners]))
+        surviving = []
+        for each in self._listeners:
+            number = self.steering.turns.number_for(each)
+            self._report_lost(each, (number,) if each.is_alive(number) else ())
+            surviving.append(each.leave(number))
         self._listeners.clear()
-        return surviving
+        return tuple(filter(None, surviving))

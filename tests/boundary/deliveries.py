@@ -269,8 +269,11 @@ class World(Host):
 
     # -- the next program ----------------------------------------------------------------
 
-    def go_on(self) -> None:
-        """Kill this program; the next one adopts everything, and repeats the orders in force."""
+    def go_on(self, *, closing: bool = False) -> None:
+        """Kill this program; the next one adopts everything, and repeats the orders in force.
+
+        closing: a stop had closed the listeners.
+        """
         before = self.delivery
         self.released = {n: each for n, each in self.released.items() if before.keeps(n)}
         copies = {name: os.dup(fd) for name, fd in before.descriptors().items()}
@@ -278,7 +281,7 @@ class World(Host):
         self.loop = Loop()
         left = Inherited(copies)
         self.delivery = self.build(self._adopted(before, left))
-        self.delivery.adopt(before.record(), left, held=self.held, closing=False)
+        self.delivery.adopt(before.record(), left, held=self.held, closing=closing)
         for number, each in (self.generations | self.released).items():
             mine = left.take(inherited.GENERATION, number)
             draining = number in self.draining

@@ -28,6 +28,7 @@ from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
 from socketprotector.system.polling import events_of
 from tests.boundary.deliveries import WORLDS, PathWorld, QueueWorld, SharedWorld, World, except_in
+from tests.running import DEADLINE_S
 
 
 @pytest.fixture(params=[False, True], ids=["lives", "killed"])
@@ -532,6 +533,21 @@ def test_a_graceful_end_awaits_no_client_of_a_release_that_was_called_off(
     assert at_path.clients[client].recv(1) == b""
 
 
+def test_the_next_program_does_not_steer_to_listeners_that_a_stop_has_closed(
+    at_path: PathWorld,
+) -> None:
+    serving = at_path.serving(1)
+    client = at_path.connect()
+    at_path.delivery.close_listeners(serving, quick=False)
+
+    at_path.go_on(closing=True)
+    at_path.delivery.close_listeners(serving, quick=False)
+    at_path.until(lambda: BacklogEmptied() in at_path.posted, 1)
+
+    assert at_path.taken[1] == [client]
+    assert "not-steered" not in at_path.events
+
+
 @pytest.mark.parametrize("amid", ["", "a reload", "the next program"])
 def test_the_end_of_a_hold_says_that_its_clients_need_another_generation(
     at_path: PathWorld, amid: str
@@ -761,3 +777,26 @@ def test_an_abandoned_probe_is_subtracted_once_at_a_path_that_is_lost(at_path: P
     at_path.delivery.close_listeners(serving, quick=True)
 
     assert at_path.lines["clients-lost"]["lost"] == 2
+
+
+def test_a_stop_refuses_clients_of_ours_while_it_serves_those_of_a_passed_in_pair(
+    request: pytest.FixtureRequest,
+) -> None:
+    world = SharedWorld()
+    request.addfinalizer(world.close)
+    world.add(world.listener(1))
+    serving = world.serving(1)
+    passed, ours = world.delivery.listeners
+    pass_in(passed)
+    early = world.connect(1)
+    world.until(lambda: world.delivery.waiting(serving) == 1)
+
+    world.delivery.close_listeners(serving, quick=False)
+    with socket.socket() as late:
+        late.settimeout(DEADLINE_S)
+        with pytest.raises(ConnectionRefusedError):
+            late.connect(ours.local_address)
+    world.until(lambda: BacklogEmptied() in world.posted, 1)
+
+    assert world.taken[1] == [early]
+    assert "clients-lost" not in world.events

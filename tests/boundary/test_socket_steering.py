@@ -1061,10 +1061,10 @@ def test_after_the_last_generation_clients_wait_at_the_other_socket_for_the_next
     world.connect()
     over: list[bool] = []
 
-    world.steering.quiesce_last(1, lambda: over.append(True))
+    world.steering.quiesce_last(1, lambda: over.append(True), float("inf"))
     world.connect()
     assert world.waiting() == [0, 1]
-    world.pass_time(5.0)
+    world.pass_time(LAST_S + 1.0)
     assert not over, "who came before is still to be accepted"
     world.accept(0)
     world.pass_time(2.0)
@@ -1084,7 +1084,7 @@ def test_the_last_generation_yields_when_the_one_before_it_has_left_the_other_so
     supersede(reloaded)
     over: list[bool] = []
     reloaded.unread = {b"client": False}
-    reloaded.steering.quiesce_last(2, lambda: over.append(True))
+    reloaded.steering.quiesce_last(2, lambda: over.append(True), float("inf"))
     reloaded.connect()
     assert reloaded.waiting() == [1]
     reloaded.accept(1)

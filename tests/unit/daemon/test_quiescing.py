@@ -194,6 +194,23 @@ def test_a_backlog_that_nobody_accepts_ends_with_a_line(world: World) -> None:
     assert world.clock.lines == ["not-accepted"]
 
 
+def test_the_clients_of_the_last_generation_are_waited_for_and_then_read_from(
+    world: World,
+) -> None:
+    """No other generation accepts them."""
+    world.in_backlog = True
+    world.begin(accept_until=float("inf"))
+    world.clock.pass_time(3 * LAST_S)
+    assert not world.ended
+    world.in_backlog = False
+    world.unread = {READ: False}
+    world.clock.pass_time(LAST_S - 0.5)
+    assert not world.ended
+    world.clock.pass_time(1)
+    assert len(world.ended) == 1
+    assert not world.clock.lines
+
+
 def test_what_cannot_be_looked_up_now_is_not_taken_for_nothing(world: World) -> None:
     world.scarce = True
     world.begin()

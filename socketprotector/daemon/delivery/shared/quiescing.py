@@ -53,6 +53,7 @@ class _Generation:
     common: Sequence[Listener]  # single-socket listeners where clients wait
     leave_out: Collection[int]  # listeners that we do not wait for
     reads_on: bool  # its workers read from all accepted clients before they exit
+    accept_until: float  # until then LAST_S begins again while clients wait
     began: float
     delay_s: float = 0.0  # the planned pause before this look
     # The sums of planned pauses.  Elapsed time would include a time in which the protector and its
@@ -112,6 +113,7 @@ class Quiescing:
         common: Sequence[Listener] = (),
         leave_out: Collection[int] = (),
         reads_on: bool = False,
+        accept_until: float = 0.0,
     ) -> None:
         """Call back when a generation has accepted and read from all its clients.
 
@@ -121,11 +123,11 @@ class Quiescing:
         socket_number: the generation's socket.  common: listeners with one socket for all
         generations; the clients that wait at these listeners must be accepted, too.  leave_out:
         listeners whose clients need not be accepted.  reads_on: call back as soon as the generation
-        has accepted its clients.
+        has accepted its clients.  accept_until: until this time, LAST_S does not begin while
+        clients wait, because no other generation would accept them.
         """
-        self._generations[generation] = _Generation(
-            *(socket_number, on_quiet, common, leave_out, reads_on), began=time.monotonic()
-        )
+        given = socket_number, on_quiet, common, leave_out, reads_on, accept_until
+        self._generations[generation] = _Generation(*given, began=time.monotonic())
         self._look(generation)
 
     def end(self, generation: int) -> None:
@@ -155,10 +157,9 @@ class Quiescing:
         # Unlike `own`, `pairs` includes listeners whose socket was replaced since the generation
         # started: the generation has accepted clients from the earlier socket.
         pairs = self._turns.own(with_two, state.socket_number)
-        waiting = any(self._probes.clients_wait(each, state.socket_number) for each in own) or bool(
-            state.common
-        )
-        if gets_clients:
+        own_wait = any(self._probes.clients_wait(each, state.socket_number) for each in own)
+        waiting = own_wait or bool(state.common)
+        if gets_clients or (own_wait and now < state.accept_until):
             self.begin_again(generation)
         unread = state.unread
         if unread is None:

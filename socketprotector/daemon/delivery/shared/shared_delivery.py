@@ -265,18 +265,20 @@ class SharedDelivery(Delivery):
         self, serving: OpenGeneration | None, *, quick: bool, stay: bool = False
     ) -> None:
         self._stay = stay
+        self.steering.give_back()
+        # With `stay`, the next start gets the sockets, so the repair of the sockets continues.
+        if not stay:
+            self.steering.end()
         if quick:
-            self.steering.give_back()
-            # With `stay`, the next start gets the sockets, so the repair of the sockets continues.
-            if not stay:
-                self.steering.end()
             self._close_listeners()
             return
         # With `stay`, new clients wait for the next start.  At passed-in sockets, their owner gets
-        # new clients.  In both cases the serving generation must accept only the earlier clients.
-        on_quiet = self._finish_closing if stay else self._refuse_new
+        # new clients.  Other listeners refuse new clients.  In each case the serving generation
+        # must accept only the earlier clients.
+        latest = float("inf") if stay else self._refuse_new()
+        on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
         if serving is not None and (stay or self.steering.has_passed_in_pair):
-            self.steering.quiesce_last(serving.record.number, on_quiet)
+            self.steering.quiesce_last(serving.record.number, on_quiet, latest)
         else:
             on_quiet()
 
@@ -285,11 +287,10 @@ class SharedDelivery(Delivery):
         self._close_listeners()
         self._post(BacklogEmptied())
 
-    def _refuse_new(self) -> None:
-        """Refuse new clients, and close the listeners once no client waits for a worker."""
-        self.steering.end()
+    def _refuse_new(self) -> float:
+        """Refuse new clients; return until when to wait for the workers to accept the others."""
         refused = [each.refuse_new() for each in self._listeners if not each.settings.foreign]
-        self._close_when_empty(float("inf") if all(refused) else time.monotonic() + LAST_S)
+        return float("inf") if all(refused) else time.monotonic() + LAST_S
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
         # A passed-in listener may never be empty, because its owner keeps listening.

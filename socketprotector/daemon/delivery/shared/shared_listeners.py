@@ -22,6 +22,13 @@ class SharedListeners:
         """The listeners that get clients."""
         return [each for each in self.all if each.shared and not each.lost]
 
+    def open(self, *, closing: bool) -> list[Listener]:
+        """Return the listeners to which new clients can come.
+
+        closing: our own listeners refuse new clients; owners of passed-in sockets still accept.
+        """
+        return [each for each in self.all if each.settings.foreign or not closing]
+
     @property
     def pairs(self) -> list[Listener]:
         """The listeners with two sockets, so that two generations have one each."""

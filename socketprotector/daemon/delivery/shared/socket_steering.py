@@ -298,20 +298,20 @@ class SocketSteering(Steering):
         number = self.turns.accepting[generation]
         self._quiescing.begin(generation, number, on_quiet, leave_out=leave_out, reads_on=reads_on)
 
-    def quiesce_last(self, generation: int, on_quiet: Callable[[], None]) -> None:
+    def quiesce_last(self, generation: int, on_quiet: Callable[[], None], latest: float) -> None:
         """Call back when the last generation has accepted all clients that came before this call.
 
-        Call back after LAST_S at the latest (quiescing.py).  Later clients wait for the next start;
-        from an address's only socket, the generation may accept them until its order to finish.
+        latest: wait for that until this time.  Later clients wait for the next start, or are
+        refused; an address's only socket may bring them to the generation until it must finish.
         """
-        self.give_back()
-        socket_number = self.turns.accepting.get(generation, 0)
+        number = self.turns.accepting.get(generation, 0)
         common = [each for each in self._listeners.living if not each.has_sibling]
         self.accept_watch.end()
-        awaited = self.turns.own(self._listeners.pairs, socket_number) or common
+        awaited = self.turns.own(self._listeners.pairs, number) or common
         if generation in self.turns.accepting and awaited:
             self._turn_away(generation)
-            self._quiescing.begin(generation, socket_number, on_quiet, common=common)
+            latest = latest if self.is_steered else 0.0  # new clients may come to its socket
+            self._quiescing.begin(generation, number, on_quiet, common=common, accept_until=latest)
         else:
             on_quiet()
 
@@ -361,8 +361,8 @@ class SocketSteering(Steering):
 
     def _turn_away(self, generation: int) -> bool:
         """Steer a generation's new clients to a socket without workers; False: nothing changed."""
-        number, turns = self.turns.accepting[generation], self.turns
-        is_due = number == turns.current and 1 - number not in turns.accepting.values()
+        number, turns, ended = self.turns.accepting[generation], self.turns, self._repairs.ended
+        is_due = number == turns.current and not (ended or 1 - number in turns.accepting.values())
         if is_due:
             self.turn_to(1 - number)
         return is_due
@@ -378,7 +378,7 @@ class SocketSteering(Steering):
         If that fails, clients still go to the other socket, whose workers keep accepting.
         """
         not_steered, not_held = dict[str, str](), ""
-        for each in self._listeners.all:
+        for each in self._listeners.open(closing=self._repairs.ended):
             try:
                 not_held = self._steer_one(each, self.turns.number_for(each)) or not_held
             except OSError as error:

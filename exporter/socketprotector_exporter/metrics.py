@@ -50,7 +50,7 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (
         Total,
         "restarts",
-        "How often a new process of SocketProtector took over: after a crash, or for an upgrade.",
+        "How often SocketProtector has resumed its work: after a crash, or in an upgrade.",
     ),
     (Gauge, "phase", "1 for the current phase.", "phase"),
     (Gauge, "serving", "1 if a generation gets new connections."),

@@ -73,7 +73,7 @@ def by_name(name: str) -> str:
     shown = dict(zip((each.path for each in alive), names(alive), strict=True))
     if len(matching) > 1:
         choices = [shown[path] for path in matching]
-        if len(set(choices)) < len(choices):  # some of them share the listener, too
+        if len(set(choices)) < len(choices):  # some protectors share the first listener, too
             choices = [f"--control {path}" for path in matching]
         raise UsageError(f"--name {name}: which one? {_shortened(choices)}")
     if matching or living or with_key:
@@ -98,7 +98,7 @@ def _called(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
 
 
 def _wait_for_silent(found: Sequence[SocketAnswer]) -> tuple[list[SocketAnswer], list[str]]:
-    """Query the sockets again that have not answered in time; wait for up to ANSWER_S.
+    """Query again, for up to ANSWER_S, the sockets that have not answered in time.
 
     Returns `found` with the later answers, and the paths of the sockets that still do not answer.
     """

@@ -21,7 +21,7 @@ from .errors import ControlError, RequestRefused
 from .fields import listed, number_in
 from .queries import GENERATION, known_generations
 
-#: Without --for, the command requests a hold of _HOLD_EACH_S, and renews it every _HOLD_EVERY_S.
+#: Without --for, `hold` requests a hold of _HOLD_EACH_S, and renews it every _HOLD_EVERY_S.
 #: So the hold ends soon after the command is killed.
 _HOLD_EVERY_S = 1.0
 _HOLD_EACH_S = 5.0

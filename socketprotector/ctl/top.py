@@ -126,7 +126,7 @@ def _screen(client: Client, interval: float) -> None:
 
 
 def _status(client: Client) -> Message:
-    """Return the status; if the connection has ended, try to reconnect, but keep `q` usable."""
+    """Return the status; if the connection has ended, try for _RECONNECT_S to reconnect."""
     try:
         return client.request("status")
     except ConnectionLost:

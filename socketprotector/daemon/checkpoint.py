@@ -1,11 +1,12 @@
-"""Saves what the protector's next program needs to resume after a crash or an upgrade.
+"""Saves what the next program, which replaces us after a crash or an upgrade, needs to resume.
 
 We save after each decision, before the decision's actions are carried out.
 
 Descriptors go to the fd store: to the guard or, if there is no guard, to systemd.  The state memfd
 says what each descriptor is for.  We store new descriptors first, then write the state, then remove
 old descriptors, then act.  So whenever we are killed, the store has all descriptors that the state
-mentions, unless the store was full.
+mentions.  Exceptions: the store was full, the guard or systemd was slow to read, or no descriptor
+was free for a copy.
 Only changes are stored and written, so a change of one worker costs the same with one worker as
 with a thousand.
 """
@@ -66,7 +67,8 @@ class Checkpoint:
         if self._effects is None:
             return True
         if not self.store.keeps:
-            self.store.sync({}, self._effects.pool.descriptors)  # only clears the changed names
+            # Without a store, sync() only empties the set of changed names (Named.changed).
+            self.store.sync({}, self._effects.pool.descriptors)
             return True
         wanted = {**self.process_descriptors(), **self._effects.own_descriptors()}
         # Not stored: the guard makes a new socket pair for each program that it starts.

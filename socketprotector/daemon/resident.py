@@ -30,7 +30,7 @@ _SPARE_BYTES = 4 * 1024 * 1024
 
 
 def main() -> None:
-    """Supervise until the fleet has ended, and exit with its status."""
+    """Supervise until the fleet has ended, or answer an upgrade's probe; then exit."""
     command = executable.command_of(tuple(sys.argv[1:]))
     descriptors = inherited.receive()
     if inherited.PROBE in descriptors:
@@ -68,7 +68,7 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     command: executes this program again.
     """
     os.chdir("/")  # only now: until here modules may have come from the caller's directory
-    # Read only once, because the state of a thousand workers is large.
+    # Read the state only once, because the state of a thousand workers is large.
     earlier: Snapshot | StateError | None = None
     try:
         if inherited.STATE in descriptors:

@@ -37,9 +37,9 @@ class FileWatch:
         self._warned = False  # the first of several failures in a row was logged
 
     def start(self, watchers: Mapping[str, Mapping[str, int]]) -> None:
-        """Adopt a watcher that an upgrade or a kill has left, or start a watcher.
+        """Adopt the watcher that survived an upgrade or a kill, or start a watcher.
 
-        watchers: the descriptors of such watchers, by pid.  Takes ownership of the descriptors.
+        watchers: the surviving watchers' descriptors, by pid.  Takes ownership of the descriptors.
         """
         for pid, descriptors in watchers.items():
             if self._settings.watch and self._process is None and len(descriptors) == 2:

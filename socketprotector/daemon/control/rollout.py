@@ -115,7 +115,7 @@ def _waits_for(fleet: Fleet, new: Generation, held: Held) -> list[dict[str, Any]
 
 
 def _leaving(fleet: Fleet) -> Iterator[tuple[Generation, Worker]]:
-    """Yield the living workers that are leaving, each with its generation."""
+    """Yield the leaving workers, each with its generation."""
     for generation in fleet.generations:
         ends = generation.phase in (Phase.DRAINING, Phase.ABANDONED)
         for worker in generation.alive:

@@ -20,7 +20,7 @@ from .host import Host
 from .probe_target import ProbeTarget
 
 #: How long clients may wait before we report that the workers accept none of them: NEVER_TAKEN_S
-#: before the first accepted client (in shared/: of the same listener), UNTAKEN_S afterwards.
+#: until workers have accepted a first client (in shared/: at the same listener), then UNTAKEN_S.
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
 #: A stop, and the drain of a removed listener, check for new clients at this interval.  A client
@@ -169,7 +169,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def keeps(self, number: int) -> bool:
-        """Return whether a released generation has clients left for another generation to get."""
+        """Return whether clients of a released generation still wait for another generation."""
 
     # -- counts --------------------------------------------------------------------
 
@@ -252,7 +252,7 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def late_s(self) -> float:
-        """Return for how many seconds clients still retry after a hold has ended; 0: none do."""
+        """Return for how many seconds clients still retry after a hold has ended; 0: no retries."""
 
     @abstractmethod
     def close_listeners(

@@ -1,7 +1,7 @@
 """Keeps accepted connections that no worker can take now, because they are in no channel.
 
-There are few of them, because we accept only connections that we can deliver.  We keep a connection
-if its send failed, or if no generation that knows its listener can get it now.
+Such connections are few, because we accept only what we can deliver.  We keep a connection if its
+send failed, or if no generation that knows its listener can get it now.
 
 After an upgrade or a kill, the program that replaces us (the next program) gets these connections:
 their headers from the state, their descriptors by name.  This module follows two rules:
@@ -108,8 +108,8 @@ class Undelivered:
                 lost += 1
         for each, fd in stored.items():
             os.close(fd)
-            # Up to `number`, the connections that the state lacks were removed from it (to be
-            # sent, or by drop()): do not count them.
+            # A connection with a number up to `number` was removed from the state (to be sent, or
+            # by drop()), so it is not lost.  With a higher number, it was never in the state.
             lost += each > number
         return lost
 

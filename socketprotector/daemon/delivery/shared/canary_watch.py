@@ -18,7 +18,7 @@ from .probes import Probes
 from .shared_listeners import SharedListeners
 from .turns import Turns
 
-#: The canary fails if clients wait at a listener for this time, and its workers accept none there.
+#: The canary fails if its workers accept none of the clients that wait at a listener for this time.
 #: After the listener's first accepted client the limit is UNTAKEN_S, because workers may be busy.
 NEVER_TAKEN_S = 2.0
 

@@ -39,7 +39,7 @@ def _waits(listening: socket.socket, address: tuple[str, int], client: socket.so
     """
     if not listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         # The socket was shut down, so our connection may be at the address's other socket.
-        raise OSError(errno.ENOTCONN, "it does not listen")
+        raise OSError(errno.ENOTCONN, "the socket does not listen")
     if listening.family == socket.AF_UNIX:
         return os.fstat(client.fileno()).st_ino in unaccepted(listening)
     try:
@@ -102,7 +102,9 @@ class Probes:
                 # The mark keeps the probe on this machine, as in reach_by_mark().
                 mark = None if unix else self._mark_for(each, address)
                 target = ProbeTarget(address, mark, waits, lambda: None)
-                if each.has_sibling:  # if not, the next generation accepts an abandoned probe
+                # If the listener has only one socket, the next generation's workers accept an
+                # abandoned probe, so it need not be noted.
+                if each.has_sibling:
                     target.abandon = partial(self._note_abandoned, listening)
                 return target
         return None

@@ -55,8 +55,8 @@ _STATUSES = (
     ("4", "not done within --timeout; the operation continues, and may still succeed"),
     (
         "5",
-        "deploy, rollback: the new version is serving, but the link --current could not be moved "
-        "yet",
+        "deploy, rollback: the new version is serving, but the link --current or the history is "
+        "not on disk yet",
     ),
     ("6", "deploy, rollback: another deploy, reload or dry run is in progress"),
     ("100", "the protector refused, or this user has no permission"),

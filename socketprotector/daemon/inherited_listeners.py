@@ -37,7 +37,7 @@ def adopt(
             numbers = first_number, second_number, third_number
             made.append(delivery.make_listener(index, each, (first, second, third), numbers))
             continue
-        # The program that we replace has closed the listener: close its other sockets, too.
+        # The process that we replace had closed this listener: close the other sockets, too.
         for fd in (second, third):
             if fd >= 0:
                 os.close(fd)

@@ -72,7 +72,8 @@ class Probe:
         #: The running command.  A late command may survive its kill if it runs as another user, or
         #: while it waits for a disk.
         self._command: CheckCommand | None = None
-        #: Why the last late probe failed.  Its connection may still wait, or its command still run.
+        #: Why the last late probe failed.  Its connection may still wait, or its command may still
+        #: run.
         self._late = ""
 
     def send(

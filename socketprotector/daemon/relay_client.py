@@ -87,7 +87,7 @@ class LogRelay:
     ) -> None:
         """name: the name of the output in syslog.  kind: KIND of programs/log_relay.py.
 
-        named: gets the workers' pipes, by the names under which the next program finds them.
+        named: gets the workers' pipes, by the names that WorkerPipe.name() returns.
         prefixed: whether --log-prefix is set.
         """
         self._named = named
@@ -120,7 +120,7 @@ class LogRelay:
     def adopt(
         self, relay: Mapping[str, dict[str, int]], outputs: Mapping[str, Mapping[str, int]]
     ) -> None:
-        """Adopt the relay that an earlier program started; takes ownership of the descriptors.
+        """Adopt the relay from before an upgrade or kill; takes ownership of the descriptors.
 
         relay, outputs: the inherited descriptors whose names begin with RELAY and OUTPUT.
         """
@@ -142,7 +142,7 @@ class LogRelay:
     def _choose(self, found: list[tuple[Process, int]]) -> None:
         """Adopt one of the relays, and end the others.
 
-        There are two relays if the earlier program was killed while it replaced a relay.
+        There are two relays if the earlier protector was killed while it replaced a relay.
         """
         if not found:
             self._spawn()
@@ -322,7 +322,7 @@ class LogRelay:
             return
         for number in sorted(self._workers.keys() - numbers())[:excess]:
             pipe = self._workers[number]
-            if not events_of(pipe.read, 0):  # a writer is left, so the relay gets no end of file
+            if not events_of(pipe.read, 0):  # a writer is left: no end of file, so send _CLOSE
                 self._log.write(
                     "warning",
                     "output-closed",

@@ -85,8 +85,8 @@ class SavedHistory:
 
     def sync(self) -> None:
         """Write the file again: the writer also syncs the folder, in which the link has changed."""
-        # A write in progress may have synced the folder before the link changed, so it must not
-        # count.  A copy is another object, so is_saved is False until the copy is written.
+        # A write in progress may have synced the folder before the link changed, so that write must
+        # not count.  A copy is another object, so is_saved is False until the copy is written.
         self._save(replace(self.value))
 
     def _save(self, value: ReleaseHistory) -> None:

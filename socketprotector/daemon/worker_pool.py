@@ -124,7 +124,7 @@ class WorkerPool:
         )
 
     def check_result(self, generation: int) -> str:
-        """Return why a worker's last --ready check failed; "": none failed, or all are ready."""
+        """Return why a worker's last --ready check failed; "": no failure, or all are ready."""
         results = (each.readiness.last for each in self._workers_of(generation))
         return next(filter(None, results), "")
 
@@ -245,7 +245,7 @@ class WorkerPool:
         """Change fields of a worker's record."""
         worker.record = replace(worker.record, **changes)  # type: ignore[arg-type]
         number = worker.record.number
-        if number in self._workers:  # otherwise it has ended, or cannot be watched
+        if number in self._workers:  # otherwise the worker has ended, or cannot be watched
             self._records[number] = worker.record
 
     def records(self) -> tuple[WorkerRecord, ...]:
@@ -373,7 +373,7 @@ class WorkerPool:
     def _keep_descriptors(self, worker: Worker) -> None:
         """Bring a worker's descriptors in self.descriptors up to date."""
         if worker.record.number not in self._workers:
-            return  # it has ended, or cannot be watched
+            return  # the worker has ended, or cannot be watched
         before, worker.named = worker.named, worker.descriptors()
         for name in before.keys() - worker.named.keys():
             del self.descriptors[name]

@@ -55,7 +55,7 @@ class CanaryQueue:
         self._loop, self._post, self._outlet, self._resume = loop, post, outlet, resume
         self.channel: GenerationChannel | None = None
         self._share = 0
-        #: How many connections came so far to listeners that both generations know.
+        #: How many connections we have numbered (see the module docstring), for all canaries.
         self.count = count
         #: How many connections we accepted for a canary's queue.
         self.sent = 0
@@ -209,4 +209,4 @@ class CanaryQueue:
         elif self._outlet.is_free:
             self._outlet.send(route, header, fd)
         else:
-            self._outlet.undelivered.keep_last(header, fd)  # sent once there is room
+            self._outlet.undelivered.keep_last(header, fd)  # sent once the outlet is free

@@ -69,7 +69,7 @@ class Outlet:
                 return
             taken = self.undelivered.take(route.knows_of)
             if taken is None:
-                self.shortage.pause()  # checkpoint.py has logged why the state cannot be written
+                self.shortage.pause()  # the state cannot be written; checkpoint.py has logged why
             else:
                 self.send(route, *taken)
 

@@ -55,7 +55,7 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class HiddenWorker:
-    """A worker whose connections cannot be read, with the reason."""
+    """A worker whose connections cannot all be read, with the reason."""
 
     generation: int
     worker: int
@@ -77,7 +77,7 @@ def find_connections(
     *,
     shares_pids: bool = True,
 ) -> tuple[list[Connection], list[HiddenWorker]]:
-    """Return the workers' connections, and the workers some of whose connections cannot be read.
+    """Return the workers' connections, and the workers whose connections cannot all be read.
 
     workers: from the answer to the request `connections` (docs/control.md).
     listeners: the canonical addresses of the listeners.

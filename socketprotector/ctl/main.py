@@ -55,7 +55,7 @@ def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool)
     scripts = []
     for name in of or PROGRAMS:
         variable = f"_{name.replace('-', '_')}_COMPLETE".upper()
-        # For bash, the subclass's source() would run bash to read the version of bash.
+        # Call the base class's source(): BashComplete.source() would run bash to read its version.
         scripts.append(ShellComplete.source(found(program, {}, name, variable)))
     script = "\n".join(scripts)
     if as_json:

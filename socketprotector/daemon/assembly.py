@@ -74,7 +74,8 @@ class Resident:
         stored = inherited.GUARD in descriptors or inherited.STATE in descriptors
         kept = descriptors.keys() - {inherited.GUARD} if stored else set()
         if isinstance(earlier, Snapshot):
-            # Inherited at an upgrade in place, but not stored: the store had no room for them.
+            # We inherited these descriptors at an upgrade in place, but the store has no copies of
+            # them: it had no room.
             kept -= set(earlier.left_out)
         self.settings = settings
         self.unclaimed = unclaimed = Inherited(descriptors)
@@ -289,7 +290,7 @@ class Resident:
             # systemd may remove its copy late.  So also empty the file: empty settings count as
             # missing settings (inherited.is_ours).
             os.ftruncate(self.own[inherited.SETTINGS], 0)
-        # A copy of a pipe to the relay in the fd store would keep the relay from exiting.
+        # The relay exits once no copy of its pipes is open, and the fd store has copies.
         for name in self.output.descriptors():
             store.forget(name)
         self.output.finish()

@@ -248,13 +248,13 @@ class Effects(Host):
         return {name: fd for each in owners for name, fd in each.descriptors().items()}
 
     def suspend(self) -> None:
-        """Stop all probes, the reading of settings and the search for orphans."""
+        """Stop all probes and checks, the reading of settings and the search for orphans."""
         self.live_settings.stop_reading()
         for each in (self.pool, self.probing):
             each.suspend()
 
     def resume(self) -> None:
-        """Restart the probes and the search for orphans after a failed exec."""
+        """Restart the probes, the checks and the search for orphans after a failed exec."""
         for each in (self.pool, self.probing):
             each.resume()
 
@@ -416,7 +416,7 @@ class Effects(Host):
     def _start_advice(self, number: int) -> str:
         """Return the likely cause of a generation's start timeout; "": unknown."""
         known = self.probing.last or self.pool.check_result(number)
-        if self.pool.spoken_with:  # a worker has become ready before: the program needs no advice
+        if self.pool.spoken_with:  # a worker became ready before, not by a timer: no advice
             return known
         more = self.pool.advice(number, passes_over=bool(known))
         return "; ".join(filter(None, (known, more)))

@@ -107,7 +107,8 @@ class Health:
         settings, generation = self._settings(), self._generation
         assert generation is not None
         self._loop.call_after(_TIMER, settings.health_every_s, self._send_probe)
-        # During a hold in which no client gets an answer (is_silent), no probe is answered.
+        # Send no probe during a hold in which no client gets an answer (is_silent): a probe would
+        # get none, either.
         if not self._delivery.is_silent and not self._probe.is_pending:
             self._probe.send(generation, self._spec, settings.health_timeout_s, self._on_verdict)
 

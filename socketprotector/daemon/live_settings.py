@@ -136,8 +136,8 @@ class LiveSettings:
     def stop_reading(self) -> None:
         """End the reader processes: the program that an upgrade executes would not know them.
 
-        For a reload, that program reads the configuration again.  But it cannot answer the caller
-        of compare(), so we answer now.
+        If a reload waits for its settings, that program reads the configuration again.  But it
+        cannot answer the caller of compare(), so we answer now.
         """
         for purpose, each in self._readers.items():
             called_off = "called off: an upgrade or a stop has begun"
@@ -207,7 +207,7 @@ class LiveSettings:
             "dry-run-configured" if dry_run else "configured",
             changes="; ".join(answer.changes) or "none",
         )
-        # A socket file may have changed since the reading began.
+        # A socket file may have been replaced since the reading began, so copy the present values.
         for index, bound in enumerate(old.listeners):
             new = _with_file(new, index, bound)
         self.record = SettingsRecord(old, new)

@@ -82,7 +82,9 @@ class MemoryWatch:
         now, before = memory_group.counts(), self._handled
         if now.kills <= before.kills:
             return exit_text.KILLED
-        more = now.kills > before.kills + 1  # perhaps kills of workers whose ends we handle later
+        # Workers whose ends we handle later may have been killed, too.  Keep the old at_limit for
+        # them, because the kernel's counts do not tell which of the kills came from the limit.
+        more = now.kills > before.kills + 1
         at_limit = before.at_limit if more else now.at_limit
         self._handled = OutOfMemory(before.kills + 1, at_limit)
         return f"{exit_text.KILLED}: {_cause(at_limit=now.at_limit > before.at_limit)}"

@@ -81,12 +81,12 @@ class Probing:
             self.settle_check.stop()
 
     def awaits(self, number: int) -> bool:
-        """Note that --settle has passed for a generation; return whether it must still answer."""
+        """Note that --settle is over for a generation; return whether a good answer is awaited."""
         return self.settle_check is not None and self.settle_check.awaits(number)
 
     @property
     def is_due(self) -> bool:
-        """Return whether --settle is over, and a good answer is still awaited."""
+        """Return whether the --settle time is over, and a good answer is still awaited."""
         return self.settle_check is not None and self.settle_check.is_due
 
     def set_serving(self, generation: OpenGeneration | None) -> None:

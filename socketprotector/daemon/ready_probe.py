@@ -72,7 +72,7 @@ class ReadyProbe:
         self._generation, self.last = None, ""
 
     def suspend(self) -> None:
-        """Stop the probes before an exec; the new program starts them again."""
+        """Stop the probes; resume(), or the next program after an upgrade, starts them again."""
         self._loop.cancel(_TIMER)
         self._probe.end()
 

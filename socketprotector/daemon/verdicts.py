@@ -111,17 +111,17 @@ class Serving:
     state: str = UNKNOWN
     #: The result of the last probe, in words; "": a good answer, or no probe yet.
     last: str = ""
-    #: How many bad answers have come since the last good answer, and the last bad answer's reason.
+    #: How many verdicts were BAD or REFUSED since the last GOOD verdict, and the latest reason.
     failures: int = 0
     reason: str = ""
-    answered_at: float | None = None  # when the last good or bad answer came
+    answered_at: float | None = None  # when the last verdict GOOD, BAD or REFUSED came
     missed: int = 0  # how many probes in a row were inconclusive
 
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
         """Return the state after a verdict.
 
-        most: the state becomes UNHEALTHY after this many bad answers without a good one between
-        them, and UNKNOWN after this many inconclusive verdicts (`case _`) in a row.
+        most: the state becomes UNHEALTHY after this many verdicts BAD or REFUSED without a good
+        answer between them, and UNKNOWN after this many inconclusive verdicts (`case _`) in a row.
         """
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason

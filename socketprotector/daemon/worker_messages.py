@@ -114,7 +114,8 @@ class WorkerMessages:
     def await_watchdog(self, number: int, worker: Worker) -> None:
         """Replace a worker if its next WATCHDOG=1 does not come in time.
 
-        Do nothing before its first WATCHDOG=1.  Until the worker is ready, --start-timeout applies.
+        Do nothing before the worker's first WATCHDOG=1.  Do nothing before the worker is ready,
+        either: --start-timeout limits its start.
         """
         limit_s = worker.generation.program.watchdog_s
         if limit_s and worker.record.watched and worker.has_served:

@@ -176,7 +176,7 @@ class QueueDelivery(Delivery):
 
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
         if clients_only and not generation.record.serving_since:
-            return 0  # it never got clients, so its channel has only probes (probe_port.py)
+            return 0  # the generation never got clients: its queue has only probes (probe_port.py)
         channel = self._of(generation)
         waiting = channel.depth()
         return 0 if clients_only and waiting == 1 and _has_probe_first(channel) else waiting
@@ -328,7 +328,8 @@ class QueueDelivery(Delivery):
         if draining:
             self.forwarder.adopt_drained(channel)
         if not (record.ended or record.released):
-            if channel.has_ended:  # no write end: the earlier program was killed before storing it
+            if channel.has_ended:
+                # The program that we replaced was killed before it had stored the write end.
                 self._post(ChannelBroken(record.number))
             else:
                 self._watch(record.number, channel)

@@ -7,8 +7,8 @@ the same head, we send the whole queue again in the same order, which wakes anot
 head stays the same for too long, we report the workers.  When a look finds the queue empty, the
 timer stops.  While the timer runs, a new connection costs only the test of one flag.
 
-SAVE_S seconds after a look, the state is written.  So if the protector is killed, the process that
-replaces it continues with nearly the same count of connections.
+The looks also write the state, at most every SAVE_S seconds, if more connections were sent.  So if
+the protector is killed, the process that replaces it continues with nearly the same count.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class QueueWatch:
         queued = channel.depth() if channel is not None else 0
         self._extra = max(queued, channel.sent if channel is not None else 0) - forwarded
         self._forwarded_before = forwarded
-        if queued:  # sent before an upgrade or a kill, or when we followed the channel before
+        if queued:  # sent before an upgrade or a kill, or when we last followed this channel
             self.start()
 
     def new_in(self, channel: GenerationChannel) -> int:
@@ -148,7 +148,7 @@ class QueueWatch:
                     return
             self.send_again(channel)
         else:
-            # A worker has taken a connection if the head is another, if the queue is empty, or if
+            # A worker has taken a connection if the head has changed, if the queue is empty, or if
             # fewer connections are queued than were sent.
             channel.taken_from = (
                 channel.taken_from

@@ -21,8 +21,8 @@ from ....system.sock_diag import Line, stands, unaccepted
 from .. import NEVER_TAKEN_S, UNTAKEN_S
 
 #: The pause between two looks.  FIRST_LOOK_S: the generation has not served before, and clients
-#: wait at a listener where it has accepted none yet.  LOOK_S: in all other cases.  A canary has
-#: other limits (CanaryWatch), and its pauses are the same fractions of those limits.
+#: wait at a listener where it has accepted no client yet.  LOOK_S: in all other cases.  A canary
+#: has other limits (CanaryWatch), and its pauses are the same fractions of those limits.
 FIRST_LOOK_S = NEVER_TAKEN_S / 4
 LOOK_S = UNTAKEN_S / 2
 #: Queries to the kernel take at most this share of our time, however many connections there are.
@@ -54,7 +54,7 @@ def known_clients(
 ) -> dict[int, Line]:
     """Return the clients known to wait at these sockets, by listener index.
 
-    A listener is missing if clients wait there that the kernel does not list.
+    A listener is missing if clients wait there, but the query fails or lists no client.
     """
     found: dict[int, Line] = {}
     for each, number in sockets:
@@ -76,7 +76,7 @@ class AcceptWatch:
 
     loop: Loop
     backlogs: Backlogs
-    #: How long clients may wait at a listener: before its first accepted client, and after it.
+    #: How long clients may wait at a listener: until a client was accepted there, and afterwards.
     late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     timer: str = "untaken"
     awaits: bool = False  # True: the owner must call came() when a client comes
@@ -129,10 +129,9 @@ class AcceptWatch:
         return max(self._passed_over().values(), default=None)
 
     def is_stuck(self) -> bool:
-        """Look now; return whether clients wait at a listener, and none was accepted there.
+        """Look now; return whether clients wait where no client was accepted since the last look.
 
-        Only accepts since the last look count.  If there was no earlier look at a listener, return
-        True if a client waits there.
+        If there was no earlier look at a listener, return True if a client waits there.
         """
         if not self._waiting:
             return False
@@ -159,7 +158,8 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                self.accepted.add(index)  # an unknown backlog counts as accepted: look seldom
+                # An unknown backlog counts as accepted, too, so that we look less often.
+                self.accepted.add(index)
                 del self._waiting[index]
             else:
                 self._waiting[index] = line, since if before else began

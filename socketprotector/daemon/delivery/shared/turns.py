@@ -27,7 +27,8 @@ class Share:
 class Turns:
     """The assignment of sockets to generations.
 
-    A listener's sockets have the numbers 0 and 1.  A listener's only socket has both numbers.
+    A listener's sockets have the numbers 0 and 1.  If a listener has only one socket, both numbers
+    mean this socket.
     """
 
     current: int = 0  # the number of the socket that gets new clients
@@ -102,7 +103,7 @@ class Turns:
         return {each for each in there if (each, listener.index) not in lacking}
 
     def is_served(self, listener: Listener, number: int) -> bool:
-        """Return whether a generation accepts from this socket, or the next planned one will."""
+        """Return whether a generation accepts from this socket, or is planned to do so."""
         if self.given_back and listener.settings.foreign:
             return True  # the socket's owner accepts
         there = self.at(listener, number)
@@ -156,8 +157,8 @@ class Turns:
         dry_run: the clients come to the current socket, because the next generation gets none.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
-        # With a single socket, or in a dry run, the clients wait at the current socket.  If it were
-        # in `unserved`, a rescue (socket_watch.py) would start for these clients.
+        # With a single socket, or in a dry run, the clients wait at the current socket.  If the
+        # listener were in `unserved`, a rescue (socket_watch.py) would follow for these clients.
         if listener.has_sibling and not dry_run:
             self.unserved |= {(generation, listener.index) for generation in self.accepting}
         return number

@@ -326,7 +326,7 @@ def _notes(status: Status) -> list[str]:
     """Return notes for the operator, beside the phase."""
     found = []
     if measure(status, "held_s") is not None:
-        found.append("held: accepts no connection")
+        found.append("held: no connection is accepted")
     if (why := unhealthy(status)) is not None:
         found.append(cut(f"unhealthy: {line(why)}"))
     elif _health(status) == "unknown" and (last := text_in(status["health"], "last")):

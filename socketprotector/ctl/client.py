@@ -208,7 +208,7 @@ class Client:
             ) from None
         except OSError as error:
             # EPIPE, ECONNRESET: the protector has closed the connection, perhaps after a refusal.
-            # EBADF: we have closed it, after a failed reconnect().
+            # EBADF: we have closed the connection ourselves, after a failed reconnect().
             # So raise nothing here: answer() reads the refusal, or raises ConnectionLost.
             if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EBADF):
                 raise NoProtector(f"{self.path}: {error.strerror}") from error

@@ -309,7 +309,7 @@ def tries(status: Message, *, dry_run: bool) -> list[Message]:
 def draining(status: Message, before: float = math.inf) -> tuple[int, str]:
     """Return the number of workers in draining or failed generations, and a text about them.
 
-    before: count only generations below this number.  Without such a generation the text is "".
+    before: count only generations below this number.  If there is none, the text is "".
     """
     leaving = [
         each

@@ -66,7 +66,8 @@ def heading(status: Message) -> list[Text]:
     warnings = []
     held_s = status.get("held_s")
     if isinstance(held_s, int | float):
-        warnings.append(f"held: accepts no connection for another {render.duration_text(held_s)}")
+        span = render.duration_text(held_s)
+        warnings.append(f"held: no connection is accepted for another {span}")
     lame_duck_s = status.get("lame_duck_s")
     if isinstance(lame_duck_s, int | float):
         span = render.duration_text(lame_duck_s)

@@ -57,7 +57,7 @@ class FirstPrograms:
         _, how = exit_text.status_of(status)
         count = generation.record.programs_failed + 1
         generation.update_record(programs_failed=count, program_ended=how)
-        self.runtime.persist()  # now, because the relay may need a while for the last words
+        self.runtime.persist()  # now: a kill must not lose the count while we await the last words
 
         def done(found: str) -> None:
             # The last words are the whole pool's: several programs may have written the same lines.

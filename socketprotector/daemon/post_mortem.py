@@ -141,7 +141,7 @@ class PostMortem:
             lost=lost or None,
         )
         last_words, was_ready = worker.last_words or "", record.ready_by or worker.has_served
-        if not was_ready:  # it failed to start, or detached itself (daemon(3)): end what it left
+        if not was_ready:  # a failed start, or daemon(3): end the processes that the worker left
             self.orphans.end(worker.notify.address)
         detached = end.clean and not was_ready
         if not record.asked_to_exit and not (end.clean and worker.generation.ended):
@@ -242,7 +242,7 @@ class PostMortem:
         return has_group
 
     def _group_ended(self, record: WorkerRecord, generation: OpenGeneration) -> None:
-        # This is the worker's second WorkerExited: the first said that it has left orphans.
+        # This is the worker's second WorkerExited: the first said that the worker left orphans.
         waiting = self.delivery.waiting(generation, clients_only=True) or 0
         self.runtime.post(WorkerExited(record.number, "orphans gone", waiting=waiting))
 

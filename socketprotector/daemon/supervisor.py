@@ -37,8 +37,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .recovery import Recovery
 
-#: An upgrade waits until the guard or systemd has read our messages: how often to check, and how
-#: long to wait.  The guard and systemd usually need far less.
+#: If messages to the guard or systemd are still unsent after the probe, an upgrade waits: how often
+#: to check, and how long to wait.  The guard and systemd usually need far less.
 _AGAIN_S = 0.05
 _BEHIND_S = 10.0
 #: The timer of an upgrade that waits for the guard or systemd.
@@ -80,8 +80,8 @@ class Supervisor:
     #: Whether the protector was started to survive its terminal (nohup).
     outlives_terminal: bool
     _unfinished: deque[Action] = field(default_factory=deque)  # decided, maybe not carried out
-    # The RECORDED actions of _unfinished, which every snapshot needs.  Each of perhaps a thousand
-    # spawns writes the state, and must not search all of _unfinished for these actions.
+    # The RECORDED actions of _unfinished, which every snapshot needs.  The state is written after
+    # each spawn, perhaps a thousand times, so a write must not search _unfinished for the actions.
     _recorded: deque[Action] = field(default_factory=deque)
     _working: bool = False
     _handing_over: bool = False
@@ -119,7 +119,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until the fleet has ended.  Returns the exit status."""
-        self._reap_orphans()  # an earlier program may have ended before it reaped its children
+        self._reap_orphans()  # before an upgrade, we may not have reaped all exited children
         self.runtime.loop.run()
         self.upgrade.end()
         return self.effects.exit_status or 0
@@ -180,7 +180,7 @@ class Supervisor:
             self._yield_at = time.monotonic() + _YIELD_AFTER_S
 
     def begin_upgrade(self) -> None:
-        """Let a process try the new program (upgrade.py); execute it if it can take over."""
+        """Let a process try the new program (upgrade.py); if that succeeds, execute the program."""
         if self._handing_over:
             return
         if self.runtime.loop.due(_HAND_OVER) is not None:
@@ -269,7 +269,8 @@ class Supervisor:
             self.runtime.loop.call_after("reap", 0.0, self._reap_orphans)
             return
         # Report the signal first: if we die, the guard sends unreported signals to the program that
-        # replaces us.  (A stop signal is sent again unless the stop has begun.)
+        # replaces us.  (The guard sends a stop signal again, even if we have reported the signal,
+        # unless we have also reported that the stop has begun.)
         self.on_signal(number)
         self.runtime.log.write("info", "signal", signal=signal.Signals(number).name)
         match number:

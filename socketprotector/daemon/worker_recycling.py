@@ -202,7 +202,7 @@ def exceeded(limits: Limits, key: str, *, age_s: float, accepted: int | None) ->
     if limits.age_s and age_s >= limits.age_s:
         return f"older than {in_units(limits.age_s)}"
     if limits.connections and accepted is not None:
-        # Not hash(), which differs between two runs of the program.
+        # Not hash(): a text's hash differs between two processes.
         spread = zlib.crc32(key.encode()) % (2 * limits.spread + 1)
         most = limits.connections - limits.spread + spread
         if accepted >= most:

@@ -56,15 +56,15 @@ class Worker:
     #: which the fd store had no room; or the worker has exited (Groups may keep the line).
     line: socket.socket | None
     readiness: Readiness
-    named: dict[str, int] = field(default_factory=dict)  # its part of WorkerPool.descriptors
+    named: dict[str, int] = field(default_factory=dict)  # the worker's, in WorkerPool.descriptors
     ended: bool = False
-    last_words: str | None = None  # after its end; None: still awaited, or not requested
-    end_from_guard: End | None = None  # how it ended, as the guard reported
+    last_words: str | None = None  # after the worker's end; None: awaited, or not requested
+    end_from_guard: End | None = None  # the worker's end, as the guard reported it
     awaits_end: bool = False  # we wait, or have waited, for the guard's report
 
     @property
     def has_served(self) -> bool:
-        """Return whether it became ready, and did not exit at that moment."""
+        """Return whether the worker became ready, and did not exit at that moment."""
         return self.record.ready_at is not None
 
     def descriptors(self) -> dict[str, int]:
@@ -124,7 +124,7 @@ def _spread_variables(program: Program) -> dict[str, str]:
 
 @mutable
 class WorkerSpawner:
-    """Starts workers, and adopts the workers of the program that we replaced."""
+    """Starts workers, and adopts workers that were started before an upgrade or a kill."""
 
     settings: Settings
     loop: Loop
@@ -183,7 +183,7 @@ class WorkerSpawner:
     def adopt(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
     ) -> Worker:
-        """Adopt a worker that an earlier program started; take ownership of the descriptors.
+        """Adopt a worker started before an upgrade or a kill; take ownership of the descriptors.
 
         Raises KeyError if the worker's process or notify socket is missing.
         """
@@ -210,7 +210,7 @@ class WorkerSpawner:
         return (f"{folder}/{name}", abstract) if folder else (abstract,)
 
     def _address_of(self, number: int, notify: socket.socket) -> str:
-        """Return the address of a notify socket that an earlier program made."""
+        """Return the address of a notify socket that was made before an upgrade or a kill."""
         first, *other = self.addresses(number)
         # getsockname() returns an abstract address as bytes.
         return other[0] if other and isinstance(notify.getsockname(), bytes) else first

@@ -116,7 +116,7 @@ class CommandHandler:
         history = effects.reports.run.history
         generations = status.of_generations(fleet, effects)
         held, upgrade = rollout.held_by(fleet, effects), self.supervisor.upgrade_waits_for()
-        self.runtime.persist()  # so that the counts do not go back after a kill
+        self.runtime.persist()  # a `status` after a kill must not show smaller counts
         return {
             "version": __version__,
             "now": time.time(),

@@ -24,8 +24,8 @@ from ...system.listener import TRANSIENT_ERRNOS, Listener
 from ...system.loop import READ, WRITE, Loop
 from ...system.polling import read_now
 
-#: The most clients at a time; for how long a client may send no request; and how many bytes may
-#: wait for a client to read them.
+#: The most clients at a time; how long a client may stay without sending a request; and how many
+#: bytes may wait for a client to read them.
 CLIENTS = 256
 IDLE_S = 30.0
 UNREAD_BYTES = 1024 * 1024
@@ -101,7 +101,7 @@ class Client:
             self.close()
 
     def finish(self) -> None:
-        """Answer the requests that the client has sent so far, up to _READ_BYTES of them."""
+        """Answer the requests that the client has sent so far (reads at most _READ_BYTES)."""
         data = self._receive()
         with self.within_memory():
             self._received += data or b""

@@ -210,7 +210,7 @@ def _of_generation(
 def _of_closing(
     opened: OpenGeneration, slots: Sequence[tuple[int, Counts | None]]
 ) -> dict[str, Any]:
-    """Return the field `closing`; an empty result outside a spread (--drain-spread)."""
+    """Return the field `closing`; an empty result if no worker ends connections evenly."""
     found = spread.closing_rate(opened, slots) if opened.program.spreads else None
     return {"closing": found} if found else {}
 

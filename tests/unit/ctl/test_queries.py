@@ -216,7 +216,7 @@ def test_status_shows_what_runs(fake: Fake, ctl: Ctl) -> None:
     assert said.status == 0
     assert said.out.splitlines() == [
         "web: serving, pid 11, version 0.9.0, up 2m30s, guarded",
-        "held: accepts no connection for another 12s",
+        "held: no connection is accepted for another 12s",
         "forwarded 12,345, lost 0, queue limit 278, ready by notify; command: ./daemon",
         "listens on tcp:0.0.0.0:4321, 3 of 4,096 waiting",
         "last reload: generation 10 failed 49s ago: no",

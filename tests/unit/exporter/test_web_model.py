@@ -217,7 +217,7 @@ def test_what_an_operator_should_know_is_noted(seen: Seen) -> None:
         status(generation(8, oldest_waiting_s=31.2), held_s=9.0, lame_duck="on", phase="serving")
     )["notes"]
     assert notes == [
-        "held: accepts no connection",
+        "held: no connection is accepted",
         "lame duck: /readyz answers 503",
         "generation 8: a client has waited for 31 s",
     ]

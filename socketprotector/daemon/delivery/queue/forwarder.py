@@ -65,14 +65,14 @@ class Forwarder:
         broken: called when the route's channel was shut down.
         repair: repairs a listener that was shut down, or marks the listener lost.  Raises OSError
         if the system is short of descriptors or memory.
-        untaken: called if the route's workers take nothing, at most once for each channel, with the
-        time in seconds, the number of waiting connections, and whether any was ever taken.
+        untaken: called, at most once for each channel, if the route's workers take nothing.  Gets
+        for how long (s), how many connections wait, and whether the workers ever took any.
         """
         self._loop = loop = runtime.loop
         self._post = runtime.post
         self._listeners = list(listeners)
         self._repair = repair
-        self._forwarded = 0  # how many connections earlier programs accepted
+        self._forwarded = 0  # how many were accepted before an upgrade or a kill
         self._lost = 0
         self.undelivered = Undelivered(runtime.persist)
         self.queue = QueueWatch(
@@ -89,7 +89,7 @@ class Forwarder:
             send_failed=self._send_failed,
         )
         #: Channels whose connections go to the route, in this order, once the route has room.
-        #: True: its workers have exited (release() was called), so we close the channel afterwards.
+        #: True: the channel's workers have exited, so we close the channel then: see release().
         self._leftovers: dict[GenerationChannel, bool] = {}
         self._holding = False  # True during a hold: accept nothing
         self._ended_listeners: list[Listener] = []  # we no longer accept from them
@@ -102,7 +102,7 @@ class Forwarder:
         )
         self._drains = DrainingListeners(runtime, self.undelivered, self._shortage)
         self._canary: canary.CanaryQueue | None = None  # None: no canary has been ordered
-        self._shared = 0  # the CanaryQueue.count of earlier programs
+        self._shared = 0  # the CanaryQueue.count before an upgrade or a kill
 
     # -- orders --------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class Forwarder:
             self._leftovers.setdefault(channel, False)  # adopt_drained() may have added the channel
 
     def release(self, channel: GenerationChannel) -> None:
-        """Close a channel whose workers have exited, after its connections went to the route."""
+        """Send the route what exited workers left in their channel; then close the channel."""
         self._drains.end(channel)
         channel.end()
         self._leftovers.pop(channel, None)
@@ -155,7 +155,7 @@ class Forwarder:
             self._leftovers[channel] = True
             self._resume()
         else:
-            channel.close()  # do not wait for a route: failed generations' channels would pile up
+            channel.close()  # even without a route: failed generations' channels would pile up
 
     def add(self, listener: Listener) -> None:
         """Add a listener, for the generations that know it; takes ownership."""
@@ -273,7 +273,7 @@ class Forwarder:
         return found | self.undelivered.descriptors()
 
     def adopt_drained(self, channel: GenerationChannel) -> None:
-        """Send the route the connections in a channel that an earlier program has drained."""
+        """Note that the connections in a draining generation's channel must go to the route."""
         if channel.depth():
             self._leftovers[channel] = False
 

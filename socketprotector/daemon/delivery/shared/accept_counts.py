@@ -1,9 +1,9 @@
 """Counts each generation's open connections from the kernel's data, under --handoff listener.
 
 `status` shows the counts.  Each listening socket of a generation has a number, the accept tag,
-which the socket's connections inherit (system/accept_tags.py).  Connections with NO_TAG count for
-no generation.  We query the kernel so seldom that the queries take at most QUERY_SHARE of our time.
-Until the next query, `status` shows the counts of the last query.
+which the socket's connections inherit (system/accept_tags.py).  Connections without a tag (NO_TAG)
+count for no generation.  We query the kernel so seldom that the queries take at most QUERY_SHARE of
+our time.  Until the next query, `status` shows the counts of the last query.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class SharedDelivery(Delivery):
     # -- a generation ----------------------------------------------------------------
 
     def can_probe(self, listener: str) -> bool:
-        # A UNIX path with only one socket left may get a second socket for the next generation.
+        # A UNIX path that has lost one of its two sockets may get another for the next generation.
         named = [each for each in self._listeners if listener in ("", each.settings.name)]
         return self.steering.probes.can_probe(listener) or any(each.path for each in named)
 
@@ -232,7 +232,7 @@ class SharedDelivery(Delivery):
     ) -> str | None:
         hold = self.steering.hold
         cannot = (hold.refusal(added) or hold.loss(removed)) if hold.on else None
-        return f"on hold, and {cannot}; end the hold first" if cannot is not None else None
+        return f"clients are on hold, and {cannot}; end the hold first" if cannot else None
 
     def add(self, listener: Listener, *, dry_run: bool) -> None:
         self._listeners.append(listener)

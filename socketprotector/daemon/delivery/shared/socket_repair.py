@@ -57,7 +57,7 @@ class SocketRepair:
         self._watch.watch_later()
 
     def repair_all(self) -> None:
-        """Repair the sockets that no client can reach.
+        """Repair the sockets that clients or probes need and cannot reach.
 
         Epoll reports only sockets that were shut down.  This method also finds sockets on which a
         worker has called connect(), and sockets whose device or file is missing.

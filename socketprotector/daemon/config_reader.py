@@ -38,7 +38,7 @@ class ConfigAnswer:
     settings: Settings | None = None
     listeners: dict[int, int] = field(default_factory=dict)  # listener index -> descriptor
     siblings: dict[int, int] = field(default_factory=dict)  # listener index -> its second socket
-    reserved: dict[int, int] = field(default_factory=dict)  # listener index -> third socket
+    reserved: dict[int, int] = field(default_factory=dict)  # listener index -> its third socket
     changes: tuple[str, ...] = ()  # what differs from the current settings, in words
     fixed: tuple[str, ...] = ()  # the changes that a reload would refuse
 

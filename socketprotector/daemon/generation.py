@@ -40,7 +40,7 @@ class OpenGeneration:
     @classmethod
     def adopt(cls, record: GenerationRecord, board: int | None) -> OpenGeneration:
         """Adopt a generation that an earlier program opened; take ownership of its scoreboard."""
-        # The generation knows all listeners, or an older version recorded no `knows`.
+        # None: the generation knows all listeners, or an older version recorded no `knows`.
         if record.knows is None:
             record = replace(record, knows=known_to(record.program))
         return cls(record, Board(board) if board is not None else None)

@@ -85,7 +85,7 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """Order workers that the state does not contain to finish.
+        """End workers that are missing from the state.
 
         Such a worker was started just before the protector was killed.  The worker gets the finish
         signal, if there is one, and reads end of file on its RETURN line, which is closed here.
@@ -160,7 +160,7 @@ class Recovery:
         records = {record.number: record for record in self.snapshot.workers}
         for number in unfinished:
             self._end_unfinished(number)
-            # The record of a worker is written once its process runs.
+            # A worker without a record was starting: the record is written once the process runs.
             record = records.get(number)
             reason = _KILLED if record is None else _NOT_STORED
             lost.append(WorkerExited(number, reason, _served_s(record), orphans=True))

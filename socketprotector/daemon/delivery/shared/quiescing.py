@@ -35,8 +35,8 @@ _LOOK_S = 0.1
 _LOOK_SOON_S = 0.01
 #: With `reads_on`: how many looks in a row must find that all clients are accepted.
 _SOON_LOOKS = 2
-#: Without `reads_on`: a generation is quiet if for this time no client waited, and none had unread
-#: bytes.
+#: Without `reads_on`: a generation is quiet if for this time no client waited, and no client was
+#: unread except accepted clients that have sent nothing.
 QUIET_S = 1.0
 #: How long to wait for clients that have connected and send nothing.
 SILENT_S = 3.0
@@ -124,7 +124,7 @@ class Quiescing:
         generations; the clients that wait at these listeners must be accepted, too.  leave_out:
         listeners whose clients need not be accepted.  reads_on: call back as soon as the generation
         has accepted its clients.  accept_until: until this time, LAST_S does not begin while
-        clients wait, because no other generation would accept them.
+        clients wait at the socket, because no other generation would accept these clients.
         """
         given = socket_number, on_quiet, common, leave_out, reads_on, accept_until
         self._generations[generation] = _Generation(*given, began=time.monotonic())

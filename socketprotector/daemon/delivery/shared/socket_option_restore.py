@@ -105,7 +105,7 @@ class SocketOptionRestore:
     ) -> None:
         """Restore a socket's options; if some stay changed, replace the socket if that is allowed.
 
-        may_log: whether to log the options that could not be restored in either way.
+        may_log: whether to log the options that stay changed.
         """
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         unrestored = socket_snapshot.restore(listening, before)

@@ -231,7 +231,7 @@ class SocketSteering(Steering):
             self.accept_watch.begin(served_before=again)
 
     def end_share(self) -> None:
-        """Steer all new clients to the route's socket; only this may survive a quick stop."""
+        """Steer all new clients to the route's socket; the next start gets only this socket."""
         if self.turns.share is not None:
             self.turns.share = None
             self.steer()
@@ -301,8 +301,8 @@ class SocketSteering(Steering):
     def quiesce_last(self, generation: int, on_quiet: Callable[[], None], latest: float) -> None:
         """Call back when the last generation has accepted all clients that came before this call.
 
-        latest: wait for that until this time.  Later clients wait for the next start, or are
-        refused; an address's only socket may bring them to the generation until it must finish.
+        latest: see `accept_until` in quiescing.py.  Later clients are refused, or wait for the next
+        start or the socket's owner; at an address's only socket, the generation may accept them.
         """
         number = self.turns.accepting.get(generation, 0)
         common = [each for each in self._listeners.living if not each.has_sibling]
@@ -310,7 +310,7 @@ class SocketSteering(Steering):
         awaited = self.turns.own(self._listeners.pairs, number) or common
         if generation in self.turns.accepting and awaited:
             self._turn_away(generation)
-            latest = latest if self.is_steered else 0.0  # new clients may come to its socket
+            latest = latest if self.is_steered else 0.0  # unsteered: new clients may keep coming
             self._quiescing.begin(generation, number, on_quiet, common=common, accept_until=latest)
         else:
             on_quiet()

@@ -64,7 +64,7 @@ class Prober:
         limit_s: float,
         left_s: float,
     ) -> None:
-        """Send a probe over a connection that may still be connecting; the caller keeps it open.
+        """Send a probe over a connection that may still be connecting; the caller still owns it.
 
         limit_s: how long a good answer may take.  left_s: how much of this time is left.  Answers
         to earlier probes are ignored from now on.  Raises OSError.

@@ -4,8 +4,8 @@ The prober process sends an HTTP probe (probe.py).  A check command gets the cou
 generations, and decides by its own criteria: it can query the probe address, or the operator's
 metrics.
 
-The generation fails at the first bad answer, or if an answer does not come in time, or if no probe
-can be sent for a while (verdicts.UNKNOWN_S).  When the time of --settle has passed, the generation
+The generation fails at the first bad answer, if an answer does not come in time, or if the verdicts
+stay inconclusive for UNKNOWN_S (verdicts.py).  When the time of --settle has passed, the generation
 keeps settling until one more good answer comes.
 
 The probes of --settle-check reach the generation during a hold, too.

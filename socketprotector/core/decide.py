@@ -147,12 +147,12 @@ def _advance(step: Step) -> None:
 
     Without a stop, this function uses no name of stop.py, so that the module is not loaded.
     """
+    reload.call_off_unserved_dry_run(step)  # before it can pass: then no generation would follow
     reload.serve_if_ready(step)
     if step.fleet.rollout:
         rollout.advance(step)
     if step.fleet.stop_awaits_rescue:
         stop.stop_if_rescued(step)
-    reload.call_off_unserved_dry_run(step)
     reload.begin_if_wanted(step)
     _release_gone_generations(step)
     reload.open_if_due(step)

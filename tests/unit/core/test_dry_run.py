@@ -334,6 +334,18 @@ def test_what_serves_comes_first_if_it_fails(story: Story, answered: bool) -> No
     assert story.starting == {3}
 
 
+def test_and_if_the_dry_run_waits_only_for_room_for_more_workers(story: Story) -> None:
+    story.given_serving(Policy(surge=2, drain_timeout_s=9.0), workers=2)
+    story.and_also(WorkerExited(1, "ended", orphans=True), WorkerReady(3), DryRunRequested())
+    story.and_also(WorkerReady(4))
+    assert story.fleet.dry_run
+
+    actions = story.when(ChannelBroken(1, served_s=20.0))
+
+    assert failed("the serving generation failed during the dry run; see `crashes`") in actions
+    assert Open(3, fresh=False) in actions
+
+
 def test_and_so_it_does_while_the_file_is_read(configured: Story) -> None:
     story = configured
     story.and_also(DryRunRequested())

@@ -118,10 +118,10 @@ class Endless(socket.socket):
     until = math.inf
     late = 0
 
-    def recv(self, *_: object) -> bytes:
+    def recvmsg(self, *_: object) -> tuple[bytes, list[Any], int, Any]:
         self.late += time.monotonic() > self.until
         assert self.late < 3, "it reads on"
-        return false.EVENT
+        return false.EVENT, [], 0, None
 
 
 def test_events_that_come_as_fast_as_they_are_read_put_no_deadline_off(

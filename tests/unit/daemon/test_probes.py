@@ -31,7 +31,11 @@ class World(SharedWorld):
         self.closing: dict[MemorySocket, str] = {}
         self.waiting: set[Any] = set()  # our connections that wait, as the kernel knows them
         self.is_waiting_fails = 0
-        calls = SimpleNamespace(Mark=SimpleNamespace(draw=self._draw), comes_from=bpf.comes_from)
+        calls = SimpleNamespace(
+            Mark=SimpleNamespace(draw=self._draw),
+            comes_from=bpf.comes_from,
+            source_of_ipv6=bpf.source_of_ipv6,
+        )
         patch.setattr(module, "bpf", calls)
         patch.setattr(module, "is_waiting", self._is_waiting)
         patch.setattr(module, "end_of", lambda client, _: client.end)
@@ -49,11 +53,9 @@ class World(SharedWorld):
             made.probe_sources = set(self.probes.probe_sources)
         return made
 
-    def _draw(self, family: int) -> bpf.Mark:
+    def _draw(self, host: str) -> bpf.Mark:
         number = next(self.marks)
-        return (
-            bpf.Mark("::1", number) if family == socket.AF_INET6 else bpf.Mark(f"127.9.9.{number}")
-        )
+        return bpf.Mark("::1", number) if ":" in host else bpf.Mark(f"127.9.9.{number}")
 
     def _is_waiting(self, client: Any, address: object, device: int) -> bool:
         if self.is_waiting_fails:

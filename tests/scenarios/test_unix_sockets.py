@@ -519,10 +519,10 @@ def test_a_full_backlog_has_clients_wait_or_try_again_whether_a_release_fails_or
 
 
 def test_clients_of_a_full_backlog_are_answered_when_the_release_that_has_it_fails(
-    full: tuple[Protector, int, list[socket.socket]], path: Path, tmp_path: Path
+    full: tuple[Protector, int, list[socket.socket]], path: Path, release: Release, tmp_path: Path
 ) -> None:
     daemon, gate, before = full
-    its = Gate(tmp_path / "its")
+    its, rescue = Gate(tmp_path / "its"), Gate(tmp_path / "rescue")
     mark = daemon.signal(signal.SIGHUP)
     daemon.log.wait_for("event=route generation=2", after=mark)
     with ExitStack() as clients:
@@ -530,9 +530,11 @@ def test_clients_of_a_full_backlog_are_answered_when_the_release_that_has_it_fai
         clients.callback(os.close, held(its))
         waiting = fill(path, clients)
         assert len(waiting) == BACKLOG + 1
+        release.becomes(*rescue.before(*SERVER))  # the generation that accepts their clients
         os.kill(spawned(daemon)[-1], signal.SIGKILL)
         daemon.log.wait_for("event=reload-failed generation=2", after=mark)
         assert fill(path, clients) == []  # that of the generation which serves is full, too
+        rescue.open()
         os.close(gate)
         all_are_answered([*before, *waiting])
 

@@ -38,7 +38,7 @@ from .query_all import SocketAnswer
 from .reload_progress import LEAVING
 from .server_children import children_of
 
-#: The interval at which `events --follow` tries to connect.
+#: The interval at which `events --follow` tries to connect for the first time.
 _AGAIN_EVERY_S = 1.0
 #: How long an answer to `diff` may take: a new process reads the configuration and resolves the
 #: host names.

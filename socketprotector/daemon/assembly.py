@@ -1,7 +1,7 @@
 """Creates the parts of the resident process, and connects them.
 
-After an upgrade or a kill, this process replaces another ("an earlier program").  Each part then
-adopts its descriptors and records from that program.  "The next program" will replace this process.
+After an upgrade or a kill, this program replaces "an earlier program".  Each part then adopts its
+descriptors and records from that program.  "The next program" will replace this one.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class StartReport:
         self._socket = socket.socket(fileno=line) if line is not None else None
         self._terminal = terminal
         self._unwatch: Callable[[], None] = lambda: None
-        self.failure = ""  # why the start has failed; set by reports.py
+        self.failure = ""  # why the start has failed; set by others
 
     def watch(
         self, loop: Loop, gone: Callable[[], None], waits: Callable[[], Sequence[object]]

@@ -35,9 +35,9 @@ class ProbeTarget:
     #: Returns whether all answers so far came from this generation.  If False, discard earlier and
     #: later answers.
     holds: Callable[[], bool] = lambda: True
-    #: Returns whether the options that can keep clients out differ between the probed and the
-    #: serving socket.  If they differ, perhaps no client reaches the probed workers.  So these
-    #: workers must not become ready only because a time has passed (ready_probe.py).
+    #: Returns whether the probed and the serving socket differ in a socket option that can keep
+    #: clients out.  If they differ, perhaps no client reaches the probed workers.  So these workers
+    #: must not become ready only because a time has passed (ready_probe.py).
     is_closed: Callable[[], bool] = lambda: False
 
     @property

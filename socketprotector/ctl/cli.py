@@ -24,7 +24,7 @@ from .help_pages import GROUPS, HelpGroup, print_full_help
 
 NAME = "socketprotectorctl"
 #: A command in a message, such as `status`; with_instance() adds the instance option to it.
-#: `list` and `completion` are left out, because they take no instance option.
+#: `list` and `completion` are left out, because they need no instance.
 _COMMAND = re.compile(
     rf"`(?:{NAME} )?((?:{'|'.join({*sum(GROUPS.values(), ())} - {'list', 'completion'})})\b[^`]*)`"
 )

@@ -47,7 +47,7 @@ def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool)
 
     In bash, run: eval "$(socketprotectorctl completion bash)"
 
-    Without PROGRAM, the script completes all of SocketProtector's programs.
+    Without PROGRAM, the script completes all programs that PROGRAM can name.
     """
     _ = instance
     found = get_completion_class(shell)

@@ -87,7 +87,7 @@ class LimitWatch:
         self._blind = False  # a worker's memory cannot be read, and the log says so
         self._said_uncounted = False
         self._large = BornTooLarge()
-        self._retired: set[int] = set()  # pids of children that were ordered to finish
+        self._retired: set[int] = set()  # pids of children that have reached a limit
         self.use(settings)
 
     def use(self, settings: Settings) -> None:

@@ -96,7 +96,7 @@ class Undelivered:
         state, a descriptor with the next number may have been stored.  So new connections skip the
         next number, and the numbers of all stored descriptors.
 
-        Returns how many connections are lost, because their descriptor or header was not stored.
+        Returns how many connections are lost for certain: descriptor or header was not stored.
         """
         stored = {int(key): found[""] for key, found in unclaimed.take_all(inherited.HAND).items()}
         self.number = max((number + 1, *stored))
@@ -108,8 +108,8 @@ class Undelivered:
                 lost += 1
         for each, fd in stored.items():
             os.close(fd)
-            # A connection with a number up to `number` was removed from the state (to be sent, or
-            # by drop()), so it is not lost.  With a higher number, it was never in the state.
+            # A connection with a number up to `number` was removed from the state, to be sent or
+            # by drop(), so do not count it.  With a higher number, it was never in the state.
             lost += each > number
         return lost
 

@@ -32,8 +32,8 @@ class AcceptCounts:
     """The open connections of all generations, counted by one query of each listener."""
 
     listeners: SharedListeners
-    #: Index of a listener -> how many connections carry each tag.  A listener is missing if the
-    #: kernel did not answer.
+    #: Index of a listener -> how many connections carry each tag.  A listener is missing if it
+    #: has one socket, or if the kernel did not answer.
     _found: dict[int, Counter[int]] = field(default_factory=dict)
     _next_query_at: float = 0.0
 
@@ -113,7 +113,7 @@ class AcceptCounts:
         return sum(self._found[index][tag] for index, tag in tags)
 
     def _query(self) -> None:
-        """Count the open connections of all listeners."""
+        """Count the open connections of the listeners with two sockets."""
         began = time.monotonic()
         self._found.clear()
         ours = self.listeners.host.own_connection  # our probe does not count

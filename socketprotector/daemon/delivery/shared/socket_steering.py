@@ -81,7 +81,7 @@ class SocketSteering(Steering):
     def enter(self, generation: int, socket_number: int, *, fresh: bool = False) -> None:
         """Prepare a socket for a generation whose workers will start soon.
 
-        fresh: the generation is a new release, so the next rescue (socket_watch.py) has no pause.
+        fresh: the generation is a new release: end the back-off of rescues (socket_watch.py).
         Raises OSError if clients could not reach a new release at a listener (SocketRepair.needs).
         """
         if fresh:
@@ -231,7 +231,7 @@ class SocketSteering(Steering):
             self.accept_watch.begin(served_before=again)
 
     def end_share(self) -> None:
-        """Steer all new clients to the route's socket; the next start gets only this socket."""
+        """End a share: steer all new clients to the socket of the route's generation."""
         if self.turns.share is not None:
             self.turns.share = None
             self.steer()
@@ -287,7 +287,7 @@ class SocketSteering(Steering):
     ) -> None:
         """Call back when a replaced generation has accepted, and read from, all its clients.
 
-        Call back after LAST_S at the latest (quiescing.py).  reads_on: do not wait for the reading.
+        reads_on: do not wait for the reading.  The wait is limited: see Quiescing.begin().
         """
         leave_out = self._watch.never_accepted(generation)
         awaited = [each for each in self._listeners.pairs if each.index not in leave_out]
@@ -301,8 +301,8 @@ class SocketSteering(Steering):
     def quiesce_last(self, generation: int, on_quiet: Callable[[], None], latest: float) -> None:
         """Call back when the last generation has accepted all clients that came before this call.
 
-        latest: see `accept_until` in quiescing.py.  Later clients are refused, or wait for the next
-        start or the socket's owner; at an address's only socket, the generation may accept them.
+        latest: see Quiescing.begin().  Clients that come after this call are refused, or wait for
+        the next start or the socket's owner; the generation may accept them at an only socket.
         """
         number = self.turns.accepting.get(generation, 0)
         common = [each for each in self._listeners.living if not each.has_sibling]

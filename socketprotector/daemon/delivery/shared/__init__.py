@@ -1,4 +1,5 @@
 """Workers accept connections from sockets that they share with the protector.
 
 socket_steering.py knows which generation has which socket, and steers clients to the sockets.
+probes.py also counts the waiting clients (`queue` in status), accept_counts.py the open connections.
 """

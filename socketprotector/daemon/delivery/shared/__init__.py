@@ -1,5 +1,5 @@
 """Workers accept connections from sockets that they share with the protector.
 
 socket_steering.py knows which generation has which socket, and steers clients to the sockets.
-probes.py also counts the waiting clients (`queue` in status), accept_counts.py the open connections.
+probes.py also counts waiting clients (`queue` in status), accept_counts.py open connections.
 """

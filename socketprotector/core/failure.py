@@ -120,7 +120,8 @@ def socket_lost(step: Step, number: int) -> None:
     """
     generation = step.fleet.generation(number)
     if generation and (generation.phase is Phase.STARTING or generation == step.fleet.sharing):
-        fail(step, number, "a worker shut down or broke its listening socket")
+        reason = "a worker broke its listening socket, or another program removed its socket file"
+        fail(step, number, reason)
 
 
 def channel_broken(step: Step, number: int, served_s: float) -> None:

@@ -63,8 +63,14 @@ class UnixListener(Listener):
         return path if path and socket_file.has_room(path) else ""
 
     def address_of(self, socket_number: int) -> tuple[str, int]:
-        """Return the address of one of its sockets for processes of this machine."""
+        """Return the address of one of its sockets for processes of this machine.
+
+        If another program has removed the file of the socket to which the path leads, make it
+        again.
+        """
         if self.path and self.has_sibling:
+            with suppress(OSError):  # a connection to the address then fails
+                self._carry_out(self._look().keep())
             return socket_file.own_file(self.path, self.socket_for(socket_number)), 0
         return self.local_address
 

@@ -2743,6 +2743,22 @@ def test_a_hold_at_a_path_is_possible_again_as_soon_as_its_folder_is_there(
     assert world.steering.hold.cannot_begin() is None
 
 
+@pytest.mark.parametrize("as_client", [False, True])
+def test_probes_reach_the_socket_of_a_path_though_its_file_was_removed(
+    world: World, pair: Listener, as_client: bool
+) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    for number in (0, 1):
+        os.unlink(pair.address_of(number)[0])
+
+    probes, there = world.steering.probes, pair.index.__eq__
+    target = probes.reach_as_client("", there) if as_client else probes.reach_by_mark(1, "", there)
+    assert target is not None
+    come(world, target.address[0])
+    assert pair.has_waiting(0)
+
+
 def lose_its_socket(world: World, pair: Listener) -> None:
     """A worker of the serving generation, 1, shuts it down."""
     pair.socket_for(0).shutdown(socket.SHUT_RDWR)

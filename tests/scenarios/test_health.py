@@ -319,6 +319,25 @@ def test_a_path_is_unhealthy_while_it_leads_no_client_to_the_workers(
     one.daemon.stop()
 
 
+def test_a_path_whose_clients_reach_the_workers_is_healthy_though_other_files_were_removed(
+    operated: Operating, asked: Asked, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    path = folder / "s"
+    options = ("--handoff", "listener", "--health", HTTP, *OFTEN, "--health-failures", "2")
+    one = Watched(operated(*options, f"unix:{path}", command=(str(asked.release.path),)))
+    one.until(state="healthy")
+    for each in folder.iterdir():
+        if each != path:
+            each.unlink()
+
+    eventually(lambda: len([*folder.iterdir()]) == 2, "the path's socket has its file again")
+    asked.bad()
+    assert "500" in one.daemon.log.wait_for("event=unhealthy")
+    one.daemon.stop()
+
+
 def test_under_a_hold_nothing_is_asked_where_no_client_would_get_an_answer(
     operated: Operating, asked: Asked
 ) -> None:

@@ -34,8 +34,7 @@ def one(
     protector: Callable[..., Protector], path: Path, place: Path, release: Release
 ) -> Iterator[Operated]:
     release.becomes(*SERVER)
-    # A generation whose file was removed before its probe has failed after this time.
-    words = (*MODE, "--guard", "--start-timeout", "5s", "--control", place)
+    words = (*MODE, "--guard", "--control", place)
     found = Operated(protector(*words, f"unix:{path}", "--", release.path).ready(), place)
     yield found
     found.daemon.stop()
@@ -289,3 +288,42 @@ def test_a_directory_that_comes_back_has_the_path_again(
     one.daemon.reload()
     newest_answers(one, path)
     assert one.daemon.log.count("event=one-socket-left") == 0
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_generation_becomes_ready_though_the_file_of_its_clients_socket_was_removed(
+    one: Operated, path: Path, release: Release, tmp_path: Path, killed: bool
+) -> None:
+    one.daemon.reload()
+    gate, mark = Gate(tmp_path / "gate"), len(one.daemon.log.seen)
+    release.becomes(*gate.before(*SERVER))
+    with one.line() as line:
+        line.ask("hold", seconds=3600)
+        with Client(str(path), "hello") as late:
+            tidy(path)
+            line.ask("release")
+            # The path leads to the hold's socket, and so to the next generation's.
+            one.daemon.log.wait_for("event=spawned generation=3", after=mark)
+            release.becomes(*SERVER)
+            if killed:
+                revived(one.daemon, kill_protector(one.daemon))
+            gate.stay_open()
+            assert late.hear().endswith(" hello")
+    at_rest(one)
+    assert one.daemon.log.count("event=reload-failed .*No such file") == 0
+    one.daemon.reload()
+    newest_answers(one, path)
+
+
+def test_a_reload_fails_at_once_if_the_file_of_its_socket_is_removed(
+    one: Operated, path: Path, release: Release, tmp_path: Path
+) -> None:
+    gate = Gate(tmp_path / "gate")
+    mark = starting(one, release, gate)
+    tidy(path)
+    gate.stay_open()  # while a probe waits at the socket, the worker may be about to accept it
+    failed = one.daemon.log.wait_for("event=reload-failed generation=2", after=mark)
+    assert "not ready within" not in failed
+    assert pid_in(ask(str(path))) == spawned(one.daemon, 1)[0]
+    one.daemon.reload()
+    newest_answers(one, path)

@@ -638,7 +638,7 @@ def test_a_replacement_that_fails_while_it_settles_has_a_verdict(
 def test_a_generation_that_breaks_its_socket_before_ready_fails(story: Story) -> None:
     story.given_serving(Policy(workers_accept=True)).and_also(ReloadRequested())
 
-    reason = "a worker shut down or broke its listening socket"
+    reason = "a worker broke its listening socket, or another program removed its socket file"
     assert Report(ReportKind.RELOAD_FAILED, 2, reason) in story.when(SocketLost(2))
 
 

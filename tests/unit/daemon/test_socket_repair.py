@@ -263,19 +263,21 @@ def test_a_socket_without_clients_may_be_out_of_reach(world: World, pair: Memory
     assert pair.sockets == before
 
 
+@pytest.mark.parametrize("lacks", ["device_is_gone", "is_unreachable"])
 @pytest.mark.parametrize(
     ("starts", "is_gone", "stays"), [(True, True, False), (False, True, True), (True, False, True)]
 )
-def test_a_starting_generation_whose_device_is_gone_cannot_be_probed(
-    world: World, pair: MemoryListener, starts: bool, is_gone: bool, stays: bool
+def test_a_starting_generation_whose_device_or_file_is_gone_cannot_be_probed(
+    world: World, pair: MemoryListener, lacks: str, starts: bool, is_gone: bool, stays: bool
 ) -> None:
     world.serving(1)
     if starts:
         world.starting(2)
     before = pair.sockets[1]
-    before.device_is_gone = is_gone
+    setattr(before, lacks, is_gone)
     world.repairs.repair_all()
     assert (pair.sockets[1] is before) == stays
+    assert world.clock.posted == ([] if stays else [SocketLost(2)])
 
 
 def test_a_listener_that_is_removed_by_the_repair_of_another_one_is_not_looked_at(

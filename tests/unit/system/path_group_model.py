@@ -282,6 +282,7 @@ class World:
             assert self.look().leads_to == number, "it shares an earlier one's socket"
         self.workers[number] = accepts_from
         self.steer()
+        self.check_probed()
 
     def route(self) -> None:
         if self.starting is None:
@@ -398,18 +399,32 @@ class World:
             self.files.names[PATH] = FOREIGN
 
     def look_after(self) -> None:
-        """As SocketRepair does: the current socket's file is gone, so another one is bound."""
-        number = self.target()
-        if self.look().is_out_of_reach(number):
-            try:
-                self.carry_out(self.look().bind_anew(number))
-            except OSError:
-                return
-            self.record()
-            self.steer()
-            self.adopt_held()
+        """As SocketRepair does: a needed socket's file is gone, so another one is bound."""
+        for number in (0, 1):
+            starts = number == self.starting and number != self.target()
+            if not (starts or number == self.target()):
+                continue
+            if self.look().is_out_of_reach(number):
+                try:
+                    self.carry_out(self.look().bind_anew(number))
+                except OSError:
+                    continue
+                self.record()
+                self.steer()
+                self.adopt_held()
+                if starts:
+                    self.end()
+        self.check_probed()
 
     # -- what must hold ----------------------------------------------------------------------
+
+    def check_probed(self) -> None:
+        """A probe reaches the starting generation, or clients wait for it."""
+        if self.starting is not None and self.is_pair:
+            self.carry_out(self.look().keep())  # as UnixListener.address_of() does
+            group = self.look()
+            can_be_probed = self.starting in group.own | group.waiting
+            assert can_be_probed, "the starting generation cannot be probed"
 
     def happens(self, name: str) -> None:
         """Let an event happen."""

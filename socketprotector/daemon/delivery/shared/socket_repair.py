@@ -80,8 +80,10 @@ class SocketRepair:
         turns = self._turns
         if number == turns.number_for(listener):
             return listener.is_out_of_reach(number)
-        starts_there = turns.accepting.get(turns.starting or 0) == number
-        return starts_there and socket_copy.device_is_gone(listener.socket_for(number))
+        if turns.accepting.get(turns.starting or 0) != number:
+            return False
+        device_is_gone = socket_copy.device_is_gone(listener.socket_for(number))
+        return device_is_gone or listener.is_out_of_reach(number)
 
     def make_ready(self, listener: Listener, socket_number: int) -> None:
         """Prepare the listener's socket for a starting generation.  Raises OSError."""

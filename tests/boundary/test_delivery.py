@@ -680,10 +680,26 @@ def pass_in(listener: Listener) -> None:
 
 def close(world: World) -> tuple[str, ...]:
     """Close the delivery at the end of a stop, when all workers have exited."""
+    let_exit(world)
+    return world.delivery.close()
+
+
+def let_exit(world: World) -> None:
+    """Close the sockets of all workers, which exit."""
     for handed in world.handed.values():
         for one in handed:
             one.close()
-    return world.delivery.close()
+
+
+def close_at_the_end(world: World, *, killed: bool) -> tuple[str, ...]:
+    """Do the same; killed: this program is killed before that, and the next one does it."""
+    if not killed:
+        return close(world)
+    let_exit(world)
+    listeners, record = world.delivery.listeners, world.delivery.record()
+    assert isinstance(world.delivery, SharedDelivery)
+    world.delivery._listeners.clear()
+    return SharedDelivery.leave(listeners, record)
 
 
 @pytest.mark.parametrize("name", ["shared", "shared_path"])
@@ -714,8 +730,9 @@ def test_clients_at_the_socket_that_does_not_survive_a_stop_are_counted(
     assert world.lines.get("clients-lost", {"lost": 0})["lost"] == clients
 
 
+@pytest.mark.parametrize("killed", [False, True])
 def test_a_stop_leaves_the_socket_at_which_clients_wait_for_the_next_generation(
-    at_path: PathWorld,
+    at_path: PathWorld, killed: bool
 ) -> None:
     """The serving generation has lost its own; no other has started yet."""
     serving = at_path.serving(1)
@@ -726,7 +743,7 @@ def test_a_stop_leaves_the_socket_at_which_clients_wait_for_the_next_generation(
     copies = [each.dup() for each in listener.sockets]
 
     at_path.delivery.close_listeners(serving, quick=True, stay=True)
-    assert len(close(at_path)) == 1
+    assert len(close_at_the_end(at_path, killed=killed)) == 1
 
     [kept] = [each for each in copies if events_of(each, select.POLLIN | select.POLLRDHUP) == 1]
     with kept.accept()[0] as connection:
@@ -734,6 +751,29 @@ def test_a_stop_leaves_the_socket_at_which_clients_wait_for_the_next_generation(
     for each in copies:
         each.close()
     assert "clients-lost" not in at_path.events
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_stop_leaves_the_socket_at_which_clients_wait_for_a_release_with_that_listener(
+    request: pytest.FixtureRequest, killed: bool
+) -> None:
+    """A release with another listener was starting."""
+    world = SharedWorld()
+    request.addfinalizer(world.close)
+    serving = world.serving(1)
+    world.add(world.listener(1))
+    world.connect(1)
+    copies = [each.dup() for each in world.delivery.listeners[1].sockets]
+
+    world.delivery.close_listeners(serving, quick=True, stay=True)
+    assert len(close_at_the_end(world, killed=killed)) == 2
+
+    assert [events_of(each, select.POLLIN | select.POLLRDHUP) == 1 for each in copies] == [
+        False,
+        True,
+    ]
+    for each in copies:
+        each.close()
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -30,7 +30,7 @@ from .accept_watch import AcceptWatch
 from .listener_flags import ListenerFlags
 from .shared_listeners import SharedListeners
 from .socket_steering import SocketSteering
-from .turns import Share
+from .turns import Share, Turns
 
 _CLOSE = "listeners-close"
 
@@ -63,8 +63,9 @@ class SharedDelivery(Delivery):
 
     @classmethod
     def leave(cls, listeners: Collection[Listener], record: DeliveryRecord) -> tuple[str, ...]:
-        number = record.steering.socket_number
-        return tuple(filter(None, [each.leave(number) for each in listeners]))
+        turns = Turns()
+        turns.adopt(record.steering)
+        return tuple(filter(None, [each.leave(turns.number_for(each)) for each in listeners]))
 
     def __init__(self, host: Host, listeners: Collection[Listener]) -> None:
         self._host = host

@@ -265,16 +265,12 @@ class SocketSteering(Steering):
 
         held: whether the fleet is on hold; if not, a hold in the record ends now.
         """
-        turns, probes = self.turns, self.probes
-        turns.current = record.socket_number
-        turns.unserved, turns.lost = frozenset(record.unserved), frozenset(record.lost)
-        turns.partly_served = frozenset(record.partly_served)
-        turns.expected = dict(record.expected)
+        probes = self.probes
+        self.turns.adopt(record)
         self._written = record.groups
         orders = {index: (listed, order) for index, listed, order in record.groups}
         for each in self._listeners.all:
             each.group_record = orders.get(each.index)
-        turns.leaving = {generation: (number, at) for generation, number, at in record.leaving}
         probes.probed, probes.probe_sources = set(record.asked), set(record.asked_from)
         self._repairs.options.record = record.options
         self._listeners.adopt_rights(record.rights)

@@ -11,6 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
+    from ....model.records import SteeringRecord
     from ....system.listener import Listener
 
 
@@ -51,6 +52,14 @@ class Turns:
     #: Not recorded: after an upgrade or a kill, the next program repeats the action RouteTo, which
     #: has the share.
     share: Share | None = None
+
+    def adopt(self, record: SteeringRecord) -> None:
+        """Resume from the record of an earlier program."""
+        self.current, self.lost = record.socket_number, frozenset(record.lost)
+        self.unserved = frozenset(record.unserved)
+        self.partly_served = frozenset(record.partly_served)
+        self.expected = dict(record.expected)
+        self.leaving = {generation: (number, at) for generation, number, at in record.leaving}
 
     @property
     def free(self) -> int:

@@ -2867,3 +2867,37 @@ def test_a_path_whose_only_socket_lost_its_file_keeps_no_generation_from_its_end
 
     assert world.quiesced == [1]
     assert "not-steered" not in world.log.events
+
+
+@pytest.mark.parametrize("waits_at_path", [False, True])
+@pytest.mark.parametrize("fault", ["the folder is renamed", "no memory"])
+def test_an_address_that_cannot_be_steered_limits_the_wait_for_its_own_clients_alone(
+    world: World, pair: Listener, monkeypatch: pytest.MonkeyPatch, fault: str, waits_at_path: bool
+) -> None:
+    """Where its path leads nowhere, no new client comes, so all are waited for."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    if waits_at_path:
+        come(world, pair.path)
+    else:
+        world.connect()
+    folder = Path(pair.path).parent
+    if fault == "no memory":
+        monkeypatch.setattr(pair, "steer", fail)
+    else:
+        folder.rename(f"{folder}-renamed")
+    over: list[bool] = []
+
+    world.steering.give_back()
+    world.steering.quiesce_last(1, lambda: over.append(True), float("inf"))
+    assert world.log.events == ["not-steered"]
+    world.pass_time(LAST_S + 1.0)
+
+    assert bool(over) == (fault == "no memory" and waits_at_path)
+    (pair.socket_for(0) if waits_at_path else world.listener.socket_for(0)).accept()[0].close()
+    world.pass_time(2.0)
+    assert over == [True]

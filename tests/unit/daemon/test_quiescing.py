@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from copy import copy
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ class World:
         self.shaking: set[bytes] = set()
         self.in_backlog = False
         self.is_steered = True
+        self.strays = False  # whether new clients can come to its socket
         self.scarce = False
         self.ended: list[float] = []
         listener = SimpleNamespace(
@@ -43,7 +45,7 @@ class World:
         host = SimpleNamespace(runtime=self.clock.use_in(patch, quiescing))
         self.turns = Turns()
         self.quiescing = Quiescing(
-            cast("Any", SimpleNamespace(host=host, pairs=self.pairs)),
+            cast("Any", SimpleNamespace(host=host, pairs=self.pairs, can_stray=self._can_stray)),
             self.turns,
             cast("Any", SimpleNamespace(clients_wait=lambda *_: self.in_backlog)),
             cast("Any", SimpleNamespace(gets_no_client=lambda _: self.is_steered)),
@@ -58,6 +60,9 @@ class World:
     @staticmethod
     def _of(ports: set[int], clients: Any) -> Any:
         return {port: clients.copy() for port in ports}
+
+    def _can_stray(self, listener: Listener) -> bool:
+        return self.strays and listener is self.pairs[0]
 
     def begin(self, **how: Any) -> None:
         self.quiescing.begin(1, 0, self._over, **how)
@@ -209,6 +214,18 @@ def test_the_clients_of_the_last_generation_are_waited_for_and_then_read_from(
     world.clock.pass_time(1)
     assert len(world.ended) == 1
     assert not world.clock.lines
+
+
+@pytest.mark.parametrize("addresses", [1, 2])
+def test_only_where_new_clients_can_come_the_last_generation_has_a_limited_time(
+    world: World, addresses: int
+) -> None:
+    world.pairs *= addresses
+    world.pairs[-1] = copy(world.pairs[0]) if addresses == 2 else world.pairs[0]
+    world.in_backlog = world.strays = True
+    world.begin(accept_until=float("inf"))
+    world.clock.pass_time(LAST_S + 0.2)
+    assert len(world.ended) == (addresses == 1)
 
 
 def test_what_cannot_be_looked_up_now_is_not_taken_for_nothing(world: World) -> None:

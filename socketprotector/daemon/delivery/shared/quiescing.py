@@ -124,7 +124,8 @@ class Quiescing:
         generations; the clients that wait at these listeners must be accepted, too.  leave_out:
         listeners whose clients need not be accepted.  reads_on: call back as soon as the generation
         has accepted its clients.  accept_until: until this time, LAST_S does not begin while
-        clients wait at the socket, because no other generation would accept these clients.
+        clients wait at an address, because no other generation would accept these clients; this
+        excludes addresses whose new clients can come to the socket, too.
         """
         given = socket_number, on_quiet, common, leave_out, reads_on, accept_until
         self._generations[generation] = _Generation(*given, began=time.monotonic())
@@ -157,9 +158,10 @@ class Quiescing:
         # Unlike `own`, `pairs` includes listeners whose socket was replaced since the generation
         # started: the generation has accepted clients from the earlier socket.
         pairs = self._turns.own(with_two, state.socket_number)
-        own_wait = any(self._probes.clients_wait(each, state.socket_number) for each in own)
-        waiting = own_wait or bool(state.common)
-        if gets_clients or (own_wait and now < state.accept_until):
+        full = [each for each in own if self._probes.clients_wait(each, state.socket_number)]
+        waiting = bool(full or state.common)
+        must_accept = now < state.accept_until and not all(map(self._listeners.can_stray, full))
+        if gets_clients or must_accept:
             self.begin_again(generation)
         unread = state.unread
         if unread is None:

@@ -16,6 +16,8 @@ class SharedListeners:
         """Take ownership of the listeners."""
         self.host = host
         self.all = list(listeners)
+        #: Addresses whose clients the kernel sends to the wrong socket, and why; set by steer().
+        self.not_steered: dict[str, str] = {}
 
     @property
     def living(self) -> list[Listener]:
@@ -28,6 +30,10 @@ class SharedListeners:
         closing: our own listeners refuse new clients; owners of passed-in sockets still accept.
         """
         return [each for each in self.all if each.settings.foreign or not closing]
+
+    def can_stray(self, listener: Listener) -> bool:
+        """Return whether new clients of a listener can come to the wrong socket."""
+        return listener.settings.address in self.not_steered and not listener.path_fault
 
     @property
     def pairs(self) -> list[Listener]:

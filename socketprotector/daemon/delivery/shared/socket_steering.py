@@ -41,8 +41,6 @@ class SocketSteering(Steering):
         runtime = listeners.host.runtime
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._post = runtime.persist, runtime.post
-        #: Addresses whose clients the kernel sends to the wrong socket, and why.
-        self._not_steered: dict[str, str] = {}
         self._not_held = ""  # why a hold does not keep new clients waiting; "": it does, or no hold
         self._written = self._groups  # the result of _groups in the last written state
         self.turns = Turns()
@@ -55,7 +53,7 @@ class SocketSteering(Steering):
     @property
     def is_steered(self) -> bool:
         """Return whether the kernel sends all clients to the right socket."""
-        return not self._not_steered
+        return not self._listeners.not_steered
 
     @property
     def accept_watch(self) -> AcceptWatch:
@@ -306,7 +304,6 @@ class SocketSteering(Steering):
         awaited = self.turns.own(self._listeners.pairs, number) or common
         if generation in self.turns.accepting and awaited:
             self._turn_away(generation)
-            latest = latest if self.is_steered else 0.0  # unsteered: new clients may keep coming
             self._quiescing.begin(generation, number, on_quiet, common=common, accept_until=latest)
         else:
             on_quiet()
@@ -329,7 +326,7 @@ class SocketSteering(Steering):
         ]
         unsteered = [
             f"{address}: new clients do not reach the newest generation: {why}"
-            for address, why in self._not_steered.items()
+            for address, why in self._listeners.not_steered.items()
         ]
         if self._not_held and self.hold.on:
             unsteered.append(f"on hold, but workers accept new clients: {self._not_held}")
@@ -348,12 +345,11 @@ class SocketSteering(Steering):
 
     def gets_no_client(self, generation: int) -> bool:
         """Return whether no new client comes to a generation; always True during a stop."""
-        turns, bad = self.turns, self._not_steered
+        turns = self.turns
         if turns.given_back or self._repairs.ended:
             return True
         is_replaced = turns.accepting[generation] != turns.current and not turns.share
-        faults = [e.path_fault for e in self._listeners.all if e.settings.address in bad]
-        return is_replaced and all(faults)  # no client comes by a path with a fault
+        return is_replaced and not any(map(self._listeners.can_stray, self._listeners.all))
 
     def _turn_away(self, generation: int) -> bool:
         """Steer a generation's new clients to a socket without workers; False: nothing changed."""
@@ -379,14 +375,14 @@ class SocketSteering(Steering):
                 not_held = self._steer_one(each, self.turns.number_for(each)) or not_held
             except OSError as error:
                 not_steered[each.settings.address] = error.strerror or str(error)
-        if new := not_steered.keys() - self._not_steered.keys():
+        if new := not_steered.keys() - self._listeners.not_steered.keys():
             why = " ".join(sorted({not_steered[each] for each in new}))
             self._log.write("error", "not-steered", listen=" ".join(sorted(new)), error=why)
         if not_held and not self._not_held:
             self._log.write("error", "not-held", error=not_held)
-        self._not_steered, self._not_held = not_steered, not_held
+        self._listeners.not_steered, self._not_held = not_steered, not_held
         self._loop.cancel("steer")
-        if self._not_steered or self._not_held:
+        if not_steered or not_held:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
         self._steer_while_starting()
         if self._written != self._groups:  # a repair changed a group: update the state

@@ -118,16 +118,28 @@ def two_links() -> Iterator[tuple[str, str]]:
     if shutil.which("ip") is None:
         needs.skip("ip")
     names = f"sp-{os.getpid()}-1", f"sp-{os.getpid()}-2"
+    hosts = f"fe80::77%{names[0]}", f"fe80::77%{names[1]}"
+    try:
+        add_links(hosts)
+        yield hosts
+    finally:
+        remove_links(hosts)
+
+
+def add_links(hosts: tuple[str, str]) -> None:
+    """Make the two interfaces of these hosts."""
+    names = [each.partition("%")[2] for each in hosts]
     made = _ip("link", "add", names[0], "type", "veth", "peer", "name", names[1])
     if made.returncode:
         needs.skip("veth", made.stderr)
-    try:
-        for name in names:
-            _ip("addr", "add", "fe80::77/64", "dev", name, "nodad").check_returncode()
-            _ip("link", "set", name, "up").check_returncode()
-        yield f"fe80::77%{names[0]}", f"fe80::77%{names[1]}"
-    finally:
-        _ip("link", "del", names[0])
+    for name in names:
+        _ip("addr", "add", "fe80::77/64", "dev", name, "nodad").check_returncode()
+        _ip("link", "set", name, "up").check_returncode()
+
+
+def remove_links(hosts: tuple[str, str]) -> None:
+    """Remove both, if they are there."""
+    _ip("link", "del", hosts[0].partition("%")[2])
 
 
 def _ip(*words: str) -> subprocess.CompletedProcess[str]:

@@ -280,7 +280,7 @@ class Effects(Host):
             self._post(OpenFailed(number, what_failed(error)))
             return
         if fresh and self.last_good is not None and not dry_run:
-            self.reports.reload_began(number)
+            self.reports.reload_began(number, self.delivery.listeners)
 
     def _refuse_unless_reachable(self, program: Program) -> None:
         """Raise ValueError if only a probe can make a program ready, but no probe can reach it."""

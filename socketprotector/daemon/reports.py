@@ -8,7 +8,7 @@ neither READY=1 nor RELOADING=1, which would contradict STOPPING=1.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ..core.actions import Report, ReportKind
 from ..core.fleet import Fleet, LameDuck
@@ -17,6 +17,7 @@ from ..model.lazy_dataclass import replace
 from ..model.policy import Policy
 from ..model.records import RunRecord
 from ..model.text import headline, in_units
+from ..system.listener import Listener
 from ..system.log import Log
 from ..system.sd_notify import Systemd
 from .start_report import StartReport
@@ -38,6 +39,9 @@ _OF_RELOADS = (
     ReportKind.RELOADED,
     ReportKind.RECOVERED,
     ReportKind.RELOAD_FAILED,
+)
+NO_INTERFACE = (
+    "its interface was removed, so no client can connect; restart SocketProtector when it is back"
 )
 #: The longest time from the last worker's exit to the exit of this process.
 _TO_END_S = 5.0
@@ -91,8 +95,14 @@ class Reports:
         """Change the history; the next write of the state records it."""
         self.run = replace(self.run, history=change(self.run.history))
 
-    def reload_began(self, generation: int) -> None:
-        """Record in the history that a reload has opened this generation."""
+    def reload_began(self, generation: int, listeners: Iterable[Listener]) -> None:
+        """Record in the history that a reload has opened this generation.
+
+        Also report the listeners that it cannot serve, because their interface was removed.
+        """
+        for each in listeners:
+            if each.lacks_interface:
+                self.listener_lost(each.settings.address, NO_INTERFACE)
         now = time.time()
         self.remember(lambda history: history.reload_began(generation, now))
 
@@ -140,7 +150,7 @@ class Reports:
 
     def listener_lost(self, address: str, reason: str) -> None:
         """Report that a listener gets no more clients."""
-        hint = "a process broke the socket or removed its file; "
+        hint = "the socket was broken, or its file or interface removed; "
         hint += "restart SocketProtector to restore the listener"
         self._log.write("error", "listener-lost", listen=address, error=reason, hint=hint)
         self._systemd.send(STATUS=f"{address} no longer accepts connections; restart to restore it")

@@ -364,10 +364,12 @@ def reuse(bound: Bound, listen: Listen, backlog: int) -> Bound:
     if listen.path is not None:
         socket_copy.reapply_options(sock, sock)
         return replace(bound, settings=reapply_options(sock, listen, listen.path, backlog))
+    interface = bound.settings.address.partition("%")[2].rpartition("]")[0]
     with _unbound(listen, socket.AddressFamily(sock.family)) as fresh:
-        if interface := bound.settings.address.partition("%")[2].rpartition("]")[0]:
-            fresh.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
-        socket_copy.reapply_options(sock, fresh)
+        socket_copy.reapply_options(sock, fresh, device=not interface)
+    # Only a socket that lacks it: before Linux 5.7 this call needs CAP_NET_RAW.
+    if interface and sock.getsockname()[3] != socket.if_nametoindex(interface):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
     sock.listen(backlog)
     return bound
 

@@ -286,6 +286,11 @@ class Listener:
         self.sockets.reverse()
 
     @property
+    def lacks_interface(self) -> bool:
+        """Whether its interface was removed: no socket, not even the reserved one, has it."""
+        return all(map(socket_copy.interface_is_gone, self._sockets_but(())))
+
+    @property
     def blocks(self) -> bool:
         """Whether accept() blocks; any process that has the socket can change this for all."""
         return os.get_blocking(self.fileno())

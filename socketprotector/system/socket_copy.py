@@ -77,7 +77,7 @@ def bind_beside(sock: socket.socket, address: SocketAddress) -> socket.socket:
     """Return a socket bound to an address, with the options of `sock`.  Raises OSError."""
     made = socket.socket(sock.family, socket.SOCK_STREAM)
     with on_error(made.close):
-        copy(sock, made)
+        copy(sock, made, device=not any(address[2:]))  # a link-local address sets the device
         made.bind(address)
     return made
 
@@ -113,8 +113,8 @@ def least_ttl(sock: socket.socket) -> Sequence[tuple[int, int]]:
     return ((socket.IPPROTO_IP, IP_MINTTL),) if sock.family == socket.AF_INET else ()
 
 
-def reapply_options(used: socket.socket, fresh: socket.socket) -> None:
-    """Give a listening socket the options of a fresh socket.
+def reapply_options(used: socket.socket, fresh: socket.socket, *, device: bool = True) -> None:
+    """Give a listening socket the options of a fresh socket; device: also its device.
 
     Raises OSError, which names the option that cannot be set; earlier options stay set.
     """
@@ -127,7 +127,7 @@ def reapply_options(used: socket.socket, fresh: socket.socket) -> None:
             raise OSError(errno.EINVAL, "v6only cannot be changed after the bind")
     if _locks(used) is None and any(used.getsockopt(*o) != fresh.getsockopt(*o) for o in _DOUBLED):
         raise OSError(errno.EOPNOTSUPP, "rcvbuf and sndbuf cannot be undone before Linux 5.14")
-    copy(fresh, used)
+    copy(fresh, used, device=device)
 
 
 def _locks(sock: socket.socket) -> int | None:
@@ -151,6 +151,11 @@ def device_is_gone(listening: socket.socket) -> bool:
     return False
 
 
+def interface_is_gone(listening: socket.socket) -> bool:
+    """Return whether a socket's interface was removed; leave_devices() removes none."""
+    return device_is_gone(listening) and device_of(listening) != NO_DEVICE
+
+
 def leave_devices(listening: socket.socket) -> None:
     """Bind a socket to a device that does not exist, so that no client reaches it.
 
@@ -161,8 +166,11 @@ def leave_devices(listening: socket.socket) -> None:
     listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, NO_DEVICE)
 
 
-def copy(first: socket.socket, second: socket.socket) -> None:
-    """Copy the options of the first socket to the second.  Raises OSError without permission."""
+def copy(first: socket.socket, second: socket.socket, *, device: bool = True) -> None:
+    """Copy the options of the first socket to the second.  Raises OSError without permission.
+
+    device: also copy the device, which needs CAP_NET_RAW before Linux 5.7.
+    """
     options = _COPIED + (_OF_IPV6 if first.family == socket.AF_INET6 else ())
     for level, option in options:
         value = first.getsockopt(level, option)
@@ -172,7 +180,7 @@ def copy(first: socket.socket, second: socket.socket) -> None:
     locks = _locks(first)
     if locks is not None and locks != _locks(second):
         second.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, locks)
-    for level, option in _TEXTS:
+    for level, option in _TEXTS if device else _TEXTS[1:]:
         text = first.getsockopt(level, option, _NAME_BYTES)
         if text != second.getsockopt(level, option, _NAME_BYTES):
             second.setsockopt(level, option, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.namespaces import at, two_links
+from tests import needs
+from tests.namespaces import add_links, at, remove_links, two_links
 from tests.running import FAIR_START_S, Client, Protector, ask
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.config_file import File
@@ -28,6 +30,25 @@ Starter = Callable[..., Protector]
 def links() -> Iterator[tuple[str, str]]:
     with two_links() as hosts:
         yield hosts
+
+
+@pytest.fixture
+def before_linux_5_7(tmp_path: Path) -> str:
+    """A library that is preloaded: only CAP_NET_RAW may bind a socket to an interface."""
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        needs.skip("gcc")
+    library = tmp_path / "before_linux_5_7.so"
+    source = Path(__file__).with_name("before_linux_5_7.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return str(library)
+
+
+def warnings(place: Path) -> list[str]:
+    """Return the lines of `status` about missing interfaces."""
+    command = [*CTL, "--control", str(place), "status"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [each for each in said.splitlines() if "its interface was removed" in each]
 
 
 @EITHER_HANDOFF
@@ -143,10 +164,85 @@ def test_a_check_beside_the_running_one_and_a_second_start_know_the_address(
     start.stop()
 
 
-def test_after_a_stop_the_stored_socket_still_has_its_interface(
+@pytest.mark.parametrize("ready", ["accept", "notify", ""])
+def test_a_removed_interface_keeps_no_release_from_other_listeners(
+    protector: Starter, place: Path, links: tuple[str, str], ready: str
+) -> None:
+    """ready: under --handoff listener; "" is the other handoff."""
+    options = ("--handoff", "listener", "--ready", ready) if ready else ()
+    health = ("--health", "accept", "--health-every", "100ms") if ready == "accept" else ()
+    server = MANY
+    if ready:
+        server = worker("accepts", *(("--ready", "notify") if ready == "notify" else ()))
+    listens = f"[{links[0]}]:0", "127.0.0.1:0"
+    daemon = protector("--control", place, *options, *health, *listens, "--", *server).ready()
+    there = at(links[0], daemon.port)
+    other = ("127.0.0.1", int(daemon.addresses[1].rpartition(":")[2]))
+    daemon.reload()
+    assert not warnings(place)
+
+    remove_links(links)
+    for comes_back in (False, False, True):
+        if comes_back:
+            add_links(links)  # with another index
+            there = (*there[:3], socket.if_nametoindex(links[0].partition("%")[2]))
+        before, mark = ask(other), len(daemon.log.seen)
+        daemon.reload()
+        assert ask(other) != before
+        line = daemon.log.wait_for("event=listener-lost", after=mark)
+        assert "restart SocketProtector when it is back" in line
+        assert len(warnings(place)) == 1
+    with pytest.raises(ConnectionRefusedError):
+        ask(there)
+
+    for other_event in ("socket-replaced", "one-socket-left", "reload-failed", "unhealthy"):
+        assert f"event={other_event}" not in daemon.log.text()
+    daemon.stop()
+
+
+def test_a_restart_serves_an_interface_that_was_removed_and_made_again(
     tmp_path: Path, marked_environment: dict[str, str], links: tuple[str, str]
 ) -> None:
     made = Service(tmp_path, {**marked_environment, "INVOCATION_ID": "of a unit"})
+    with closing(made) as service:
+        port = service.start(f"[{links[0]}]:0", "--", *MANY).ready().port
+        service.wait_for("READY")
+        remove_links(links)
+        add_links(links)
+        service.main.stop()
+
+        second = service.start(f"[{links[0]}]:{port}", "--", *MANY).ready()
+        assert ask(at(links[0], port))
+        second.stop()
+
+
+def test_each_generation_has_its_socket_without_the_right_to_choose_the_interface(
+    tmp_path: Path,
+    marked_environment: dict[str, str],
+    links: tuple[str, str],
+    before_linux_5_7: str,
+) -> None:
+    made = Service(tmp_path, {**marked_environment, "LD_PRELOAD": before_linux_5_7})
+    with closing(made) as service:
+        words = ("--handoff", "listener", "--ready", "accept", f"[{links[0]}]:0")
+        daemon = service.start(*words, "--", *worker("accepts")).ready()
+        assert "no second socket" not in daemon.log.text()
+        before = ask(at(links[0], daemon.port))
+        daemon.reload()
+        assert ask(at(links[0], daemon.port)) != before
+        daemon.stop()
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_after_a_stop_the_stored_socket_still_has_its_interface(
+    tmp_path: Path,
+    marked_environment: dict[str, str],
+    links: tuple[str, str],
+    request: pytest.FixtureRequest,
+    is_old: bool,
+) -> None:
+    kernel = {"LD_PRELOAD": request.getfixturevalue("before_linux_5_7")} if is_old else {}
+    made = Service(tmp_path, {**marked_environment, **kernel, "INVOCATION_ID": "of a unit"})
     with closing(made) as service:
         port = service.start(f"[{links[0]}]:0", "--", *MANY).ready().port
         service.wait_for("READY")

@@ -151,7 +151,7 @@ class CommandHandler:
             "reloads": status.plain(history.reloads[-RECENT:]),
             "crashes": history.crashed,
             "warnings": (
-                *status.of_warnings(settings),
+                *status.of_warnings(settings, delivery.listeners),
                 *effects.pool.warnings,
                 *delivery.warnings,
                 *releases.warnings(effects),

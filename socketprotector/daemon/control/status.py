@@ -26,6 +26,7 @@ from .. import forked_children, spread
 from ..delivery import Delivery
 from ..effects import Effects
 from ..generation import OpenGeneration
+from ..reports import NO_INTERFACE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -112,13 +113,15 @@ def of_waits(
     return {"waits_for": found} if found else {}
 
 
-def of_warnings(settings: Settings) -> list[str]:
-    """Return those warnings from SocketProtector's start that still apply.
+def of_warnings(settings: Settings, listeners: Iterable[Listener]) -> list[str]:
+    """Return the warnings from SocketProtector's start that still apply, and of interfaces.
 
     A warning about a UNIX socket names the rights of a file or folder.  If an operator has changed
     these rights since then, leave the warning out.
     """
-    return [each for each in settings.warnings if not _is_resolved(each)]
+    lacking = [each.settings.address for each in listeners if each.lacks_interface]
+    of_start = [each for each in settings.warnings if not _is_resolved(each)]
+    return [*of_start, *(f"{address}: {NO_INTERFACE}" for address in lacking)]
 
 
 def _is_resolved(warning: str) -> bool:

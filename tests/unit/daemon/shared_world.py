@@ -72,6 +72,7 @@ class MemoryListener:
         self.reserved: MemorySocket | None = None
         self.is_reserved_for_clients = self.has_held_client = self.is_cut_off = False
         self.path_fault = ""
+        self.lacks_interface = False
         self.file_rights: tuple[int, int, int, None] | None = (-1, -1, 0o600, None)
         self.passed_by: set[int] = set()
         self.identities = [(1, 1), (1, 2)]

@@ -280,6 +280,17 @@ def test_a_starting_generation_whose_device_or_file_is_gone_cannot_be_probed(
     assert world.clock.posted == ([] if stays else [SocketLost(2)])
 
 
+def test_without_the_interface_of_its_listener_no_other_socket_can_be_bound(
+    world: World, pair: MemoryListener
+) -> None:
+    world.serving(1)
+    world.starting(2)
+    before = pair.sockets[1]
+    before.device_is_gone = pair.lacks_interface = True
+    world.repairs.repair_all()
+    assert pair.sockets[1] is before
+
+
 def test_a_listener_that_is_removed_by_the_repair_of_another_one_is_not_looked_at(
     world: World, pair: MemoryListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:

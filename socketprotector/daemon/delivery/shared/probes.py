@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 
@@ -91,23 +91,23 @@ class Probes:
         None: no such listener.  name: the name of the listener; "": the first listener.  knows:
         returns whether the serving generation knows a listener, by index.
         """
-        for each in self._listeners.living:
-            if name in ("", each.settings.name) and knows(each.index):
-                listening = each.socket_for(self._turns.current)
-                unix = listening.family == socket.AF_UNIX
-                address = each.address_of(self._turns.current)
-                waits: Callable[[socket.socket], bool] = partial(_waits, listening, address)
-                if each.path_fault:  # connect by the path, as clients do, not to the socket's file
-                    address, waits = each.local_address, _leads_elsewhere
-                # The mark keeps the probe on this machine, as in reach_by_mark().
-                mark = None if unix else self._mark_for(each, address)
-                target = ProbeTarget(address, mark, waits, lambda: None)
-                # If the listener has only one socket, the next generation's workers accept an
-                # abandoned probe, so it need not be noted.
-                if each.has_sibling:
-                    target.abandon = partial(self._note_abandoned, listening)
-                return target
-        return None
+        each = self._first(self._listeners.living, name, knows)
+        if each is None:
+            return None
+        listening = each.socket_for(self._turns.current)
+        unix = listening.family == socket.AF_UNIX
+        address = each.address_of(self._turns.current)
+        waits: Callable[[socket.socket], bool] = partial(_waits, listening, address)
+        if each.path_fault:  # connect by the path, as clients do, not to the socket's file
+            address, waits = each.local_address, _leads_elsewhere
+        # The mark keeps the probe on this machine, as in reach_by_mark().
+        mark = None if unix else self._mark_for(each, address)
+        target = ProbeTarget(address, mark, waits, lambda: None)
+        # If the listener has only one socket, the next generation's workers accept an abandoned
+        # probe, so it need not be noted.
+        if each.has_sibling:
+            target.abandon = partial(self._note_abandoned, listening)
+        return target
 
     def _mark_for(self, listener: Listener, address: tuple[str, int]) -> bpf.Mark:
         place = listener.index, self._turns.current
@@ -210,8 +210,16 @@ class Probes:
     def _listener_to_probe(
         self, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> Listener | None:
-        named = (each for each in self._listeners.pairs if name in ("", each.settings.name))
-        return next((each for each in named if not each.lost and knows(each.index)), None)
+        pairs = [each for each in self._listeners.pairs if not each.lost]
+        return self._first(pairs, name, knows)
+
+    @staticmethod
+    def _first(
+        listeners: Iterable[Listener], name: str, knows: Callable[[int], bool]
+    ) -> Listener | None:
+        """Return the first such listener, if possible one whose interface was not removed."""
+        named = (e for e in listeners if name in ("", e.settings.name) and knows(e.index))
+        return min(named, key=lambda each: each.lacks_interface, default=None)
 
     def _release_mark(self, mark: bpf.Mark) -> None:
         """Stop steering connections with this mark."""

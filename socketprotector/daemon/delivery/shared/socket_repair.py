@@ -80,8 +80,8 @@ class SocketRepair:
         turns = self._turns
         if number == turns.number_for(listener):
             return listener.is_out_of_reach(number)
-        if turns.accepting.get(turns.starting or 0) != number:
-            return False
+        if turns.accepting.get(turns.starting or 0) != number or listener.lacks_interface:
+            return False  # without the listener's interface no new socket can be bound
         device_is_gone = socket_copy.device_is_gone(listener.socket_for(number))
         return device_is_gone or listener.is_out_of_reach(number)
 

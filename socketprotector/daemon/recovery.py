@@ -131,16 +131,16 @@ class Recovery:
             if descriptors.keys() >= needed and not record.orphaned:
                 pool.adopt(record, descriptors, generation)
             else:
-                # The worker had exited, or the fd store had no room for all of its descriptors.
-                # Either way, treat what still runs as the group of an exited worker.
+                # The worker had exited (then it is `orphaned`), or the fd store had no room for all
+                # of its descriptors.  Treat what still runs as the group of an exited worker.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
                 # Report a group if the fleet counts its worker as running, and the end of a group
                 # that the fleet counts as orphans.  If a running worker has left no group,
                 # _report_missing() reports the worker.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
-                    served_s = _served_s(record)
-                    ended.append(WorkerExited(record.number, _ENDED, served_s, orphans=has_group))
+                    reason, served_s = _reason(record), _served_s(record)
+                    ended.append(WorkerExited(record.number, reason, served_s, orphans=has_group))
             yield ()
         yield (*ended, *self._report_missing({each.worker for each in ended}))
 
@@ -160,10 +160,8 @@ class Recovery:
         records = {record.number: record for record in self.snapshot.workers}
         for number in unfinished:
             self._end_unfinished(number)
-            # A worker without a record was starting: the record is written once the process runs.
             record = records.get(number)
-            reason = _KILLED if record is None else _NOT_STORED
-            lost.append(WorkerExited(number, reason, _served_s(record), orphans=True))
+            lost.append(WorkerExited(number, _reason(record), _served_s(record), orphans=True))
         return lost
 
     def _end_unfinished(self, number: int) -> None:
@@ -181,6 +179,12 @@ class Recovery:
 
         for address in tuple(searched):
             pool.orphans.end(address, partial(gone, address))
+
+
+def _reason(record: WorkerRecord | None) -> str:
+    if record is None:  # it was starting: the record is written once the process runs
+        return _KILLED
+    return _ENDED if record.orphaned else _NOT_STORED
 
 
 def _served_s(record: WorkerRecord | None) -> float:

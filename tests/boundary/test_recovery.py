@@ -125,6 +125,38 @@ def test_a_worker_that_ran_and_was_not_stored_has_served_until_now() -> None:
     assert ended.served_s >= 100
 
 
+@pytest.mark.parametrize(
+    ("orphaned", "group", "state"),
+    [
+        (False, True, State.READY),
+        (False, False, State.READY),
+        (True, False, State.ORPHANED),
+        (True, True, State.READY),  # the state was written before its exit was handled
+        (True, False, State.READY),
+    ],
+)
+def test_a_worker_whose_descriptors_were_stored_in_part_did_not_end_before(
+    orphaned: bool, group: bool, state: State
+) -> None:
+    """The fd store had room for its process, and not for its notify socket."""
+    pool = SimpleNamespace(records=lambda: (), addresses=lambda _: (), adopt_group=lambda *_: group)
+    record = WorkerRecord(12, 1, 4711, 0, orphaned=orphaned)
+    made = recovery(12, os.open(os.devnull, os.O_RDONLY), record, handoff="listener")
+    made.effects = cast("Any", SimpleNamespace(pool=pool, generations={1: None}))
+    program = SimpleNamespace(finish_signal=signal.SIGTERM)
+    generation = cast("Any", SimpleNamespace(program=program))
+    descriptors = made.unclaimed.take("sp.worker.", 12)
+    made._workers.append((record, descriptors, generation))
+    serving = Generation(1, Phase.SERVING, workers=(Worker(12, 0, state),))
+    made.snapshot = replace(made.snapshot, fleet=Fleet(generations=(serving,), served=True))
+
+    _, (ended,) = made.adopt_workers()
+    os.close(descriptors["process"])
+
+    assert isinstance(ended, WorkerExited)
+    assert ("not stored" in ended.reason) == (not orphaned)
+
+
 @pytest.mark.parametrize("opened", [True, False])
 def test_a_worker_that_was_being_started_counts_until_no_process_has_its_address(
     opened: bool,

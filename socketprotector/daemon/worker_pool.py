@@ -377,7 +377,7 @@ class WorkerPool:
         before, worker.named = worker.named, worker.descriptors()
         for name in before.keys() - worker.named.keys():
             del self.descriptors[name]
-        for name in worker.named.keys() - before.keys():
+        for name in [each for each in worker.named if each not in before]:
             self.descriptors[name] = worker.named[name]
 
     def answered(self, generation: int, by: str) -> bool:

@@ -54,24 +54,24 @@ _VARIABLES = ("LISTEN_FDS", PID, "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
 
 class Named(dict[str, int]):
-    """Descriptors by name, with the set of names that were recently added or removed.
+    """Descriptors by name, with the names that were recently added or removed, in order.
 
-    With that set the fd store need not compare all names.  Change the dictionary only by
+    With those names the fd store need not compare all names.  Change the dictionary only by
     `[name] = fd` and `del`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        #: The fd store empties this set when it has handled the names.
-        self.changed: set[str] = set()
+        #: The fd store empties this when it has handled the names.
+        self.changed: dict[str, None] = {}
 
     def __setitem__(self, name: str, fd: int) -> None:
         super().__setitem__(name, fd)
-        self.changed.add(name)
+        self.changed[name] = None
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
-        self.changed.add(name)
+        self.changed[name] = None
 
 
 class Inherited:

@@ -298,9 +298,11 @@ class Store:
         self.kept = set(kept)
         self._most, self._names_bytes = most, names_bytes
         self._bytes = sum(len(name) + 1 for name in self.kept)
-        self._left_out: set[str] = set()  # not stored, because the store was full
+        #: Not stored, because the store was full; in order, so that what one worker frees goes to
+        #: one other worker.  (A worker with a part of its descriptors is lost, too.)
+        self._left_out: dict[str, None] = {}
         self._few: set[str] = set()  # the names in the last sync()'s argument `few`
-        self._due = set(kept)  # to be stored, or to be forgotten
+        self._due = dict.fromkeys(kept)  # to be stored, or to be forgotten
 
     @property
     def flushed(self) -> bool:
@@ -319,7 +321,9 @@ class Store:
 
     def has(self, wanted: Iterable[str]) -> bool:
         """Return whether all of these were sent to the store, or left out by a full store."""
-        return not self.keeps or (self.flushed and (self.kept | self._left_out).issuperset(wanted))
+        return not self.keeps or (
+            self.flushed and self.kept.union(self._left_out).issuperset(wanted)
+        )
 
     def holds(self, names: Iterable[str]) -> bool:
         """Return whether all of these are in the store."""
@@ -328,7 +332,7 @@ class Store:
     @property
     def left_out(self) -> tuple[str, ...]:
         """The names of the descriptors without room in the store: a kill loses their workers."""
-        return tuple(sorted(self._left_out))
+        return tuple(self._left_out)
 
     def sync(
         self,
@@ -348,48 +352,58 @@ class Store:
                 many.changed.clear()  # otherwise each worker's name would stay in it
             return True
         before, due = self._few, self._due
-        due |= (before ^ few.keys()) | self._left_out  # there may be room by now
-        due |= self.kept if many is None else many.changed
+        due.update(dict.fromkeys(before ^ few.keys()))
+        due.update(dict.fromkeys((*self.kept, *self._left_out)) if many is None else many.changed)
         many = Named() if many is None else many
         many.changed.clear()
         # New descriptors first: they may replace old ones, and we may be killed in between.
         # Keep the given order: the most important descriptors come first.
-        given = [self._give(name, few[name]) for name in few]
-        for name in due - few.keys():
-            if name in many:
-                self._give(name, many[name])
+        given = self._give_all(few, many)
         if not write_state():
             self._few = before | few.keys()
             return False
         for name in tuple(due):
-            if name not in few and name not in many and (all(given) or name not in before):
+            if name not in few and name not in many and (given or name not in before):
                 self.forget(name)
-                due.discard(name)
-        for name in (*few, *due):
-            fd = few.get(name, many.get(name))
-            if fd is not None and self._give(name, fd):
-                due.discard(name)
-        self._few = before & due | few.keys()
+                del due[name]
+        self._give_all(few, many)  # there may be room by now
+        self._few = before & due.keys() | few.keys()
         return True
+
+    def _give_all(self, few: Mapping[str, int], many: Named) -> bool:
+        """Store what is not stored yet; return False if one of `few` must be tried again later."""
+        given = [self._give(name, few[name]) for name in few]
+        for name in tuple(self._left_out):
+            if name in many:
+                if not self._has_room(name):
+                    break
+                self._give(name, many[name])
+        for name in tuple(self._due):
+            if name in many:
+                self._give(name, many[name])
+        return all(given)
+
+    def _has_room(self, name: str) -> bool:
+        return self._bytes + len(name) < self._names_bytes and len(self.kept) < self._most
 
     def _give(self, name: str, fd: int) -> bool:
         """Store a descriptor; return False if that must be tried again later."""
-        if name in self.kept:
-            return True
-        room = self._bytes + len(name) < self._names_bytes and len(self.kept) < self._most
-        if not room:
-            self._left_out.add(name)
-            return True  # trying again would not help
-        if not self._outbox.send(_STORE.format(name), fd):
-            return False
-        self._left_out.discard(name)
-        self.kept.add(name)
-        self._bytes += len(name) + 1
+        if name not in self.kept:
+            if not self._has_room(name):
+                self._left_out[name] = None  # trying again would not help
+            elif self._outbox.send(_STORE.format(name), fd):
+                self._left_out.pop(name, None)
+                self.kept.add(name)
+                self._bytes += len(name) + 1
+            else:
+                self._due[name] = None
+                return False
+        self._due.pop(name, None)
         return True
 
     def forget(self, name: str) -> None:
         """Remove a descriptor from the store."""
-        self._left_out.discard(name)
+        self._left_out.pop(name, None)
         if name not in self.kept:
             return
         # Withdraw an unsent message: its copy would keep a connection open that a worker has

@@ -205,6 +205,26 @@ def test_with_a_store_that_is_full_it_serves_after_a_kill_all_the_same(
     wait_stored(service, set())
 
 
+@pytest.mark.parametrize("handoff", ["listener"], indirect=True)
+def test_of_a_worker_that_a_full_store_has_in_part_the_log_says_that(service: Service) -> None:
+    service.environment["FDSTORE"] = "13"
+    words = ("127.0.0.1:0", "--workers", "3", "--", *MANY)
+    first = service.start(*words).ready()
+    service.wait_for("READY")
+    workers = spawned(first)
+    eventually(lambda: "sp.worker.1.process" in service.store, "the first worker's process")
+    assert "sp.worker.1.notify" not in service.store
+    service.kill()
+    second = service.start(*words)
+    service.wait_for("READY")
+
+    reason = "event=exited .*descriptors were not stored"
+    eventually(lambda: second.log.count(reason) == len(workers), "the reason of each exit")
+    assert not second.log.count("ended while no protector was running")
+    second.stop()
+    assert wait_gone(workers) == []
+
+
 def test_after_an_upgrade_with_a_full_store_what_was_left_out_is_stored_once_there_is_room(
     service: Service,
 ) -> None:

@@ -329,6 +329,28 @@ def test_clients_that_only_a_broken_canary_could_serve_keep_their_order(real: Wo
     assert not real.delivery.lost
 
 
+def test_the_clients_of_a_broken_canary_come_before_those_that_it_had_no_room_for(
+    real: World,
+) -> None:
+    real.add(real.listener(2))
+    share_with(real, 1, queue=2)
+    room = real.delivery.queue_limit(real.generations[2]) or 0
+    own = [real.connect(2) for _ in range(room + 1)]
+    real.until(lambda: real.delivery.waiting(real.generations[2]) == room)
+    assert isinstance(real.delivery, QueueDelivery)
+    undelivered = real.delivery.forwarder.undelivered
+    real.until(lambda: len(undelivered.waiting) == 1)
+    real.handed[2][0].shutdown(socket.SHUT_RDWR)
+    real.until(lambda: not queued(real))
+    real.open(3)
+    real.route_to(3)
+    real.end(2)
+
+    real.until(lambda: {*own} <= {*real.taken[3]}, 3)
+    assert real.taken[3] == own
+    assert not real.delivery.lost
+
+
 def test_a_broken_canary_is_reported_and_its_clients_go_to_the_route(real: World) -> None:
     share_with(real, HALF)
     real.handed[2][0].shutdown(socket.SHUT_RDWR)

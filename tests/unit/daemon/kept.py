@@ -13,12 +13,19 @@ class Kept:
     def __init__(self) -> None:
         self.waiting: list[tuple[bytes, int]] = []
         self.writable = True
+        self.number = 0  # of those kept by keep_older()
+        self._older: dict[int, int] = {}  # descriptor -> its number
 
     def has(self, wanted: Callable[[int], bool]) -> bool:
         return any(wanted(listener_of(header)) for header, _ in self.waiting)
 
     def keep_first(self, header: bytes, fd: int) -> None:
         self.waiting.insert(0, (header, fd))
+
+    def keep_older(self, header: bytes, fd: int, number: int) -> None:
+        older = [self._older.get(each, 0) <= number for _, each in self.waiting]
+        self.waiting.insert([*older, True].index(True), (header, fd))
+        self.number = self._older[fd] = self.number + 1
 
     def keep_last(self, header: bytes, fd: int) -> None:
         self.waiting.append((header, fd))

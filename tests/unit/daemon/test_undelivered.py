@@ -89,6 +89,19 @@ def test_one_that_failed_goes_first_and_others_wait_for_a_route_that_knows_them(
     assert not world.kept.has(any_listener)
 
 
+def test_those_taken_back_come_in_their_order_before_those_kept_before(world: World) -> None:
+    world.kept.keep_last(*came_by(4))
+    number = world.kept.number
+    for listener in (1, 2):
+        world.kept.keep_older(*came_by(listener), number)
+    world.kept.keep_first(*came_by(0))
+    world.kept.keep_last(*came_by(5))
+    world.kept.keep_older(*came_by(3), number)
+
+    assert [listener_of(header) for _, header in world.kept.waiting] == [0, 1, 2, 3, 4, 5]
+    assert world.states[-1][1] == world.kept.waiting
+
+
 def test_no_connection_has_the_number_of_an_earlier_one(world: World) -> None:
     numbers: dict[str, int] = {}  # name -> descriptor
     sent = []  # and left open until the end, so that no descriptor is another one's

@@ -173,7 +173,7 @@ class CanaryQueue:
 
     def _send_again(self, channel: GenerationChannel) -> None:
         """Send all queued connections again, in the same order."""
-        shortage = self._outlet.shortage
+        shortage, number = self._outlet.shortage, self._outlet.undelivered.number
         for _ in range(channel.depth()):
             taken = shortage.take_back(channel) if not shortage.lasts else None
             if taken is None:
@@ -183,7 +183,7 @@ class CanaryQueue:
             if fd < 0:
                 self._outlet.lost += not is_probe(header)
             elif not self._send(channel, header, fd):
-                self._send_elsewhere(header, fd)
+                self._send_elsewhere(header, fd, number)
 
     def _send(self, channel: GenerationChannel, header: bytes, fd: int) -> bool:
         """Send one connection and close fd.  If that fails, return False and leave fd open."""
@@ -195,16 +195,16 @@ class CanaryQueue:
         self._outlet.let_go(fd)
         return True
 
-    def _send_elsewhere(self, header: bytes, fd: int) -> None:
+    def _send_elsewhere(self, header: bytes, fd: int, number: int) -> None:
         """Send a client's connection to the route, or keep it; drop a probe.
 
-        Takes ownership of fd.
+        number: the highest number of the connections kept before.  Takes ownership of fd.
         """
         route = self._outlet.route
         if is_probe(header):
             self._outlet.let_go(fd)
         elif route is None or not route.knows_of(listener_of(header)):
-            self._outlet.undelivered.keep_last(header, fd)  # last, so connections keep their order
+            self._outlet.undelivered.keep_older(header, fd, number)  # those kept before came later
             self._send_later()
         elif self._outlet.is_free:
             self._outlet.send(route, header, fd)

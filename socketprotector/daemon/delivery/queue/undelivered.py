@@ -47,6 +47,18 @@ class Undelivered:
         self._waiting = {self._new_number(): (header, fd), **self._waiting}
         self.persist()
 
+    def keep_older(self, header: bytes, fd: int, number: int) -> None:
+        """Keep a connection in front of the first one with at most this number, or as the last.
+
+        With the same `number`, connections keep their order, in front of those kept before.  Takes
+        ownership of fd.
+        """
+        before = tuple(self._waiting.items())
+        place = next((n for n, (each, _) in enumerate(before) if each <= number), len(before))
+        kept = self._new_number(), (header, fd)
+        self._waiting = dict((*before[:place], kept, *before[place:]))
+        self.persist()
+
     def keep_last(self, header: bytes, fd: int) -> None:
         """Keep a connection, behind all others.  Takes ownership of fd."""
         self._waiting[self._new_number()] = header, fd

@@ -67,6 +67,15 @@ def test_each_wait_in_a_row_is_twice_the_one_before_and_only_the_first_is_logged
     assert world.clock.lines == ["resources-exhausted"]
 
 
+def test_a_pause_leaves_no_shortage_unsaid(world: World) -> None:
+    world.retry_fails = True
+    world.shortage.pause()  # the state cannot be written
+    world.clock.pass_time(20 * LAST_WAIT_S)
+
+    assert world.calls.count("retry") > 20
+    assert world.clock.lines == ["resources-exhausted"]
+
+
 def test_a_later_shortage_begins_with_the_first_wait_and_is_logged_again(world: World) -> None:
     world.shortage.begin("accept", ENFILE)
     world.clock.pass_time(FIRST_WAIT_S)

@@ -40,30 +40,32 @@ class Shortage:
     #: The reserve descriptor; -1 while it is spent.
     reserve: int = -1
     _back_off: BackOff = field(default_factory=lambda: BackOff(FIRST_WAIT_S, LAST_WAIT_S))
-    _failed_at: float = 0.0  # when the last failure came
+    _paused_at: float = 0.0  # when pause() was last called
+    _failed_at: float = 0.0  # when begin() was last called
 
     def __post_init__(self) -> None:
         self.take_reserve()
 
     def begin(self, call: str, error: OSError) -> None:
         """Stop accepting, and retry after a growing wait; log the first failure of a shortage."""
-        if self.pause():
+        now = time.monotonic()
+        if now - self._failed_at > 2 * LAST_WAIT_S:
             hint = "SocketProtector tries again after a short pause"
             self.runtime.log.write(
                 "error", "resources-exhausted", call=call, error=error.strerror, hint=hint
             )
-
-    def pause(self) -> bool:
-        """Stop accepting, and retry after a growing wait; return whether a shortage begins."""
-        now = time.monotonic()
-        begins = now - self._failed_at > 2 * LAST_WAIT_S
-        if begins:
-            self._back_off.reset()
         self._failed_at = now
+        self.pause()
+
+    def pause(self) -> None:
+        """Stop accepting, and retry after a growing wait."""
+        now = time.monotonic()
+        if now - self._paused_at > 2 * LAST_WAIT_S:
+            self._back_off.reset()
+        self._paused_at = now
         self.lasts = True
         self.stop()
         self.runtime.loop.call_after(_RETRY, self._back_off.wait_s(), self._try_again)
-        return begins
 
     def _try_again(self) -> None:
         self.lasts = False

@@ -126,6 +126,7 @@ class CurrentLink:
             release_store.move(self.path, self._settings().releases, name)
         except OSError as error:
             if name != self.due:
+                self._forget_due()  # and the retries for an earlier release
                 self._log.write("error", "current-not-moved", release=name, error=error.strerror)
             named = self.named
             self.not_moved = NotMoved(

@@ -332,7 +332,7 @@ def test_each_release_that_current_cannot_name_is_said_once(
     assert said == [(failed, "2"), (failed, "3"), (moved, "3")]
 
 
-@pytest.mark.parametrize("by", ["operator", "deploy"])
+@pytest.mark.parametrize("by", ["operator", "deploy", "failed deploy"])
 def test_each_failure_is_first_repeated_after_a_second(
     world: World, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
@@ -345,9 +345,9 @@ def test_each_failure_is_first_repeated_after_a_second(
         world.current.unlink()
         world.current.symlink_to(world.folder / "gone")
         made.begin("")
-    else:
+    elif by == "deploy":
         world.proved(made, "1")
-    assert made.link.due == ""
+    assert made.link.due == ("2" if by == "failed deploy" else "")
     with monkeypatch.context() as faulty:
         world.cannot_move(faulty)
         world.proved(made, "3")

@@ -201,5 +201,6 @@ def sockname_of(name: str) -> Any:
     try:
         index = socket.if_nametoindex(interface) if interface else 0
     except OSError:  # the interface is gone, or of another network namespace
-        index = 0
+        # Then getnameinfo() has written the interface's number into the name.
+        index = int(interface) if interface.isdecimal() else 0
     return host, int(port), 0, index

@@ -66,6 +66,8 @@ def test_anything_else_is_refused_in_clear_words(address: ListenAddress) -> None
         ("tcp:127.0.0.1:80", V4, ("127.0.0.1", 80)),
         ("tcp:[::1]:80", V6, ("::1", 80, 0, 0)),
         ("tcp:[fe80::1%lo]:80", V6, ("fe80::1", 80, 0, socket.if_nametoindex("lo"))),
+        # An interface that is gone: only its number is known.
+        ("tcp:[fe80::1%987654]:80", V6, ("fe80::1", 80, 0, 987654)),
         ("unix:/run/x", UNIX, "/run/x"),
         ("unix:@x", UNIX, b"\0x"),
     ],

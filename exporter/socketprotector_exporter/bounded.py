@@ -41,9 +41,10 @@ class BoundedServer(ThreadingMixIn, TCPServer):
 
     @property
     def where(self) -> str:
-        """The bound address, as HOST:PORT."""
-        host, port = self.server_address[:2]
-        return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
+        """The bound address, as HOST:PORT, with the interface of a link-local address."""
+        address: Any = self.server_address
+        host, port = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def begin_answer(self, request: Any) -> None:
         """Note that a request is complete and its answer begins.

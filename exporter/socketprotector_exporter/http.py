@@ -57,6 +57,12 @@ class Server(BoundedServer):
         self._tls = tls
         super().__init__(address, Handler)
 
+    @property
+    def url(self) -> str:
+        """The URL without a path; in a URL, the % before an interface is %25 (RFC 6874)."""
+        scheme = "http" if self._tls is None else "https"
+        return f"{scheme}://{self.where.replace('%', '%25')}"
+
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection; its thread makes the TLS handshake.  Raises OSError."""
         request, address = super().get_request()

@@ -192,7 +192,7 @@ def _command(**given: Any) -> int:
         if page is not None:
             page.start()
             _say(f"serves the page at {page.where}")
-        _say(f"serves metrics at {'https' if tls else 'http'}://{server.where}/metrics")
+        _say(f"serves metrics at {server.url}/metrics")
         server.serve_forever()
     return 0
 

@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 from socketprotector_exporter import peers
+from socketprotector_exporter.collector import ProtectorCollector
+from socketprotector_exporter.http import Server
 from socketprotector_exporter.main import _address, _command
 from socketprotector_exporter.names import Names
 from socketprotector_exporter.peers import Files, Peers, why_not
@@ -479,6 +481,10 @@ def test_a_link_local_host_keeps_its_interface() -> None:
     host, interface = "fe80::1%lo", socket.if_nametoindex("lo")
     assert asyncio.run(Names().addresses(host)) == [host]
     assert _address("--listen", f"[{host}]:9517") == ("fe80::1", 9517, 0, interface)
+    with Server(("127.0.0.1", 0), ProtectorCollector(), None) as server:
+        assert server.url == f"http://127.0.0.1:{server.server_address[1]}"
+        server.server_address = ("fe80::1", 9517, 0, interface)
+        assert (server.where, server.url) == (f"[{host}]:9517", "http://[fe80::1%25lo]:9517")
 
 
 def test_names_that_no_server_answers_for_delay_no_other(

@@ -31,7 +31,7 @@ _LISTENING = "0A"
 #: SS_CONNECTED of linux/net.h, the state of both ends of a UNIX connection.
 _CONNECTED = "03"
 EXACT, AT_LEAST, AT_MOST = "exact", "at least", "at most"
-_HIDDEN = "not in /proc (hidepid, or /proc is not mounted here); run as root, with /proc mounted"
+_HIDDEN = f"not in /proc (hidepid, or {procfs.MISSING}); run as root, with /proc mounted"
 _ELSEWHERE = "in another PID namespace; run this command in the same container"
 _V4_MAPPED = b"\0" * 10 + b"\xff\xff"
 
@@ -95,13 +95,14 @@ def find_connections(
     found: dict[tuple[int, str, int], Connection] = {}
     unseen: list[HiddenWorker] = []
     tables: dict[str, dict[int, _Socket]] = {}
+    why_none = _ELSEWHERE if not shares_pids else "" if procfs.is_ours() else _HIDDEN
     for worker in workers:
         generation, number = number_in(worker, "generation"), number_in(worker, "worker")
         pid = number_in(worker, "pid")
         if pid <= 0:
             continue  # the worker has not started yet
-        if not shares_pids:
-            unseen.append(HiddenWorker(generation, number, pid, _ELSEWHERE))
+        if why_none:
+            unseen.append(HiddenWorker(generation, number, pid, why_none))
             continue
         pids = _session_members(pid) if worker.get("orphaned") is True else [pid]
         if not pids:

@@ -223,6 +223,24 @@ def test_pids_of_another_namespace_are_not_looked_up(stack: ExitStack) -> None:
     assert [(each.pid, "PID namespace" in each.why) for each in unseen] == [(os.getpid(), True)]
 
 
+def test_pids_are_not_looked_up_in_the_proc_of_another_namespace(
+    monkeypatch: pytest.MonkeyPatch, stack: ExitStack
+) -> None:
+    """As after unshare --pid --fork without --mount-proc, where /proc has others with our pids."""
+    _, accepted = pair(stack, socket.AF_INET, ("127.0.0.1", 0))
+    listens = ["tcp:{}:{}".format(*accepted.getsockname())]
+    read = os.readlink
+    monkeypatch.setattr(os, "readlink", lambda path: "1" if path == "/proc/self" else read(path))
+
+    for orphaned in (False, True):
+        found, unseen = connections.find_connections(
+            [owner(os.getpid(), orphaned=orphaned)], listens, now=100.0
+        )
+
+        assert found == []
+        assert [(each.pid, procfs.MISSING in each.why) for each in unseen] == [(os.getpid(), True)]
+
+
 def test_a_connection_of_a_forked_child_is_shown_once(stack: ExitStack) -> None:
     """The answer has the parent, whose descendants are searched, and the child with its times."""
     _, accepted = pair(stack, socket.AF_INET, ("127.0.0.1", 0))
@@ -276,7 +294,11 @@ def test_a_worker_that_ends_while_its_table_is_read_hides_no_other(
 
 
 def test_a_worker_of_another_user_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no(_: object) -> str:
+    read = os.readlink
+
+    def no(path: str) -> str:
+        if path == "/proc/self":
+            return read(path)
         raise PermissionError
 
     monkeypatch.setattr(os, "readlink", no)

@@ -72,6 +72,8 @@ class Client:
         self._until = until
         self._follows = events
         self._last_id = 0
+        #: The commands of all requests so far; perhaps the last request was not sent completely.
+        self.requested: set[str] = set()
         self._connect(answer_s)
         if events:
             with on_error(self.close):
@@ -200,6 +202,7 @@ class Client:
         request = {"v": VERSION, "id": self._last_id, "command": command, **arguments}
         try:
             self._socket.settimeout(max(0.001, until - time.monotonic()))
+        self.requested.add(command)
             self._socket.sendall(json.dumps(request).encode() + b"\n")
         except TimeoutError:
             raise NoProtector(

@@ -16,6 +16,8 @@ from .reload_progress import Awaited, Losses
 #: How long to wait for an event before the next request for the status.  The request also detects a
 #: stuck protector, which sends neither events nor answers.
 _STATUS_EVERY_S = 1.0
+#: The requests before that of the operation; they change nothing.
+_FIRST_READS = {"events", "status", "releases"}
 #: How long to try to reconnect during a stop.  This time is short, because a guard may keep the
 #: socket open after the stop, although no protector will answer there.
 _GONE_S = 0.2
@@ -33,6 +35,11 @@ class Operation:
         self._as_json = as_json
         self._timeout_s = timeout_s
         self.until = time.monotonic() + timeout_s if timeout_s else math.inf
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether the request that changes something has been sent, perhaps only a part of it."""
+        return hasattr(self, "client") and not self.client.requested <= _FIRST_READS
 
     def tell(self, step: str) -> None:
         """Print a step to stderr, except with --json."""
@@ -123,7 +130,8 @@ def begin(instance: Instance, timeout_s: float, as_json: bool, *fields: str) -> 
         raise
     except KeyboardInterrupt:
         outcome["result"] = "interrupted"
-        tell("interrupted: only the wait has ended; the operation continues")
+        continues = "only the wait has ended; the operation continues"
+        tell(f"interrupted: {continues if operation.is_requested else 'nothing was requested'}")
         raise
     finally:
         outcome["waited_s"] = round(time.monotonic() - begun_s, 3)

@@ -15,7 +15,7 @@ import pytest
 
 from socketprotector.ctl import client
 from socketprotector.ctl.reload_progress import Reload, WaitsShown
-from tests.running import DEADLINE_S, Ended, Lines
+from tests.running import DEADLINE_S, Ended, Lines, eventually
 from tests.together import together
 from tests.unit.ctl.conftest import COMMAND
 from tests.unit.ctl.fake import (
@@ -530,6 +530,28 @@ def test_interrupted_it_waits_no_longer_and_claims_nothing(
 
     assert (process.returncode, out) == (130, b"")
     assert err.seen[-1] == "interrupted: only the wait has ended; the operation continues"
+
+
+@pytest.mark.parametrize("command", ["reload", "reload --no-wait", "stop", "upgrade"])
+@pytest.mark.parametrize("sent", [False, True])
+def test_interrupted_it_says_whether_anything_was_requested(
+    fake: Fake, command: str, sent: bool
+) -> None:
+    """Not before the status is read, because a command decides by it whether to request."""
+    words = command.split()
+    silent = words[0] if sent else "status"
+    fake.answers[silent] = lambda *_: None
+    process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    eventually(lambda: silent in fake.commands(), "the request that is not answered")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=DEADLINE_S)
+
+    assert (process.returncode, out) == (130, b"")
+    assert err.decode() == (
+        "interrupted: only the wait has ended; the operation continues\n"
+        if sent
+        else "interrupted: nothing was requested\n"
+    )
 
 
 #: What a deployment tool reads, whatever the result is: each field is there, and null if unknown.

@@ -103,12 +103,14 @@ class Client:
         #: The pid of the last message's sender; 0: unknown, or not in our PID namespace.
         self.protector_pid = 0
 
-    def reconnect(self, within_s: float = math.inf) -> Message:
+    def reconnect(self, within_s: float = math.inf, answer_s: float = 0.0) -> Message:
         """Connect again, and follow events if the client did so before; return the status.
 
         Tries for up to `within_s`, and RETURN_S at most.  Sends the requests for events and status
         together: a protector that is about to exit answers only the requests that it has already
         received.  Raises NoProtector if no protector answers, RequestRefused after a refusal.
+
+        answer_s: how long an answer may take, even if that is longer than `within_s`.
         """
         limit_s = self._at_most(min(within_s, RETURN_S))
         until = time.monotonic() + limit_s
@@ -116,14 +118,15 @@ class Client:
             self.close()
             left_s = until - time.monotonic()
             try:
-                within_s = max(0.1, left_s)
-                self._connect(within_s)
+                connect_s = max(0.1, left_s)
+                self._connect(connect_s)
                 with on_error(self.close):
+                    wait_s = max(connect_s, answer_s)
                     if self._follows:
-                        self.send("events", {}, time.monotonic() + within_s)
-                    return self._request("status", {}, within_s)
+                        self.send("events", {}, time.monotonic() + wait_s)
+                    return self._request("status", {}, wait_s)
             except NoProtector as error:
-                if left_s <= 0:
+                if time.monotonic() >= until:
                     within = in_units(round(limit_s, 1))
                     raise NoProtector(
                         f"the protector did not come back within {within} ({error})",
@@ -199,10 +202,10 @@ class Client:
         """Send a request.  until: the deadline, by time.monotonic().  Raises NoProtector."""
         self._last_id += 1
         self._follows |= command == "events"
+        self.requested.add(command)
         request = {"v": VERSION, "id": self._last_id, "command": command, **arguments}
         try:
             self._socket.settimeout(max(0.001, until - time.monotonic()))
-        self.requested.add(command)
             self._socket.sendall(json.dumps(request).encode() + b"\n")
         except TimeoutError:
             raise NoProtector(

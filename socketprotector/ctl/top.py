@@ -22,7 +22,7 @@ from ..model.duration import Duration
 from ..model.errors import UsageError
 from ..model.wait_quantiles import quantile_us
 from .cli import Instance, command, say_json
-from .client import Client, Message
+from .client import ANSWER_S, Client, Message
 from .errors import ConnectionLost, NoProtector
 from .fields import listed, measure
 from .server_children import children_of
@@ -130,7 +130,7 @@ def _status(client: Client) -> Message:
     try:
         return client.request("status")
     except ConnectionLost:
-        return client.reconnect(_RECONNECT_S)
+        return client.reconnect(_RECONNECT_S, ANSWER_S)
 
 
 @contextmanager

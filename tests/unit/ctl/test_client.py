@@ -213,6 +213,25 @@ def test_after_a_short_wait_to_come_back_an_answer_has_its_usual_time(fake: Fake
         assert client.request("scale", to=3) == {"workers": 3}
 
 
+def test_a_short_wait_to_come_back_limits_the_connection_and_not_a_slow_answer(fake: Fake) -> None:
+    """As top needs it: with a limit for both, no later attempt would succeed either."""
+
+    def answer(*_: object) -> Message:
+        time.sleep(0.3)
+        return fake.status
+
+    with Client(str(fake.path)) as client:
+        fake.cut_all()
+        fake.answers["status"] = answer
+
+        assert client.reconnect(0.1, answer_s=10.0)["name"] == "web"
+        fake.answers["status"] = lambda *_: None
+        before = len(fake.asked)
+        with pytest.raises(NoProtector, match=r"within 100ms .*no answer .* within 300ms"):
+            client.reconnect(0.1, answer_s=0.3)
+    assert len(fake.asked) == before + 1
+
+
 def test_a_survey_asks_all_at_once(tmp_path: Path) -> None:
     made = [Fake(tmp_path / f"{n}") for n in range(20)]
     try:

@@ -12,15 +12,16 @@ import struct
 import subprocess
 import termios
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
 
-from socketprotector.ctl.top import Rates, draw
+from socketprotector.ctl.top import _RECONNECT_S, Rates, draw
 from tests.running import DEADLINE_S, eventually
 from tests.unit.ctl.conftest import COMMAND
-from tests.unit.ctl.fake import Fake, awaited, generation, rolling, status, worker
+from tests.unit.ctl.fake import Fake, Message, awaited, generation, rolling, status, worker
 
 
 class Terminal:
@@ -146,6 +147,25 @@ def test_a_cut_is_survived(fake: Fake, top: Terminal) -> None:
     eventually(lambda: len(fake.commands()) > before + 2, "asked again")
 
     assert top.process.poll() is None
+    os.write(top.fd, b"q")
+    assert top.wait() == 0
+
+
+def test_a_cut_is_survived_although_answers_are_slower_than_a_connection_may_be(
+    fake: Fake, top: Terminal
+) -> None:
+    eventually(lambda: "web" in top.shown, "a screen")
+
+    def answer(*_: object) -> Message:
+        time.sleep(_RECONNECT_S + 0.2)
+        return fake.status
+
+    fake.answers["status"] = answer
+    fake.cut_all()
+    fake.status["name"] = "after"
+    eventually(lambda: "after" in top.shown, "a screen after the cut")
+
+    assert "no answer" not in top.shown
     os.write(top.fd, b"q")
     assert top.wait() == 0
 

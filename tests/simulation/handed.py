@@ -875,6 +875,8 @@ class Handed(World):
         its = listeners.get(address.told)
         if its is None:
             return
+        if its.path and self.kernel.unwritable and self._supervisor.fleet.stop_requested:
+            return  # after a kill during a stop we steer no more, and cannot know that it failed
         number: int | None = steering_of(act).turns.current
         if not address.served:
             number = self._number_of_the_tried(its.index)

@@ -170,12 +170,11 @@ def test_a_removed_interface_keeps_no_release_from_other_listeners(
 ) -> None:
     """ready: under --handoff listener; "" is the other handoff."""
     options = ("--handoff", "listener", "--ready", ready) if ready else ()
-    health = ("--health", "accept", "--health-every", "100ms") if ready == "accept" else ()
     server = MANY
     if ready:
         server = worker("accepts", *(("--ready", "notify") if ready == "notify" else ()))
     listens = f"[{links[0]}]:0", "127.0.0.1:0"
-    daemon = protector("--control", place, *options, *health, *listens, "--", *server).ready()
+    daemon = protector("--control", place, *options, *listens, "--", *server).ready()
     there = at(links[0], daemon.port)
     other = ("127.0.0.1", int(daemon.addresses[1].rpartition(":")[2]))
     daemon.reload()
@@ -195,7 +194,7 @@ def test_a_removed_interface_keeps_no_release_from_other_listeners(
     with pytest.raises(ConnectionRefusedError):
         ask(there)
 
-    for other_event in ("socket-replaced", "one-socket-left", "reload-failed", "unhealthy"):
+    for other_event in ("socket-replaced", "one-socket-left", "reload-failed"):
         assert f"event={other_event}" not in daemon.log.text()
     daemon.stop()
 

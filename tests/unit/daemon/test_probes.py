@@ -306,6 +306,21 @@ def test_the_serving_generation_is_reached_as_clients_reach_it(
     assert world.probes.reach_as_client("") is None
 
 
+def test_a_listener_whose_interface_was_removed_is_probed_only_where_no_other_one_is(
+    world: World, pair: MemoryListener
+) -> None:
+    world.serving(1)
+    other = world.listener()
+    for lacking, reached in ((other, pair), (pair, other)):
+        other.lacks_interface, pair.lacks_interface = lacking is other, lacking is pair
+        for target in (world.probes.reach_as_client(""), world.reach(1)):
+            assert target is not None
+            assert target.address == reached.address_of(0)
+    named = world.probes.reach_as_client("name0")
+    assert named is not None
+    assert named.address == pair.address_of(0)
+
+
 def test_at_a_path_it_has_no_mark(world: World, path: MemoryListener) -> None:
     target = world.probes.reach_as_client("")
     assert target is not None

@@ -34,7 +34,8 @@ def one(
     protector: Callable[..., Protector], path: Path, place: Path, release: Release
 ) -> Iterator[Operated]:
     release.becomes(*SERVER)
-    words = (*MODE, "--guard", "--control", place)
+    # Clients of a replaced socket wait for the starting generation, which may wait at a gate.
+    words = (*MODE, "--guard", "--start-timeout", "10s", "--control", place)
     found = Operated(protector(*words, f"unix:{path}", "--", release.path).ready(), place)
     yield found
     found.daemon.stop()

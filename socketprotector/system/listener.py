@@ -199,8 +199,8 @@ class Listener:
         """
         return ""
 
-    def address_of(self, socket_number: int) -> tuple[str, int]:
-        """Return the address of one of its sockets for this machine; over TCP a mark selects it."""
+    def ensure_address(self, socket_number: int) -> tuple[str, int]:
+        """Make and return a socket's address for this machine; over TCP a mark selects it."""
         return self.local_address
 
     def identity(self, socket_number: int) -> tuple[int, int]:

@@ -180,7 +180,9 @@ def copy(first: socket.socket, second: socket.socket, *, device: bool = True) ->
     locks = _locks(first)
     if locks is not None and locks != _locks(second):
         second.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, locks)
-    for level, option in _TEXTS if device else _TEXTS[1:]:
+    for level, option in _TEXTS:
+        if option == socket.SO_BINDTODEVICE and level == socket.SOL_SOCKET and not device:
+            continue
         text = first.getsockopt(level, option, _NAME_BYTES)
         if text != second.getsockopt(level, option, _NAME_BYTES):
             second.setsockopt(level, option, text)

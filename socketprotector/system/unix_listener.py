@@ -62,11 +62,10 @@ class UnixListener(Listener):
         path, _ = self.local_address if ours else ("", 0)
         return path if path and socket_file.has_room(path) else ""
 
-    def address_of(self, socket_number: int) -> tuple[str, int]:
+    def ensure_address(self, socket_number: int) -> tuple[str, int]:
         """Return the address of one of its sockets for processes of this machine.
 
-        If another program has removed the file of the socket to which the path leads, make it
-        again.
+        Make the socket's file again if another program has removed it and the path leads there.
         """
         if self.path and self.has_sibling:
             with suppress(OSError):  # a connection to the address then fails

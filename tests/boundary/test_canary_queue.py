@@ -314,19 +314,29 @@ def test_clients_that_only_a_full_canary_can_serve_wait_alone(real: World, kills
     assert not real.delivery.lost
 
 
+def break_canary(real: World) -> None:
+    """Shut down the channel of canary 2, and wait until a look has taken its clients back."""
+    real.handed[2][0].shutdown(socket.SHUT_RDWR)
+    real.until(lambda: not queued(real))
+
+
+def assert_next_takes(real: World, clients: list[int]) -> None:
+    """Open generation 3, which serves the clients of canary 2 in their order."""
+    real.open(3)
+    real.route_to(3)
+    real.end(2)
+    real.until(lambda: {*clients} <= {*real.taken[3]}, 3)
+    assert real.taken[3] == clients
+    assert not real.delivery.lost
+
+
 def test_clients_that_only_a_broken_canary_could_serve_keep_their_order(real: World) -> None:
     real.add(real.listener(2))
     share_with(real, HALF)
     own = [come_to(real, 2) for _ in range(4)]
-    real.handed[2][0].shutdown(socket.SHUT_RDWR)
-    real.until(lambda: not queued(real))  # a look took them back to send them again
-    real.open(3)
-    real.route_to(3)
-    real.end(2)
+    break_canary(real)
 
-    real.until(lambda: {*own} <= {*real.taken[3]}, 3)
-    assert real.taken[3] == own
-    assert not real.delivery.lost
+    assert_next_takes(real, own)
 
 
 def test_the_clients_of_a_broken_canary_come_before_those_that_it_had_no_room_for(
@@ -340,15 +350,9 @@ def test_the_clients_of_a_broken_canary_come_before_those_that_it_had_no_room_fo
     assert isinstance(real.delivery, QueueDelivery)
     undelivered = real.delivery.forwarder.undelivered
     real.until(lambda: len(undelivered.waiting) == 1)
-    real.handed[2][0].shutdown(socket.SHUT_RDWR)
-    real.until(lambda: not queued(real))
-    real.open(3)
-    real.route_to(3)
-    real.end(2)
+    break_canary(real)
 
-    real.until(lambda: {*own} <= {*real.taken[3]}, 3)
-    assert real.taken[3] == own
-    assert not real.delivery.lost
+    assert_next_takes(real, own)
 
 
 def test_a_broken_canary_is_reported_and_its_clients_go_to_the_route(real: World) -> None:

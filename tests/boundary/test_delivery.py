@@ -519,7 +519,7 @@ def test_a_graceful_end_awaits_no_client_of_a_release_that_was_called_off(
     """No worker accepts from its socket any more."""
     serving = at_path.serving(1)
     tried = at_path.open(2)
-    own_file, _ = at_path.delivery.listeners[0].address_of(tried.record.socket_number)
+    own_file, _ = at_path.delivery.listeners[0].ensure_address(tried.record.socket_number)
     at_path.connect_to(socket.socket(socket.AF_UNIX), own_file)
     at_path.delivery.drain(tried)
     del at_path.generations[2]
@@ -674,7 +674,7 @@ def test_a_graceful_end_awaits_no_probe_that_has_come_beside_a_client_of_a_hold(
 
 
 def pass_in(listener: Listener) -> None:
-    """Have another process own a listener's first socket."""
+    """Make a listener's first socket one that another process owns."""
     listener.settings = replace(listener.settings, foreign=True)
 
 

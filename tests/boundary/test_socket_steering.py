@@ -2385,7 +2385,7 @@ def test_a_release_starts_for_other_listeners_where_files_of_a_path_were_removed
     """
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
-    for each in {pair.path, pair.address_of(0)[0], pair.address_of(1)[0]}:
+    for each in {pair.path, pair.ensure_address(0)[0], pair.ensure_address(1)[0]}:
         os.unlink(each)
     pair.__dict__["file_rights"] = None
     world.resume((1, 0))
@@ -2439,7 +2439,7 @@ def test_clients_that_have_waited_at_each_socket_are_all_served(
     world.steering.turn_hold(True)
     for _ in range(held):
         come(world, pair.path)
-    come(world, pair.address_of(1)[0])  # as at a generation that has failed
+    come(world, pair.ensure_address(1)[0])  # as at a generation that has failed
     world.steering.turn_hold(False)
     assert pair.is_reserved_for_clients
 
@@ -2724,7 +2724,7 @@ def test_a_mount_is_only_blamed_for_clients_that_come_where_the_path_does_not_le
     world.steering.enter(2, 1)
     pair.socket_for(1).accept()[0].close()
     world.steering.forget(2)
-    come(world, pair.address_of(1)[0])
+    come(world, pair.ensure_address(1)[0])
     world.pass_time(10 * FIRST_RESCUE_S)
     assert any("mount the folder" in each for each in world.log.hints)
 
@@ -2750,7 +2750,7 @@ def test_probes_reach_the_socket_of_a_path_though_its_file_was_removed(
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     for number in (0, 1):
-        os.unlink(pair.address_of(number)[0])
+        os.unlink(pair.ensure_address(number)[0])
 
     probes, there = world.steering.probes, pair.index.__eq__
     target = probes.reach_as_client("", there) if as_client else probes.reach_by_mark(1, "", there)
@@ -2770,7 +2770,7 @@ def lose_its_file(world: World, pair: Listener) -> None:
     """Another program removes it while a release settles, which then fails."""
     world.steering.enter(2, 1)
     world.steering.turn_to(1)
-    for each in map(Path, (pair.path, pair.address_of(0)[0], pair.address_of(1)[0])):
+    for each in map(Path, (pair.path, pair.ensure_address(0)[0], pair.ensure_address(1)[0])):
         each.unlink(missing_ok=True)
     world.steering.turn_to(0, again=True)
     come(world, pair.path)

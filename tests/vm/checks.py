@@ -562,13 +562,13 @@ def _(say: Say) -> None:
         assert "oom" in run("journalctl", "-b", "-k", "-o", "cat").stdout.lower()
 
 
-@promise("each of 100 workers that are killed for want of memory is reported as that")
+@promise("100 workers are killed because memory ran out, and each is reported as that")
 def _(say: Say) -> None:
     by_limit = "was killed by SIGKILL: out of memory (the service's limit of 150M)"
     _each_end_is_reported_as(by_limit, True, say)
 
 
-@promise("none of 100 workers that others kill is reported as killed for want of memory")
+@promise("100 workers are killed by other processes, and memory is blamed for none")
 def _(say: Say) -> None:
     _each_end_is_reported_as("was killed by SIGKILL", False, say)
 

@@ -95,7 +95,7 @@ class MemoryListener:
     def socket_for(self, number: int) -> MemorySocket:
         return self.sockets[number % len(self.sockets)]
 
-    def address_of(self, number: int) -> tuple[str, int]:
+    def ensure_address(self, number: int) -> tuple[str, int]:
         return (f"{self.path}.{number}", 0) if self.path else ("127.0.0.1", 8000 + self.index)
 
     def identity(self, number: int) -> tuple[int, int]:

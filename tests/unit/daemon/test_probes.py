@@ -111,7 +111,7 @@ def test_a_generation_is_reached_by_a_mark_that_is_steered_to_its_socket(
 ) -> None:
     target = world.reach(2)
     assert target is not None
-    assert target.address == pair.address_of(1)
+    assert target.address == pair.ensure_address(1)
     assert target.mark is not None
     assert world.probes.socket_by_mark == {target.mark: 1}
     assert world.steering.calls == [("steer",)]
@@ -150,7 +150,7 @@ def test_at_a_path_it_is_reached_by_the_file_of_its_socket(
 ) -> None:
     target = world.reach(2)
     assert target is not None
-    assert (target.address, target.mark) == (path.address_of(1), None)
+    assert (target.address, target.mark) == (path.ensure_address(1), None)
     assert world.probes.probed == {(path.index, 1)}
     assert world.clock.saves == 1
     world.reach(2)
@@ -193,7 +193,7 @@ def test_only_a_listener_that_the_generation_knows_is_probed(
     world.listener(count=1)
     found = world.reach(2, "", second.index)
     assert found is not None
-    assert found.address == second.address_of(1)
+    assert found.address == second.ensure_address(1)
     assert world.reach(2, "name0", second.index) is None
     assert world.reach(2, "name2") is None, "it has one socket for all generations"
     assert world.reach(7) is None, "there is no such generation"
@@ -294,7 +294,7 @@ def test_the_serving_generation_is_reached_as_clients_reach_it(
 ) -> None:
     target = world.probes.reach_as_client("")
     assert target is not None
-    assert target.address == pair.address_of(0)
+    assert target.address == pair.ensure_address(0)
     assert world.probes.socket_by_mark == {}, "the kernel steers it as a client"
     again = world.probes.reach_as_client("name0")
     assert again is not None
@@ -315,16 +315,16 @@ def test_a_listener_whose_interface_was_removed_is_probed_only_where_no_other_on
         other.lacks_interface, pair.lacks_interface = lacking is other, lacking is pair
         for target in (world.probes.reach_as_client(""), world.reach(1)):
             assert target is not None
-            assert target.address == reached.address_of(0)
+            assert target.address == reached.ensure_address(0)
     named = world.probes.reach_as_client("name0")
     assert named is not None
-    assert named.address == pair.address_of(0)
+    assert named.address == pair.ensure_address(0)
 
 
 def test_at_a_path_it_has_no_mark(world: World, path: MemoryListener) -> None:
     target = world.probes.reach_as_client("")
     assert target is not None
-    assert (target.address, target.mark) == (path.address_of(0), None)
+    assert (target.address, target.mark) == (path.ensure_address(0), None)
     assert world.probes.probed == set(), "clients come there, too"
 
 
@@ -549,7 +549,7 @@ def test_at_a_path_nothing_is_discarded_where_clients_may_have_come(
 def test_ipv6_probes_share_their_address_with_clients_of_this_machine(
     world: World, pair: MemoryListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pair, "address_of", lambda _: ("::1", 8000))
+    monkeypatch.setattr(pair, "ensure_address", lambda _: ("::1", 8000))
     target = world.reach(2)
     assert target is not None
     assert target.mark is not None

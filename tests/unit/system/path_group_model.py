@@ -421,7 +421,7 @@ class World:
     def check_probed(self) -> None:
         """A probe reaches the starting generation, or clients wait for it."""
         if self.starting is not None and self.is_pair:
-            self.carry_out(self.look().keep())  # as UnixListener.address_of() does
+            self.carry_out(self.look().keep())  # as UnixListener.ensure_address() does
             group = self.look()
             can_be_probed = self.starting in group.own | group.waiting
             assert can_be_probed, "the starting generation cannot be probed"

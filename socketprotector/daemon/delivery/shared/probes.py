@@ -96,7 +96,7 @@ class Probes:
             return None
         listening = each.socket_for(self._turns.current)
         unix = listening.family == socket.AF_UNIX
-        address = each.address_of(self._turns.current)
+        address = each.ensure_address(self._turns.current)
         waits: Callable[[socket.socket], bool] = partial(_waits, listening, address)
         if each.path_fault:  # connect by the path, as clients do, not to the socket's file
             address, waits = each.local_address, _leads_elsewhere
@@ -163,7 +163,7 @@ class Probes:
             if left_number == socket_number and time.monotonic() < ordered_at + LEAVES_S:
                 why = "old workers, which were ordered to finish, may still accept the probe"
                 raise OSError(errno.EAGAIN, why)
-        address, listening = found.address_of(socket_number), found.socket_for(socket_number)
+        address, listening = found.ensure_address(socket_number), found.socket_for(socket_number)
         place = found.index, socket_number
         waits = partial(_waits, listening, address)
         identity, closing = found.identity(socket_number), socket_snapshot.closing

@@ -175,6 +175,7 @@ class WorkerExited(Event):
     detached: it exited with status 0 before READY.
     orphans: processes that the worker started still run; when they have ended, a second event
     follows.
+    lost: the worker itself may run and serve; a kill of the earlier program lost its descriptors.
     """
 
     worker: int
@@ -183,6 +184,7 @@ class WorkerExited(Event):
     waiting: int = 0
     detached: bool = False
     orphans: bool = False
+    lost: bool = False
 
 
 @frozen

@@ -81,22 +81,22 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
     else:
         _take_over(step, worker.replaces)  # no other replacement will come
     for orphan in orphans:  # last, so that after a rollback clients already go elsewhere
-        _end_orphans(step, generation, worker, orphan, was_signalled=was_signalled)
+        never_served = worker.state is State.STARTING and not event.lost
+        _end_orphans(step, generation, orphan, at_once=was_signalled or never_served)
 
 
-def _end_orphans(
-    step: Step, generation: Generation, worker: Worker, orphan: Worker, *, was_signalled: bool
-) -> None:
+def _end_orphans(step: Step, generation: Generation, orphan: Worker, *, at_once: bool) -> None:
     """Let the processes that a worker left behind finish, within the limits of a leaving worker.
 
-    generation, worker: as they were before the exit.
+    generation: as it was before the exit.
+    at_once: the processes serve no client, or their worker had been signalled.
     """
     ended_now = step.fleet[generation.number].ending and not generation.ending
     if generation.phase is Phase.STARTING or ended_now:
         return  # the signals to its generation include these processes
     if generation.ending:
         step.do(Signal(orphan.number, WorkerSignal.TERM))
-    elif was_signalled or worker.state is State.STARTING:
+    elif at_once:
         step.end_worker(orphan)
     else:
         if not _serves_on(step.fleet, generation.number, orphan):

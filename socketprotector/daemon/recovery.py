@@ -159,15 +159,18 @@ class Recovery:
         ]
         records = {record.number: record for record in self.snapshot.workers}
         for number in unfinished:
-            self._end_unfinished(number)
-            record = records.get(number)
-            lost.append(WorkerExited(number, _reason(record), _served_s(record), orphans=True))
+            self._finish_unadopted(number)
+            record, found = records.get(number), fleet.find(number)
+            if found is not None and found[1].state is not State.ORPHANED:
+                reason, served_s = _reason(record), _served_s(record)
+                lost.append(WorkerExited(number, reason, served_s, orphans=True, lost=True))
         return lost
 
-    def _end_unfinished(self, number: int) -> None:
-        """End a worker that cannot be adopted: it was starting, or the fd store was full.
+    def _finish_unadopted(self, number: int) -> None:
+        """Let a worker finish that cannot be adopted: it was starting, or the fd store was full.
 
-        The fleet counts the worker as an orphan until a scan of /proc finds none of its processes.
+        The fleet counts the worker as an orphan until a scan of /proc finds none of its processes,
+        and sends KILL when the orphan's time is up.
         """
         pool = self.effects.pool
         searched = set(pool.addresses(number))
@@ -178,7 +181,7 @@ class Recovery:
                 self.effects.runtime.post(WorkerExited(number, "orphans gone"))
 
         for address in tuple(searched):
-            pool.orphans.end(address, partial(gone, address))
+            pool.orphans.finish(address, partial(gone, address))
 
 
 def _reason(record: WorkerRecord | None) -> str:

@@ -158,16 +158,16 @@ class WorkerPool:
         worker, sent = self._workers.get(number), signal.Signals[f"SIG{kind.value}"]
         if worker is None:
             self.groups.signal(number, sent)
+            if kind is WorkerSignal.KILL:
+                self.orphans.kill(self.addresses(number))
             return
         if not self._send(worker, sent):
             return
-        aborted = worker.record.aborted or kind is WorkerSignal.ABRT
-        self._note(
-            worker,
-            killed=worker.record.killed or kind is WorkerSignal.KILL,
-            aborted=aborted,
-            asked_to_exit=worker.record.asked_to_exit or not aborted,
-        )
+        record = worker.record
+        killed = record.killed or kind is WorkerSignal.KILL
+        aborted = record.aborted or kind is WorkerSignal.ABRT
+        asked = record.asked_to_exit or not aborted
+        self._note(worker, killed=killed, aborted=aborted, asked_to_exit=asked)
 
     def retire(self, number: int) -> None:
         """Order a worker to finish: it sees end of file on its RETURN line, or gets a signal."""

@@ -1,9 +1,12 @@
-"""Finds and ends processes that failed workers have left behind.  (These workers never served.)
+"""Finds and ends processes that failed workers have left behind, and workers without a record.
 
 A program may detach itself, or fail while its children run.  It would keep its port and files
 although the start is reported as failed.  Its processes have the worker's notify address, which is
 random and unique, in their environment.  process_groups.py ends the processes in the worker's
 group; this module ends the processes that have left the group.
+
+If SocketProtector is killed between the start of a worker and the record of it, the worker may
+already serve clients.  The next program can find it only here, and lets it finish.
 
 A child process scans /proc for all addresses at once: there may be thousands of processes, and a
 process with locked memory (a page on a dead disk) blocks the reader of its environment.  The child
@@ -37,6 +40,9 @@ from .spawn import fork
 _MOST_SCANS = 10
 #: The time until the next scan, which checks that signalled processes are gone.
 _DEATH_S = 0.2
+#: The time until the next scan for a worker that finishes its clients: a share of the time since
+#: the order, at most the second figure.
+_FINISH_SHARE, _LAST_SCAN_S = 0.1, 10.0
 #: The time until the next scan if a scan has failed.
 _SCAN_AGAIN_S = 1.0
 #: The limit of a scan.  A scan that takes longer is stuck, and is killed.
@@ -53,7 +59,7 @@ Found = Mapping[str, Sequence[tuple[int, int]]]
 
 
 class Orphans:
-    """Ends the processes that failed workers leave: by TERM, then by KILL."""
+    """Ends the processes that failed workers leave, by TERM and KILL; lets lost workers finish."""
 
     def __init__(
         self,
@@ -75,6 +81,8 @@ class Orphans:
         self._kill_timeout_s = kill_timeout_s
         #: Notify address -> when KILL is due; None before the first scan.
         self._left: dict[str, float | None] = {}
+        #: Notify address -> since when its processes finish; kill() limits their time.
+        self._finishing: dict[str, float] = {}
         self._kills: dict[str, int] = {}  # rounds of KILL, by address
         #: Notify address -> called when its processes are gone.
         self._gone: dict[str, Callable[[], None]] = {}
@@ -102,6 +110,21 @@ class Orphans:
         if gone is not None:
             self._gone[address] = gone
         self._scan_after(0.0)
+
+    def finish(self, address: str, gone: Callable[[], None]) -> None:
+        """Order the processes that have this address to finish: as end(), but without a KILL.
+
+        These processes may serve clients; kill() limits their time.
+        """
+        self._finishing[address] = time.monotonic()
+        self.end(address, gone)
+
+    def kill(self, addresses: Collection[str]) -> None:
+        """Kill the processes that finish() was given by these addresses."""
+        for address in self._finishing.keys() & addresses:
+            del self._finishing[address]
+            self._left[address] = time.monotonic()
+            self._scan_after(0.0)
 
     def when_ended(self, done: Callable[[], None]) -> None:
         """Call back, perhaps at once, when all processes have ended or the limit has passed."""
@@ -155,7 +178,7 @@ class Orphans:
             if due is None:
                 self._left[address] = now + self._kill_timeout_s
                 self._signal(each, signal.SIGTERM)
-            elif due <= now:
+            elif due <= now and address not in self._finishing:
                 self._kills[address] = self._kills.get(address, 0) + 1
                 self._signal(each, signal.SIGKILL)
         _close(found)
@@ -166,6 +189,7 @@ class Orphans:
         done = [a for a in wanted if a not in found or self._kills.get(a, 0) >= _MOST_SCANS]
         for address in done:
             self._left.pop(address, None)
+            self._finishing.pop(address, None)
             self._kills.pop(address, None)
         self.schedule()
         for address in done:
@@ -175,16 +199,24 @@ class Orphans:
     def schedule(self) -> None:
         """Schedule the next scan, or report the end when no address is left."""
         if self._left:
-            now = time.monotonic()
-            due = min(
-                0.0 if each is None else max(each - now, _DEATH_S) for each in self._left.values()
-            )
-            is_awaited = self._ended is not None or bool(self._gone)
-            self._scan_after(min(due, _DEATH_S) if is_awaited else due)
+            self._scan_after(min(self._delay_s(*each) for each in self._left.items()))
         elif self._ended is not None:
             self._loop.cancel(_TIMER_END)
             done, self._ended = self._ended, None
             done()
+
+    def _delay_s(self, address: str, due: float | None) -> float:
+        """Return the seconds until the next scan for an address."""
+        now = time.monotonic()
+        if due is None:
+            return 0.0
+        if address in self._finishing and self._ended is None:  # perhaps for hours
+            return min(
+                max((now - self._finishing[address]) * _FINISH_SHARE, _DEATH_S), _LAST_SCAN_S
+            )
+        if address in self._gone or self._ended is not None:
+            return _DEATH_S
+        return max(due - now, _DEATH_S)
 
     def _signal(self, found: Sequence[tuple[int, int]], number: signal.Signals) -> None:
         for pid, pidfd in found:

@@ -195,6 +195,33 @@ def test_what_ignores_TERM_is_killed_when_its_time_is_over(loop: Loop, log: Log)
         assert stubborn.wait(30) == -signal.SIGKILL
 
 
+def test_a_process_that_may_serve_is_killed_only_when_its_time_is_over(
+    loop: Loop, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time is that of a leaving worker, not the limit of what a failed start leaves."""
+    monkeypatch.setattr(orphans, "_DEATH_S", 0.01)
+    gone: list[str] = []
+    with (
+        looks(loop, log, 0.0) as (found, counted),
+        subprocess.Popen(
+            ["/bin/sh", "-c", "trap '' TERM; echo; while :; do sleep 0.01; done"],
+            env={"NOTIFY_SOCKET": ADDRESS, "PATH": os.environ["PATH"]},
+            stdout=subprocess.PIPE,
+        ) as serves,
+    ):
+        assert serves.stdout is not None
+        assert serves.stdout.read(1) == b"\n"
+        found.end(ADDRESS)  # as the state of the killed program says
+        found.finish(ADDRESS, partial(gone.append, ADDRESS))
+        until(loop, lambda: len(counted) >= 4)
+        assert {fields["signal"] for _, fields in log.said} == {"SIGTERM"}
+        assert gone == []
+        found.kill((ADDRESS, "another"))
+        until(loop, lambda: gone == [ADDRESS])
+        assert serves.wait(30) == -signal.SIGKILL
+        assert found.left == ()
+
+
 def test_a_look_that_hangs_is_given_up_and_holds_nothing_up(
     loop: Loop, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:

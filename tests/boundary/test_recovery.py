@@ -108,7 +108,7 @@ def test_one_that_is_known_or_reads_the_end_of_its_line_is_sent_no_signal(
 def test_a_worker_that_ran_and_was_not_stored_has_served_until_now() -> None:
     """The fd store had no room for its descriptors."""
     pool = SimpleNamespace(
-        records=lambda: (), addresses=lambda _: (), orphans=SimpleNamespace(end=None)
+        records=lambda: (), addresses=lambda _: (), orphans=SimpleNamespace(finish=None)
     )
     record = WorkerRecord(12, 1, 4711, 0, ready_at=time.monotonic() - 100)
     made = recovery(12, os.open(os.devnull, os.O_RDONLY), record, handoff="connection")
@@ -168,7 +168,7 @@ def test_a_worker_that_was_being_started_counts_until_no_process_has_its_address
     pool = SimpleNamespace(
         records=lambda: (WorkerRecord(12, 1, 4711, 0),),
         addresses=lambda number: addresses if number == 13 else (),
-        orphans=SimpleNamespace(end=ends.__setitem__),
+        orphans=SimpleNamespace(finish=ends.__setitem__),
     )
     generations = {1: None, 2: None} if opened else {1: None}
     made = recovery(12, os.open(os.devnull, os.O_RDONLY), handoff="connection")
@@ -188,7 +188,7 @@ def test_a_worker_that_was_being_started_counts_until_no_process_has_its_address
 
     assert posted == (
         *(() if opened else (OpenFailed(2, KILLED, (13,)),)),
-        WorkerExited(13, KILLED, orphans=True),
+        WorkerExited(13, KILLED, orphans=True, lost=True),
     )
     for event in posted:
         fleet, _ = decide(fleet, event)
@@ -199,3 +199,21 @@ def test_a_worker_that_was_being_started_counts_until_no_process_has_its_address
     assert events == [WorkerExited(13, "orphans gone")]
     fleet, _ = decide(fleet, events[0])
     assert [each.number for each in fleet.alive()] == [12]
+
+
+def test_a_worker_that_still_finishes_after_a_second_kill_keeps_its_limit() -> None:
+    """The fleet has it as an orphan already, whose timers another report would cancel."""
+    finish: list[str] = []
+    pool = SimpleNamespace(
+        records=lambda: (),
+        addresses=lambda number: (f"@notify-{number}",),
+        orphans=SimpleNamespace(finish=lambda address, gone: finish.append(address)),
+    )
+    made = recovery(12, os.open(os.devnull, os.O_RDONLY), handoff="connection")
+    made.unclaimed.close()
+    made.effects = cast("Any", SimpleNamespace(pool=pool, generations={1: None}))
+    serving = Generation(1, Phase.SERVING, workers=(Worker(13, 0, State.ORPHANED),))
+    made.snapshot = Snapshot(Fleet(generations=(serving,), served=True), made.snapshot.settings)
+
+    assert list(made.adopt_workers()) == [()]
+    assert finish == ["@notify-13"]

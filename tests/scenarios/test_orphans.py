@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,9 @@ import pytest
 
 from tests import needs
 from tests.nginx import own_folders
-from tests.procfs import children_of
+from tests.procfs import children_of, state_of
 from tests.running import Client, Protector, ask, eventually, wait_gone
-from tests.scenarios.adopting import at_rest, kill_protector, revived, upgrade
+from tests.scenarios.adopting import ECHO, at_rest, kill_protector, protector_pid, revived, upgrade
 from tests.scenarios.operating import Operating
 from tests.scenarios.tools import Release, pid_in, spawned, worker
 
@@ -314,3 +315,57 @@ def test_there_a_child_is_known_whose_worker_died_while_no_protector_lived(
 
     daemon.stop()
     assert wait_gone([child], 0) == []
+
+
+# -- a worker that a killed protector had started, and not yet recorded --------------------
+
+
+def lose_worker(daemon: Protector) -> Client:
+    """Kill the protector between a worker's start and its record; return the worker's client."""
+    [first] = spawned(daemon)
+    os.kill(first, signal.SIGSTOP)  # so that the client gets the next worker
+    eventually(lambda: state_of(first) == "T", "the stop of the first worker")
+    client = Client(here(daemon))
+    # The first such call follows the start of the worker; the record comes later.
+    stops = ("-e", "trace=pidfd_open", "-e", "inject=pidfd_open:signal=SIGSTOP")
+    tracer = ("strace", *stops, "-p", str(protector_pid(daemon)))
+    with subprocess.Popen(tracer, stderr=subprocess.PIPE) as strace:
+        assert strace.stderr is not None
+        assert b"attached" in strace.stderr.readline()
+        os.kill(first, signal.SIGKILL)
+        assert client.ask()
+        mark = kill_protector(daemon)
+        strace.stderr.read()
+    revived(daemon, mark)
+    daemon.log.wait_for("event=left-behind .*signal=SIGTERM")
+    return client
+
+
+@needs.programs("strace")
+def test_a_worker_without_a_record_finishes_its_clients(protector: Starter) -> None:
+    words = ("--kill-timeout", "10ms", "127.0.0.1:0", "--", *ECHO)
+    daemon = protector("--guard", *words).ready()
+    with lose_worker(daemon) as client:
+        daemon.log.wait_for("event=worker-ready")
+        daemon.reload()
+        daemon.reload()
+        assert client.ask()
+    daemon.log.wait_for("event=drained generation=1")
+    assert daemon.log.count("event=left-behind .*signal=SIGKILL") == 0
+    daemon.stop()
+
+
+@needs.programs("strace")
+@pytest.mark.parametrize("by", ["drain-timeout", "stop"])
+def test_a_worker_without_a_record_has_the_time_of_others(protector: Starter, by: str) -> None:
+    limit = {"drain-timeout": ("--drain-timeout", "10ms")}.get(by, ("--stop-timeout", "10ms"))
+    words = (*limit, "--kill-timeout", "10ms", "127.0.0.1:0", "--", *ECHO)
+    daemon = protector("--guard", *words).ready()
+    with lose_worker(daemon) as client:
+        if by == "stop":
+            daemon.stop()
+        else:
+            daemon.log.wait_for("event=left-behind .*signal=SIGKILL")
+            daemon.stop()
+        assert client.rest() == []
+    assert wait_gone(spawned(daemon)) == []

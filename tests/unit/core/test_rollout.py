@@ -607,14 +607,17 @@ def test_a_reload_without_room_waits(story: Story) -> None:
 
 
 @pytest.mark.parametrize(
-    "event", [OpenFailed(2, "killed", orphans=(3,)), WorkerExited(3, "killed", orphans=True)]
+    "event",
+    [OpenFailed(2, "killed", orphans=(3,)), WorkerExited(3, "killed", orphans=True, lost=True)],
 )
 def test_a_worker_that_a_killed_protector_may_have_started_takes_room_until_it_is_gone(
     story: Story, event: OpenFailed | WorkerExited
 ) -> None:
     story.given_serving(rolling(), workers=2).and_also(ReloadRequested())
     assert ReportKind.RELOAD_FAILED in dict(news(story.when(event)))
-    story.and_also(WorkerExited(3, "killed", orphans=True))  # as for each worker without a record
+    story.and_also(
+        WorkerExited(3, "killed", orphans=True, lost=True)
+    )  # as for each worker without a record
 
     assert spawned(story.when(ReloadRequested())) == []
     assert sum(1 for _ in story.fleet.alive()) == story.fleet.most_processes == 3

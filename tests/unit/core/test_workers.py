@@ -485,6 +485,21 @@ def test_what_a_worker_left_that_never_became_ready_is_ended(story: Story) -> No
     assert StartTimer(Deadline(TimerKind.WORKER_KILL, 2), 5.0) in actions
 
 
+def test_a_starting_worker_that_a_kill_of_the_protector_lost_has_the_drain_timeout(
+    story: Story,
+) -> None:
+    """It may serve clients already, unlike what a failed start leaves."""
+    story.given_serving(Policy(drain_timeout_s=60.0)).and_also(
+        WorkerExited(1, CRASHED, served_s=60.0)
+    )
+
+    actions = story.when(WorkerExited(2, CRASHED, orphans=True, lost=True))
+
+    assert signals(actions) == []
+    assert Retire(2) in actions
+    assert StartTimer(Deadline(TimerKind.WORKER_RETIRE, 2), 60.0) in actions
+
+
 def test_what_a_worker_left_that_was_signalled_is_ended(story: Story) -> None:
     story.given_serving(workers=2).and_also(ScaleRequested(-1))
     story.and_also(ReplaceRequested(2, OLD, hung=True))

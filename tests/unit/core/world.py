@@ -652,6 +652,7 @@ class World:
                 continue
             yield WorkerExited(number, DIED)
             yield WorkerExited(number, DIED, orphans=True)
+            yield WorkerExited(number, DIED, orphans=True, lost=True)
             yield WorkerExited(number, DIED, waiting=3, orphans=True)
             yield WorkerExited(number, DIED, waiting=3)
             yield WorkerExited(number, DIED, served_s=20.0)

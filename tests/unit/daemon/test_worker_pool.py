@@ -112,8 +112,12 @@ class World:
             has=lambda _: False,
         )
         patch.setattr(module, "Groups", lambda *_: groups)
-        patch.setattr(module, "Orphans", lambda *_: SimpleNamespace())
-        spawner = SimpleNamespace(start=self._start, settings=SETTINGS)
+        self.killed_orphans: list[tuple[str, ...]] = []
+        orphans = SimpleNamespace(kill=self.killed_orphans.append)
+        patch.setattr(module, "Orphans", lambda *_: orphans)
+        spawner = SimpleNamespace(
+            start=self._start, settings=SETTINGS, addresses=lambda number: (f"@{number}",)
+        )
         patch.setattr(module, "WorkerSpawner", lambda *_: spawner)
         ends = SimpleNamespace(end_of=lambda *_, **__: self.end, close=self._close)
         patch.setattr(module, "post_mortem", SimpleNamespace(PostMortem=lambda *_, **__: ends))
@@ -334,10 +338,13 @@ def test_a_signal_that_we_may_not_send_is_logged_and_not_recorded(world: World) 
 
 
 def test_orders_for_a_worker_that_has_exited_go_to_its_process_group(world: World) -> None:
+    world.pool.signal(9, WorkerSignal.TERM)
+    assert world.killed_orphans == []
     world.pool.signal(9, WorkerSignal.KILL)
     world.pool.retire(9)
 
-    assert world.group_signals == [(9, signal.SIGKILL)]
+    assert world.group_signals == [(9, signal.SIGTERM), (9, signal.SIGKILL)]
+    assert world.killed_orphans == [("@9",)]
     assert world.retired_groups == [9]
 
 

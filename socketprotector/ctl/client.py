@@ -1,7 +1,7 @@
 """A connection to a control socket: sends requests, and receives answers and events.
 
 An upgrade, or a crash under --guard or systemd, ends the connection, but the socket stays.  So
-query() and reconnect() try for up to RETURN_S to reach the protector's new program at this socket.
+query() and reconnect() try for up to RETURN_S to reach the protector at this socket again.
 
 This module uses only the standard library, and prints nothing.  Each call blocks for a limited
 time.  The module checks the form and length of everything that it receives.
@@ -81,7 +81,7 @@ class Client:
 
     def _connect(self, within_s: float) -> None:
         self._socket = connect(self.path, self._at_most(within_s))
-        # Only now: on an unconnected socket, SO_PASSCRED makes connect() bind an abstract name.
+        # Not before connect(): with SO_PASSCRED, it would bind the socket to an abstract name.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._begin()
 
@@ -377,7 +377,7 @@ def _unreachable(path: str, error: OSError) -> NoProtector | RequestRefused:
         case FileNotFoundError():
             why = (
                 "no such socket; the protector is not running, or has --no-control; "
-                "`socketprotectorctl list` shows what runs"
+                "`socketprotectorctl list` shows running protectors"
             )
         case ConnectionRefusedError():
             why = "no process listens there any more; the protector has ended"

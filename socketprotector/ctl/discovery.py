@@ -44,7 +44,7 @@ def by_path(path: str) -> str:
     with suppress(OSError):  # connect() will report that the file or a permission is missing
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise UsageError(
-                f"--control {path}: it is no socket; `socketprotectorctl list` shows the control "
+                f"--control {path}: not a socket; `socketprotectorctl list` shows the control "
                 "sockets"
             )
     return os.path.abspath(path)
@@ -75,12 +75,12 @@ def by_name(name: str) -> str:
         choices = [shown[path] for path in matching]
         if len(set(choices)) < len(choices):  # some protectors share the first listener, too
             choices = [f"--control {path}" for path in matching]
-        raise UsageError(f"--name {name}: which one? {_shortened(choices)}")
+        raise UsageError(f"--name {name}: several match; choose one of {_shortened(choices)}")
     if matching or living or with_key:
         return (matching or living or with_key)[0]
     if silent:
         raise NoProtector(
-            f"--name {name}: no instance that answers has this name; no answer from "
+            f"--name {name}: no protector that answers has this name; no answer from "
             f"{_shortened(silent)}; try again, or pass --control PATH",
             "silent",
         )
@@ -124,9 +124,9 @@ def names(found: Sequence[SocketAnswer]) -> list[str]:
     """Return a name for each protector; if several share a name, add port or address to the name.
 
     The name of a protector that does not answer is the name in its socket's path.  Any process can
-    claim any name in its status.  So among protectors that share a name, only a protector whose
-    socket is in the folder of that name (docs/control.md) keeps the name without an addition.  Only
-    the folder's owner can put a socket there.
+    claim any name in its status.  So a protector keeps a shared name without an addition only if
+    its socket is in the folder of that name (docs/control.md).  Only the folder's owner can put a
+    socket there.
     """
     candidates = [_names_of(each) for each in found]
     chosen = [shortest for shortest, *_ in candidates]
@@ -261,7 +261,7 @@ def _pid(file: str) -> int:
     except OSError as error:
         raise UsageError(f"--pid-file {file}: {error.strerror}") from None
     if not regular:
-        raise UsageError(f"--pid-file {file}: it is no regular file; name the protector's pid file")
+        raise UsageError(f"--pid-file {file}: not a regular file; name the protector's pid file")
     number = re.match(rb"\s*(\d{1,9})\s*$", content)
     if number is None:
         raise UsageError(f"--pid-file {file}: it contains no pid")

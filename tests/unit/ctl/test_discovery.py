@@ -133,7 +133,10 @@ def test_two_of_a_name_are_told_apart_by_their_listeners(fakes: Fakes, ctl: Ctl)
 
     several = level(ctl, "--name", "web")
     assert several.status == 2
-    assert several.err == "socketprotectorctl: --name web: which one? web:80, web:81\n"
+    assert (
+        several.err
+        == "socketprotectorctl: --name web: several match; choose one of web:80, web:81\n"
+    )
     for each in (first, second, other):
         each.asked.clear()
     assert level(ctl, "--name", "web:80").status == 0
@@ -141,7 +144,7 @@ def test_two_of_a_name_are_told_apart_by_their_listeners(fakes: Fakes, ctl: Ctl)
     assert level(ctl, "--name", "api").status == 0
     other.status.update(name="api", listeners=listening(81))
     assert level(ctl, "--name", "80").status == 0
-    assert "which one? api, web:81" in level(ctl, "--name", "81").err
+    assert "several match; choose one of api, web:81" in level(ctl, "--name", "81").err
     names = [line.split()[0] for line in ctl("list").out.splitlines()[1:]]
     assert names == ["api", "web:80", "web:81"]
 
@@ -191,7 +194,7 @@ def test_two_at_files_of_one_name_are_told_apart_by_the_whole_path(fakes: Fakes,
         fakes(key).status.update(name="web", listeners=[listener(f"unix:{path}")])
 
     said = level(ctl, "--name", "web").err
-    assert said.endswith("which one? web:t, web:/run/a/s, web:/run/b/s\n")
+    assert said.endswith("several match; choose one of web:t, web:/run/a/s, web:/run/b/s\n")
     names = [line.split()[0] for line in ctl("list").out.splitlines()[1:]]
     assert sorted(names) == ["web:/run/a/s", "web:/run/b/s", "web:t"]
     for name in names:
@@ -225,7 +228,9 @@ def test_two_of_one_name_and_port_are_told_apart_by_their_sockets(
         other.end()
 
     assert said.status == 2
-    assert f"which one? --control {folder / 'web.control'}, --control " in said.err
+    assert (
+        f"several match; choose one of --control {folder / 'web.control'}, --control " in said.err
+    )
 
 
 def test_by_path_however_long(tmp_path: Path, folder: Path, ctl: Ctl) -> None:
@@ -242,7 +247,7 @@ def test_by_path_however_long(tmp_path: Path, folder: Path, ctl: Ctl) -> None:
     assert (gone.status, gone.err) == (
         1,
         f"socketprotectorctl: {tmp_path}/none: no such socket; the protector is not running, "
-        "or has --no-control; `socketprotectorctl list` shows what runs\n",
+        "or has --no-control; `socketprotectorctl list` shows running protectors\n",
     )
 
 
@@ -252,7 +257,7 @@ def test_a_control_path_of_another_kind_of_file_is_refused(tmp_path: Path, ctl: 
     for path in (tmp_path / "file", tmp_path, Path("/dev/null")):
         said = level(ctl, "--control", str(path))
         assert said.status == 2
-        assert f"--control {path}: it is no socket; `socketprotectorctl list` shows " in said.err
+        assert f"--control {path}: not a socket; `socketprotectorctl list` shows " in said.err
 
 
 def test_by_pid_file(fakes: Fakes, tmp_path: Path, ctl: Ctl) -> None:
@@ -317,7 +322,7 @@ def test_an_instance_that_never_answers_is_named(
     said = level(ctl, "--name", "4321")
 
     assert said.status == 1
-    assert "no instance that answers has this name; no answer from /" in said.err
+    assert "no protector that answers has this name; no answer from /" in said.err
     assert "web.control; try again, or pass --control PATH" in said.err
 
 
@@ -331,7 +336,7 @@ def test_a_pid_file_that_is_no_file_is_refused_at_once(
     said = level(ctl, "--pid-file", str(path))
 
     assert said.status == 2
-    assert f"--pid-file {path}: it is no regular file" in said.err
+    assert f"--pid-file {path}: not a regular file" in said.err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The commands reload and stop, and what deploy.py shares with reload.
+"""The commands reload and stop, and what deploy.py and upgrade.py share with them.
 
 Each command waits, so that its exit status reports the outcome.  A reload counts as successful only
 if the protector reports its success.
@@ -171,9 +171,9 @@ def follow(
         return Success(words, after_all)
     instead = f" in place of generation {old}" if isinstance(old, int) else ""
     why = f", {found.reason}" if found.reason else ""
-    gone = "; nothing older is left" if drained else ""
+    ended = "; all older generations have ended" if drained else ""
     operation.outcome["reason"] = found.reason or None
-    words = f"generation {found.generation} is serving{instead}{why}{gone}"
+    words = f"generation {found.generation} is serving{instead}{why}{ended}"
     return Success(words + _first_programs(after_all, found.generation), after_all)
 
 

@@ -71,7 +71,7 @@ def _check_upgrade(instance: Instance, as_json: bool) -> None:
         say_outcome(say_json, result)
     old, reason = text_in(result, "from"), text_in(result, "reason")
     if reason:
-        raise NewVersionFailed(f"{old} could not be upgraded: {reason}")
+        raise NewVersionFailed(f"{old} cannot be upgraded: {reason}")
     if not as_json:
         say_outcome(say, f"{text_in(result, 'version')} can take over from {old}")
 

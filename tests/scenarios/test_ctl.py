@@ -270,7 +270,7 @@ def test_drained_waits_for_the_last_connection(beside: Beside, web: Start) -> No
     assert short.status == 4
     assert "still waiting for generation 1 (1 worker: pid " in short.err
     assert running.wait() == 0
-    assert running.out.text().endswith("nothing older is left")
+    assert running.out.text().endswith("all older generations have ended")
     assert [each["number"] for each in state()["generations"]] == [3]
 
 
@@ -285,7 +285,7 @@ def test_drained_is_waited_for_through_a_cut(beside: Beside, web: Start) -> None
 
         assert running.process.poll() is None, running.err.text()
     assert running.wait() == 0
-    assert running.out.text().endswith("nothing older is left")
+    assert running.out.text().endswith("all older generations have ended")
 
 
 @EITHER_HANDOFF

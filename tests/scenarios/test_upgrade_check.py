@@ -151,7 +151,7 @@ def test_a_program_that_cannot_take_over_is_status_3_and_one_line(
 
     assert (said.status, said.out) == (3, "")
     [line] = said.lines
-    assert line.startswith(f"socketprotectorctl: {__version__} could not be upgraded: "), line
+    assert line.startswith(f"socketprotectorctl: {__version__} cannot be upgraded: "), line
     assert re.search(why, line), line
     assert web.log.seen[mark:] == []
     no_more_open(descriptors, web.pid)

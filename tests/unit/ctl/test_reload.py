@@ -494,7 +494,8 @@ def test_drained_waits_for_the_end_of_the_old_generations(fake: Fake, ctl: Ctl) 
 
     assert (said.status, said.out) == (
         0,
-        "reloaded: generation 9 is serving in place of generation 8; nothing older is left\n",
+        "reloaded: generation 9 is serving in place of generation 8; "
+        "all older generations have ended\n",
     )
     assert said.err == "drained 0/2 workers\ndrained 2/2 workers\n"
 

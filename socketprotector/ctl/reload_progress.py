@@ -17,7 +17,7 @@ from .cli import plural
 from .client import Message
 from .fields import listed, measure, number_in, text_in, waits_of
 
-#: The phases of generations that get no new connections.
+#: The phases of generations that are ending.
 LEAVING = ("draining", "abandoned")
 _STARTING = ("starting", "settling")
 #: The events that report a verdict -> whether the verdict is a success.
@@ -139,15 +139,15 @@ class Reload(Awaited):
         self.dry_run = dry_run
         self._events = _DRY_RUN_VERDICTS if dry_run else _VERDICTS
         self.verdict: Verdict | None = None
-        self._now: _Generation | None = None
+        self._current: _Generation | None = None
         self._wanted = number_in(status, "workers_wanted")
-        self._ahead = any(
+        self._has_earlier_reload = any(
             each.get("phase") in _STARTING and number_in(each, "number") < generation
             for each in listed(status, "generations")
         )
         self._forgotten = 0
         self._phase = str(status.get("phase"))
-        if self._ahead:
+        if self._has_earlier_reload:
             tell("an earlier reload is still in progress")
 
     def on_event(self, event: Message) -> None:
@@ -204,7 +204,7 @@ class Reload(Awaited):
                     self._shared(number)
         # Once this reload has begun, a wait of the kind `earlier-reload` belongs to a later reload,
         # which waits for this one.
-        kinds = [each for each in OF_RELOAD if self._now is None or each != "earlier-reload"]
+        kinds = [each for each in OF_RELOAD if self._current is None or each != "earlier-reload"]
         self.waits.on_status(status, kinds)
         # "waiting" means that no generation is serving, as during a reload under stop-first.
         under_way = self._phase in (*_STARTING, "reloading", "waiting")
@@ -221,10 +221,10 @@ class Reload(Awaited):
     # -- progress -----------------------------------------------------------------
 
     def _starting(self, number: int) -> _Generation:
-        if self._now is None or self._now.number != number:
-            self._now = _Generation(number)
+        if self._current is None or self._current.number != number:
+            self._current = _Generation(number)
             self.tell(f"generation {number} is starting")
-        return self._now
+        return self._current
 
     def _ready(self, number: int, workers: set[int]) -> None:
         starting = self._starting(number)
@@ -261,16 +261,16 @@ class Reload(Awaited):
     def _waits_for(self) -> str:
         if self.stopping:
             return "the end of the protector, which is being stopped"
-        if self._now is None:
-            if self._ahead:
+        if self._current is None:
+            if self._has_earlier_reload:
                 return "an earlier reload to end"
             return f"generation {self.generation} to start (now: {self._phase})"
-        if self._now.routed:
-            return f"generation {self._now.number} to survive --settle"
-        if self._now.shares:
-            return f"generation {self._now.number} to get all clients"
-        ready = self._ready_text(self._now)
-        return f"generation {self._now.number} to become ready ({ready} workers are ready)"
+        if self._current.routed:
+            return f"generation {self._current.number} to survive --settle"
+        if self._current.shares:
+            return f"generation {self._current.number} to get all clients"
+        ready = self._ready_text(self._current)
+        return f"generation {self._current.number} to become ready ({ready} workers are ready)"
 
 
 class Losses:
@@ -309,7 +309,7 @@ def tries(status: Message, *, dry_run: bool) -> list[Message]:
 def draining(status: Message, before: float = math.inf) -> tuple[int, str]:
     """Return the number of workers in draining or failed generations, and a text about them.
 
-    before: count only generations below this number.  If there is none, the text is "".
+    before: count only generations below this number.  The text is "" if none is found.
     """
     leaving = [
         each

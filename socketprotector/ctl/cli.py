@@ -94,7 +94,7 @@ class Instance:
 
 
 def _store_instance(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Store an instance option; it may stand before or after the command."""
+    """Store an instance option, which may come before or after the command."""
     if value is None:
         return
     given = [name for name, before in asdict(ctx.obj or Instance()).items() if before is not None]

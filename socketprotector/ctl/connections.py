@@ -82,13 +82,13 @@ def find_connections(
     workers: from the answer to the request `connections` (docs/control.md).
     listeners: the canonical addresses of the listeners.
     now: seconds since the epoch.
-    draining: the numbers of the generations that get no new clients.
+    draining: the numbers of the draining and abandoned generations.
     shares_pids: whether the workers' pids are of our own PID namespace (Client.shares_pids).
 
-    Only some workers record when they accepted a connection (docs/protocol.md).  A connection
-    without such a record is at least as old as the drain if its generation is draining, and
-    otherwise at most as old as its worker.  (`since_at` is when the drain began, or when the worker
-    was started.)
+    Only some workers record when they accepted a connection (docs/protocol.md).  Without a record,
+    a draining generation's connection is at least as old as the drain.  Any other connection is at
+    most as old as its worker.  (`since_at` is when the drain began, or when the worker was
+    started.)
     """
     addresses = tuple(listeners)
     # By worker, network namespace and inode: a parent and its forked child may share a socket.
@@ -159,8 +159,8 @@ def _why_hidden(pid: int, error: OSError) -> str:
         return ""
     if isinstance(error, PermissionError):
         return "permission denied; run as root or as the worker's user"
-    gone = isinstance(error, FileNotFoundError | ProcessLookupError)
-    return _HIDDEN if gone else what_failed(error)
+    missing = isinstance(error, FileNotFoundError | ProcessLookupError)
+    return _HIDDEN if missing else what_failed(error)
 
 
 def _inodes(pids: Sequence[int]) -> tuple[dict[int, int | None], str]:

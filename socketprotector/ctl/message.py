@@ -1,7 +1,7 @@
 """Parses a message from a control socket, and makes its values safe for all callers.
 
-The peer may be a newer protector, or another program.  Callers can rely on a parsed message: its
-numbers can be shown and added, its texts can be encoded, and its size and nesting are limited.
+The peer may be a newer protector, or another program.  In a parsed message, all numbers can be
+shown and added, and all texts can be encoded.  The message's size and nesting are limited.
 """
 
 from __future__ import annotations

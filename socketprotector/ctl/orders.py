@@ -92,7 +92,7 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
             while not ended(_HOLD_EVERY_S):
                 client.query("hold", seconds=_HOLD_EACH_S)
         finally:
-            if client.fileno() >= 0:  # otherwise reconnecting took longer than the hold lasts
+            if client.fileno() >= 0:  # otherwise we cannot release; the hold ends soon
                 _release(client)
         if not as_json:
             say("released")

@@ -32,7 +32,7 @@ class SocketAnswer:
 
     @property
     def alive(self) -> bool:
-        """Return False if no process listens at the socket, or if it hung up without an answer."""
+        """Return False if no process listens, or the process hung up without an answer."""
         return self.why != "dead"
 
 

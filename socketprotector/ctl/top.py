@@ -37,7 +37,7 @@ _RECONNECT_S = 1.0
 
 
 class Rates:
-    """The rates of the last intervals, and the wait times of the last one."""
+    """The rates of the last intervals, and the wait times of the last interval."""
 
     def __init__(self) -> None:
         self.forwarded: deque[float] = deque(maxlen=_KEPT)

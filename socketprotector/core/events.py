@@ -158,7 +158,7 @@ class ReplaceRequested(Event):
 class WorkerReady(Event):
     """A worker is ready.  retires: it can finish while the rest of its generation serves.
 
-    alone: it has declared this, as the client library does.
+    alone: the worker has declared that it can, as the client library does.
     """
 
     worker: int
@@ -175,7 +175,7 @@ class WorkerExited(Event):
     detached: it exited with status 0 before READY.
     orphans: processes that the worker started still run; when they have ended, a second event
     follows.
-    lost: the worker itself may run and serve; a kill of the earlier program lost its descriptors.
+    lost: the worker may still serve, but a kill of the earlier program lost its descriptors.
     """
 
     worker: int
@@ -244,7 +244,7 @@ class HandingOver(Event):
 
 @frozen
 class Stranded(Event):
-    """Clients wait at a socket from which no generation accepts any more."""
+    """Clients wait, or may come, at a socket from which no generation accepts."""
 
 
 @frozen

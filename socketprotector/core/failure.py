@@ -90,7 +90,7 @@ def settle_failed(step: Step, number: int, reason: str) -> None:
 
 
 def untaken(step: Step, number: int, reason: str) -> None:
-    """Roll back a rollout whose workers accept no client.  A plain reload is only reported."""
+    """Roll back a rollout whose workers accept no client; change nothing in a plain reload."""
     if step.fleet.rollout:
         settle_failed(step, number, reason)
 
@@ -116,7 +116,7 @@ def _first_start_failed(step: Step, number: int, reason: str, *, retry: bool) ->
 def socket_lost(step: Step, number: int) -> None:
     """Fail a starting generation that lost a socket: it could not accept all clients.
 
-    A generation with a share of the clients fails, too: the serving one still accepts all.
+    A generation with a share of the clients fails, too: the serving generation still accepts all.
     """
     generation = step.fleet.generation(number)
     if generation and (generation.phase is Phase.STARTING or generation == step.fleet.sharing):

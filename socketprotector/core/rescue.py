@@ -1,7 +1,7 @@
 """Rescues: serve clients that wait at a socket without workers, before a requested reload.
 
 Pure.  A rescue opens the last good command again, and its workers accept these clients.  Rescues
-are needed only where workers accept, after a failed release or after a hold.
+are needed only where workers accept: after a failed release, a hold or the loss of a socket.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def rescue(step: Step, number: int) -> None:
 
 
 def serve_held(step: Step) -> None:
-    """Open the last good command to accept clients of a hold; restart a reload under way.
+    """Open the last good command to accept clients of a hold; queue a reload under way again.
 
     Only two generations can accept at once, so the incoming generation must make room.  A release
-    is called off.  The last good command is promoted early if it is settling, or awaited if it is
-    starting.
+    is taken back and queued again; a dry run fails.  The last good command is promoted early if it is
+    settling, or awaited if it is starting.
     """
     serving, incoming = step.fleet.of(Phase.SERVING), step.fleet.incoming
     if not serving or step.fleet.stopping:

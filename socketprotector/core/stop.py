@@ -20,7 +20,7 @@ from .events import Deadline, TimerKind
 from .fleet import Fleet, Generation, LameDuck, Next, Phase, Stop
 from .step import Step
 
-#: The exit status of a stop after which no client could connect (errors.SystemRefused).
+#: The exit status of a stop because no client can connect (errors.SystemRefused).
 LISTENERS_LOST = 111
 #: The verdict of a reload or a dry run that a stop calls off.
 CALLED_OFF = "called off: the protector is stopping"
@@ -79,7 +79,7 @@ def stop_gracefully(step: Step, reason: str = "") -> None:
 def stop_if_rescued(step: Step) -> None:
     """Continue a waiting stop once no client of a hold needs another generation.
 
-    A HeldClientsWait event may follow the end of the hold or of a start: let the event loop turn.
+    A HeldClientsWait event may follow the end of a hold or start, so first let the loop turn.
     """
     fleet, before = step.fleet, step.before
     if _may_renew(fleet):
@@ -149,7 +149,7 @@ def stop_quickly(step: Step) -> None:
 def _call_off(step: Step, stop: Stop | None) -> None:
     """Call off all pending work, with a verdict for each reload and dry run.
 
-    stop: None while the stop waits for clients of a hold; a start of the last good command goes on.
+    stop: None while the stop waits for a rescue; then a start of the last good command continues.
     A queued reload gets its verdict later, from reload.begin_if_wanted().
     """
     for wait in (TimerKind.OPEN, TimerKind.LAME_DUCK, TimerKind.LAME_DUCK_IDLE):

@@ -133,7 +133,7 @@ class Drain(Action):
 class EndEvenly(Action):
     """Let workers on the client library end their connections evenly over some time.
 
-    seconds: 0: end no connection.  An earlier order with a shorter time stays in force.
+    seconds: 0 ends no connection.  An earlier order with an earlier deadline stays in force.
     worker: 0 for all workers of the generation.
     """
 
@@ -174,7 +174,7 @@ class ReadSettings(Action):
     """Read the configuration again, for the next generation that is opened fresh.
 
     dry_run: this generation will get no client, not even from added listeners.
-    canary: the reload was requested with a canary, for which the new settings must have a place.
+    canary: the reload was requested with a canary, which the new settings must allow.
     release: the release to start; "": the release that `current` names.
     """
 
@@ -208,7 +208,7 @@ class StartTimer(Action):
 
 @frozen
 class CancelTimer(Action):
-    """Forget a timer."""
+    """Cancel a timer."""
 
     deadline: Deadline
 

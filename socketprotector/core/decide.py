@@ -1,9 +1,8 @@
 """The one decision function: `decide(fleet, event) -> (fleet, actions)`.
 
 Pure: no clock, process, socket or logger.  Time comes in as events and goes out as
-StartTimer.  `_handle` first handles the event (reload.py, workers.py, stop.py).  Then `_advance`
-takes every step that has become possible.  An event changes nothing if its generation or worker
-is gone.
+StartTimer.  First, `_handle` calls the function that handles the event.  Then `_advance` takes
+every step that has become possible.  An event changes nothing if its generation or worker is gone.
 
 The order of the actions is part of the result.
 """
@@ -185,7 +184,7 @@ def resume(
     left_s: Mapping[Deadline, float],
     undone: Iterable[Action] = (),
 ) -> tuple[Action, ...]:
-    """Return the actions that make the world match a fleet, if the previous program has ended.
+    """Return the actions that make the world match a fleet, after the previous program has ended.
 
     Each action can be repeated without harm.
     left_s: seconds left of each timer; a timer without an entry runs out at once.

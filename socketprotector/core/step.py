@@ -2,7 +2,7 @@
 
 Pure.  Each method changes the fleet and orders the matching action in one place, so that the two
 cannot diverge.  No timer runs that the fleet does not know, and no worker is spawned that the fleet
-does not list.  Shared by reload.py, workers.py and stop.py:
+does not list.  The modules that handle events share:
 
 * timers: start, extend, cancel
 * workers: spawn, retire, end (TERM or ABRT; KILL after --kill-timeout)
@@ -96,7 +96,7 @@ class Step:
         self.do(Spawn(generation, worker.number, worker.slot))
         draining = self.fleet[generation]
         if draining.phase is Phase.DRAINING and not draining.quiescing:
-            # It takes over the clients of a worker that had an order.
+            # The generation got this order before this worker was started.
             self.end_evenly(draining, worker.number)
         self.start(TimerKind.WORKER_START, worker.number, self.fleet.policy.start_timeout_s)
 
@@ -258,7 +258,7 @@ class Step:
     # -- settings ------------------------------------------------------------
 
     def requeue_reload(self, canary: Canary | None) -> None:
-        """Queue a reload again that clients of another generation have interrupted."""
+        """Queue again a reload that a rescue has interrupted."""
         canary = canary or self.fleet.canary_wanted
         self.fleet = replace(self.fleet, reload_wanted=True, canary_wanted=canary, rollout=None)
 

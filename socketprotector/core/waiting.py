@@ -1,6 +1,6 @@
 """Names each event that a fleet waits for, and the reason, for the operator.
 
-Pure.  `status` shows the waits.  The page, and commands that show progress, read `status`.
+Pure.  `status` shows the waits.  The exporter, and commands that show progress, read `status`.
 """
 
 from __future__ import annotations

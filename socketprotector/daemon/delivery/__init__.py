@@ -19,16 +19,17 @@ from ..generation import OpenGeneration
 from .host import Host
 from .probe_target import ProbeTarget
 
-#: How long clients may wait before we report that the workers accept none of them: NEVER_TAKEN_S
-#: until workers have accepted a first client (in shared/: at the same listener), then UNTAKEN_S.
+#: How long clients may wait before we report that the workers accept none of them.  NEVER_TAKEN_S
+#: applies until workers have accepted a first client (in shared/: at the same listener), and
+#: UNTAKEN_S afterwards.
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
 #: A stop, and the drain of a removed listener, check for new clients at this interval.  A client
 #: whose handshake is under way at one check has connected by the next check, unless the network
 #: loses a packet.
 QUIET_S = 0.2
-#: If a stop, or the drain of a removed listener, cannot refuse new clients, it stops accepting them
-#: after this time.
+#: If new clients cannot be refused, a stop and the drain of a removed listener accept them for
+#: this time.
 LAST_S = 10.0
 
 
@@ -72,7 +73,7 @@ class Delivery(ABC):
     @classmethod
     @abstractmethod
     def leave(cls, listeners: Collection[Listener], record: DeliveryRecord) -> tuple[str, ...]:
-        """Leave our listeners to the fd store, to complete the exit that an earlier program began.
+        """Complete the exit that an earlier program began: leave our listeners to the fd store.
 
         Returns the names of the sockets that the store must keep for the next start.
         """
@@ -208,7 +209,7 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def listeners(self) -> tuple[Listener, ...]:
-        """The listeners that clients can connect to."""
+        """The listeners that were not removed, including lost listeners (Host.listener_lost())."""
 
     @abstractmethod
     def backlog(self, listener: Listener) -> tuple[int, int] | None:
@@ -260,7 +261,7 @@ class Delivery(ABC):
     ) -> None:
         """Refuse new clients, and post BacklogEmptied once all earlier clients are accepted.
 
-        If new clients cannot be refused, post BacklogEmptied after LAST_S at the latest.
+        If new clients cannot be refused, wait for them no longer than LAST_S.
         serving: the serving generation.  quick: close at once, and post nothing.
         stay: instead of refusing new clients, let our own listeners survive; later clients wait
         there for the next start.
@@ -315,8 +316,8 @@ class Delivery(ABC):
     ) -> bool:
         """Adopt a generation that an earlier program opened; takes ownership of its descriptors.
 
-        draining: the generation drains already.  Returns False if the descriptors were not stored:
-        the earlier program was killed before it stored them, or the store had no room for them.
+        draining: the generation drains already.  Returns False if needed descriptors were not
+        stored: the earlier program was killed before that, or the store had no room for them.
         """
 
     @abstractmethod

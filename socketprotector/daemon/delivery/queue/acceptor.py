@@ -23,7 +23,7 @@ from .queue_watch import QueueWatch
 Send = Callable[[list[bytes], list[tuple[int, int, bytes]], int], object]
 #: If we accept two connections within BUSY_NS, we assume that clients queue up.  From then on each
 #: wake-up accepts up to BURST connections, until a wake-up finds fewer than two.  At other
-#: times a wake-up accepts only one connection: a second accept() that finds no client costs 4 us
+#: times a wake-up accepts only one connection.  A second accept() that finds no client costs 4 us
 #: (measured), as much as another turn of the loop.
 BUSY_NS = 25_000
 BURST = 32

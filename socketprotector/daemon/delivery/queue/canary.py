@@ -198,7 +198,7 @@ class CanaryQueue:
     def _send_elsewhere(self, header: bytes, fd: int, number: int) -> None:
         """Send a client's connection to the route, or keep it; drop a probe.
 
-        number: the highest number of the connections kept before.  Takes ownership of fd.
+        number: see Undelivered.keep_older().  Takes ownership of fd.
         """
         route = self._outlet.route
         if is_probe(header):

@@ -65,8 +65,8 @@ class Forwarder:
         broken: called when the route's channel was shut down.
         repair: repairs a listener that was shut down, or marks the listener lost.  Raises OSError
         if the system is short of descriptors or memory.
-        untaken: called, at most once for each channel, if the route's workers take nothing.  Gets
-        for how long (s), how many connections wait, and whether the workers ever took any.
+        untaken: called, at most once for each channel, if the route's workers take nothing.  Its
+        arguments: the seconds, how many connections wait, and whether the workers ever took any.
         """
         self._loop = loop = runtime.loop
         self._post = runtime.post
@@ -89,7 +89,7 @@ class Forwarder:
             send_failed=self._send_failed,
         )
         #: Channels whose connections go to the route, in this order, once the route has room.
-        #: True: the channel's workers have exited, so we close the channel then: see release().
+        #: True: the channel's workers have exited, so we then close the channel (see release()).
         self._leftovers: dict[GenerationChannel, bool] = {}
         self._holding = False  # True during a hold: accept nothing
         self._ended_listeners: list[Listener] = []  # we no longer accept from them
@@ -147,7 +147,7 @@ class Forwarder:
             self._leftovers.setdefault(channel, False)  # adopt_drained() may have added the channel
 
     def release(self, channel: GenerationChannel) -> None:
-        """Send the route what exited workers left in their channel; then close the channel."""
+        """Send the untaken connections of exited workers to the route; then close the channel."""
         self._drains.end(channel)
         channel.end()
         self._leftovers.pop(channel, None)
@@ -155,7 +155,7 @@ class Forwarder:
             self._leftovers[channel] = True
             self._resume()
         else:
-            channel.close()  # even without a route: failed generations' channels would pile up
+            channel.close()  # now: without a route, failed generations' channels would pile up
 
     def add(self, listener: Listener) -> None:
         """Add a listener, for the generations that know it; takes ownership."""
@@ -323,14 +323,14 @@ class Forwarder:
         If the route does not know a connection's listener, the connection goes back to the end of
         its channel.  If the channel has ended, this and all later connections stay in the channel.
 
-        last: the channel's workers have exited.  So instead, undelivered.py keeps the connections
-        that the route cannot get; a closed listener's connections are lost.
+        last: the channel's workers have exited.  So undelivered.py gets the connections that the
+        route cannot get; those of a closed listener are lost.
         """
         route = self.outlet.route
         has_unknown = route is not None and _may_have_unknown(channel, route)
         remaining = channel.depth() if has_unknown else -1
         while self.outlet.is_free and self.outlet.route not in (None, channel):
-            if not remaining or (has_unknown and not last and self._is_stuck(channel)):
+            if not remaining or (has_unknown and not last and self._head_must_stay(channel)):
                 return
             taken = self._shortage.take_back(channel)
             if taken is None:
@@ -349,7 +349,7 @@ class Forwarder:
             elif self.outlet.route is not None:
                 self.outlet.send(self.outlet.route, header, fd)
 
-    def _is_stuck(self, channel: GenerationChannel) -> bool:
+    def _head_must_stay(self, channel: GenerationChannel) -> bool:
         """Return whether a channel has ended, and its oldest connection cannot go to the route."""
         try:
             header = channel.peek() if channel.write.fileno() < 0 else None
@@ -361,7 +361,7 @@ class Forwarder:
         return not known
 
     def _put_back(self, channel: GenerationChannel, header: bytes, fd: int) -> None:
-        """Send a connection back to its channel; on failure keep or lose it.  Takes over fd."""
+        """Queue a connection again; on failure keep or lose it.  Takes ownership of fd."""
         try:
             channel.send(header, fd)
         except OSError as error:

@@ -10,7 +10,7 @@ class GenerationChannel(Channel):
     """A generation's channel.  end() also notes the end in the generation's record."""
 
     def __init__(self, ends: Channel, generation: OpenGeneration, *, adopted: bool = False) -> None:
-        """Take ownership of both ends.  adopted: the channel is from before an upgrade or crash."""
+        """Take ownership of both ends.  adopted: the channel is from before an upgrade or kill."""
         super().__init__(ends.read, ends.write)
         self.generation = generation
         #: Whether a worker has taken a connection; assumed True for an adopted channel.

@@ -2,10 +2,16 @@
 
 Connected clients go to the newest generation that knows the listener, not to the serving
 generation.  A timer looks at the backlog until two looks in a row find no client.  If new clients
-cannot be refused, the drain ends after LAST_S, once every accepted client is sent; the clients that
-are then still in the backlog are lost.  All remaining clients are lost if no generation knows the
-listener, if the channel that gets these clients breaks or is closed, or when a stop closes all
-listeners.  We count and log lost clients.
+cannot be refused, the drain ends after LAST_S, once every accepted client is sent.  The clients
+that are then still in the backlog are lost.
+
+All remaining clients are lost in three cases:
+
+* No generation knows the listener.
+* The channel that gets the clients breaks or is closed.
+* A stop closes all listeners.
+
+We count and log lost clients.
 """
 
 from __future__ import annotations

@@ -223,7 +223,8 @@ class QueueDelivery(Delivery):
     def remove(self, listener: Listener) -> None:
         """Send a listener's backlog to the newest generation that knows the listener.
 
-        A generation that never had the route or a share of the clients does not get the backlog.
+        Generations that have ended, or that never had the route or a share of the clients, do not
+        get the backlog.
         """
         served = [
             number

@@ -43,8 +43,8 @@ class QueueWatch:
     send_again: Callable[[GenerationChannel], None]
     #: See Forwarder.__init__().
     untaken: Callable[[float, int, bool], None]
-    #: If the head stays the same for longer than this limit, untaken() is called.  The first limit
-    #: applies until a worker has taken a connection from the channel, the second limit afterwards.
+    #: After this many seconds with the same head, untaken() is called.  The first number applies
+    #: until a worker has taken a connection from the channel, the second number afterwards.
     late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     #: Writes the state.  None: the QueueWatch of the route does that.
     save: Callable[[], object] | None = None

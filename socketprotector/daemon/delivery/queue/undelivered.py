@@ -3,8 +3,8 @@
 Such connections are few, because we accept only what we can deliver.  We keep a connection if its
 send failed, or if no generation that knows its listener can get it now.
 
-After an upgrade or a kill, the program that replaces us (the next program) gets these connections:
-their headers from the state, their descriptors by name.  This module follows two rules:
+After an upgrade or a kill, the program that replaces us (the next program) gets these connections.
+It finds their headers in the state, and their descriptors by name.  This module follows two rules:
 
 * A connection is removed from the state before it is sent.  If we are killed in between, the
   connection is lost.  If we sent the connection first, such a kill could give it to a
@@ -48,10 +48,9 @@ class Undelivered:
         self.persist()
 
     def keep_older(self, header: bytes, fd: int, number: int) -> None:
-        """Keep a connection in front of the first one with at most this number, or as the last.
+        """Keep the next connection of a batch, in front of all that were kept before the batch.
 
-        With the same `number`, connections keep their order, in front of those kept before.  Takes
-        ownership of fd.
+        number: the value of `self.number` before the batch.  Takes ownership of fd.
         """
         before = tuple(self._waiting.items())
         place = next((n for n, (each, _) in enumerate(before) if each <= number), len(before))
@@ -108,7 +107,7 @@ class Undelivered:
         state, a descriptor with the next number may have been stored.  So new connections skip the
         next number, and the numbers of all stored descriptors.
 
-        Returns how many connections are lost for certain: descriptor or header was not stored.
+        Returns how many connections are certainly lost: their descriptor or header was not stored.
         """
         stored = {int(key): found[""] for key, found in unclaimed.take_all(inherited.HAND).items()}
         self.number = max((number + 1, *stored))

@@ -90,8 +90,9 @@ class AcceptCounts:
         used: the tags of known generations.  Raises OSError.
         """
         listening, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
-        # Open connections may still carry the tag of a generation whose last worker has exited: a
-        # worker's child may have left the process group, or another process has got a connection.
+        # Open connections may still carry the tag of a generation whose last worker has exited.
+        # A child that has left its worker's process group may have them, or another process that
+        # got them from a worker.
         ours = self.listeners.host.own_connection
         found = self._found[listener.index] = accept_tags.connections(listening, ours)
         tag = accept_tags.tag_of(listening)

@@ -38,7 +38,7 @@ class Backlogs(ABC):
 
     @abstractmethod
     def watch(self) -> None:
-        """Wake up for the next client if AcceptWatch.awaits is True, otherwise for no client."""
+        """Watch for the next client if AcceptWatch.awaits is True; otherwise await no client."""
 
     @abstractmethod
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:

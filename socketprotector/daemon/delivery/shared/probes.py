@@ -113,10 +113,10 @@ class Probes:
         place = listener.index, self._turns.current
         if place not in self._marks:
             mark = self._marks[place] = bpf.Mark.draw(address[0])
-            self._will_come_from(place, mark)
+            self._record_source(place, mark)
         return self._marks[place]
 
-    def _will_come_from(
+    def _record_source(
         self, place: tuple[int, int], mark: bpf.Mark | None, *, no_clients: bool = False
     ) -> None:
         """Record how to recognize a socket's probes.
@@ -181,7 +181,7 @@ class Probes:
 
         if listening.family == socket.AF_UNIX:  # the socket has its own file: no mark is needed
             no_clients = self._steering.steer() and self._is_for_probes(found, socket_number)
-            self._will_come_from(place, None, no_clients=no_clients)
+            self._record_source(place, None, no_clients=no_clients)
             return ProbeTarget(address, None, waits, lambda: None, holds=holds)
         while (mark := bpf.Mark.draw(address[0])) in self.socket_by_mark:
             pass  # draw again: IPv6 has few marks
@@ -190,7 +190,7 @@ class Probes:
             if not self._steering.steer():  # the probe would reach the old generation
                 raise OSError(errno.EAGAIN, "new clients cannot be steered now")
             no_clients = self._is_for_probes(found, socket_number)
-        self._will_come_from(place, mark, no_clients=no_clients)
+        self._record_source(place, mark, no_clients=no_clients)
         close = partial(self._release_mark, mark)
 
         def is_closed() -> bool:

@@ -123,9 +123,9 @@ class Quiescing:
         socket_number: the generation's socket.  common: listeners with one socket for all
         generations; the clients that wait at these listeners must be accepted, too.  leave_out:
         listeners whose clients need not be accepted.  reads_on: call back as soon as the generation
-        has accepted its clients.  accept_until: until this time, LAST_S does not begin while
-        clients wait at an address, because no other generation would accept these clients; this
-        excludes addresses whose new clients can come to the socket, too.
+        has accepted its clients.  accept_until: until this time, LAST_S begins again while clients
+        wait at the generation's own sockets, because no other generation would accept them.
+        Listeners whose new clients can stray to these sockets are excluded.
         """
         given = socket_number, on_quiet, common, leave_out, reads_on, accept_until
         self._generations[generation] = _Generation(*given, began=time.monotonic())

@@ -289,7 +289,7 @@ class SharedDelivery(Delivery):
         self._post(BacklogEmptied())
 
     def _refuse_new(self) -> float:
-        """Refuse new clients; return until when to wait for the workers to accept the others."""
+        """Refuse new clients; return until when workers may still accept earlier clients."""
         refused = [each.refuse_new() for each in self._listeners if not each.settings.foreign]
         return float("inf") if all(refused) else time.monotonic() + LAST_S
 
@@ -297,7 +297,7 @@ class SharedDelivery(Delivery):
         # A passed-in listener may never be empty, because its owner keeps listening.
         awaited = [e for e in self._listeners if not (e.settings.foreign or e.lost)]
         # Do not wait for clients that no worker will accept, such as the clients at the socket of
-        # a cancelled release.
+        # an abandoned generation.
         empty = again and not any(map(self.steering.accepts_waiting, awaited))
         if empty or not awaited or time.monotonic() > latest:
             self._finish_closing()
@@ -319,17 +319,17 @@ class SharedDelivery(Delivery):
 
         accepted: the numbers of the sockets from which workers, or the next start, still accept.
         """
-        probed, probes = set(accepted), 0
+        left_out, probes = set(accepted), 0
         if listener.settings.foreign:
-            probed.add(0)  # its owner accepts
-        for number in {n % len(listener.sockets) for n in (0, 1)} - probed:
+            left_out.add(0)  # its owner accepts
+        for number in {n % len(listener.sockets) for n in (0, 1)} - left_out:
             with suppress(OSError):  # on an error, the probes of this socket count as clients
                 waiting, ours = self.steering.probes.waiting_at(listener, number)
                 if waiting <= ours:
-                    probed.add(number)
+                    left_out.add(number)
                 elif listener.socket.family != socket.AF_UNIX:
                     probes += ours  # backlog() of a UNIX socket leaves out abandoned probes already
-        found = listener.backlog(0, probed)
+        found = listener.backlog(0, left_out)
         lost = found[0] - probes if found else 0
         if lost > 0:
             address = listener.settings.address

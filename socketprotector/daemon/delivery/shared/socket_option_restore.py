@@ -4,18 +4,18 @@ Generations may share a listening socket.  A release that fails may have shorten
 listen(), or set TCP_DEFER_ACCEPT, and such changes remain after its exit.  So we restore the
 options (system/socket_snapshot.py) in two cases:
 
-* Before a generation starts to accept from a socket that no other generation uses, we restore the
-  options that the socket had when it was new.
+* Before a generation accepts from a socket that no other generation uses, we restore the options
+  that the socket had when it was new.
 * When a release fails, we restore the options that the socket had when the release started.  So
   earlier changes by the serving generation remain.  A release has failed if its generation ends
   while all generations that still accept are older.
 
-If an option cannot be restored, we replace the socket.  But if all generations share the socket, we
-replace it only if both are true: the option keeps clients out, and the listener can do without the
-socket (Listener.can_do_without).  If the option stays changed, we log it.
+If an option cannot be restored, we replace the socket.  But a socket that all generations share is
+replaced only if the option keeps clients out, and Listener.can_do_without() returns True.  If the
+option stays changed, we log it.
 
-If the serving generation has lowered a backlog, we raise the backlog when another generation starts
-to accept from the socket, or when no generation accepts.  A longer backlog is harmless.
+The serving generation may lower a backlog.  We raise the backlog when another generation starts to
+accept from the socket, or when no generation accepts.  A longer backlog is harmless.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class SocketOptionRestore:
     def end(
         self, generation: int, socket_number: int, remaining: Collection[int], *, gone: bool
     ) -> None:
-        """Undo a generation's changes if it has failed: if all remaining generations are older.
+        """Undo a generation's changes if it has failed (all remaining generations are older).
 
         remaining: the generations that still accept.  gone: all workers of this generation have
         exited, so no worker can change an option later.

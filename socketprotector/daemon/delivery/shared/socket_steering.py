@@ -5,8 +5,8 @@ A TCP address leads to the socket that a filter in the kernel selects (system/re
 path leads to the file of one socket (system/path_group.py).
 
 When the new generation is ready, we steer new clients to its socket.  The old generation then gets
-no new clients.  Before we order it to finish, it accepts its waiting clients and reads from them
-(quiescing.py); otherwise a server would close connections that it has not read.
+no new clients.  Before we order it to finish, we wait until it has accepted its waiting clients,
+and read from them (quiescing.py).  Otherwise a server would close connections unread.
 
 If an address has only one socket, both generations accept from it.
 """
@@ -79,7 +79,7 @@ class SocketSteering(Steering):
     def enter(self, generation: int, socket_number: int, *, fresh: bool = False) -> None:
         """Prepare a socket for a generation whose workers will start soon.
 
-        fresh: the generation is a new release: end the back-off of rescues (socket_watch.py).
+        fresh: the generation is a new release, so the back-off of rescues (socket_watch.py) ends.
         Raises OSError if clients could not reach a new release at a listener (SocketRepair.needs).
         """
         if fresh:
@@ -117,7 +117,7 @@ class SocketSteering(Steering):
         """Forget a generation whose workers have all exited."""
         self.leave(generation)
         socket_number, _ = self.turns.leaving.pop(generation, (0, 0.0))
-        self._take_back(generation, socket_number, gone=True)
+        self._undo_changes(generation, socket_number, gone=True)
         self._report_adopted()  # a failed generation leaves held clients to the next generation
         self._watch.look_again()
 
@@ -125,7 +125,7 @@ class SocketSteering(Steering):
         """Note that a generation accepts no more: its workers were ordered to finish."""
         socket_number = self.turns.leave(generation, time.monotonic())
         if socket_number is not None:
-            self._take_back(generation, socket_number, gone=False)
+            self._undo_changes(generation, socket_number, gone=False)
         self.probes.discard()
         self._quiescing.end(generation)
         for each in self._quiescing.generations:
@@ -134,7 +134,7 @@ class SocketSteering(Steering):
         self.adopt_held()
         self._watch.watch()
 
-    def _take_back(self, generation: int, socket_number: int, *, gone: bool) -> None:
+    def _undo_changes(self, generation: int, socket_number: int, *, gone: bool) -> None:
         """Undo a generation's changes to sockets; gone: all its workers have exited."""
         if not self._repairs.ended:  # during a close, new clients must stay refused
             self._repairs.options.end(generation, socket_number, self.turns.accepting, gone=gone)
@@ -236,7 +236,7 @@ class SocketSteering(Steering):
             self._watch.follow_canary()
 
     def record(self) -> SteeringRecord:
-        """Return the record of the steering, for adopt_record() after an upgrade or a crash."""
+        """Return the record of the steering, for adopt_record() after an upgrade or a kill."""
         turns, probes = self.turns, self.probes
         return SteeringRecord(
             turns.current,
@@ -259,7 +259,7 @@ class SocketSteering(Steering):
         return tuple((index, *record) for index, record in records if record is not None)
 
     def adopt_record(self, record: SteeringRecord, *, held: bool) -> None:
-        """Resume from the record that record() returned before an upgrade or a crash.
+        """Resume from the record that record() returned before an upgrade or a kill.
 
         held: whether the fleet is on hold; if not, a hold in the record ends now.
         """
@@ -295,8 +295,9 @@ class SocketSteering(Steering):
     def quiesce_last(self, generation: int, on_quiet: Callable[[], None], latest: float) -> None:
         """Call back when the last generation has accepted all clients that came before this call.
 
-        latest: see Quiescing.begin().  Clients that come after this call are refused, or wait for
-        the next start or the socket's owner; the generation may accept them at an only socket.
+        latest: see `accept_until` of Quiescing.begin().  Later clients are refused, or wait for
+        the next start or the socket's owner.  But if a listener has only one socket, the
+        generation may accept them.
         """
         number = self.turns.accepting.get(generation, 0)
         common = [each for each in self._listeners.living if not each.has_sibling]

@@ -1,7 +1,7 @@
 """Carries out the actions that package core orders, and turns their results into events.
 
-If the protector is killed, the process that replaces it may repeat an action.  If a repetition
-would do harm, the state is written right after the action (_WRITTEN_AT_ONCE in supervisor.py).
+If the protector is killed, the next program may repeat an action.  If a repetition would do harm,
+the state is written right after the action (_WRITTEN_AT_ONCE in supervisor.py).
 Effects uses generation.py, worker_pool.py, probing.py, live_settings.py, reports.py and delivery/.
 """
 

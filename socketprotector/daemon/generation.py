@@ -1,7 +1,7 @@
 """An open generation: its record, and the scoreboard in which its workers count connections.
 
-After an upgrade or a kill, the protector's next program gets the record from the state, and the
-scoreboard's descriptor by name (system/inherited.py).
+After an upgrade or a kill, the next program gets the record from the state, and the scoreboard's
+descriptor by name (system/inherited.py).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def adopt(
             numbers = first_number, second_number, third_number
             made.append(delivery.make_listener(index, each, (first, second, third), numbers))
             continue
-        # The process that we replace had closed this listener: close the other sockets, too.
+        # An earlier program had closed this listener: close the other sockets, too.
         for fd in (second, third):
             if fd >= 0:
                 os.close(fd)

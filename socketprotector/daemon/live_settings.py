@@ -134,7 +134,7 @@ class LiveSettings:
         return self.releases.link.due if self.releases is not None else ""
 
     def stop_reading(self) -> None:
-        """End the reader processes: the program that an upgrade executes would not know them.
+        """End the reader processes: after an upgrade, the next program would not know them.
 
         If a reload waits for its settings, that program reads the configuration again.  But it
         cannot answer the caller of compare(), so we answer now.

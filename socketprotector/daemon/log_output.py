@@ -53,8 +53,8 @@ class Output:
         ours = self._to_syslog or self._log_file is not None
         #: Whether each worker has a pipe of its own.
         self._relayed = settings.log_prefix or (settings.log_relay and (ours or _is_stream()))
-        #: The workers' descriptors that are needed after an upgrade or a crash.  LogRelay adds the
-        #: workers' pipes; WorkerPool adds all other descriptors.
+        #: The workers' descriptors that the next program needs.  LogRelay adds the workers' pipes;
+        #: WorkerPool adds all other descriptors.
         self.named = inherited.Named()
         self._relay: relay_client.LogRelay | None = None
 

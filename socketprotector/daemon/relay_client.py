@@ -75,7 +75,7 @@ class WorkerPipe:
     pid: int
 
     def name(self, number: int) -> str:
-        """Return the name by which our next program (after an upgrade or kill) finds this pipe."""
+        """Return the name by which the next program (after an upgrade or kill) finds this pipe."""
         return f"{inherited.OUTPUT}{number}.{self.generation}.{self.pid}"
 
 
@@ -120,7 +120,7 @@ class LogRelay:
     def adopt(
         self, relay: Mapping[str, dict[str, int]], outputs: Mapping[str, Mapping[str, int]]
     ) -> None:
-        """Adopt the relay from before an upgrade or kill; takes ownership of the descriptors.
+        """Adopt an earlier program's relay; takes ownership of the descriptors.
 
         relay, outputs: the inherited descriptors whose names begin with RELAY and OUTPUT.
         """
@@ -142,7 +142,7 @@ class LogRelay:
     def _choose(self, found: list[tuple[Process, int]]) -> None:
         """Adopt one of the relays, and end the others.
 
-        There are two relays if the earlier protector was killed while it replaced a relay.
+        There are two relays if an earlier program was killed while it replaced a relay.
         """
         if not found:
             self._spawn()

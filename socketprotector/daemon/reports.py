@@ -1,8 +1,8 @@
 """Carries out the action `Report`: informs the log, systemd and the launching process.
 
-The class Reports also keeps the history of reloads and crashes.  After an upgrade or a kill, the
-process that replaces this one continues the history.  After STOPPING=1, a report of a reload sends
-neither READY=1 nor RELOADING=1, which would contradict STOPPING=1.
+The class Reports also keeps the history of reloads and crashes, which the next program continues.
+After STOPPING=1, a report of a reload sends neither READY=1 nor RELOADING=1, which would
+contradict STOPPING=1.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class Reports:
         self.run = RunRecord(started_at=time.time())
 
     def adopt(self, record: RunRecord, log_level: str) -> None:
-        """Continue the run record of the process that we replace after an upgrade or a kill.
+        """Continue the run record of an earlier program.
 
-        log_level: the log level of that process; "": unknown.
+        log_level: the log level of that program; "": unknown.
         """
         started_at = record.started_at or self.run.started_at
         self.run = replace(record, started_at=started_at, restarts=record.restarts + 1)
@@ -79,7 +79,7 @@ class Reports:
             self._log.set_level(log_level)
 
     def welcome(self, fleet: Fleet) -> None:
-        """Repeat the messages to systemd, in case the process that we replace did not send them."""
+        """Repeat the messages to systemd, in case an earlier program did not send them."""
         if fleet.stop_awaits_rescue:
             self._stopping()
         elif fleet.lame_duck is LameDuck.STOPPING:

@@ -43,7 +43,7 @@ _AGAIN_S = 0.05
 _BEHIND_S = 10.0
 #: The timer of an upgrade that waits for the guard or systemd.
 _HAND_OVER = "hand-over"
-#: How long we work before we accept the clients that wait.  (To start a worker takes 1 ms.)
+#: How long we work before we accept the clients that wait.  (The start of a worker takes 1 ms.)
 _YIELD_AFTER_S = 0.005
 #: waitid() returns the same ended child until it is reaped.  If this child belongs to a Process,
 #: which has not reaped it yet, we look for other ended children again after this pause.  The pause
@@ -119,7 +119,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until the fleet has ended.  Returns the exit status."""
-        self._reap_orphans()  # before an upgrade, we may not have reaped all exited children
+        self._reap_orphans()  # an upgrade may have come before we reaped all exited children
         self.runtime.loop.run()
         self.upgrade.end()
         return self.effects.exit_status or 0
@@ -268,9 +268,8 @@ class Supervisor:
             # children only after this turn of the loop.
             self.runtime.loop.call_after("reap", 0.0, self._reap_orphans)
             return
-        # Report the signal first: if we die, the guard sends unreported signals to the program that
-        # replaces us.  (The guard sends a stop signal again, even if we have reported the signal,
-        # unless we have also reported that the stop has begun.)
+        # Report the signal first: if we die, the guard sends the unreported signals to the next
+        # program.  A stop signal counts as unreported until we report that the stop has begun.
         self.on_signal(number)
         self.runtime.log.write("info", "signal", signal=signal.Signals(number).name)
         match number:

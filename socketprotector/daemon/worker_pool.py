@@ -60,7 +60,7 @@ class WorkerPool:
         #: The record of each worker, also before adopt(): each checkpoint needs all records.
         self._records: dict[int, WorkerRecord] = {}
         self._by_pid: dict[int, int] = {}
-        #: Descriptors of workers and their output, for a process that replaces us (upgrade, kill).
+        #: The descriptors of workers and of their output, which the next program needs, by name.
         self.descriptors = output.named
         #: Whether a guard reports the exits of workers that are not our children.
         self.guarded = settings.guarded
@@ -239,7 +239,7 @@ class WorkerPool:
             worker.readiness.check()
         self.orphans.schedule()
 
-    # -- from the process before an upgrade or a kill ("earlier program") to the next ---
+    # -- from an earlier program to the next -------------------------------------
 
     def _note(self, worker: Worker, **changes: object) -> None:
         """Change fields of a worker's record."""

@@ -52,8 +52,8 @@ class Worker:
     generation: OpenGeneration  # close() leaves the generation open
     process: Process
     notify: NotifySocket
-    #: Our end of the worker's RETURN line.  None: a kill of the protector has closed the line, for
-    #: which the fd store had no room; or the worker has exited (Groups may keep the line).
+    #: Our end of the worker's RETURN line.  None: the worker has exited (Groups may keep the
+    #: line).  Or a kill of the protector closed the line, because the fd store had no room for it.
     line: socket.socket | None
     readiness: Readiness
     named: dict[str, int] = field(default_factory=dict)  # the worker's, in WorkerPool.descriptors
@@ -98,7 +98,7 @@ def client_library_env(
 
     The descriptors (number in the worker -> ours) are the scoreboard and `end`, the worker's end of
     the RETURN line.  Workers with listening sockets get both, too: a client library in such a
-    worker counts the connections, and ends the worker at end of file on the line.
+    worker counts the connections.  The library makes the worker finish at end of file on the line.
 
     free: descriptor numbers that are unused in the worker.
     """
@@ -124,7 +124,7 @@ def _spread_variables(program: Program) -> dict[str, str]:
 
 @mutable
 class WorkerSpawner:
-    """Starts workers, and adopts workers that were started before an upgrade or a kill."""
+    """Starts workers, and adopts workers that an earlier program started."""
 
     settings: Settings
     loop: Loop
@@ -183,7 +183,7 @@ class WorkerSpawner:
     def adopt(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
     ) -> Worker:
-        """Adopt a worker started before an upgrade or a kill; take ownership of the descriptors.
+        """Adopt a worker that an earlier program started; take ownership of its descriptors.
 
         Raises KeyError if the worker's process or notify socket is missing.
         """
@@ -210,7 +210,7 @@ class WorkerSpawner:
         return (f"{folder}/{name}", abstract) if folder else (abstract,)
 
     def _address_of(self, number: int, notify: socket.socket) -> str:
-        """Return the address of a notify socket that was made before an upgrade or a kill."""
+        """Return the address of a notify socket that an earlier program made."""
         first, *other = self.addresses(number)
         # getsockname() returns an abstract address as bytes.
         return other[0] if other and isinstance(notify.getsockname(), bytes) else first

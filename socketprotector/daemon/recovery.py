@@ -1,4 +1,4 @@
-"""Resumes, after an upgrade or a crash, where the protector's earlier program stopped.
+"""Resumes, after an upgrade or a crash, where an earlier program stopped.
 
 Each part gets its record and its descriptors back.  adopt() restores all parts except the workers;
 then clients are accepted again.  adopt_workers() adopts one worker in each step, because clients
@@ -53,7 +53,7 @@ class Recovery:
         """Adopt everything except the workers, so that a generation can get the route.
 
         Returns an event for each generation of --handoff stdio whose first programs have failed
-        (first_programs.py): the protector may have been killed before it handled that event.
+        (first_programs.py).  The protector may have been killed before it handled that event.
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery
@@ -85,10 +85,13 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """End workers that are missing from the state.
+        """Let workers finish that are missing from the state.
 
         Such a worker was started just before the protector was killed.  The worker gets the finish
         signal, if there is one, and reads end of file on its RETURN line, which is closed here.
+
+        Also close the descriptors of workers that the state mentions, but that cannot be adopted;
+        _report_missing() handles these workers.
         """
         fleet, programs = self.snapshot.fleet, self.snapshot.generations
         # Most likely these workers belong to the newest generation, which a reload was starting.
@@ -135,9 +138,9 @@ class Recovery:
                 # of its descriptors.  Treat what still runs as the group of an exited worker.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
-                # Report a group if the fleet counts its worker as running, and the end of a group
-                # that the fleet counts as orphans.  If a running worker has left no group,
-                # _report_missing() reports the worker.
+                # If the fleet counts the worker as running, report a group that is left.  If the
+                # fleet counts the worker as an orphan, report that no group is left.  If the fleet
+                # counts it as running and no group is left, _report_missing() reports the worker.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     reason, served_s = _reason(record), _served_s(record)
                     ended.append(WorkerExited(record.number, reason, served_s, orphans=has_group))
@@ -169,8 +172,8 @@ class Recovery:
     def _finish_unadopted(self, number: int) -> None:
         """Let a worker finish that cannot be adopted: it was starting, or the fd store was full.
 
-        The fleet counts the worker as an orphan until a scan of /proc finds none of its processes,
-        and sends KILL when the orphan's time is up.
+        The fleet counts the worker as an orphan until a scan of /proc finds none of its processes.
+        When the orphan's time is up, package core orders KILL.
         """
         pool = self.effects.pool
         searched = set(pool.addresses(number))

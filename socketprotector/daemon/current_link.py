@@ -2,7 +2,7 @@
 
 The protector that holds the lock is the link's owner: only the owner moves the link.  The owner
 keeps the lock until it exits, also through upgrades.  Other protectors with the same link only read
-the link, at their starts and reloads.
+the link.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FIRST_DELAY_S, _LAST_DELAY_S = 1.0, 60.0
 
 @frozen
 class NotMoved:
-    """A release that `current` could not be moved to yet."""
+    """A release to which `current` could not be moved yet."""
 
     release: str
     still_named: str  # what `current` named when the move failed
@@ -42,8 +42,7 @@ class CurrentLink:
     ) -> None:
         """settings: returns the settings in force.
 
-        lock: the lock's descriptor, if the process before an upgrade or a kill had the lock;
-        otherwise None.
+        lock: the lock's descriptor, if an earlier program had the lock; otherwise None.
 
         moved_late: called when a retry has moved the link.
         """
@@ -51,8 +50,8 @@ class CurrentLink:
         self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
         self._lock = lock
         self._moved_late = moved_late
-        #: The error of the last try to take the lock; "": no error, even if another protector has
-        #: the lock.
+        #: Why the last try to take the lock failed; "": we have the lock, or another protector has
+        #: it.
         self.not_locked = ""
         self.not_moved: NotMoved | None = None
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
@@ -126,7 +125,7 @@ class CurrentLink:
             release_store.move(self.path, self._settings().releases, name)
         except OSError as error:
             if name != self.due:
-                self._forget_due()  # and the retries for an earlier release
+                self._forget_due()  # this also ends the retries for an earlier release
                 self._log.write("error", "current-not-moved", release=name, error=error.strerror)
             named = self.named
             self.not_moved = NotMoved(

@@ -114,7 +114,7 @@ def of_waits(
 
 
 def of_warnings(settings: Settings, listeners: Iterable[Listener]) -> list[str]:
-    """Return the warnings from SocketProtector's start that still apply, and of interfaces.
+    """Return the warnings of the settings that still apply, and a warning per removed interface.
 
     A warning about a UNIX socket names the rights of a file or folder.  If an operator has changed
     these rights since then, leave the warning out.

@@ -70,7 +70,7 @@ class Resident:
         first start.  command: executes this program again.
         """
         # A guard has copies of all descriptors.  Without a guard, an inherited state shows that an
-        # earlier program stored them.  If there is neither, this is a first start without copies.
+        # earlier program stored them.  With neither, this is a first start, and no copies exist.
         stored = inherited.GUARD in descriptors or inherited.STATE in descriptors
         kept = descriptors.keys() - {inherited.GUARD} if stored else set()
         if isinstance(earlier, Snapshot):
@@ -98,8 +98,8 @@ class Resident:
             if control is not None and settings.control is not None
             else None
         )
-        #: Whether the next program could resume from our state: False until we have read an
-        #: earlier state, or are about to launch for the first time.
+        #: Whether the next program could resume from our state: True once we have read an earlier
+        #: state, or just before the first launch.
         self.began = False
         #: Whether this program is still taking over what an earlier program left.
         self.resumes = False
@@ -149,7 +149,7 @@ class Resident:
         def inform_guard() -> None:
             """Tell the guard that we handle signals, and which signal makes workers finish.
 
-            The guard sends this signal to the workers if no protector can be started.
+            The guard sends this signal to the workers if it gives up.
             """
             self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={live.settings.finish_signal}")
 
@@ -284,8 +284,8 @@ class Resident:
         """
         store = self.parents.store
         if self.parents.line is None:
-            # First remove the settings from the fd store: if we are killed after that, the next
-            # program finds no settings, and so makes an ordinary start with the stored listeners.
+            # First remove the settings from the fd store.  If we are killed after that, the next
+            # start finds no settings, so it is an ordinary start with the stored listeners.
             store.forget(inherited.SETTINGS)
             # systemd may remove its copy late.  So also empty the file: empty settings count as
             # missing settings (inherited.is_ours).

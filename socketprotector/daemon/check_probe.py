@@ -3,8 +3,8 @@
 The options `--ready check:CMD` and `--settle-check CMD` set these commands.  A generation has a
 loopback port while it is checked, so a command can use any client program.  In listener mode a
 helper process, the prober (programs/prober.py), forwards the port's connections to the generation's
-socket.  The prober gives each TCP connection the mark by which the kernel recognizes a probe,
-because a command would not set this mark.  In other modes the connections go into the generation's
+socket.  The kernel recognizes a TCP probe by a mark, which a command would not set.  So the prober
+sets this mark on each TCP connection.  In other modes the connections go into the generation's
 channel.
 """
 
@@ -108,8 +108,8 @@ class CheckProbes:
         """Return why a check failed; "": it passed.
 
         why: why the command failed; "": it succeeded.  If the socket of the target has changed, the
-        command may have reached another generation, so its result does not count: release the
-        address, and return SHUT_DOWN.  The next command gets another address.
+        command may have reached another generation, so the result does not count.  Then release
+        the address, and return SHUT_DOWN: the next command gets another address.
         """
         number = generation.record.number
         target, _ = self._open.get(number, (None, None))

@@ -93,9 +93,9 @@ class Checkpoint:
     def write(self) -> bool:
         """Write the state; return whether an upgrade may execute the next program now.
 
-        That program does not store the descriptors that it inherits: it assumes that the fd store
-        has them all, except those that the state lists as left out.  So the upgrade must wait until
-        every descriptor for which the store has room was sent to the store.
+        That program does not store the descriptors that it inherits.  It assumes that the fd store
+        has all of them, except those that the state lists as left out.  So the upgrade must wait
+        until every descriptor for which the store has room was sent to the store.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)

@@ -42,7 +42,7 @@ class Parents:
         pid = os.getppid() if self.line is not None else os.getpid()
         self.systemd = Systemd(os.environ, pid, self._manager, self.guard)
         room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        # Pass the store's size on to the program that an upgrade executes: for that program,
+        # Pass the store's size on to the program that an upgrade executes.  For that program
         # getrlimit() returns the limit that we have raised, not systemd's limit.
         os.environ["FDSTORE"] = str(room)
         self.store = (

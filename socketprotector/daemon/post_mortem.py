@@ -7,7 +7,8 @@ The steps have a fixed order:
    if the protector is upgraded or killed meanwhile, the next program still finds the exited worker,
    and requests the words again.
 2. The exit status, from waitid(2).  A worker that was started before a crash of the protector is no
-   child of this process: waitid(2) fails with ECHILD, and only the guard can report the status.
+   child of this process.  Then waitid(2) fails with ECHILD, and only the guard can report the
+   status.
 3. Whether the kernel killed the worker because memory ran out.
 4. The processes that the worker left.  We find them by the pid of the reaped worker: the kernel
    does not reuse this pid while the worker's process group exists.

@@ -31,8 +31,8 @@ from .generation import OpenGeneration
 from .prober_client import Prober
 from .verdicts import Verdict
 
-#: The pauses between two looks at a connection that waits for a worker: the first pause, the
-#: longest pause, and each pause as a share of the connection's waiting time.
+#: The pause between two looks at a connection that waits for a worker: a share of the connection's
+#: age, within these limits.
 _FIRST_LOOK_S, _LAST_LOOK_S, _LOOK_SHARE = 0.005, 1.0, 0.1
 #: How much longer than the probe's limit the prober may take: it may have to start first.
 _PROBER_S = 10.0

@@ -1,11 +1,11 @@
 """The main program of the resident process.
 
 The launching process executes this program to get rid of its own larger memory, which a mere fork
-would keep.  The program inherits descriptors, each with a name (system/inherited.py): from the
-launching process at the first start, from the earlier program at an upgrade, or from systemd after
-a crash.  With --guard, each new process inherits its descriptors from the guard.  If the
-descriptors include a state, the program resumes where the earlier program stopped.  Do not import
-heavy modules: a test lists the allowed modules, and bench/ measures the memory.
+would keep.  The program inherits descriptors, each with a name (system/inherited.py).  At the
+first start they come from the launching process, at an upgrade from the earlier program, and after
+a crash from systemd.  With --guard, each new process inherits its descriptors from the guard.  If
+the descriptors include a state, the program resumes where the earlier program stopped.  Do not
+import heavy modules: a test lists the allowed modules, and bench/ measures the memory.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ _OUTPUT_BYTES = 4096
 #: The descriptors that a probe reads.
 _NEEDED = (inherited.SETTINGS, inherited.STATE)
 
-#: Called with (version, "") if the new program can take over, with ("", reason) if it cannot, and
-#: with ("", "") if the check was called off.
+#: Called with the new program's version, and with the reason why it cannot take over.  One of the
+#: two is ""; both are "" if the check was called off.
 Answered = Callable[[str, str], None]
 
 

@@ -120,8 +120,9 @@ class Serving:
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
         """Return the state after a verdict.
 
-        most: the state becomes UNHEALTHY after this many verdicts BAD or REFUSED without a good
-        answer between them, and UNKNOWN after this many inconclusive verdicts (`case _`) in a row.
+        most: after this many verdicts BAD or REFUSED without a good answer between them, the state
+        becomes UNHEALTHY.  After this many inconclusive verdicts (`case _`) in a row, the state
+        becomes UNKNOWN.
         """
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason

@@ -37,7 +37,8 @@ class BornTooLarge:
     """
 
     def __init__(self) -> None:
-        # Running worker that was too large from the start -> whether it may be replaced.
+        # For each running worker that was too large from the start, by number: whether it may be
+        # replaced.
         self._allowed: dict[int, bool] = {}
         self._in_a_row = 0
         self._next_at = 0.0

@@ -137,8 +137,8 @@ def of_status(effects: Effects, fleet: Fleet) -> dict[str, Any]:
 def warnings(effects: Effects) -> tuple[str, ...]:
     """Return the warnings about releases.
 
-    A warning says that a restart would not start the serving release; or that `current` could not
-    be locked or moved, or the history not be written.
+    One warning says that a restart would not start the serving release.  Another says why
+    `current` could not be locked or moved, or why the history could not be written.
     """
     releases = effects.live_settings.releases
     if releases is None:

@@ -24,10 +24,11 @@ from ...system.listener import TRANSIENT_ERRNOS, Listener
 from ...system.loop import READ, WRITE, Loop
 from ...system.polling import read_now
 
-#: The most clients at a time; how long a client may stay without sending a request; and how many
-#: bytes may wait for a client to read them.
+#: The most clients at a time.
 CLIENTS = 256
+#: How long a client may stay without sending a request.
 IDLE_S = 30.0
+#: How many bytes may wait for a client to read them.
 UNREAD_BYTES = 1024 * 1024
 #: The pause between two requests of a client.  Because of the pause, a client that sends requests
 #: without end takes only a few percent of a core.

@@ -2,7 +2,8 @@
 
 An order is a deadline in the worker's slot of the scoreboard: by then, all connections should have
 ended.  The order outlives an upgrade or kill of the protector, and the worker can read it at any
-time.  Only the Python client library follows orders; it notes in the worker's slot that it does.
+time.  Of the client libraries, only the one for Python follows orders.  A worker that follows
+orders notes that in its slot.
 
 Source: docs/protocol.md, section "A spread".
 """

@@ -144,7 +144,7 @@ def promote(instance: Instance, now: bool, as_json: bool) -> None:
     """
     result = instance.request("promote", **({"now": True} if now else {}))
     number = number_in(result, "generation")
-    what = "is serving" if now else "goes to its next stage; see `status`"
+    what = "is serving" if now else "has left its stage; see `status`"
     answer(as_json, result, f"promoted: generation {number} {what}")
 
 

@@ -112,7 +112,7 @@ def test_promote_goes_on_stage_by_stage(operated: Operating, beside: Beside) -> 
 
     status = f"`socketprotectorctl --control {one.path} status`"
     said = ctl(one, "promote")
-    assert said == f"promoted: generation 2 goes to its next stage; see {status}\n"
+    assert said == f"promoted: generation 2 has left its stage; see {status}\n"
     one.until("route", 2)
     assert split(one, 2) == (0, 10)
     assert one.generation(2)["phase"] == "settling"

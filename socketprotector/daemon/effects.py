@@ -2,7 +2,6 @@
 
 If the protector is killed, the next program may repeat an action.  If a repetition would do harm,
 the state is written right after the action (_WRITTEN_AT_ONCE in supervisor.py).
-Effects uses generation.py, worker_pool.py, probing.py, live_settings.py, reports.py and delivery/.
 """
 
 from __future__ import annotations
@@ -131,7 +130,7 @@ class Effects(Host):
             settings=lambda: self.live_settings.settings,
             remember=self.reports.remember,
             answered=self.pool.answered,
-            not_probed=self.pool.not_probed,
+            inconclusive=self.pool.allow_timer,
         )
         self.live_settings = LiveSettings(
             settings, runtime, pool=self.pool, delivery=self.delivery, command=command
@@ -384,7 +383,7 @@ class Effects(Host):
             hint=known_servers.hint(
                 self.generations[number].program,
                 taken_from=ever,
-                advice=lambda: self.pool.advice(number, passes_over=True),
+                advice=lambda: self.pool.advice(number, ignores_socket=True),
             ),
         )
 
@@ -416,9 +415,9 @@ class Effects(Host):
     def _start_advice(self, number: int) -> str:
         """Return the likely cause of a generation's start timeout; "": unknown."""
         known = self.probing.last or self.pool.check_result(number)
-        if self.pool.spoken_with:  # a worker became ready before, not by a timer: no advice
+        if self.pool.proved_ready:  # a worker became ready before, not by a timer: no advice
             return known
-        more = self.pool.advice(number, passes_over=bool(known))
+        more = self.pool.advice(number, ignores_socket=bool(known))
         return "; ".join(filter(None, (known, more)))
 
     def _note_due(self, deadline: Deadline) -> None:

@@ -56,8 +56,8 @@ class Parents:
     ) -> None:
         """Read the guard's messages, and feed the watchdog.
 
-        on_exited: called when the guard has reaped a process, with this process's pid, whether its
-        exit was clean, and how it exited, in words.
+        on_exited: called when the guard has reaped a process; its arguments: the reaped process's
+        pid, whether the exit was clean, how it exited, in words.
         on_gone: called when the guard exits, or at once if there is no guard.
         """
         if self.line is None:

@@ -118,10 +118,10 @@ class PostMortem:
         self.runtime.loop.call_after(("status", number), _STATUS_S, partial(self.ended, number))
         return None
 
-    def close(self, worker: Worker, end: End, *, spoken_with: bool) -> WorkerExited:
+    def close(self, worker: Worker, end: End, *, proved_ready: bool) -> WorkerExited:
         """Log and return a worker's exit; watch the worker's process group, and close its sockets.
 
-        spoken_with: whether any worker has become ready by other means than a timer.
+        proved_ready: whether any worker has become ready by other means than a timer.
         """
         record, number = worker.record, worker.record.number
         if end.how == exit_text.KILLED and not record.killed:
@@ -154,7 +154,7 @@ class PostMortem:
         if record.ready_at is not None:
             served_s = time.monotonic() - record.ready_at
         else:
-            reason = self._why(worker, end.how, last_words, detached, spoken_with=spoken_with)
+            reason = self._why(worker, end.how, last_words, detached, proved_ready=proved_ready)
         waiting = self.delivery.waiting(worker.generation, clients_only=True) or 0
         return WorkerExited(number, reason, served_s, waiting, detached, orphans)
 
@@ -200,7 +200,7 @@ class PostMortem:
         self._request_words(record, partial(self._remember_words, record.number, pid=pid))
 
     def _why(
-        self, worker: Worker, how: str, last_words: str, detached: bool, *, spoken_with: bool
+        self, worker: Worker, how: str, last_words: str, detached: bool, *, proved_ready: bool
     ) -> str:
         """Return why a worker exited before, or as soon as, it was ready, as far as is known."""
         when = "as soon as it was ready" if worker.record.ready_by else "before it was ready"
@@ -211,7 +211,7 @@ class PostMortem:
         where = "" if last_words else self.output.where_to_look()
         unseen = bool(where) and not detached
         advice = known_servers.advice(
-            program, said=last_words, unseen=unseen, spoken_with=spoken_with
+            program, said=last_words, unseen=unseen, proved_ready=proved_ready
         )
         if advice:
             reason += f"; {advice}"

@@ -34,12 +34,12 @@ class Probing:
         settings: Callable[[], Settings],
         remember: Callable[[Callable[[History], History]], None],
         answered: Callable[[int, str], bool],
-        not_probed: Callable[[int], None],
+        inconclusive: Callable[[int], None],
     ) -> None:
-        """settings, remember: see Health.  answered, not_probed: see ReadyProbe."""
+        """settings, remember: see Health.  answered, inconclusive: see ReadyProbe."""
         self._runtime, self._delivery, self._addresses = runtime, delivery, addresses
         self._settings, self._remember = settings, remember
-        self._answered, self._not_probed = answered, not_probed
+        self._answered, self._inconclusive = answered, inconclusive
         #: Returns the counts that `status` shows, by generation, for --settle-check commands.
         self.counts: Callable[[], Mapping[int, Mapping[str, Any]]] = dict
         self.ready_probe: ReadyProbe | None = None
@@ -53,7 +53,7 @@ class Probing:
                 self._runtime,
                 reach=self._delivery.reach,
                 answered=self._answered,
-                not_probed=self._not_probed,
+                inconclusive=self._inconclusive,
             )
         self.ready_probe.begin(generation)
 

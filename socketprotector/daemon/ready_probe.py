@@ -38,16 +38,16 @@ class ReadyProbe:
         *,
         reach: Reach,
         answered: Callable[[int, str], bool],
-        not_probed: Callable[[int], None],
+        inconclusive: Callable[[int], None],
     ) -> None:
         """answered: called after a good answer, with the generation's number and the kind of probe.
 
         answered returns False if the generation must be probed again.
-        not_probed: called with the generation's number if a probe has failed, but a timer may still
-        make the generation ready.
+        inconclusive: called with the generation's number if a failed probe proves nothing about the
+        generation, so that a timer may still make it ready.
         """
         self._loop, self._log = runtime.loop, runtime.log
-        self._answered, self._not_probed = answered, not_probed
+        self._answered, self._inconclusive = answered, inconclusive
         self._generation: OpenGeneration | None = None
         self._spec = ProbeSpec("")
         self._probe = Probe(runtime.loop, reach)
@@ -99,7 +99,7 @@ class ReadyProbe:
         if verdict.kind == verdicts.GOOD:
             done = self._answered(number, self._spec.kind)
             if self._generation is not generation:
-                return  # a waiting reload has begun, and now we probe that reload's generation
+                return  # the answer let the next reload begin, and we now probe its generation
             if done:
                 self.stop()
             else:
@@ -114,4 +114,4 @@ class ReadyProbe:
         if verdict.kind != verdicts.NO_TARGET:
             self._send_later()
         if verdicts.time_tells(generation.program.ready, verdict) and not self._probe.is_closed:
-            self._not_probed(number)
+            self._inconclusive(number)

@@ -18,7 +18,7 @@ class Runtime:
     log: Log
     #: Adds an event to the queue, which the supervisor then handles (EventQueue.post).
     post: Callable[[Event], None]
-    #: Stores changed descriptors and writes a changed state (Checkpoint.save); returns whether the
-    #: write succeeded.  The supervisor calls it for each event; any other part calls it after a
-    #: change that comes without an event.
+    #: Gives new descriptors to the guard or systemd, and writes the state if it has changed
+    #: (Checkpoint.save); returns whether the write succeeded.  The supervisor calls this for each
+    #: event; any other part calls this after a change that comes without an event.
     persist: Callable[[], bool]

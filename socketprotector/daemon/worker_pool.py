@@ -65,7 +65,7 @@ class WorkerPool:
         #: Whether a guard reports the exits of workers that are not our children.
         self.guarded = settings.guarded
         #: Whether any worker has become ready by a message, a probe or a check, not by a timer.
-        self.spoken_with = False
+        self.proved_ready = False
         self.groups = Groups(self._loop, self._log, self.descriptors)
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
         self.orphans = Orphans(self._loop, self._log, kill_timeout_s, identity, self.groups.has)
@@ -105,10 +105,10 @@ class WorkerPool:
         """Return the warnings about the limits of workers (worker_recycling.py)."""
         return () if self._limits is None else self._limits.warnings
 
-    def advice(self, generation: int, *, passes_over: bool = False) -> str:
+    def advice(self, generation: int, *, ignores_socket: bool = False) -> str:
         """Return what to do if a generation does not serve its clients; "": unknown.
 
-        passes_over: workers run, but a client or a probe has connected in vain.
+        ignores_socket: see known_servers.advice().
         """
         workers = self._workers_of(generation)
         if not workers:
@@ -120,7 +120,7 @@ class WorkerPool:
             listens=lambda: sock_diag.address_of(
                 procfs.sockets_of(pids) - self._delivery.worker_sockets
             ),
-            passes_over=passes_over,
+            ignores_socket=ignores_socket,
         )
 
     def check_result(self, generation: int) -> str:
@@ -179,7 +179,7 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Order workers with a finish signal to finish; other workers see their channel end."""
+        """Send the finish signal if there is one; otherwise, workers' channels get end of file."""
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
@@ -239,7 +239,7 @@ class WorkerPool:
             worker.readiness.check()
         self.orphans.schedule()
 
-    # -- from an earlier program to the next -------------------------------------
+    # -- what the next program takes over from an earlier program (upgrade, kill) --
 
     def _note(self, worker: Worker, **changes: object) -> None:
         """Change fields of a worker's record."""
@@ -267,7 +267,7 @@ class WorkerPool:
         """
         worker = self._spawner.adopt(record, descriptors, generation)
         worker.named = named(record.number, descriptors)
-        self.spoken_with = self.spoken_with or record.ready_by not in ("", ready_kinds.TIMER)
+        self.proved_ready = self.proved_ready or record.ready_by not in ("", ready_kinds.TIMER)
         self._watch(record.number, worker)
 
     def adopt_group(
@@ -383,19 +383,19 @@ class WorkerPool:
     def answered(self, generation: int, by: str) -> bool:
         """Note that a generation answered the probe: its workers are ready if none has exited.
 
-        by: the kind of probe.  Returns False while workers are still starting: probe again later.
+        by: the kind of probe.  Returns False (probe again later) in listener mode, while only some
+        of the workers have sent X_SOCKETPROTECTOR_RETIRE=1.
         """
         workers = [w for w in self._workers.items() if w[1].record.generation == generation]
         for number, _ in workers:
             self._messages.read(number)  # the worker may have sent READY=1 before the answer
         relies = self._spawner.settings.policy.relies_on_library
-        # early: some workers have sent X_SOCKETPROTECTOR_RETIRE=1, and others have not yet.
         early = relies and len({each.record.retires for _, each in workers}) > 1
         if not early and all(self._note_ready(number, worker, by) for number, worker in workers):
             self._post(Answered(generation, self.all_retire(generation)))
         return not early
 
-    def not_probed(self, generation: int) -> None:
+    def allow_timer(self, generation: int) -> None:
         """Let a timer make a generation's workers ready, because its probes prove nothing."""
         for worker in self._workers_of(generation):
             if not worker.has_served:
@@ -415,7 +415,7 @@ class WorkerPool:
         """Note how a worker became ready; return False if it has exited and must not serve."""
         if worker.has_served:
             return True
-        self.spoken_with = self.spoken_with or by != ready_kinds.TIMER
+        self.proved_ready = self.proved_ready or by != ready_kinds.TIMER
         worker.readiness.is_known()
         self._checked(worker)
         if worker.process.has_ended():
@@ -445,6 +445,6 @@ class WorkerPool:
             del self.descriptors[name]
         self._loop.unwatch(worker.process.pidfd)
         self._messages.unwatch(number, worker)
-        self._post(self._post_mortem.close(worker, end, spoken_with=self.spoken_with))
+        self._post(self._post_mortem.close(worker, end, proved_ready=self.proved_ready))
         living = len(self._records) + len(self.groups.numbers)
         self._output.close_oldest(living, lambda: {*self._records, *self.groups.numbers})

@@ -341,8 +341,8 @@ def advice(
     said: str = "",
     unseen: bool = False,
     listens: Callable[[], str | None] | None = None,
-    passes_over: bool = False,
-    spoken_with: bool = False,
+    ignores_socket: bool = False,
+    proved_ready: bool = False,
 ) -> str:
     """Return advice about a program that takes no connection; "" if there is no advice.
 
@@ -350,13 +350,15 @@ def advice(
     unseen: whether SocketProtector cannot read the program's output.
     listens: returns the address of a listener that the program has bound itself, or None.  It is
     only given for a running program.
-    passes_over: whether clients wait at the socket from which the program should accept.
-    spoken_with: whether an earlier worker became ready, so that only an address in use is a cause.
+    ignores_socket: whether the program seems to accept no connection from our socket: a client
+    waits there, or a probe or check has failed.
+    proved_ready: whether a worker has become ready, not by a timer.  Then only an address in use is
+    a possible cause.
     """
-    if spoken_with and not _TAKEN.search(said):
+    if proved_ready and not _TAKEN.search(said):
         return ""
     name = known(program.argv)
-    if program.mode.workers_accept and (passes_over or _TAKEN.search(said)):
+    if program.mode.workers_accept and (ignores_socket or _TAKEN.search(said)):
         example = f"{name} takes it over, started as in: {line(name)} ({_PAGE})" if name else ""
         address = listens() if listens is not None else None
         where = f"it listens on its own socket at {address}" if address else ""

@@ -1233,7 +1233,7 @@ class Answers:
                 generation.record.number, ""
             ),
             answered=self._answered,
-            not_probed=self.ready.append,
+            inconclusive=self.ready.append,
         )
         program = SimpleNamespace(
             ready=ready.partition(":")[0], ready_after_s=None, ready_question=ready

@@ -116,7 +116,8 @@ class CommandHandler:
         history = effects.reports.run.history
         generations = status.of_generations(fleet, effects)
         held, upgrade = rollout.held_by(fleet, effects), self.supervisor.upgrade_waits_for()
-        self.runtime.persist()  # a `status` after a kill must not show smaller counts
+        # If we are killed, the next program's `status` must not show smaller counts.
+        self.runtime.persist()
         return {
             "version": __version__,
             "now": time.time(),

@@ -30,7 +30,7 @@ def test_it_runs_out_when_no_client_has_come_for_its_whole_time() -> None:
         _note_due=lambda _: None,
         _post=posted.append,
         delivery=SimpleNamespace(idle_s=0.0),
-        pool=SimpleNamespace(spoken_with=True),
+        pool=SimpleNamespace(proved_ready=True),
     )
     Effects._start_timer(cast("Effects", effects), IDLE, 2.0)
     assert timer.seconds == 2.0

@@ -70,8 +70,8 @@ class World:
             "known_servers",
             SimpleNamespace(
                 detached=lambda _: "does it detach itself?",
-                advice=lambda _, said, unseen, spoken_with: (
-                    "run it by hand" if unseen and not spoken_with else ""
+                advice=lambda _, said, unseen, proved_ready: (
+                    "run it by hand" if unseen and not proved_ready else ""
                 ),
             ),
         )
@@ -127,8 +127,8 @@ class World:
     def end_of(self, *, guarded: bool = False) -> End | None:
         return self.post_mortem.end_of(self.worker, guarded=guarded)
 
-    def close(self, end: End = CRASH, *, spoken_with: bool = False) -> WorkerExited:
-        return self.post_mortem.close(self.worker, end, spoken_with=spoken_with)
+    def close(self, end: End = CRASH, *, proved_ready: bool = False) -> WorkerExited:
+        return self.post_mortem.close(self.worker, end, proved_ready=proved_ready)
 
 
 @pytest.fixture
@@ -315,7 +315,7 @@ def test_without_last_words_the_reason_says_where_to_look_and_what_to_do(world: 
         "serve exit status 1 before it was ready; run it by hand; look at the log"
     )
     # A program that has become ready before needs no advice about that.
-    assert "by hand" not in world.close(spoken_with=True).reason
+    assert "by hand" not in world.close(proved_ready=True).reason
 
 
 def test_a_worker_that_exits_cleanly_before_it_was_ready_may_have_detached(world: World) -> None:

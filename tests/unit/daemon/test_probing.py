@@ -46,7 +46,7 @@ class World:
             settings=lambda: Settings("name", ("sh",), "/", health=self.health),
             remember=lambda _: None,
             answered=lambda *_: True,
-            not_probed=lambda _: None,
+            inconclusive=lambda _: None,
         )
 
     def _maker(self, name: str) -> Any:

@@ -50,7 +50,7 @@ def test_the_answer_may_begin_the_probes_of_a_reload_that_has_waited(
             probe.begin(generation(2))
         return done
 
-    probe = ReadyProbe(runtime, reach=cast("Any", None), answered=answered, not_probed=print)
+    probe = ReadyProbe(runtime, reach=cast("Any", None), answered=answered, inconclusive=print)
     sent = cast("Any", probe)._probe
     probe.begin(generation(1))
     assert sent.number == 1

@@ -146,8 +146,8 @@ class World:
         self.started[number] = Worker(self, number, generation)
         return self.started[number]
 
-    def _close(self, worker: Worker, end: End, *, spoken_with: bool) -> Event:
-        return WorkerExited(worker.record.number, f"{end.how} {spoken_with}")
+    def _close(self, worker: Worker, end: End, *, proved_ready: bool) -> Event:
+        return WorkerExited(worker.record.number, f"{end.how} {proved_ready}")
 
     def generation(self, number: int = 1, **program: object) -> Any:
         given = {"finish_signal": 0, "ready": "notify", "watchdog_s": 0.0, "ready_check": ""}
@@ -224,14 +224,14 @@ def test_ready_is_noted_once(world: World) -> None:
     assert world.pool.records() == (worker.record,)
     assert worker.calls == ["known"]
     assert world.released == []  # it has no probe address
-    assert world.pool.spoken_with
+    assert world.pool.proved_ready
 
 
 def test_a_timer_is_no_sign_of_life(world: World) -> None:
     world.spawn(1).ready_calls[0]("timer")
 
     assert world.clock.posted == [WorkerReady(1, False, False)]
-    assert not world.pool.spoken_with
+    assert not world.pool.proved_ready
 
 
 def test_a_worker_that_has_exited_does_not_become_ready(world: World) -> None:
@@ -293,7 +293,7 @@ def test_a_generation_that_cannot_be_probed_waits_for_a_timer(world: World) -> N
     ready, starting = world.spawn(1), world.spawn(2)
     other = world.spawn(3, world.generation(2))
     ready.ready_calls[0]("fd")
-    world.pool.not_probed(1)
+    world.pool.allow_timer(1)
 
     assert [("wait" in each.calls) for each in (ready, starting, other)] == [False, True, False]
 

@@ -79,7 +79,7 @@ def test_what_is_known_of_a_program_that_takes_no_client_is_said(
 
 def test_at_a_reload_only_an_address_in_use_is_a_cause() -> None:
     def advised(said: str) -> str:
-        return known_servers.advice(PROGRAM, said=said, unseen=True, spoken_with=True)
+        return known_servers.advice(PROGRAM, said=said, unseen=True, proved_ready=True)
 
     assert "which is in use; a program" in advised("bind(): Address already in use")
     assert advised("listen EINVAL: invalid argument") == advised("") == ""

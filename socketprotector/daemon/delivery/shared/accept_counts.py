@@ -69,7 +69,8 @@ class AcceptCounts:
             return listener.index, tag
         used = {tag for index, tag in taken if index == listener.index} - {NO_TAG}
         if accept_tags.tag_of(listening) in used and listener.has_waiting(socket_number):
-            # Keep the tag: if we are killed now, the next protector must come to the same result.
+            # Do not change the tag: if we are killed now, the next protector must see it and also
+            # refuse to count.
             raise OSError(errno.EBUSY, _OTHERS_WAIT)
         tag = NO_TAG
         with suppress(OSError):  # for example no descriptor is free, or the kernel does not answer
@@ -77,7 +78,8 @@ class AcceptCounts:
         earlier = accept_tags.tag(listening, tag, used)
         if earlier and listener.has_waiting(socket_number):
             # Connections in the backlog carry an earlier tag of the socket.  A count by the new tag
-            # would miss them, so use NO_TAG.  If another generation uses an earlier tag, fail.
+            # would miss them, so use NO_TAG.  If one of these earlier tags belongs to another
+            # generation, fail.
             earlier |= accept_tags.tag(listening, NO_TAG, used)
             if not earlier.isdisjoint(used):
                 raise OSError(errno.EBUSY, _OTHERS_WAIT)
@@ -91,8 +93,8 @@ class AcceptCounts:
         """
         listening, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
         # Open connections may still carry the tag of a generation whose last worker has exited.
-        # A child that has left its worker's process group may have them, or another process that
-        # got them from a worker.
+        # A child that has left its worker's process group may have these connections, or a worker
+        # may have passed them to another process.
         ours = self.listeners.host.own_connection
         found = self._found[listener.index] = accept_tags.connections(listening, ours)
         tag = accept_tags.tag_of(listening)

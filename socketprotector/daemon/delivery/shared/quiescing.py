@@ -53,7 +53,7 @@ class _Generation:
     common: Sequence[Listener]  # single-socket listeners where clients wait
     leave_out: Collection[int]  # listeners that we do not wait for
     reads_on: bool  # its workers read from all accepted clients before they exit
-    accept_until: float  # until then LAST_S begins again while clients wait
+    accept_until: float  # before this time, LAST_S restarts as long as clients wait
     began: float
     delay_s: float = 0.0  # the planned pause before this look
     # The sums of planned pauses.  Elapsed time would include a time in which the protector and its
@@ -123,8 +123,8 @@ class Quiescing:
         socket_number: the generation's socket.  common: listeners with one socket for all
         generations; the clients that wait at these listeners must be accepted, too.  leave_out:
         listeners whose clients need not be accepted.  reads_on: call back as soon as the generation
-        has accepted its clients.  accept_until: until this time, LAST_S begins again while clients
-        wait at the generation's own sockets, because no other generation would accept them.
+        has accepted its clients.  accept_until: before this time, LAST_S restarts as long as
+        clients wait at the generation's own sockets, because no other generation would accept them.
         Listeners whose new clients can stray to these sockets are excluded.
         """
         given = socket_number, on_quiet, common, leave_out, reads_on, accept_until
@@ -188,7 +188,8 @@ class Quiescing:
         if late or (quiet and not awaited):
             if waiting:
                 hint = "the generation's workers have not accepted all clients; "
-                hint += "another generation gets the rest, except at a stop"
+                hint += "another generation gets the rest; at a stop, the rest are disconnected, "
+                hint += "unless a .socket unit keeps the socket open"
                 self._log.write("warning", "not-accepted", generation=generation, hint=hint)
             del self._generations[generation]
             state.on_quiet()

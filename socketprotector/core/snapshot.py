@@ -64,6 +64,7 @@ class Snapshot:
     version: str = ""  # of the program that wrote this
     unsaid: tuple[Report, ...] = ()  # reports that were ordered; perhaps not made
     current_due: str = ""  # the release to which `current` could not be moved yet
+    named_at_begin: str = ""  # the release that `current` named when the last reload began
     left_out: tuple[str, ...] = ()  # descriptors for which the fd store has no room
 
     @property

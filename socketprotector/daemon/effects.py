@@ -232,6 +232,7 @@ class Effects(Host):
             version=__version__,
             unsaid=tuple(a for a in actions if isinstance(a, Report)),
             current_due=self.live_settings.current_due,
+            named_at_begin=self.live_settings.named_at_begin,
         )
 
     def descriptors(self) -> dict[str, int]:

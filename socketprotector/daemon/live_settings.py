@@ -96,11 +96,10 @@ class LiveSettings:
         if candidate is not None:
             if candidate.log_level != self.settings.log_level:
                 self._log.set_level(candidate.log_level)
-            previous = self.settings.release
             self._put_in_force(replace(candidate, release_wanted=""))
             # A plain reload starts the release that `current` names, so there is nothing to move.
             if self.releases is not None and candidate.release_wanted:
-                self.releases.move(candidate.release, previous)
+                self.releases.move(candidate.release)
             self.on_used()
 
     def forget(self) -> None:
@@ -132,6 +131,11 @@ class LiveSettings:
     def current_due(self) -> str:
         """The release to which `current` could not be moved yet; "": there is none."""
         return self.releases.link.due if self.releases is not None else ""
+
+    @property
+    def named_at_begin(self) -> str:
+        """The release that `current` named when the last reload began; "": there is none."""
+        return self.releases.named_at_begin if self.releases is not None else ""
 
     def stop_reading(self) -> None:
         """End the reader processes: after an upgrade, the next program would not know them.

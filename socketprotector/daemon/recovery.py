@@ -78,7 +78,7 @@ class Recovery:
         self.unclaimed.close()
         effects.live_settings.adopt(snapshot)
         if releases := effects.live_settings.releases:
-            releases.resume(snapshot.current_due, effects.last_good)
+            releases.resume(snapshot.current_due, effects.last_good, snapshot.named_at_begin)
         for released in effects.generations.released.values():
             released.forget_board()
             delivery.release(released)

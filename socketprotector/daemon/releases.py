@@ -1,8 +1,8 @@
 """The releases of a protector: which one a reload starts, and what the reload's result changes.
 
 `current` is the symbolic link that the option --current names.  A release is proved when its start
-or reload has succeeded.  Then `current` is moved to the release (current_link.py), before a waiting
-reload reads the link.
+or reload has succeeded.  Then `current` is moved to the release (current_link.py).  A reload that
+was requested meanwhile reads the link only after the move.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Releases:
         self.link = CurrentLink(settings, runtime, lock, self.history.sync)
         #: The release that the last reload was to start; "": unknown, or that reload has failed.
         self._tried = ""
+        #: The release that `current` named when the last reload began; "": it led to no release.
+        self.named_at_begin = ""
         self._note = ""  # what the report of the next success adds about `current`
         self.history.read(is_owned=self.link.is_owned or self.link.take_lock())
 
@@ -109,7 +111,8 @@ class Releases:
         self.link.forget_due_if_moved()
         # While a move is due, `current` names an old release: start the release of that move.
         wanted = deployed or self.link.due
-        self._tried = wanted or self.link.named
+        self.named_at_begin = self.link.named
+        self._tried = wanted or self.named_at_begin
         return wanted
 
     def prepare(self, candidate: Settings, *, dry_run: bool) -> str:
@@ -123,17 +126,18 @@ class Releases:
             return ""
         return self.link.prepare(name)
 
-    def move(self, name: str, replaced: str) -> None:
+    def move(self, name: str) -> None:
         """Move `current` to a proved release; try again later if the move fails.
 
-        Only the owner of `current` moves it.  replaced: the release that was serving until now.
+        Only the owner of `current` moves it.
         """
         if not self.own():
             return
         named = self.link.named
         self.link.move(name)
-        if not self.link.due and named not in (replaced, name):
-            self._note = f"current named {named or 'no release'} meanwhile; it names {name} now"
+        if not self.link.due and named not in (self.named_at_begin, name):
+            moved = f"was moved to {named} during" if named else "led to no release at the end of"
+            self._note = f"current {moved} the deploy; it names {name} now"
             self._log.write("warning", "current-moved-again", release=name, reason=self._note)
 
     def reported(self, report: Report, program: Program | None) -> Report:
@@ -164,7 +168,9 @@ class Releases:
         return report
 
     def _is_own_failure(self, name: str, report: Report, program: Program | None) -> bool:
-        """Return whether a release has caused a failure, so that a rollback skips this release.
+        """Return whether the reported failure is the release's own.
+
+        Only then does a rollback skip the release.
 
         A reload that a stop has ended does not count.  A mistake in the configuration counts only
         if its message names a path of the release.
@@ -186,12 +192,13 @@ class Releases:
             was = release_store.fingerprint(self._path(name), program.path)
             self.history.add(Entry(name, time.time(), was=was))
 
-    def resume(self, due: str, program: Program | None) -> None:
+    def resume(self, due: str, program: Program | None, named_at_begin: str) -> None:
         """Complete what the protector may have left undone before an upgrade or a kill.
 
         due: the release to which `current` must still be moved; "": no move is due.
         program: the workers' program that was proved last; None: no program was proved.
         """
+        self.named_at_begin = named_at_begin
         if due and self.own():
             self.link.move(due)
         if program is not None and self.history.value.way[-1:] != (program.release,):

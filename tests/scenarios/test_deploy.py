@@ -319,6 +319,8 @@ def test_a_deploy_while_current_names_another_needs_force(web: Web, releases: Re
     assert releases.named == "3"
     deployed(one, "2", "--force")
     assert (serving(one), releases.named, one.status()["warnings"]) == ("2", "2", [])
+    assert not one.status()["reloads"][-1]["reason"]
+    assert one.daemon.log.count("event=current-moved-again") == 0
     one.daemon.stop()
 
 
@@ -347,7 +349,7 @@ def test_a_current_that_is_moved_during_a_deploy_is_moved_again_and_that_is_said
     assert ctl(one, "promote").status == 0
 
     assert running.wait() == 0, running.err.text()
-    said = "current named 3 meanwhile; it names 2 now"
+    said = "current was moved to 3 during the deploy; it names 2 now"
     one.daemon.log.wait_for(f'warning event=current-moved-again release=2 reason="{said}"')
     assert one.status()["reloads"][-1]["reason"] == said
     assert (serving(one), releases.named) == ("2", "2")
@@ -808,5 +810,6 @@ def test_a_killed_protector_goes_on_with_the_deploy(
 
     assert running.wait() == 0, running.err.text()
     assert (serving(one), releases.named) == ("gated", "gated")
+    assert not one.status()["reloads"][-1]["reason"]  # no operator has moved `current`
     assert one.status()["releases"]["owner"] is True
     one.daemon.stop()

@@ -72,13 +72,21 @@ class World:
             Path(f"{self.current}.history").write_bytes(release.dump(history))
         done(failure)
 
-    def proved(self, made: Releases, name: str) -> Report:
-        """Let a deploy of a release succeed, but for the writer."""
+    def point_at(self, name: str) -> None:
+        """Move `current` as an operator would."""
+        self.current.unlink()
+        self.current.symlink_to(self.folder / name)
+
+    def proved(
+        self, made: Releases, name: str, during: Callable[[], object] = lambda: None
+    ) -> Report:
+        """Let a deploy of a release succeed, but for the writer.  during: called before its end."""
         assert made.begin(name) == name
         candidate = replace(self.settings, release=name, release_wanted=name)
         assert made.prepare(candidate, dry_run=False) == ""
-        left, self.settings = self.settings.release, replace(self.settings, release=name)
-        made.move(name, left)
+        during()
+        self.settings = replace(self.settings, release=name)
+        made.move(name)
         return made.reported(Report(ReportKind.RELOADED, 2), self.program(name))
 
     def program(self, name: str) -> Program:
@@ -363,7 +371,7 @@ def test_the_next_program_syncs_what_an_earlier_one_may_not_have(world: World) -
     world.proved(made, "2")
     world.writer_ends()
 
-    made.resume("", world.program("2"))
+    made.resume("", world.program("2"), "1")
 
     assert not made.is_saved
     world.writer_ends()
@@ -376,7 +384,7 @@ def test_the_lock_has_one_owner_and_the_next_owner_reads_the_history(world: Worl
     assert (first.own(), second.own()) == (True, False)
     world.proved(first, "2")
     world.writer_ends()
-    second.move("3", "2")
+    second.move("3")
     assert first.link.named == "2"  # the other one moves nothing
     [fd] = first.link.descriptors().values()
     fcntl.flock(fd, fcntl.LOCK_UN)
@@ -388,6 +396,69 @@ def test_the_lock_has_one_owner_and_the_next_owner_reads_the_history(world: Worl
 
     assert second.history.value == first.history.value
     assert not late.exists()
+
+
+@pytest.mark.parametrize("before", ["1", "3", "gone"])
+def test_a_link_that_is_moved_during_a_deploy_is_moved_again_and_that_is_said(
+    world: World, before: str
+) -> None:
+    made = world.make()
+    world.point_at(before)
+
+    report = world.proved(made, "2", during=lambda: world.point_at("2-beta"))
+
+    assert report.reason == "current was moved to 2-beta during the deploy; it names 2 now"
+    assert (world.clock.lines, made.link.named) == (["current-moved-again"], "2")
+
+
+def test_a_link_that_is_removed_during_a_deploy_is_made_again_and_that_is_said(
+    world: World,
+) -> None:
+    made = world.make()
+
+    report = world.proved(made, "2", during=world.current.unlink)
+
+    said = "current led to no release at the end of the deploy; it names 2 now"
+    assert report.reason == said
+    assert (world.clock.lines, made.link.named) == (["current-moved-again"], "2")
+
+
+def test_a_link_that_was_moved_long_before_a_deploy_is_moved_in_silence(world: World) -> None:
+    """With --force, say, or by a rollback: the operator knows where it led."""
+    made = world.make()
+    world.point_at("3")
+
+    report = world.proved(made, "2")
+
+    assert (report.reason, world.clock.lines, made.link.named) == ("", [], "2")
+
+
+def test_a_move_that_a_later_reload_completes_is_no_move_by_an_operator(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = world.make()
+    with monkeypatch.context() as faulty:
+        world.cannot_move(faulty)
+        world.proved(made, "2")
+    assert made.begin("") == "2"
+
+    report = world.proved(made, "2")
+
+    assert (report.reason, made.link.named) == ("", "2")
+    assert "current-moved-again" not in world.clock.lines
+
+
+def test_the_next_program_knows_where_the_link_led_when_the_deploy_began(world: World) -> None:
+    first = world.make()
+    world.point_at("3")
+    first.begin("2")
+    first.link.close()
+    second = world.make()
+
+    second.resume("", None, first.named_at_begin)
+    second.move("2")
+
+    assert (world.clock.lines, second.link.named) == ([], "2")
 
 
 # -- verdicts ---------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """An upgrade: replaces the protector's program in place, if the new program can take over.
 
-First another process, here called the probe, runs the new program, which loads the state and
+First another process, the trial, runs the new program, which loads the state and
 answers.  Only then does this process execute the new program: its pid, children and descriptors
-stay the same.  If the installation is broken, the probe fails, and nothing changes.  A check
-(`upgrade --check`) only runs a probe, with a copy of the state.
+stay the same.  If the installation is broken, the trial fails, and nothing changes.  A check
+(`upgrade --check`) only runs a trial, with a copy of the state.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..system.helper import HelperProcess, last_line
 from ..system.log import Log
 from ..system.loop import Loop
 
-#: How long the probe may take to load the program on a busy machine.
-PROBE_S = 30.0
+#: How long the trial may take to load the program on a busy machine.
+TRIAL_S = 30.0
 _ANSWER_BYTES = 4096
 _ANSWER = b"ok "
-_TIMER = "probe"
+_TIMER = "trial"
 _OUTPUT_BYTES = 4096
 
-#: The descriptors that a probe reads.
+#: The descriptors that a trial reads.
 _NEEDED = (inherited.SETTINGS, inherited.STATE)
 
 #: Called with the new program's version, and with the reason why it cannot take over.  One of the
@@ -38,7 +38,7 @@ Answered = Callable[[str, str], None]
 
 @mutable
 class Upgrade:
-    """Runs one probe at a time, for an upgrade or a check, and executes the new program."""
+    """Runs one trial at a time, for an upgrade or a check, and executes the new program."""
 
     #: The command that executes the protector; a new version replaces the file at its path.
     command: tuple[str, ...]
@@ -47,17 +47,17 @@ class Upgrade:
     _: KW_ONLY
     #: Whether the new program needs the capabilities that we kept (system/privileges.py).
     keeps: bool
-    _probe: HelperProcess | None = None
-    _opened: ExitStack = field(default_factory=ExitStack)  # the probe's answer and output
+    _trial: HelperProcess | None = None
+    _opened: ExitStack = field(default_factory=ExitStack)  # the trial's answer and output
     _check: Answered | None = None  # called with a check's result; None: no check is in progress
 
     def begin(self, descriptors: Mapping[str, int], ready: Callable[[], None]) -> None:
         """Probe the new program with the settings and the state; call back if it can take over.
 
-        If an upgrade's probe is running, only log that.  A check in progress is called off, because
+        If an upgrade's trial is running, only log that.  A check in progress is called off, because
         the exec would end it.
         """
-        if self.probes:
+        if self.tries:
             self.log.write("info", "upgrade-under-way")
             return
         self._call_off_check()
@@ -85,11 +85,11 @@ class Upgrade:
         self._start(copies, done)
 
     def _call_off_check(self) -> None:
-        if self._check is not None and self._probe is not None:
+        if self._check is not None and self._trial is not None:
             self.loop.cancel(_TIMER)
-            self._probe.discard()
+            self._trial.discard()
             self._opened.close()
-            self._probe, answered, self._check = None, self._check, None
+            self._trial, answered, self._check = None, self._check, None
             answered("", "")
 
     def _start(self, given: Mapping[str, int], answered: Answered) -> None:
@@ -98,36 +98,36 @@ class Upgrade:
             self.loop.cancel(_TIMER)
             answer, last, place = _read(receive), last_line(output), _place(output)
             opened.close()
-            self._probe = None
+            self._trial = None
             if answer.startswith(_ANSWER):
                 answered(answer[len(_ANSWER) :].decode("ascii", "replace").strip(), "")
                 return
-            how = f"did not answer in {in_units(PROBE_S)}" if late else how
+            how = f"did not answer in {in_units(TRIAL_S)}" if late else how
             answered("", f"the new program {how}: {last}{place}")
 
         self._opened = opened = ExitStack()
         try:
             receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             opened.callback(os.close, receive)
-            with open(send, "wb", buffering=0):  # close our copy once the probe has its own
-                output = os.memfd_create("sp.probe", os.MFD_CLOEXEC)
+            with open(send, "wb", buffering=0):  # close our copy once the trial has its own
+                output = os.memfd_create("sp.trial", os.MFD_CLOEXEC)
                 opened.callback(os.close, output)
                 given = {**given, inherited.PROBE: send}
                 if self.checks:
                     given[inherited.CHECK] = send
                 start = HelperProcess.start_protector
-                self._probe = start(self.command, given, output, self.loop, ended)
+                self._trial = start(self.command, given, output, self.loop, ended)
         except OSError as error:  # such as too few descriptors: the old program keeps running
             opened.close()
             error.filename = error.filename or self.command[0]
             answered("", what_failed(error))
             return
-        self.loop.call_after(_TIMER, PROBE_S, self._probe.process.kill_group)
+        self.loop.call_after(_TIMER, TRIAL_S, self._trial.process.kill_group)
 
     @property
-    def probes(self) -> bool:
-        """Return whether the probe of an upgrade is running."""
-        return self._probe is not None and self._check is None
+    def tries(self) -> bool:
+        """Return whether the trial of an upgrade is running."""
+        return self._trial is not None and self._check is None
 
     @property
     def checks(self) -> bool:
@@ -135,9 +135,9 @@ class Upgrade:
         return self._check is not None
 
     def end(self) -> None:
-        """Kill a running probe: this process is about to exit, and needs no new program."""
-        if self._probe is not None:
-            self._probe.discard()
+        """Kill a running trial: this process is about to exit, and needs no new program."""
+        if self._trial is not None:
+            self._trial.discard()
 
     def failed(self, reason: str) -> None:
         """Log that the old program keeps running, and why."""

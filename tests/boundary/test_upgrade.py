@@ -32,7 +32,7 @@ def test_the_reason_says_whether_the_new_program_was_too_slow(
     loop: Loop,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(upgrade, "PROBE_S", limit_s)
+    monkeypatch.setattr(upgrade, "TRIAL_S", limit_s)
     reasons: list[object] = []
 
     def noted(level: str, event: str, fields: Mapping[str, object]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.daemon.upgrade import PROBE_S
+from socketprotector.daemon.upgrade import TRIAL_S
 from tests import needs
 from tests.procfs import running, state_of, status_of
 from tests.rounds import rounds
@@ -35,9 +35,9 @@ pytestmark = [
 ]
 
 ROUNDS = rounds(2, 250)
-#: An upgrade's new program may take PROBE_S until it answers, and as long again to begin, each call
+#: An upgrade's new program may take TRIAL_S until it answers, and as long again to begin, each call
 #: of which a tracer looks at.
-PATIENCE_S = 4 * PROBE_S
+PATIENCE_S = 4 * TRIAL_S
 TALKS = worker("talks")
 #: One that leaves something behind and fails.
 FAILS = "#!/bin/sh\nsleep 1000 &\necho no such table >&2\nexit 7\n"

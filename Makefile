@@ -50,10 +50,10 @@ test-tools: # install the other programs that tests need; if that fails, each te
 	-tools/install-packages apparmor curl haproxy iproute2 libserver-starter-perl logrotate openssl policycoreutils-python-utils stunnel4
 	-tools/install-packages jq netcat-openbsd python3-click python3-daemon python3-psutil python3-rich python3-prometheus-client
 
-test: $(INSTALLED) $(COLLECTED) test-tools ## run each test in one combination (installs compilers, interpreters and servers)
+test: $(INSTALLED) $(COLLECTED) test-tools ## run most tests in one combination (installs compilers, interpreters and servers)
 	@# Where PYTHONDONTWRITEBYTECODE is set, each of thousands of processes would compile all it imports.
 	@$(BIN)/python -m compileall -q -j 0 client_lib exporter sample_client socketprotector tests
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --maxschedchunk 2 $(CHOSEN) $(if $(LOGS),--logs-in $(LOGS)) tests
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(CHOSEN) $(if $(LOGS),--logs-in $(LOGS)) tests
 
 test-all: export SOCKETPROTECTOR_ROUNDS = many
 test-all: CHOSEN :=

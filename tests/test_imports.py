@@ -18,6 +18,8 @@ from socketprotector.model import handoff_modes
 from socketprotector.system.late_modules import LATE
 from tests.together import together
 
+#: To parse the code costs more than the tests: one process does it.
+pytestmark = pytest.mark.xdist_group("imports")
 ROOT = Path(__file__).parents[1]
 DAEMON = ROOT / "socketprotector"
 CLIENT = ROOT / "client_lib" / "socketprotector_client"

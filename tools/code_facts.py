@@ -10,6 +10,7 @@ import ast
 import importlib
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,9 +38,10 @@ _OWN = {"SOCKETPROTECTOR_WATCHED_ANEW", "_SOCKETPROTECTOR_COMPLETE"}
 Events = dict[str, tuple[list[str], list[str]]]
 
 
-def _sources() -> Iterator[tuple[Path, ast.Module]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        yield path, ast.parse(path.read_text(encoding="utf-8"))
+@cache
+def _sources() -> list[tuple[Path, ast.Module]]:
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
 
 
 def _texts(node: ast.expr) -> list[str]:
@@ -72,6 +74,7 @@ def _fields(call: ast.Call, function: ast.AST) -> list[str]:
     return found
 
 
+@cache
 def log_events() -> Events:
     """Return event -> its levels and fields, from calls like write("info", "ready", ...)."""
     found: Events = {}

@@ -15,6 +15,8 @@ from socketprotector.model.log_format import LEVELS
 from tests.pages.tooling import tool
 from tests.running import ROOT
 
+#: One process parses the code for them.
+pytestmark = pytest.mark.xdist_group("code facts")
 TABLE = """\
 text
 

@@ -154,6 +154,7 @@ def test_a_wait_has_each_kind_of_the_code() -> None:
     assert words_of("Wait", "core") <= kinds
 
 
+@pytest.mark.xdist_group("code facts")
 def test_each_event_has_the_levels_and_fields_of_the_code() -> None:
     made = {
         event: ({*levels} - {"debug"}, {*fields})

@@ -20,12 +20,13 @@ import pytest
 from socketprotector.system import bpf, reuseport, socket_copy
 from tests import needs
 from tests.boundary.listening import KINDS, listening
+from tests.rounds import rounds
 from tests.running import DEADLINE_S, ROOT
 from tests.unanswered import Unanswered
 
 Pair = tuple[socket.socket, socket.socket]
 #: The clients of which a share is drawn; so many at a time have room in a backlog.
-CLIENTS, BATCH = 20_000, 40
+CLIENTS, BATCH = rounds(4_000, 20_000), 40
 
 
 @pytest.fixture

@@ -26,8 +26,15 @@ STEPS = rounds(15_000, 250_000)
 ROLLED = ("rolled-connection", "rolled-listener")
 #: Those of lives with releases.
 DEPLOYED = ("deployed-connection", "deployed-listener")
-#: Of the calls in stories, and lives that come off those: of some stories, so that all verbs do.
-SHARE, STORIED = ("1", "2000") if MANY else ("0.01", "60")
+#: Of the calls in stories, and lives that come off those: a story or two have all verbs.
+SHARE = (
+    {"connection": "1", "listener": "1"} if MANY else {"connection": "0.005", "listener": "0.007"}
+)
+STORIED = str(rounds(10, 2000))
+#: Releases are no part of a delivery: stories try both deliveries.
+EITHER_IN_TEST_ALL = pytest.mark.parametrize(
+    "handoff", ["listener", pytest.param("connection", marks=pytest.mark.costly)]
+)
 
 
 def simulate(*arguments: str) -> str:
@@ -68,7 +75,7 @@ def test_rollouts_share_and_stay_within_their_bound(handoff: str) -> None:
 
 
 @pytest.mark.timeout(rounds(120, 3600))
-@pytest.mark.parametrize("handoff", ["connection", "listener"])
+@EITHER_IN_TEST_ALL
 def test_current_names_only_what_was_proved(handoff: str) -> None:
     """Releases are deployed and rolled back; each write may fail, or end the protector."""
     lives = str(rounds(12, 500))
@@ -81,7 +88,7 @@ def test_current_names_only_what_was_proved(handoff: str) -> None:
 @pytest.mark.timeout(rounds(120, 3600))
 @pytest.mark.parametrize("handoff", ["connection", "listener"])
 def test_an_order_to_end_evenly_outlives_kills_and_only_a_stop_shortens_it(handoff: str) -> None:
-    lives = str(rounds(25, 500))
+    lives = str(rounds(10, 500))
     seen = simulate("--spreads", "--verbose", "--handoff", handoff, "--lives", lives)
 
     for event in ("ordered at a drain", "ordered at a stop", "killed in a spread"):
@@ -109,22 +116,19 @@ def test_a_seed_that_has_once_failed(kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(rounds(300, 3600))
-@pytest.mark.parametrize(
-    # Releases are no part of a delivery: the stories below try both deliveries.
-    "handoff",
-    ["listener", pytest.param("connection", marks=pytest.mark.costly)],
-)
+@EITHER_IN_TEST_ALL
 def test_each_step_of_a_deploy_is_a_kill_and_a_failure(handoff: str) -> None:
     words = ("--deploys", "--each-step", "--handoff", handoff)
 
-    assert "failed: 0" in simulate(*words, "--share", SHARE, "--lives", STORIED)
+    assert "failed: 0" in simulate(*words, "--share", SHARE[handoff], "--lives", STORIED)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(rounds(300, 3600))
 @pytest.mark.parametrize("handoff", ["connection", "listener"])
 def test_each_step_of_a_story_is_a_kill_and_a_failure(handoff: str) -> None:
-    told = simulate("--each-step", "--handoff", handoff, "--share", SHARE, "--lives", STORIED)
+    words = ("--each-step", "--handoff", handoff)
+    told = simulate(*words, "--share", SHARE[handoff], "--lives", STORIED)
 
     for verb in ("open", "close_listeners", "release"):
         assert f"Delivery.{verb}\n" in told

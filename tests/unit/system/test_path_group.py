@@ -70,7 +70,7 @@ def search(events: Iterable[str], depth: int) -> int:
 def test_in_all_sequences_of_common_events_no_client_is_lost() -> None:
     """The path leads where it is to lead, also in the program after a kill, and nothing is left."""
     assert len(COMMON) == 10
-    assert search(COMMON, rounds(5, 6)) > rounds(2000, 3000)
+    assert search(COMMON, rounds(4, 6)) > rounds(900, 3000)
 
 
 def test_in_all_sequences_of_fewer_events_of_all_kinds_no_client_is_lost() -> None:

@@ -157,6 +157,7 @@ def test_one_that_cannot_be_run_is_listed_with_the_command_that_failed() -> None
     assert "| `apt-get x`: no |" in report.not_run({"puma": "`apt-get x`: no"})
 
 
+@pytest.mark.costly
 def test_one_row_is_measured_and_printed(tmp_path: Path) -> None:
     if shutil.which("cc") is None:
         needs.skip("cc")

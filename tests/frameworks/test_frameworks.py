@@ -134,6 +134,7 @@ def test_a_draining_worker_answers_what_it_was_asked_and_lets_idle_clients_go(
 
 
 @each_framework
+@pytest.mark.costly
 def test_without_a_protector_the_same_program_listens_by_itself(
     framework: Framework, marked_environment: dict[str, str]
 ) -> None:

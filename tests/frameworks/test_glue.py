@@ -84,6 +84,7 @@ def test_gunicorns_other_workers_are_refused(protector: Callable[..., Protector]
     assert daemon.wait() != 0
 
 
+@pytest.mark.costly
 def test_a_generation_whose_application_cannot_be_loaded_is_never_ready(
     protector: Callable[..., Protector],
 ) -> None:

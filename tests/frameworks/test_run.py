@@ -119,6 +119,7 @@ def test_it_is_reloaded_under_load_and_its_workers_end_by_themselves(
 @needs_both
 @pytest.mark.parametrize("mode", [(), LISTENER], ids=["connection", "listener"])
 @pytest.mark.parametrize("app", ["asgi", "wsgi"])
+@pytest.mark.costly
 def test_a_draining_worker_answers_what_it_was_asked_and_closes_idle_connections(
     protector: Callable[..., Protector], app: str, mode: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_draining_worker_answers_what_it_was_asked_and_closes_idle_connections
     ],
     ids=" ".join,
 )
+@pytest.mark.costly
 def test_it_finds_out_by_itself_what_kind_an_application_is(
     shapes: Path, marked_environment: dict[str, str], words: list[str]
 ) -> None:
@@ -364,6 +366,7 @@ async def app(scope, receive, send):
 
 
 @needs_both
+@pytest.mark.costly
 def test_each_forked_process_has_an_asgi_lifespan(
     protector: Callable[..., Protector], tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def test_each_connection_ends_as_its_protocol_wants(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_on_a_plain_listener_uvicorn_ends_each_connection_at_its_turn(
     protector: Callable[..., Protector], tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def test_on_a_plain_listener_uvicorn_ends_each_connection_at_its_turn(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_timeout_ends_a_spread(protector: Callable[..., Protector]) -> None:
     """Under --handoff listener, the first TERM may be the begin of the drain."""
     words = (*LISTENER, "--drain-spread", "1h", "--max-draining", "1", "127.0.0.1:0", "--", *RUN)

@@ -65,6 +65,7 @@ class Served:
         return datetime.fromisoformat(line.partition(" ")[0]).timestamp()
 
 
+@pytest.mark.costly
 def test_clients_that_a_failing_release_has_taken_wait_for_its_end_and_for_a_start(
     protector: Callable[..., Protector], tmp_path: Path
 ) -> None:
@@ -109,6 +110,7 @@ def test_a_release_that_closes_its_socket_and_lives_is_named_and_the_next_one_se
     assert one.daemon.log.count("event=queue-stalled ") == 1
 
 
+@pytest.mark.costly
 def test_a_reload_that_was_requested_meanwhile_begins_once_they_are_served(
     protector: Callable[..., Protector], tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ TOGETHER = (*[*combinations(ATTACKERS, 2)][::-1], ATTACKERS[:3], ATTACKERS)
 
 
 @pytest.mark.parametrize("attackers", TOGETHER, ids="+".join)
+@pytest.mark.costly
 def test_an_instance_is_unharmed_by(
     attacked: Attacked,
     exporter: Callable[..., Exporter],

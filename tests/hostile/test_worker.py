@@ -127,6 +127,7 @@ exec sleep 600
 
 
 @pytest.mark.parametrize("options", [(), ("--guard", "--log-prefix")], ids=["alone", "guarded"])
+@pytest.mark.costly
 def test_what_its_processes_in_other_sessions_keep_open_is_bounded(
     attacked: Attacked, options: tuple[str, ...]
 ) -> None:
@@ -172,6 +173,7 @@ def test_what_its_processes_in_other_sessions_keep_open_is_bounded(
     one.works()
 
 
+@pytest.mark.costly
 def test_what_a_child_that_outlives_it_keeps_open_ends_with_it(attacked: Attacked) -> None:
     """The child may still write to the log; it has nothing else of the protector."""
     one = attacked.up()

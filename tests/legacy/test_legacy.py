@@ -63,6 +63,7 @@ def service(giver: Giver, original: Path) -> Service:
     return Service(giver, original)
 
 
+@pytest.mark.costly
 def test_it_is_asked_while_it_serves(service: Service) -> None:
     """By a connection, and by HTTP, which that daemon does not speak."""
     daemon = service.start("--health", "accept", "--health-every", "100ms")
@@ -177,6 +178,7 @@ def test_a_daemon_that_ends_before_it_connects_fails_the_reload_alone(
     assert pid_in(ask(service.address)) == old
 
 
+@pytest.mark.costly
 def test_a_daemon_that_never_connects_fails_the_reload_and_is_ended(
     service: Service, tmp_path: Path
 ) -> None:

@@ -209,6 +209,7 @@ def test_the_links_of_the_repository_stay_relative() -> None:
         assert PROJECT["urls"]["Source"] not in (ROOT / page).read_text(encoding="utf-8")
 
 
+@pytest.mark.costly
 def test_installed_they_serve_and_uninstalled_nothing_is_left(
     dists: Path, tmp_path: Path, marked_environment: dict[str, str]
 ) -> None:

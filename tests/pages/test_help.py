@@ -51,7 +51,10 @@ CLIENTS = (
 
 
 @is_root
-@pytest.mark.parametrize("example", range(len(EXAMPLES)))
+@pytest.mark.parametrize(
+    "example",  # pages have commands like the later ones
+    [0, *(pytest.param(each, marks=pytest.mark.costly) for each in range(1, len(EXAMPLES)))],
+)
 def test_an_example_serves_reloads_and_stops(tmp_path: Path, example: int) -> None:
     if not shutil.which("curl"):
         needs.skip("curl")

@@ -58,8 +58,12 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/systemd.md": ("curl", "systemctl"),
     "docs/tls.md": ("openssl", "curl", "haproxy", "stunnel", "gunicorn", "uvicorn"),
 }
-#: Above 3 s of a processor: not in `make test`, but in `make test-all`.
-COSTLY = {"docs/moving.md", "docs/servers.md", "docs/tls.md"}
+#: In `make test-all` alone: above 3 s of a processor, or what they show has tests in `make test`.
+COSTLY = {
+    *{"bench/README.md", "bench/soak.md", "docs/fleet.md", "docs/long-lived.md"},
+    *{"docs/metrics.md", "docs/moving.md", "docs/probes.md", "docs/rollout.md", "docs/servers.md"},
+    "docs/tls.md",
+}
 #: Those whose commands another test runs.
 ELSEWHERE = {
     "docs/inherited-socket.md": "tests/servers/test_inherited_socket.py builds and reloads each",

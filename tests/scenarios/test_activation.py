@@ -69,6 +69,7 @@ def test_a_socket_is_taken_by_its_name_and_listens_on_after_our_stop(giver: Give
 
 
 @pytest.mark.parametrize("mode", ["connection", "listener"])
+@pytest.mark.costly
 def test_a_stop_under_steady_load_does_not_wait_for_an_end_of_clients(
     giver: Giver, mode: str
 ) -> None:
@@ -90,6 +91,7 @@ def test_a_stop_under_steady_load_does_not_wait_for_an_end_of_clients(
     assert clients.failures == []
 
 
+@pytest.mark.costly
 def test_a_quick_stop_does_not_shut_it_down_either(giver: Giver) -> None:
     giver.tcp("web")
     daemon = giver.start("fd:web", "--", *MANY).ready()
@@ -107,6 +109,7 @@ def test_a_socket_is_taken_because_it_has_the_address(giver: Giver) -> None:
     assert still_listens(giver)
 
 
+@pytest.mark.costly
 def test_a_socket_of_both_families_is_what_a_port_alone_means(giver: Giver) -> None:
     port = giver.tcp("both", socket.AF_INET6, both=True)
     daemon = giver.start(str(port), "--", *MANY).ready()
@@ -137,6 +140,7 @@ def test_several_sockets_of_one_name_are_all_taken(giver: Giver) -> None:
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_several_sockets_of_one_name_cannot_be_told_apart_and_check_says_so(giver: Giver) -> None:
     for _ in range(2):
         giver.tcp("web")
@@ -181,6 +185,7 @@ def test_check_accepts_a_passed_socket_that_may_have_a_second(
     assert still_listens(giver)
 
 
+@pytest.mark.costly
 def test_what_was_given_survives_an_upgrade_and_still_is_not_ours(giver: Giver) -> None:
     port = giver.tcp("web")
     daemon = giver.start("fd:web", "--", *MANY).ready()
@@ -282,6 +287,7 @@ def test_with_reuseport_each_generation_has_a_socket_and_the_owner_gets_all_back
 
 
 @pytest.mark.parametrize("reloads", [0, 1])
+@pytest.mark.costly
 def test_a_quick_stop_counts_clients_at_our_socket_and_leaves_the_others_to_the_owner(
     giver: Giver, tmp_path: Path, reloads: int
 ) -> None:
@@ -308,6 +314,7 @@ def test_a_quick_stop_counts_clients_at_our_socket_and_leaves_the_others_to_the_
     second.stop()
 
 
+@pytest.mark.costly
 def test_a_second_socket_is_not_made_beside_one_that_an_earlier_protector_has_left(
     giver: Giver,
 ) -> None:
@@ -327,6 +334,7 @@ def test_a_second_socket_is_not_made_beside_one_that_an_earlier_protector_has_le
 
 
 @needs.ANOTHER_USER
+@pytest.mark.costly
 def test_a_second_socket_needs_the_user_that_has_opened_the_first(giver: Giver) -> None:
     os.seteuid(65534)
     try:

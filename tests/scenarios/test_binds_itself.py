@@ -88,6 +88,7 @@ def test_where_it_listens_elsewhere_the_start_says_where(
     assert "after:" not in said
 
 
+@pytest.mark.costly
 def test_where_its_output_is_ours_to_read_its_own_words_say_so(
     protector: Command, free_port: Callable[[], int], tmp_path: Path
 ) -> None:
@@ -210,6 +211,7 @@ def test_a_start_says_that_starman_cannot_take_a_unix_socket(
     assert "0.0.0.0:8000 -- starman" in told
 
 
+@pytest.mark.costly
 def test_a_warning_stays_in_status_until_a_reload_resolves_it(
     protector: Command, tmp_path: Path
 ) -> None:
@@ -260,6 +262,7 @@ _BROKEN = "import time; time.sleep(1.5); raise RuntimeError('no such luck')"
 
 
 @pytest.mark.parametrize(("name", "app"), [("gunicorn", _WSGI), ("uvicorn", _ASGI)])
+@pytest.mark.costly
 def test_the_line_to_copy_gives_up_a_release_that_cannot_be_loaded(
     protector: Command, tmp_path: Path, name: str, app: str
 ) -> None:
@@ -340,6 +343,7 @@ def test_one_of_two_sockets_that_a_server_ignores_is_reported(protector: Command
     assert f"listen={daemon.addresses[1]} " in line
 
 
+@pytest.mark.costly
 def test_one_that_has_spoken_with_us_before_is_not_taken_for_one(
     protector: Command, tmp_path: Path
 ) -> None:

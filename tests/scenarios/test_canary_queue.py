@@ -100,6 +100,7 @@ def test_a_canary_whose_workers_are_stopped_is_returned_and_no_client_is_lost(
 
 
 @pytest.mark.parametrize("settle", ["2s", "100ms"])
+@pytest.mark.costly
 def test_a_canary_whose_workers_stop_after_its_share_is_returned_too(
     operated: Operating, settle: str
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_canary_whose_workers_stop_after_its_share_is_returned_too(
 
 
 @pytest.mark.parametrize("way", ["USR2", "killed"])
+@pytest.mark.costly
 def test_a_canary_goes_on_in_the_next_program(operated: Operating, way: str) -> None:
     web = operated(*(["--guard"] if way == "killed" else []), "--workers", "2", "127.0.0.1:0")
     with Line(web.path) as line:

@@ -88,6 +88,7 @@ def test_check_says_where_a_reload_would_find_no_room(start: Start) -> None:
 
 
 @pytest.mark.parametrize("guard", [["--guard"], []], ids=["guard", "plain"])
+@pytest.mark.costly
 def test_check_is_about_a_start_after_the_end_of_the_one_that_runs(
     start: Start, guard: list[str]
 ) -> None:
@@ -113,6 +114,7 @@ def test_check_is_about_a_start_after_the_end_of_the_one_that_runs(
 
 
 @needs.ROOT
+@pytest.mark.costly
 def test_a_units_group_for_status_is_used_if_no_other_is_set_and_it_is_there(
     start: Start,
 ) -> None:
@@ -272,6 +274,7 @@ def test_the_log_is_reopened_on_usr1(start: Start) -> None:
     start.stop()
 
 
+@pytest.mark.costly
 def test_a_log_that_cannot_be_reopened_goes_on_where_it_was(start: Start) -> None:
     folder = start.folder / "logs.sh"
     folder.mkdir()

@@ -124,6 +124,7 @@ def test_a_reload_changes_command_environment_and_number_of_workers(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_what_was_asked_of_workers_by_signal_stays_while_the_file_says_the_same(
     configured: Starter, file: File
 ) -> None:
@@ -159,6 +160,7 @@ def test_a_new_policy_holds_from_the_reload_on_that_reads_it(
     daemon.log.wait_for(r" debug ")
 
 
+@pytest.mark.costly
 def test_the_command_line_wins_at_a_reload_too(configured: Starter, file: File) -> None:
     daemon = configured("--workers", "2")
     file.says("workers = 5")
@@ -171,6 +173,7 @@ def test_the_command_line_wins_at_a_reload_too(configured: Starter, file: File) 
 # -- listeners -------------------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_an_added_listener_is_served_by_the_generation_that_knows_it(
     configured: Starter, file: File, tmp_path: Path
 ) -> None:
@@ -240,6 +243,7 @@ def test_a_removed_listener_leaves_its_place_and_an_added_one_gets_another(
     ],
     indirect=["handoff"],
 )
+@pytest.mark.costly
 def test_clients_waiting_at_a_removed_listener_are_served_by_workers_that_know_it(
     configured: Starter,
     file: File,
@@ -283,6 +287,7 @@ def test_clients_waiting_at_a_removed_listener_are_served_by_workers_that_know_i
 # -- reloads that fail -------------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_more_workers_than_there_are_descriptors_for_are_a_failed_reload(
     configured: Starter, file: File
 ) -> None:
@@ -344,6 +349,7 @@ def test_what_cannot_change_is_refused(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_listener_that_cannot_be_had_is_a_failed_reload_that_leaves_none(
     configured: Starter, file: File, tmp_path: Path
 ) -> None:
@@ -362,6 +368,7 @@ def test_a_listener_that_cannot_be_had_is_a_failed_reload_that_leaves_none(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_generation_that_never_serves_takes_its_settings_and_listeners_along(
     configured: Starter, file: File, tmp_path: Path, handoff: str
 ) -> None:
@@ -386,6 +393,7 @@ def test_a_generation_that_never_serves_takes_its_settings_and_listeners_along(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_rollback_after_it_has_served_gives_up_what_was_added(
     configured: Starter, file: File, tmp_path: Path
 ) -> None:
@@ -411,6 +419,7 @@ def test_a_rollback_after_it_has_served_gives_up_what_was_added(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_stop_first_goes_back_to_the_listeners_that_there_were(
     configured: Starter, file: File, tmp_path: Path
 ) -> None:
@@ -572,6 +581,7 @@ def test_a_program_that_resumes_after_a_kill_rereads_the_file(gated: Gated) -> N
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_socket_that_is_bound_anew_while_the_file_is_read_is_known_from_then_on(
     gated: Gated, tmp_path: Path
 ) -> None:
@@ -670,6 +680,7 @@ def test_a_stop_while_the_file_is_read_waits_for_nothing(gated: Gated) -> None:
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_file_that_takes_too_long_to_read_is_a_failed_reload(gated: Gated) -> None:
     gated.file.says(f'start-timeout = "{FAIR_START_S}s"')
     daemon = gated.start()
@@ -678,6 +689,7 @@ def test_a_file_that_takes_too_long_to_read_is_a_failed_reload(gated: Gated) -> 
     gated.through(daemon, "event=reloaded", reading(daemon))
 
 
+@pytest.mark.costly
 def test_a_reader_that_cannot_be_executed_is_a_failed_reload(gated: Gated) -> None:
     daemon = gated.start()
     gated.installation.script("one", "raise SystemExit('a broken install')\n")
@@ -686,6 +698,7 @@ def test_a_reader_that_cannot_be_executed_is_a_failed_reload(gated: Gated) -> No
     assert ask(("127.0.0.1", daemon.port)).endswith("hello")
 
 
+@pytest.mark.costly
 def test_a_wish_while_the_file_is_read_is_one_more_reload(gated: Gated) -> None:
     daemon = gated.start()
     mark = reading(daemon)

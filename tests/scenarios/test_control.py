@@ -196,6 +196,7 @@ def test_what_workers_with_the_library_count_is_right(operated: Operating) -> No
     assert web.status()["forwarded"] == 8
 
 
+@pytest.mark.costly
 def test_after_a_kill_the_count_of_connections_goes_on_from_what_status_has_shown(
     operated: Operating,
 ) -> None:
@@ -278,6 +279,7 @@ def test_where_workers_accept_nothing_is_reported_of_connections_that_it_never_s
     assert not re.search(r"connections=|lost=", web.daemon.log.wait_for("event=stopped"))
 
 
+@pytest.mark.costly
 def test_what_one_worker_does_not_count_is_unknown_of_its_generation(operated: Operating) -> None:
     """One that has counted is dead, and what has come in its place does not: no sum of the rest."""
     counts = shlex.join((*OBEYS, "8"))
@@ -315,6 +317,7 @@ while select.select([channel], [], []):
 """
 
 
+@pytest.mark.costly
 def test_a_worker_that_takes_from_the_channel_itself_is_not_said_to_have_taken_nothing(
     operated: Operating,
 ) -> None:
@@ -326,6 +329,7 @@ def test_a_worker_that_takes_from_the_channel_itself_is_not_said_to_have_taken_n
     assert [each[name] for name in ("accepted", "active", "finished", "errors")] == [None] * 4
 
 
+@pytest.mark.costly
 def test_the_counts_of_several_workers_add_up(operated: Operating) -> None:
     web = operated("--workers", "3", command=(*OBEYS, "8"))
     clients = [Client(web.address, "hello") for _ in range(12)]
@@ -350,6 +354,7 @@ def test_of_workers_without_the_library_nothing_is_known(operated: Operating) ->
     assert (generation["wait_us"], generation["lost"]) == (None, None)
 
 
+@pytest.mark.costly
 def test_where_a_forked_child_takes_as_well_the_counts_are_unknown(operated: Operating) -> None:
     web = operated(command=(*OBEYS, "--fork"))
     seen: set[int] = set()
@@ -464,6 +469,7 @@ def test_each_command_is_answered(operated: Operating) -> None:
         assert found["ok"] or found["code"] in ("refused", "unknown", "unmet"), found
 
 
+@pytest.mark.costly
 def test_a_hold_accepts_nothing_and_refuses_nothing_until_its_time_is_over(
     operated: Operating,
 ) -> None:
@@ -523,6 +529,7 @@ def test_a_stop_while_held_serves_clients_that_have_connected(operated: Operatin
     assert web.daemon.wait() == 0
 
 
+@pytest.mark.costly
 def test_a_reload_while_held_takes_place(operated: Operating) -> None:
     web = operated()
     line = web.line(follows=True)
@@ -537,6 +544,7 @@ def test_a_reload_while_held_takes_place(operated: Operating) -> None:
         assert pid_in(client.hear()) == spawned(web.daemon, 2)[0]
 
 
+@pytest.mark.costly
 def test_more_workers_than_there_are_descriptors_for_are_refused(operated: Operating) -> None:
     web = operated()
     line = web.line(follows=True)
@@ -551,6 +559,7 @@ def test_more_workers_than_there_are_descriptors_for_are_refused(operated: Opera
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_stop_comes_before_hundreds_that_were_asked_for_are_started(operated: Operating) -> None:
     web = operated()
     both = ({"command": "scale", "to": 800}, {"command": "stop", "quick": True})
@@ -636,6 +645,7 @@ def test_a_worker_is_replaced_by_its_pid_when_its_replacement_serves(operated: O
     assert line.status()["crashes"] == 0
 
 
+@pytest.mark.costly
 def test_what_drains_already_or_is_not_there_is_not_replaced(
     operated: Operating, release: Release, gate: Gate
 ) -> None:
@@ -816,6 +826,7 @@ def test_it_is_for_its_user_alone_and_gone_at_the_end(operated: Operating, place
     assert follower.hear() == half.hear() == {}
 
 
+@pytest.mark.costly
 def test_two_of_a_name_are_told_apart_by_the_port_and_that_is_said(protector: Starter) -> None:
     name = os.path.basename(MANY[0])
     first = protector("127.0.0.1:0", "--", *MANY).ready()
@@ -840,6 +851,7 @@ def test_a_name_that_is_too_long_for_a_socket_is_reported(protector: Starter) ->
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_program_whose_name_is_long_lends_the_first_of_it(
     protector: Starter, tmp_path: Path
 ) -> None:
@@ -862,6 +874,7 @@ def short() -> Iterator[Path]:
         yield Path(made)
 
 
+@pytest.mark.costly
 def test_each_of_a_name_can_be_operated_though_their_files_are_called_alike(
     protector: Starter, short: Path
 ) -> None:
@@ -901,6 +914,7 @@ def test_where_no_path_was_given_it_is_named_after_the_name_or_the_program(
 
 
 @AS_ANOTHER_USER
+@pytest.mark.costly
 def test_root_s_outlives_the_login_that_started_it(protector: Starter) -> None:
     """What is in the folder of a login is removed at its end, without asking."""
     name = f"sp-test-{os.getpid()}"
@@ -999,6 +1013,7 @@ def test_a_stale_one_is_replaced(operated: Operating, place: Path) -> None:
     assert operated().status()["phase"] == "serving"
 
 
+@pytest.mark.costly
 def test_a_living_one_is_not_taken_away_and_it_goes_on_without(
     operated: Operating, protector: Starter, place: Path
 ) -> None:
@@ -1012,6 +1027,7 @@ def test_a_living_one_is_not_taken_away_and_it_goes_on_without(
     assert first.status()["pid"] == first.daemon.pid
 
 
+@pytest.mark.costly
 def test_it_does_without_where_one_cannot_be_made(protector: Starter, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for place in (tmp_path / "file" / "x", tmp_path / "none" / "x", tmp_path / ("x" * 200)):
@@ -1047,6 +1063,7 @@ def remembered(found: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", ["upgrade", "kill"])
+@pytest.mark.costly
 def test_all_that_is_known_outlives_the_program(operated: Operating, how: str) -> None:
     web = operated(*(["--guard"] if how == "kill" else []), command=(*OBEYS, "8"))
     address = web.address
@@ -1123,6 +1140,7 @@ def test_a_hold_outlives_the_program(operated: Operating) -> None:
         assert client.hear() == f"[{spawned(web.daemon)[0]}] hello"
 
 
+@pytest.mark.costly
 def test_an_upgrade_that_fails_is_reported_and_no_process_is_ended(
     operated: Operating, installation: Any, place: Path
 ) -> None:
@@ -1140,6 +1158,7 @@ def test_an_upgrade_that_fails_is_reported_and_no_process_is_ended(
     web.end()
 
 
+@pytest.mark.costly
 def test_term_with_many_clients_connected(operated: Operating) -> None:
     web = operated()
     lines = [web.line(follows=bool(number % 2)) for number in range(40)]

@@ -131,6 +131,7 @@ def test_status_is_true(web: Start) -> None:
 
 
 @pytest.mark.parametrize("guard", [(), ("--guard",)])
+@pytest.mark.costly
 def test_it_is_found_by_name_by_pid_file_and_alone(
     guard: tuple[str, ...], web: Start, tmp_path: Path
 ) -> None:
@@ -179,6 +180,7 @@ BROKEN = "import sys; print('starting', file=sys.stderr); raise RuntimeError('no
 
 
 @pytest.mark.parametrize("after", ["start", "upgrade", "kill"])
+@pytest.mark.costly
 def test_a_failed_reload_shows_the_end_of_the_traceback_where_stderr_is_a_pipe(
     web: Start, release: Release, after: str
 ) -> None:
@@ -274,6 +276,7 @@ def test_drained_waits_for_the_last_connection(beside: Beside, web: Start) -> No
     assert [each["number"] for each in state()["generations"]] == [3]
 
 
+@pytest.mark.costly
 def test_drained_is_waited_for_through_a_cut(beside: Beside, web: Start) -> None:
     daemon = web("--guard")
     with Client(("127.0.0.1", daemon.port), "hello") as client:
@@ -351,6 +354,7 @@ def test_a_stop_in_the_middle_has_the_verdict_of_what_serves_to_the_end(
     assert len(said) == 1
 
 
+@pytest.mark.costly
 def test_two_reloads_at_once_each_get_their_own_verdict(
     beside: Beside, web: Start, release: Release, gate: Gate
 ) -> None:
@@ -470,6 +474,7 @@ def test_a_hold_whose_command_was_killed_ends_by_itself(beside: Beside, web: Sta
     assert pid_in(ask(("127.0.0.1", daemon.port))) > 0
 
 
+@pytest.mark.costly
 def test_a_hold_lasts_through_an_upgrade_and_a_crash(beside: Beside, web: Start) -> None:
     daemon = web("--guard")
     running = beside("hold")
@@ -508,6 +513,7 @@ def test_replace_of_a_worker_and_of_a_generation(web: Start) -> None:
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_kill_ends_a_generation_that_drains_and_no_other(web: Start) -> None:
     daemon = web()
     with Client(("127.0.0.1", daemon.port), "hello") as client:
@@ -537,6 +543,7 @@ def test_stop_returns_when_it_is_gone(guard: tuple[str, ...], web: Start, contro
     assert run("status").status == 1
 
 
+@pytest.mark.costly
 def test_stop_is_waited_for_though_the_protector_is_killed_in_the_middle(
     beside: Beside, web: Start
 ) -> None:
@@ -553,6 +560,7 @@ def test_stop_is_waited_for_though_the_protector_is_killed_in_the_middle(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_stop_says_which_workers_are_not_done_yet(beside: Beside, web: Start) -> None:
     daemon = web()
     with Client(("127.0.0.1", daemon.port), "hello") as client:
@@ -667,6 +675,7 @@ def test_diff_says_what_a_reload_would_change_and_when_it_would_fail(
 
 
 @pytest.mark.parametrize("kind", ["socket", "empty", "script", "no interpreter", "closed"])
+@pytest.mark.costly
 def test_diff_says_which_command_a_reload_could_not_execute(
     control: Path, protector: Start, tmp_path: Path, kind: str
 ) -> None:

@@ -84,6 +84,7 @@ def test_it_fits_a_terminal_and_control_c_ends_all_of_it(
         assert max(map(len, text.rstrip("\r").split("\r"))) <= 80, line
 
 
+@pytest.mark.costly
 def test_what_it_started_ends_with_it_when_it_is_killed() -> None:
     with tempfile.TemporaryDirectory(prefix="sp-") as folder, mark() as environment:
         ours, its = os.pipe()

@@ -184,6 +184,7 @@ def test_a_release_that_fails_while_it_settles_leaves_current(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_stop_during_a_canary_leaves_current(
     web: Web, releases: Releases, beside: Beside
 ) -> None:
@@ -197,6 +198,7 @@ def test_a_stop_during_a_canary_leaves_current(
     assert releases.named == "1"
 
 
+@pytest.mark.costly
 def test_each_part_of_the_service_takes_its_generations_release(
     web: Web, releases: Releases
 ) -> None:
@@ -217,6 +219,7 @@ def test_each_part_of_the_service_takes_its_generations_release(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_checks_know_the_release(web: Web, releases: Releases, tmp_path: Path) -> None:
     def check(name: str) -> str:
         return f"check:echo $SOCKETPROTECTOR_RELEASE {{release}} >> {tmp_path / name}"
@@ -242,6 +245,7 @@ def test_checks_know_the_release(web: Web, releases: Releases, tmp_path: Path) -
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_the_path_comes_to_command_folder_and_variables(web: Web, releases: Releases) -> None:
     for name in ("1", "2"):
         (releases.folder / name / "vars").write_text(f"V={name}\n")
@@ -338,6 +342,7 @@ def test_a_remembered_reload_finds_current_moved(deploying: Deploying, releases:
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_current_that_is_moved_during_a_deploy_is_moved_again_and_that_is_said(
     web: Web, releases: Releases, beside: Beside
 ) -> None:
@@ -452,6 +457,7 @@ def test_a_stop_during_a_deploy_leaves_current(
     gate.stay_open()
 
 
+@pytest.mark.costly
 def test_a_deploy_during_a_hold_moves_current_when_the_hold_is_over_or_before(
     web: Web, releases: Releases
 ) -> None:
@@ -514,6 +520,7 @@ def test_a_killed_guard_ends_no_deploy(deploying: Deploying, releases: Releases)
 # -- rollback ---------------------------------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_rollback_walks_back_and_never_to_and_fro(web: Web, releases: Releases) -> None:
     one = web()
     deployed(one, "2")
@@ -552,6 +559,7 @@ def test_rollback_passes_over_a_release_that_is_gone_or_fails_now(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_mistake_in_the_configuration_is_no_failure_of_the_release(
     operated: Operating, releases: Releases, tmp_path: Path
 ) -> None:
@@ -623,6 +631,7 @@ def test_two_deploys_at_once(deploying: Deploying, releases: Releases) -> None:
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_expect_and_if_changed(web: Web, releases: Releases) -> None:
     one = web()
     wrong = ctl(one, "deploy", "2", "--expect", "3")
@@ -662,6 +671,7 @@ def test_a_dry_run_moves_nothing(web: Web, releases: Releases) -> None:
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_json_and_no_wait_and_timeout(web: Web, releases: Releases, tmp_path: Path) -> None:
     one = web()
     found = json.loads(ctl(one, "deploy", "2", "--json").out)
@@ -683,6 +693,7 @@ def test_json_and_no_wait_and_timeout(web: Web, releases: Releases, tmp_path: Pa
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_releases_lists_what_was_tried(web: Web, releases: Releases) -> None:
     one = web()
     deployed(one, "2")
@@ -719,6 +730,7 @@ def test_releases_lists_what_was_tried(web: Web, releases: Releases) -> None:
 # -- other programs, and what comes after -----------------------------------------------------
 
 
+@pytest.mark.costly
 def test_an_upgrade_keeps_the_lock_the_release_and_the_history(
     web: Web, releases: Releases
 ) -> None:

@@ -102,6 +102,7 @@ WHOLE = ["current", "current.history", "current.lock"]
 
 
 @pytest.mark.parametrize("code", ["ENOSPC", "EROFS", "EACCES"])
+@pytest.mark.costly
 def test_without_a_place_for_the_link_nothing_changes(
     faulty: Faulty, releases: Releases, flag: Path, code: str
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_lock_that_cannot_be_opened_is_said_once(operated: Operating, releases
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_if_the_rename_fails_the_release_serves_and_it_is_tried_again(
     faulty: Faulty, releases: Releases, flag: Path
 ) -> None:
@@ -185,6 +187,7 @@ def test_a_reload_does_not_go_back_to_what_current_still_names(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_link_that_an_operator_moves_meanwhile_stays(
     faulty: Faulty, releases: Releases, flag: Path
 ) -> None:
@@ -259,6 +262,7 @@ def test_a_disk_without_room_for_current(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_an_unreadable_history_is_empty_and_said_and_kept(
     operated: Operating, releases: Releases
 ) -> None:
@@ -282,6 +286,7 @@ def test_an_unreadable_history_is_empty_and_said_and_kept(
 
 
 @pytest.mark.parametrize("then", [KILL, KILL_AFTER], ids=["before", "after"])
+@pytest.mark.costly
 def test_a_protector_killed_while_it_keeps_an_unreadable_history_loses_none(
     faulty: Faulty, operated: Operating, releases: Releases, flag: Path, then: str
 ) -> None:
@@ -328,6 +333,7 @@ def test_what_is_no_link_at_current_is_not_replaced(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_what_comes_to_current_during_a_deploy_is_not_replaced(
     operated: Operating, releases: Releases
 ) -> None:
@@ -379,6 +385,7 @@ def test_a_link_that_leads_nowhere_needs_force(
 # -- kills ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_the_late_writer_of_a_killed_protector_replaces_no_newer_history(
     operated: Operating,
     releases: Releases,
@@ -472,6 +479,7 @@ def test_guard_and_protector_killed_at_a_write_leave_the_old_or_the_new_release(
 
 @needs.ANOTHER_USER
 @pytest.mark.parametrize("words", [("--user", A), ("--user", A, "--worker-user", B)])
+@pytest.mark.costly
 def test_another_user_moves_current_in_a_folder_of_its_own(
     command: Command, words: tuple[str, ...]
 ) -> None:
@@ -503,6 +511,7 @@ def deployed_at(control: Path, name: str) -> None:
     assert ended.status == 0, ended
 
 
+@pytest.mark.costly
 def test_a_service_manager_keeps_the_lock_over_a_kill_and_not_over_a_stop(
     service: Service, releases: Releases, tmp_path: Path
 ) -> None:

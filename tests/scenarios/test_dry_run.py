@@ -158,6 +158,7 @@ def test_its_question_decides(operated: Operating, asked: Asked) -> None:
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_one_that_accepts_and_dies_soon_would_not_serve(
     operated: Operating, asked: Asked, gate: Gate, beside: Callable[..., Running]
 ) -> None:
@@ -174,6 +175,7 @@ def test_one_that_accepts_and_dies_soon_would_not_serve(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_daemon_of_the_original_is_tried_too(
     protector: Starter,
     place: Path,
@@ -198,6 +200,7 @@ def test_a_daemon_of_the_original_is_tried_too(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_the_file_is_tried_with_what_it_adds_and_nothing_of_it_stays(
     operated: Operating,
     protector: Starter,
@@ -258,6 +261,7 @@ def test_a_file_that_cannot_be_tried_is_told(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_an_added_socket_that_all_would_accept_from_cannot_be_tried(
     protector: Starter, place: Path, file: File, tmp_path: Path
 ) -> None:

@@ -111,6 +111,7 @@ def test_with_too_low_a_limit_the_start_says_which_and_leaves_nothing(
     assert "Traceback" not in start.log
 
 
+@pytest.mark.costly
 def test_where_workers_accept_a_few_descriptors_too_few_are_one_line_each_time(
     start: Start,
 ) -> None:
@@ -322,6 +323,7 @@ if resident():
 
 @EITHER_HANDOFF
 @pytest.mark.parametrize(("module", "name"), [("os", "waitid"), ("select", "poll")])
+@pytest.mark.costly
 def test_out_of_memory_under_a_guard_costs_no_connection(
     protector: Starter, tmp_path: Path, module: str, name: str
 ) -> None:
@@ -377,6 +379,7 @@ time.time = lambda: real() + 3600 * next(hours)
 """
 
 
+@pytest.mark.costly
 def test_a_wall_clock_that_jumps_moves_the_dates_in_the_log_and_nothing_else(
     protector: Starter, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ os.pwrite = pwrite
 
 
 @pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EROFS"])
+@pytest.mark.costly
 def test_without_its_guard_a_pid_file_that_cannot_be_rewritten_is_reported(
     protector: Callable[..., Protector], tmp_path: Path, code: str
 ) -> None:
@@ -263,6 +264,7 @@ def test_what_only_operators_miss_is_named_in_one_line_and_it_serves(
     start.stop()
 
 
+@pytest.mark.costly
 def test_above_a_users_quota_a_reload_fails_and_a_later_one_does_not(
     protector: Callable[..., Protector], quota: Callable[[str], Quota], tmp_path: Path
 ) -> None:

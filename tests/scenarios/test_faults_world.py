@@ -177,6 +177,7 @@ def answers_through_reloads(daemon: Mute, address: str) -> None:
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_full_pipe_without_a_reader_holds_nothing_up(
     mute: Callable[..., Mute], tmp_path: Path
 ) -> None:
@@ -196,6 +197,7 @@ def test_a_full_pipe_without_a_reader_holds_nothing_up(
     os.close(receive)
 
 
+@pytest.mark.costly
 def test_a_full_device_under_the_log_holds_nothing_up(
     mute: Callable[..., Mute], tmp_path: Path
 ) -> None:

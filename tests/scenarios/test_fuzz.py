@@ -151,6 +151,7 @@ def say_nonsense(notify: socket.socket, address: bytes, chance: random.Random) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(rounds(600, 6000))  # three seconds, or five minutes, on an idle machine
+@pytest.mark.costly
 def test_nonsense_without_end_fails_nothing_and_memory_stays_flat(operated: Operating) -> None:
     chance = Chance().random
     web = operated()

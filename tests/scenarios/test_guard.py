@@ -173,6 +173,7 @@ def test_without_its_guard_the_protector_goes_on_and_puts_its_own_pid_into_the_f
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_protector_that_lost_its_guard_after_it_was_adopted_replaces_workers_at_once(
     guarded: Starter,
 ) -> None:
@@ -190,6 +191,7 @@ def test_a_protector_that_lost_its_guard_after_it_was_adopted_replaces_workers_a
     assert wait_gone([pid]) == []
 
 
+@pytest.mark.costly
 def test_upgraded_after_it_lost_its_guard_it_still_does_not_wait_to_hear_how_workers_ended(
     installation: Installation,
 ) -> None:
@@ -215,6 +217,7 @@ def test_upgraded_after_it_lost_its_guard_it_still_does_not_wait_to_hear_how_wor
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_how_an_adopted_worker_ended_comes_from_the_guard(guarded: Starter) -> None:
     daemon = guarded()
     revived(daemon, kill_protector(daemon))
@@ -294,6 +297,7 @@ def test_killed_while_a_generation_drains_its_connections_go_on(guarded: Starter
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_killed_while_it_settles_it_still_settles(guarded: Starter) -> None:
     daemon = guarded("--settle", "1h")
     daemon.signal(signal.SIGHUP)
@@ -376,6 +380,7 @@ def test_no_signal_is_lost_when_the_protector_is_killed_right_after(
     assert len([line for line in daemon.log.seen if f"signal={number.name}" in line]) == 1
 
 
+@pytest.mark.costly
 def test_killed_before_anything_served_the_launcher_still_gets_its_verdict(
     start: Start, tmp_path: Path
 ) -> None:
@@ -396,6 +401,7 @@ def test_killed_before_anything_served_the_launcher_still_gets_its_verdict(
     start.stop()
 
 
+@pytest.mark.costly
 def test_killed_before_anything_served_a_failed_start_is_still_reported(
     start: Start, tmp_path: Path
 ) -> None:
@@ -494,6 +500,7 @@ def full_socket() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("full", [full_pipe, full_socket])
+@pytest.mark.costly
 def test_a_guard_whose_log_is_not_read_still_restarts_and_passes_signals_on(
     full: Callable[[], tuple[int, int]], marked_environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -687,6 +694,7 @@ def test_term_in_the_back_off_stops_in_order_if_the_protector_is_well_again(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_term_with_a_protector_that_cannot_start_lets_the_workers_finish(
     broken: Installation, tmp_path: Path
 ) -> None:
@@ -710,6 +718,7 @@ def test_term_with_a_protector_that_cannot_start_lets_the_workers_finish(
 
 
 @pytest.mark.parametrize("upgraded", [False, True])
+@pytest.mark.costly
 def test_a_guard_sends_the_drain_signal_of_the_last_reload(
     broken: Installation, tmp_path: Path, upgraded: bool
 ) -> None:
@@ -822,6 +831,7 @@ def test_a_guard_that_cannot_catch_signals_gives_up(monkeypatch: pytest.MonkeyPa
     assert lines == ["guard-gives-up"]
 
 
+@pytest.mark.costly
 def test_an_uncaught_exception_is_survived_and_its_traceback_logged(
     installation: Installation, tmp_path: Path
 ) -> None:
@@ -858,6 +868,7 @@ def test_an_uncaught_exception_is_survived_and_its_traceback_logged(
 
 
 @AS_ANOTHER_USER
+@pytest.mark.costly
 def test_as_another_user_it_is_killed_and_goes_on_as_that_user(
     marked_environment: dict[str, str],
 ) -> None:

@@ -146,6 +146,7 @@ def test_programs_survive_the_protector_and_its_upgrade(protector: Starter) -> N
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_the_number_of_places_may_change_at_a_reload(protector: Starter, tmp_path: Path) -> None:
     config = tmp_path / "web.toml"
 
@@ -175,6 +176,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled(shared_folder(tmp_path_factory), "original")
 
 
+@pytest.mark.costly
 def test_a_daemon_of_the_original_serves_and_is_reloaded(
     protector: Starter, original: Path, free_port: Callable[[], int]
 ) -> None:

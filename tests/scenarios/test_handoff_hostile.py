@@ -151,6 +151,7 @@ def test_a_unix_socket_that_it_shuts_down_is_bound_anew_and_another_generation_s
     assert not path.exists()
 
 
+@pytest.mark.costly
 def test_one_that_is_bound_anew_is_there_for_the_protector_that_a_guard_starts(
     protector: Starter, tmp_path: Path
 ) -> None:
@@ -170,6 +171,7 @@ def test_one_that_is_bound_anew_is_there_for_the_protector_that_a_guard_starts(
     assert not path.exists()
 
 
+@pytest.mark.costly
 def test_a_release_that_shuts_a_unix_socket_down_and_hangs_is_given_up_at_once(
     protector: Starter, tmp_path: Path
 ) -> None:
@@ -194,6 +196,7 @@ def test_a_release_that_shuts_a_unix_socket_down_and_hangs_is_given_up_at_once(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_socket_that_a_failed_release_has_connected_is_bound_anew(
     protector: Starter, tmp_path: Path
 ) -> None:
@@ -214,6 +217,7 @@ def test_a_socket_that_a_failed_release_has_connected_is_bound_anew(
 
 
 @pytest.mark.parametrize("upgraded", [False, True])
+@pytest.mark.costly
 def test_a_release_on_a_device_that_is_gone_fails_and_is_not_taken_for_ready(
     protector: Starter, tmp_path: Path, upgraded: bool
 ) -> None:
@@ -234,6 +238,7 @@ def test_a_release_on_a_device_that_is_gone_fails_and_is_not_taken_for_ready(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["", "upgraded", "killed"])
+@pytest.mark.costly
 def test_time_alone_does_not_make_a_release_ready_whose_clients_would_have_to_sign(
     protector: Starter, tmp_path: Path, how: str
 ) -> None:
@@ -259,6 +264,7 @@ def test_time_alone_does_not_make_a_release_ready_whose_clients_would_have_to_si
 
 
 @needs.ANOTHER_USER
+@pytest.mark.costly
 def test_releases_that_break_a_socket_which_cannot_be_bound_again_keep_no_client_out(
     command: Command,
 ) -> None:
@@ -316,6 +322,7 @@ def told_and_ended(daemon: Protector, service: Service, address: str) -> None:
     assert "stopping: no listener is left" in said
 
 
+@pytest.mark.costly
 def test_an_abstract_socket_that_it_shuts_down_ends_the_service_as_failed(
     protector: Starter, service: Service
 ) -> None:

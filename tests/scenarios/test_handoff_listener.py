@@ -141,6 +141,7 @@ def test_a_listener_blocks_unless_it_is_to_be_otherwise(served_by: Starter, want
     daemon.log.wait_for(f"blocks={int(wanted == '0')}")
 
 
+@pytest.mark.costly
 def test_names_in_the_command_and_the_environment_become_numbers(
     served_by: Starter, tmp_path: Path
 ) -> None:
@@ -233,6 +234,7 @@ def test_one_that_says_it_late_serves_on(protector: Starter, tmp_path: Path, how
     assert daemon.log.count("event=exited") == 0
 
 
+@pytest.mark.costly
 def test_a_check_knows_which_worker_it_is_about(served_by: Starter, tmp_path: Path) -> None:
     asked = tmp_path / "asked"
     check = f"check:echo $SOCKETPROTECTOR_WORKER_PID >> {asked}"
@@ -288,6 +290,7 @@ def test_a_check_that_never_succeeds_fails_the_reload(served_by: Starter, tmp_pa
     assert pid_in(ask(here(daemon))) == spawned(daemon, 1)[0]
 
 
+@pytest.mark.costly
 def test_a_check_that_hangs_ends_with_its_worker(served_by: Starter, tmp_path: Path) -> None:
     there, pids = tmp_path / "there", tmp_path / "pids"
     there.touch()
@@ -302,6 +305,7 @@ def test_a_check_that_hangs_ends_with_its_worker(served_by: Starter, tmp_path: P
     assert wait_gone(hung) == []
 
 
+@pytest.mark.costly
 def test_a_check_that_hangs_is_asked_again_and_reported_without_its_arguments(
     protector: Starter, tmp_path: Path
 ) -> None:
@@ -327,6 +331,7 @@ def test_a_check_that_hangs_is_asked_again_and_reported_without_its_arguments(
 
 
 @pytest.mark.parametrize("guarded", [False, True], ids=["alone", "guarded"])
+@pytest.mark.costly
 def test_a_check_under_way_ends_with_its_protector(
     served_by: Starter, tmp_path: Path, guarded: bool
 ) -> None:
@@ -547,6 +552,7 @@ def test_a_removed_socket_file_keeps_no_release_from_another_listener(
     daemon.daemon.log.wait_for("event=reloaded generation=2", after=mark)
 
 
+@pytest.mark.costly
 def test_a_hold_lasts_through_a_reload_an_upgrade_and_a_crash(operated: Operating) -> None:
     """No client is refused, and none gets in before it is over."""
     daemon = operated("--guard", *MODE, *FAST, command=SERVER)
@@ -581,6 +587,7 @@ def test_a_hold_ends_with_its_time(operated: Operating) -> None:
     assert daemon.status()["held_s"] is None
 
 
+@pytest.mark.costly
 def test_a_stop_lets_those_in_that_a_hold_has_kept_out(operated: Operating) -> None:
     """Also when the protector is replaced meanwhile."""
     daemon = operated(*MODE, *FAST, command=SERVER)
@@ -631,6 +638,7 @@ def test_one_that_is_killed_unguarded_leaves_no_client_on_hold(
     assert wait_gone([pid]) == []
 
 
+@pytest.mark.costly
 def test_what_cannot_be_held_is_not_added_during_a_hold(protector: Starter, tmp_path: Path) -> None:
     config, added = tmp_path / "web.toml", shared_path(tmp_path)
     words = ", ".join(f'"{word}"' for word in SERVER)
@@ -705,6 +713,7 @@ def test_one_of_the_library_leaves_when_all_its_clients_are_served(served_by: St
     assert daemon.log.count("event=signalled|event=stranded|event=not-accepted") == 0
 
 
+@pytest.mark.costly
 def test_one_of_the_library_is_told_to_finish_on_its_line_after_an_upgrade_too(
     operated: Operating,
 ) -> None:
@@ -722,6 +731,7 @@ def test_one_of_the_library_is_told_to_finish_on_its_line_after_an_upgrade_too(
     assert daemon.daemon.log.count("event=signalled") == 0
 
 
+@pytest.mark.costly
 def test_those_of_the_library_end_with_an_unguarded_protector(served_by: Starter) -> None:
     daemon = served_by(*FAST, command=library_worker("echo"))
     [pid] = spawned(daemon)
@@ -736,6 +746,7 @@ def test_those_of_the_library_end_with_an_unguarded_protector(served_by: Starter
 
 
 @pytest.mark.parametrize("how", ["ack", "9"])
+@pytest.mark.costly
 def test_what_says_ready_after_a_kill_is_heard_by_the_next_protector(
     protector: Starter, tmp_path: Path, how: str
 ) -> None:

@@ -192,6 +192,7 @@ def test_all_that_a_server_has_set_stays_as_it_is(
 
 
 @pytest.mark.parametrize("server", list(SERVERS))
+@pytest.mark.costly
 def test_what_a_service_manager_resets_is_put_back_as_living_workers_have_it(
     service: Service, server: str
 ) -> None:
@@ -218,6 +219,7 @@ def test_what_a_service_manager_resets_is_put_back_as_living_workers_have_it(
         daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_flag_that_is_set_late_is_put_back_too(service: Service) -> None:
     with socket.create_server(("127.0.0.1", 0)) as given:
         service.sockets["http"] = os.dup(given.fileno())

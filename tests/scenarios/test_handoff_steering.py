@@ -113,6 +113,7 @@ DROPS = (
 )
 
 
+@pytest.mark.costly
 def test_a_connection_that_was_accepted_has_time_to_say_what_it_wants(served_by: Starter) -> None:
     daemon, other = served_by(command=(sys.executable, "-c", DROPS)), served_by()
     old, soon_gone = spawned(daemon)[0], spawned(other)[0]
@@ -126,6 +127,7 @@ def test_a_connection_that_was_accepted_has_time_to_say_what_it_wants(served_by:
         assert pid_in(client.ask()) == old
 
 
+@pytest.mark.costly
 def test_what_was_accepted_is_read_before_the_old_one_is_told_to_finish(
     served_by: Starter, tmp_path: Path
 ) -> None:
@@ -144,6 +146,7 @@ def test_what_was_accepted_is_read_before_the_old_one_is_told_to_finish(
         assert pid_in(client.hear()) == old
 
 
+@pytest.mark.costly
 def test_a_reload_meanwhile_waits_for_the_old_one_s_socket(served_by: Starter) -> None:
     daemon = served_by()
     old = spawned(daemon)[0]
@@ -177,6 +180,7 @@ def test_what_an_old_one_leaves_that_was_killed_is_served_by_another(served_by: 
     assert pid_in(ask(here(daemon))) == spawned(daemon, 3)[0]
 
 
+@pytest.mark.costly
 def test_that_one_is_of_the_same_version_not_of_a_newer_one(
     served_by: Starter, tmp_path: Path
 ) -> None:
@@ -290,6 +294,7 @@ def test_another_protector_resumes_with_one_that_quiesces(protector: Starter, ho
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_clients_of_a_listener_that_a_reload_adds_get_to_the_first_that_knows_it(
     protector: Starter, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
@@ -321,6 +326,7 @@ def test_clients_of_a_listener_that_a_reload_adds_get_to_the_first_that_knows_it
     assert daemon.log.count("event=stranded|event=not-accepted") == 0
 
 
+@pytest.mark.costly
 def test_each_client_that_connects_to_a_listener_before_it_is_removed_is_served(
     protector: Starter, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
@@ -417,6 +423,7 @@ def test_a_stop_meanwhile_serves_clients_that_wait_for_either(served_by: Starter
     assert daemon.wait() == 0
 
 
+@pytest.mark.costly
 def test_under_stop_first_the_next_one_serves_waiting_clients(served_by: Starter) -> None:
     daemon = served_by("--reload-order", "stop-first")
 
@@ -425,6 +432,7 @@ def test_under_stop_first_the_next_one_serves_waiting_clients(served_by: Starter
         assert pid_in(ask(here(daemon))) == spawned(daemon, generation)[0]
 
 
+@pytest.mark.costly
 def test_a_port_that_is_taken_is_refused_as_ever(served_by: Starter, start: Start) -> None:
     daemon = served_by()
     assert listening(daemon.port) == 2

@@ -107,6 +107,7 @@ def test_fewer_bad_answers_than_asked_for_change_nothing(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_it_is_in_no_count(watched: Callable[..., Watched], asked: Asked) -> None:
     one = watched(HTTP)
     one.until(state="healthy")
@@ -132,6 +133,7 @@ def test_it_is_in_no_count(watched: Callable[..., Watched], asked: Asked) -> Non
 
 @EITHER_HANDOFF
 @pytest.mark.parametrize("kind", ["accept", HTTP])
+@pytest.mark.costly
 def test_a_question_that_no_worker_takes_is_busy_and_no_failure(
     watched: Callable[..., Watched], asked: Asked, kind: str
 ) -> None:
@@ -165,6 +167,7 @@ def test_a_server_that_takes_it_and_hangs_is_unhealthy(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_reload_begins_anew_and_may_change_what_is_asked(
     protector: Starter, asked: Asked, tmp_path: Path
 ) -> None:
@@ -242,6 +245,7 @@ def test_a_prober_that_dies_or_hangs_is_no_failure_and_is_followed_by_another(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_protector_that_can_open_nothing_does_not_know(
     watched: Callable[..., Watched], asked: Asked
 ) -> None:
@@ -298,6 +302,7 @@ def test_a_unix_socket_is_asked_as_well(
 
 @pytest.mark.parametrize("kind", ["accept", HTTP])
 @pytest.mark.parametrize("theirs", [False, True])
+@pytest.mark.costly
 def test_a_path_is_unhealthy_while_it_leads_no_client_to_the_workers(
     operated: Operating, asked: Asked, tmp_path: Path, kind: str, theirs: bool
 ) -> None:
@@ -319,6 +324,7 @@ def test_a_path_is_unhealthy_while_it_leads_no_client_to_the_workers(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_path_whose_clients_reach_the_workers_is_healthy_though_other_files_were_removed(
     operated: Operating, asked: Asked, tmp_path: Path
 ) -> None:
@@ -338,6 +344,7 @@ def test_a_path_whose_clients_reach_the_workers_is_healthy_though_other_files_we
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_under_a_hold_nothing_is_asked_where_no_client_would_get_an_answer(
     operated: Operating, asked: Asked
 ) -> None:
@@ -359,6 +366,7 @@ def test_under_a_hold_nothing_is_asked_where_no_client_would_get_an_answer(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_socket_that_was_passed_in_is_asked_as_well(
     marked_environment: dict[str, str], handed_over: tuple[str, ...], asked: Asked
 ) -> None:
@@ -376,6 +384,7 @@ def test_a_socket_that_was_passed_in_is_asked_as_well(
         giver.close()
 
 
+@pytest.mark.costly
 def test_a_program_for_each_connection_is_asked(operated: Operating, tmp_path: Path) -> None:
     says = tmp_path / "says"
     says.write_text("200 fine")

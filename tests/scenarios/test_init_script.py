@@ -280,6 +280,7 @@ def test_the_run_directory_is_the_users_and_so_is_the_daemon(machine: Machine) -
     assert not machine.run_directory().exists()
 
 
+@pytest.mark.costly
 def test_it_works_without_flock(machine: Machine) -> None:
     tools = machine.tools()
     machine.configure()
@@ -328,6 +329,7 @@ def test_without_a_guard_there_is_the_protector_alone(machine: Machine) -> None:
     assert worker_of(address) in children_of(machine.pid())
 
 
+@pytest.mark.costly
 def test_stop_ends_a_draining_generation_too(machine: Machine) -> None:
     machine.configure(OPTIONS="--stop-timeout 100ms --kill-timeout 100ms")
     address = machine.start()
@@ -345,6 +347,7 @@ def test_stop_ends_a_draining_generation_too(machine: Machine) -> None:
     assert wait_gone([old, new], 0.0) == []
 
 
+@pytest.mark.costly
 def test_stop_says_when_the_end_does_not_come_in_time_and_kills_nothing(machine: Machine) -> None:
     machine.configure(OPTIONS="--stop-timeout 10m --kill-timeout 100ms", STOP_WAIT="5")
     address = machine.start()
@@ -360,6 +363,7 @@ def test_stop_says_when_the_end_does_not_come_in_time_and_kills_nothing(machine:
     assert worker_of(machine.address()) != worker
 
 
+@pytest.mark.costly
 def test_stop_names_a_protector_that_is_suspended(machine: Machine) -> None:
     machine.configure(STOP_WAIT="0")
     machine.start()
@@ -396,6 +400,7 @@ def test_a_reload_under_load_fails_no_client_and_says_that_it_worked(
     assert worker_of(address) not in old
 
 
+@pytest.mark.costly
 def test_a_reload_does_not_wait_for_clients_that_are_still_being_served(machine: Machine) -> None:
     machine.configure()
     address = machine.start()
@@ -408,6 +413,7 @@ def test_a_reload_does_not_wait_for_clients_that_are_still_being_served(machine:
         assert held.ask("mine") == old
 
 
+@pytest.mark.costly
 def test_a_reload_whose_outcome_does_not_come_in_time_is_no_success(machine: Machine) -> None:
     daemon = release(machine, f"exec {ECHO}")
     machine.configure(command=daemon, RELOAD_WAIT="1")
@@ -453,6 +459,7 @@ def test_a_reload_to_a_release_that_does_not_start_is_reported_and_the_old_one_s
     assert len(load.snapshot().pids) == 1
 
 
+@pytest.mark.costly
 def test_a_failed_reload_shows_the_end_of_the_traceback(machine: Machine) -> None:
     daemon = release(machine, f"exec {ECHO}")
     machine.configure(command=daemon, RELOAD_WAIT="30")
@@ -497,6 +504,7 @@ def test_a_restart_with_the_settings_of_the_start_is_an_upgrade_and_a_reload_and
     assert worker_of(address) not in old
 
 
+@pytest.mark.costly
 def test_a_restart_whose_upgrade_or_reload_fails_says_so_and_the_old_one_serves_on(
     machine: Machine,
 ) -> None:
@@ -518,6 +526,7 @@ def test_a_restart_whose_upgrade_or_reload_fails_says_so_and_the_old_one_serves_
     assert worker_of(address)
 
 
+@pytest.mark.costly
 def test_a_restart_and_a_start_take_the_release_that_was_proved_last(machine: Machine) -> None:
     releases = Releases(machine.root / "srv")
     machine.configure(command=COMMAND[0], OPTIONS=" ".join(releases.options))
@@ -546,6 +555,7 @@ def test_a_restart_and_a_start_take_the_release_that_was_proved_last(machine: Ma
 
 
 @pytest.mark.parametrize("changed", ["options", "environment", "no tool", "no control"])
+@pytest.mark.costly
 def test_a_restart_that_has_to_stop_says_why_and_what_that_costs(
     machine: Machine, changed: str
 ) -> None:
@@ -574,6 +584,7 @@ def test_a_restart_that_has_to_stop_says_why_and_what_that_costs(
     [{"OPTIONS": "--wokers 2"}, {"command": "/usr/bin/deamon"}, {"LISTEN": "192.0.2.1:1"}],
     ids=["option", "command", "address"],
 )
+@pytest.mark.costly
 def test_a_restart_with_a_mistake_in_the_settings_stops_nothing(
     machine: Machine, wrong: dict[str, str]
 ) -> None:
@@ -619,6 +630,7 @@ def test_a_restart_with_a_line_that_is_no_setting_stops_nothing(
     assert machine.run("stop") == 0, "which needs none of it"
 
 
+@pytest.mark.costly
 def test_what_changes_during_the_start_is_not_what_it_was_started_with(machine: Machine) -> None:
     file = machine.configure(command=str(machine.root / "daemon"))
     release(machine, f"echo MY_COLOUR=blue >>{file}; exec {ECHO}")
@@ -629,6 +641,7 @@ def test_what_changes_during_the_start_is_not_what_it_was_started_with(machine: 
     assert "has changed since the start" in machine.output
 
 
+@pytest.mark.costly
 def test_a_reload_says_that_only_a_restart_applies_other_settings(machine: Machine) -> None:
     file = machine.configure()
     machine.start()
@@ -869,6 +882,7 @@ def test_stop_removes_a_stale_pid_file(machine: Machine, foreign: subprocess.Pop
 
 
 @pytest.mark.parametrize("guard", ["yes", "no"])
+@pytest.mark.costly
 def test_one_whose_folder_was_removed_is_named_and_gets_no_second_one(
     machine: Machine, guard: str
 ) -> None:
@@ -924,6 +938,7 @@ def test_a_lock_of_another_program_on_a_left_pid_file_is_no_protector(machine: M
 
 
 @needs.ANOTHER_USER
+@pytest.mark.costly
 def test_a_protector_whose_process_is_hidden_from_a_user_is_running(machine: Machine) -> None:
     machine.configure()
     machine.start()
@@ -1063,6 +1078,7 @@ def test_all_are_stopped_at_once_however_long_one_still_serves(machine: Machine)
     ]
 
 
+@pytest.mark.costly
 def test_one_instance_that_does_not_start_keeps_no_other_from_it(machine: Machine) -> None:
     machine.configure("bad", command=release(machine, "exit 3"), MY_COLOUR="blue")
     machine.configure("good")

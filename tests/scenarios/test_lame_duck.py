@@ -198,6 +198,7 @@ def test_on_outlives_the_program(operated: Operating) -> None:
     web.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_program_from_the_descriptor_store_goes_on_with_it(service: Service) -> None:
     words = (*LONG, "127.0.0.1:0", "--", *MANY)
     first = service.start(*words).ready()

@@ -103,6 +103,7 @@ def test_one_that_hangs_with_its_first_client_is_replaced(operated: Operating) -
         assert is_cut_off(hanging)
 
 
+@pytest.mark.costly
 def test_one_that_is_deaf_as_well_is_killed(operated: Operating) -> None:
     web = operated("--watchdog", "500ms", "--kill-timeout", "300ms", command=(*OBEYS, "1", "deaf"))
     line = web.line(follows=True)
@@ -134,6 +135,7 @@ def test_an_event_loop_that_is_blocked_hangs(operated: Operating, tmp_path: Path
 
 
 @pytest.mark.parametrize("command", [(*OBEYS, "4"), ASYNCIO], ids=["threads", "asyncio"])
+@pytest.mark.costly
 def test_one_that_is_well_is_left_alone_idle_and_under_load(
     operated: Operating, command: tuple[str, ...]
 ) -> None:
@@ -177,6 +179,7 @@ def test_one_that_drains_or_retires_does_not_hang_however_long_it_takes(
         each.close()
 
 
+@pytest.mark.costly
 def test_a_pool_whose_threads_are_all_busy_does_not_hang(operated: Operating) -> None:
     web = operated("--watchdog", "4s", command=(*OBEYS, "2"))
     line = web.line(follows=True)
@@ -189,6 +192,7 @@ def test_a_pool_whose_threads_are_all_busy_does_not_hang(operated: Operating) ->
         assert pid_in(one.ask()) == pid_in(another.ask())
 
 
+@pytest.mark.costly
 def test_what_was_said_while_the_protector_stood_still_counts(operated: Operating) -> None:
     web = operated("--watchdog", "4s", command=(*OBEYS, "4"))
     line = web.line(follows=True)

@@ -112,6 +112,7 @@ def test_a_release_is_probed_there(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_probe_that_no_worker_accepts_does_not_look_like_a_client(
     protector: Starter, release: Release, links: tuple[str, str]
 ) -> None:
@@ -131,6 +132,7 @@ def test_a_probe_that_no_worker_accepts_does_not_look_like_a_client(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_each_connection_is_listed(protector: Starter, place: Path, links: tuple[str, str]) -> None:
     daemon = protector("--control", place, f"[{links[0]}]:0", "--", *MANY).ready()
     with Client(at(links[0], daemon.port)) as client:
@@ -146,6 +148,7 @@ def test_each_connection_is_listed(protector: Starter, place: Path, links: tuple
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_check_beside_the_running_one_and_a_second_start_know_the_address(
     start: Start, links: tuple[str, str]
 ) -> None:
@@ -165,6 +168,7 @@ def test_a_check_beside_the_running_one_and_a_second_start_know_the_address(
 
 
 @pytest.mark.parametrize("ready", ["accept", "notify", ""])
+@pytest.mark.costly
 def test_a_removed_interface_keeps_no_release_from_other_listeners(
     protector: Starter, place: Path, links: tuple[str, str], ready: str
 ) -> None:
@@ -199,6 +203,7 @@ def test_a_removed_interface_keeps_no_release_from_other_listeners(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_restart_serves_an_interface_that_was_removed_and_made_again(
     tmp_path: Path, marked_environment: dict[str, str], links: tuple[str, str]
 ) -> None:
@@ -215,6 +220,7 @@ def test_a_restart_serves_an_interface_that_was_removed_and_made_again(
         second.stop()
 
 
+@pytest.mark.costly
 def test_each_generation_has_its_socket_without_the_right_to_choose_the_interface(
     tmp_path: Path,
     marked_environment: dict[str, str],
@@ -233,6 +239,7 @@ def test_each_generation_has_its_socket_without_the_right_to_choose_the_interfac
 
 
 @pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.costly
 def test_after_a_stop_the_stored_socket_still_has_its_interface(
     tmp_path: Path,
     marked_environment: dict[str, str],

@@ -95,6 +95,7 @@ PROBES = (
     ids=["defaults", "connection", "listener"],
     indirect=["handoff"],
 )
+@pytest.mark.costly
 def test_no_file_of_code_is_opened_once_the_loop_runs(
     noted: Noted, place: Path, asked: Asked, tmp_path: Path, options: Sequence[str]
 ) -> None:

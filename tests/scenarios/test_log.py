@@ -62,6 +62,7 @@ def told_until(daemon: Protector, event: str) -> tuple[list[str], list[str]]:
     return daemon.log.seen[:at], daemon.log.seen[at:]
 
 
+@pytest.mark.costly
 def test_a_crash_loop_is_a_few_lines_and_a_count(
     looping: Callable[..., Protector], tmp_path: Path
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_crash_loop_is_a_few_lines_and_a_count(
     assert sum(line == "out of luck" for line in daemon.log.seen) == starts(tmp_path)
 
 
+@pytest.mark.costly
 def test_at_level_debug_all_of_it_is_logged(
     looping: Callable[..., Protector], tmp_path: Path
 ) -> None:

@@ -130,6 +130,7 @@ def test_without_a_guard_the_relay_lives_as_long_as_its_last_writer(
     assert wait_gone([relay, pid]) == []
 
 
+@pytest.mark.costly
 def test_a_relay_that_is_killed_costs_no_worker_its_life_and_no_line(
     talking: Starter, marked_environment: dict[str, str]
 ) -> None:
@@ -190,6 +191,7 @@ def test_to_syslog_the_priority_stays_in_front(start: Start, syslog: Syslog) -> 
 
 
 @pytest.mark.parametrize("make", [os.pipe, pty.openpty], ids=["pipe", "terminal"])
+@pytest.mark.costly
 def test_a_reader_that_stands_still_holds_up_neither_protector_nor_silent_workers(
     start: Start, make: Callable[[], tuple[int, int]]
 ) -> None:
@@ -231,6 +233,7 @@ def generations(mark: str) -> set[int]:
     return found
 
 
+@pytest.mark.costly
 def test_nothing_is_left_of_workers_that_are_gone(
     talking: Starter, marked_environment: dict[str, str]
 ) -> None:
@@ -288,6 +291,7 @@ def test_a_relay_that_stands_still_delays_no_start(
 
 
 @needs.ANOTHER_USER
+@pytest.mark.costly
 def test_workers_of_another_user_write_through_it_too(command: Command) -> None:
     start = command.start
     users = ("--user", A, "--worker-user", B)

@@ -83,6 +83,7 @@ def test_last_words_are_the_failed_worker_s_own_however_busy_the_log_is(start: S
             thread.join()
 
 
+@pytest.mark.costly
 def test_each_worker_s_last_words_are_asked_for_though_many_fail_at_once(start: Start) -> None:
     with talking(start, workers=8) as release:
         told = fail(start, release)
@@ -148,6 +149,7 @@ def lowest_free(pid: int) -> int:
     return next(each for each in range(len(opened) + 1) if each not in opened)
 
 
+@pytest.mark.costly
 def test_a_relay_whose_limit_of_descriptors_was_lowered_reads_from_new_workers(
     start: Start,
 ) -> None:
@@ -166,6 +168,7 @@ def test_a_relay_whose_limit_of_descriptors_was_lowered_reads_from_new_workers(
 
 
 @needs.ANOTHER_USER
+@pytest.mark.costly
 def test_a_relay_whose_limit_we_may_not_raise_is_replaced(command: Command) -> None:
     """It passes on what is in the pipes first, so nothing is lost."""
     start = command.start
@@ -194,6 +197,7 @@ def test_a_relay_whose_limit_we_may_not_raise_is_replaced(command: Command) -> N
     start.stop()
 
 
+@pytest.mark.costly
 def test_a_relay_that_cannot_be_continued_is_replaced(start: Start) -> None:
     """As one under a debugger."""
     with talking(start), Client(f"{start.folder}/s", "one") as client:
@@ -215,6 +219,7 @@ def hold_traced(pid: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["upgrade", "kill"])
+@pytest.mark.costly
 def test_a_failure_is_reported_though_the_protector_is_replaced_meanwhile(
     start: Start, how: str
 ) -> None:
@@ -253,6 +258,7 @@ def test_without_the_relay_workers_write_to_the_file_and_the_reason_says_where(
         assert descriptors(pid)[1] == str(start.log_file)
 
 
+@pytest.mark.costly
 def test_an_upgrade_of_one_that_had_no_relay_gives_new_workers_one(start: Start) -> None:
     """The settings of a program that did not know of it have its default."""
     with talking(start), Client(f"{start.folder}/s", "one"):
@@ -276,6 +282,7 @@ def test_a_worker_can_reopen_dev_stdout(start: Start) -> None:
     start.stop()
 
 
+@pytest.mark.costly
 def test_at_rest_the_relay_wakes_no_process(start: Start) -> None:
     with talking(start), Client(f"{start.folder}/s", "one") as client:
         start.wait_for("(?m)^one$")

@@ -117,6 +117,7 @@ def test_workers_of_every_user_are_heard_there(
     assert folders() == []
 
 
+@pytest.mark.costly
 def test_what_a_killed_protector_leaves_is_removed_by_the_next_start_and_no_more(
     protector: Starter,
 ) -> None:
@@ -138,6 +139,7 @@ def test_what_a_killed_protector_leaves_is_removed_by_the_next_start_and_no_more
     assert folders() == []
 
 
+@pytest.mark.costly
 def test_an_upgrade_and_a_restart_by_the_guard_go_on_in_the_same_folder(
     protector: Starter, tmp_path: Path
 ) -> None:
@@ -179,6 +181,7 @@ def test_a_worker_is_heard_on_its_path_after_an_upgrade(operated: Operating) -> 
     eventually(said, "its status")
 
 
+@pytest.mark.costly
 def test_a_folder_that_was_removed_keeps_no_worker_from_starting(protector: Starter) -> None:
     daemon = protector("127.0.0.1:0", "--", *ECHO).ready()
     [folder] = folders()
@@ -224,6 +227,7 @@ def test_where_no_folder_can_be_made_it_is_said_and_names_are_abstract(
 
 
 @needs_root
+@pytest.mark.costly
 def test_a_stranger_is_not_taken_for_nobody_in_a_user_namespace(
     nowhere: tuple[str, ...], marked_environment: dict[str, str]
 ) -> None:

@@ -64,6 +64,7 @@ def the_port_is_free(daemon: Protector) -> None:
 # -- under listener handoff they would serve an old version ------------------------------
 
 
+@pytest.mark.costly
 def test_after_a_masters_death_all_answers_come_from_the_new_version(
     protector: Starter, release: Release
 ) -> None:
@@ -167,6 +168,7 @@ def test_at_the_stop_orphans_have_the_time_of_workers_and_then_the_port_is_free(
     assert "signalled worker=1 group" in daemon.log.wait_for("worker=1 .*signal=KILL")
 
 
+@pytest.mark.costly
 def test_orphans_are_killed_kill_timeout_after_drain_timeout(
     protector: Starter, tmp_path: Path
 ) -> None:
@@ -216,6 +218,7 @@ def test_what_a_failed_worker_leaves_is_told_once_to_end(protector: Starter) -> 
 # -- any process reaps -------------------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_a_master_that_dies_after_its_protector_leaves_no_child_that_serves_an_old_version(
     protector: Starter, release: Release
 ) -> None:
@@ -236,6 +239,7 @@ def test_a_master_that_dies_after_its_protector_leaves_no_child_that_serves_an_o
     the_port_is_free(daemon)
 
 
+@pytest.mark.costly
 def test_a_master_that_dies_while_no_protector_lives_leaves_no_child_either(
     protector: Starter, release: Release
 ) -> None:
@@ -298,6 +302,7 @@ def test_where_connections_are_handed_over_orphans_finish_and_end_at_the_limits(
     assert wait_gone([child], 0) == []
 
 
+@pytest.mark.costly
 def test_there_a_child_is_known_whose_worker_died_while_no_protector_lived(
     protector: Starter,
 ) -> None:

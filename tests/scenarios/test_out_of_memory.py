@@ -76,6 +76,7 @@ def test_a_kill_for_want_of_memory_is_not_confused_with_another(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_kill_of_a_program_of_a_worker_explains_no_end_of_a_worker(
     marked_environment: dict[str, str], group: Path
 ) -> None:

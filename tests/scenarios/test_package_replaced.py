@@ -8,6 +8,8 @@ import signal
 import socket
 from pathlib import Path
 
+import pytest
+
 from socketprotector.system.late_modules import PROGRAMS
 from tests import needs
 from tests.procfs import running
@@ -40,6 +42,7 @@ def replace_by_a_broken_version(installation: Installation) -> None:
             (package / folder / name).write_text("raise SystemExit('another version')\n")
 
 
+@pytest.mark.costly
 def test_after_its_files_were_replaced_a_protector_holds_settles_and_restarts_workers(
     installation: Installation, place: Path
 ) -> None:
@@ -59,6 +62,7 @@ def test_after_its_files_were_replaced_a_protector_holds_settles_and_restarts_wo
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_its_programs_are_those_of_the_version_that_started(
     installation: Installation,
     place: Path,
@@ -150,6 +154,7 @@ def test_a_protector_without_its_files_answers_and_reloads(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_protector_of_stdio_without_its_files_hears_that_first_programs_fail(
     installation: Installation, place: Path, tmp_path: Path
 ) -> None:

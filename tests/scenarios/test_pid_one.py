@@ -94,6 +94,7 @@ def test_what_others_leave_to_it_is_reaped(start: Start, through: tuple[str, ...
     assert daemon.wait() == 0
 
 
+@pytest.mark.costly
 def test_how_workers_ended_is_known_however_many_orphans_end_meanwhile(
     start: Start, through: tuple[str, ...]
 ) -> None:
@@ -123,6 +124,7 @@ def test_orphans_end_is_seen_at_once_where_they_are_left_to_us(
 
 
 @IN_CONTAINER
+@pytest.mark.costly
 def test_from_outside_no_other_process_is_taken_for_one_of_the_container(
     start: Start, tmp_path: Path
 ) -> None:
@@ -224,6 +226,7 @@ def test_the_first_process_is_upgraded_in_place(start: Start) -> None:
 
 
 @IN_CONTAINER
+@pytest.mark.costly
 def test_orphans_that_have_ended_and_are_never_reaped_count_as_gone(start: Start) -> None:
     """The kernel counts them among their group until they are reaped."""
     first = (
@@ -250,6 +253,7 @@ def test_orphans_that_have_ended_and_are_never_reaped_count_as_gone(start: Start
 
 
 @IN_CONTAINER
+@pytest.mark.costly
 def test_the_next_container_starts_the_release_that_the_last_one_has_proved(
     start: Start, tmp_path: Path
 ) -> None:

@@ -139,6 +139,7 @@ def test_every_process_is_what_was_asked_for_and_stays_so(
     assert command.start.left() == []
 
 
+@pytest.mark.costly
 def test_the_relay_has_no_capability(command: Command) -> None:
     """It reads what workers say; one that took it over would have gained nothing."""
     words = ("--umask", "022", "unix:s", "--", *command.worker("talks"))
@@ -223,6 +224,7 @@ def test_a_worker_of_another_user_gets_what_every_worker_gets(command: Command) 
 
 
 @MODES
+@pytest.mark.costly
 def test_what_a_failed_worker_of_another_user_leaves_is_ended(
     command: Command, guarded: bool
 ) -> None:
@@ -238,6 +240,7 @@ def test_what_a_failed_worker_of_another_user_leaves_is_ended(
     assert command.start.left() == []
 
 
+@pytest.mark.costly
 def test_another_user_can_hold_the_clients_of_addresses_that_root_has_bound(
     command: Command,
 ) -> None:
@@ -287,6 +290,7 @@ def test_a_worker_of_another_user_cannot_become_root(
     command.start.stop()
 
 
+@pytest.mark.costly
 def test_no_new_privileges_makes_a_set_user_id_program_gain_nothing(command: Command) -> None:
     """It is a choice: without it such a program is what it always was."""
     tool = command.start.folder / "tool"
@@ -383,6 +387,7 @@ HARMS = ["shuts_it_down", "listens_again", "drops_clients_in_the_kernel", "steer
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attack", HARMS)
+@pytest.mark.costly
 def test_a_worker_of_another_user_harms_by_its_listener_no_generation_after_it(
     command: Command, free_port: Callable[[], int], attack: str
 ) -> None:

@@ -102,6 +102,7 @@ def test_children_of_a_killed_parent_finish_while_the_next_one_serves(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_orphans_serve_while_the_bound_of_a_rolling_reload_has_no_room(
     operated: Operating, gate: Gate
 ) -> None:
@@ -137,6 +138,7 @@ def ready_pid(web: Operated) -> int:
     return found
 
 
+@pytest.mark.costly
 def test_orphans_and_grandchildren_are_gone_after_the_drain_timeout(
     operated: Operating, gate: Gate
 ) -> None:
@@ -259,6 +261,7 @@ def test_a_child_that_hangs_is_replaced_by_its_parent(operated: Operating) -> No
     assert web.pids(1) == [parent]
 
 
+@pytest.mark.costly
 def test_each_line_of_the_log_names_its_child(operated: Operating) -> None:
     """Also a line that goes through logging, which the parent has configured."""
     web = operated("--log-prefix", command=shares(2))
@@ -270,6 +273,7 @@ def test_each_line_of_the_log_names_its_child(operated: Operating) -> None:
     web.daemon.log.wait_for(rf"^\[1 {parent}\] \[{number} {pid}\] child {number} begins, {number}$")
 
 
+@pytest.mark.costly
 def test_native_threads_at_the_fork_cause_one_warning_and_take_no_signal(
     operated: Operating,
 ) -> None:
@@ -287,11 +291,13 @@ def test_native_threads_at_the_fork_cause_one_warning_and_take_no_signal(
     assert web.pids(1) == [parent]
 
 
+@pytest.mark.costly
 def test_a_thread_that_threading_does_not_know_counts_as_native(operated: Operating) -> None:
     web = operated(command=shares(2, "raw"))
     web.daemon.log.wait_for("1 native threads run at the fork")
 
 
+@pytest.mark.costly
 def test_a_program_that_handles_term_keeps_its_children(operated: Operating) -> None:
     web = operated(command=shares(2, "handles"))
     [parent], first = web.pids(1), pids(web)
@@ -310,6 +316,7 @@ def test_a_program_that_handles_term_keeps_its_children(operated: Operating) -> 
         ("scarce", "cannot fork one more child: Resource temporarily unavailable"),
     ],
 )
+@pytest.mark.costly
 def test_a_child_that_cannot_be_replaced_is_logged_until_it_can(
     operated: Operating, tmp_path: Path, way: str, says: str
 ) -> None:
@@ -325,6 +332,7 @@ def test_a_child_that_cannot_be_replaced_is_logged_until_it_can(
         assert pid_in(client.hear()) in pids(web)
 
 
+@pytest.mark.costly
 def test_a_changed_file_reloads_a_parent_and_its_children(
     operated: Operating, tmp_path: Path
 ) -> None:
@@ -344,6 +352,7 @@ def test_a_changed_file_reloads_a_parent_and_its_children(
         eventually(lambda pid=each: gone(pid), "the end of an old child")  # type: ignore[misc]
 
 
+@pytest.mark.costly
 def test_connections_and_kill_know_the_children(operated: Operating, gate: Gate) -> None:
     web = operated(command=shares(2))
     with Client(web.address, f"wait {gate.path}"):

@@ -64,6 +64,7 @@ def test_a_server_that_says_nothing_is_ready_once_it_accepts(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_release_that_never_accepts_is_told_from_one_that_does(
     protector: Starter, release: Release
 ) -> None:
@@ -179,6 +180,7 @@ def test_a_release_that_answers_badly_serves_nobody_and_what_it_says_is_told(
 
 @EITHER_HANDOFF
 @pytest.mark.parametrize("kind", ["accept", "http:/healthz"])
+@pytest.mark.costly
 def test_a_release_that_takes_no_connection_serves_nobody(
     protector: Starter, asked: Asked, kind: str
 ) -> None:
@@ -244,6 +246,7 @@ def test_another_protector_asks_anew(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_prober_that_dies_is_followed_by_another(protector: Starter, asked: Asked) -> None:
     daemon = protector("--ready", "http:/healthz", "127.0.0.1:0", "--", asked.release.path).ready()
     eventually(lambda: probers(daemon) == [], "the end of what has asked")
@@ -261,6 +264,7 @@ def test_a_prober_that_dies_is_followed_by_another(protector: Starter, asked: As
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_stop_ends_the_question(protector: Starter, asked: Asked) -> None:
     daemon = protector("--ready", "http:/healthz", "127.0.0.1:0", "--", asked.release.path).ready()
     asked.silent()
@@ -273,6 +277,7 @@ def test_a_stop_ends_the_question(protector: Starter, asked: Asked) -> None:
     assert wait_gone(left) == []
 
 
+@pytest.mark.costly
 def test_the_worker_that_says_ready_is_not_ready_before_the_answer(
     protector: Starter, asked: Asked
 ) -> None:
@@ -309,6 +314,7 @@ def test_one_that_resets_what_it_accepts_has_accepted(protector: Starter, asked:
 
 
 @needs.root_with("unshare")
+@pytest.mark.costly
 def test_where_it_cannot_be_connected_to_time_tells_by_default(
     marked_environment: dict[str, str],
 ) -> None:

@@ -78,6 +78,7 @@ def test_upgrades_downgrades_and_reloads_under_load_fail_no_client(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_after_a_kill_the_guard_starts_either_code(
     earlier: Earlier, handoff: str, tmp_path: Path
 ) -> None:

@@ -159,6 +159,7 @@ def test_a_quick_stop_leaves_them_too(
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
+@pytest.mark.costly
 def test_clients_that_a_quick_stop_cuts_off_are_counted_and_later_ones_wait(
     service: Service, free_port: Callable[[], int], tmp_path: Path, kind: str
 ) -> None:
@@ -189,6 +190,7 @@ def test_clients_that_a_quick_stop_cuts_off_are_counted_and_later_ones_wait(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_what_is_no_longer_wanted_is_free_and_what_is_has_the_place_of_its_argument(
     service: Service, handoff: str, free_port: Callable[[], int]
 ) -> None:
@@ -214,6 +216,7 @@ def test_what_is_no_longer_wanted_is_free_and_what_is_has_the_place_of_its_argum
     assert [refused(port) for port in (one, two, three)] == [True] * 3
 
 
+@pytest.mark.costly
 def test_the_way_in_which_connections_are_handed_over_may_change(
     service: Service, free_port: Callable[[], int]
 ) -> None:
@@ -264,6 +267,7 @@ def test_a_path_keeps_its_file_and_clients_that_connect_meanwhile_wait(
     assert pid_in(ask(str(path))) == spawned(service.main)[0]
 
 
+@pytest.mark.costly
 def test_settings_are_those_of_the_new_start(
     service: Service, free_port: Callable[[], int]
 ) -> None:
@@ -296,6 +300,7 @@ def test_one_that_is_killed_is_gone_on_with_and_not_started_afresh(
 
 
 @pytest.mark.parametrize("words_left", [4, 100])
+@pytest.mark.costly
 def test_one_that_is_killed_amid_its_last_words_has_left_its_listeners(
     service: Service, free_port: Callable[[], int], words_left: int
 ) -> None:
@@ -325,6 +330,7 @@ def test_one_that_is_killed_amid_its_last_words_has_left_its_listeners(
     assert second.log.count("event=resumed") == 0
 
 
+@pytest.mark.costly
 def test_one_whose_last_words_are_not_read_in_time_has_left_its_listeners(
     service: Service, free_port: Callable[[], int]
 ) -> None:
@@ -394,6 +400,7 @@ def test_a_start_that_fails_leaves_them_to_the_next_try(
         assert pid_in(waiting.hear()) == spawned(last)[0]
 
 
+@pytest.mark.costly
 def test_a_socket_that_systemd_passes_itself_is_not_left_beside(
     service: Service, free_port: Callable[[], int]
 ) -> None:
@@ -417,6 +424,7 @@ def test_a_socket_that_systemd_passes_itself_is_not_left_beside(
         assert passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
 
 
+@pytest.mark.costly
 def test_a_manager_that_keeps_nothing_over_a_stop_is_not_relied_on(
     service: Service, free_port: Callable[[], int]
 ) -> None:

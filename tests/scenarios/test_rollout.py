@@ -285,6 +285,7 @@ def test_a_rolling_reload_stays_within_its_bound(operated: Operating, surge: str
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_rolling_reload_waits_for_a_worker_with_a_client(
     operated: Operating, beside: Beside
 ) -> None:
@@ -306,6 +307,7 @@ def test_a_rolling_reload_waits_for_a_worker_with_a_client(
 
 @pytest.mark.parametrize("handoff", ["listener"], indirect=True)
 @pytest.mark.parametrize("ready", ["notify", "accept"])
+@pytest.mark.costly
 def test_workers_without_the_client_library_are_not_rolled_where_they_accept(
     operated: Operating, protector: Callable[..., Protector], tmp_path: Path, ready: str
 ) -> None:

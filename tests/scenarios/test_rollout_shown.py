@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from socketprotector_exporter.counters import Counters
 from socketprotector_exporter.metrics import MetricSet
 from socketprotector_exporter.web_model import Instance
@@ -91,6 +92,7 @@ def test_a_canary_is_seen_from_its_share_to_its_verdict(operated: Operating, han
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_rolling_reload_names_the_worker_that_it_waits_for(operated: Operating) -> None:
     rolls = ("--reload-order", "rolling", "--surge", "1", "--drain-timeout", "3600s")
     one = operated(*rolls, "--workers", "2", command=ONE_EACH)

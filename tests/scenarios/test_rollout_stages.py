@@ -220,6 +220,7 @@ def test_a_hold_begins_and_ends_in_a_stage(rollout: Beginning, stage: str) -> No
 
 @EITHER_HANDOFF
 @STAGE
+@pytest.mark.costly
 def test_a_stage_ends_while_clients_are_held(rollout: Beginning, stage: str) -> None:
     begun = rollout(stage)
     begun.held_back()

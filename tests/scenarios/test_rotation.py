@@ -76,6 +76,7 @@ ROTATIONS = 3
 
 
 @pytest.mark.parametrize("options", [(), ("--guard",)], ids=["alone", "guarded"])
+@pytest.mark.costly
 def test_each_line_is_in_one_of_the_files_in_its_order(
     start: Start, logrotate: Logrotate, options: tuple[str, ...]
 ) -> None:

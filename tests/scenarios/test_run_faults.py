@@ -204,6 +204,7 @@ def test_a_worker_with_64_descriptors_loses_none_of_500_connections(protector: S
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_asyncio_workers_share_a_queue(protector: Start, gate: Gate) -> None:
     """asyncio calls accept until it fails: without our Listener one would take all 60."""
     command = library_worker("asyncio_server", str(gate.path))

@@ -117,6 +117,7 @@ def test_a_release_that_does_not_start_changes_nothing_for_clients(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_release_that_crashes_after_ready_is_respawned_until_a_better_one_comes(
     protector: Start, release: Release, gate: Gate
 ) -> None:
@@ -207,6 +208,7 @@ def test_hup_while_workers_crash_in_a_loop_starts_the_new_command_at_once(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_hup_with_every_worker_dead_serves_what_was_queued_for_them(
     protector: Start, release: Release
 ) -> None:
@@ -452,6 +454,7 @@ def test_1000_slow_connections_drain_over_20_reloads(protector: Start) -> None:
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_replacement_is_what_its_generation_was_started_as(
     protector: Start, tmp_path: Path
 ) -> None:

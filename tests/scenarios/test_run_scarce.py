@@ -61,6 +61,7 @@ def test_emfile_in_the_protector_holds_connections_and_does_not_spin(protector: 
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_emfile_where_workers_accept_costs_only_the_replacement_its_time(
     protector: Start,
 ) -> None:
@@ -127,6 +128,7 @@ def test_emfile_at_a_reload_keeps_what_serves_and_what_is_queued(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_low_hard_limit_stops_reloads_and_not_service(
     marked_environment: dict[str, str], handed_over: tuple[str, ...]
 ) -> None:
@@ -159,6 +161,7 @@ def test_a_low_hard_limit_stops_reloads_and_not_service(
 
 
 @needs_root
+@pytest.mark.costly
 def test_etoomanyrefs_as_another_user_holds_connections_and_does_not_spin(
     marked_environment: dict[str, str],
 ) -> None:

@@ -66,6 +66,7 @@ def test_no_descriptor_reaches_a_worker_but_those_named(protector: Start) -> Non
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_replacement_gets_no_other_descriptors_either(protector: Start) -> None:
     daemon = protector("--workers", "3", "127.0.0.1:0", "--", *worker("tells")).ready()
     os.kill(spawned(daemon)[0], signal.SIGKILL)
@@ -335,6 +336,7 @@ def test_ttin_and_ttou_start_and_retire_a_worker(kind: str, protector: Start) ->
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_retiring_worker_finishes_what_it_has(protector: Start) -> None:
     daemon = protector("--workers", "2", "127.0.0.1:0", "--", sys.executable, WORKERS / "echo.py")
     daemon.ready()
@@ -352,6 +354,7 @@ def test_a_retiring_worker_finishes_what_it_has(protector: Start) -> None:
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_reload_starts_as_many_workers_as_are_wanted_by_now(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     for number in (2, 3):

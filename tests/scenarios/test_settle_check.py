@@ -139,6 +139,7 @@ def test_a_bad_answer_gives_the_clients_back_to_the_one_that_stands_by(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_hold_makes_no_difference(operated: Operating, asked: Asked) -> None:
     one = operated(*LONG, *HTTP, command=(str(asked.release.path),))
     mark = settling(one.daemon)
@@ -175,6 +176,7 @@ def test_a_command_decides_by_its_own_measure_and_no_client_fails(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_what_it_has_not_taken_goes_back(
     protector: Starter, release: Release, check: Check
 ) -> None:
@@ -199,6 +201,7 @@ def test_what_it_has_not_taken_goes_back(
 
 
 @pytest.mark.parametrize("handoff", ["connection"], indirect=True)
+@pytest.mark.costly
 def test_it_is_told_what_is_counted_of_both(protector: Starter, asked: Asked, check: Check) -> None:
     words = ("--workers", "2", *LONG, *check.words, "127.0.0.1:0", "--", asked.release.path)
     daemon = protector(*words).ready()
@@ -229,6 +232,7 @@ def test_what_nobody_counts_is_null(protector: Starter, release: Release, check:
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_it_reaches_the_new_one_alone_at_the_probe_address(
     protector: Starter, asked: Asked, tmp_path: Path
 ) -> None:
@@ -326,6 +330,7 @@ def test_another_protector_asks_on(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_prober_that_dies_is_followed_by_another(protector: Starter, asked: Asked) -> None:
     words = (*LONG, *HTTP, "127.0.0.1:0", "--", asked.release.path)
     daemon = protector(*words).ready()
@@ -375,6 +380,7 @@ def test_from_the_answer_to_the_switch(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_programs_of_stdio_are_asked_as_any_client_asks_them(
     operated: Operating, tmp_path: Path
 ) -> None:

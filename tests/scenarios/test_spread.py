@@ -67,6 +67,7 @@ def test_a_stop_ends_them_and_a_reload_before_it_does_not(
     assert not one.daemon.log.count("event=signalled")
 
 
+@pytest.mark.costly
 def test_a_stop_shortens_a_spread_and_status_shows_how_far_it_is(operated: Operating) -> None:
     one = operated(*FOR_HOURS, "--stop-spread", "1s", command=WORKER)
     with ExitStack() as stack:
@@ -120,6 +121,7 @@ def test_other_workers_are_named_once(
     assert one.daemon.log.count("event=no-spread") == 1
 
 
+@pytest.mark.costly
 def test_a_rolling_reload_ends_connections_worker_by_worker(operated: Operating) -> None:
     words = ("--reload-order", "rolling", "--drain-timeout", "1h", "--workers", "2")
     one = operated(*words, "--drain-spread", "2s", command=WORKER)

@@ -271,6 +271,7 @@ def test_a_start_is_tried_as_often_as_asked(start: Start) -> None:
     assert tries.read_text() == "x\nx\n"
 
 
+@pytest.mark.costly
 def test_a_worker_that_starts_at_the_second_try_is_good_enough(start: Start) -> None:
     tried = start.folder / "tried.sh"
     command = ("sh", "-c", '[ -e "$0" ] && exec "$@"; : > "$0"; exit 1', str(tried), *MINIMAL)

@@ -208,6 +208,7 @@ def test_ctrl_c_and_ready_may_cross(start: Start, gate: Path) -> None:
     assert start.left() == []
 
 
+@pytest.mark.costly
 def test_nothing_of_a_killed_start_is_in_the_way_of_the_next(start: Start) -> None:
     words = (f"unix:{start.folder}/s?mode=0600", "--", *MINIMAL)
     start.up(*words)

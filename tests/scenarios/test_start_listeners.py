@@ -12,6 +12,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests import needs
 from tests.procfs import listening_descriptors, name_of
 from tests.running import COMMAND, MARK, ask, eventually, marked, wait_gone
@@ -325,6 +327,7 @@ def test_another_processs_socket_in_our_place_is_not_removed(start: Start) -> No
     path.unlink()
 
 
+@pytest.mark.costly
 def test_eight_starters_with_one_stale_socket_one_wins(start: Start) -> None:
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(start.folder / "s"))

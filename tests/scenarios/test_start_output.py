@@ -25,6 +25,7 @@ from tests.scenarios.tools import worker
 
 
 @pytest.mark.parametrize("mode", [(), ("-f",), ("--check",)], ids=["detached", "-f", "check"])
+@pytest.mark.costly
 def test_a_path_with_a_line_break_is_shown_in_one_line(start: Start, mode: tuple[str, ...]) -> None:
     folder = start.folder / "a\nb"
     folder.mkdir()
@@ -123,6 +124,7 @@ def test_the_relay_lives_as_long_as_its_last_writer(start: Start, syslog: Syslog
     assert not wait_gone([relay])
 
 
+@pytest.mark.costly
 def test_stop_signals_do_not_end_the_relay(start: Start, syslog: Syslog) -> None:
     ended = start("unix:s?mode=0600", "--", *TALKS, before=syslog.before)
     if ended.status == 77:
@@ -158,6 +160,7 @@ def prints(start: Start, syslog: Syslog, line: str) -> None:
         syslog.wait_for(f"{line}$")
 
 
+@pytest.mark.costly
 def test_an_upgrade_keeps_the_relay(start: Start, syslog: Syslog) -> None:
     relay = up_with_relay(start, syslog)
 
@@ -200,6 +203,7 @@ def test_under_a_guard_a_killed_protector_finds_the_relay_again(
     assert [left for left in start.left() if "process" in left] == []
 
 
+@pytest.mark.costly
 def test_a_protector_killed_after_a_new_relay_has_one_still(start: Start, syslog: Syslog) -> None:
     """Two on one pipe would tear lines apart."""
     relay = up_with_relay(start, syslog, "--guard")
@@ -216,6 +220,7 @@ def test_a_protector_killed_after_a_new_relay_has_one_still(start: Start, syslog
     start.stop()
 
 
+@pytest.mark.costly
 def test_a_relay_that_dies_where_no_descriptor_is_left_comes_back_with_one(
     start: Start, syslog: Syslog
 ) -> None:
@@ -243,6 +248,7 @@ def test_a_relay_that_dies_where_no_descriptor_is_left_comes_back_with_one(
     start.stop()
 
 
+@pytest.mark.costly
 def test_without_any_syslog_it_runs_all_the_same_and_its_lines_come_once_there_is_one(
     start: Start, syslog: Syslog
 ) -> None:
@@ -269,6 +275,7 @@ def test_without_any_syslog_it_runs_all_the_same_and_its_lines_come_once_there_i
     [((), True), (("--no-log-relay",), True), (("--log-file", "log"), False), (("-f",), False)],
     ids=["detached", "no relay", "log file", "foreground"],
 )
+@pytest.mark.costly
 def test_a_check_says_that_there_is_no_syslog_where_the_log_would_go_there(
     start: Start, syslog: Syslog, options: tuple[str, ...], warned: bool
 ) -> None:

@@ -87,6 +87,7 @@ def test_it_starts_although_its_output_is_not_read(start: Start) -> None:
     start.stop()
 
 
+@pytest.mark.costly
 def test_a_failed_start_with_closed_descriptors_has_its_status(start: Start) -> None:
     before = ("sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "-")
 
@@ -217,6 +218,7 @@ def test_a_folder_that_goes_away_later_fails_only_reloads(start: Start) -> None:
 
 
 @pytest.mark.parametrize("path", ["absolute", "relative", "current directory"])
+@pytest.mark.costly
 def test_it_needs_no_install_but_a_python_path(start: Start, path: str) -> None:
     """As from a checkout; the module is found by the resident process and by workers too."""
     copy = start.folder / "copy.sh"
@@ -311,6 +313,7 @@ def test_a_detached_protector_has_no_terminal_and_reloads_on_hup(start: Start) -
 
 
 @pytest.mark.parametrize("options", [(), ("--guard",)], ids=["alone", "guarded"])
+@pytest.mark.costly
 def test_a_caller_may_ignore_the_end_of_its_children(start: Start, options: Sequence[str]) -> None:
     """As some supervisors and container entry points do; it is inherited over exec."""
     ignores = "from signal import *; import os, sys; signal(SIGCHLD, SIG_IGN); "

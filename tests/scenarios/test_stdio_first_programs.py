@@ -90,6 +90,7 @@ def ctl(one: Operated, *words: str) -> list[str]:
     return asked.out.text().splitlines()
 
 
+@pytest.mark.costly
 def test_without_settle_status_says_so_until_a_program_works(
     operated: Operating, release: Release
 ) -> None:
@@ -140,6 +141,7 @@ def test_a_program_that_fails_for_one_client_ends_no_generation(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_failures_are_counted_on_by_the_next_program_of_ours(
     operated: Operating, release: Release
 ) -> None:
@@ -157,6 +159,7 @@ def test_failures_are_counted_on_by_the_next_program_of_ours(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_kill_before_the_last_words_were_read_hides_no_failure(
     operated: Operating, release: Release
 ) -> None:

@@ -136,6 +136,7 @@ def test_more_requests_than_programs_wait_their_turn(behind: tuple[Site, Protect
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_reloads_fail_no_request(behind: tuple[Site, Protector]) -> None:
     site, daemon = behind
     over = threading.Event()

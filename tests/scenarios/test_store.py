@@ -65,6 +65,7 @@ def test_killed_and_started_again_it_goes_on(service: Service) -> None:
     wait_stored(service, set())
 
 
+@pytest.mark.costly
 def test_what_was_queued_with_workers_that_stand_still_is_served(service: Service) -> None:
     """But the one that it may have in hand: it has not written that down, or sends it again."""
     words = ("--queue", "6", "127.0.0.1:0", "--", *MANY)
@@ -92,6 +93,7 @@ def test_what_was_queued_with_workers_that_stand_still_is_served(service: Servic
     second.stop()
 
 
+@pytest.mark.costly
 def test_a_client_that_finds_no_room_in_the_store_is_counted_if_a_kill_loses_it(
     service: Service, tmp_path: Path
 ) -> None:
@@ -206,6 +208,7 @@ def test_with_a_store_that_is_full_it_serves_after_a_kill_all_the_same(
 
 
 @pytest.mark.parametrize("handoff", ["listener"], indirect=True)
+@pytest.mark.costly
 def test_of_a_worker_that_a_full_store_has_in_part_the_log_says_that(service: Service) -> None:
     service.environment["FDSTORE"] = "13"
     words = ("127.0.0.1:0", "--workers", "3", "--", *MANY)
@@ -225,6 +228,7 @@ def test_of_a_worker_that_a_full_store_has_in_part_the_log_says_that(service: Se
     assert wait_gone(workers) == []
 
 
+@pytest.mark.costly
 def test_after_an_upgrade_with_a_full_store_what_was_left_out_is_stored_once_there_is_room(
     service: Service,
 ) -> None:
@@ -308,6 +312,7 @@ def test_killed_during_a_reload_the_new_generation_takes_over(
     second.stop()
 
 
+@pytest.mark.costly
 def test_killed_during_a_dry_run_it_goes_on_with_that_and_switches_to_nothing(
     service: Service, tmp_path: Path
 ) -> None:
@@ -335,6 +340,7 @@ def test_killed_during_a_dry_run_it_goes_on_with_that_and_switches_to_nothing(
     second.stop()
 
 
+@pytest.mark.costly
 def test_killed_while_a_generation_settles_it_asks_on(service: Service, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     settles = ("--settle", "60s", "--settle-check", f"! test -e {bad}")
@@ -374,6 +380,7 @@ def test_killed_while_it_stops_it_goes_on_to_stop(service: Service) -> None:
 
 
 @needs.programs("strace")
+@pytest.mark.costly
 def test_a_program_told_to_stop_before_it_has_resumed_resumes_to_stop(service: Service) -> None:
     words = ("127.0.0.1:0", "--", *MANY)
     first = service.start(*words).ready()
@@ -412,6 +419,7 @@ def test_a_state_it_cannot_read_is_refused_and_the_workers_finish(service: Servi
     third.stop()
 
 
+@pytest.mark.costly
 def test_nothing_is_left_open_that_was_stored_and_not_known(service: Service) -> None:
     words = ("127.0.0.1:0", "--", *MANY)
     service.start(*words).ready()

@@ -155,6 +155,7 @@ def program() -> str:
 Starter = Callable[[str], Supervisord]
 
 
+@pytest.mark.costly
 def test_it_serves_reloads_without_a_lost_connection_and_stops(
     supervised: Starter, program: str
 ) -> None:

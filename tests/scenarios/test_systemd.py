@@ -167,6 +167,7 @@ def test_a_stop_is_announced_with_the_time_it_may_need(
     assert daemon.wait() == 0
 
 
+@pytest.mark.costly
 def test_the_watchdog_is_fed_when_it_watches_this_process(
     manager: Manager, marked_environment: dict[str, str]
 ) -> None:
@@ -223,6 +224,7 @@ def test_no_watchdog_is_fed_that_does_not_watch_this_process(
     assert not [fields for fields in manager.rest() if "WATCHDOG" in fields]
 
 
+@pytest.mark.costly
 def test_a_full_notify_socket_blocks_nothing_and_hears_all_of_it_later(
     service: Callable[..., Protector], manager: Manager
 ) -> None:
@@ -264,6 +266,7 @@ def test_feeding_the_watchdog_pushes_nothing_out_that_waits_for_a_full_socket(
     outbox.close()
 
 
+@pytest.mark.costly
 def test_a_stop_does_not_wait_for_a_full_notify_socket(
     service: Callable[..., Protector], manager: Manager
 ) -> None:
@@ -275,6 +278,7 @@ def test_a_stop_does_not_wait_for_a_full_notify_socket(
 
 
 @pytest.mark.parametrize("reads_on", [True, False])
+@pytest.mark.costly
 def test_an_upgrade_waits_for_a_full_notify_socket_but_not_for_ever(
     manager: Manager, installation: Installation, tmp_path: Path, reads_on: bool
 ) -> None:
@@ -327,6 +331,7 @@ def test_an_upgrade_waits_for_a_full_notify_socket_but_not_for_ever(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_notify_socket_that_is_gone_neither_blocks_nor_kills(
     service: Callable[..., Protector], manager: Manager
 ) -> None:
@@ -349,6 +354,7 @@ def test_a_notify_socket_that_was_never_there_neither_blocks_nor_kills(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_when_it_detaches_it_says_which_is_the_main_process_and_feeds_the_watchdog(
     manager: Manager, marked_environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -567,6 +573,7 @@ def test_a_reload_of_the_unit_takes_an_edit_and_fails_in_words_on_a_mistake(unit
 
 
 @pytest.mark.parametrize("line", ["", "no-log-relay = true"], ids=["shipped", "no relay"])
+@pytest.mark.costly
 def test_a_failed_reload_of_the_unit_shows_the_end_of_the_traceback(unit: Unit, line: str) -> None:
     """The journal is a socket.  Without the relay the command that shows it is named."""
     unit.settings(line)
@@ -601,6 +608,7 @@ def test_a_start_by_the_unit_as_root_wants_to_be_told_so(unit: Unit) -> None:
 
 
 @needs.ANOTHER_USER
+@pytest.mark.costly
 def test_the_unit_needs_nothing_of_its_runtime_folder_but_to_be_there(unit: Unit) -> None:
     """It stays root's: at each ExecReload systemd gives it, with all in it, to the unit's user."""
     # The interpreter is not one that the user `nobody` could run everywhere.

@@ -51,6 +51,7 @@ def test_what_is_said_comes_to_the_terminal_and_stops_no_process(
     assert start.left() == []
 
 
+@pytest.mark.costly
 def test_a_killed_protector_is_reported_by_the_guard(start: Start) -> None:
     with on_a_terminal(start, "--guard", "unix:s", "--", *MINIMAL, before=LEADER) as (
         process,

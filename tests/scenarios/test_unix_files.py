@@ -58,6 +58,7 @@ def newest_answers(one: Operated, path: Path) -> None:
     eventually(lambda: pid_in(ask(str(path))) == spawned(one.daemon)[-1], "the newest answers")
 
 
+@pytest.mark.costly
 def test_files_removed_while_idle_harm_no_reload(one: Operated, path: Path) -> None:
     with Load(f"unix:{path}") as load:
         for _ in range(3):
@@ -101,6 +102,7 @@ def test_clients_go_back_though_the_files_were_removed(
     assert list(path.parent.iterdir()) == []
 
 
+@pytest.mark.costly
 def test_clients_wait_for_one_start_alone_when_a_release_fails_after_its_files_were_removed(
     protector: Callable[..., Protector], path: Path, asked: Asked
 ) -> None:
@@ -139,6 +141,7 @@ def test_clients_of_a_socket_that_a_worker_shuts_down_wait_for_one_start_alone(
     assert list(path.parent.iterdir()) == []
 
 
+@pytest.mark.costly
 def test_files_removed_before_and_during_holds_keep_no_client_waiting(
     one: Operated, path: Path
 ) -> None:
@@ -177,6 +180,7 @@ def test_all_files_removed_and_a_reload(one: Operated, path: Path) -> None:
         newest_answers(one, path)
 
 
+@pytest.mark.costly
 def test_a_reload_fails_while_another_program_s_file_is_at_the_path(
     one: Operated, path: Path
 ) -> None:
@@ -217,6 +221,7 @@ def test_status_reports_a_path_that_leads_no_client_to_a_worker(one: Operated, p
 
 
 @pytest.mark.parametrize("how", ["killed", "upgraded"])
+@pytest.mark.costly
 def test_the_next_protector_makes_removed_files_again_with_the_rights_that_they_had(
     one: Operated, path: Path, how: str
 ) -> None:
@@ -247,6 +252,7 @@ def starting(one: Operated, release: Release, gate: Gate) -> int:
     return mark
 
 
+@pytest.mark.costly
 def test_a_reload_does_not_wait_for_a_path_that_another_program_has_taken(
     one: Operated, path: Path, release: Release, tmp_path: Path
 ) -> None:
@@ -270,6 +276,7 @@ def test_a_reload_does_not_wait_for_a_path_that_another_program_has_taken(
 
 
 @pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.costly
 def test_a_directory_that_comes_back_has_the_path_again(
     one: Operated, path: Path, release: Release, tmp_path: Path, killed: bool
 ) -> None:
@@ -292,6 +299,7 @@ def test_a_directory_that_comes_back_has_the_path_again(
 
 
 @pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.costly
 def test_a_generation_becomes_ready_though_the_file_of_its_clients_socket_was_removed(
     one: Operated, path: Path, release: Release, tmp_path: Path, killed: bool
 ) -> None:
@@ -316,6 +324,7 @@ def test_a_generation_becomes_ready_though_the_file_of_its_clients_socket_was_re
     newest_answers(one, path)
 
 
+@pytest.mark.costly
 def test_a_reload_fails_at_once_if_the_file_of_its_socket_is_removed(
     one: Operated, path: Path, release: Release, tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_each_generation_has_its_own_socket(one: Operated, path: Path, release: 
     assert len({first, second, path.stat().st_ino}) == 3
 
 
+@pytest.mark.costly
 def test_a_release_answers_a_probe_before_its_first_client(
     protector: Starter, path: Path, place: Path, asked: Asked
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_bad_answer_while_it_settles_gives_the_clients_back(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_counts_are_each_generation_s_own(one: Operated, path: Path, release: Release) -> None:
     release.becomes(*KEEPS)
     one.daemon.reload()
@@ -225,6 +227,7 @@ def test_a_stop_lets_in_those_who_wait_at_a_path_and_over_tcp(
     assert one.daemon.log.count("event=clients-lost") == 0
 
 
+@pytest.mark.costly
 def test_a_stop_says_how_many_it_resets_if_no_worker_starts_for_them_in_its_time(
     protector: Starter, path: Path, place: Path, release: Release
 ) -> None:
@@ -237,6 +240,7 @@ def test_a_stop_says_how_many_it_resets_if_no_worker_starts_for_them_in_its_time
 
 
 @pytest.mark.parametrize("amid", ["", "a kill of the protector"])
+@pytest.mark.costly
 def test_a_stop_starts_workers_for_those_who_wait_through_a_hold_until_they_serve(
     one: Operated, path: Path, release: Release, amid: str
 ) -> None:
@@ -286,6 +290,7 @@ def test_a_hold_is_refused_while_another_program_has_the_path(one: Operated, pat
         line.ask("release")
 
 
+@pytest.mark.costly
 def test_a_reload_removes_no_path_at_which_clients_wait_through_a_hold(
     protector: Starter, path: Path, place: Path, tmp_path: Path
 ) -> None:
@@ -340,6 +345,7 @@ def mounted(request: pytest.FixtureRequest, path: Path, tmp_path: Path) -> Itera
         inside.stdin.close()
 
 
+@pytest.mark.costly
 def test_clients_of_a_mounted_socket_file_are_served_once_more_by_each_reload(
     one: Operated, path: Path, mounted: Path
 ) -> None:
@@ -357,6 +363,7 @@ def test_clients_of_a_mounted_socket_file_are_served_once_more_by_each_reload(
     assert one.daemon.log.count("event=stranded") == 2
 
 
+@pytest.mark.costly
 def test_a_mounted_socket_file_to_which_no_client_comes_costs_no_generation(
     one: Operated, mounted: Path
 ) -> None:
@@ -370,6 +377,7 @@ def test_a_mounted_socket_file_to_which_no_client_comes_costs_no_generation(
     assert len(spawned(one.daemon)) == 3
 
 
+@pytest.mark.costly
 def test_no_hold_makes_the_clients_of_a_later_one_wait(one: Operated, path: Path) -> None:
     for _ in range(7):  # with twice the pause each time, the last one would wait for half a minute
         with one.line() as line:
@@ -380,6 +388,7 @@ def test_no_hold_makes_the_clients_of_a_later_one_wait(one: Operated, path: Path
     assert len(spawned(one.daemon)) == 8
 
 
+@pytest.mark.costly
 def test_a_hold_at_which_no_client_waited_starts_no_generation(one: Operated, path: Path) -> None:
     for _ in range(2):
         with one.line() as line:
@@ -393,6 +402,7 @@ def test_a_hold_at_which_no_client_waited_starts_no_generation(one: Operated, pa
 
 
 @pytest.mark.parametrize("phase", ["hangs", "settles"])
+@pytest.mark.costly
 def test_clients_of_a_hold_that_ends_during_a_reload_wait_for_one_start_alone(
     protector: Starter, path: Path, place: Path, release: Release, tmp_path: Path, phase: str
 ) -> None:
@@ -502,6 +512,7 @@ def full(
     assert daemon.wait() == 0
 
 
+@pytest.mark.costly
 def test_a_full_backlog_has_clients_wait_or_try_again_whether_a_release_fails_or_not(
     full: tuple[Protector, int, list[socket.socket]], path: Path, release: Release
 ) -> None:
@@ -518,6 +529,7 @@ def test_a_full_backlog_has_clients_wait_or_try_again_whether_a_release_fails_or
         assert pid_in(late.result()) == spawned(daemon, 1)[0]
 
 
+@pytest.mark.costly
 def test_clients_of_a_full_backlog_are_answered_when_the_release_that_has_it_fails(
     full: tuple[Protector, int, list[socket.socket]], path: Path, release: Release, tmp_path: Path
 ) -> None:
@@ -547,7 +559,7 @@ def test_what_a_killed_protector_leaves_is_removed_by_the_next_start(
     daemon.reload()
     left = own_files(path)
     os.kill(daemon.pid, signal.SIGKILL)
-    daemon.wait()
+    daemon.process.wait()  # its log ends with the workers
     for pid in spawned(daemon):
         os.kill(pid, signal.SIGKILL)
     assert wait_gone(spawned(daemon)) == []
@@ -561,13 +573,14 @@ def test_what_a_killed_protector_leaves_is_removed_by_the_next_start(
     assert list(path.parent.iterdir()) == []
 
 
+@pytest.mark.costly
 def test_a_start_names_the_worker_that_has_the_path_of_a_killed_protector(
     protector: Starter, path: Path
 ) -> None:
     words = (*MODE, f"unix:{path}", "--", *SERVER)
     daemon = protector(*words).ready()
     os.kill(daemon.pid, signal.SIGKILL)
-    daemon.wait()
+    daemon.process.wait()
     (worker_pid,) = spawned(daemon)
 
     refused = protector(*words)
@@ -629,6 +642,7 @@ def test_another_user_needs_the_folder_and_the_file(
     assert len(own_files(path)) == (2 if not said else 1 if "group" in query else 0)
 
 
+@pytest.mark.costly
 def test_many_paths_have_their_sockets_each_at_every_reload(
     protector: Starter, path: Path, release: Release
 ) -> None:
@@ -645,6 +659,7 @@ def test_many_paths_have_their_sockets_each_at_every_reload(
 
 
 @needs.ANOTHER_USER
+@pytest.mark.costly
 def test_a_reload_fails_while_the_user_cannot_make_files_beside_the_path(command: Command) -> None:
     path = command.start.folder / "run" / "s"
     path.parent.mkdir()

@@ -219,6 +219,7 @@ def test_a_release_that_cannot_take_over_changes_nothing_and_the_log_says_why(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_program_removed_after_it_said_yes_leaves_all_as_it_was(
     installation: Installation,
 ) -> None:
@@ -240,6 +241,7 @@ def test_a_program_removed_after_it_said_yes_leaves_all_as_it_was(
 
 
 @pytest.mark.parametrize("ended", ["upgraded", "not upgraded", "stopped"])
+@pytest.mark.costly
 def test_a_diff_in_progress_is_called_off_and_its_client_gets_an_answer(
     installation: Installation, tmp_path: Path, ended: str
 ) -> None:
@@ -354,6 +356,7 @@ def test_while_it_settles_the_old_generation_can_still_take_over_again(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_in_a_back_off_the_next_worker_still_comes(protector: Starter, tmp_path: Path) -> None:
     release = Release(tmp_path / "daemon")
     release.becomes(*MANY)
@@ -423,6 +426,7 @@ def test_a_storm_of_signals_with_upgrades_in_it_ends_well(protector: Starter) ->
 # --- what else must come along ------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_a_full_queue_and_the_undelivered_connection_survive(protector: Starter) -> None:
     daemon = protector("--queue", "6", "127.0.0.1:0", "--", *MANY).ready()
     [pid] = spawned(daemon)
@@ -441,6 +445,7 @@ def test_a_full_queue_and_the_undelivered_connection_survive(protector: Starter)
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_the_watchdog_is_fed_by_the_new_program_too(protector: Starter, tmp_path: Path) -> None:
     manager = Manager(str(tmp_path / "notify"))
     daemon = protector(
@@ -458,6 +463,7 @@ def test_the_watchdog_is_fed_by_the_new_program_too(protector: Starter, tmp_path
     manager.close()
 
 
+@pytest.mark.costly
 def test_with_a_terminal_it_goes_on_and_ends_with_it(marked_environment: dict[str, str]) -> None:
     ours, theirs = pty.openpty()
     try:
@@ -481,6 +487,7 @@ def test_with_a_terminal_it_goes_on_and_ends_with_it(marked_environment: dict[st
     assert daemon.log.count("event=stopping")
 
 
+@pytest.mark.costly
 def test_a_stop_ends_the_probe_of_an_upgrade(installation: Installation, tmp_path: Path) -> None:
     gate = Gate(tmp_path / "gate")
     daemon = installation.start("127.0.0.1:0", "--", *MANY).ready()
@@ -497,6 +504,7 @@ def test_a_stop_ends_the_probe_of_an_upgrade(installation: Installation, tmp_pat
     assert wait_gone(children) == []
 
 
+@pytest.mark.costly
 def test_usr2_twice_is_one_upgrade(installation: Installation, tmp_path: Path) -> None:
     gate = Gate(tmp_path / "gate")
     daemon = installation.start("127.0.0.1:0", "--", *MANY).ready()

@@ -204,6 +204,7 @@ def test_a_second_check_is_refused_and_the_first_goes_on(
     web.stop()
 
 
+@pytest.mark.costly
 def test_an_upgrade_calls_a_check_off(web: Protector, waiting: Waiting) -> None:
     descriptors = kinds_at_rest(web)
 
@@ -217,6 +218,7 @@ def test_an_upgrade_calls_a_check_off(web: Protector, waiting: Waiting) -> None:
     web.stop()
 
 
+@pytest.mark.costly
 def test_a_check_whose_client_has_gone_ends_and_leaves_nothing(
     web: Protector, place: Path, waiting: Waiting
 ) -> None:

@@ -59,6 +59,7 @@ def here(daemon: Protector) -> tuple[str, int]:
 
 @EITHER_COMMIT
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_an_upgrade_and_reloads_under_load_fail_no_client(earlier: Earlier, handoff: str) -> None:
     """Where connections are handed over, by workers on the client library of the same code."""
     command = library_worker("echo") if handoff == "connection" else MANY
@@ -215,6 +216,7 @@ class Configuration:
         new.rename(self.path)
 
 
+@pytest.mark.costly
 def test_relay_watcher_and_configuration_reader_are_found_by_the_paths_of_then(
     earlier: Earlier,
     tmp_path: Path,
@@ -304,6 +306,7 @@ def test_generations_at_a_unix_path_have_a_socket_each_from_the_next_reload_on(
 @EITHER_COMMIT
 @pytest.mark.parametrize("handoff", ["listener"])
 @pytest.mark.parametrize("began", ["with this code", "earlier"])
+@pytest.mark.costly
 def test_a_program_that_knows_one_socket_for_a_path_refuses_to_go_on_with_several(
     earlier: Earlier, handoff: str, tmp_path: Path, began: str
 ) -> None:
@@ -340,6 +343,7 @@ def test_a_program_that_knows_one_socket_for_a_path_refuses_to_go_on_with_severa
 @pytest.mark.parametrize(
     "options", [("--canary", "5%"), ("--reload-order", "rolling", "--drain-timeout", "9s")]
 )
+@pytest.mark.costly
 def test_a_program_that_knows_no_rollouts_refuses_settings_that_order_them(
     earlier: Earlier, handoff: str, options: tuple[str, ...]
 ) -> None:

@@ -49,6 +49,7 @@ def says_so_after_each_change_of_program(one: Operated, reason: str) -> None:
     says(one, reason)
 
 
+@pytest.mark.costly
 def test_a_bad_answer_to_a_probe_is_named_while_it_is_waited_for(
     operated: Operating, asked: Asked
 ) -> None:

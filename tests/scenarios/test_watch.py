@@ -151,6 +151,7 @@ def test_files_that_are_not_sources_are_ignored_and_so_are_its_own(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_log_in_the_watched_folder_leads_to_no_reload(start: Start) -> None:
     start.up("--watch", start.folder, "unix:s", "--", *MINIMAL)
     start.wait_for("event=watching")
@@ -166,6 +167,7 @@ def test_a_log_in_the_watched_folder_leads_to_no_reload(start: Start) -> None:
     assert [each for each in start.left() if "source.py" not in each] == []
 
 
+@pytest.mark.costly
 def test_a_file_may_be_replaced_and_a_link_turned(
     watching: Starter, source: Source, tmp_path: Path
 ) -> None:
@@ -197,6 +199,7 @@ def test_a_file_may_be_replaced_and_a_link_turned(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_another_folder_may_take_the_place_of_the_one_that_is_watched(
     watching: Starter, source: Source, tmp_path: Path, marked_environment: dict[str, str]
 ) -> None:
@@ -216,6 +219,7 @@ def test_another_folder_may_take_the_place_of_the_one_that_is_watched(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_watcher_that_dies_is_started_again(
     watching: Starter, source: Source, marked_environment: dict[str, str]
 ) -> None:
@@ -245,6 +249,7 @@ def test_it_stays_through_an_upgrade(
     assert wait_gone(before) == []
 
 
+@pytest.mark.costly
 def test_it_stays_when_the_protector_dies_under_a_guard(
     watching: Starter, source: Source, marked_environment: dict[str, str]
 ) -> None:

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("how", ["upgrade", "guard"])
 @pytest.mark.parametrize("name", ["uvicorn-asyncio", "uvicorn", "gunicorn", "node", "nginx"])
+@pytest.mark.costly
 def test_another_protector_goes_on_and_no_request_fails(
     protector: Start, tmp_path: Path, free_port: Callable[[], int], name: str, how: str
 ) -> None:

@@ -35,6 +35,7 @@ def program() -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.costly
 def test_a_kept_connection_is_told_to_close_and_the_old_program_ends(
     protector: Start, tmp_path: Path
 ) -> None:

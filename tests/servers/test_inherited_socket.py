@@ -80,6 +80,7 @@ def test_no_request_fails_at_reloads(
     assert not traffic.seen.failures
 
 
+@pytest.mark.costly
 def test_a_reload_that_fails_is_shown_as_on_the_page(
     protector: Start, tmp_path: Path, command: list[str], language: str
 ) -> None:

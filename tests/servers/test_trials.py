@@ -90,6 +90,7 @@ def test_the_table_has_each_server_and_each_trial() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, each in SERVERS.items() if each.waits])
+@pytest.mark.costly
 def test_a_connection_that_was_accepted_and_asks_late_is_answered_by_the_old_one(
     protector: Start, tmp_path: Path, free_port: Callable[[], int], name: str
 ) -> None:

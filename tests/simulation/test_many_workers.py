@@ -118,10 +118,8 @@ def test_settings_that_were_read_again_are_not_written_down_at_each_step(
     assert sum(each.count(b'"c":"Settings"') for each in written) == 1
 
 
-@pytest.mark.parametrize(
-    "fd_store",
-    ["guard", *(pytest.param(each, marks=pytest.mark.costly) for each in ("systemd", "none"))],
-)
+@pytest.mark.parametrize("fd_store", ["guard", "systemd", "none"])
+@pytest.mark.costly
 def test_eight_times_the_workers_take_eight_times_the_steps(fd_store: str) -> None:
     few, many = (steps_of(Quiet(workers, fd_store).live, OURS) for workers in (FEW, MANY))
 

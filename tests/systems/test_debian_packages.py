@@ -63,6 +63,7 @@ def test_the_bounds_begin_at_what_debian_has(versions: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["connection", "listener"])
+@pytest.mark.costly
 def test_a_whole_life_with_them(
     tmp_path: Path, marked_environment: dict[str, str], versions: dict[str, str], mode: str
 ) -> None:

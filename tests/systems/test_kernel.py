@@ -105,6 +105,7 @@ def test_without_one_of_them_too(
     lived(Surroundings(tmp_path, marked_environment, through(error, call), mode=mode))
 
 
+@pytest.mark.costly
 def test_no_newer_call_is_used_that_is_not_tested_here(
     tmp_path: Path, marked_environment: dict[str, str]
 ) -> None:

@@ -76,6 +76,7 @@ def web(tmp_path: Path, marked_environment: dict[str, str]) -> Iterator[Protecto
     daemon.end()
 
 
+@pytest.mark.costly
 def test_that_a_workers_memory_is_not_known_is_said_once(web: Protector) -> None:
     line = web.log.wait_for("event=cannot-examine")
     assert "--max-memory has no effect" in line
@@ -88,6 +89,7 @@ def test_that_a_workers_memory_is_not_known_is_said_once(web: Protector) -> None
     web.stop()
 
 
+@pytest.mark.costly
 def test_what_a_failed_worker_leaves_is_not_looked_for_and_that_is_said_once(
     tmp_path: Path, marked_environment: dict[str, str]
 ) -> None:
@@ -103,6 +105,7 @@ def test_what_a_failed_worker_leaves_is_not_looked_for_and_that_is_said_once(
 
 
 @pytest.mark.parametrize("through", [NO_PROC, HIDEPID])
+@pytest.mark.costly
 def test_ctl_says_that_it_cannot_see_connections_instead_of_none(
     tmp_path: Path, marked_environment: dict[str, str], through: tuple[str, ...]
 ) -> None:

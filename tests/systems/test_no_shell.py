@@ -20,6 +20,7 @@ THROUGH = (*ELSEWHERE, "--no-shell", "--")
 
 @pytest.mark.parametrize("mode", ["connection", "listener"])
 @pytest.mark.parametrize("options", [(), ("--limit", "nice=5")], ids=["plain", "nice"])
+@pytest.mark.costly
 def test_a_whole_life_without_a_shell(
     tmp_path: Path, marked_environment: dict[str, str], mode: str, options: tuple[str, ...]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Commands that end with the protector's answer: scale, lame-duck, promote, replace and others.
+"""Commands that are done once the protector has answered: scale, lame-duck, promote and others.
 
 Exception: `hold` without --for runs until a signal ends it.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import click
@@ -102,7 +102,7 @@ def _release(client: Client) -> None:
     try:
         client.query("release")
     except ControlError:
-        tell(f"could not release; the hold ends within {in_units(_HOLD_EACH_S)}")
+        tell(f"could not release the hold, which ends within {in_units(_HOLD_EACH_S)}")
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def release(instance: Instance, as_json: bool) -> None:
 
 
 @command(short_help="End the current stage of a rollout early.")
-@click.option("--now", is_flag=True, help="Skip all stages: the new generation serves at once.")
+@click.option("--now", is_flag=True, help="Skip all stages; a rolling reload refuses this.")
 def promote(instance: Instance, now: bool, as_json: bool) -> None:
     """End the current stage of a rollout: the canary gets all new clients, or settling ends.
 
@@ -159,12 +159,16 @@ def replace(instance: Instance, which: str, as_json: bool) -> None:
     If a number is both a generation and a pid, write generation:N or pid:N.
     """
     with instance.client() as client:
-        wanted = _generation_or_pid(which, client.request("status"))
+        status = client.request("status")
+        wanted = _generation_or_pid(which, status)
         result = client.request("replace", **wanted)
     if "generation" in wanted:
         number = wanted["generation"]
         words = f"a new generation of the same command replaces generation {number}, which then "
         words += "drains"
+    elif wanted["pid"] in _pids(_forked(_workers(status))):
+        parent = f"worker {number_in(result, 'worker')}"
+        words = f"process {wanted['pid']} finishes; its parent, {parent}, forks another"
     else:
         words = f"worker {number_in(result, 'worker')} leaves when its replacement is ready"
     answer(as_json, result, words)
@@ -177,11 +181,9 @@ def _generation_or_pid(which: str, status: Message) -> dict[str, int]:
     number = int(found[2])
     if found[1]:
         return {found[1]: number}
-    generations = listed(status, "generations")
-    numbers = {number_in(each, "number") for each in generations}
-    workers = [worker for each in generations for worker in listed(each, "workers")]
-    forked = [child for worker in workers for child in listed(worker, "processes")]
-    pids = {number_in(each, "pid") for each in (*workers, *forked)}
+    numbers = {number_in(each, "number") for each in listed(status, "generations")}
+    workers = _workers(status)
+    pids = _pids((*workers, *_forked(workers)))
     if number in numbers and number in pids:
         raise UsageError(
             f"{number} is a generation and a pid; write generation:{number} or pid:{number}"
@@ -192,6 +194,18 @@ def _generation_or_pid(which: str, status: Message) -> dict[str, int]:
             "unknown", f"{number} is neither a generation nor a worker's pid; generations: {known}"
         )
     return {"pid" if number in pids else "generation": number}
+
+
+def _workers(status: Message) -> list[Message]:
+    return [w for each in listed(status, "generations") for w in listed(each, "workers")]
+
+
+def _forked(workers: Iterable[Message]) -> list[Message]:
+    return [child for each in workers for child in listed(each, "processes")]
+
+
+def _pids(processes: Iterable[Message]) -> set[int]:
+    return {number_in(each, "pid") for each in processes}
 
 
 @command(short_help="Send KILL to the workers of a draining or failed generation.")
@@ -211,7 +225,7 @@ def kill(instance: Instance, generation: int, as_json: bool) -> None:
 @command("log-level")
 @click.argument("level", type=click.Choice(_LEVELS))
 def log_level(instance: Instance, level: str, as_json: bool) -> None:
-    """Set the log level until a stop, or a reload that changes --log-level."""
+    """Set the log level until the protector stops, or a reload changes --log-level."""
     answer(as_json, instance.request("log-level", level=level), f"log level {level}")
 
 

@@ -146,6 +146,18 @@ def test_replace_finds_out_whether_it_is_a_generation_or_a_pid(fake: Fake, ctl: 
     assert asked == [{"command": "replace", "pid": 4712}, {"command": "replace", "generation": 8}]
 
 
+@pytest.mark.parametrize("which", ["4713", "pid:4713"])
+def test_replace_of_a_forked_child_says_that_its_parent_stays(
+    which: str, fake: Fake, ctl: Ctl
+) -> None:
+    child = {"number": 0, "pid": 4713}
+    fake.status = status(generation(8, "serving", worker(14, 4712, processes=[child])))
+    fake.answers["replace"] = lambda *_: {"worker": 14}
+
+    said = "process 4713 finishes; its parent, worker 14, forks another\n"
+    assert ctl("replace", which).out == said
+
+
 def test_kill_log_level_reopen_and_release(fake: Fake, ctl: Ctl) -> None:
     fake.answers["kill"] = lambda *_: {"workers": 2}
     fake.answers["log-level"] = lambda *_: {"level": "debug"}

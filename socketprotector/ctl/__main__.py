@@ -1,6 +1,6 @@
 """`socketprotectorctl` and `python -m socketprotector.ctl`.
 
-main() imports ctl/main.py late, so that it can report a lack of memory in one line.
+main() imports ctl/main.py late, to report a lack of memory in one line.
 """
 
 from __future__ import annotations

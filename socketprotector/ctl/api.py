@@ -1,7 +1,7 @@
 """The public API: the only names that socketprotector-exporter may import from SocketProtector.
 
-Most names find control sockets, query the sockets and read the answers.  The others help a program
-with its messages, files and exit statuses.  Everything here uses only the standard library.
+Most functions find control sockets, query the sockets and read the answers.  The others help a
+program with its messages, files and exit statuses.  Nothing here needs a third-party package.
 Change or remove a name only together with the exporter.
 """
 

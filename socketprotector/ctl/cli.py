@@ -1,4 +1,4 @@
-"""The options that all commands share (--json, and the choice of an instance), and their output."""
+"""What all commands share: options (--json, and the choice of an instance), and the output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .client import ANSWER_S, Client, Message
 from .help_pages import GROUPS, HelpGroup, print_full_help
 
 NAME = "socketprotectorctl"
-#: A command in a message, such as `status`; with_instance() adds the instance option to it.
+#: A command in a message, such as `status`, to which with_instance() adds the instance option.
 #: `list` and `completion` are left out, because they need no instance.
 _COMMAND = re.compile(
     rf"`(?:{NAME} )?((?:{'|'.join({*sum(GROUPS.values(), ())} - {'list', 'completion'})})\b[^`]*)`"
@@ -34,7 +34,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class OutputClosed(Exception):
-    """The reader of stdout, such as `head`, has exited.  The exit status is 0, not click's 1."""
+    """The reader of stdout, such as `head`, has exited.  We exit with 0, not with click's 1."""
 
 
 class OutputFailed(Refusal):
@@ -44,7 +44,7 @@ class OutputFailed(Refusal):
 
 
 class Interrupted(Exception):
-    """INT or TERM came.  This replaces KeyboardInterrupt, for which click prints an empty line."""
+    """INT or TERM came.  Replaces KeyboardInterrupt, for which click prints an empty line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Instance:
     pid_file: str | None = None
 
     def line(self, words: str) -> str:
-        """Return the command line that runs a command for this protector.
+        """Return the command line that runs a command for this instance.
 
         words: the command and its arguments.
         """
@@ -77,7 +77,7 @@ class Instance:
     def client(
         self, answer_s: float = ANSWER_S, *, events: bool = False, until: float = math.inf
     ) -> Client:
-        """Return a new connection; the caller closes it.
+        """Return a new connection, which the caller closes.
 
         answer_s: how long an answer may take.  events: follow events.  until: see Client.
         Raises NoProtector, RequestRefused, UsageError.
@@ -157,7 +157,7 @@ def program(ctx: click.Context) -> None:
 
 
 def command(name: str | None = None, **settings: Any) -> Callable[[Function], click.Command]:
-    """Return a decorator that makes a command of a function.
+    """Return a decorator that turns a function into a command.
 
     The function takes the instance as its first argument, and the flag --json as `as_json`.
     """

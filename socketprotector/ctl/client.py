@@ -1,9 +1,9 @@
 """A connection to a control socket: sends requests, and receives answers and events.
 
-An upgrade, or a crash under --guard or systemd, ends the connection, but the socket stays.  So
+An upgrade, or a crash under --guard or systemd, ends the connection; the socket stays.  So
 query() and reconnect() try for up to RETURN_S to reach the protector at this socket again.
 
-This module uses only the standard library, and prints nothing.  Each call blocks for a limited
+This module needs no third-party package, and prints nothing.  Each call blocks for a limited
 time.  The module checks the form and length of everything that it receives.
 
 Source: docs/control.md; unix(7) for SO_PEERCRED and SO_PASSCRED.
@@ -40,9 +40,9 @@ _TRY_EVERY_S = 0.05
 LONGEST_LINE = 1024 * 1024
 #: How many events, and how many bytes of events, answer() buffers.
 _MOST_EVENTS, _MOST_EVENT_BYTES = 10_000, 2 * 1024 * 1024
-#: The longest path of a socket: the size of sun_path without the final zero byte (unix(7)).
+#: The size of sun_path without the final zero byte (unix(7)).
 _LONGEST_PATH = 107
-#: Pid, uid and gid, as SO_PEERCRED and SCM_CREDENTIALS return them: in our own namespaces.
+#: Pid, uid and gid of SO_PEERCRED and SCM_CREDENTIALS, in our own namespaces.
 _CREDENTIALS = struct.Struct("3i")
 #: Room for credentials alone, so that the kernel drops descriptors in a message.
 _CREDENTIALS_BYTES = socket.CMSG_SPACE(_CREDENTIALS.size)
@@ -81,7 +81,7 @@ class Client:
 
     def _connect(self, within_s: float) -> None:
         self._socket = connect(self.path, self._at_most(within_s))
-        # Not before connect(): with SO_PASSCRED, it would bind the socket to an abstract name.
+        # Not before connect(), which with SO_PASSCRED would bind the socket to an abstract name.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._begin()
 
@@ -104,7 +104,7 @@ class Client:
         self.protector_pid = 0
 
     def reconnect(self, within_s: float = math.inf, answer_s: float = 0.0) -> Message:
-        """Connect again, and follow events if the client did so before; return the status.
+        """Connect again, follow events if the client followed them, and return the status.
 
         Tries for up to `within_s`, and RETURN_S at most.  Sends the requests for events and status
         together: a protector that is about to exit answers only the requests that it has already
@@ -162,7 +162,7 @@ class Client:
         Raises ConnectionLost if the connection ends before the answer: the protector may or may not
         have carried out the request.
         Raises NoProtector if no answer comes in time.  Perhaps only a part of the request was sent,
-        so the caller then closes the client, or calls reconnect().
+        so the caller must close the client or call reconnect().
         """
         return self._request(command, arguments, self._answer_s)
 
@@ -249,7 +249,7 @@ class Client:
         """Return the next event; None if no event arrives in time.
 
         Raises NoProtector if the peer sends an invalid message.
-        Raises ConnectionLost if the connection ends; the caller then calls reconnect().
+        Raises ConnectionLost if the connection ends; the caller must close or reconnect().
         """
         until = time.monotonic() + timeout_s
         while not self._events:
@@ -312,7 +312,10 @@ class Client:
 
     @property
     def unread_bytes(self) -> int:
-        """Return how many bytes are buffered: unread lines, and events since the last event()."""
+        """Return how many bytes are buffered.
+
+        Counted are unread lines, and the events buffered since event() last returned one.
+        """
         return len(self._buffer) + self._events_bytes
 
     def foreign_peer_error(self) -> NoProtector:
@@ -370,7 +373,7 @@ def _unreachable(path: str, error: OSError) -> NoProtector | RequestRefused:
     match error:
         case PermissionError():
             why = (
-                "permission denied; run as root, as the protector's user, or join its "
+                "permission denied; run as root or as the protector's user, or join its "
                 "--control-group"
             )
             return RequestRefused("denied", f"{escape(path)}: {why}")

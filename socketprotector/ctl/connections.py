@@ -55,7 +55,7 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class HiddenWorker:
-    """A worker whose connections cannot all be read, with the reason."""
+    """A worker with unreadable connections, and the reason."""
 
     generation: int
     worker: int
@@ -77,7 +77,7 @@ def find_connections(
     *,
     shares_pids: bool = True,
 ) -> tuple[list[Connection], list[HiddenWorker]]:
-    """Return the workers' connections, and the workers whose connections cannot all be read.
+    """Return the workers' connections, and the workers with unreadable connections.
 
     workers: from the answer to the request `connections` (docs/control.md).
     listeners: the canonical addresses of the listeners.
@@ -86,7 +86,7 @@ def find_connections(
     shares_pids: whether the workers' pids are of our own PID namespace (Client.shares_pids).
 
     Only some workers record when they accepted a connection (docs/protocol.md).  Without a record,
-    a draining generation's connection is at least as old as the drain.  Any other connection is at
+    a draining generation's connection is at least as old as the drain, and any other connection at
     most as old as its worker.  (`since_at` is when the drain began, or when the worker was
     started.)
     """

@@ -72,15 +72,15 @@ def deploy(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Start a release from the protector's --releases folder. It takes over when it is ready.
+    """Start a release from the --releases folder. The release takes over when it is ready.
 
     The protector's --current link names the release that a restart starts. When the new release is
     ready, has settled and has passed all checks, the link is moved to it. If the release fails, the
     exit status is 3: the old release is still serving, and the link is unchanged.
 
     Exit status 2: nothing was tried, because --expect or --current does not name the serving
-    release, or the protector cannot move the link. 5: the release is serving, but the link could
-    not be moved yet. 6: another deploy, reload or dry run is in progress.
+    release, or the protector cannot move the link. 5: the release is serving, but the link or the
+    history is not on disk yet. 6: another deploy, reload or dry run is in progress.
     """
     arguments = _set_only(release=release, expect=expect, force=force, dry_run=dry_run)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
@@ -235,11 +235,11 @@ class _CurrentSaved(Awaited):
 
 @command(short_help="List the releases that were tried.")
 def releases(instance: Instance, as_json: bool) -> None:
-    """List the releases that were tried, with times and reasons of failures.
+    """List the tried releases, with times, and with reasons of failures.
 
     The release that was tried last comes last. A "failed" release was started and did not succeed;
-    a "refused" release was never started. "changed" means that the release's folder or program was
-    replaced or edited after the release had succeeded. Changes of other files are not detected.
+    a "refused" release was never started. "changed": the release's folder or program was replaced
+    or edited after the release had succeeded. Changes of other files are not detected.
     """
     result = instance.request("releases")
     if as_json:

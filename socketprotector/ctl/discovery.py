@@ -53,8 +53,8 @@ def by_path(path: str) -> str:
 def by_name(name: str) -> str:
     """Return the socket of the protector with this name.
 
-    If several protectors share a name, NAME:PORT or NAME:ADDRESS of the first listener chooses one
-    of them.  PORT alone is accepted, too, unless it is a protector's name.
+    If several protectors share a name, NAME:PORT or NAME:ADDRESS chooses one by its first listener.
+    PORT alone is accepted, too, unless a protector has the name PORT.
     Raises NoProtector, or UsageError if several protectors match.
     """
     # A socket's key is the protector's name in the form that the socket's path contains.
@@ -91,7 +91,7 @@ def by_name(name: str) -> str:
 
 
 def _called(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
-    """Return the sockets of the protectors with this name; without a match, with this port."""
+    """Return the sockets of protectors with this name; if there are none, with this port."""
     return [each.path for each in alive if name in _names_of(each)] or [
         each.path for each in alive if f"{_names_of(each)[0]}:{name}" in _names_of(each)
     ]
@@ -166,7 +166,7 @@ def by_pid_file(file: str) -> str:
         found, _ = _wait_for_silent(found)
         matching = _of_process(pid, found)
     if matching:
-        # A process can claim any pid in its status.  So if several match, prefer a socket in the
+        # A process can claim any pid in its status.  Of several sockets, prefer a socket in the
         # pid file's folder, then a socket whose pid the kernel confirms (SO_PEERCRED).
         folder = os.path.dirname(os.path.abspath(file))
         matching.sort(key=lambda each: (os.path.dirname(each.path) != folder, each.pid != pid))
@@ -175,7 +175,7 @@ def by_pid_file(file: str) -> str:
     hint = f" (no answer from {_shortened(unanswered)})" if unanswered else ""
     raise NoProtector(
         f"--pid-file {file}: no control socket of process {pid} in {where()}{hint}; "
-        "name it with --control PATH"
+        "pass --control PATH"
     )
 
 

@@ -67,7 +67,7 @@ _STATUSES = {"invalid": UsageError.status, "unmet": UsageError.status, "deployin
 
 
 class RequestRefused(ControlError):
-    """The protector refused a request or is too old for it, or this user may not connect.
+    """The protector refused a request or is too old for it, or this user has no permission.
 
     code: see docs/control.md.
     """

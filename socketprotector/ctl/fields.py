@@ -144,7 +144,7 @@ def rollout_text(status: Status) -> str:
     when = _stage_end(rollout)
     if stage == "share" and not too_few:
         return f"{words}; it gets all {when}"
-    return f"{words}; {'the number is checked' if too_few else 'the reload ends'} {when}"
+    return f"{words}; {'the count is checked' if too_few else 'the reload ends'} {when}"
 
 
 def closing_text(generation: Status) -> str:

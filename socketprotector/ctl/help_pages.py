@@ -24,12 +24,12 @@ COMMON = (
     *("list", "status", "top", "reload", "diff", "history", "crashes", "connections"),
     *("deploy", "promote", "rollback", "scale", "upgrade", "stop"),
 )
-_PURPOSE = """Inspect and control a running SocketProtector. If several run, choose one by --name,
---control or --pid-file, before or after the command."""
+_PURPOSE = """Inspect and control a running SocketProtector. If several instances run, choose one by
+--name, --control or --pid-file, before or after the command."""
 _STATUS = """Exit status of reload and upgrade: 0: the new version has taken over; 3: the new
 version failed, and the old version continues."""
-_MORE = """--help-all shows every command and exit status. COMMAND --help shows the options of a
-command. Each command has --json."""
+_MORE = """--help-all shows every command and exit status. COMMAND --help shows a command's
+options. Each command has --json."""
 EXAMPLES = (
     "socketprotectorctl --name web reload --timeout 2m && echo deployed",
     "socketprotectorctl --name web reload --dry-run",

@@ -34,7 +34,7 @@ from .cli import (
 #: The import of these modules adds their commands to the program.
 COMMANDS = (deploy, orders, queries, reload, top, upgrade)
 INTERRUPTED = 130
-#: The programs with completion in a shell.  Each program computes its own completions, so the
+#: The programs with shell completion.  Each program computes its own completions, so a completion
 #: script only has to name the program.
 PROGRAMS = ("SocketProtector", "socketprotector", NAME, "socketprotector-exporter")
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with suppress(OSError):
             sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as for SIGINT
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # TERM interrupts, as INT does
     try:
         status = program.main(arguments, prog_name=NAME, standalone_mode=False)
         return int(status or 0)
@@ -89,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refusal as error:
         if isinstance(error, OutputFailed):
             discard_output()
-        # A usage error may quote a path with a line break, so escape line breaks, too.  Other
-        # errors may quote a worker's last words, whose line breaks must stay.
+        # A usage error may quote a path with a line break: escape this line break.  Other errors
+        # may quote a worker's last words, whose line breaks must stay.
         complain(escape(str(error)) if isinstance(error, UsageError) else str(error))
         return error.status
     except MemoryError as error:

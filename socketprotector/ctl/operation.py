@@ -16,7 +16,7 @@ from .reload_progress import Awaited, Losses
 #: How long to wait for an event before the next request for the status.  The request also detects a
 #: stuck protector, which sends neither events nor answers.
 _STATUS_EVERY_S = 1.0
-#: The requests before that of the operation; they change nothing.
+#: The requests that precede the operation's request; they change nothing.
 _FIRST_READS = {"events", "status", "releases"}
 #: How long to try to reconnect during a stop.  This time is short, because a guard may keep the
 #: socket open after the stop, although no protector will answer there.

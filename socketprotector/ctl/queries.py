@@ -38,12 +38,12 @@ from .query_all import SocketAnswer
 from .reload_progress import LEAVING
 from .server_children import children_of
 
-#: The interval at which `events --follow` tries to connect for the first time.
+#: How often `events --follow` tries to make its first connection.
 _AGAIN_EVERY_S = 1.0
 #: How long an answer to `diff` may take: a new process reads the configuration and resolves the
 #: host names.
 _DIFF_S = 60.0
-#: How long one wait lasts.  If no event comes, `events` prints nothing and waits again.
+#: How long `events` waits for one event; after this time, `events` prints nothing and waits again.
 _LISTEN_S = 3600.0
 #: What `list` shows at most: addresses of an instance, and characters of an address.
 _ADDRESSES, _ADDRESS_CHARACTERS = 64, 200
@@ -122,7 +122,7 @@ def history(instance: Instance, as_json: bool) -> None:
         if error.code != "unknown":
             raise
         why = "this protector is older than socketprotectorctl and does not know history"
-        hint = "replace it with `upgrade`, or see `status`"
+        hint = "run `upgrade`, or see `status`"
         raise RequestRefused(error.code, f"{why}; {hint}") from None
     if as_json:
         say_json(result)
@@ -208,7 +208,7 @@ def _show_connections(state: Message, found: list[Connection], unseen: list[Hidd
 
 @command(short_help="List the last crashes of workers.")
 def crashes(instance: Instance, as_json: bool) -> None:
-    """List the last workers that failed: how and when each failed, what it lost, its last words."""
+    """List the workers that failed last: how and when, lost connections, and last words."""
     result = instance.request("crashes")
     found = listed(result, "crashes")
     if as_json:

@@ -32,7 +32,7 @@ class SocketAnswer:
 
     @property
     def alive(self) -> bool:
-        """Return False if no process listens, or the process hung up without an answer."""
+        """Return False after an error with the code `dead`, see NoProtector."""
         return self.why != "dead"
 
 
@@ -50,7 +50,7 @@ def query_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAn
                 found[path] = SocketAnswer(path, why=error.code)
                 continue
             selector.register(client, selectors.EVENT_READ, client)
-            found[path] = SocketAnswer(path, pid=client.peer_pid, why="silent")  # until it answers
+            found[path] = SocketAnswer(path, pid=client.peer_pid, why="silent")  # so far
         while selector.get_map() and (left_s := until - time.monotonic()) > 0:
             for key, _ in selector.select(left_s):
                 client = key.data

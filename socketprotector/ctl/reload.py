@@ -86,10 +86,10 @@ def reload(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Start the new version beside the old one; it takes over when it is ready.
+    """Start the new version beside the old one, and switch when the new version is ready.
 
     The command waits until the new generation is serving and --settle is over. If the new
-    generation fails, the command prints the reason and exits with 3; the old one is still serving.
+    generation fails, the command prints the reason and exits with 3; the old generation serves on.
 
     With --dry-run the new generation gets no clients, and is stopped when it is ready. The exit
     status is 0 if the generation became ready, and 3 if it failed.
@@ -178,7 +178,7 @@ def follow(
 
 
 def _first_programs(status: Message, generation: int) -> str:
-    """Return a text if a generation's first programs failed, or it has run no program yet.
+    """Return a text if a generation's first programs failed, or none has run yet.
 
     Otherwise return "".  The text is always "" in modes that start no program for each connection.
     """

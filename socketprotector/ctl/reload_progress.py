@@ -30,7 +30,7 @@ OF_RELOAD = (
     *("upgrade", "configuration", "start", "canary", "settle", "rolling", "back-off", "room"),
     "earlier-reload",
 )
-#: The kinds of waits that delay a stop.
+#: The kinds of waits to show during a stop.
 OF_STOP = ("stop",)
 #: For up to this many workers, show each count; for more workers, show only this many steps.
 _PARTS = 10
@@ -309,7 +309,7 @@ def tries(status: Message, *, dry_run: bool) -> list[Message]:
 def draining(status: Message, before: float = math.inf) -> tuple[int, str]:
     """Return the number of workers in draining or failed generations, and a text about them.
 
-    before: count only generations below this number.  The text is "" if none is found.
+    before: count only generations below this number.  The text is "" if no such generation exists.
     """
     leaving = [
         each
@@ -323,7 +323,7 @@ def draining(status: Message, before: float = math.inf) -> tuple[int, str]:
     if pids := [str(number_in(each, "pid")) for each in workers if number_in(each, "pid")]:
         words += f": pid {', '.join(pids[:5])}" + (", ..." if len(workers) > 5 else "")
     active = [number for each in leaving if isinstance(number := each.get("active"), int)]
-    if len(active) == len(leaving):  # otherwise the number of some generation is unknown
+    if len(active) == len(leaving):  # otherwise some generation's count is unknown
         words += f", {sum(active)} {plural(sum(active), 'connection')}"
     numbers = ", ".join(str(number_in(each, "number")) for each in leaving)
     return len(workers), f"{plural(len(leaving), 'generation')} {numbers} ({words})"

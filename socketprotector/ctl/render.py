@@ -55,7 +55,7 @@ def counts(message: Message, *names: str) -> list[str]:
 
 
 def duration_text(seconds: object) -> str:
-    """Return 90061 seconds as 1d1h, with two units at most; UNKNOWN if it is not a number."""
+    """Return 90061 seconds as 1d1h, with two units at most; UNKNOWN if `seconds` is no number."""
     if not isinstance(seconds, int | float):
         return UNKNOWN
     span_s = max(0.0, float(seconds))

@@ -41,7 +41,7 @@ _FIELDS = {
     "WAIT-P50": "wait_us",
     "P99": "wait_us",
 }
-#: How many pids of a worker's children are shown.
+#: Show at most this many pids of a worker's children.
 _PIDS = 4
 
 

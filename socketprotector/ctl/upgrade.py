@@ -56,8 +56,8 @@ def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json
 
 def _check_upgrade(instance: Instance, as_json: bool) -> None:
     """Print whether the installed program can take over.  Raises NewVersionFailed."""
-    # The protector disconnects a client that sends no request for 30 s, which a check may exceed.
-    # It does not disconnect clients that follow events, so follow them.
+    # A check may take longer than 30 s.  The protector disconnects a client that sends no request
+    # for this time, unless the client follows events.
     with instance.client(_CHECK_S, events=True) as client:
         try:
             result = client.request("upgrade", check=True)

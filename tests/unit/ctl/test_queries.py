@@ -38,8 +38,8 @@ Ctl = Callable[..., Ended]
 UNKNOWN_HISTORY = [
     (
         "unknown",
-        "this protector is older than socketprotectorctl and does not know history; replace it "
-        "with `socketprotectorctl upgrade`, or see `socketprotectorctl status`",
+        "this protector is older than socketprotectorctl and does not know history; run "
+        "`socketprotectorctl upgrade`, or see `socketprotectorctl status`",
     ),
     ("failed", "unknown command 'history'; known: status, reload"),
 ]
@@ -108,7 +108,7 @@ def test_status_says_what_is_waited_for(fake: Fake, ctl: Ctl) -> None:
         (
             canary(met=12, at_least=100),
             "generation 9 gets 5% of new connections (12 of at least 100 so far); "
-            "the number is checked in 41s",
+            "the count is checked in 41s",
         ),
         (
             canary(share=0.25, at_least=100, left_s=None),

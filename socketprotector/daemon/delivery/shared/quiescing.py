@@ -189,7 +189,7 @@ class Quiescing:
             if waiting:
                 hint = "the generation's workers have not accepted all clients; "
                 hint += "another generation gets the rest; at a stop, the rest are disconnected, "
-                hint += "unless a .socket unit keeps the socket open"
+                hint += "unless the socket stays open (for example a .socket unit's)"
                 self._log.write("warning", "not-accepted", generation=generation, hint=hint)
             del self._generations[generation]
             state.on_quiet()

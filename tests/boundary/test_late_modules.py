@@ -104,6 +104,7 @@ print(sum(os.stat(folder + fd).st_size for fd in kept if "sp.late" in os.readlin
     return int(run(package, code + measures))
 
 
+@pytest.mark.costly
 def test_packed_code_takes_less_memory(package: Path) -> None:
     stored = kept_bytes(package, "")
     shutil.copytree(ROOT / "socketprotector", package / "socketprotector")

@@ -161,6 +161,7 @@ def test_several_sockets_of_one_name_cannot_be_told_apart_and_check_says_so(give
     "share", [("--canary", "5%"), ("--reload-order", "rolling", "--drain-timeout", "9s")]
 )
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
+@pytest.mark.costly
 def test_a_socket_without_a_second_is_refused_for_a_share_and_check_says_so(
     giver: Giver, tmp_path: Path, kind: str, share: tuple[str, ...]
 ) -> None:

@@ -405,6 +405,7 @@ def test_a_killed_worker_s_connections_are_lost_and_it_is_a_crash(
     assert web.status()["crashes"] == 1
 
 
+@pytest.mark.costly
 def test_a_worker_that_ends_as_it_should_is_no_crash(operated: Operating) -> None:
     web = operated(command=(*OBEYS, "2"))
     line = web.line(follows=True)
@@ -1006,6 +1007,7 @@ with socket.socket(socket.AF_UNIX) as one, one.makefile("rb") as lines:
 """
 
 
+@pytest.mark.costly
 def test_a_stale_one_is_replaced(operated: Operating, place: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(place))

@@ -263,6 +263,7 @@ def test_the_path_comes_to_command_folder_and_variables(web: Web, releases: Rele
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_start_by_the_guard_takes_the_generations_release(web: Web, releases: Releases) -> None:
     one = web("--guard")
     deployed(one, "2")
@@ -285,6 +286,7 @@ def test_a_start_by_the_guard_takes_the_generations_release(web: Web, releases: 
 # -- current, moved by somebody -------------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_a_reload_tries_what_current_names(web: Web, releases: Releases) -> None:
     one = web()
     releases.point_at("2")

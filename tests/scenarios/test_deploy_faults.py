@@ -124,6 +124,7 @@ def test_without_a_place_for_the_link_nothing_changes(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_lock_that_cannot_be_opened_is_said_once(operated: Operating, releases: Releases) -> None:
     lock = releases.live / "current.lock"
     lock.mkdir()
@@ -312,6 +313,7 @@ def test_a_protector_killed_while_it_keeps_an_unreadable_history_loses_none(
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.costly
 def test_what_is_no_link_at_current_is_not_replaced(
     operated: Operating, releases: Releases, kind: str
 ) -> None:

@@ -148,6 +148,7 @@ def lines(daemon: Protector, event: str) -> list[str]:
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_without_its_guard_the_protector_goes_on_and_puts_its_own_pid_into_the_file(
     guarded: Starter, tmp_path: Path
 ) -> None:
@@ -232,6 +233,7 @@ def test_how_an_adopted_worker_ended_comes_from_the_guard(guarded: Starter) -> N
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_worker_that_ends_while_no_protector_lives_is_replaced_and_its_end_known(
     guarded: Starter,
 ) -> None:

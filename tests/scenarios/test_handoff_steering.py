@@ -218,6 +218,7 @@ def test_one_that_never_accepts_is_told_to_finish_and_others_serve_waiting_clien
     assert wait_gone([old]) == []
 
 
+@pytest.mark.costly
 def test_clients_of_one_that_is_rolled_back_are_served(served_by: Starter, tmp_path: Path) -> None:
     release = Release(tmp_path / "server")
     release.becomes(*SERVER)

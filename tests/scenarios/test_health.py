@@ -289,6 +289,7 @@ def test_a_command_that_hangs_is_ended(watched: Callable[..., Watched], gate: Ga
 
 @EITHER_HANDOFF
 @pytest.mark.parametrize("kind", ["accept", HTTP, "check"])
+@pytest.mark.costly
 def test_a_unix_socket_is_asked_as_well(
     operated: Operating, asked: Asked, tmp_path: Path, kind: str
 ) -> None:

@@ -907,6 +907,7 @@ def test_one_whose_folder_was_removed_is_named_and_gets_no_second_one(
     assert machine.run("stop") == 0
 
 
+@pytest.mark.costly
 def test_one_of_another_user_is_not_taken_for_one_whose_folder_was_removed(
     machine: Machine,
 ) -> None:

@@ -61,6 +61,7 @@ def wordless(start: Start) -> int:
     return sum("event=" not in line for line in start.log.splitlines())
 
 
+@pytest.mark.costly
 def test_last_words_are_the_failed_worker_s_own_however_busy_the_log_is(start: Start) -> None:
     with talking(start) as release, Client(f"{start.folder}/s") as busy:
         stop = False

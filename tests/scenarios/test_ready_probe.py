@@ -340,6 +340,7 @@ def probe(*, path: str = "/healthz") -> str:
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_check_reaches_the_generation_that_it_is_to_check(
     protector: Starter, asked: Asked, tmp_path: Path
 ) -> None:

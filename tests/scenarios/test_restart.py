@@ -380,6 +380,7 @@ def test_a_stop_that_is_killed_midway_is_gone_on_with_and_leaves_them(
         assert pid_in(later.hear()) == spawned(third)[0]
 
 
+@pytest.mark.costly
 def test_a_start_that_fails_leaves_them_to_the_next_try(
     service: Service, free_port: Callable[[], int]
 ) -> None:

@@ -46,6 +46,7 @@ def grey_lines(status: dict[str, Any]) -> list[str]:
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_canary_is_seen_from_its_share_to_its_verdict(operated: Operating, handoff: str) -> None:
     one = operated("--settle", "3600s", command=ECHO)
     line = one.line(follows=True)

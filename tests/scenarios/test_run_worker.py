@@ -127,6 +127,7 @@ def test_each_worker_leads_a_session_of_its_own(protector: Start) -> None:
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_worker_starts_with_default_signals_and_an_empty_mask(
     protector: Start, tmp_path: Path
 ) -> None:

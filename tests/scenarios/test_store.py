@@ -129,6 +129,7 @@ def test_a_client_that_finds_no_room_in_the_store_is_counted_if_a_kill_loses_it(
     second.stop()
 
 
+@pytest.mark.costly
 def test_undelivered_clients_wait_while_the_state_cannot_be_written_and_the_log_says_why(
     service: Service,
 ) -> None:

@@ -123,6 +123,7 @@ def test_clients_wait_for_one_start_alone_when_a_release_fails_after_its_files_w
     assert list(path.parent.iterdir()) == []
 
 
+@pytest.mark.costly
 def test_clients_of_a_socket_that_a_worker_shuts_down_wait_for_one_start_alone(
     protector: Callable[..., Protector], path: Path, release: Release, tmp_path: Path
 ) -> None:

@@ -212,6 +212,7 @@ def test_a_stop_lets_in_those_who_wait_through_a_hold(
     assert one.daemon.log.count("event=clients-lost") == 0
 
 
+@pytest.mark.costly
 def test_a_stop_lets_in_those_who_wait_at_a_path_and_over_tcp(
     protector: Starter, path: Path, place: Path, release: Release
 ) -> None:
@@ -259,6 +260,7 @@ def test_a_stop_starts_workers_for_those_who_wait_through_a_hold_until_they_serv
     assert one.daemon.log.count("event=clients-lost") == 0
 
 
+@pytest.mark.costly
 def test_a_stop_in_a_hold_awaits_no_later_client_while_another_program_has_the_path(
     protector: Starter, path: Path, place: Path, release: Release
 ) -> None:

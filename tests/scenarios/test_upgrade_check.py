@@ -189,6 +189,7 @@ def reaped(daemon: Protector, pid: int) -> None:
     eventually(lambda: pid not in children_of(daemon.pid), "the end of the checked program")
 
 
+@pytest.mark.costly
 def test_a_second_check_is_refused_and_the_first_goes_on(
     web: Protector, place: Path, waiting: Waiting
 ) -> None:
@@ -231,6 +232,7 @@ def test_a_check_whose_client_has_gone_ends_and_leaves_nothing(
     web.stop()
 
 
+@pytest.mark.costly
 def test_a_stop_ends_a_check(web: Protector, waiting: Waiting) -> None:
     web.signal(signal.SIGTERM)
     assert web.process.wait(DEADLINE_S) == 0

@@ -163,6 +163,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled(shared_folder(tmp_path_factory), "original")
 
 
+@pytest.mark.costly
 def test_a_daemon_of_the_original_goes_on_and_its_adapter_is_started_again(
     earlier: Earlier, original: Path, free_port: Callable[[], int]
 ) -> None:

@@ -385,7 +385,7 @@ def test_a_canary_whose_workers_take_nothing_is_reported_once(real: World) -> No
     [failed] = real.posted
     assert isinstance(failed, Untaken)
     assert failed.generation == 2
-    assert failed.reason == "no worker has accepted a connection yet; 2 waiting"
+    assert failed.reason == "no worker has accepted a connection yet; clients waiting: 2"
     assert real.delivery.is_stuck(real.generations[2])
     waited_s = real.delivery.oldest_waiting_s(real.generations[2])
     assert waited_s is not None

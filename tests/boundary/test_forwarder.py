@@ -111,7 +111,7 @@ class FakeChannel:
         self.write = self
         self.known: frozenset[int] | None = None
         self.taken_from = False
-        self.said_untaken = False
+        self.untaken_reported = False
         self.met = self.sent = 0
         self.number = next(self.numbers)
         self.room = room

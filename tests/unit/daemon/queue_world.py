@@ -145,7 +145,7 @@ class MemoryChannel:
         self.fails: list[int] = []  # the errors of the next sends
         self.take_fails: list[int] = []
         self.shut = self.has_ended = self.closed = False
-        self.taken_from = self.said_untaken = False
+        self.taken_from = self.untaken_reported = False
         self.met = self.sent = 0
         self.number = 1000 + number
         self.write = SimpleNamespace(

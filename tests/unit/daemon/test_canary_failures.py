@@ -33,7 +33,7 @@ class Queue:
         self.room = True
         self.fails = False
         self.met = self.sent = 0
-        self.taken_from = self.said_untaken = False
+        self.taken_from = self.untaken_reported = False
         self.write = SimpleNamespace(sendmsg=self.sendmsg)
         self.generation = SimpleNamespace(record=SimpleNamespace(number=2))
         self._known = known
@@ -209,7 +209,7 @@ def test_workers_that_take_nothing_fail_it_and_busy_workers_later(
     world.clock.pass_time(2 * module._LAST_LOOK_S)
 
     since = f"for {limit_s:.0f} s" if taken_from else "yet"
-    reason = f"no worker has accepted a connection {since}; 1 waiting"
+    reason = f"no worker has accepted a connection {since}; clients waiting: 1"
     assert world.posted == [Untaken(2, reason)]
     world.clock.pass_time(10 * limit_s)
     assert len(world.posted) == 1

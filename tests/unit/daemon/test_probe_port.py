@@ -11,7 +11,7 @@ import pytest
 from socketprotector_client import wire
 
 from socketprotector.daemon.delivery.queue import probe_port as module
-from socketprotector.daemon.delivery.queue.probe_port import ProbePort, clients_in, is_probe
+from socketprotector.daemon.delivery.queue.probe_port import ProbePort, drop_all, is_probe
 from socketprotector.daemon.delivery.queue.queue_watch import QueueWatch
 from tests.unit.daemon.queue_world import (
     PROBE,
@@ -278,7 +278,7 @@ def test_without_a_watch_the_channel_has_probes_alone(world: World) -> None:
 def test_what_is_left_in_a_channel_is_closed_and_its_clients_are_counted(world: World) -> None:
     world.to.hold("a", "b")
     world.to.line.insert(1, (PROBE, "probe"))
-    assert clients_in(any_of(world.to)) == 2
+    assert drop_all(any_of(world.to)) == 2
     assert world.to.line == []
     assert world.kernel.open == {}
 
@@ -286,7 +286,7 @@ def test_what_is_left_in_a_channel_is_closed_and_its_clients_are_counted(world: 
 def test_without_a_descriptor_they_are_counted_too(world: World) -> None:
     world.to.hold("a")
     world.kernel.most = 0
-    assert clients_in(any_of(world.to)) == 1
+    assert drop_all(any_of(world.to)) == 1
 
 
 def test_out_of_memory_the_rest_counts_as_clients(world: World) -> None:
@@ -300,4 +300,4 @@ def test_out_of_memory_the_rest_counts_as_clients(world: World) -> None:
         return take_back()
 
     world.to.take_back = take  # type: ignore[method-assign]
-    assert clients_in(any_of(world.to)) == 3
+    assert drop_all(any_of(world.to)) == 3

@@ -17,7 +17,7 @@ class Queue:
 
     def __init__(self) -> None:
         self.waiting: list[bytes] = []
-        self.taken_from = self.said_untaken = self.is_scarce = False
+        self.taken_from = self.untaken_reported = self.is_scarce = False
         self.met = self.sent = 0
 
     def depth(self) -> int:

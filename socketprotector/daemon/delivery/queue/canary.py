@@ -1,7 +1,7 @@
 """Sends a canary its share of the new connections; the route gets the rest.
 
 A canary is a new generation that first gets only a share of the clients.  We number the connections
-to listeners that the canary and the route both know.  The number decides whether the canary gets a
+to listeners that canary and route both know.  The number decides whether the canary gets a
 connection (in_share()).  If sending to the canary fails, the route gets the connection at once.
 
 If only the canary knows a listener, the route cannot get the listener's connections.  If such a
@@ -26,8 +26,8 @@ from .probe_port import is_probe
 from .queue_watch import QueueWatch
 from .undelivered import listener_of
 
-#: The canary fails if connections wait in its queue for this time and its workers take none.  After
-#: the workers have taken their first connection the limit is UNTAKEN_S, because they may be busy.
+#: The canary fails if its workers take none of the connections in its queue for this time.  After
+#: the workers have taken a connection the limit is UNTAKEN_S: workers may be busy.
 NEVER_TAKEN_S = 2.0
 #: The longest pause between two looks of the QueueWatch at the canary's queue.
 _LAST_LOOK_S = 0.5
@@ -126,7 +126,7 @@ class CanaryQueue:
                 send_to_canary(buffers, rights, flags)
             except OSError:
                 # After this error the acceptor subtracts one from the route's count (take_away()).
-                # But this connection was not sent to the route: first add one to the route's count.
+                # So first add one to this count: the connection was not sent to the route.
                 self.sent += 1
                 self.watch.take_away()
                 self._outlet.queue.add_uncounted()
@@ -145,7 +145,7 @@ class CanaryQueue:
     def _untaken(self, seconds: float, waiting: int, ever: bool) -> None:
         """Report a canary whose workers take no client."""
         if self.channel is not None:
-            reason = f"{untaken(seconds, ever=ever)}; {waiting} waiting"
+            reason = f"{untaken(seconds, ever=ever)}; clients waiting: {waiting}"
             self._post(Untaken(self.channel.generation.record.number, reason))
 
     def keep(self, header: bytes, fd: int) -> None:
@@ -204,7 +204,8 @@ class CanaryQueue:
         if is_probe(header):
             self._outlet.let_go(fd)
         elif route is None or not route.knows_of(listener_of(header)):
-            self._outlet.undelivered.keep_older(header, fd, number)  # those kept before came later
+            # The kept connections came later than this connection.
+            self._outlet.undelivered.keep_older(header, fd, number)
             self._send_later()
         elif self._outlet.is_free:
             self._outlet.send(route, header, fd)

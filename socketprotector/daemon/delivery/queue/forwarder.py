@@ -72,7 +72,7 @@ class Forwarder:
         self._post = runtime.post
         self._listeners = list(listeners)
         self._repair = repair
-        self._forwarded = 0  # how many were accepted before an upgrade or a kill
+        self._forwarded = 0  # connections accepted before an upgrade or a kill
         self._lost = 0
         self.undelivered = Undelivered(runtime.persist)
         self.queue = QueueWatch(
@@ -135,8 +135,8 @@ class Forwarder:
         """Take back untaken connections while the route has room; then end the channel.
 
         Workers take the remaining connections.  But if a worker has called shutdown() on the
-        channel, perhaps no worker reads it again.  Then the remaining connections go to the route
-        once the route has room.
+        channel, perhaps no worker reads from it again.  Then the remaining connections go to the
+        route once there is room.
         """
         is_shut = channel.is_shut()
         self._reclaim(channel)
@@ -216,7 +216,7 @@ class Forwarder:
         self._lost += self.undelivered.drop(lambda _: True)
         for channel, is_released in self._leftovers.items():
             if is_released:
-                self._lost += probe_port.clients_in(channel)
+                self._lost += probe_port.drop_all(channel)
                 channel.close()
         self._shortage.close()
         return surviving
@@ -321,10 +321,10 @@ class Forwarder:
         """Move a channel's connections to the route, the oldest first, while the route has room.
 
         If the route does not know a connection's listener, the connection goes back to the end of
-        its channel.  If the channel has ended, this and all later connections stay in the channel.
+        its channel.  If the channel has ended, such a connection and all later connections stay.
 
         last: the channel's workers have exited.  So undelivered.py gets the connections that the
-        route cannot get; those of a closed listener are lost.
+        route cannot get; connections of a closed listener are lost.
         """
         route = self.outlet.route
         has_unknown = route is not None and _may_have_unknown(channel, route)

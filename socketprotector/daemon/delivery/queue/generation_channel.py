@@ -16,7 +16,7 @@ class GenerationChannel(Channel):
         #: Whether a worker has taken a connection; assumed True for an adopted channel.
         self.taken_from = adopted
         #: Whether it was reported that no worker takes connections.
-        self.said_untaken = False
+        self.untaken_reported = False
         #: How many new connections were sent here.  A QueueWatch updates this only when it stops
         #: following the channel; until then add QueueWatch.new_in().
         self.met = 0

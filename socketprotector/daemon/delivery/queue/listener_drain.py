@@ -2,8 +2,8 @@
 
 Connected clients go to the newest generation that knows the listener, not to the serving
 generation.  A timer looks at the backlog until two looks in a row find no client.  If new clients
-cannot be refused, the drain ends after LAST_S, once every accepted client is sent.  The clients
-that are then still in the backlog are lost.
+cannot be refused, the drain ends after LAST_S, once every accepted client is sent.  Then clients
+still in the backlog are lost.
 
 All remaining clients are lost in three cases:
 
@@ -45,7 +45,7 @@ class _Draining:
     listener: Listener
     channel: Channel  # of the generation that knows the listener
     until: float = 0.0  # when to close at the latest; 0: no limit, because no new client comes
-    quiet: bool = False  # the last _look() found no client, and room in the channel
+    quiet: bool = False  # the last _look() found room in the channel, and no client
 
     @property
     def timer(self) -> tuple[str, int]:

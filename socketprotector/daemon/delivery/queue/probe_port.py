@@ -135,11 +135,11 @@ class ProbePort:
 
 
 def is_probe(header: bytes) -> bool:
-    """Return whether a record in a channel is one of our probes."""
+    """Return whether this is the header of one of our probes."""
     return not wire.HEADER.unpack_from(header)[-1]
 
 
-def clients_in(channel: Channel) -> int:
+def drop_all(channel: Channel) -> int:
     """Discard all connections in a channel; return how many were clients."""
     found = 0
     try:

@@ -140,8 +140,8 @@ class QueueWatch:
         if head is not None and head == self._head:
             self._look_s = min(2 * self._look_s, self.last_look_s)
             seconds = self.oldest_waiting_s(channel)
-            if seconds is not None and not channel.said_untaken:
-                channel.said_untaken = True
+            if seconds is not None and not channel.untaken_reported:
+                channel.untaken_reported = True
                 self.untaken(seconds, channel.depth(), channel.taken_from)
                 if self._channel is not channel:  # the report has ended the canary
                     self.start()

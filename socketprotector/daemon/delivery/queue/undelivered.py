@@ -23,7 +23,7 @@ from socketprotector_client import wire
 from ....system import inherited
 from ....system.inherited import Inherited
 
-#: Selects connections: returns whether to select those that came to the listener with this index.
+#: Returns whether to select the connections of the listener with this index.
 Wanted = Callable[[int], bool]
 
 
@@ -48,7 +48,7 @@ class Undelivered:
         self.persist()
 
     def keep_older(self, header: bytes, fd: int, number: int) -> None:
-        """Keep the next connection of a batch, in front of all that were kept before the batch.
+        """Keep a batch's next connection, in front of all connections from before the batch.
 
         number: the value of `self.number` before the batch.  Takes ownership of fd.
         """
@@ -120,7 +120,7 @@ class Undelivered:
         for each, fd in stored.items():
             os.close(fd)
             # A connection with a number up to `number` was removed from the state, to be sent or
-            # by drop(), so do not count it.  With a higher number, it was never in the state.
+            # dropped: do not count it.  With a higher number, a connection was never in the state.
             lost += each > number
         return lost
 

@@ -373,7 +373,7 @@ class Effects(Host):
         if (number := self._route) is None:
             return
         reason = untaken(seconds, ever=ever)
-        self._post(Untaken(number, f"{reason}; {waiting} waiting"))
+        self._post(Untaken(number, f"{reason}; clients waiting: {waiting}"))
         self._log.write(
             "warning",
             "queue-stalled",

@@ -197,7 +197,8 @@ def test_a_canary_that_accepts_no_client_fails(
     world.connect()
     world.until(lambda: bool(of_canary(world)))
     [listener] = world.delivery.listeners
-    reason = f"no worker has accepted a connection yet at {listener.settings.address}; 1 waiting"
+    where = f"at {listener.settings.address}; clients waiting: 1"
+    reason = f"no worker has accepted a connection yet {where}"
     assert of_canary(world) == [Untaken(2, reason)]
     assert world.delivery.oldest_waiting_s(world.generations[2]) is not None
     assert world.delivery.is_stuck(world.generations[2])

@@ -3,7 +3,7 @@
 `status` shows the counts.  Each listening socket of a generation has a number, the accept tag,
 which the socket's connections inherit (system/accept_tags.py).  Connections without a tag (NO_TAG)
 count for no generation.  We query the kernel so seldom that the queries take at most QUERY_SHARE of
-our time.  Until the next query, `status` shows the counts of the last query.
+our time.  Until the next query, `status` shows the last counts.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class AcceptCounts:
             return listener.index, tag
         used = {tag for index, tag in taken if index == listener.index} - {NO_TAG}
         if accept_tags.tag_of(listening) in used and listener.has_waiting(socket_number):
-            # Do not change the tag: if we are killed now, the next protector must see it and also
-            # refuse to count.
+            # Do not change the tag: if we are killed now, the next program must see this tag and
+            # also refuse to count.
             raise OSError(errno.EBUSY, _OTHERS_WAIT)
         tag = NO_TAG
         with suppress(OSError):  # for example no descriptor is free, or the kernel does not answer

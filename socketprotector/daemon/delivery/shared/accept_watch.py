@@ -21,8 +21,8 @@ from ....system.sock_diag import Line, stands, unaccepted
 from .. import NEVER_TAKEN_S, UNTAKEN_S
 
 #: The pause between two looks.  FIRST_LOOK_S: the generation has not served before, and clients
-#: wait at a listener where it has accepted no client yet.  LOOK_S: in all other cases.  A canary
-#: has other limits (CanaryWatch), and its pauses are the same fractions of those limits.
+#: wait at a listener where it has accepted no client yet.  LOOK_S: in all other cases.  A canary's
+#: pauses are the same fractions of its own limits (CanaryWatch).
 FIRST_LOOK_S = NEVER_TAKEN_S / 4
 LOOK_S = UNTAKEN_S / 2
 #: Queries to the kernel take at most this share of our time, however many connections there are.
@@ -38,7 +38,7 @@ class Backlogs(ABC):
 
     @abstractmethod
     def watch(self) -> None:
-        """Watch for the next client if AcceptWatch.awaits is True; otherwise await no client."""
+        """Watch for the next client if AcceptWatch.awaits is True; otherwise stop that watch."""
 
     @abstractmethod
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
@@ -65,7 +65,7 @@ def known_clients(
             line = unaccepted(each.socket_for(number))
         except OSError:
             continue
-        if line:  # if not, sock_diag does not see the clients: another network namespace
+        if line:  # empty: sock_diag sees no socket of another network namespace
             found[each.index] = line
     return found
 
@@ -76,12 +76,13 @@ class AcceptWatch:
 
     loop: Loop
     backlogs: Backlogs
-    #: How long clients may wait at a listener: until a client was accepted there, and afterwards.
+    #: How long clients may wait at a listener: before a client was accepted there, and afterwards.
     late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     timer: str = "untaken"
     awaits: bool = False  # True: the owner must call came() when a client comes
     _reported: bool = False
-    accepted: set[int] = field(default_factory=set)  # the listeners at which a client was accepted
+    #: The indices of listeners at which a client was accepted.
+    accepted: set[int] = field(default_factory=set)
     #: True: the generation has served before, so it may have accepted clients of any listener.
     _served_before: bool = False
     #: Listener index -> the backlog at the last look, and since when no client was accepted.  The
@@ -126,12 +127,12 @@ class AcceptWatch:
 
         None: the time is below the limit in `late_s`, or no client waits.
         """
-        return max(self._passed_over().values(), default=None)
+        return max(self._overdue().values(), default=None)
 
     def is_stuck(self) -> bool:
         """Look now; return whether clients wait where no client was accepted since the last look.
 
-        If there was no earlier look at a listener, return True if a client waits there.
+        Without an earlier look at a listener, return True if a client waits there.
         """
         if not self._waiting:
             return False
@@ -158,7 +159,7 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                # An unknown backlog counts as accepted, too, so that we look less often.
+                # An unknown backlog also counts as accepted, so that we look less often.
                 self.accepted.add(index)
                 del self._waiting[index]
             else:
@@ -169,19 +170,19 @@ class AcceptWatch:
         if not self._waiting:
             self._await()
             return
-        passed_over = self._passed_over()
-        if passed_over and not self._reported:
+        overdue = self._overdue()
+        if overdue and not self._reported:
             self._reported = True
-            count = sum(len(self._waiting[index][0]) for index in passed_over)
-            ever = self._served_before or passed_over.keys() <= self.accepted
-            seconds, at = max(passed_over.values()), frozenset(passed_over)
+            count = sum(len(self._waiting[index][0]) for index in overdue)
+            ever = self._served_before or overdue.keys() <= self.accepted
+            seconds, at = max(overdue.values()), frozenset(overdue)
             self.backlogs.report_untaken(seconds, count, ever, at)
             if not self._waiting:  # the report has ended the canary, and this watch
                 return
         self._look_later(time.monotonic() - began)
 
-    def _passed_over(self) -> dict[int, float]:
-        """Return for how long no client was accepted, for each listener where this is too long."""
+    def _overdue(self) -> dict[int, float]:
+        """Return indices of listeners with overdue clients -> for how long none was accepted."""
         now = time.monotonic()
         found = {index: now - since for index, (line, since) in self._waiting.items() if line}
         return {index: seconds for index, seconds in found.items() if seconds >= self._limit(index)}

@@ -18,8 +18,8 @@ from .probes import Probes
 from .shared_listeners import SharedListeners
 from .turns import Turns
 
-#: The canary fails if its workers accept none of the clients that wait at a listener for this time.
-#: After the listener's first accepted client the limit is UNTAKEN_S, because workers may be busy.
+#: The canary fails if, for this time, its workers accept none of the clients that wait at a
+#: listener.  After a first accepted client there the limit is UNTAKEN_S: workers may be busy.
 NEVER_TAKEN_S = 2.0
 
 
@@ -83,4 +83,4 @@ class CanaryWatch(Backlogs):
             self.never_accepted = self._canary, at - self.accepts.accepted
         addresses = [each.settings.address for each in self._listeners.living if each.index in at]
         reason = f"{untaken(seconds, ever=ever)} at {' '.join(addresses)}"
-        self._post(Untaken(self._canary, f"{reason}; {waiting} waiting"))
+        self._post(Untaken(self._canary, f"{reason}; clients waiting: {waiting}"))

@@ -37,7 +37,7 @@ class ListenerHold:
         return self.record.began_at > 0.0
 
     def turn(self, on: bool) -> None:
-        """Begin or end the hold; the caller updates the kernel."""
+        """Begin or end the hold; the caller steers the clients."""
         now, tried_until = time.monotonic(), self.record.tried_until
         if on and not self.on:
             self.record = HoldRecord(now, tried_until)

@@ -39,7 +39,7 @@ def _waits(listening: socket.socket, address: tuple[str, int], client: socket.so
     """
     if not listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         # The socket was shut down, so our connection may be at the address's other socket.
-        raise OSError(errno.ENOTCONN, "the socket does not listen")
+        raise OSError(errno.ENOTCONN, "the listening socket was shut down")
     if listening.family == socket.AF_UNIX:
         return os.fstat(client.fileno()).st_ino in unaccepted(listening)
     try:
@@ -48,9 +48,9 @@ def _waits(listening: socket.socket, address: tuple[str, int], client: socket.so
         return _has_waiting(listening)
 
 
-def _leads_elsewhere(client: socket.socket) -> bool:
-    """Raise OSError: our connection's path leads to another program's socket."""
-    raise OSError(errno.ENOTCONN, "another program has the path")
+def _waits_elsewhere(client: socket.socket) -> bool:
+    """Raise OSError: another program has our connection."""
+    raise OSError(errno.ENOTCONN, "another program's socket is at our path")
 
 
 def _end_of(client: socket.socket, listening: socket.socket) -> bytes | int:
@@ -71,7 +71,7 @@ class Probes:
         self._listeners, self._turns, self._steering = listeners, turns, steering
         self._persist = listeners.host.runtime.persist
         #: Sockets, by listener and number, that get probes and no clients.  So their ::1 or UNIX
-        #: peers are our probes, or those of the program that we replaced (by an upgrade or a kill).
+        #: peers are our probes, or probes of the earlier program (before an upgrade or a kill).
         self.probed: set[tuple[int, int]] = set()
         #: Sockets that get IPv4 probes: listener, number, and the source address of the probes.  No
         #: client has this address.
@@ -99,7 +99,7 @@ class Probes:
         address = each.ensure_address(self._turns.current)
         waits: Callable[[socket.socket], bool] = partial(_waits, listening, address)
         if each.path_fault:  # connect by the path, as clients do, not to the socket's file
-            address, waits = each.local_address, _leads_elsewhere
+            address, waits = each.local_address, _waits_elsewhere
         # The mark keeps the probe on this machine, as in reach_by_mark().
         mark = None if unix else self._mark_for(each, address)
         target = ProbeTarget(address, mark, waits, lambda: None)
@@ -124,8 +124,8 @@ class Probes:
         After an upgrade or a kill, the next program uses this record to discard the probes.
 
         IPv4 probes have a source address that no client has, so record this address.  IPv6 probes
-        share ::1 with this machine's clients, and UNIX probes have no address.  So for these
-        probes, record the socket, but only if it gets no clients.
+        share ::1 with this machine's clients, and UNIX probes have no address.  So for IPv6 and
+        UNIX probes, record the socket if the socket gets no clients.
         """
         if mark is not None and mark.family == socket.AF_INET:
             self.probe_sources.add((*place, mark.source))
@@ -147,9 +147,9 @@ class Probes:
         name: the name of the listener; "": the first listener that has two sockets.  knows: returns
         whether the generation knows a listener, by index.
 
-        This also works for the serving generation, and during a hold.  The probe never leaves this
-        machine, even if the address belongs to another machine.  Raises OSError, for example EAGAIN
-        while workers of an earlier generation may answer.
+        Such probes also reach the serving generation, and work during a hold.  They never leave
+        this machine, even if the address belongs to another machine.  Raises OSError, for example
+        EAGAIN while workers of an earlier generation may answer.
         """
         socket_number = self._turns.accepting.get(generation)
         if socket_number is None:
@@ -217,7 +217,7 @@ class Probes:
     def _first(
         listeners: Iterable[Listener], name: str, knows: Callable[[int], bool]
     ) -> Listener | None:
-        """Return the first such listener, if possible one whose interface was not removed."""
+        """Return the first matching listener; prefer a listener that has its interface."""
         named = (e for e in listeners if name in ("", e.settings.name) and knows(e.index))
         return min(named, key=lambda each: each.lacks_interface, default=None)
 
@@ -260,7 +260,7 @@ class Probes:
         return waiting, len(ours)
 
     def clients_wait(self, listener: Listener, number: int) -> bool:
-        """Return whether clients may wait at a listener's socket, not only probes."""
+        """Return whether a client may wait at a listener's socket, and not only probes."""
         try:
             return self._probes_at(listener, number) is None
         except OSError:

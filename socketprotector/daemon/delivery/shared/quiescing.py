@@ -1,16 +1,17 @@
 """Finds out when a replaced generation has accepted, and read from, all its clients.
 
-A replaced generation gets no new clients.  But its workers may not have accepted, or not have read
-from, some of its clients.  A server that is ordered to finish would close these connections.  So we
-query the kernel for such clients (sock_diag) again and again; each round is a look.  The queries
-take at most QUERY_SHARE of our time.  If the kernel cannot answer, we wait for a fixed time.
+A replaced generation gets no new clients.  But some of its clients may still be unaccepted or
+unread.  A server that is ordered to finish would close these connections.  So we query the kernel
+for such clients (sock_diag) again and again; each round of queries is a look.  The queries take at
+most QUERY_SHARE of our time.  If the kernel cannot answer, we wait for a fixed time.
 
-An unread client has sent bytes that its worker has not read.  Over TCP, clients in the handshake
-also count as unread.  So do accepted clients that have sent nothing, but only for SILENT_S.
+An unread client has sent bytes that its worker has not read.  Over TCP, two other kinds of clients
+count as unread: clients in the handshake, and, for SILENT_S, accepted clients that have sent
+nothing.
 
-Some workers still read from all their accepted clients after the order to finish, as the client
-library does (`reads_on`).  For such workers we wait only until all clients are accepted, including
-clients whose handshake is under way.
+Some workers still read from all their accepted clients after the order to finish, as workers on the
+client library do (`reads_on`).  For such workers we wait only until all clients are accepted,
+including clients whose handshake is under way.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _LOOK_S = 0.1
 _LOOK_SOON_S = 0.01
 #: With `reads_on`: how many looks in a row must find that all clients are accepted.
 _SOON_LOOKS = 2
-#: Without `reads_on`: a generation is quiet if for this time no client waited, and no client was
-#: unread except accepted clients that have sent nothing.
+#: Without `reads_on`: a generation is quiet if, for this time, no client waited, and the only
+#: unread clients were accepted clients that had sent nothing.
 QUIET_S = 1.0
 #: How long to wait for clients that have connected and send nothing.
 SILENT_S = 3.0
@@ -51,11 +52,11 @@ class _Generation:
     socket_number: int
     on_quiet: Callable[[], None]
     common: Sequence[Listener]  # single-socket listeners where clients wait
-    leave_out: Collection[int]  # listeners that we do not wait for
+    leave_out: Collection[int]  # indices of listeners that we do not wait for
     reads_on: bool  # its workers read from all accepted clients before they exit
     accept_until: float  # before this time, LAST_S restarts as long as clients wait
     began: float
-    delay_s: float = 0.0  # the planned pause before this look
+    delay_s: float = 0.0  # the planned pause before the next look
     # The sums of planned pauses.  Elapsed time would include a time in which the protector and its
     # workers were frozen, so that no worker could read.
     waited_s: float = 0.0
@@ -117,15 +118,15 @@ class Quiescing:
     ) -> None:
         """Call back when a generation has accepted and read from all its clients.
 
-        Calls back at the latest LAST_S after the last time at which new clients could come, even if
-        clients still wait or are unread.
+        At the latest, calls back LAST_S after new clients can no longer come; clients may then
+        still wait or be unread.
 
         socket_number: the generation's socket.  common: listeners with one socket for all
         generations; the clients that wait at these listeners must be accepted, too.  leave_out:
-        listeners whose clients need not be accepted.  reads_on: call back as soon as the generation
-        has accepted its clients.  accept_until: before this time, LAST_S restarts as long as
-        clients wait at the generation's own sockets, because no other generation would accept them.
-        Listeners whose new clients can stray to these sockets are excluded.
+        indices of listeners whose clients need not be accepted.  reads_on: call back once the
+        generation has accepted its clients.  accept_until: before this time, LAST_S restarts as
+        long as clients wait at the generation's own sockets, because no other generation would
+        accept them.  LAST_S does not restart for listeners whose new clients can stray.
         """
         given = socket_number, on_quiet, common, leave_out, reads_on, accept_until
         self._generations[generation] = _Generation(*given, began=time.monotonic())
@@ -171,7 +172,7 @@ class Quiescing:
             unread = self._query(generation, pairs, accepted=not waiting)
         elif unread and (still := self._query(generation, pairs, accepted=not waiting)) is not None:
             unread = {client: still[client] for client in unread if client in still}
-        # Later looks only remove clients from the first result, which omits those in a UNIX
+        # Later looks only remove clients from the first result, which omits clients in a UNIX
         # backlog.  So while clients wait, keep no result: the next look starts afresh.
         state.unread = None if waiting else unread
         state.waited_s += state.delay_s
@@ -187,9 +188,9 @@ class Quiescing:
         late = now - state.began >= LAST_S
         if late or (quiet and not awaited):
             if waiting:
-                hint = "the generation's workers have not accepted all clients; "
-                hint += "another generation gets the rest; at a stop, the rest are disconnected, "
-                hint += "unless the socket stays open (for example a .socket unit's)"
+                hint = "the generation's workers have not accepted all clients; another "
+                hint += "generation gets the rest, but a stop disconnects them unless systemd "
+                hint += "or another owner keeps their socket open"
                 self._log.write("warning", "not-accepted", generation=generation, hint=hint)
             del self._generations[generation]
             state.on_quiet()

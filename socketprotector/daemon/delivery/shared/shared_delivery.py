@@ -92,8 +92,9 @@ class SharedDelivery(Delivery):
                 address = each.settings.address
                 why = "so clients would reach the release"
                 return f"{address} has one socket for all generations, {why}"
-        # If clients cannot be steered, they may reach the generation of the dry run.
-        return None if self.steering.is_steered else "new clients cannot be steered now"
+        # Clients that cannot be steered may reach the dry run's generation.
+        cannot = "new clients cannot be steered now; `status` shows why"
+        return None if self.steering.is_steered else cannot
 
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
         number = self.steering.turns.free
@@ -289,7 +290,7 @@ class SharedDelivery(Delivery):
         self._post(BacklogEmptied())
 
     def _refuse_new(self) -> float:
-        """Refuse new clients; return until when workers may still accept earlier clients."""
+        """Refuse new clients; return when to close at the latest."""
         refused = [each.refuse_new() for each in self._listeners if not each.settings.foreign]
         return float("inf") if all(refused) else time.monotonic() + LAST_S
 
@@ -323,7 +324,7 @@ class SharedDelivery(Delivery):
         if listener.settings.foreign:
             left_out.add(0)  # its owner accepts
         for number in {n % len(listener.sockets) for n in (0, 1)} - left_out:
-            with suppress(OSError):  # on an error, the probes of this socket count as clients
+            with suppress(OSError):  # on an error, this socket's probes count as clients
                 waiting, ours = self.steering.probes.waiting_at(listener, number)
                 if waiting <= ours:
                     left_out.add(number)

@@ -11,8 +11,8 @@ options (system/socket_snapshot.py) in two cases:
   while all generations that still accept are older.
 
 If an option cannot be restored, we replace the socket.  But a socket that all generations share is
-replaced only if the option keeps clients out, and Listener.can_do_without() returns True.  If the
-option stays changed, we log it.
+replaced only if the option keeps clients out, and Listener.can_do_without() returns True.  We log
+an option that stays changed.
 
 The serving generation may lower a backlog.  We raise the backlog when another generation starts to
 accept from the socket, or when no generation accepts.  A longer backlog is harmless.
@@ -103,7 +103,7 @@ class SocketOptionRestore:
     def _restore(
         self, listener: Listener, socket_number: int, before: Snapshot, *, may_log: bool = True
     ) -> None:
-        """Restore a socket's options; if some stay changed, replace the socket if that is allowed.
+        """Restore a socket's options, or replace the socket if that fails and is allowed.
 
         may_log: whether to log the options that stay changed.
         """

@@ -75,7 +75,7 @@ class SocketRepair:
         """Return whether clients or probes need a socket whose device or file is gone.
 
         Clients need the socket to which they are steered.  Probes need the socket of a starting
-        generation: if they cannot reach it, only a timer could make this generation ready.
+        generation: without probes, only a timer could make this generation ready.
         """
         turns = self._turns
         if number == turns.number_for(listener):

@@ -41,7 +41,7 @@ class SocketSteering(Steering):
         runtime = listeners.host.runtime
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._post = runtime.persist, runtime.post
-        self._not_held = ""  # why a hold does not keep new clients waiting; "": it does, or no hold
+        self._not_held = ""  # why new clients do not wait in a hold; "": they wait, or no hold
         self._written = self._groups  # the result of _groups in the last written state
         self.turns = Turns()
         self.hold = ListenerHold(listeners)
@@ -87,7 +87,7 @@ class SocketSteering(Steering):
         for each in self._listeners.living:
             try:
                 self._repairs.make_ready(each, socket_number)
-            except OSError as error:  # if not raised again, the listener keeps its present socket
+            except OSError as error:  # unless we raise it, the listener keeps its present socket
                 is_needed = self._repairs.needs(each)
                 if fresh and is_needed and error.errno not in RESOURCE_ERRNOS:
                     self._watch.watch()
@@ -197,10 +197,10 @@ class SocketSteering(Steering):
         knows: Callable[[int], bool] | None = None,
         share: Share | None = None,
     ) -> None:
-        """Steer new clients to socket 0 or 1, and a share of them to the other socket.
+        """Steer new clients to socket `socket_number`, and a share of them to the other socket.
 
-        again: the generation at that socket has served before.  knows: returns whether that
-        generation knows a listener, by index; None: no generation has that socket yet.  Clients of
+        again: the generation at `socket_number` has served before.  knows: returns whether this
+        generation knows a listener, by index; None: there is no such generation yet.  Clients of
         an unknown listener stay at their present socket until the listener is removed.
         """
         listeners, before, canary = self._listeners.all, self.turns, self._watch.canary
@@ -217,11 +217,11 @@ class SocketSteering(Steering):
             if self.turns.gets_clients(each, number)
         }
         self.probes.clients_come(places)
-        self.probes.discard()  # after a kill and a restart, this may not have been done yet
+        self.probes.discard()  # a kill may have prevented the earlier discard()
         self._repairs.repair_all()
         self.steer()
         self.adopt_held()  # clients may have waited at both sockets until now
-        self._report_adopted()  # after a kill and a restart, this may not be reported yet
+        self._report_adopted()  # a kill may have prevented the earlier report
         self._watch.follow_canary()
         self._watch.watch()
         is_watched = is_watched and self.accept_watch.runs
@@ -297,7 +297,7 @@ class SocketSteering(Steering):
 
         latest: see `accept_until` of Quiescing.begin().  Later clients are refused, or wait for
         the next start or the socket's owner.  But if a listener has only one socket, the
-        generation may accept them.
+        generation may accept later clients.
         """
         number = self.turns.accepting.get(generation, 0)
         common = [each for each in self._listeners.living if not each.has_sibling]
@@ -353,7 +353,10 @@ class SocketSteering(Steering):
         return is_replaced and not any(map(self._listeners.can_stray, self._listeners.all))
 
     def _turn_away(self, generation: int) -> bool:
-        """Steer a generation's new clients to a socket without workers; False: nothing changed."""
+        """Steer a generation's new clients to a socket without workers.
+
+        Returns whether the steering has changed.
+        """
         number, turns, ended = self.turns.accepting[generation], self.turns, self._repairs.ended
         is_due = number == turns.current and not (ended or 1 - number in turns.accepting.values())
         if is_due:
@@ -368,7 +371,7 @@ class SocketSteering(Steering):
     def steer(self) -> bool:
         """Update the steering in the kernel; return whether that succeeded.
 
-        If that fails, clients still go to the other socket, whose workers keep accepting.
+        If steering fails, clients still go to the other socket, whose workers keep accepting.
         """
         not_steered, not_held = dict[str, str](), ""
         for each in self._listeners.open(closing=self._repairs.ended):
@@ -419,7 +422,7 @@ class SocketSteering(Steering):
         """Steer a listener's new clients to a socket, or during a hold to the reserved socket.
 
         If the current generation lost a path's socket, the path's clients are held, too.  Returns
-        why this hold is impossible, or "".  Raises OSError if clients go to the other socket.
+        why clients cannot be held, or "".  Raises OSError if clients go to the wrong socket.
         """
         if self.turns.given_back and listener.settings.foreign:
             socket_number = 0

@@ -107,7 +107,7 @@ class SocketWatch(Backlogs):
     def watch(self) -> None:
         """Watch for sockets that are shut down, and for clients where no worker accepts.
 
-        Also watch for the next client if an AcceptWatch awaits one.
+        Also watch for the next client if an AcceptWatch awaits a client.
         """
         if self._ended:
             return
@@ -183,8 +183,8 @@ class SocketWatch(Backlogs):
     def never_accepted(self, generation: int) -> Collection[int]:
         """Return the listeners at which a generation accepted no client while it was a canary.
 
-        Return no listener unless the generation is the newest: an older generation may have got the
-        route again since then.
+        Returns no listener unless the generation is the newest, because an older generation may
+        have got the route again.
         """
         if self.canary is None or generation != max(self._turns.accepting, default=0):
             return ()

@@ -41,12 +41,12 @@ class Turns:
     #: which the listener's clients wait.
     expected: dict[int, int] = field(default_factory=dict)
     #: Pairs of a generation's number and a listener's index: the generation's first workers lack
-    #: the listener's socket, because it was bound after their start.
+    #: the listener's socket, which was bound after their start.
     unserved: frozenset[tuple[int, int]] = frozenset()
     #: The pairs of `unserved` where the generation's later workers have the socket.
     partly_served: frozenset[tuple[int, int]] = frozenset()
-    #: Listeners whose socket the current generation lost.  Their clients go to the next
-    #: generation's socket.
+    #: Indices of listeners whose socket the current generation lost.  Clients of these listeners
+    #: go to the next generation's socket.
     lost: frozenset[int] = frozenset()
     given_back: bool = False  # True: new clients go to passed-in sockets, whose owner accepts them
     #: Not recorded: after an upgrade or a kill, the next program repeats the action RouteTo, which
@@ -112,14 +112,15 @@ class Turns:
         return {each for each in there if (each, listener.index) not in lacking}
 
     def is_served(self, listener: Listener, number: int) -> bool:
-        """Return whether a generation accepts from this socket, or is planned to do so."""
+        """Return whether a generation accepts, or will accept, from this socket."""
         if self.given_back and listener.settings.foreign:
             return True  # the socket's owner accepts
         there = self.at(listener, number)
         if not there:
             # While no generation accepts at all, the next generation gets the clients of any
-            # socket.  Otherwise it gets only the clients of its own socket.  But for a listener of
-            # `lost` no start is planned: return False, so that a rescue (socket_watch.py) follows.
+            # socket.  Otherwise the next generation gets only its own socket's clients.  But for
+            # listeners in `lost` no start is planned: return False, so that a rescue
+            # (socket_watch.py) follows.
             is_next = number == self.number_for(listener) and listener.index not in self.lost
             return not self.accepting or is_next
         return any((generation, listener.index) not in self.unserved for generation in there)
@@ -143,12 +144,13 @@ class Turns:
         pairs: the listeners with two sockets.  generation: leave out listeners whose socket no
         worker of this generation has; 0: leave out no listener.
         """
-        is_owners = self.given_back and number == 0
+        is_given_back = self.given_back and number == 0
         lacking = self.unserved - self.partly_served
         return [
             each
             for each in pairs
-            if not (is_owners and each.settings.foreign) and (generation, each.index) not in lacking
+            if not (is_given_back and each.settings.foreign)
+            and (generation, each.index) not in lacking
         ]
 
     def leave(self, generation: int, now: float) -> int | None:
@@ -161,7 +163,7 @@ class Turns:
         return number
 
     def expect(self, listener: Listener, *, dry_run: bool) -> int:
-        """Let a new listener's clients wait for the next generation; return their socket's number.
+        """Let a new listener's clients wait for the next generation; return the socket's number.
 
         dry_run: the clients come to the current socket, because the next generation gets none.
         """
@@ -179,10 +181,10 @@ class Turns:
         knows: Callable[[int], bool] | None,
         share: Share | None = None,
     ) -> None:
-        """Assign new clients to socket 0 or 1, and a share of them to the other socket.
+        """Assign new clients to socket `number`, and a share of them to the other socket.
 
-        indices: the indices of all listeners.  knows: returns whether the generation at that
-        socket knows a listener; None: no generation has that socket yet.  Clients of an unknown
+        indices: the indices of all listeners.  knows: returns whether the generation at socket
+        `number` knows a listener; None: no generation is there yet.  Clients of an unknown
         listener stay at their present socket.
         """
         if knows is not None and number != self.current:

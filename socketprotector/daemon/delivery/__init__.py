@@ -19,17 +19,17 @@ from ..generation import OpenGeneration
 from .host import Host
 from .probe_target import ProbeTarget
 
-#: How long clients may wait before we report that the workers accept none of them.  NEVER_TAKEN_S
-#: applies until workers have accepted a first client (in shared/: at the same listener), and
-#: UNTAKEN_S afterwards.
+#: If the workers accept no waiting client for this time, we report that.  NEVER_TAKEN_S applies
+#: until workers have accepted a first client (in shared/: at the same listener), and UNTAKEN_S
+#: afterwards.
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
 #: A stop, and the drain of a removed listener, check for new clients at this interval.  A client
 #: whose handshake is under way at one check has connected by the next check, unless the network
 #: loses a packet.
 QUIET_S = 0.2
-#: If new clients cannot be refused, a stop and the drain of a removed listener accept them for
-#: this time.
+#: If new clients cannot be refused, a stop and the drain of a removed listener accept clients for
+#: this time at most.
 LAST_S = 10.0
 
 
@@ -43,7 +43,7 @@ def untaken(seconds: float, *, ever: bool) -> str:
 
 @frozen
 class Handles:
-    """The descriptors from which a worker takes connections, and how the worker finds them."""
+    """A worker's descriptors for connections, and the variables that describe the descriptors."""
 
     descriptors: dict[int, int]  # descriptor in the worker -> our descriptor
     environment: dict[str, str]  # describes the descriptors to the worker
@@ -261,7 +261,7 @@ class Delivery(ABC):
     ) -> None:
         """Refuse new clients, and post BacklogEmptied once all earlier clients are accepted.
 
-        If new clients cannot be refused, wait for them no longer than LAST_S.
+        If new clients cannot be refused, accept them for LAST_S at most.
         serving: the serving generation.  quick: close at once, and post nothing.
         stay: instead of refusing new clients, let our own listeners survive; later clients wait
         there for the next start.
@@ -291,7 +291,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def look(self) -> None:
-        """Accept the waiting clients; long work that blocks the loop calls this again and again."""
+        """Accept the waiting clients; called repeatedly during long work that blocks the loop."""
 
     @abstractmethod
     def record(self) -> DeliveryRecord:
@@ -314,10 +314,10 @@ class Delivery(ABC):
     def adopt_generation(
         self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool
     ) -> bool:
-        """Adopt a generation that an earlier program opened; takes ownership of its descriptors.
+        """Adopt a generation that an earlier program opened; take ownership of its descriptors.
 
         draining: the generation drains already.  Returns False if needed descriptors were not
-        stored: the earlier program was killed before that, or the store had no room for them.
+        stored: the earlier program was killed first, or the store had no room.
         """
 
     @abstractmethod

@@ -35,9 +35,9 @@ class ProbeTarget:
     #: Returns whether all answers so far came from this generation.  If False, discard earlier and
     #: later answers.
     holds: Callable[[], bool] = lambda: True
-    #: Returns whether the probed and the serving socket differ in a socket option that can keep
-    #: clients out.  If they differ, perhaps no client reaches the probed workers.  So these workers
-    #: must not become ready only because a time has passed (ready_probe.py).
+    #: Returns whether the probed socket may be closed to clients: an option that can keep clients
+    #: out differs from the serving socket's.  Then a timer must not make the probed generation
+    #: ready (ready_probe.py).
     is_closed: Callable[[], bool] = lambda: False
 
     @property
@@ -87,7 +87,7 @@ Reach = Callable[[OpenGeneration, str], ProbeTarget | None]
 
 
 def family_of(address: tuple[str, int]) -> int:
-    """Return the address family of a target."""
+    """Return the family of a target's address."""
     host, port = address
     if not port:
         return socket.AF_UNIX

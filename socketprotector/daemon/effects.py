@@ -223,6 +223,7 @@ class Effects(Host):
             last_good=self.last_good,
             workers=self.pool.records(),
             orphans=self.pool.orphans.left,
+            orders=self.pool.orphans.orders,
             forwarder=delivery.forwarder,
             steering=delivery.steering,
             nonblocking=delivery.nonblocking,
@@ -336,8 +337,7 @@ class Effects(Host):
     def _close_listeners(self, *, quick: bool = False, waited: bool = False) -> None:
         stay, serving = self.listeners_survive_stop, self._route
         self._loop.cancel(_LATE)
-        late_s = 0.0 if quick or stay or waited else self._late_s
-        if late_s > 0.0:
+        if not (quick or stay or waited) and (late_s := self._late_s) > 0.0:
             self._loop.call_after(_LATE, late_s, lambda: self._close_listeners(waited=True))
             return
         generation = self.generations.get(serving) if serving is not None else None

@@ -142,8 +142,8 @@ class Recovery:
                 # fleet counts the worker as an orphan, report that no group is left.  If the fleet
                 # counts it as running and no group is left, _report_missing() reports the worker.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
-                    reason, served_s = _reason(record), _served_s(record)
-                    ended.append(WorkerExited(record.number, reason, served_s, orphans=has_group))
+                    waiting = self._waiting(record.generation)
+                    ended.append(_exit_of(record.number, record, waiting, orphans=has_group))
             yield ()
         yield (*ended, *self._report_missing({each.worker for each in ended}))
 
@@ -151,51 +151,70 @@ class Recovery:
         """Return events for the missing parts of the fleet; ended: workers already reported."""
         pool, fleet = self.effects.pool, self.snapshot.fleet
         known = {record.number for record in pool.records()}.union(ended)
-        unfinished = [each.number for each in fleet.alive() if each.number not in known]
+        unfinished = {each.number for each in fleet.alive()} - known
         # A generation without its descriptors is useless: end its start, or take the route from it.
         lost: list[Event] = [
-            OpenFailed(each.number, _KILLED, tuple(unfinished))
+            OpenFailed(each.number, _KILLED, tuple(sorted(unfinished)))
             if each.phase in (Phase.STARTING, Phase.ABANDONED)
             else ChannelBroken(each.number)
             for each in fleet.generations
             if each.number not in self.effects.generations
         ]
         records = {record.number: record for record in self.snapshot.workers}
-        for number in unfinished:
-            self._finish_unadopted(number)
-            record, found = records.get(number), fleet.find(number)
-            if found is not None and found[1].state is not State.ORPHANED:
-                reason, served_s = _reason(record), _served_s(record)
-                lost.append(WorkerExited(number, reason, served_s, orphans=True, lost=True))
+        for generation in fleet.generations:
+            missing = [each for each in generation.alive if each.number in unfinished]
+            waiting = self._waiting(generation.number) if missing else 0
+            for each in missing:
+                record = records.get(each.number)
+                self._watch_unadopted(generation.number, each.number, record)
+                if each.state is not State.ORPHANED:
+                    lost.append(_exit_of(each.number, record, waiting, orphans=True, lost=True))
+        for address, sign in self.snapshot.orders:
+            pool.orphans.order((address,), sign)
         return lost
 
-    def _finish_unadopted(self, number: int) -> None:
-        """Let a worker finish that cannot be adopted: it was starting, or the fd store was full.
+    def _waiting(self, number: int) -> int:
+        """Return how many clients wait in the queue, or at the socket, of a generation."""
+        opened = self.effects.generations.get(number)
+        if opened is None:
+            return 0
+        return self.effects.delivery.waiting(opened, clients_only=True) or 0
 
-        The fleet counts the worker as an orphan until a scan of /proc finds none of its processes.
-        When the orphan's time is up, package core orders KILL.
+    def _watch_unadopted(self, generation: int, number: int, record: WorkerRecord | None) -> None:
+        """Watch a worker that cannot be adopted: it was starting, or the fd store was full.
+
+        Its RETURN line has ended.  The fleet counts the worker as an orphan until a scan of /proc
+        finds none of its processes.  Scans also carry out the fleet's orders to the orphan.
         """
         pool = self.effects.pool
+        programs = {each.number: each.program for each in self.snapshot.generations}
+        needs_signal = generation in programs and not (record is not None and record.retires)
+        finish_signal = programs[generation].finish_signal if needs_signal else 0
         searched = set(pool.addresses(number))
 
         def gone(address: str) -> None:
             searched.discard(address)
             if not searched:
-                self.effects.runtime.post(WorkerExited(number, "orphans gone"))
+                waiting = self._waiting(generation)
+                event = WorkerExited(number, "orphans gone", waiting=waiting)
+                self.effects.runtime.post(event)
 
         for address in tuple(searched):
-            pool.orphans.finish(address, partial(gone, address))
+            pool.orphans.watch(address, finish_signal, partial(gone, address))
 
 
-def _reason(record: WorkerRecord | None) -> str:
+def _exit_of(
+    number: int, record: WorkerRecord | None, waiting: int, *, orphans: bool, lost: bool = False
+) -> WorkerExited:
+    """Return the event about a worker that cannot be adopted."""
+    reason = _NOT_STORED
     if record is None:  # it was starting: the record is written once the process runs
-        return _KILLED
-    return _ENDED if record.orphaned else _NOT_STORED
-
-
-def _served_s(record: WorkerRecord | None) -> float:
+        reason = _KILLED
+    elif record.orphaned:
+        reason = _ENDED
     ready_at = record.ready_at if record is not None else None
-    return time.monotonic() - ready_at if ready_at is not None else 0.0
+    served_s = time.monotonic() - ready_at if ready_at is not None else 0.0
+    return WorkerExited(number, reason, served_s, waiting, orphans=orphans, lost=lost)
 
 
 def _never_works(record: GenerationRecord) -> SettleFailed:

@@ -158,8 +158,7 @@ class WorkerPool:
         worker, sent = self._workers.get(number), signal.Signals[f"SIG{kind.value}"]
         if worker is None:
             self.groups.signal(number, sent)
-            if kind is WorkerSignal.KILL:
-                self.orphans.kill(self.addresses(number))
+            self.orphans.order(self.addresses(number), sent)
             return
         if not self._send(worker, sent):
             return
@@ -174,6 +173,7 @@ class WorkerPool:
         worker = self._workers.get(number)
         if worker is None:
             self.groups.retire(number)
+            self.orphans.retire(self.addresses(number))
             return
         self._order_to_finish(worker)
         self._log.write("info", "retired", worker=number)

@@ -6,7 +6,8 @@ random and unique, in their environment.  process_groups.py ends the processes i
 group; this module ends the processes that have left the group.
 
 If SocketProtector is killed between the start of a worker and the record of it, the worker may
-already serve clients.  The next program can find it only here, and lets it finish.
+already serve clients.  The next program can find this lost worker only here.  It lets the worker
+finish, and passes on the fleet's orders, as for any worker.
 
 A child process scans /proc for all addresses at once: there may be thousands of processes, and a
 process with locked memory (a page on a dead disk) blocks the reader of its environment.  The child
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
+from ..model.lazy_dataclass import mutable
 from ..model.settings import Identity
 from ..model.text import in_units
 from . import privileges, procfs
@@ -40,9 +42,8 @@ from .spawn import fork
 _MOST_SCANS = 10
 #: The time until the next scan, which checks that signalled processes are gone.
 _DEATH_S = 0.2
-#: The time until the next scan for a worker that finishes its clients: a share of the time since
-#: the order, at most the second figure.
-_FINISH_SHARE, _LAST_SCAN_S = 0.1, 10.0
+#: The time until the next scan for children that a lost worker has left.
+_CHILDREN_S = 2.0
 #: The time until the next scan if a scan has failed.
 _SCAN_AGAIN_S = 1.0
 #: The limit of a scan.  A scan that takes longer is stuck, and is killed.
@@ -58,6 +59,22 @@ _TIMER, _TIMER_END, _LIMIT = "orphans", "orphans-end", "orphans-look"
 Found = Mapping[str, Sequence[tuple[int, int]]]
 
 
+@mutable
+class _Search:
+    """The search for the processes with one notify address."""
+
+    #: The signal that the next scan sends to the processes it finds; 0: none.
+    sign: int
+    #: A lost worker: it gets only signals that were ordered.
+    lost: bool = False
+    finish_signal: int = 0  # makes it finish; 0: it finishes without a signal
+    kill_at: float | None = None  # when KILL is due; None: not decided yet
+    kills: int = 0  # rounds of KILL
+    gone: Callable[[], None] | None = None  # called when no process is left
+    pidfd: int = -1  # the lost worker's, which tells its exit; -1: none
+    seen: bool = False  # a scan has found it
+
+
 class Orphans:
     """Ends the processes that failed workers leave, by TERM and KILL; lets lost workers finish."""
 
@@ -69,7 +86,7 @@ class Orphans:
         identity: Identity | None,
         is_group_watched: Callable[[int], bool],
     ) -> None:
-        """Make it without addresses; end() adds them.
+        """Make it without addresses; end() and watch() add them.
 
         identity: the user that the workers run as, if not ours.
         is_group_watched: returns whether process_groups.py watches a process group.
@@ -79,13 +96,7 @@ class Orphans:
         self._loop = loop
         self._log = log
         self._kill_timeout_s = kill_timeout_s
-        #: Notify address -> when KILL is due; None before the first scan.
-        self._left: dict[str, float | None] = {}
-        #: Notify address -> since when its processes finish; kill() limits their time.
-        self._finishing: dict[str, float] = {}
-        self._kills: dict[str, int] = {}  # rounds of KILL, by address
-        #: Notify address -> called when its processes are gone.
-        self._gone: dict[str, Callable[[], None]] = {}
+        self._searches: dict[str, _Search] = {}  # by notify address
         self._scan: Scan | None = None
         self._ended: Callable[[], None] | None = None  # called when all processes have ended
         self._blind = False  # /proc is unusable, and that was logged
@@ -93,38 +104,57 @@ class Orphans:
 
     @property
     def left(self) -> tuple[str, ...]:
-        """The addresses to scan for, now or when KILL is due."""
-        return tuple(self._left)
+        """The addresses of failed workers to scan for, now or when KILL is due."""
+        return tuple(address for address, each in self._searches.items() if not each.lost)
+
+    @property
+    def orders(self) -> tuple[tuple[str, int], ...]:
+        """The signals that lost workers are to get, by address; KILL until they are gone."""
+        lost = ((address, each) for address, each in self._searches.items() if each.lost)
+        signs = ((a, each.sign if each.kill_at is None else signal.SIGKILL) for a, each in lost)
+        return tuple((address, int(sign)) for address, sign in signs if sign)
 
     @property
     def found(self) -> bool:
         """Whether a scan has found processes, which were sent TERM."""
-        return any(due is not None for due in self._left.values())
+        return any(each.kill_at is not None for each in self._searches.values())
 
-    def end(self, address: str, gone: Callable[[], None] | None = None) -> None:
-        """End the processes that have this notify address in their environment.
-
-        gone: called when no such process is left.
-        """
-        self._left.setdefault(address, None)
-        if gone is not None:
-            self._gone[address] = gone
+    def end(self, address: str) -> None:
+        """End the processes that have this notify address in their environment."""
+        self._searches.setdefault(address, _Search(signal.SIGTERM))
         self._scan_after(0.0)
 
-    def finish(self, address: str, gone: Callable[[], None]) -> None:
-        """Order the processes that have this address to finish: as end(), but without a KILL.
+    def watch(self, address: str, finish_signal: int, gone: Callable[[], None]) -> None:
+        """Watch a lost worker that has this address, until its last process is gone.
 
-        These processes may serve clients; kill() limits their time.
+        If end() has the address, the worker had failed.
+        finish_signal: what retire() sends; 0: nothing, because its RETURN line has ended.
+        gone: called when no such process is left.
         """
-        self._finishing[address] = time.monotonic()
-        self.end(address, gone)
+        search = self._searches.setdefault(address, _Search(0, lost=True))
+        search.finish_signal, search.gone = finish_signal, gone
+        self._scan_after(0.0)
 
-    def kill(self, addresses: Collection[str]) -> None:
-        """Kill the processes that finish() was given by these addresses."""
-        for address in self._finishing.keys() & addresses:
-            del self._finishing[address]
-            self._left[address] = time.monotonic()
-            self._scan_after(0.0)
+    def retire(self, addresses: Collection[str]) -> None:
+        """Order the lost worker that has one of these addresses to finish its clients."""
+        for each in self._lost(addresses):
+            if each.finish_signal:
+                self._order(each, each.finish_signal)
+
+    def order(self, addresses: Collection[str], sign: int) -> None:
+        """Signal the lost worker that has one of these addresses; KILL also its children."""
+        for each in self._lost(addresses):
+            self._order(each, sign)
+
+    def _lost(self, addresses: Collection[str]) -> list[_Search]:
+        found = (self._searches.get(address) for address in addresses)
+        return [each for each in found if each is not None and each.lost]
+
+    def _order(self, search: _Search, sign: int) -> None:
+        if sign == signal.SIGKILL:
+            search.kill_at = time.monotonic()
+        search.sign = sign
+        self._scan_after(0.0)
 
     def when_ended(self, done: Callable[[], None]) -> None:
         """Call back, perhaps at once, when all processes have ended or the limit has passed."""
@@ -135,7 +165,8 @@ class Orphans:
     def _stop_waiting(self) -> None:
         self.stop_looking()
         self._loop.cancel(_TIMER)
-        self._left.clear()
+        for address in tuple(self._searches):
+            self._forget(address)
         self.schedule()
 
     def stop_looking(self) -> None:
@@ -155,12 +186,12 @@ class Orphans:
                 hint = "processes that failed workers have detached are not found"
                 self._log.write("warning", "cannot-examine", error=procfs.MISSING, hint=hint)
             self._blind = True
-            self._scanned(tuple(self._left), {}, "")
+            self._scanned(tuple(self._searches), {}, "")
             return
         try:
-            self._scan = Scan(self._loop, tuple(self._left), self._identity, self._scanned)
+            self._scan = Scan(self._loop, tuple(self._searches), self._identity, self._scanned)
         except OSError as error:
-            self._cannot_scan(error.strerror or str(error))
+            self._scanned(tuple(self._searches), {}, error.strerror or str(error))
 
     def _cannot_scan(self, why: str) -> None:
         """Scan again later, because descriptors or memory are lacking."""
@@ -172,51 +203,85 @@ class Orphans:
     def _scanned(self, wanted: Collection[str], found: Found, why: str) -> None:
         """Signal the processes found and close their pidfds.  why: the scan was incomplete."""
         self._scan = None
-        now = time.monotonic()
-        for address, each in found.items():
-            due = self._left.get(address)
-            if due is None:
-                self._left[address] = now + self._kill_timeout_s
-                self._signal(each, signal.SIGTERM)
-            elif due <= now and address not in self._finishing:
-                self._kills[address] = self._kills.get(address, 0) + 1
-                self._signal(each, signal.SIGKILL)
+        done = []
+        for address in wanted:
+            search, processes = self._searches[address], found.get(address, ())
+            self._act(search, processes, complete=not why)
+            # What a failed worker has left delays nothing, so failed scans for it go on.
+            given_up = search.kills >= _MOST_SCANS and not (why and search.gone is None)
+            if given_up or not (processes or why):
+                done.append(search.gone)
+                self._forget(address)
         _close(found)
         if why:
             self._cannot_scan(why)
-            return
-        self._trouble = ""
-        done = [a for a in wanted if a not in found or self._kills.get(a, 0) >= _MOST_SCANS]
-        for address in done:
-            self._left.pop(address, None)
-            self._finishing.pop(address, None)
-            self._kills.pop(address, None)
-        self.schedule()
-        for address in done:
-            if gone := self._gone.pop(address, None):
-                gone()
+        else:
+            self._trouble = ""
+            self.schedule()
+        for gone in filter(None, done):
+            gone()
+
+    def _act(self, search: _Search, found: Sequence[tuple[int, int]], *, complete: bool) -> None:
+        """Send the processes that a scan has found the signal that is due, if any."""
+        now = time.monotonic()
+        if search.kill_at is not None and search.kill_at <= now:
+            search.kills += bool(found) or not complete
+            self._signal(found, signal.SIGKILL)
+        elif not search.lost:
+            if found and search.sign:
+                search.sign, search.kill_at = 0, now + self._kill_timeout_s
+                self._signal(found, signal.SIGTERM)
+        elif complete:
+            leaders = [each for each in found if _leads(each[0])]
+            if search.sign:  # as from any worker, its children get what it passes on
+                self._signal(leaders or found, signal.Signals(search.sign))
+            search.sign, search.seen = 0, True
+            if leaders and search.pidfd < 0:
+                self._await_exit(search, leaders[0][1])
+
+    def _await_exit(self, search: _Search, pidfd: int) -> None:
+        """Scan again when the lost worker exits."""
+
+        def exited() -> None:
+            self._release(search)
+            search.seen = False
+            self._scan_after(0.0)
+
+        with suppress(OSError):  # no descriptor is free: scan from time to time
+            copy = os.dup(pidfd)
+            with on_error(os.close, copy):
+                self._loop.watch(copy, exited)
+            search.pidfd = copy
+
+    def _release(self, search: _Search) -> None:
+        if search.pidfd >= 0:
+            self._loop.unwatch(search.pidfd)
+            os.close(search.pidfd)
+            search.pidfd = -1
+
+    def _forget(self, address: str) -> None:
+        self._release(self._searches.pop(address))
 
     def schedule(self) -> None:
         """Schedule the next scan, or report the end when no address is left."""
-        if self._left:
-            self._scan_after(min(self._delay_s(*each) for each in self._left.items()))
+        if self._searches:
+            delays_s = map(self._delay_s, self._searches.values())
+            due_s = min((each for each in delays_s if each is not None), default=None)
+            if due_s is not None:
+                self._scan_after(due_s)
         elif self._ended is not None:
             self._loop.cancel(_TIMER_END)
             done, self._ended = self._ended, None
             done()
 
-    def _delay_s(self, address: str, due: float | None) -> float:
-        """Return the seconds until the next scan for an address."""
-        now = time.monotonic()
-        if due is None:
+    def _delay_s(self, search: _Search) -> float | None:
+        """Return the seconds until the next scan for an address; None: an event begins it."""
+        if search.kill_at is not None:
+            is_awaited = self._ended is not None or search.gone is not None
+            return _DEATH_S if is_awaited else max(search.kill_at - time.monotonic(), _DEATH_S)
+        if search.sign or not search.seen:
             return 0.0
-        if address in self._finishing and self._ended is None:  # perhaps for hours
-            return min(
-                max((now - self._finishing[address]) * _FINISH_SHARE, _DEATH_S), _LAST_SCAN_S
-            )
-        if address in self._gone or self._ended is not None:
-            return _DEATH_S
-        return max(due - now, _DEATH_S)
+        return None if search.pidfd >= 0 else _CHILDREN_S
 
     def _signal(self, found: Sequence[tuple[int, int]], number: signal.Signals) -> None:
         for pid, pidfd in found:
@@ -226,6 +291,13 @@ class Orphans:
                     continue  # a program may treat a second TERM differently
                 signal.pidfd_send_signal(pidfd, number)
                 self._log.write("warning", "left-behind", pid=pid, signal=number.name)
+
+
+def _leads(pid: int) -> bool:
+    """Return whether a process leads its process group, as each worker does."""
+    with suppress(ProcessLookupError):
+        return os.getpgid(pid) == pid
+    return False
 
 
 def _close(found: Found) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -170,7 +170,8 @@ def test_the_end_of_the_processes_of_an_address_is_reported_once_they_are_gone(
         assert one.stdin is not None
         assert one.stdout.read(1) == b"\n"
         for address in (ADDRESS, f"{ADDRESS}-another"):
-            found.end(address, partial(gone.append, address))
+            found.end(address)
+            found.watch(address, 0, partial(gone.append, address))
         until(loop, lambda: found.found)
         assert gone == [f"{ADDRESS}-another"]
         one.stdin.close()
@@ -195,31 +196,119 @@ def test_what_ignores_TERM_is_killed_when_its_time_is_over(loop: Loop, log: Log)
         assert stubborn.wait(30) == -signal.SIGKILL
 
 
-def test_a_process_that_may_serve_is_killed_only_when_its_time_is_over(
+# -- lost workers ----------------------------------------------------------------------------
+
+SERVES = """
+trap 'echo $0 USR1' USR1
+trap 'echo $0 TERM' TERM
+[ $0 = worker ] && sh -c "$1" child &
+echo $0
+while :; do sleep 0.01; done
+"""
+
+
+@pytest.fixture
+def lost() -> Iterator[subprocess.Popen[str]]:
+    """A worker that says which signals it gets, as does its child."""
+    with subprocess.Popen(
+        ["/bin/sh", "-c", SERVES, "worker", SERVES],
+        env={"NOTIFY_SOCKET": ADDRESS, "PATH": os.environ["PATH"]},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            assert {says(process), says(process)} == {"worker", "child"}
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def says(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_a_lost_worker_gets_only_what_is_ordered_and_its_children_only_KILL(
+    loop: Loop, log: Log, lost: subprocess.Popen[str]
+) -> None:
+    """As any worker: it passes on what its children are to get."""
+    gone: list[str] = []
+    with looks(loop, log, 0.0) as (found, counted):
+        found.watch(ADDRESS, signal.SIGUSR1, partial(gone.append, ADDRESS))
+        until(loop, lambda: len(counted) == 1 and found._scan is None)
+        assert (log.said, found.left, found.orders) == ([], (), ())
+        found.retire((ADDRESS, "another"))
+        assert found.orders == ((ADDRESS, signal.SIGUSR1),)
+        until(loop, lambda: found.orders == ())
+        assert says(lost) == "worker USR1"
+        found.order((ADDRESS, "another"), signal.SIGTERM)
+        until(loop, lambda: found.orders == ())
+        assert says(lost) == "worker TERM"
+        until(loop, lambda: found._scan is None)
+        assert loop.due(orphans._TIMER) is None, "only an event begins another look"
+        found.order((ADDRESS,), signal.SIGKILL)
+        until(loop, lambda: gone == [ADDRESS])
+        assert lost.wait(30) == -signal.SIGKILL
+        assert says(lost) == ""
+
+
+def test_the_exit_of_a_lost_worker_is_noticed_at_once_and_its_children_are_not_forgotten(
+    loop: Loop, log: Log, lost: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orphans, "_CHILDREN_S", 0.01)
+    gone: list[str] = []
+    with looks(loop, log) as (found, counted):
+        found.watch(ADDRESS, 0, partial(gone.append, ADDRESS))
+        until(loop, lambda: len(counted) == 1 and found._scan is None)
+        os.kill(lost.pid, signal.SIGKILL)
+        lost.wait(30)
+        until(loop, lambda: len(counted) >= 4)
+        assert gone == []
+        found.order((ADDRESS,), signal.SIGTERM)
+        until(loop, lambda: found.orders == ())
+        assert says(lost) == "child TERM"
+        os.killpg(lost.pid, signal.SIGKILL)
+        until(loop, lambda: gone == [ADDRESS])
+    assert {fields["signal"] for _, fields in log.said} == {"SIGTERM"}
+
+
+def test_an_order_whose_look_was_called_off_is_carried_out_by_the_next_program(
+    loop: Loop, log: Log, lost: subprocess.Popen[str]
+) -> None:
+    """An upgrade, or a kill of the protector, comes between the order and its signal."""
+    gone: list[str] = []
+    with looks(loop, log) as (before, _), looks(loop, log) as (found, _):
+        before.watch(ADDRESS, 0, lambda: None)
+        before.order((ADDRESS,), signal.SIGKILL)
+        until(loop, lambda: before._scan is not None)
+        before.stop_looking()
+
+        found.watch(ADDRESS, 0, partial(gone.append, ADDRESS))
+        for address, sign in before.orders:
+            found.order((address,), sign)
+        until(loop, lambda: gone == [ADDRESS])
+        assert lost.wait(30) == -signal.SIGKILL
+
+
+def test_a_lost_worker_that_no_look_finds_delays_the_fleet_only_so_long(
     loop: Loop, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its time is that of a leaving worker, not the limit of what a failed start leaves."""
-    monkeypatch.setattr(orphans, "_DEATH_S", 0.01)
+    monkeypatch.setattr(orphans, "_SCAN_AGAIN_S", 0.001)
     gone: list[str] = []
-    with (
-        looks(loop, log, 0.0) as (found, counted),
-        subprocess.Popen(
-            ["/bin/sh", "-c", "trap '' TERM; echo; while :; do sleep 0.01; done"],
-            env={"NOTIFY_SOCKET": ADDRESS, "PATH": os.environ["PATH"]},
-            stdout=subprocess.PIPE,
-        ) as serves,
-    ):
-        assert serves.stdout is not None
-        assert serves.stdout.read(1) == b"\n"
-        found.end(ADDRESS)  # as the state of the killed program says
-        found.finish(ADDRESS, partial(gone.append, ADDRESS))
-        until(loop, lambda: len(counted) >= 4)
-        assert {fields["signal"] for _, fields in log.said} == {"SIGTERM"}
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with looks(loop, log, 0.0) as (found, _):
+        monkeypatch.setattr(orphans, "Scan", refused)
+        found.watch(ADDRESS, 0, partial(gone.append, ADDRESS))
+        until(loop, lambda: bool(log.said))
         assert gone == []
-        found.kill((ADDRESS, "another"))
+        found.order((ADDRESS,), signal.SIGKILL)
         until(loop, lambda: gone == [ADDRESS])
-        assert serves.wait(30) == -signal.SIGKILL
-        assert found.left == ()
+    assert log.said == [("cannot-examine", {"error": "Too many open files"})]
 
 
 def test_a_look_that_hangs_is_given_up_and_holds_nothing_up(

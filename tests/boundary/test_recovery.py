@@ -108,7 +108,7 @@ def test_one_that_is_known_or_reads_the_end_of_its_line_is_sent_no_signal(
 def test_a_worker_that_ran_and_was_not_stored_has_served_until_now() -> None:
     """The fd store had no room for its descriptors."""
     pool = SimpleNamespace(
-        records=lambda: (), addresses=lambda _: (), orphans=SimpleNamespace(finish=None)
+        records=lambda: (), addresses=lambda _: (), orphans=SimpleNamespace(watch=None)
     )
     record = WorkerRecord(12, 1, 4711, 0, ready_at=time.monotonic() - 100)
     made = recovery(12, os.open(os.devnull, os.O_RDONLY), record, handoff="connection")
@@ -168,7 +168,7 @@ def test_a_worker_that_was_being_started_counts_until_no_process_has_its_address
     pool = SimpleNamespace(
         records=lambda: (WorkerRecord(12, 1, 4711, 0),),
         addresses=lambda number: addresses if number == 13 else (),
-        orphans=SimpleNamespace(finish=ends.__setitem__),
+        orphans=SimpleNamespace(watch=lambda address, _, gone: ends.__setitem__(address, gone)),
     )
     generations = {1: None, 2: None} if opened else {1: None}
     made = recovery(12, os.open(os.devnull, os.O_RDONLY), handoff="connection")
@@ -201,19 +201,79 @@ def test_a_worker_that_was_being_started_counts_until_no_process_has_its_address
     assert [each.number for each in fleet.alive()] == [12]
 
 
+def unadopted(
+    worker: Worker,
+    *records: WorkerRecord,
+    orders: tuple[tuple[str, int], ...] = (),
+    waiting: int = 0,
+) -> tuple[tuple[Event, ...], list[tuple[object, ...]], list[Event]]:
+    """Recover without a worker's descriptors.
+
+    Return the events, what was ordered of Orphans, and the event of the worker's end.
+    """
+    orders_given: list[tuple[object, ...]] = []
+    gone: list[Callable[[], None]] = []
+    posted: list[Event] = []
+
+    def watch(address: str, finish_signal: int, then: Callable[[], None]) -> None:
+        orders_given.append((address, finish_signal))
+        gone.append(then)
+
+    made = recovery(12, os.open(os.devnull, os.O_RDONLY), *records, handoff="listener")
+    made.unclaimed.close()
+    made.effects = cast(
+        "Any",
+        SimpleNamespace(
+            pool=SimpleNamespace(
+                records=lambda: (),
+                addresses=lambda number: (f"@notify-{number}",),
+                orphans=SimpleNamespace(watch=watch, order=lambda *a: orders_given.append(a)),
+            ),
+            generations={1: object()},
+            delivery=SimpleNamespace(waiting=lambda _, clients_only: waiting),
+            runtime=SimpleNamespace(post=posted.append),
+        ),
+    )
+    program = Program("/", (), "/", (), 0, (), 0, handoff="listener", drain_signal=signal.SIGQUIT)
+    made.snapshot = replace(
+        made.snapshot,
+        fleet=Fleet(generations=(Generation(1, Phase.SERVING, workers=(worker,)),), served=True),
+        generations=(GenerationRecord(1, program),),
+        orders=orders,
+    )
+    [events] = made.adopt_workers()
+    gone[0]()
+    return events, orders_given, posted
+
+
 def test_a_worker_that_still_finishes_after_a_second_kill_keeps_its_limit() -> None:
     """The fleet has it as an orphan already, whose timers another report would cancel."""
-    finish: list[str] = []
-    pool = SimpleNamespace(
-        records=lambda: (),
-        addresses=lambda number: (f"@notify-{number}",),
-        orphans=SimpleNamespace(finish=lambda address, gone: finish.append(address)),
-    )
-    made = recovery(12, os.open(os.devnull, os.O_RDONLY), handoff="connection")
-    made.unclaimed.close()
-    made.effects = cast("Any", SimpleNamespace(pool=pool, generations={1: None}))
-    serving = Generation(1, Phase.SERVING, workers=(Worker(13, 0, State.ORPHANED),))
-    made.snapshot = Snapshot(Fleet(generations=(serving,), served=True), made.snapshot.settings)
+    events, given, _ = unadopted(Worker(13, 0, State.ORPHANED))
 
-    assert list(made.adopt_workers()) == [()]
-    assert finish == ["@notify-13"]
+    assert events == ()
+    assert given == [("@notify-13", signal.SIGQUIT)]
+
+
+def test_it_gets_the_signal_that_it_had_not_got_yet() -> None:
+    order = ("@notify-13", int(signal.SIGKILL))
+
+    _, given, _ = unadopted(Worker(13, 0, State.ORPHANED), orders=(order,))
+
+    assert given[1:] == [(("@notify-13",), signal.SIGKILL)]
+
+
+@pytest.mark.parametrize(("retires", "sign"), [(True, 0), (False, signal.SIGQUIT)])
+def test_an_unstored_worker_that_watches_its_line_needs_no_signal(retires: bool, sign: int) -> None:
+    record = WorkerRecord(13, 1, 4711, 0, retires=retires)
+
+    _, given, _ = unadopted(Worker(13, 0, State.READY), record)
+
+    assert given == [("@notify-13", sign)]
+
+
+def test_events_of_a_worker_that_cannot_be_adopted_tell_who_waits() -> None:
+    """For these clients another worker, or another generation, may have to start."""
+    (event,), _, ended = unadopted(Worker(13, 0, State.READY), waiting=3)
+
+    assert event == WorkerExited(13, KILLED, waiting=3, orphans=True, lost=True)
+    assert ended == [WorkerExited(13, "orphans gone", waiting=3)]

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -325,6 +326,26 @@ def test_there_a_child_is_known_whose_worker_died_while_no_protector_lived(
 # -- a worker that a killed protector had started, and not yet recorded --------------------
 
 
+#: Accepts; QUIT makes it finish what it serves, and TERM ends it at once.
+QUITS = """
+import os, select, signal, socket
+ended, wake = os.pipe2(os.O_NONBLOCK)
+signal.set_wakeup_fd(wake)
+signal.signal(signal.SIGQUIT, lambda *_: None)
+listener = socket.socket(fileno=3)
+while ended not in select.select([listener, ended], [], [])[0]:
+    with listener.accept()[0] as client, client.makefile("rw") as lines:
+        for line in lines:
+            print(line, end="", file=lines, flush=True)
+"""
+BY_QUIT = ("--handoff", "listener", "--ready", "after:10ms", "--drain-signal", "QUIT")
+LOST = {
+    "library": ("127.0.0.1:0", "--", *ECHO),
+    "signal": (*BY_QUIT, "127.0.0.1:0", "--", sys.executable, "-S", "-E", "-c", QUITS),
+    "programs": ("--handoff", "stdio", "--workers", "1", "127.0.0.1:0", "--", "cat"),
+}
+
+
 def lose_worker(daemon: Protector) -> Client:
     """Kill the protector between a worker's start and its record; return the worker's client."""
     [first] = spawned(daemon)
@@ -342,21 +363,25 @@ def lose_worker(daemon: Protector) -> Client:
         mark = kill_protector(daemon)
         strace.stderr.read()
     revived(daemon, mark)
-    daemon.log.wait_for("event=left-behind .*signal=SIGTERM")
+    daemon.log.wait_for("event=worker-ready", after=mark)
     return client
 
 
 @needs.programs("strace")
-def test_a_worker_without_a_record_finishes_its_clients(protector: Starter) -> None:
-    words = ("--kill-timeout", "10ms", "127.0.0.1:0", "--", *ECHO)
-    daemon = protector("--guard", *words).ready()
+@pytest.mark.parametrize("words", LOST.values(), ids=LOST)
+def test_a_worker_without_a_record_finishes_its_clients(
+    protector: Starter, words: tuple[str, ...]
+) -> None:
+    daemon = protector("--guard", "--kill-timeout", "10ms", *words).ready()
     with lose_worker(daemon) as client:
-        daemon.log.wait_for("event=worker-ready")
+        upgrade(daemon)
+        at_rest(daemon)
         daemon.reload()
         daemon.reload()
         assert client.ask()
     daemon.log.wait_for("event=drained generation=1")
-    assert daemon.log.count("event=left-behind .*signal=SIGKILL") == 0
+    signals = [line for line in daemon.log.seen if "event=left-behind" in line]
+    assert [line.rpartition("=")[2] for line in signals] == ["SIGQUIT"] * ("QUIT" in words)
     daemon.stop()
 
 

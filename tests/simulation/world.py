@@ -1547,6 +1547,7 @@ class World:
         assert protector is not None
         known = {*self._fixed, *protector.effects.descriptors().values()}
         known |= set(self._outbox._unsent.values())
+        known |= {each.pidfd for each in protector.effects.pool.orphans._searches.values()}
         if (forwarder := forwarder_of(protector.effects)) is not None:
             known.add(forwarder._shortage.reserve)
         running = [each.process for each in self.kernel.files.values() if isinstance(each, Running)]
@@ -1580,7 +1581,8 @@ class World:
         assert not (lame_duck and closing), "it does not accept any more"
         looked_after = {each.number for each in act.pool.records()}  # with what outlives a leader
         # What a killed program had begun to start is looked for.
-        unfinished = {int(address.rpartition("-")[2]) for address in act.pool.orphans._gone}
+        searches = act.pool.orphans._searches.items()
+        unfinished = {int(a.rpartition("-")[2]) for a, each in searches if each.gone is not None}
         looked_after |= unfinished
         assert {each.number for each in fleet.alive()} == looked_after
         never_opened = {

@@ -112,8 +112,11 @@ class World:
             has=lambda _: False,
         )
         patch.setattr(module, "Groups", lambda *_: groups)
-        self.killed_orphans: list[tuple[str, ...]] = []
-        orphans = SimpleNamespace(kill=self.killed_orphans.append)
+        self.orders_to_lost: list[tuple[object, ...]] = []
+        orphans = SimpleNamespace(
+            retire=lambda addresses: self.orders_to_lost.append((addresses,)),
+            order=lambda *order: self.orders_to_lost.append(order),
+        )
         patch.setattr(module, "Orphans", lambda *_: orphans)
         spawner = SimpleNamespace(
             start=self._start, settings=SETTINGS, addresses=lambda number: (f"@{number}",)
@@ -338,13 +341,14 @@ def test_a_signal_that_we_may_not_send_is_logged_and_not_recorded(world: World) 
 
 
 def test_orders_for_a_worker_that_has_exited_go_to_its_process_group(world: World) -> None:
+    """If a kill of the protector has lost it, they go to the processes with its address."""
     world.pool.signal(9, WorkerSignal.TERM)
-    assert world.killed_orphans == []
     world.pool.signal(9, WorkerSignal.KILL)
     world.pool.retire(9)
 
     assert world.group_signals == [(9, signal.SIGTERM), (9, signal.SIGKILL)]
-    assert world.killed_orphans == [("@9",)]
+    at = ("@9",)
+    assert world.orders_to_lost == [(at, signal.SIGTERM), (at, signal.SIGKILL), (at,)]
     assert world.retired_groups == [9]
 
 

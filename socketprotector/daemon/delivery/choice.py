@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 def delivery_for(mode: HandoffMode) -> type[Delivery]:
     """Return the delivery class of a handoff mode.
 
-    Call this at the start of the resident process: a package upgrade may later replace the file
-    that defines the class.
+    Call this function at the start of the resident process: a package upgrade may later replace the
+    class's file.
     """
     if mode.workers_accept:
         import array

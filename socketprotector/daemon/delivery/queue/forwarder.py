@@ -92,7 +92,7 @@ class Forwarder:
         #: True: the channel's workers have exited, so we then close the channel (see release()).
         self._leftovers: dict[GenerationChannel, bool] = {}
         self._holding = False  # True during a hold: accept nothing
-        self._ended_listeners: list[Listener] = []  # we no longer accept from them
+        self._ended_listeners: list[Listener] = []  # no longer accepted from
         self._closing: _Closing | None = None
         stop = self._acceptor.end_all
         self._shortage = Shortage(runtime, stop=stop, retry=self._resume)

@@ -3,8 +3,8 @@
 Such connections are few, because we accept only what we can deliver.  We keep a connection if its
 send failed, or if no generation that knows its listener can get it now.
 
-After an upgrade or a kill, the program that replaces us (the next program) gets these connections.
-It finds their headers in the state, and their descriptors by name.  This module follows two rules:
+After an upgrade or a kill, the program that replaces us (the next program) gets these connections:
+their headers from the state, and their descriptors by name.  This module follows two rules:
 
 * A connection is removed from the state before it is sent.  If we are killed in between, the
   connection is lost.  If we sent the connection first, such a kill could give it to a

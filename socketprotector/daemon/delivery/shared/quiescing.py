@@ -73,7 +73,7 @@ def _unread_unix(
     """Return the unread clients of a generation's UNIX sockets.  Raises OSError.
 
     For an accepted client that has sent nothing, the kernel reports 0 unread bytes, as for a client
-    whose bytes were read.  So we wait for neither.
+    whose bytes were read.  So we wait for neither client.
 
     replaced: listeners whose socket was replaced after the generation's start.  The path is a link
     to one of several socket files (socket_file.py), and a connection keeps the name of its file.
@@ -150,8 +150,8 @@ class Quiescing:
 
     def _look(self, generation: int) -> None:
         state, now = self._generations[generation], time.monotonic()
-        # Check this before the queries.  A query misses clients that come after it, so a look
-        # during which clients may still come must not count as quiet.
+        # Call gets_no_client() before the queries, which miss later clients: a look during which
+        # clients may still come must not count as quiet.
         gets_clients = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
         with_two = [each for each in self._listeners.pairs if each.index not in state.leave_out]

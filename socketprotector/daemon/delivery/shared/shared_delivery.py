@@ -371,7 +371,7 @@ class SharedDelivery(Delivery):
     def adopt(
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
-        # Do this first: if systemd has made a socket blocking, a worker may block in accept() now.
+        # Restore the flags first: systemd may have made a socket blocking for accept() in workers.
         self._flags.adopt(record.nonblocking)
         self.steering.adopt_record(record.steering, held=held)
         if closing:

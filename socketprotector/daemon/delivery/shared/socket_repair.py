@@ -183,7 +183,8 @@ class SocketRepair:
         self._steering.adopt_held()
         starting = self._turns.starting
         if starting in lacking:
-            # Post this first: the starting generation must fail before another generation starts.
+            # Post SocketLost first: the starting generation must fail before the next generation
+            # starts.
             self._post(SocketLost(starting))
             lacking.remove(starting)
         if lacking:

@@ -5,8 +5,9 @@ A TCP address leads to the socket that a filter in the kernel selects (system/re
 path leads to the file of one socket (system/path_group.py).
 
 When the new generation is ready, we steer new clients to its socket.  The old generation then gets
-no new clients.  Before we order it to finish, we wait until it has accepted its waiting clients,
-and read from them (quiescing.py).  Otherwise a server would close connections unread.
+no new clients.  Before we order this generation to finish, we wait until it has accepted its
+waiting clients, and read from them (quiescing.py).  Otherwise a server would close connections
+unread.
 
 If an address has only one socket, both generations accept from it.
 """
@@ -183,7 +184,7 @@ class SocketSteering(Steering):
     def expect(self, listener: Listener, *, dry_run: bool) -> None:
         """Steer a new listener's clients to the next generation, which will know the listener.
 
-        dry_run: steer them to the current socket, because the next generation gets no clients.
+        dry_run: steer to the current socket, because the next generation gets no clients.
         """
         if self.turns.expect(listener, dry_run=dry_run) == 1:
             listener.swap()  # until now, the first socket got the clients

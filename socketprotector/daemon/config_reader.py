@@ -28,7 +28,7 @@ _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
 @mutable
 class ConfigAnswer:
-    """The new settings, or why the reading failed; after a dry reading, only what would change.
+    """The new settings, or why the reading failed; after read(dry=True), only what would change.
 
     The receiver owns the descriptors.
     """
@@ -68,8 +68,9 @@ class ConfigReader:
     ) -> None:
         """Read the configuration, bind new listeners, and call `done` with the answer.
 
-        dry: only report what would change.  The child is killed after start_timeout_s.  If no child
-        can start, `done` is called at once.
+        The child is killed after start_timeout_s.  If no child can start, `done` is called at once.
+
+        dry: only report what would change.
         """
         assert not self.busy
         self._failure = ""
@@ -122,7 +123,7 @@ class ConfigReader:
             except BlockingIOError:
                 return
             except OSError as error:
-                self._failure = f"cannot receive the answer: {error.strerror}"
+                self._failure = f"cannot receive the new configuration: {error.strerror}"
                 data, control, flags = b"", [], 0
             fds = [int.from_bytes(each[2][:4], sys.byteorder) for each in control]
             if flags & socket.MSG_CTRUNC:
@@ -148,7 +149,7 @@ class ConfigReader:
         try:
             answer = self._answer(f"the reader process {how}")
         except OSError as error:
-            answer = ConfigAnswer(f"cannot read the answer: {error.strerror}")
+            answer = ConfigAnswer(f"cannot read the new configuration: {error.strerror}")
         self._release()
         done(answer)
 

@@ -34,7 +34,7 @@ from .verdicts import Verdict
 #: The pause between two looks at a connection that waits for a worker: a share of the connection's
 #: age, within these limits.
 _FIRST_LOOK_S, _LAST_LOOK_S, _LOOK_SHARE = 0.005, 1.0, 0.1
-#: How much longer than the probe's limit the prober may take: it may have to start first.
+#: How much longer than the probe's limit the prober may take: the prober may be starting.
 _PROBER_S = 10.0
 #: The errors of connect() to an address where no process listens.
 _NOT_THERE = (errno.ECONNREFUSED, errno.ENOENT)
@@ -83,10 +83,10 @@ class Probe:
         limit_s: float,
         report: Callable[[Verdict], None],
     ) -> None:
-        """Send a probe; `report` is called once, maybe before the return, but not after close().
+        """Send a probe; `report` is called once, maybe before send() returns, never after close().
 
-        Exception: while an earlier late command still runs, no other command is started.  If that
-        earlier command ends before this probe's limit, `report` is not called.
+        While an earlier late command still runs, no other command is started.  If that earlier
+        command ends before this probe's limit, `report` is not called.
         """
         self._spec, self._report = spec, report
         self._sent_at = time.monotonic()
@@ -158,7 +158,7 @@ class Probe:
         target = self._target
         if target is None:
             one_socket = "both generations share one socket"
-            none = "there is no such listener"
+            none = "the probed listener does not exist"
             self._finish(verdicts.NO_TARGET, none if self._as_client else one_socket)
             return
         if spec.by_http and self._prober is None:
@@ -220,7 +220,10 @@ class Probe:
     # -- whether a worker has accepted the connection ----------------------------------
 
     def _waits(self) -> bool:
-        """Return whether our connection waits for a worker.  Raises OSError if it is lost."""
+        """Return whether our connection waits for a worker.
+
+        Raises OSError if the connection is lost.
+        """
         target, connection = self._target, self._connection
         assert target is not None
         assert connection is not None
@@ -275,9 +278,9 @@ class Probe:
         if not target.holds():
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
-            # A first reset may only show that the listening socket was shut down.  We repair the
-            # socket meanwhile.  So if the next probe's connection is reset at its first look, a
-            # server has accepted that connection: the next branch reports GOOD.
+            # A first reset may only show that the listening socket was shut down.  We then repair
+            # the socket.  So if the next probe's connection is reset at its first look, a server
+            # has accepted that connection: the next branch reports GOOD.
             self._finish(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
             self._finish(verdicts.GOOD)
@@ -309,7 +312,7 @@ class Probe:
 
     def _run(self, generation: OpenGeneration, limit_s: float) -> None:
         """Run the check command.  Raises OSError or ValueError."""
-        if self._command is not None:  # an earlier late command still runs: start no second one
+        if self._command is not None:  # an earlier late command still runs: start no other
             self._loop.call_after(self, limit_s, lambda: self._finish(verdicts.BAD, self._late))
             return
         if self._addresses is not None:
@@ -326,7 +329,7 @@ class Probe:
             command, self._command = self._command, None
             if command is not None and command.is_late:
                 # late() has reported this command's verdict.  Forget a later probe that has waited
-                # for the end of this command: the caller sends another probe.
+                # for the end of this command: the caller's timer sends another probe.
                 self._loop.cancel(self)
                 self._report = None
                 return

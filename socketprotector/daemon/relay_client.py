@@ -1,4 +1,4 @@
-"""Starts the relay process, passes the workers' pipes to it, and gets last words from it.
+"""Starts the relay process, passes it the workers' pipes, and gets last words from it.
 
 Our socket to the relay is called the line.
 
@@ -50,8 +50,8 @@ _READS_S = 0.5
 #: The first and the longest wait before another relay is started.
 _RESTART_S = 0.1
 _LONGEST_S = 10.0
-#: The pause before we send a message again because the line was full.  Also the pause before we
-#: check a pipe again because we could not watch or close it.
+#: The pause before we send a message again because the line was full, or check a pipe again because
+#: we could not watch or close the pipe.
 _AGAIN_S = 0.1
 #: How soon to repeat a message for which the relay had no free descriptor.
 _ROOM_S = 1.0
@@ -62,7 +62,8 @@ _END_S = 3.0
 _PIPE, _CLOSE, _WORDS, _NEW_STDERR, _END = "+", "-", "?", "=", "!"
 _LACKS_HINT = "the relay's nofile limit has fallen; SocketProtector raises it or restarts the relay"
 _CLOSED_HINT = (
-    "a process that writes to the pipe gets SIGPIPE; see: ls -l /proc/*/fd/* | grep pipe:.{pipe}"
+    "a process that writes to the pipe gets SIGPIPE; find it: "
+    "ls -l /proc/*/fd/* | grep pipe:.{pipe}"
 )
 
 
@@ -106,7 +107,7 @@ class LogRelay:
         #: Readable as soon as any pipe has output.
         self._output_ready = select.epoll()
         self._was_stopped = False  # the relay was suspended at our last check
-        self._lacks_descriptor = False  # the relay had no descriptor for a message
+        self._lacks_descriptor = False  # the relay had no free descriptor for a message
         self._must_end = False  # the relay must exit: its descriptor limit cannot be raised
 
     # -- the process -----------------------------------------------------------

@@ -41,9 +41,10 @@ _OF_RELOADS = (
     ReportKind.RELOAD_FAILED,
 )
 NO_INTERFACE = (
-    "its interface was removed, so no client can connect; restart SocketProtector when it is back"
+    "its interface was removed, so no client can connect; restart SocketProtector when the "
+    "interface is back"
 )
-#: The longest time from the last worker's exit to the exit of this process.
+#: The longest time from the last worker's exit to our exit.
 _TO_END_S = 5.0
 
 
@@ -63,13 +64,12 @@ class Reports:
         self._systemd = systemd
         self._start_report = start_report
         self._policy = policy
-        # Whether we have sent STOPPING=1, or the start has failed (systemd learns that from our
-        # exit status).
+        # Whether we have sent STOPPING=1, or the start has failed (which our exit status reports).
         self._is_stopping = False
         self.run = RunRecord(started_at=time.time())
 
     def adopt(self, record: RunRecord, log_level: str) -> None:
-        """Continue the run record of an earlier program.
+        """Continue an earlier program's run record.
 
         log_level: the log level of that program; "": unknown.
         """
@@ -98,7 +98,7 @@ class Reports:
     def reload_began(self, generation: int, listeners: Iterable[Listener]) -> None:
         """Record in the history that a reload has opened this generation.
 
-        Also report the listeners that it cannot serve, because their interface was removed.
+        Also report the listeners that get no clients, because their interface was removed.
         """
         for each in listeners:
             if each.lacks_interface:
@@ -127,7 +127,7 @@ class Reports:
             case ReportKind.READY:
                 self._ready(serving)
             case _ if self._is_stopping and report.news in _OF_RELOADS:
-                pass  # the messages of these reports would contradict STOPPING=1
+                pass  # their messages to systemd would contradict STOPPING=1
             case ReportKind.RELOADING:
                 self._systemd.reloading()
             case ReportKind.RELOADED | ReportKind.RECOVERED:
@@ -144,7 +144,7 @@ class Reports:
             case ReportKind.LAME_DUCK_ON:
                 self._systemd.send(STATUS="lame duck: still serving, but not ready for new clients")
             case ReportKind.LAME_DUCK_OFF:
-                self._systemd.send(STATUS="ready again, after a lame duck")
+                self._systemd.send(STATUS="ready again: lame duck off")
             case ReportKind.STOPPING:
                 self._stopping(first_line)
 
@@ -153,7 +153,8 @@ class Reports:
         hint = "the socket was broken, or its file or interface removed; "
         hint += "restart SocketProtector to restore the listener"
         self._log.write("error", "listener-lost", listen=address, error=reason, hint=hint)
-        self._systemd.send(STATUS=f"{address} no longer accepts connections; restart to restore it")
+        status = f"{address} no longer accepts connections; restart SocketProtector"
+        self._systemd.send(STATUS=status)
 
     def _remember_reload(self, report: Report) -> None:
         now = time.time()
@@ -173,7 +174,8 @@ class Reports:
 
     def _lame_duck(self) -> None:
         seconds = self._policy().lame_duck_s
-        self._stopping(f"lame duck, accepts for up to {in_units(seconds)}", before_s=seconds)
+        accepts = f"lame duck, accepts clients for up to {in_units(seconds)}"
+        self._stopping(accepts, before_s=seconds)
 
     def _stopping(self, reason: str = "", before_s: float = 0.0) -> None:
         """Send STOPPING=1; before_s: the time until the stop begins."""

@@ -37,7 +37,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .recovery import Recovery
 
-#: If messages to the guard or systemd are still unsent after the probe, an upgrade waits: how often
+#: If messages to the guard or systemd are still unsent after the trial, an upgrade waits: how often
 #: to check, and how long to wait.  The guard and systemd usually need far less.
 _AGAIN_S = 0.05
 _BEHIND_S = 10.0
@@ -172,7 +172,7 @@ class Supervisor:
     def yield_to_accepts(self) -> None:
         """Accept waiting clients, and feed the watchdog, in the middle of long work.
 
-        Everything else waits, so that events are handled one after the other.
+        Everything else waits, so that events are handled one after another.
         """
         if time.monotonic() >= self._yield_at:
             self.effects.delivery.look()
@@ -180,7 +180,7 @@ class Supervisor:
             self._yield_at = time.monotonic() + _YIELD_AFTER_S
 
     def begin_upgrade(self) -> None:
-        """Let a process try the new program (upgrade.py); if that succeeds, execute the program."""
+        """Try the new program (upgrade.py); if the trial succeeds, execute the program."""
         if self._handing_over:
             return
         if self.runtime.loop.due(_HAND_OVER) is not None:
@@ -204,7 +204,7 @@ class Supervisor:
     def upgrade_waits_for(self) -> str:
         """Return what an upgrade waits for, in words; "": no upgrade waits."""
         if self.runtime.loop.due(_HAND_OVER) is not None:
-            return "the guard or systemd has not taken over all descriptors yet"
+            return "the guard or systemd has not taken all descriptors yet"
         return "trying the new program" if self.upgrade.tries else ""
 
     def _hand_over(self, give_up_at: float | None = None) -> None:
@@ -238,12 +238,14 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _hand_over_later(self, give_up_at: float | None) -> None:
-        """Try again until the guard or systemd has caught up, for up to _BEHIND_S."""
+        """Try again until the guard or systemd has the descriptors, for up to _BEHIND_S."""
         now = time.monotonic()
         if give_up_at is None:
             give_up_at = now + _BEHIND_S
             self.runtime.log.write(
-                "warning", "upgrade-waits", hint="waiting for the guard or systemd to catch up"
+                "warning",
+                "upgrade-waits",
+                hint="waiting for the guard or systemd to take all descriptors",
             )
         elif now >= give_up_at:
             self.upgrade.failed(

@@ -1,9 +1,9 @@
 """An upgrade: replaces the protector's program in place, if the new program can take over.
 
-First another process, the trial, runs the new program, which loads the state and
-answers.  Only then does this process execute the new program: its pid, children and descriptors
-stay the same.  If the installation is broken, the trial fails, and nothing changes.  A check
-(`upgrade --check`) only runs a trial, with a copy of the state.
+First another process, the trial, runs the new program, which loads the state and answers.  Only
+then does this process execute the new program: its pid, children and descriptors stay the same.  If
+the installation is broken, the trial fails, and nothing changes.  A check (`upgrade --check`) only
+runs a trial, with a copy of the state.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Upgrade:
     _check: Answered | None = None  # called with a check's result; None: no check is in progress
 
     def begin(self, descriptors: Mapping[str, int], ready: Callable[[], None]) -> None:
-        """Probe the new program with the settings and the state; call back if it can take over.
+        """Try the new program with the settings and the state; call back if it can take over.
 
         If an upgrade's trial is running, only log that.  A check in progress is called off, because
         the exec would end it.
@@ -140,8 +140,8 @@ class Upgrade:
             self._trial.discard()
 
     def failed(self, reason: str) -> None:
-        """Log that the old program keeps running, and why."""
-        hint = f"{__version__} keeps running"
+        """Log why the old program keeps running."""
+        hint = f"version {__version__} keeps running"
         self.log.write("error", "upgrade-failed", reason=reason, hint=hint)
 
     def execute(self, descriptors: Mapping[str, int]) -> None:

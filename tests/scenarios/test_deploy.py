@@ -588,7 +588,10 @@ def test_rollback_ends_a_deploy(deploying: Deploying, releases: Releases) -> Non
     wrong = ctl(one, "rollback", "--expect", "1")
     right = ctl(one, "rollback", "--expect", "gated")
 
-    assert (wrong.status, wrong.err) == (2, "socketprotectorctl: expected 1, but found gated\n")
+    assert (wrong.status, wrong.err) == (
+        2,
+        "socketprotectorctl: expected release 1, but found gated\n",
+    )
     assert (right.status, right.out) == (0, "rolled back: generation 2 gets no new clients\n")
     assert running.wait() == 3
     assert "rolled back: an operator called it off" in running.err.text()
@@ -637,7 +640,7 @@ def test_two_deploys_at_once(deploying: Deploying, releases: Releases) -> None:
 def test_expect_and_if_changed(web: Web, releases: Releases) -> None:
     one = web()
     wrong = ctl(one, "deploy", "2", "--expect", "3")
-    assert (wrong.status, wrong.err) == (2, "socketprotectorctl: expected 3, but found 1\n")
+    assert (wrong.status, wrong.err) == (2, "socketprotectorctl: expected release 3, but found 1\n")
     deployed(one, "2", "--expect", "1")
     assert ctl(one, "rollback", "--expect", "1").status == 2
 

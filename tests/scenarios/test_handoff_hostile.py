@@ -318,7 +318,7 @@ def told_and_ended(daemon: Protector, service: Service, address: str) -> None:
     assert address in line
     eventually(lambda: service.said[-1:] == [{"EXIT_STATUS": "111"}], "its last word")
     said = [fields.get("STATUS", "") for fields in service.said]
-    assert f"{address} no longer accepts connections; restart to restore it" in said
+    assert f"{address} no longer accepts connections; restart SocketProtector" in said
     assert "stopping: no listener is left" in said
 
 

@@ -238,7 +238,7 @@ def test_systemd_hears_of_it_with_the_time_of_all_that_is_to_come(
 
     first = manager.hear()
     assert first["STOPPING"] == "1"
-    assert first["STATUS"] == "stopping: lame duck, accepts for up to 16m40s"
+    assert first["STATUS"] == "stopping: lame duck, accepts clients for up to 16m40s"
     assert int(first["EXTEND_TIMEOUT_USEC"]) > 1_110_000_000
 
     daemon.signal(signal.SIGTERM)

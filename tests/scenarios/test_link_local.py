@@ -193,7 +193,7 @@ def test_a_removed_interface_keeps_no_release_from_other_listeners(
         daemon.reload()
         assert ask(other) != before
         line = daemon.log.wait_for("event=listener-lost", after=mark)
-        assert "restart SocketProtector when it is back" in line
+        assert "restart SocketProtector when the interface is back" in line
         assert len(warnings(place)) == 1
     with pytest.raises(ConnectionRefusedError):
         ask(there)

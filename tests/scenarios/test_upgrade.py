@@ -210,7 +210,7 @@ def test_a_release_that_cannot_take_over_changes_nothing_and_the_log_says_why(
 
     assert "event=upgrade-failed" in line
     assert re.search(why, line), line
-    assert f'hint="{__version__} keeps running"' in line
+    assert f'hint="version {__version__} keeps running"' in line
     no_more_open(descriptors, daemon.pid)
     assert daemon.worker_pids() == spawned(daemon)
     daemon.reload()

@@ -138,7 +138,7 @@ def warnings(effects: Effects) -> tuple[str, ...]:
     """Return the warnings about releases.
 
     One warning says that a restart would not start the serving release.  Another says why
-    `current` could not be locked or moved, or why the history could not be written.
+    `current` could not be locked or moved, or the history not written.
     """
     releases = effects.live_settings.releases
     if releases is None:
@@ -173,7 +173,9 @@ def _refuse_second(fleet: Fleet, effects: Effects) -> None:
 
 def _refuse_unexpected(expect: str, found: str) -> None:
     if expect and expect != found:
-        raise RequestError("unmet", f"expected {expect}, but found {found or 'no known release'}")
+        raise RequestError(
+            "unmet", f"expected release {expect}, but found {found or 'no known release'}"
+        )
 
 
 def _refuse_unmovable(releases: Releases) -> None:

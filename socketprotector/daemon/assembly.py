@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ..model.control_requests import Request
     from .control.server import Client
 
-#: How soon to send a message again after the socket of the guard or service manager was full.
+#: How soon to send a message again after the guard's or systemd's socket was full.
 _AGAIN_S = 0.1
 #: The names of descriptors that this module keeps itself, because they belong to no part.
 _OWN = (inherited.SETTINGS, inherited.STATE, inherited.PID_FILE, inherited.NOTIFY)
@@ -70,12 +70,11 @@ class Resident:
         first start.  command: executes this program again.
         """
         # A guard has copies of all descriptors.  Without a guard, an inherited state shows that an
-        # earlier program stored them.  With neither, this is a first start, and no copies exist.
+        # earlier program stored them.  Without guard and state, this is a first start: no copies.
         stored = inherited.GUARD in descriptors or inherited.STATE in descriptors
         kept = descriptors.keys() - {inherited.GUARD} if stored else set()
         if isinstance(earlier, Snapshot):
-            # We inherited these descriptors at an upgrade in place, but the store has no copies of
-            # them: it had no room.
+            # An upgrade has passed us these descriptors, but the store had no room for copies.
             kept -= set(earlier.left_out)
         self.settings = settings
         self.unclaimed = unclaimed = Inherited(descriptors)
@@ -98,10 +97,10 @@ class Resident:
             if control is not None and settings.control is not None
             else None
         )
-        #: Whether the next program could resume from our state: True once we have read an earlier
-        #: state, or just before the first launch.
+        #: Whether the next program could resume from our state: True once we have an earlier state,
+        #: or are about to launch the first generation.
         self.began = False
-        #: Whether this program is still taking over what an earlier program left.
+        #: Whether this program is still adopting an earlier program's descriptors and state.
         self.resumes = False
         #: The names of the listening sockets that systemd keeps for the next start.
         self.surviving: tuple[str, ...] = ()
@@ -112,8 +111,8 @@ class Resident:
     def supervise(self) -> int:
         """Resume from an earlier state, or start; return the exit status when the fleet has ended.
 
-        If the fleet of the earlier state had ended, only complete the exit.  Raises StateError if
-        the earlier state cannot be resumed.
+        If the earlier state's fleet was exiting, only complete the exit.  Raises StateError if the
+        earlier state cannot be resumed.
         """
         snapshot = self._snapshot_to_resume()
         if snapshot is not None and snapshot.fleet.exiting:
@@ -211,7 +210,7 @@ class Resident:
 
         self._loop = loop = Loop(settings.busy_poll_s, has_spare_core)
         # This process needs descriptors for each worker and each draining generation, so raise its
-        # soft limit.  Workers do not get this limit (settings.nofile_soft).
+        # soft limit.  Workers get settings.nofile_soft instead.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         spawn.use_batch_policy()
@@ -287,10 +286,10 @@ class Resident:
             # First remove the settings from the fd store.  If we are killed after that, the next
             # start finds no settings, so it is an ordinary start with the stored listeners.
             store.forget(inherited.SETTINGS)
-            # systemd may remove its copy late.  So also empty the file: empty settings count as
-            # missing settings (inherited.is_ours).
+            # systemd may remove its copy late.  So also empty the settings, which then count as
+            # missing (inherited.is_ours).
             os.ftruncate(self.own[inherited.SETTINGS], 0)
-        # The relay exits once no copy of its pipes is open, and the fd store has copies.
+        # The relay exits only once all copies of its pipes are closed; the fd store has some.
         for name in self.output.descriptors():
             store.forget(name)
         self.output.finish()
@@ -315,7 +314,7 @@ class Resident:
             why = f"cannot start the relay {where}{purpose}: {what_failed(error)}"
             if settings.to_syslog or purpose:
                 raise SystemRefused(why) from error
-            # Only syslog and --log-prefix need the relay.  Without it, workers write to our stderr.
+            # Neither syslog nor --log-prefix needs the relay here: workers write to our stderr.
             self.output = Output(replace(settings, log_relay=False))
             runtime.log.reopen()
             runtime.log.write("warning", "notice", text=why)

@@ -1,8 +1,8 @@
 """The addresses at which the operator's check commands reach a generation.
 
-The options `--ready check:CMD` and `--settle-check CMD` set these commands.  A generation has a
-loopback port while it is checked, so a command can use any client program.  In listener mode a
-helper process, the prober (programs/prober.py), forwards the port's connections to the generation's
+The options `--ready check:CMD` and `--settle-check CMD` set these commands.  While a generation is
+checked, it has a loopback port, so a command can use any client program.  In listener mode a helper
+process, the prober (programs/prober.py), forwards the port's connections to the generation's
 socket.  The kernel recognizes a TCP probe by a mark, which a command would not set.  So the prober
 sets this mark on each TCP connection.  In other modes the connections go into the generation's
 channel.
@@ -108,8 +108,8 @@ class CheckProbes:
         """Return why a check failed; "": it passed.
 
         why: why the command failed; "": it succeeded.  If the socket of the target has changed, the
-        command may have reached another generation, so the result does not count.  Then release
-        the address, and return SHUT_DOWN: the next command gets another address.
+        command may have reached another generation, so the result does not count: release the
+        address, and return SHUT_DOWN.  The next command gets another address.
         """
         number = generation.record.number
         target, _ = self._open.get(number, (None, None))

@@ -43,7 +43,7 @@ class Checkpoint:
     process_descriptors: Callable[[], Mapping[str, int]]
     _effects: Effects | None = None
     _snapshot: Callable[[], Snapshot] | None = None
-    _written: Snapshot | None = None  # the last snapshot written; None: none, or a write failed
+    _written: Snapshot | None = None  # the last snapshot written; None: none yet, or a write failed
     _failing: bool = False  # the last write of the state has failed
     #: We have logged that the guard or systemd has not taken all descriptors yet.
     _behind: bool = False
@@ -71,7 +71,7 @@ class Checkpoint:
             self.store.sync({}, self._effects.pool.descriptors)
             return True
         wanted = {**self.process_descriptors(), **self._effects.own_descriptors()}
-        # Not stored: the guard makes a new socket pair for each program that it starts.
+        # Do not store our line to the guard, which makes a new line for each program.
         wanted.pop(inherited.GUARD, None)
         if not self.store.sync(wanted, self._effects.pool.descriptors, self._write):
             return False
@@ -93,9 +93,9 @@ class Checkpoint:
     def write(self) -> bool:
         """Write the state; return whether an upgrade may execute the next program now.
 
-        That program does not store the descriptors that it inherits.  It assumes that the fd store
-        has all of them, except those that the state lists as left out.  So the upgrade must wait
-        until every descriptor for which the store has room was sent to the store.
+        The next program does not store the descriptors that it inherits.  It assumes that the fd
+        store has them, except those that the state lists as left out.  So an upgrade must wait
+        until every other descriptor was sent to the store.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)

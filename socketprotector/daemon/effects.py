@@ -208,7 +208,7 @@ class Effects(Host):
     # -- for upgrades, and after crashes ------------------------------------------
 
     def snapshot(self, fleet: Fleet, actions: Iterable[Action]) -> Snapshot:
-        """Return the state from which we resume after an upgrade or a crash.
+        """Return the state that the next program needs after an upgrade or a crash.
 
         actions: the RECORDED actions that have perhaps not been carried out yet.
         """
@@ -268,7 +268,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_try()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            # snapshot() does this, too, but without an fd store snapshot() may never be called.
+            # Forget here, too: without an fd store snapshot() may never be called.
             self.generations.forget_released(self.delivery.keeps)
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:
@@ -284,7 +284,7 @@ class Effects(Host):
             self.reports.reload_began(number, self.delivery.listeners)
 
     def _refuse_unless_reachable(self, program: Program) -> None:
-        """Raise ValueError if only a probe can make a program ready, but no probe can reach it."""
+        """Raise ValueError if readiness needs a probe, but no probe can reach the listener."""
         if program.ready in ready_kinds.NEED_ANSWER:
             name = probe_spec.read(program.ready_question).listener
             if not self.delivery.can_probe(name):
@@ -391,7 +391,7 @@ class Effects(Host):
     # -- time, and the end ---------------------------------------------------
 
     def _start_timer(self, deadline: Deadline, seconds: float) -> None:
-        def run(left_s: float) -> None:
+        def set_timer(left_s: float) -> None:
             self._loop.call_after(deadline, left_s, passed)
             self._note_due(deadline)
 
@@ -399,11 +399,11 @@ class Effects(Host):
             # --lame-duck-idle counts from the last client; other timers count from their start.
             idle_s = self.delivery.idle_s if deadline.wait is TimerKind.LAME_DUCK_IDLE else seconds
             if idle_s < seconds:
-                run(seconds - idle_s)
+                set_timer(seconds - idle_s)
                 return
             target, settles = deadline.target, deadline.wait is TimerKind.SETTLE
             if settles and self.probing.awaits(target):
-                run(_SETTLE_AGAIN_S)
+                set_timer(_SETTLE_AGAIN_S)
                 return
             self._note_due(deadline)
             advice = self._start_advice(target) if deadline.wait is TimerKind.START else ""
@@ -411,12 +411,12 @@ class Effects(Host):
             stuck = settles and self.delivery.is_stuck(self.generations.get(target))
             self._post(DeadlinePassed(deadline, advice, met, stuck))
 
-        run(seconds)
+        set_timer(seconds)
 
     def _start_advice(self, number: int) -> str:
         """Return the likely cause of a generation's start timeout; "": unknown."""
         known = self.probing.last or self.pool.check_result(number)
-        if self.pool.proved_ready:  # a worker became ready before, not by a timer: no advice
+        if self.pool.proved_ready:  # a worker became ready without a timer: no advice needed
             return known
         more = self.pool.advice(number, ignores_socket=bool(known))
         return "; ".join(filter(None, (known, more)))

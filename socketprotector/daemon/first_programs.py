@@ -2,9 +2,9 @@
 
 A pool is a worker of --handoff stdio: it starts a program for each connection.  Until a program has
 worked, the pool reports programs that fail at once; programs/stdio/first_programs.py defines
-"worked" and "fail at once".  Fewer than NO_ACCIDENT failures are only logged and shown, because
-clients may have caused them.  After NO_ACCIDENT failures a settling generation is rolled back; a
-generation in another phase keeps running.
+"worked" and "fail at once".  Fewer than NO_ACCIDENT failures only appear in log and `status`,
+because clients may have caused them.  After NO_ACCIDENT failures a settling generation is rolled
+back; a generation in another phase keeps running.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class FirstPrograms:
     remember: Callable[[Callable[[History], History]], None]
 
     def handle(self, worker: Worker, text: str) -> None:
-        """Handle one message of a worker: `works`, or `failed PID STATUS`."""
+        """Handle a worker's message: `works`, or `failed PID STATUS`."""
         generation, record = worker.generation, worker.generation.record
         if not generation.program.mode.pooled or record.programs_work:
             return
@@ -66,7 +66,7 @@ class FirstPrograms:
                 return  # another program has worked meanwhile
             generation.update_record(program_words=last_words)
             if count <= NO_ACCIDENT:  # later failures only repeat the first ones
-                self._keep(worker, pid, f"program {how}", last_words, at)
+                self._report(worker, pid, f"program {how}", last_words, at)
             if count >= NO_ACCIDENT:
                 reason = generation.record.programs_fail
                 words = f"{LAST_WORDS}\n{last_words}" if last_words else self._where_to_look()
@@ -75,7 +75,7 @@ class FirstPrograms:
 
         self.output.last_words(worker.record.number, worker.record.output_start, done)
 
-    def _keep(self, worker: Worker, pid: int, how: str, last_words: str, at: float) -> None:
+    def _report(self, worker: Worker, pid: int, how: str, last_words: str, at: float) -> None:
         record = worker.record
         self.runtime.log.write(
             "warning",

@@ -33,14 +33,14 @@ class OpenGeneration:
         try:
             board = Board.make()
         except OSError:
-            board = None  # a generation without counts is better than none
+            board = None  # better no counts than no generation
         record = GenerationRecord(number, program, knows=known_to(program), opened_at=time.time())
         return cls(record, board)
 
     @classmethod
     def adopt(cls, record: GenerationRecord, board: int | None) -> OpenGeneration:
         """Adopt a generation that an earlier program opened; take ownership of its scoreboard."""
-        # None: the generation knows all listeners, or an older version recorded no `knows`.
+        # `knows` is None: the generation knows all listeners, or an older version wrote the record.
         if record.knows is None:
             record = replace(record, knows=known_to(record.program))
         return cls(record, Board(board) if board is not None else None)

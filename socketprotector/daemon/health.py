@@ -121,7 +121,7 @@ class Health:
         self._remember(
             lambda history: history.health_changed(number, known.state, known.last, known.since_at)
         )
-        self._persist()  # the core does not learn of the change, so it does not write the state
+        self._persist()  # no event follows, so otherwise the state would not be written
         if known.state == HEALTHY:
             self._log.write("info", "healthy", generation=number)
         else:

@@ -76,7 +76,7 @@ class LiveSettings:
         reader.read(replace(self.settings, release_wanted=release), done)
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
-        """Find out what a reload would change, and call back; False: an earlier call still runs."""
+        """Call back with what a reload would change; return False while an earlier call runs."""
         comparer = self._reader("comparer")
         if comparer.busy:
             return False
@@ -140,8 +140,8 @@ class LiveSettings:
     def stop_reading(self) -> None:
         """End the reader processes: after an upgrade, the next program would not know them.
 
-        If a reload waits for its settings, that program reads the configuration again.  But it
-        cannot answer the caller of compare(), so we answer now.
+        If a reload waits for its settings, that program reads the configuration again.  Only we can
+        answer the caller of compare(), so we answer now.
         """
         for purpose, each in self._readers.items():
             called_off = "called off: an upgrade or a stop has begun"
@@ -211,7 +211,7 @@ class LiveSettings:
             "dry-run-configured" if dry_run else "configured",
             changes="; ".join(answer.changes) or "none",
         )
-        # A socket file may have been replaced since the reading began, so copy the present values.
+        # A socket file may have been replaced since the reading began: keep the present file.
         for index, bound in enumerate(old.listeners):
             new = _with_file(new, index, bound)
         self.record = SettingsRecord(old, new)

@@ -29,11 +29,11 @@ LAST_LINES = 20
 _LAST_BYTES = 4096
 _WRITE = f"{inherited.RELAY}write"
 #: For where_to_look(): how the operator makes the next message include the worker's output.
-_KEPT = "set --log-prefix to see the output here"
-_NOT_RELAYED = "remove --no-log-relay to see the output here"
+_USE_PREFIX = "set --log-prefix to see the output here"
+_USE_RELAY = "remove --no-log-relay to see the output here"
 #: The mode of a worker's pipe: a worker that runs as another user must be able to open /dev/stdout.
 #: No other process can reach the pipe.
-_REOPENED = 0o622
+_PIPE_MODE = 0o622
 
 
 @mutable
@@ -105,7 +105,7 @@ class Output:
             return
         read, write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(read, False)  # the worker's end is unaffected
-        os.fchmod(write, _REOPENED)
+        os.fchmod(write, _PIPE_MODE)
         # If the protector's stdout and stderr differ, stdout is relayed only with --log-prefix.
         both = self._settings.log_prefix or os.path.sameopenfile(_STDOUT, _STDERR)
         given = Opened(dict.fromkeys((_STDOUT, _STDERR) if both else (_STDERR,), write))
@@ -179,7 +179,7 @@ class Output:
             where = f"see {place} of SocketProtector -f"
         if self._relayed:
             return where
-        return f"{where}; {_KEPT if self._settings.log_relay else _NOT_RELAYED}"
+        return f"{where}; {_USE_PREFIX if self._settings.log_relay else _USE_RELAY}"
 
     @property
     def keeps_words(self) -> bool:

@@ -31,7 +31,7 @@ class MemoryWatch:
         # The kills that we have attributed or logged, and those before our first worker.
         self._handled = memory_group.counts()
         # None: the kernel sends no events.  Then a counted kill explains the next SIGKILL of a
-        # worker, however late it comes.
+        # worker, however late that SIGKILL comes.
         self._events = memory_group.Events.open()
         self._wait()
 
@@ -83,7 +83,7 @@ class MemoryWatch:
         if now.kills <= before.kills:
             return exit_text.KILLED
         # Workers whose ends we handle later may have been killed, too.  Keep the old at_limit for
-        # them, because the kernel's counts do not tell which of the kills came from the limit.
+        # them, because the kernel's counts do not tell which kills came from the limit.
         more = now.kills > before.kills + 1
         at_limit = before.at_limit if more else now.at_limit
         self._handled = OutOfMemory(before.kills + 1, at_limit)

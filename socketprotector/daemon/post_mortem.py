@@ -67,8 +67,8 @@ class PostMortem:
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
         """Reap an exited worker and return its end, or None.
 
-        None: the end was not known yet.  Then `ended` is called once it is known, perhaps before
-        this method returns.
+        None: not known yet.  Then `ended` is called once the end is known, perhaps before this
+        method returns.
 
         guarded: whether there is a guard, which reports the exits of workers that are not our
         children.
@@ -108,7 +108,7 @@ class PostMortem:
             self.remember(lambda history: history.with_last_words(number, pid, last_words))
 
     def _end_from_elsewhere(self, worker: Worker, *, guarded: bool) -> End | None:
-        """Return the end of a worker that another process has reaped; None: not known yet."""
+        """Return the end of a worker that is not our child; None: not known yet."""
         number = worker.record.number
         if worker.end_from_guard is not None or worker.awaits_end or not guarded:
             self.runtime.loop.cancel(("status", number))

@@ -1,7 +1,7 @@
 """Starts probers (programs/prober.py), and exchanges messages with them.
 
 A prober either sends HTTP probes over connections that we pass to it, or forwards the connections
-of a listening socket.  It exits when we close its line (the socket between us), or when we exit.
+of a listening socket.  The prober exits when we exit or close our socket to it (the line).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Prober:
         limit_s: float,
         left_s: float,
     ) -> None:
-        """Send a probe over a connection that may still be connecting; the caller still owns it.
+        """Send a probe over a connection, perhaps still connecting; the caller keeps owning it.
 
         limit_s: how long a good answer may take.  left_s: how much of this time is left.  Answers
         to earlier probes are ignored from now on.  Raises OSError.

@@ -34,7 +34,7 @@ _KILLED = "the protector was killed during this start"
 _ENDED = "ended while no protector was running"
 _NOT_STORED = "the protector was killed, and this worker's descriptors were not stored"
 #: The descriptors without which a worker cannot be adopted.
-_STORED = {"process", "notify"}
+_REQUIRED = {"process", "notify"}
 
 
 @mutable
@@ -85,7 +85,7 @@ class Recovery:
         return broken
 
     def dismiss_unknown(self) -> None:
-        """Let workers finish that are missing from the state.
+        """Let the workers that are missing from the state finish.
 
         Such a worker was started just before the protector was killed.  The worker gets the finish
         signal, if there is one, and reads end of file on its RETURN line, which is closed here.
@@ -130,17 +130,17 @@ class Recovery:
         pool, fleet = self.effects.pool, self.snapshot.fleet
         for record, descriptors, generation in self._workers:
             # Without a finish signal we need the RETURN line, to order a single worker to finish.
-            needed = _STORED if generation.program.finish_signal else {*_STORED, "line"}
+            needed = _REQUIRED if generation.program.finish_signal else {*_REQUIRED, "line"}
             if descriptors.keys() >= needed and not record.orphaned:
                 pool.adopt(record, descriptors, generation)
             else:
                 # The worker had exited (then it is `orphaned`), or the fd store had no room for all
-                # of its descriptors.  Treat what still runs as the group of an exited worker.
+                # of its descriptors.  Treat its running processes as the group of an exited worker.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
-                # If the fleet counts the worker as running, report a group that is left.  If the
-                # fleet counts the worker as an orphan, report that no group is left.  If the fleet
-                # counts it as running and no group is left, _report_missing() reports the worker.
+                # Report a worker that the fleet counts as running if its group is left, and an
+                # orphan if its group is gone.  _report_missing() reports a worker that the fleet
+                # counts as running and that left no group.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     waiting = self._waiting(record.generation)
                     ended.append(_exit_of(record.number, record, waiting, orphans=has_group))
@@ -183,7 +183,7 @@ class Recovery:
     def _watch_unadopted(self, generation: int, number: int, record: WorkerRecord | None) -> None:
         """Watch a worker that cannot be adopted: it was starting, or the fd store was full.
 
-        Its RETURN line has ended.  The fleet counts the worker as an orphan until a scan of /proc
+        Its RETURN line is closed.  The fleet counts the worker as an orphan until a scan of /proc
         finds none of its processes.  Scans also carry out the fleet's orders to the orphan.
         """
         pool = self.effects.pool

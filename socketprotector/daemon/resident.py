@@ -1,11 +1,11 @@
 """The main program of the resident process.
 
-The launching process executes this program to get rid of its own larger memory, which a mere fork
-would keep.  The program inherits descriptors, each with a name (system/inherited.py).  At the
-first start they come from the launching process, at an upgrade from the earlier program, and after
-a crash from systemd.  With --guard, each new process inherits its descriptors from the guard.  If
-the descriptors include a state, the program resumes where the earlier program stopped.  Do not
-import heavy modules: a test lists the allowed modules, and bench/ measures the memory.
+The launching process executes this program to get rid of its own larger memory, which a fork would
+keep.  The program inherits descriptors, each with a name (system/inherited.py).  At the first start
+the descriptors come from the launching process, at an upgrade from the earlier program, and after a
+crash from systemd.  With --guard, each new process inherits its descriptors from the guard.  If the
+descriptors include a state, the program resumes where the earlier program stopped.  Do not import
+heavy modules: a test lists the allowed modules, and bench/ measures the memory.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from . import checkpoint
 from .assembly import Resident
 from .delivery.choice import delivery_for
 
-#: The memory for objects and buffers that a start needs, and an upgrade's probe does not.
+#: The memory for objects and buffers that a start needs, and an upgrade's trial does not.
 _SPARE_BYTES = 4 * 1024 * 1024
 
 
 def main() -> None:
-    """Supervise until the fleet has ended, or answer an upgrade's probe; then exit."""
+    """Supervise until the fleet has ended, or, as an upgrade's trial, answer; then exit."""
     command = executable.command_of(tuple(sys.argv[1:]))
     descriptors = inherited.receive()
     if inherited.PROBE in descriptors:
-        sys.exit(_probe(descriptors))
+        sys.exit(_answer_as_trial(descriptors))
     status = run(descriptors, command)
     signals.block()
     sys.exit(status)
 
 
-def _probe(descriptors: dict[str, int]) -> int:
+def _answer_as_trial(descriptors: dict[str, int]) -> int:
     """Send upgrade.py an answer if this program can take over.  Returns the exit status."""
     try:
         settings, _ = _settings_and_listeners(
             descriptors, checkpoint.read(descriptors[inherited.STATE])
         )
         delivery_for(settings.mode)
-        late_modules.load_all()  # so that a fault in them is found before the exec
+        late_modules.load_all()  # to find a fault in them before the exec
         if inherited.CHECK in descriptors:
             from ..system import whole_package
 
             whole_package.load()
-        # A start needs more memory than this probe, and after the exec there is no way back.  So
+        # A start needs more memory than this trial, and after the exec there is no way back.  So
         # try whether that memory is available.
         bytearray(_SPARE_BYTES)
     except (StateError, SettingsError) as error:
@@ -93,7 +93,7 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
             if resident.resumes and isinstance(error, OSError):
                 sys.exit(f"SocketProtector: cannot resume: {what_failed(error)}")
             raise
-        # No program can resume, so leave no waiting process and no file behind.
+        # No program can resume: finish() answers the launching process, and removes our files.
         reason = str(error)
         if isinstance(error, OSError) and not resident.began:
             reason = f"cannot start: {what_failed(error)}"  # the system's fault, so no traceback

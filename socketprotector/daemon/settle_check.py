@@ -1,14 +1,14 @@
 """--settle-check: probes the new generation during --settle, while a rollback is still possible.
 
-The prober process sends an HTTP probe (probe.py).  A check command gets the counts of both
-generations, and decides by its own criteria: it can query the probe address, or the operator's
-metrics.
+A probe is an HTTP request by the prober process (probe.py), or a check command.  The command gets
+the counts of both generations, and decides by its own criteria: it can query the probe address, or
+the operator's metrics.
 
-The generation fails at the first bad answer, if an answer does not come in time, or if the verdicts
-stay inconclusive for UNKNOWN_S (verdicts.py).  When the time of --settle has passed, the generation
+The generation fails at the first bad answer, if an answer is late, or if the verdicts stay
+inconclusive for UNKNOWN_S (verdicts.py).  When the time of --settle has passed, the generation
 keeps settling until one more good answer comes.
 
-The probes of --settle-check reach the generation during a hold, too.
+Probes reach the generation during a hold, too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SettleCheck:
     """Carries out the actions CheckSettling and StopChecking."""
 
     def __init__(self, runtime: Runtime, reach: Reach, probes: CheckProbes, counts: Counts) -> None:
-        """counts: returns the counts of the generations, by number, for a command to read."""
+        """counts: returns the generations' counts, by number, for a command to read."""
         self._loop, self._post = runtime.loop, runtime.post
         self._probes, self._counts = probes, counts
         self._probe = Probe(runtime.loop, reach, addresses=probes, reads=self._input_of)
@@ -82,7 +82,7 @@ class SettleCheck:
             self._send_probe()
 
     def awaits(self, number: int) -> bool:
-        """Note that --settle has passed for a generation; return whether it must still answer.
+        """Note that --settle is over for a generation; return whether a good answer is awaited.
 
         Returns False for a generation that is not checked.
         """

@@ -2,8 +2,8 @@
 
 An order is a deadline in the worker's slot of the scoreboard: by then, all connections should have
 ended.  The order outlives an upgrade or kill of the protector, and the worker can read it at any
-time.  Of the client libraries, only the one for Python follows orders.  A worker that follows
-orders notes that in its slot.
+time.  Only the Python client library follows orders.  A worker that follows orders notes that in
+its slot.
 
 Source: docs/protocol.md, section "A spread".
 """
@@ -36,7 +36,7 @@ def order(
     An earlier order with an earlier deadline stays in force.
 
     records: the records of all workers.  only: the number of one worker; 0: all workers.
-    seconds: how long the last connection may last; 0: the workers end no connection.
+    seconds: how long connections may stay open; 0: the workers end no connection.
     """
     board = generation.board
     if board is None or not generation.program.spreads:

@@ -34,12 +34,12 @@ class StartReport:
         self._socket = socket.socket(fileno=line) if line is not None else None
         self._terminal = terminal
         self._unwatch: Callable[[], None] = lambda: None
-        self.failure = ""  # why the start has failed; set by others
+        self.failure = ""  # why the start has failed; set by Reports and Resident
 
     def watch(
         self, loop: Loop, gone: Callable[[], None], waits: Callable[[], Sequence[object]]
     ) -> None:
-        """Send the pid to the launching process, and tell it what the start waits for, if it asks.
+        """Send the launching process the pid and, when asked, what the start waits for.
 
         gone: called if the launching process exits, or cancels the start, before the result.
         waits: returns what the start waits for.
@@ -48,7 +48,7 @@ class StartReport:
             self._unwatch = partial(loop.unwatch, self._socket.fileno())
 
             def on_readable() -> None:
-                if self._is_asked():
+                if self._read_question():
                     self._send(waits_for=waits())
                 else:
                     self._unwatch()
@@ -57,7 +57,7 @@ class StartReport:
             loop.watch(self._socket.fileno(), on_readable)
             self._send(pid=self._pid)
 
-    def _is_asked(self) -> bool:
+    def _read_question(self) -> bool:
         """Read what the launching process has sent; return False at end of file."""
         try:
             return self._socket is not None and bool(self._socket.recv(64, socket.MSG_DONTWAIT))

@@ -1,7 +1,7 @@
 """Replaces workers that have reached a limit: --retire-after, --max-memory, --max-age.
 
-So a worker that leaks is replaced without a reload.  Workers are checked once a second, if one of
-these options is set.
+So a worker that leaks memory is replaced without a reload.  Workers are checked every second if one
+of these options is set.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class BornTooLarge:
         return self._in_a_row > FREE_DEATHS
 
     def next_s(self, now: float) -> float:
-        """Return the time until the next worker is replaced."""
+        """Return the time until the next worker may be replaced."""
         return max(0.0, self._next_at - now)
 
     def may_replace(self, number: int, age_s: float, now: float) -> bool:
@@ -86,7 +86,7 @@ class LimitWatch:
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._workers = workers
         self._blind = False  # a worker's memory cannot be read, and the log says so
-        self._said_uncounted = False
+        self._warned_uncounted = False
         self._large = BornTooLarge()
         self._retired: set[int] = set()  # pids of children that have reached a limit
         self.use(settings)
@@ -112,7 +112,7 @@ class LimitWatch:
                 retired_now |= self._check_child(worker, child)
             counts = worker.generation.counts(worker.record.slot)
             if self._limits.connections and counts is None:
-                self._say_uncounted(number)
+                self._warn_uncounted(number)
             # A parent of forked children accepts no connections itself.
             accepted = counts.accepted if counts is not None and not children else None
             age_s = now - ready_at
@@ -171,10 +171,10 @@ class LimitWatch:
         most, soon = f"{self._limits.memory_bytes >> 20} MiB", in_units(_AT_ONCE_S)
         return f"workers exceed --max-memory ({most}) within {soon} of being ready; raise the limit"
 
-    def _say_uncounted(self, number: int) -> None:
-        """Warn once that --retire-after has no effect without counts of connections."""
-        if not self._said_uncounted:
-            self._said_uncounted = True
+    def _warn_uncounted(self, number: int) -> None:
+        """Warn once that --retire-after has no effect without connection counts."""
+        if not self._warned_uncounted:
+            self._warned_uncounted = True
             hint = "--retire-after has no effect on workers that do not count their connections"
             self._log.write("warning", "not-counted", worker=number, hint=hint)
 

@@ -52,11 +52,11 @@ class Worker:
     generation: OpenGeneration  # close() leaves the generation open
     process: Process
     notify: NotifySocket
-    #: Our end of the worker's RETURN line.  None: the worker has exited (Groups may keep the
-    #: line).  Or a kill of the protector closed the line, because the fd store had no room for it.
+    #: Our end of the worker's RETURN line.  None: the worker has exited (Groups may keep the line),
+    #: or a kill of the protector closed the line, because the fd store had no room.
     line: socket.socket | None
     readiness: Readiness
-    named: dict[str, int] = field(default_factory=dict)  # the worker's, in WorkerPool.descriptors
+    named: dict[str, int] = field(default_factory=dict)  # its part of WorkerPool.descriptors
     ended: bool = False
     last_words: str | None = None  # after the worker's end; None: awaited, or not requested
     end_from_guard: End | None = None  # the worker's end, as the guard reported it

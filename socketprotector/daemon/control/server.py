@@ -258,7 +258,7 @@ class ControlServer:
             client.tell(lambda more: control_requests.event(name, at, level, {**fields, **more}))
 
     def finish(self) -> None:
-        """Before a close: accept all connected clients, and answer the requests received so far."""
+        """Before a close: accept the waiting clients, and answer the requests received so far."""
         for _ in range(CLIENTS):
             self._accept()
         for client in list(self._clients.values()):

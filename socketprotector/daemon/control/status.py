@@ -117,7 +117,7 @@ def of_warnings(settings: Settings, listeners: Iterable[Listener]) -> list[str]:
     """Return the warnings of the settings that still apply, and a warning per removed interface.
 
     A warning about a UNIX socket names the rights of a file or folder.  If an operator has changed
-    these rights since then, leave the warning out.
+    these rights meanwhile, omit the warning.
     """
     lacking = [each.settings.address for each in listeners if each.lacks_interface]
     of_start = [each for each in settings.warnings if not _is_resolved(each)]

@@ -50,7 +50,7 @@ class CurrentLink:
         self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
         self._lock = lock
         self._moved_late = moved_late
-        #: Why the last try to take the lock failed; "": the lock is ours or another's.
+        #: Why the last try to take the lock failed; "": the lock is ours or another protector's.
         self.not_locked = ""
         self.not_moved: NotMoved | None = None
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)

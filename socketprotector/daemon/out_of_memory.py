@@ -83,7 +83,7 @@ class MemoryWatch:
         if now.kills <= before.kills:
             return exit_text.KILLED
         # Workers whose ends we handle later may have been killed, too.  Keep the old at_limit for
-        # them, because the kernel's counts do not tell which kills came from the limit.
+        # them: the kernel's counts do not tell which kills came from the limit.
         more = now.kills > before.kills + 1
         at_limit = before.at_limit if more else now.at_limit
         self._handled = OutOfMemory(before.kills + 1, at_limit)
@@ -93,5 +93,5 @@ class MemoryWatch:
 def _cause(*, at_limit: bool) -> str:
     limit = memory_group.limit() if at_limit else None
     if limit is None:
-        return "out of memory (not by a limit of the service)"
+        return "out of memory (the service reached no limit of its own)"
     return f"out of memory (the service's limit of {limit >> 20}M)"

@@ -1,4 +1,4 @@
-"""The guard and the service manager: they start us, keep our descriptors and get our status.
+"""The guard and the service manager: they start us, keep our descriptors, get our status.
 
 A guard keeps the descriptors, and its pid is the service's main pid.  Without a guard, systemd
 keeps the descriptors if the unit has an fd store.
@@ -57,8 +57,8 @@ class Parents:
         """Read the guard's messages, and feed the watchdog.
 
         on_exited: called when the guard has reaped a process; its arguments: the reaped process's
-        pid, whether the exit was clean, how it exited, in words.
-        on_gone: called when the guard exits, or at once if there is no guard.
+        pid, whether the exit was clean, and, in words, how it exited.
+        on_gone: called when the guard exits, or at once without a guard.
         """
         if self.line is None:
             on_gone()  # perhaps the guard exited just before an upgrade executed this program
@@ -99,8 +99,8 @@ class Parents:
         """Return whether the descriptors with these names survive a stop, in systemd's fd store.
 
         systemd keeps these descriptors while a restart is pending, and otherwise drops them (tried
-        with 252).  Other service managers that receive sd_notify(3) messages keep no descriptors,
-        and set no $INVOCATION_ID.
+        with systemd 252).  Other service managers that receive sd_notify(3) messages keep no
+        descriptors, and set no $INVOCATION_ID.
         """
         systemd = self.line is None and bool(os.environ.get("INVOCATION_ID"))
         return systemd and self.store.holds(names)

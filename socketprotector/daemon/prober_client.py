@@ -64,7 +64,7 @@ class Prober:
         limit_s: float,
         left_s: float,
     ) -> None:
-        """Send a probe over a connection, perhaps still connecting; the caller keeps owning it.
+        """Send a probe over the caller's connection, which need not be established yet.
 
         limit_s: how long a good answer may take.  left_s: how much of this time is left.  Answers
         to earlier probes are ignored from now on.  Raises OSError.

@@ -99,7 +99,7 @@ class ReadyProbe:
         if verdict.kind == verdicts.GOOD:
             done = self._answered(number, self._spec.kind)
             if self._generation is not generation:
-                return  # the answer let the next reload begin, and we now probe its generation
+                return  # the answer let another reload begin: we now probe that reload's generation
             if done:
                 self.stop()
             else:

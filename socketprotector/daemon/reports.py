@@ -127,7 +127,7 @@ class Reports:
             case ReportKind.READY:
                 self._ready(serving)
             case _ if self._is_stopping and report.news in _OF_RELOADS:
-                pass  # their messages to systemd would contradict STOPPING=1
+                pass  # messages to systemd would contradict STOPPING=1
             case ReportKind.RELOADING:
                 self._systemd.reloading()
             case ReportKind.RELOADED | ReportKind.RECOVERED:

@@ -191,7 +191,7 @@ class Supervisor:
             self.upgrade.failed(_NOT_KEPT)
 
     def check_upgrade(self, answered: Answered) -> None:
-        """Let a process try the new program with a copy of the state, and call back.
+        """Try the new program with a copy of the state, and call back.
 
         Raises OSError or StateError if the state cannot be copied.  No upgrade or other check may
         be in progress.

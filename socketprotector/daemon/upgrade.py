@@ -72,7 +72,7 @@ class Upgrade:
         self._start({each: descriptors[each] for each in _NEEDED}, answered)
 
     def check(self, copies: Mapping[str, int], answered: Answered) -> None:
-        """Probe the new program with copies of the settings and the state, and call back.
+        """Try the new program with copies of the settings and the state, and call back.
 
         Neither a check nor an upgrade may be in progress.
         """

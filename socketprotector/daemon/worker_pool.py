@@ -140,7 +140,7 @@ class WorkerPool:
         except (OSError, ValueError) as error:
             self._post(WorkerExited(number, f"cannot start: {what_failed(error)}"))
             return
-        self._share_output(worker)
+        self._note_shared_output(worker)
         try:
             self._watch(number, worker)
         except OSError as error:
@@ -179,7 +179,7 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Send the finish signal if there is one; otherwise, workers' channels get end of file."""
+        """Send workers the finish signal; without one, the delivery ends their channel."""
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
@@ -188,7 +188,8 @@ class WorkerPool:
     def all_retire(self, generation: int) -> bool:
         """Return whether all workers have sent X_SOCKETPROTECTOR_RETIRE=1, and no orphan is left.
 
-        Such a worker exits when its RETURN line ends, but first reads from all accepted clients.
+        Such a worker exits at end of file on its RETURN line, but first reads from all accepted
+        clients.
         """
         records = [each for each in self._records.values() if each.generation == generation]
         orphans = any(each.generation == generation for each in self.groups.records())
@@ -234,7 +235,7 @@ class WorkerPool:
         self.orphans.stop_looking()
 
     def resume(self) -> None:
-        """Begin again, after a failed exec, what suspend() has ended."""
+        """Restart, after a failed exec, what suspend() has ended."""
         for worker in self._workers.values():
             worker.readiness.check()
         self.orphans.schedule()
@@ -304,7 +305,7 @@ class WorkerPool:
 
     # -- readiness and exits -------------------------------------------------
 
-    def _share_output(self, worker: Worker) -> None:
+    def _note_shared_output(self, worker: Worker) -> None:
         """If other workers run, note for all workers that their output is mixed in the log."""
         for each in reversed(self._workers.values()):
             if each.record.output_start < 0:
@@ -362,7 +363,7 @@ class WorkerPool:
             limit_s=check_command.LIMIT_S,
         )
 
-    def _checked(self, worker: Worker) -> None:
+    def _release_probe_address(self, worker: Worker) -> None:
         """Release a generation's probe address once none of its workers is checked any more."""
         generation = worker.record.generation
         if worker.generation.program.ready == "check" and not any(
@@ -417,7 +418,7 @@ class WorkerPool:
             return True
         self.proved_ready = self.proved_ready or by != ready_kinds.TIMER
         worker.readiness.is_known()
-        self._checked(worker)
+        self._release_probe_address(worker)
         if worker.process.has_ended():
             self._note(worker, ready_by=by)  # its exit is handled next
             return False
@@ -430,14 +431,14 @@ class WorkerPool:
         return True
 
     def _ended(self, number: int) -> None:
-        """Handle a worker's last messages, then its exit, once it is known how the worker ended."""
+        """Handle a worker's last messages and, once the end is known, the exit."""
         self._messages.read(number)
         worker = self._workers[number]
         end = self._post_mortem.end_of(worker, guarded=self.guarded)
         if end is None:
             return
         del self._workers[number], self._records[number]
-        self._checked(worker)
+        self._release_probe_address(worker)
         # The parent of an adopted worker may have reaped it, and another worker may have its pid.
         if self._by_pid.get(worker.process.pid) == number:
             del self._by_pid[worker.process.pid]

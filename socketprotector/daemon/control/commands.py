@@ -359,7 +359,7 @@ class CommandHandler:
         if generation.phase is not Phase.SERVING or worker.state is not State.READY:
             raise RequestError(
                 "refused",
-                f"worker {pid} is not a ready worker of the serving generation; see `status`",
+                f"process {pid} is not a ready worker of the serving generation; see `status`",
             )
         self.runtime.post(ReplaceRequested(worker.number, "requested by an operator"))
         return {"worker": worker.number}

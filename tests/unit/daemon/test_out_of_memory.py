@@ -14,7 +14,7 @@ from socketprotector.system.memory_group import OutOfMemory
 from tests.unit.daemon.clock import Clock
 
 BY_LIMIT = "was killed by SIGKILL: out of memory (the service's limit of 512M)"
-BY_OTHER = "was killed by SIGKILL: out of memory (not by a limit of the service)"
+BY_OTHER = "was killed by SIGKILL: out of memory (the service reached no limit of its own)"
 FD, WORKER, CHILD = 7, 4711, 4712
 
 

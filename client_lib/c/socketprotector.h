@@ -71,7 +71,7 @@ enum sp_result {
 struct sp_connection {
     int fd;                  /* owned by the caller; blocking, close-on-exec */
     int listener;            /* the index for sp_listener() */
-    uint64_t accepted_at_ns; /* time of accept, CLOCK_MONOTONIC */
+    uint64_t accepted_at_ns; /* time of accept, CLOCK_MONOTONIC; 0: the protector's own connection */
 };
 
 /* Read-only for the caller.  An event loop (epoll) watches fds[0] to fds[count - 1] for input. */
@@ -204,9 +204,11 @@ static inline void sp__count_taken(struct sp_worker *sp, const struct sp_connect
         wait_us = (now_ns - client->accepted_at_ns) / 1000;
     for (; wait_us && bucket < SP_BOARD_WAIT_WORDS - 1; wait_us >>= 1)
         bucket++;
-    sp__count(sp, SP_BOARD_TAKEN, 1);
+    if (client->accepted_at_ns) { /* the protector's own connection is open, but is no client's */
+        sp__count(sp, SP_BOARD_TAKEN, 1);
+        sp__count(sp, SP_BOARD_WAITS + bucket, 1);
+    }
     sp__count(sp, SP_BOARD_OPEN, 1);
-    sp__count(sp, SP_BOARD_WAITS + bucket, 1);
     if (client->fd < SP_BOARD_WORDS - SP_BOARD_ACCEPTED_AT)
         __atomic_store_n(&sp->words[SP_BOARD_ACCEPTED_AT + client->fd], client->accepted_at_ns,
                          __ATOMIC_RELAXED);

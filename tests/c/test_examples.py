@@ -225,6 +225,18 @@ def test_it_counts_what_it_does(protect: Start, build: Build) -> None:
     eventually(lambda: counts(daemon) == (4, 0, 4, 1), "none is open")
 
 
+def test_a_health_probe_is_served_but_not_counted(protect: Start, build: Build) -> None:
+    health = ("--health", "accept", "--health-every", "100ms")
+    daemon = protect(*health, "127.0.0.1:0", "--", build("echo_epoll", *SANITIZED))
+    daemon.log.wait_for("event=healthy")  # a probe was taken
+
+    with Client(("127.0.0.1", daemon.port)) as client:
+        client.ask()
+        found = status(daemon)
+
+    assert (found["accepted"], found["wait_us"]["count"]) == (1, 1)
+
+
 def connections(daemon: Protector) -> list[dict[str, Any]]:
     found = told(daemon, "connections")
     result: list[dict[str, Any]] = found["connections"] if isinstance(found, dict) else found

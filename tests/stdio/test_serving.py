@@ -254,6 +254,22 @@ def test_status_counts_programs_as_connections(protector: Start, tmp_path: Path)
     daemon.stop()
 
 
+def test_a_health_probe_is_not_counted(protector: Start, tmp_path: Path) -> None:
+    place = tmp_path / "control"
+    health = ("--health", "accept", "--health-every", "100ms")
+    modes = ("--handoff", "stdio", "--workers", "1")
+    daemon = protector("--control", place, *health, *modes, "127.0.0.1:0", "--", "cat").ready()
+    daemon.log.wait_for("event=healthy")  # a probe was taken
+
+    with Client(("127.0.0.1", daemon.port)) as client:
+        assert client.ask("hello") == "hello"
+        with control.Client(str(place)) as line:
+            (generation,) = line.request("status")["generations"]
+
+    assert (generation["accepted"], generation["wait_us"]["count"]) == (1, 1)
+    daemon.stop()
+
+
 def test_it_says_how_many_run(channel: Channel) -> None:
     worker = channel.start(*pool(4, TALKS, shell=True))
     with_answer = channel.connect()

@@ -31,7 +31,13 @@ class Board:
         self._words[wire.BOARD_STATE] = wire.BOARD_COUNTED
 
     def took(self, accepted_at_ns: int) -> None:
+        """Count a taken connection.
+
+        accepted_at_ns: 0 for a connection of the protector's own, which is not counted.
+        """
         words = self._words
+        if not accepted_at_ns:
+            return
         wait_us = (time.monotonic_ns() - accepted_at_ns) // 1000
         bucket = wait_us.bit_length() if wait_us > 0 else 0
         words[wire.BOARD_ACCEPTED] += 1

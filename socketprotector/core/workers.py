@@ -82,14 +82,18 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
         _take_over(step, worker.replaces)  # no other replacement will come
     for orphan in orphans:  # last, so that after a rollback clients already go elsewhere
         never_served = worker.state is State.STARTING and not event.lost
-        _end_orphans(step, generation, orphan, at_once=was_signalled or never_served)
+        at_once = was_signalled or never_served
+        _end_orphans(step, generation, orphan, at_once=at_once, lost=event.lost)
 
 
-def _end_orphans(step: Step, generation: Generation, orphan: Worker, *, at_once: bool) -> None:
+def _end_orphans(
+    step: Step, generation: Generation, orphan: Worker, *, at_once: bool, lost: bool
+) -> None:
     """Let the processes that a worker left behind finish, within the limits of a leaving worker.
 
     generation: as it was before the exit.
     at_once: the processes serve no client, or their worker had been signalled.
+    lost: see WorkerExited.
     """
     ended_now = step.fleet[generation.number].ending and not generation.ending
     if generation.phase is Phase.STARTING or ended_now:
@@ -99,18 +103,22 @@ def _end_orphans(step: Step, generation: Generation, orphan: Worker, *, at_once:
     elif at_once:
         step.end_worker(orphan)
     else:
-        if not _serves_on(step.fleet, generation.number, orphan):
+        if not _serves_on(step.fleet, generation.number, orphan, lost=lost):
             step.retire(orphan)
         _end_oldest_orphans(step)
 
 
-def _serves_on(fleet: Fleet, number: int, orphan: Worker) -> bool:
+def _serves_on(fleet: Fleet, number: int, orphan: Worker, *, lost: bool) -> bool:
     """Return whether orphans serve until the next worker in their slot is ready.
 
-    A limit on the processes may delay that worker until other orphans have ended.
+    A limit on the processes may delay that worker until other orphans have ended.  Without this
+    limit a lost worker serves until its generation drains: a server that is sent a signal while
+    its socket still gets clients can reset them.
     """
-    if not fleet.policy.rolls or fleet[number].phase is not Phase.SERVING:
+    if fleet[number].phase is not Phase.SERVING:
         return False
+    if not fleet.policy.rolls:
+        return lost
     to_come = (State.WAITING, State.STARTING)
     return any(w.slot == orphan.slot and w.state in to_come for w in fleet[number].workers)
 

@@ -184,6 +184,7 @@ class WorkerPool:
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
         self.groups.drain(generation)
+        self.orphans.drain(generation)
 
     def all_retire(self, generation: int) -> bool:
         """Return whether all workers have sent X_SOCKETPROTECTOR_RETIRE=1, and no orphan is left.
@@ -209,22 +210,17 @@ class WorkerPool:
         KILL goes to the whole process group.
         """
         name = signal.Signals(number).name.removeprefix("SIG")
+        fields = {"worker": worker.record.number, "signal": name}
         try:
             if number == signal.SIGKILL:
                 worker.process.kill_group()
             else:
                 worker.process.signal(number)
         except PermissionError as error:  # the process has changed its user
-            self._log.write(
-                "error",
-                "cannot-signal",
-                worker=worker.record.number,
-                pid=worker.process.pid,
-                signal=name,
-                error=error.strerror,
-            )
+            pid = worker.process.pid
+            self._log.write("error", "cannot-signal", **fields, pid=pid, error=error.strerror)
             return False
-        self._log.write("info", "signalled", worker=worker.record.number, signal=name)
+        self._log.write("info", "signalled", **fields)
         return True
 
     def suspend(self) -> None:

@@ -67,7 +67,9 @@ class _Search:
     sign: int
     #: A lost worker: it gets only signals that were ordered.
     lost: bool = False
+    generation: int = 0
     finish_signal: int = 0  # makes it finish; 0: it finishes without a signal
+    asked: bool = False  # a signal was ordered
     kill_at: float | None = None  # when KILL is due; None: not decided yet
     kills: int = 0  # rounds of KILL
     gone: Callable[[], None] | None = None  # called when no process is left
@@ -109,10 +111,10 @@ class Orphans:
 
     @property
     def orders(self) -> tuple[tuple[str, int], ...]:
-        """The signals that lost workers are to get, by address; KILL until they are gone."""
-        lost = ((address, each) for address, each in self._searches.items() if each.lost)
-        signs = ((a, each.sign if each.kill_at is None else signal.SIGKILL) for a, each in lost)
-        return tuple((address, int(sign)) for address, sign in signs if sign)
+        """The signals that lost workers are to get, by address; 0: none after an earlier one."""
+        asked = ((a, each) for a, each in self._searches.items() if each.lost and each.asked)
+        signs = ((a, each.sign if each.kill_at is None else signal.SIGKILL) for a, each in asked)
+        return tuple((address, int(sign)) for address, sign in signs)
 
     @property
     def found(self) -> bool:
@@ -124,7 +126,9 @@ class Orphans:
         self._searches.setdefault(address, _Search(signal.SIGTERM))
         self._scan_after(0.0)
 
-    def watch(self, address: str, finish_signal: int, gone: Callable[[], None]) -> None:
+    def watch(
+        self, address: str, generation: int, finish_signal: int, gone: Callable[[], None]
+    ) -> None:
         """Watch a lost worker that has this address, until its last process is gone.
 
         If end() has the address, the worker had failed.
@@ -132,17 +136,24 @@ class Orphans:
         gone: called when no such process is left.
         """
         search = self._searches.setdefault(address, _Search(0, lost=True))
-        search.finish_signal, search.gone = finish_signal, gone
+        search.generation, search.finish_signal, search.gone = generation, finish_signal, gone
         self._scan_after(0.0)
 
     def retire(self, addresses: Collection[str]) -> None:
-        """Order the lost worker that has one of these addresses to finish its clients."""
+        """Order the lost worker that has one of these addresses, once, to finish its clients."""
         for each in self._lost(addresses):
-            if each.finish_signal:
+            if each.finish_signal and not each.asked:
                 self._order(each, each.finish_signal)
 
+    def drain(self, generation: int) -> None:
+        """Order a generation's lost workers to finish their clients."""
+        self.retire([a for a, each in self._searches.items() if each.generation == generation])
+
     def order(self, addresses: Collection[str], sign: int) -> None:
-        """Signal the lost worker that has one of these addresses; KILL also its children."""
+        """Signal the lost worker that has one of these addresses; KILL also its children.
+
+        sign: 0: it got its signal from an earlier program.
+        """
         for each in self._lost(addresses):
             self._order(each, sign)
 
@@ -153,7 +164,7 @@ class Orphans:
     def _order(self, search: _Search, sign: int) -> None:
         if sign == signal.SIGKILL:
             search.kill_at = time.monotonic()
-        search.sign = sign
+        search.sign, search.asked = sign, True
         self._scan_after(0.0)
 
     def when_ended(self, done: Callable[[], None]) -> None:
@@ -166,7 +177,7 @@ class Orphans:
         self.stop_looking()
         self._loop.cancel(_TIMER)
         for address in tuple(self._searches):
-            self._forget(address)
+            self._release(self._searches.pop(address))
         self.schedule()
 
     def stop_looking(self) -> None:
@@ -193,13 +204,6 @@ class Orphans:
         except OSError as error:
             self._scanned(tuple(self._searches), {}, error.strerror or str(error))
 
-    def _cannot_scan(self, why: str) -> None:
-        """Scan again later, because descriptors or memory are lacking."""
-        if why != self._trouble:  # write it once, not each second
-            self._log.write("error", "cannot-examine", error=why)
-        self._trouble = why
-        self._scan_after(_SCAN_AGAIN_S)
-
     def _scanned(self, wanted: Collection[str], found: Found, why: str) -> None:
         """Signal the processes found and close their pidfds.  why: the scan was incomplete."""
         self._scan = None
@@ -211,12 +215,14 @@ class Orphans:
             given_up = search.kills >= _MOST_SCANS and not (why and search.gone is None)
             if given_up or not (processes or why):
                 done.append(search.gone)
-                self._forget(address)
+                self._release(self._searches.pop(address))
         _close(found)
-        if why:
-            self._cannot_scan(why)
+        if why and why != self._trouble:  # write it once, not each second
+            self._log.write("error", "cannot-examine", error=why)
+        self._trouble = why
+        if why:  # descriptors or memory are lacking
+            self._scan_after(_SCAN_AGAIN_S)
         else:
-            self._trouble = ""
             self.schedule()
         for gone in filter(None, done):
             gone()
@@ -258,9 +264,6 @@ class Orphans:
             self._loop.unwatch(search.pidfd)
             os.close(search.pidfd)
             search.pidfd = -1
-
-    def _forget(self, address: str) -> None:
-        self._release(self._searches.pop(address))
 
     def schedule(self) -> None:
         """Schedule the next scan, or report the end when no address is left."""

@@ -171,7 +171,7 @@ def test_the_end_of_the_processes_of_an_address_is_reported_once_they_are_gone(
         assert one.stdout.read(1) == b"\n"
         for address in (ADDRESS, f"{ADDRESS}-another"):
             found.end(address)
-            found.watch(address, 0, partial(gone.append, address))
+            found.watch(address, 1, 0, partial(gone.append, address))
         until(loop, lambda: found.found)
         assert gone == [f"{ADDRESS}-another"]
         one.stdin.close()
@@ -236,15 +236,20 @@ def test_a_lost_worker_gets_only_what_is_ordered_and_its_children_only_KILL(
     """As any worker: it passes on what its children are to get."""
     gone: list[str] = []
     with looks(loop, log, 0.0) as (found, counted):
-        found.watch(ADDRESS, signal.SIGUSR1, partial(gone.append, ADDRESS))
+        found.watch(ADDRESS, 1, signal.SIGUSR1, partial(gone.append, ADDRESS))
         until(loop, lambda: len(counted) == 1 and found._scan is None)
-        assert (log.said, found.left, found.orders) == ([], (), ())
-        found.retire((ADDRESS, "another"))
+        assert (log.said, found.left, len(found.orders)) == ([], (), 0)
+        found.drain(2)
+        assert not found.orders
+        found.drain(1)
         assert found.orders == ((ADDRESS, signal.SIGUSR1),)
-        until(loop, lambda: found.orders == ())
+        until(loop, lambda: found.orders == ((ADDRESS, 0),))
+        found.retire((ADDRESS, "another"))  # a second one may end it at once
+        found.drain(1)
+        assert found.orders == ((ADDRESS, 0),)
         assert says(lost) == "worker USR1"
         found.order((ADDRESS, "another"), signal.SIGTERM)
-        until(loop, lambda: found.orders == ())
+        until(loop, lambda: found.orders == ((ADDRESS, 0),))
         assert says(lost) == "worker TERM"
         until(loop, lambda: found._scan is None)
         assert loop.due(orphans._TIMER) is None, "only an event begins another look"
@@ -260,14 +265,14 @@ def test_the_exit_of_a_lost_worker_is_noticed_at_once_and_its_children_are_not_f
     monkeypatch.setattr(orphans, "_CHILDREN_S", 0.01)
     gone: list[str] = []
     with looks(loop, log) as (found, counted):
-        found.watch(ADDRESS, 0, partial(gone.append, ADDRESS))
+        found.watch(ADDRESS, 1, 0, partial(gone.append, ADDRESS))
         until(loop, lambda: len(counted) == 1 and found._scan is None)
         os.kill(lost.pid, signal.SIGKILL)
         lost.wait(30)
         until(loop, lambda: len(counted) >= 4)
         assert gone == []
         found.order((ADDRESS,), signal.SIGTERM)
-        until(loop, lambda: found.orders == ())
+        until(loop, lambda: found.orders == ((ADDRESS, 0),))
         assert says(lost) == "child TERM"
         os.killpg(lost.pid, signal.SIGKILL)
         until(loop, lambda: gone == [ADDRESS])
@@ -280,12 +285,12 @@ def test_an_order_whose_look_was_called_off_is_carried_out_by_the_next_program(
     """An upgrade, or a kill of the protector, comes between the order and its signal."""
     gone: list[str] = []
     with looks(loop, log) as (before, _), looks(loop, log) as (found, _):
-        before.watch(ADDRESS, 0, lambda: None)
+        before.watch(ADDRESS, 1, 0, lambda: None)
         before.order((ADDRESS,), signal.SIGKILL)
         until(loop, lambda: before._scan is not None)
         before.stop_looking()
 
-        found.watch(ADDRESS, 0, partial(gone.append, ADDRESS))
+        found.watch(ADDRESS, 1, 0, partial(gone.append, ADDRESS))
         for address, sign in before.orders:
             found.order((address,), sign)
         until(loop, lambda: gone == [ADDRESS])
@@ -303,7 +308,7 @@ def test_a_lost_worker_that_no_look_finds_delays_the_fleet_only_so_long(
 
     with looks(loop, log, 0.0) as (found, _):
         monkeypatch.setattr(orphans, "Scan", refused)
-        found.watch(ADDRESS, 0, partial(gone.append, ADDRESS))
+        found.watch(ADDRESS, 1, 0, partial(gone.append, ADDRESS))
         until(loop, lambda: bool(log.said))
         assert gone == []
         found.order((ADDRESS,), signal.SIGKILL)

@@ -168,7 +168,9 @@ def test_a_worker_that_was_being_started_counts_until_no_process_has_its_address
     pool = SimpleNamespace(
         records=lambda: (WorkerRecord(12, 1, 4711, 0),),
         addresses=lambda number: addresses if number == 13 else (),
-        orphans=SimpleNamespace(watch=lambda address, _, gone: ends.__setitem__(address, gone)),
+        orphans=SimpleNamespace(
+            watch=lambda address, _generation, _signal, gone: ends.update({address: gone})
+        ),
     )
     generations = {1: None, 2: None} if opened else {1: None}
     made = recovery(12, os.open(os.devnull, os.O_RDONLY), handoff="connection")
@@ -215,7 +217,8 @@ def unadopted(
     gone: list[Callable[[], None]] = []
     posted: list[Event] = []
 
-    def watch(address: str, finish_signal: int, then: Callable[[], None]) -> None:
+    def watch(address: str, generation: int, finish_signal: int, then: Callable[[], None]) -> None:
+        assert generation == 1
         orders_given.append((address, finish_signal))
         gone.append(then)
 

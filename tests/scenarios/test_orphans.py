@@ -395,6 +395,7 @@ def test_a_worker_without_a_record_has_the_time_of_others(protector: Starter, by
         if by == "stop":
             daemon.stop()
         else:
+            daemon.reload()
             daemon.log.wait_for("event=left-behind .*signal=SIGKILL")
             daemon.stop()
         assert client.rest() == []

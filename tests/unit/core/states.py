@@ -106,6 +106,7 @@ class StateWorld(World):
             (each.wait, (place if each.wait in OF_WORKERS else rank).get(each.target, -1))
             for each in fleet.timers
         )
+        gone = self.killed, self.orphaned, self.lost
         most_starts = max(FREE_DEATHS + 1, fleet.policy.start_tries)
         return (
             tuple(_named(each, place) for each in fleet.generations),
@@ -113,7 +114,7 @@ class StateWorld(World):
             fleet.next_generation == 1,
             min(fleet.failed_starts, most_starts),
             _OTHERS(fleet),
-            *(frozenset(place[n] for n in s if n in place) for s in (self.killed, self.orphaned)),
+            *(frozenset(place[n] for n in s if n in place) for s in gone),
             *(frozenset(rank[n] for n in s if n in rank) for s in (self.unlimited, self.tried)),
             frozenset(bisect_left(numbers, each) for each in self.promised),
             bisect_left(numbers, self.verdict + 1),

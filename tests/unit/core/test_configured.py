@@ -14,6 +14,7 @@ from socketprotector.core.actions import (
     ReadSettings,
     Report,
     ReportKind,
+    Retire,
     RouteTo,
     Spawn,
     StartTimer,
@@ -72,6 +73,19 @@ def test_a_reload_reads_the_file_and_then_opens_what_it_says(configured: Story) 
         Report(ReportKind.RELOADED, 2),
     ]
     assert (story.fleet.policy, story.fleet.workers_wanted) == (SLOW, 2)
+
+
+def test_a_lost_worker_finishes_when_a_reload_brings_a_limit_on_the_processes(
+    configured: Story,
+) -> None:
+    """The reload could otherwise wait for it without an end."""
+    story = configured
+    story.and_also(WorkerExited(1, "crashed", served_s=60.0), ReloadRequested())
+    lost = next(each.number for each in story.fleet[1].alive)
+    assert Retire(lost) not in story.when(WorkerExited(lost, "lost", orphans=True, lost=True))
+
+    rolls = Policy(surge=1, drain_timeout_s=9.0)
+    assert Retire(lost) in story.when(SettingsRead(rolls))
 
 
 def test_a_file_with_a_mistake_is_a_failed_reload_with_a_number(configured: Story) -> None:

@@ -485,17 +485,26 @@ def test_what_a_worker_left_that_never_became_ready_is_ended(story: Story) -> No
     assert StartTimer(Deadline(TimerKind.WORKER_KILL, 2), 5.0) in actions
 
 
-def test_a_starting_worker_that_a_kill_of_the_protector_lost_has_the_drain_timeout(
+def test_a_worker_that_a_kill_of_the_protector_lost_serves_until_its_generation_drains(
     story: Story,
 ) -> None:
-    """It may serve clients already, unlike what a failed start leaves."""
+    """It may serve clients, and its socket gets more: many servers reset some at a signal."""
     story.given_serving(Policy(drain_timeout_s=60.0)).and_also(
         WorkerExited(1, CRASHED, served_s=60.0)
     )
 
     actions = story.when(WorkerExited(2, CRASHED, orphans=True, lost=True))
 
-    assert signals(actions) == []
+    assert (signals(actions), Retire(2) in actions) == ([], False)
+    assert 2 in [each.number for each in story.fleet[1].alive]
+
+
+def test_a_lost_worker_of_a_draining_generation_has_the_drain_timeout(story: Story) -> None:
+    story.given_serving(Policy(drain_timeout_s=60.0), workers=2)
+    story.and_also(ReloadRequested(), WorkerReady(3), WorkerReady(4))
+
+    actions = story.when(WorkerExited(2, CRASHED, orphans=True, lost=True))
+
     assert Retire(2) in actions
     assert StartTimer(Deadline(TimerKind.WORKER_RETIRE, 2), 60.0) in actions
 

@@ -153,6 +153,7 @@ class World:
         self.processes: dict[int, Spawn] = {}
         self.killed: frozenset[int] = frozenset()
         self.orphaned: frozenset[int] = frozenset()  # of these what they had started is left
+        self.lost: frozenset[int] = frozenset()  # orphaned: a kill of the protector lost them
         self.channels: dict[int, str] = {}  # of each generation: open, failed or drained
         self.unlimited: frozenset[int] = frozenset()  # may drain for ever, or until a stop is over
         self.route: int | None = None
@@ -192,6 +193,7 @@ class World:
         if isinstance(event, WorkerExited):
             if event.orphans and event.worker in self.processes:
                 self.orphaned |= {event.worker}
+                self.lost |= {event.worker} if event.lost else set()
             else:
                 self.processes.pop(event.worker, None)
         elif isinstance(event, DeadlinePassed):
@@ -581,6 +583,8 @@ class World:
                 each.slot == worker.slot and each.state in (State.WAITING, State.STARTING)
                 for each in generation.workers
             )
+            if number in self.lost and generation.phase is Phase.SERVING:
+                return  # it serves until its generation drains
             assert self.runs(TimerKind.WORKER_RETIRE, number) or drains or serves_on or last_word
 
     def is_in_the_place_of_the_next(self, generation: Generation) -> bool:
@@ -652,7 +656,8 @@ class World:
                 continue
             yield WorkerExited(number, DIED)
             yield WorkerExited(number, DIED, orphans=True)
-            yield WorkerExited(number, DIED, orphans=True, lost=True)
+            if number == min(self.processes):  # the others make no difference
+                yield WorkerExited(number, DIED, orphans=True, lost=True)
             yield WorkerExited(number, DIED, waiting=3, orphans=True)
             yield WorkerExited(number, DIED, waiting=3)
             yield WorkerExited(number, DIED, served_s=20.0)

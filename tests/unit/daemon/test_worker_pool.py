@@ -116,6 +116,7 @@ class World:
         orphans = SimpleNamespace(
             retire=lambda addresses: self.orders_to_lost.append((addresses,)),
             order=lambda *order: self.orders_to_lost.append(order),
+            drain=lambda generation: self.orders_to_lost.append(("drain", generation)),
         )
         patch.setattr(module, "Orphans", lambda *_: orphans)
         spawner = SimpleNamespace(
@@ -368,6 +369,7 @@ def test_another_worker_that_accepts_finishes_by_its_signal_once(world: World) -
         world.pool.drain(1)
 
     assert (worker.signals, queued.signals) == ([signal.SIGQUIT], [])
+    assert world.orders_to_lost == [("drain", 1)] * 2
     assert worker.record.asked_to_exit
     assert not queued.record.asked_to_exit  # the end of its channel does that
 

@@ -4,7 +4,9 @@ The result is in status, metrics and the exporter's /readyz, and the log reports
 result restarts nothing: if a shared dependency such as a database fails, the check fails on all
 hosts at once.  Restarts everywhere would prolong that failure.
 
-Probes do not count as accepted clients, but `active` and `queue` of `status` may include a probe.
+`active` and `queue` of `status` may include a probe.  Probes do not count as accepted clients, with
+one exception: under --handoff listener, workers on the client library cannot recognize a probe, so
+they count each probe.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class ListenSource(Source):
         connection = Connection(kind.family, kind.type, kind.proto, accepted.detach())
         connection.peer = peer
         connection.listener = kind.name
-        # Never 0, as for a probe from the channel: an accepted probe looks like a client's connection.
+        # Never 0, even for a probe, which looks like a client's connection here.
         connection.accepted_at_ns = time.monotonic_ns()
         return connection
 

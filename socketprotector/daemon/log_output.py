@@ -20,7 +20,7 @@ from ..model.settings import Settings
 from ..system import cgroups, inherited, log_file
 from ..system.cleanup import on_error
 from ..system.inherited import Inherited
-from ..system.log import is_journal
+from ..system.terminal import is_journal
 from . import relay_client
 from .runtime import Runtime
 

@@ -28,7 +28,7 @@ from socketprotector.model import log_format
 from socketprotector.model.backoff import backoff_s
 from socketprotector.model.errors import NO_PROCESSES
 from socketprotector.system import inherited, pid_file_removal, signals
-from socketprotector.system.terminal import put_at_once
+from socketprotector.system.terminal import is_journal, put_at_once
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -285,8 +285,12 @@ class Guard:
         """
         if self.dropped:
             fields["dropped_lines"] = self.dropped
-        formed = log_format.as_json if self.json else log_format.as_text
-        line = formed("warning", event, fields, time.time())
+        now = time.time()
+        prioritized = RELAY in self.store or is_journal()  # the reader adds the time
+        if self.json:
+            line = log_format.as_json("warning", event, fields, now, prioritized=prioritized)
+        else:
+            line = log_format.as_text("warning", event, fields, None if prioritized else now)
         try:
             write(self.store.get(RELAY, 2), line.encode("utf-8", "backslashreplace"))
         except OSError:

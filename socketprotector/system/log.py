@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from ..model.log_format import LEVELS, as_coloured, as_json, as_text, plain
 from .crash_loop_summary import CrashLoopFilter
 from .loop import Loop
-from .terminal import put, put_at_once
+from .terminal import is_journal, put, put_at_once
 
 #: Called with level, event and fields.
 Observer = Callable[[str, str, Mapping[str, object]], None]
@@ -157,9 +157,3 @@ def _wants_colour() -> bool:
     """Return True if stderr is a terminal whose user wants colour (no-color.org)."""
     dull = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return not dull and os.isatty(_STDERR)
-
-
-def is_journal() -> bool:
-    """Return True if stderr is the journal's socket (systemd.exec(5), JOURNAL_STREAM)."""
-    found = os.fstat(_STDERR)
-    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"

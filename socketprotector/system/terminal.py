@@ -1,4 +1,4 @@
-"""Output to the operator's terminal: whole lines, escaped.
+"""Output to stderr and the operator's terminal: whole lines, escaped.
 
 A failure to write is ignored: the start continues without the terminal, or the pipe (`| head`).
 """
@@ -58,6 +58,12 @@ def put_at_once(fd: int, data: bytes) -> int:
     finally:
         os.close(receive)
         os.close(send)
+
+
+def is_journal() -> bool:
+    """Return True if stderr is the journal's socket (systemd.exec(5), JOURNAL_STREAM)."""
+    found = os.fstat(STDERR)
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 def open_missing_standard_streams() -> None:

@@ -552,13 +552,42 @@ def test_a_line_that_the_guard_could_not_write_is_counted_in_the_next(tmp_path: 
     one.log("fourth", a=1)
 
     lines = os.read(receive, 1 << 20).decode().splitlines()
-    assert [line.partition(" event=")[2] for line in lines] == [
-        "third a=1 dropped_lines=2",
-        "fourth a=1",
-    ]
+    assert lines == ["<4>event=third a=1 dropped_lines=2", "<4>event=fourth a=1"]
     assert os.get_blocking(send)
     os.close(receive)
     os.close(send)
+
+
+@pytest.mark.costly
+def test_in_the_journal_a_line_of_the_guard_has_a_priority_and_no_time(
+    marked_environment: dict[str, str],
+) -> None:
+    ours, journal = socket.socketpair()
+    found = os.fstat(journal.fileno())
+    environment = {**marked_environment, "JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"}
+    arguments = ["--guard", "127.0.0.1:0", "--", *MANY]
+    with journal:
+        daemon = Protector(arguments, environment, stderr=journal.fileno())
+    ours.settimeout(DEADLINE_S)
+
+    def line_of(event: str) -> str:
+        return next(line for line in stream if f"event={event}" in line)
+
+    try:
+        with ours, ours.makefile() as stream:
+            line_of("ready")
+            daemon.signal(signal.SIGUSR1)
+            line_of("reopened")  # so the guard knows that the start has succeeded
+            [pid] = [pid for pid in children_of(daemon.pid) if name_of(pid) == "SocketProtector"]
+
+            os.kill(pid, signal.SIGKILL)
+
+            assert line_of("protector-died").startswith("<4>event=protector-died")
+            line_of("resumed")
+            daemon.process.send_signal(signal.SIGTERM)
+            assert daemon.process.wait(DEADLINE_S) == 0
+    finally:
+        daemon.end()
 
 
 def test_how_workers_ended_is_reported_once_a_protector_that_stood_still_reads_on() -> None:

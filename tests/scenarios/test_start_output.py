@@ -15,7 +15,7 @@ import termios
 import pytest
 
 from tests import needs
-from tests.procfs import cpu_s, descriptors, status_of, wake_ups
+from tests.procfs import children_of, cpu_s, descriptors, name_of, status_of, wake_ups
 from tests.running import Client, Lines, ask, eventually, wait_gone
 from tests.scenarios.output import Syslog, relay_of, relays_of
 from tests.scenarios.starting import MINIMAL, Start, start_of
@@ -100,6 +100,25 @@ def test_a_relay_that_is_killed_breaks_no_workers_output_and_comes_back(
     assert relay_of(start) not in (0, relay)
     assert start.pid == protector
     assert ask(f"{start.folder}/s") == "hello"
+    start.stop()
+
+
+def test_lines_of_the_guard_have_the_priority_of_the_protectors(
+    start: Start, syslog: Syslog
+) -> None:
+    ended = start("--guard", "unix:s?mode=0600", "--", *TALKS, before=syslog.before)
+    if ended.status == 77:
+        needs.skip("mounts" if needs.IS_ROOT else "root")
+    [protector] = [pid for pid in children_of(start.pid) if name_of(pid) == "SocketProtector"]
+
+    start.send(signal.SIGUSR1)
+    syslog.wait_for("event=reopened")  # so the guard knows that the start has succeeded
+
+    os.kill(protector, signal.SIGKILL)
+
+    # daemon.warning is 28.  The time is syslog's alone.
+    line = syslog.wait_for("event=protector-died")
+    assert re.match(r"<28>[^<]*: event=protector-died ", line), line
     start.stop()
 
 

@@ -239,6 +239,8 @@ class Orphans:
                 self._signal(found, signal.SIGTERM)
         elif complete:
             leaders = [each for each in found if _leads(each[0])]
+            if not (leaders or search.asked):  # its children finish, as those of any dead worker
+                search.sign, search.asked = search.finish_signal, True
             if search.sign:  # as from any worker, its children get what it passes on
                 self._signal(leaders or found, signal.Signals(search.sign))
             search.sign, search.seen = 0, True

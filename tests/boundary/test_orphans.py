@@ -265,18 +265,19 @@ def test_the_exit_of_a_lost_worker_is_noticed_at_once_and_its_children_are_not_f
     monkeypatch.setattr(orphans, "_CHILDREN_S", 0.01)
     gone: list[str] = []
     with looks(loop, log) as (found, counted):
-        found.watch(ADDRESS, 1, 0, partial(gone.append, ADDRESS))
+        found.watch(ADDRESS, 1, signal.SIGUSR1, partial(gone.append, ADDRESS))
         until(loop, lambda: len(counted) == 1 and found._scan is None)
         os.kill(lost.pid, signal.SIGKILL)
         lost.wait(30)
         until(loop, lambda: len(counted) >= 4)
         assert gone == []
+        assert says(lost) == "child USR1", "as the orphans of any worker"
         found.order((ADDRESS,), signal.SIGTERM)
         until(loop, lambda: found.orders == ((ADDRESS, 0),))
         assert says(lost) == "child TERM"
         os.killpg(lost.pid, signal.SIGKILL)
         until(loop, lambda: gone == [ADDRESS])
-    assert {fields["signal"] for _, fields in log.said} == {"SIGTERM"}
+    assert [fields["signal"] for _, fields in log.said] == ["SIGUSR1", "SIGTERM"]
 
 
 def test_an_order_whose_look_was_called_off_is_carried_out_by_the_next_program(

@@ -1632,8 +1632,11 @@ class World:
         if not fleet.stopping:
             (serving,) = fleet.generations
             assert serving.phase is Phase.SERVING
-            assert all(each.state is State.READY for each in serving.workers)
-            assert len(serving.workers) == fleet.workers_wanted
+            searches = protector.effects.pool.orphans._searches.items()
+            lost = {int(a.rpartition("-")[2]) for a, each in searches if each.lost}
+            workers = [each for each in serving.workers if each.number not in lost]
+            assert all(each.state is State.READY for each in workers)
+            assert len(workers) == fleet.workers_wanted
             assert not fleet.timers
             self._check_serving(serving.number)
 

@@ -176,7 +176,7 @@ class MemoryDelivery(Delivery):
     def active(self, generation: OpenGeneration) -> int | None:
         return None
 
-    def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
+    def untaken_s(self, generation: OpenGeneration) -> float | None:
         return None
 
     def is_stuck(self, generation: OpenGeneration | None) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 
-from socketprotector.daemon.delivery.shared.accept_counts import NO_TAG, AcceptCounts
+from socketprotector.daemon.delivery.shared.open_counts import NO_TAG, OpenCounts
 from socketprotector.daemon.delivery.shared.shared_listeners import SharedListeners
 from socketprotector.launch.bind_unix import give_away
 from socketprotector.model.settings import ListenerSettings
@@ -122,10 +122,10 @@ def two(stack: ExitStack) -> list[Listener]:
     return found
 
 
-def counting(listeners: list[Listener]) -> AcceptCounts:
+def counting(listeners: list[Listener]) -> OpenCounts:
     """The counts at these listeners; the process has no connection of its own."""
     host = SimpleNamespace(own_connection=None)
-    return AcceptCounts(SharedListeners(cast("Any", host), listeners))
+    return OpenCounts(SharedListeners(cast("Any", host), listeners))
 
 
 def test_a_generation_has_what_has_its_tags_at_all_its_listeners(
@@ -182,13 +182,13 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
 
 
 @pytest.fixture
-def counts(two: list[Listener]) -> AcceptCounts:
+def counts(two: list[Listener]) -> OpenCounts:
     """Those of a single listener."""
     return counting(two[:1])
 
 
 @pytest.mark.usefixtures("told")
-def test_each_generation_has_a_tag_of_its_own(counts: AcceptCounts) -> None:
+def test_each_generation_has_a_tag_of_its_own(counts: OpenCounts) -> None:
     first = counts.enter(0, ())
     second = counts.enter(1, first)
     again = counts.enter(0, second)
@@ -200,7 +200,7 @@ def test_each_generation_has_a_tag_of_its_own(counts: AcceptCounts) -> None:
 
 @pytest.mark.usefixtures("told")
 def test_where_a_client_of_another_one_waits_nothing_is_known(
-    counts: AcceptCounts, two: list[Listener]
+    counts: OpenCounts, two: list[Listener]
 ) -> None:
     first = counts.enter(0, ())
     with socket.create_connection(two[0].socket.getsockname()):
@@ -209,7 +209,7 @@ def test_where_a_client_of_another_one_waits_nothing_is_known(
 
 @pytest.mark.usefixtures("told")
 def test_the_next_program_finds_the_same_where_a_client_of_another_one_waits(
-    counts: AcceptCounts, two: list[Listener]
+    counts: OpenCounts, two: list[Listener]
 ) -> None:
     """The first was killed before it had written down that nothing is known any more."""
     first = counts.enter(0, ())
@@ -245,7 +245,7 @@ def test_at_a_path_none_is_counted_for_a_generation_that_another_one_has_accepte
     its.close()
 
 
-def test_with_too_many_generations_no_more_is_known_of_the_last(counts: AcceptCounts) -> None:
+def test_with_too_many_generations_no_more_is_known_of_the_last(counts: OpenCounts) -> None:
     """And the others are not forgotten, as with ()."""
     taken = {(0, tag) for tag in range(1, accept_tags.TAGS + 1)}
     tags = counts.enter(0, taken)
@@ -256,7 +256,7 @@ def test_with_too_many_generations_no_more_is_known_of_the_last(counts: AcceptCo
 
 
 def test_a_tag_of_which_connections_are_open_is_nobody_elses(
-    stack: ExitStack, counts: AcceptCounts, two: list[Listener]
+    stack: ExitStack, counts: OpenCounts, two: list[Listener]
 ) -> None:
     """A generation may be gone, or more than there are tags: each has a client for ever."""
     its = two[0]
@@ -274,7 +274,7 @@ def test_a_tag_of_which_connections_are_open_is_nobody_elses(
 
 
 def test_a_generation_that_begins_while_the_kernel_does_not_tell_takes_nothing_from_others(
-    told: Told, counts: AcceptCounts
+    told: Told, counts: OpenCounts
 ) -> None:
     """There may be no descriptor to ask it with, for that moment."""
     first = counts.enter(0, ())
@@ -289,7 +289,7 @@ def test_a_generation_that_begins_while_the_kernel_does_not_tell_takes_nothing_f
 
 
 def test_whose_client_waits_is_not_known_where_only_the_gone_had_that_tag(
-    told: Told, counts: AcceptCounts, two: list[Listener]
+    told: Told, counts: OpenCounts, two: list[Listener]
 ) -> None:
     first = counts.enter(0, ())
     second = counts.enter(1, first)
@@ -299,7 +299,7 @@ def test_whose_client_waits_is_not_known_where_only_the_gone_had_that_tag(
 
 
 def test_one_that_came_between_two_options_is_counted_for_no_generation(
-    told: Told, counts: AcceptCounts, two: list[Listener]
+    told: Told, counts: OpenCounts, two: list[Listener]
 ) -> None:
     accept_tags.tag(two[0].socket, 1)
     has(told, 1)  # of one that is gone
@@ -335,7 +335,7 @@ def test_one_that_no_process_has_open_any_more_does_not_wait(stack: ExitStack) -
 
 
 def test_the_tag_of_clients_that_wait_elsewhere_is_given_to_none(
-    stack: ExitStack, counts: AcceptCounts, two: list[Listener]
+    stack: ExitStack, counts: OpenCounts, two: list[Listener]
 ) -> None:
     """Who accepts them has it then: a generation that was started for them."""
     its = two[0]

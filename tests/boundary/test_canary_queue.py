@@ -387,16 +387,16 @@ def test_a_canary_whose_workers_take_nothing_is_reported_once(real: World) -> No
     assert failed.generation == 2
     assert failed.reason == "no worker has accepted a connection yet; clients waiting: 2"
     assert real.delivery.is_stuck(real.generations[2])
-    waited_s = real.delivery.oldest_waiting_s(real.generations[2])
+    waited_s = real.delivery.untaken_s(real.generations[2])
     assert waited_s is not None
     assert waited_s >= canary.NEVER_TAKEN_S
-    assert real.delivery.oldest_waiting_s(real.generations[1]) is None
+    assert real.delivery.untaken_s(real.generations[1]) is None
 
     real.route_to(1)
     real.end(2)
     take_all(real, 1)
     assert sorted(real.taken[1]) == clients
-    assert real.delivery.oldest_waiting_s(real.generations[1]) is None
+    assert real.delivery.untaken_s(real.generations[1]) is None
 
 
 def test_another_worker_is_woken_for_a_client_that_stays_in_its_queue(real: World) -> None:

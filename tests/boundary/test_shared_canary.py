@@ -200,11 +200,11 @@ def test_a_canary_that_accepts_no_client_fails(
     where = f"at {listener.settings.address}; clients waiting: 1"
     reason = f"no worker has accepted a connection yet {where}"
     assert of_canary(world) == [Untaken(2, reason)]
-    assert world.delivery.oldest_waiting_s(world.generations[2]) is not None
+    assert world.delivery.untaken_s(world.generations[2]) is not None
     assert world.delivery.is_stuck(world.generations[2])
 
     world.route_to(1)
-    assert world.delivery.oldest_waiting_s(world.generations[2]) is None
+    assert world.delivery.untaken_s(world.generations[2]) is None
     quiet: list[int] = []
     world.delivery.begin_drain(world.generations[2], lambda: quiet.append(2), reads_on=False)
     assert quiet == [2], "another generation is to accept the client soon"

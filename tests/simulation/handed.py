@@ -30,7 +30,7 @@ from socketprotector.core.fleet import Phase, State
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon.config_reader import ConfigAnswer
 from socketprotector.daemon.control import rollout
-from socketprotector.daemon.delivery.shared.accept_counts import NO_TAG
+from socketprotector.daemon.delivery.shared.open_counts import NO_TAG
 from socketprotector.daemon.delivery.shared.quiescing import LAST_S
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.daemon.delivery.shared.socket_steering import SocketSteering

@@ -193,7 +193,7 @@ def _of_generation(
         "path": opened.program.path,
         "release": opened.program.release or None,
         "queue": delivery.waiting(opened),
-        "oldest_waiting_s": delivery.oldest_waiting_s(opened),
+        "oldest_waiting_s": delivery.untaken_s(opened),
         "settle_check": shown(opened.program.settle_check),
         "first_programs": _of_first_programs(opened.record),
         "lost": opened.record.lost if total is not None else None,

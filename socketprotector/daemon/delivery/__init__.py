@@ -189,7 +189,7 @@ class Delivery(ABC):
         """
 
     @abstractmethod
-    def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
+    def untaken_s(self, generation: OpenGeneration) -> float | None:
         """Return for how long a generation's workers have accepted no waiting client.
 
         None: no client waits, the time is below the limit for a report, or the generation gets no

@@ -184,10 +184,10 @@ class QueueDelivery(Delivery):
     def active(self, generation: OpenGeneration) -> int | None:
         return None
 
-    def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
+    def untaken_s(self, generation: OpenGeneration) -> float | None:
         channel = self._of(generation)
         watch = self.forwarder.watch_of(channel)
-        return watch.oldest_waiting_s(channel) if watch is not None else None
+        return watch.untaken_s(channel) if watch is not None else None
 
     def is_stuck(self, generation: OpenGeneration | None) -> bool:
         if generation is None:

@@ -103,7 +103,7 @@ class QueueWatch:
         """Subtract a counted connection that could not be sent, or was taken back."""
         self._extra -= 1
 
-    def oldest_waiting_s(self, channel: GenerationChannel) -> float | None:
+    def untaken_s(self, channel: GenerationChannel) -> float | None:
         """Return for how long the looks have found the same connection at the head of the queue.
 
         None: the time is below the limit in `late_s`, no connection was queued at the last look, or
@@ -139,7 +139,7 @@ class QueueWatch:
             return
         if head is not None and head == self._head:
             self._look_s = min(2 * self._look_s, self.last_look_s)
-            seconds = self.oldest_waiting_s(channel)
+            seconds = self.untaken_s(channel)
             if seconds is not None and not channel.untaken_reported:
                 channel.untaken_reported = True
                 self.untaken(seconds, channel.depth(), channel.taken_from)

@@ -25,9 +25,9 @@ from ...generation import OpenGeneration
 from .. import LAST_S, QUIET_S, Delivery, Handles
 from ..host import Host
 from ..probe_target import ProbeTarget
-from .accept_counts import AcceptCounts
 from .accept_watch import AcceptWatch
 from .listener_flags import ListenerFlags
+from .open_counts import OpenCounts
 from .shared_listeners import SharedListeners
 from .socket_steering import SocketSteering
 from .turns import Share, Turns
@@ -74,7 +74,7 @@ class SharedDelivery(Delivery):
         shared = SharedListeners(host, listeners)
         self._listeners = shared.all
         self.steering = SocketSteering(shared)
-        self._counts = AcceptCounts(shared)
+        self._counts = OpenCounts(shared)
         self._flags = ListenerFlags(shared)
         self._route: int | None = None
         self._stay = False  # True: our own listeners survive this stop
@@ -198,7 +198,7 @@ class SharedDelivery(Delivery):
     def active(self, generation: OpenGeneration) -> int | None:
         return self._counts.active(generation.record.accept_tags)
 
-    def oldest_waiting_s(self, generation: OpenGeneration) -> float | None:
+    def untaken_s(self, generation: OpenGeneration) -> float | None:
         watch = self._watch_of(generation)
         return watch.seconds if watch is not None else None
 

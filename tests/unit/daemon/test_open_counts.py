@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from socketprotector.daemon.delivery.shared import accept_counts as module
-from socketprotector.daemon.delivery.shared.accept_counts import NO_TAG, AcceptCounts
+from socketprotector.daemon.delivery.shared import open_counts as module
 from socketprotector.daemon.delivery.shared.accept_watch import QUERY_SHARE
+from socketprotector.daemon.delivery.shared.open_counts import NO_TAG, OpenCounts
 from tests.unit.daemon.shared_world import MemoryListener, MemorySocket, SharedWorld, failure
 
 TAGS = 3
@@ -37,7 +37,7 @@ class World(SharedWorld):
         files = SimpleNamespace(number_of=lambda one: one.tag, connections=self._of_path)
         patch.setattr(module, "accept_tags", tags)
         patch.setattr(module, "socket_file", files)
-        self.counts = AcceptCounts(self.listeners)
+        self.counts = OpenCounts(self.listeners)
 
     def _tag(
         self, listening: MemorySocket, number: int, exclude: Collection[int] = frozenset()

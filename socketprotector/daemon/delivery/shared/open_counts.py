@@ -28,7 +28,7 @@ _OTHERS_WAIT = "clients wait there with the tag of another generation"
 
 
 @mutable
-class AcceptCounts:
+class OpenCounts:
     """The open connections of all generations, counted by one query of each listener."""
 
     listeners: SharedListeners

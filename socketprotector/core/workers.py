@@ -70,11 +70,11 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
         step.do(Report(ReportKind.EXITED, generation.number, event.reason))
         is_wanted = rollout.may_respawn(step.fleet, step.fleet[generation.number])
         if replacement is None and is_wanted:
-            _respawn(step, generation.number, worker, event.served_s)
+            _respawn(step, generation.number, worker, event)
         elif replacement is None:
             _end_stuck(step, worker.replaces)
     elif event.waiting and _would_lose_queue(step.fleet, generation.number):
-        _respawn(step, generation.number, worker, event.served_s)
+        _respawn(step, generation.number, worker, event)
     elif generation.phase in (Phase.STARTING, Phase.SETTLING):
         if worker.state is not State.RETIRING:
             fail(step, generation.number, event.reason, retry=not event.detached)
@@ -151,13 +151,26 @@ def _would_lose_queue(fleet: Fleet, number: int) -> bool:
     return fleet.queue_is_last and not generation.ending and not has_another
 
 
-def _respawn(step: Step, number: int, dead: Worker, served_s: float) -> None:
-    """Fill an exited worker's slot, at once or after a back-off."""
-    deaths = 0 if served_s >= PROVEN_S else dead.quick_deaths + 1
-    new = step.add(number, dead.slot, quick_deaths=deaths, replaces=dead.replaces)
+def _respawn(step: Step, number: int, dead: Worker, event: WorkerExited) -> None:
+    """Start another worker for an exited one, at once or after a back-off, mostly in its slot."""
+    deaths = 0 if event.served_s >= PROVEN_S else dead.quick_deaths + 1
+    slot = _another_slot(step, number, dead) if event.lost else dead.slot
+    new = step.add(number, slot, quick_deaths=deaths, replaces=dead.replaces)
     delay_s = backoff_s(deaths)
     if delay_s > 0:
         step.start(TimerKind.WORKER_RESPAWN, new.number, delay_s)
+
+
+def _another_slot(step: Step, number: int, lost: Worker) -> int:
+    """Return a slot for the successor of a lost worker, which still counts in its own slot.
+
+    Orphans that serve until their slot is filled wait for the successor.
+    """
+    slot = next(_free_slots(step.fleet[number]))
+    for each in step.fleet[number].workers:
+        if each.slot == lost.slot and each.number != lost.number:
+            step.fleet = step.fleet.with_worker(replace(each, slot=slot))
+    return slot
 
 
 # -- scaling -------------------------------------------------------------------

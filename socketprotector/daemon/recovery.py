@@ -19,7 +19,7 @@ from contextlib import suppress
 from functools import partial
 
 from ..core.events import ChannelBroken, Event, OpenFailed, SettleFailed, WorkerExited
-from ..core.fleet import Phase, State
+from ..core.fleet import Generation, Phase, State, Worker
 from ..core.snapshot import Snapshot
 from ..model.lazy_dataclass import field, mutable
 from ..model.records import GenerationRecord, WorkerRecord
@@ -143,7 +143,9 @@ class Recovery:
                 # counts as running and that left no group.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     waiting = self._waiting(record.generation)
-                    ended.append(_exit_of(record.number, record, waiting, orphans=has_group))
+                    runs = has_group and not record.orphaned
+                    exit_ = _exit_of(record.number, record, waiting, orphans=has_group, lost=runs)
+                    ended.append(exit_)
             yield ()
         yield (*ended, *self._report_missing({each.worker for each in ended}))
 
@@ -166,7 +168,7 @@ class Recovery:
             waiting = self._waiting(generation.number) if missing else 0
             for each in missing:
                 record = records.get(each.number)
-                self._watch_unadopted(generation.number, each.number, record)
+                self._watch_unadopted(generation, each, record)
                 if each.state is not State.ORPHANED:
                     lost.append(_exit_of(each.number, record, waiting, orphans=True, lost=True))
         for address, sign in self.snapshot.orders:
@@ -180,24 +182,32 @@ class Recovery:
             return 0
         return self.effects.delivery.waiting(opened, clients_only=True) or 0
 
-    def _watch_unadopted(self, generation: int, number: int, record: WorkerRecord | None) -> None:
+    def _watch_unadopted(
+        self, generation: Generation, worker: Worker, record: WorkerRecord | None
+    ) -> None:
         """Watch a worker that cannot be adopted: it was starting, or the fd store was full.
 
-        Its RETURN line is closed.  The fleet counts the worker as an orphan until a scan of /proc
+        Its RETURN line has ended.  The fleet counts the worker as an orphan until a scan of /proc
         finds none of its processes.  Scans also carry out the fleet's orders to the orphan.
         """
-        pool = self.effects.pool
+        pool, of = self.effects.pool, generation.number
         programs = {each.number: each.program for each in self.snapshot.generations}
-        needs_signal = generation in programs and not (record is not None and record.retires)
-        finish_signal = programs[generation].finish_signal if needs_signal else 0
-        searched = set(pool.addresses(number))
+        needs_signal = of in programs and not (record is not None and record.retires)
+        finish_signal = programs[of].finish_signal if needs_signal else 0
+        # Other workers may use the slot of an orphan, unless a kill has lost it before.
+        shared = any(w.slot == worker.slot for w in generation.workers if w is not worker)
+        counts = worker.state is not State.ORPHANED or not shared
+        searched = set(pool.addresses(worker.number))
 
         def gone(address: str) -> None:
             searched.discard(address)
-            if not searched:
-                waiting = self._waiting(generation)
-                event = WorkerExited(number, "orphans gone", waiting=waiting)
-                self.effects.runtime.post(event)
+            if searched:
+                return
+            opened = self.effects.generations.get(of)
+            if opened is not None and counts:
+                opened.take_counts(worker.slot)
+            event = WorkerExited(worker.number, "orphans gone", waiting=self._waiting(of))
+            self.effects.runtime.post(event)
 
         for address in tuple(searched):
             pool.orphans.watch(address, generation, finish_signal, partial(gone, address))

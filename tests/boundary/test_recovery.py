@@ -155,6 +155,8 @@ def test_a_worker_whose_descriptors_were_stored_in_part_did_not_end_before(
 
     assert isinstance(ended, WorkerExited)
     assert ("not stored" in ended.reason) == (not orphaned)
+    if group:
+        assert ended.lost == (not orphaned), "the worker itself may run"
 
 
 @pytest.mark.parametrize("opened", [True, False])
@@ -206,6 +208,7 @@ def test_a_worker_that_was_being_started_counts_until_no_process_has_its_address
 def unadopted(
     worker: Worker,
     *records: WorkerRecord,
+    beside: tuple[Worker, ...] = (),
     orders: tuple[tuple[str, int], ...] = (),
     waiting: int = 0,
 ) -> tuple[tuple[Event, ...], list[tuple[object, ...]], list[Event]]:
@@ -216,6 +219,7 @@ def unadopted(
     orders_given: list[tuple[object, ...]] = []
     gone: list[Callable[[], None]] = []
     posted: list[Event] = []
+    taken: list[int] = []
 
     def watch(address: str, generation: int, finish_signal: int, then: Callable[[], None]) -> None:
         assert generation == 1
@@ -228,11 +232,11 @@ def unadopted(
         "Any",
         SimpleNamespace(
             pool=SimpleNamespace(
-                records=lambda: (),
+                records=lambda: beside,
                 addresses=lambda number: (f"@notify-{number}",),
                 orphans=SimpleNamespace(watch=watch, order=lambda *a: orders_given.append(a)),
             ),
-            generations={1: object()},
+            generations={1: SimpleNamespace(take_counts=taken.append)},
             delivery=SimpleNamespace(waiting=lambda _, clients_only: waiting),
             runtime=SimpleNamespace(post=posted.append),
         ),
@@ -240,12 +244,15 @@ def unadopted(
     program = Program("/", (), "/", (), 0, (), 0, handoff="listener", drain_signal=signal.SIGQUIT)
     made.snapshot = replace(
         made.snapshot,
-        fleet=Fleet(generations=(Generation(1, Phase.SERVING, workers=(worker,)),), served=True),
+        fleet=Fleet(
+            generations=(Generation(1, Phase.SERVING, workers=(worker, *beside)),), served=True
+        ),
         generations=(GenerationRecord(1, program),),
         orders=orders,
     )
     [events] = made.adopt_workers()
     gone[0]()
+    assert taken == ([] if beside else [worker.slot])
     return events, orders_given, posted
 
 
@@ -255,6 +262,10 @@ def test_a_worker_that_still_finishes_after_a_second_kill_keeps_its_limit() -> N
 
     assert events == ()
     assert given == [("@notify-13", signal.SIGQUIT)]
+
+
+def test_the_counts_in_the_slot_of_an_orphan_are_those_of_its_successor() -> None:
+    unadopted(Worker(13, 0, State.ORPHANED), beside=(Worker(14, 0, State.READY),))
 
 
 def test_it_gets_the_signal_that_it_had_not_got_yet() -> None:

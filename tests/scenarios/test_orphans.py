@@ -400,3 +400,16 @@ def test_a_worker_without_a_record_has_the_time_of_others(protector: Starter, by
             daemon.stop()
         assert client.rest() == []
     assert wait_gone(spawned(daemon)) == []
+
+
+@needs.programs("strace")
+def test_a_worker_without_a_record_does_not_count_for_another(operated: Operating) -> None:
+    service = operated("--guard", command=ECHO)
+    with lose_worker(service.daemon):
+        [ready] = [w for w in service.generation(1)["workers"] if w["state"] == "ready"]
+        assert (ready["accepted"], ready["active"]) == (0, 0)
+        with Client(here(service.daemon)) as client:
+            assert pid_in(client.ask()) == ready["pid"]
+    eventually(lambda: len(service.generation(1)["workers"]) == 1, "the end of the lost worker")
+    assert service.generation(1)["accepted"] == 2
+    service.daemon.stop()

@@ -39,6 +39,11 @@ CRASHED = "killed by SIGSEGV"
 OLD = "older than 1 h"
 
 
+def lost(number: int) -> WorkerExited:
+    """A kill of the protector has lost the worker, which runs on."""
+    return WorkerExited(number, CRASHED, served_s=60.0, orphans=True, lost=True)
+
+
 def scaled(story: Story, change: int) -> list[Action]:
     """Scale, which is reported first; return what else is done."""
     told, *others = story.when(ScaleRequested(change))
@@ -507,6 +512,24 @@ def test_a_lost_worker_of_a_draining_generation_has_the_drain_timeout(story: Sto
 
     assert Retire(2) in actions
     assert StartTimer(Deadline(TimerKind.WORKER_RETIRE, 2), 60.0) in actions
+
+
+def test_a_lost_worker_keeps_its_slot_in_which_it_still_counts(story: Story) -> None:
+    story.given_serving(workers=2)
+
+    assert Spawn(1, worker=3, slot=2) in story.when(lost(1))
+    story.and_also(WorkerReady(3), WorkerExited(1, "orphans gone"))
+    assert Spawn(1, worker=4, slot=0) in story.when(lost(3))
+
+
+def test_orphans_wait_for_the_successor_of_a_lost_worker_in_their_slot(story: Story) -> None:
+    """They serve until it is ready."""
+    story.given_serving(Policy(surge=1, drain_timeout_s=9.0), workers=2)
+    story.and_also(WorkerExited(1, CRASHED, served_s=60.0, orphans=True))
+
+    assert Retire(1) not in story.when(lost(3))
+    story.and_also(WorkerExited(3, "orphans gone"))
+    assert Retire(1) in story.when(WorkerReady(4))
 
 
 def test_what_a_worker_left_that_was_signalled_is_ended(story: Story) -> None:

@@ -210,7 +210,7 @@ class Recovery:
             self.effects.runtime.post(event)
 
         for address in tuple(searched):
-            pool.orphans.watch(address, generation, finish_signal, partial(gone, address))
+            pool.orphans.watch(address, of, finish_signal, partial(gone, address))
 
 
 def _exit_of(

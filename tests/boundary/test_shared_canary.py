@@ -383,3 +383,24 @@ def test_defer_accept_is_drawn_at_the_first_packet_and_counts_with_the_first_byt
             client.sendall(b"x")
             with second.accept()[0] as accepted:
                 assert accepted.recv(1) == b"x"
+
+
+# -- a kill while a generation is opened -------------------------------------------
+
+
+def test_a_generation_that_a_kill_left_without_tags_takes_those_of_earlier_generations(
+    world: CanaryWorld,
+) -> None:
+    """Its connections may carry the tags that an earlier generation gave to its socket."""
+    first, second = world.generations[1], world.generations[2]
+    tags = first.record.accept_tags
+    assert tags
+    assert second.record.accept_tags
+    first.update_record(accept_tags=())
+    world.go_on()
+    assert second.record.accept_tags, "only an earlier generation's tags may be carried"
+
+    first.update_record(accept_tags=tags)
+    second.update_record(accept_tags=())
+    world.go_on()
+    assert first.record.accept_tags == ()

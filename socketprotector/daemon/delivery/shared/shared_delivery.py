@@ -10,7 +10,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -104,10 +104,14 @@ class SharedDelivery(Delivery):
         taken = {tag for each in others for tag in each.record.accept_tags}
         tags = self._counts.enter(number, taken)
         generation.update_record(accept_tags=tags)
-        if not tags:  # connections may carry another generation's tag, so no count is right
-            for each in others:
-                each.update_record(accept_tags=())
+        if not tags:
+            self._stop_counting(others)
         self._flags.watch()
+
+    def _stop_counting(self, others: Iterable[OpenGeneration]) -> None:
+        """Forget the tags of generations that a later generation's connections may carry."""
+        for each in others:
+            each.update_record(accept_tags=())
 
     def worker_handles(
         self, generation: OpenGeneration, slot: int, free: Iterator[int], settings: Settings
@@ -383,6 +387,9 @@ class SharedDelivery(Delivery):
         # An earlier version of SocketProtector made a channel in this mode, too: close its ends.
         for fd in descriptors.values():
             os.close(fd)
+        if not generation.record.accept_tags:  # a kill may have come before open() tagged sockets
+            earlier = [n for n in self._host.generations if n < generation.record.number]
+            self._stop_counting(self._host.generations[each] for each in earlier)
         if not (generation.ended or generation.record.released):
             self.steering.adopt(generation.record.number, generation.record.socket_number)
         return True

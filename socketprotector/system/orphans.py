@@ -73,7 +73,7 @@ class _Search:
     kill_at: float | None = None  # when KILL is due; None: not decided yet
     kills: int = 0  # rounds of KILL
     gone: Callable[[], None] | None = None  # called when no process is left
-    pidfd: int = -1  # the lost worker's, which tells its exit; -1: none
+    leader: tuple[int, int] | None = None  # the lost worker's pid and pidfd, which tells its exit
     seen: bool = False  # a scan has found it
 
 
@@ -93,10 +93,8 @@ class Orphans:
         identity: the user that the workers run as, if not ours.
         is_group_watched: returns whether process_groups.py watches a process group.
         """
+        self._loop, self._log, self._identity = loop, log, identity
         self._is_group_watched = is_group_watched
-        self._identity = identity
-        self._loop = loop
-        self._log = log
         self._kill_timeout_s = kill_timeout_s
         self._searches: dict[str, _Search] = {}  # by notify address
         self._scan: Scan | None = None
@@ -164,7 +162,11 @@ class Orphans:
     def _order(self, search: _Search, sign: int) -> None:
         if sign == signal.SIGKILL:
             search.kill_at = time.monotonic()
-        search.sign, search.asked = sign, True
+        search.asked = True
+        if search.leader is not None and sign:
+            self._signal([search.leader], signal.Signals(sign))  # at once: a scan may hang
+        else:
+            search.sign = sign
         self._scan_after(0.0)
 
     def when_ended(self, done: Callable[[], None]) -> None:
@@ -229,13 +231,12 @@ class Orphans:
 
     def _act(self, search: _Search, found: Sequence[tuple[int, int]], *, complete: bool) -> None:
         """Send the processes that a scan has found the signal that is due, if any."""
-        now = time.monotonic()
-        if search.kill_at is not None and search.kill_at <= now:
+        if search.kill_at is not None and search.kill_at <= time.monotonic():
             search.kills += bool(found) or not complete
             self._signal(found, signal.SIGKILL)
         elif not search.lost:
             if found and search.sign:
-                search.sign, search.kill_at = 0, now + self._kill_timeout_s
+                search.sign, search.kill_at = 0, time.monotonic() + self._kill_timeout_s
                 self._signal(found, signal.SIGTERM)
         elif complete:
             leaders = [each for each in found if _leads(each[0])]
@@ -244,10 +245,10 @@ class Orphans:
             if search.sign:  # as from any worker, its children get what it passes on
                 self._signal(leaders or found, signal.Signals(search.sign))
             search.sign, search.seen = 0, True
-            if leaders and search.pidfd < 0:
-                self._await_exit(search, leaders[0][1])
+            if leaders and search.leader is None:
+                self._await_exit(search, *leaders[0])
 
-    def _await_exit(self, search: _Search, pidfd: int) -> None:
+    def _await_exit(self, search: _Search, pid: int, pidfd: int) -> None:
         """Scan again when the lost worker exits."""
 
         def exited() -> None:
@@ -259,13 +260,13 @@ class Orphans:
             copy = os.dup(pidfd)
             with on_error(os.close, copy):
                 self._loop.watch(copy, exited)
-            search.pidfd = copy
+            search.leader = pid, copy
 
     def _release(self, search: _Search) -> None:
-        if search.pidfd >= 0:
-            self._loop.unwatch(search.pidfd)
-            os.close(search.pidfd)
-            search.pidfd = -1
+        if search.leader is not None:
+            self._loop.unwatch(search.leader[1])
+            os.close(search.leader[1])
+            search.leader = None
 
     def schedule(self) -> None:
         """Schedule the next scan, or report the end when no address is left."""
@@ -286,7 +287,7 @@ class Orphans:
             return _DEATH_S if is_awaited else max(search.kill_at - time.monotonic(), _DEATH_S)
         if search.sign or not search.seen:
             return 0.0
-        return None if search.pidfd >= 0 else _CHILDREN_S
+        return None if search.leader is not None else _CHILDREN_S
 
     def _signal(self, found: Sequence[tuple[int, int]], number: signal.Signals) -> None:
         for pid, pidfd in found:

@@ -1547,7 +1547,8 @@ class World:
         assert protector is not None
         known = {*self._fixed, *protector.effects.descriptors().values()}
         known |= set(self._outbox._unsent.values())
-        known |= {each.pidfd for each in protector.effects.pool.orphans._searches.values()}
+        searches = protector.effects.pool.orphans._searches.values()
+        known |= {each.leader[1] for each in searches if each.leader is not None}
         if (forwarder := forwarder_of(protector.effects)) is not None:
             known.add(forwarder._shortage.reserve)
         running = [each.process for each in self.kernel.files.values() if isinstance(each, Running)]

@@ -408,6 +408,7 @@ def test_a_worker_without_a_record_does_not_count_for_another(operated: Operatin
     with lose_worker(service.daemon):
         [ready] = [w for w in service.generation(1)["workers"] if w["state"] == "ready"]
         assert (ready["accepted"], ready["active"]) == (0, 0)
+        assert service.generation(1)["active"] == 1
         with Client(here(service.daemon)) as client:
             assert pid_in(client.ask()) == ready["pid"]
     eventually(lambda: len(service.generation(1)["workers"]) == 1, "the end of the lost worker")

@@ -170,10 +170,13 @@ def _of_generation(
     generation: Generation, effects: Effects, records: Mapping[int, WorkerRecord]
 ) -> dict[str, Any]:
     opened = effects.generations[generation.number]
+    slots = {worker.slot for worker in generation.workers if worker.state is not State.ORPHANED}
+    # Another worker may have an orphan's slot.  If none has, a worker that a kill of the protector
+    # lost may still count there.
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive
-        if worker.state is not State.ORPHANED  # other workers may use an orphaned worker's slot
+        if worker.state is not State.ORPHANED or worker.slot not in slots
     }
     known = [each for each in (opened.record.past, *counts.values()) if each is not None]
     # If one worker may have connections and does not count them, every sum is unknown.

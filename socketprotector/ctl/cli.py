@@ -175,7 +175,7 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
             except BrokenPipeError:
                 raise OutputClosed from None
             except OSError as error:
-                raise OutputFailed(f"cannot answer: {what_failed(error)}") from error
+                raise OutputFailed(f"cannot write the output: {what_failed(error)}") from error
             except KeyboardInterrupt:
                 raise Interrupted from None
 

@@ -81,7 +81,8 @@ class Client:
 
     def _connect(self, within_s: float) -> None:
         self._socket = connect(self.path, self._at_most(within_s))
-        # Not before connect(), which with SO_PASSCRED would bind the socket to an abstract name.
+        # Set this only now: with SO_PASSCRED set, connect(2) would bind the socket to an abstract
+        # name.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._begin()
 
@@ -110,7 +111,7 @@ class Client:
         together: a protector that is about to exit answers only the requests that it has already
         received.  Raises NoProtector if no protector answers, RequestRefused after a refusal.
 
-        answer_s: how long an answer may take, even if that is longer than `within_s`.
+        answer_s: wait at least this long for the answer; 0.0: only what is left of `within_s`.
         """
         limit_s = self._at_most(min(within_s, RETURN_S))
         until = time.monotonic() + limit_s
@@ -237,7 +238,9 @@ class Client:
             elif message.get("id") in (self._last_id, None):
                 return _result(message)
             else:
-                _result(message)  # reconnect() sends two requests, and each may be refused
+                # Raises RequestRefused for a refusal: reconnect() sends two requests, and either
+                # may be refused.
+                _result(message)
                 self._late_answers += 1  # this message answers an earlier request
                 if self._late_answers > self._last_id:
                     raise self.foreign_peer_error()
@@ -260,8 +263,8 @@ class Client:
                 return found[0]
             if self._has_run_out(until):
                 return None
-        # The caller reads the buffered events, so restart the sum that answer() limits
-        # (_MOST_EVENT_BYTES).
+        # The caller reads the buffered events, so reset the count of their bytes, which answer()
+        # limits (_MOST_EVENT_BYTES).
         self._events_bytes = 0
         return self._events.popleft()
 
@@ -314,7 +317,7 @@ class Client:
     def unread_bytes(self) -> int:
         """Return how many bytes are buffered.
 
-        Counted are unread lines, and the events buffered since event() last returned one.
+        Counts unread lines, and events buffered since event() last took one from the buffer.
         """
         return len(self._buffer) + self._events_bytes
 

@@ -101,5 +101,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # help, or the version, cannot be written
         discard_output()
-        complain(f"cannot answer: {what_failed(error)}")
+        complain(f"cannot write the output: {what_failed(error)}")
         return OutputFailed.status

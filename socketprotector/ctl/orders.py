@@ -48,7 +48,7 @@ def scale(instance: Instance, workers: str, as_json: bool) -> None:
 @command("lame-duck", short_help="Report to load balancers: not ready (on), or ready (off).")
 @click.argument("state", metavar="on|off", type=click.Choice(["on", "off"]))
 def lame_duck(instance: Instance, state: str, as_json: bool) -> None:
-    """With "on", keep serving, but let the exporter's /readyz answer 503.
+    """With "on", keep serving, but make /readyz of socketprotector-exporter answer 503.
 
     Load balancers then send clients elsewhere. The answer is 503 until `lame-duck off`, or until
     SocketProtector ends.
@@ -138,7 +138,9 @@ def release(instance: Instance, as_json: bool) -> None:
 @command(short_help="End the current stage of a rollout early.")
 @click.option("--now", is_flag=True, help="Skip all stages; a rolling reload refuses this.")
 def promote(instance: Instance, now: bool, as_json: bool) -> None:
-    """End the current stage of a rollout: the canary gets all new clients, or settling ends.
+    """End the current stage of a rollout.
+
+    A canary then gets all new clients. A settling generation then serves.
 
     With --now the new generation skips all stages and serves at once.
     """

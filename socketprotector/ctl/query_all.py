@@ -16,8 +16,8 @@ from .errors import NoProtector, RequestRefused
 
 #: The default timeout for all answers.  A protector that takes longer is shown as silent.
 SURVEY_S = 0.8
-#: The limit of all incomplete answers together.  Above this limit, the connection with the longest
-#: incomplete answer is closed.  The status of an instance with 1,000 workers has 300 KB.
+#: The most bytes that all incomplete answers may have together.  Above this limit, the connection
+#: with the longest incomplete answer is closed.  The status of 1,000 workers takes 300 KB.
 _MOST_BYTES = 4 * 1024 * 1024
 
 
@@ -55,7 +55,7 @@ def query_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAn
             for key, _ in selector.select(left_s):
                 client = key.data
                 if client.fileno() < 0:
-                    continue  # closed in an earlier turn of this `for`: its answer was the longest
+                    continue  # closed in an earlier iteration, because its answer was the longest
                 answer = _answer_of(client)
                 if answer is None and (longest := _longest_if_too_much(selector)) is not None:
                     client, code = longest, longest.foreign_peer_error().code

@@ -841,10 +841,10 @@ def test_where_the_outcome_cannot_be_written_the_exit_status_still_tells_it(
 @together(
     ("where", "words", "wanted"),
     [
-        ("full", ["list"], "cannot answer: No space left on device"),
-        ("full", ["status", "--json"], "cannot answer: No space left on device"),
-        ("full", ["--help"], "cannot answer: No space left on device"),
-        ("full", ["--version"], "cannot answer: No space left on device"),
+        ("full", ["list"], "cannot write the output: No space left on device"),
+        ("full", ["status", "--json"], "cannot write the output: No space left on device"),
+        ("full", ["--help"], "cannot write the output: No space left on device"),
+        ("full", ["--version"], "cannot write the output: No space left on device"),
         ("closed", ["status"], ""),
         ("gone", ["--help"], ""),
         ("gone", ["status"], ""),

@@ -345,7 +345,7 @@ def _pass_dry_run(step: Step, number: int) -> None:
     step.do(Report(ReportKind.DRY_RUN_PASSED, number))
 
 
-def cannot_roll_back(fleet: Fleet) -> str:
+def cannot_call_off(fleet: Fleet) -> str:
     """Return why a rollback is impossible; "": a release under way can be called off."""
     incoming = fleet.incoming
     begun = fleet.reading or fleet.to_open is Next.FRESH or (incoming and incoming.fresh)
@@ -357,7 +357,7 @@ def cannot_roll_back(fleet: Fleet) -> str:
 def rollback_requested(step: Step) -> None:
     """Call off the release under way: a reload that has begun, or a settling generation."""
     incoming = step.fleet.incoming
-    if refused := cannot_roll_back(step.fleet):
+    if refused := cannot_call_off(step.fleet):
         step.do(Report(ReportKind.REFUSED, reason=refused))
     elif incoming and incoming.fresh:
         fail(step, incoming.number, ROLLED_BACK)

@@ -31,13 +31,14 @@ def adopt(
         if _close_if_same(second, (first,)):
             second = -1
         if _close_if_same(third, (first, second)):
-            # Advance the number, because a name in the fd store must never get another descriptor.
+            # The next reserved socket gets the next number, because a name in the fd store must
+            # never get another descriptor.  `second` needs no number: no sibling is made later.
             third, third_number = -1, third_number + 1
         if first >= 0:
             numbers = first_number, second_number, third_number
             made.append(delivery.make_listener(index, each, (first, second, third), numbers))
             continue
-        # An earlier program had closed this listener: close the other sockets, too.
+        # The process before us had closed this listener: close the other sockets, too.
         for fd in (second, third):
             if fd >= 0:
                 os.close(fd)

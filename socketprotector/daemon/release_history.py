@@ -45,8 +45,8 @@ class SavedHistory:
     def read(self, *, is_owned: bool) -> None:
         """Read the file; if that fails, keep the present history, and write it unless it is empty.
 
-        is_owned: whether we own `current`.  If so, first prevent the writer process of an earlier
-        owner from changing the file later.
+        is_owned: whether this protector holds the lock of `current` (current_link.py).  If so,
+        first prevent the writer process of an earlier owner from changing the file later.
         """
         current, self._is_unreadable = self._current(), False
         if is_owned:
@@ -109,7 +109,7 @@ class SavedHistory:
         if failure:
             if not self.error:
                 self._log.write("error", "history-not-written", error=failure)
-            self.error = f"the link current and its history may not be on disk: {failure}"
+            self.error = f"{self._current()} and its history may not be on disk: {failure}"
             self._loop.call_after(_AGAIN, self._back_off.wait_s(), self._write)
         elif written is not self.value:
             self._write()

@@ -1,4 +1,7 @@
-"""The objects that nearly every part of the resident process uses, made before the parts."""
+"""The objects that nearly every part of the resident process uses.
+
+They are created first, and passed to the parts.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ class Runtime:
     #: Adds an event to the queue, which the supervisor then handles (EventQueue.post).
     post: Callable[[Event], None]
     #: Gives new descriptors to the guard or systemd, and writes the state if it has changed
-    #: (Checkpoint.save); returns whether the write succeeded.  The supervisor calls this for each
-    #: event; any other part calls this after a change that comes without an event.
+    #: (Checkpoint.save); returns whether the write succeeded.  With neither guard nor fd store, it
+    #: writes nothing and returns True.  The supervisor calls this for each event; any other part
+    #: calls this after a change that comes without an event.
     persist: Callable[[], bool]

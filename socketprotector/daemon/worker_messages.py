@@ -61,8 +61,8 @@ class WorkerMessages:
     def unwatch(self, number: int, worker: Worker) -> None:
         """Stop reading a worker's messages, and cancel its timers."""
         self._loop.unwatch(worker.notify.fileno())
-        self._loop.cancel(("hear", number))
-        self._loop.cancel(("word", number))
+        self._loop.cancel(("read-again", number))
+        self._loop.cancel(("watchdog", number))
 
     def read(self, number: int) -> None:
         """Handle a worker's messages on its notify socket."""
@@ -102,7 +102,9 @@ class WorkerMessages:
         """Read again after a pause: if we kept watching, the loop would call us again and again."""
         self._log.write("error", "cannot-read-messages", worker=number, error=error.strerror)
         self._loop.unwatch(worker.notify.fileno())
-        self._loop.call_after(("hear", number), _READ_AGAIN_S, lambda: self._read_again(number))
+        self._loop.call_after(
+            ("read-again", number), _READ_AGAIN_S, lambda: self._read_again(number)
+        )
 
     def _read_again(self, number: int) -> None:
         worker = self._workers[number]
@@ -122,10 +124,10 @@ class WorkerMessages:
 
             def silent() -> None:
                 self.read(number)  # the message may have come while we were too busy to read
-                if self._loop.due(("word", number)) is not None:
+                if self._loop.due(("watchdog", number)) is not None:
                     return  # the message had come, and has set this timer again
                 reason = f"no WATCHDOG=1 for {in_units(limit_s)}"
                 self._log.write("error", "worker-stuck", worker=number, reason=reason)
                 self._post(ReplaceRequested(number, reason, hung=True))
 
-            self._loop.call_after(("word", number), limit_s, silent)
+            self._loop.call_after(("watchdog", number), limit_s, silent)

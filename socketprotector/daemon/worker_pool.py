@@ -60,7 +60,8 @@ class WorkerPool:
         #: The record of each worker, also before adopt(): each checkpoint needs all records.
         self._records: dict[int, WorkerRecord] = {}
         self._by_pid: dict[int, int] = {}
-        #: The descriptors of workers and of their output, which the next program needs, by name.
+        #: By name, the descriptors of workers and of their output; the program that replaces us
+        #: (upgrade, kill) needs them.
         self.descriptors = output.named
         #: Whether a guard reports the exits of workers that are not our children.
         self.guarded = settings.guarded
@@ -179,7 +180,7 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Send workers the finish signal; without one, the delivery ends their channel."""
+        """Order workers to finish; without a finish signal, the delivery ends their channel."""
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
@@ -189,8 +190,8 @@ class WorkerPool:
     def all_retire(self, generation: int) -> bool:
         """Return whether all workers have sent X_SOCKETPROTECTOR_RETIRE=1, and no orphan is left.
 
-        Such a worker exits at end of file on its RETURN line, but first reads from all accepted
-        clients.
+        A worker that has sent this exits at end of file on its RETURN line, but first reads from
+        all accepted clients.
         """
         records = [each for each in self._records.values() if each.generation == generation]
         orphans = any(each.generation == generation for each in self.groups.records())
@@ -236,7 +237,7 @@ class WorkerPool:
             worker.readiness.check()
         self.orphans.schedule()
 
-    # -- what the next program takes over from an earlier program (upgrade, kill) --
+    # -- handing workers over: to the next program, and from the one before us --
 
     def _note(self, worker: Worker, **changes: object) -> None:
         """Change fields of a worker's record."""

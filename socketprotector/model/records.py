@@ -123,7 +123,7 @@ class GenerationRecord:
         count = self.programs_failed
         which = "first program" if count == 1 else f"first {count} programs"
         last = "" if count == 1 else "the last "
-        return f"its {which} failed at once: {last}{self.program_ended}" if count else ""
+        return f"its {which} failed early: {last}{self.program_ended}" if count else ""
 
 
 @frozen

@@ -339,7 +339,7 @@ def test_one_goes_on_while_clients_come_to_it_and_an_earlier_one_has_the_other_s
 
 def test_clients_of_a_socket_that_another_has_replaced_are_read_first(reloaded: World) -> None:
     """It has accepted them before a worker shut the socket down."""
-    reloaded.steering.turns.lose(reloaded.listener, 0)
+    reloaded.steering.turns.note_replaced(reloaded.listener, 0)
     reloaded.unread = {b"early": False}
     supersede(reloaded)
     reloaded.pass_time(QUIET_S + 1)

@@ -1,4 +1,4 @@
-"""--handoff stdio: a release whose first programs fail at once."""
+"""--handoff stdio: a release whose first programs fail early."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_with_settle_the_reload_fails_and_says_that_both_run_the_same_file(
     finally:
         trying.end()
     assert trying.err.text().endswith(
-        "not reloaded: generation 2 failed: its first 3 programs failed at once: the last exited "
+        "not reloaded: generation 2 failed: its first 3 programs failed early: the last exited "
         f"with status 7; generation 1 runs the same changed file: {release.path}; "
         "generation 1 is still serving\n  | oh dear"
     )
@@ -101,14 +101,14 @@ def test_without_settle_status_says_so_until_a_program_works(
         "generation 2 has run no program yet"
     ]
     in_vain(one)
-    eventually(lambda: first_of(one, 2) is not None, "a program that failed at once")
+    eventually(lambda: first_of(one, 2) is not None, "a program that failed early")
     eventually(lambda: "oh dear" in str(first_of(one, 2)), "its last words")
     assert first_of(one, 2) == {
         "failed": 1,
-        "reason": "its first program failed at once: exited with status 7",
+        "reason": "its first program failed early: exited with status 7",
         "last_words": "oh dear",
     }
-    assert "generation 2: its first program failed at once: exited with status 7: oh dear" in ctl(
+    assert "generation 2: its first program failed early: exited with status 7: oh dear" in ctl(
         one, "status"
     )
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from socketprotector.core.events import RollbackRequested
-from socketprotector.core.reload import cannot_roll_back
+from socketprotector.core.reload import cannot_call_off
 from socketprotector.daemon import current_link, release_history, releases
 from socketprotector.daemon.config_reader import ConfigAnswer
 from socketprotector.daemon.control import releases as requests
@@ -164,7 +164,7 @@ class Deployed(World):
 
     def _go_back(self) -> None:
         def order(act: Effects, fleet: Fleet, runtime: Runtime) -> None:
-            if cannot_roll_back(fleet):
+            if cannot_call_off(fleet):
                 asked = requests.roll_back(act, fleet, runtime, "")
                 assert asked["release"] not in BAD, "a rollback to what never served"
                 assert asked["release"] != asked["from"], "a rollback to what is serving"

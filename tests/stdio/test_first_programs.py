@@ -1,4 +1,4 @@
-"""A release whose first programs fail at once is seen; one client's failure is no such thing."""
+"""A release whose first programs fail early is seen; one client's failure is no such thing."""
 
 from __future__ import annotations
 

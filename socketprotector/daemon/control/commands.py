@@ -31,7 +31,7 @@ from ...core.events import (
     TimerKind,
 )
 from ...core.fleet import Fleet, Generation, Phase, State
-from ...core.reload import cannot_roll_back
+from ...core.reload import cannot_call_off
 from ...core.rollout import cannot_promote, no_canary_under
 from ...model import control_requests
 from ...model.control_requests import Request, RequestError
@@ -67,19 +67,22 @@ class CommandHandler:
         return self.supervisor.effects
 
     def handle(self, client: Client, request: Request) -> None:
-        """Carry out a request by its method `do_NAME`, and answer the request.
+        """Carry out a request, and answer it.
+
+        Most commands have a method `do_NAME`, which returns the answer.  Exceptions: `events`, and
+        `diff` and an upgrade check, whose answers come later.
 
         Raises RequestError.
         """
-        asked = control_requests.COMMANDS[request.command]
+        definition = control_requests.COMMANDS[request.command]
         if request.command == "events":
             client.follows = True
             client.say(control_requests.answer(request.id, {}))
             return
         try:
             fleet = self.supervisor.fleet
-            ended = fleet.exiting and not asked.reads and request.command != "stop"
-            if ended or (fleet.stop_requested and not asked.while_stopping):
+            ended = fleet.exiting and not definition.reads and request.command != "stop"
+            if ended or (fleet.stop_requested and not definition.while_stopping):
                 raise RequestError("refused", "a stop is in progress")
             if request.command == "diff":
                 self._compare(client, request)
@@ -93,7 +96,7 @@ class CommandHandler:
             wrong.id = request.id
             raise
         except Exception as error:
-            if not asked.reads:
+            if not definition.reads:
                 # The command may be half done.  So end this process; with a guard or systemd's fd
                 # store, another process replaces it and resumes from the state.
                 raise
@@ -116,7 +119,8 @@ class CommandHandler:
         history = effects.reports.run.history
         generations = status.of_generations(fleet, effects)
         held, upgrade = rollout.held_by(fleet, effects), self.supervisor.upgrade_waits_for()
-        # If we are killed, the next program's `status` must not show smaller counts.
+        # Save the counts that we are about to show: after a kill, the next program's `status` must
+        # not show smaller counts.
         self.runtime.persist()
         return {
             "version": __version__,
@@ -277,7 +281,7 @@ class CommandHandler:
 
     def do_rollback(self, expect: str = "") -> Mapping[str, Any]:
         fleet = self.supervisor.fleet
-        if cannot_roll_back(fleet):  # no reload to call off: deploy an earlier release
+        if cannot_call_off(fleet):  # no reload to call off: deploy an earlier release
             return releases.roll_back(self._effects, fleet, self.runtime, expect)
         releases.refuse_unexpected_incoming(self._effects, fleet, expect)
         self.runtime.post(RollbackRequested())
@@ -408,6 +412,6 @@ def _before_kill(fleet: Fleet, found: Generation) -> str:
     """Return what an operator must do before `kill` accepts a generation."""
     if found.phase is Phase.SERVING:
         return "replace it first"
-    if found.fresh and not cannot_roll_back(fleet):
+    if found.fresh and not cannot_call_off(fleet):
         return "`rollback` first"
-    return "wait until it is serving or has failed"
+    return "wait until it has failed, or until it is serving and then replace it"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ...core.events import DryRunRequested, ReloadRequested
 from ...core.fleet import Fleet, Generation
-from ...core.reload import cannot_roll_back
+from ...core.reload import cannot_call_off
 from ...model import release
 from ...model.control_requests import RequestError
 from ..effects import Effects
@@ -167,7 +167,7 @@ def _refuse_second(fleet: Fleet, effects: Effects) -> None:
     kind = "a dry run" if fleet.dry_run else "a deploy" if fleet.release else "a reload"
     number = incoming.number if incoming else fleet.next_generation
     what = f"{kind} of {name}" if name else kind
-    advice = "wait for it" if cannot_roll_back(fleet) else "wait for it, or `rollback`"
+    advice = "wait for it" if cannot_call_off(fleet) else "wait for it, or `rollback`"
     raise RequestError("deploying", f"{what} is in progress (generation {number}); {advice}")
 
 

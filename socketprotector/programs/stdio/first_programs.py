@@ -1,6 +1,6 @@
-"""Detects a release whose first programs fail at once: docs/stdio.md has the rule.
+"""Detects a release whose first programs fail early: docs/stdio.md has the rule.
 
-A program has failed at once if it ends by a signal or with a status other than 0, and has sent its
+A program has failed early if it ends by a signal or with a status other than 0, and has sent its
 client nothing.  That does not count if the client left without sending anything.  The first program
 that ends with status 0, sends something, or runs for LIVED_S proves that the release works.  After
 that no program is watched.
@@ -25,7 +25,7 @@ from socketprotector_client import wire
 
 #: How many programs are watched at the same time.
 WATCHED = 3
-#: A program that has run for this long has not failed at once.
+#: A program that has run for this long has not failed early.
 LIVED_S = 10.0
 _INFO_BYTES = 160
 _INFO_WORDS = struct.Struct("=I")
@@ -59,7 +59,7 @@ class FirstPrograms:
         self._held[pid] = fd, time.monotonic()
 
     def look(self) -> None:
-        """Close the copies of connections whose programs can no longer fail at once."""
+        """Close the copies of connections whose programs can no longer fail early."""
         now = time.monotonic()
         for pid, (fd, since) in tuple(self._held.items()):
             sent = has_sent(fd)

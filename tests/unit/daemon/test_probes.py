@@ -402,7 +402,7 @@ def test_sockets_from_which_workers_accept_are_left_alone(
 
 def test_a_socket_that_its_workers_lost_has_no_worker(world: World, pair: MemoryListener) -> None:
     world.probe(pair, 1, world.reach(2))
-    world.turns.lose(world.listeners.all[0], 1)
+    world.turns.note_replaced(world.listeners.all[0], 1)
     world.probes.discard()
     assert pair.sockets[1].line == []
 

@@ -84,7 +84,7 @@ def pair(world: World) -> MemoryListener:
 def replaced(world: World, pair: MemoryListener) -> None:
     """Have another socket in the place of the serving generation's."""
     pair.bind_anew(0)
-    world.turns.lose(world.listeners.all[0], 0)
+    world.turns.note_replaced(world.listeners.all[0], 0)
 
 
 # -- what wakes us -----------------------------------------------------------------------

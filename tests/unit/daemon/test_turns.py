@@ -60,7 +60,7 @@ def test_a_share_goes_to_the_other_socket_where_both_generations_accept() -> Non
     turns.turn_to(0, {0, 1}, knows_all, Share(2, 500, frozenset({1})))
     assert share_of(turns) == (0, 0), "one of them does not know the listener"
     turns.turn_to(0, {0, 1}, knows_all, Share(2, 500, frozenset({0})))
-    turns.lose(PAIR, 1)
+    turns.note_replaced(PAIR, 1)
     assert share_of(turns) == (0, 0), "the socket was replaced"
 
 
@@ -109,10 +109,10 @@ def test_who_lacks_a_socket_that_was_bound_in_the_place_of_another_one() -> None
     turns.turn_to(0, {0, 1}, knows_all)
     enter(turns, 2)
 
-    assert turns.lose(PAIR, 0) == {1}
+    assert turns.note_replaced(PAIR, 0) == {1}
     assert not turns.is_served(PAIR, 0)
     assert turns.is_served(PAIR, 1)
-    assert turns.lose(ONE, None) == {1, 2}
+    assert turns.note_replaced(ONE, None) == {1, 2}
     assert not turns.is_served(ONE, 0)
 
 
@@ -135,7 +135,7 @@ def test_workers_may_still_accept_shortly_after_their_order_to_finish() -> None:
 def test_workers_accept_from_no_socket_that_was_bound_after_their_start() -> None:
     turns = Turns()
     enter(turns, 1)
-    turns.lose(PAIR, 0)
+    turns.note_replaced(PAIR, 0)
     assert not turns.is_accepted(PAIR, 0, 0.0)
 
     turns.grow(1, knows_all)  # a later worker has it
@@ -148,7 +148,7 @@ def test_clients_of_a_lost_socket_come_to_the_next_generations_and_are_not_forgo
     enter(turns, 1)
     turns.turn_to(0, {0, 1}, knows_all)
     assert not turns.move_lost(PAIR)
-    turns.lose(PAIR, 0)
+    turns.note_replaced(PAIR, 0)
     assert turns.lacks(PAIR)
     assert turns.move_lost(PAIR)
     assert not turns.lacks(PAIR)
@@ -208,7 +208,7 @@ def test_in_all_orders_of_events_clients_come_to_a_generation_or_to_the_next_one
         roll_back,
         lambda turns: leave(turns, newest=False),
         lambda turns: leave(turns, newest=True),
-        lambda turns: turns.lose(PAIR, turns.current),
+        lambda turns: turns.note_replaced(PAIR, turns.current),
         move_lost,
     )
     first = Turns()

@@ -232,9 +232,9 @@ def test_warnings_of_the_start_are_shown_cut_and_counted(seen: Seen) -> None:
 
 
 def test_first_programs_that_fail_are_noted(seen: Seen) -> None:
-    told = {"failed": 1, "reason": "its first program failed at once", "last_words": "a\nb\x1b[2J"}
+    told = {"failed": 1, "reason": "its first program failed early", "last_words": "a\nb\x1b[2J"}
     assert seen.see(status(generation(8, first_programs=told)))["notes"] == [
-        "generation 8: its first program failed at once: b\\x1b[2J"
+        "generation 8: its first program failed early: b\\x1b[2J"
     ]
 
 

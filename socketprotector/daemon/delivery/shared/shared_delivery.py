@@ -90,7 +90,7 @@ class SharedDelivery(Delivery):
         for each in self._listeners:
             if not each.has_sibling:
                 address = each.settings.address
-                why = "so clients would reach the release"
+                why = "so clients would reach the dry run's generation"
                 return f"{address} has one socket for all generations, {why}"
         # Clients that cannot be steered may reach the dry run's generation.
         cannot = "new clients cannot be steered now; `status` shows why"
@@ -109,7 +109,10 @@ class SharedDelivery(Delivery):
         self._flags.watch()
 
     def _stop_counting(self, others: Iterable[OpenGeneration]) -> None:
-        """Forget the tags of generations that a later generation's connections may carry."""
+        """Forget the tags of generations, because a later generation's connections may carry them.
+
+        Both counts would be wrong, and it is unknown whose tag the connections carry.
+        """
         for each in others:
             each.update_record(accept_tags=())
 
@@ -278,9 +281,9 @@ class SharedDelivery(Delivery):
         if quick:
             self._close_listeners()
             return
-        # With `stay`, new clients wait for the next start.  At passed-in sockets, their owner gets
-        # new clients.  Other listeners refuse new clients.  In each case the serving generation
-        # must accept only the earlier clients.
+        # New clients wait for the next start (`stay`), go to the socket's owner (passed-in
+        # sockets), or are refused (other listeners).  In each case the serving generation must
+        # accept only the clients that came before this call.
         latest = float("inf") if stay else self._refuse_new()
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
         if serving is not None and (stay or self.steering.has_passed_in_pair):
@@ -294,7 +297,7 @@ class SharedDelivery(Delivery):
         self._post(BacklogEmptied())
 
     def _refuse_new(self) -> float:
-        """Refuse new clients; return when to close at the latest."""
+        """Refuse new clients; return the deadline for closing, by time.monotonic()."""
         refused = [each.refuse_new() for each in self._listeners if not each.settings.foreign]
         return float("inf") if all(refused) else time.monotonic() + LAST_S
 
@@ -319,21 +322,24 @@ class SharedDelivery(Delivery):
                 self._listeners.remove(each)
                 self._close(each)
 
-    def _report_lost(self, listener: Listener, accepted: Collection[int] = ()) -> None:
+    def _report_lost(self, listener: Listener, accepting: Collection[int] = ()) -> None:
         """Report how many clients are lost when a listener is closed.
 
-        accepted: the numbers of the sockets from which workers, or the next start, still accept.
+        accepting: the sockets (0, 1) from which workers, or the next start, still accept; clients
+        that wait there are not lost.
         """
-        left_out, probes = set(accepted), 0
+        left_out, probes = set(accepting), 0
         if listener.settings.foreign:
             left_out.add(0)  # its owner accepts
         for number in {n % len(listener.sockets) for n in (0, 1)} - left_out:
-            with suppress(OSError):  # on an error, this socket's probes count as clients
+            with suppress(OSError):  # if the probes cannot be counted, they count as clients
                 waiting, ours = self.steering.probes.waiting_at(listener, number)
                 if waiting <= ours:
                     left_out.add(number)
                 elif listener.socket.family != socket.AF_UNIX:
-                    probes += ours  # backlog() of a UNIX socket leaves out abandoned probes already
+                    # backlog() of a UNIX socket leaves out clients that have disconnected, and so
+                    # ended probes.
+                    probes += ours
         found = listener.backlog(0, left_out)
         lost = found[0] - probes if found else 0
         if lost > 0:
@@ -375,7 +381,8 @@ class SharedDelivery(Delivery):
     def adopt(
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
-        # Restore the flags first: systemd may have made a socket blocking for accept() in workers.
+        # Restore the flags first: systemd may have made a passed-in socket blocking, so that
+        # accept() blocks in workers.
         self._flags.adopt(record.nonblocking)
         self.steering.adopt_record(record.steering, held=held)
         if closing:

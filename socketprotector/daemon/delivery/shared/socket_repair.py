@@ -175,7 +175,7 @@ class SocketRepair:
                 why = error.strerror
                 fields = {"listen": address, "error": why, "hint": RESTART}
                 self._log.write("warning", "one-socket-left", **fields)
-        lacking = self._turns.lose(listener, None if common else socket_number)
+        lacking = self._turns.note_replaced(listener, None if common else socket_number)
         self._steering.steer()
         if common or listener.has_sibling:
             self._log.write("warning", "socket-replaced", listen=address)

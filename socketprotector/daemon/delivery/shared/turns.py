@@ -40,8 +40,8 @@ class Turns:
     #: Index of a listener that the current generation does not know -> the number of the socket at
     #: which the listener's clients wait.
     expected: dict[int, int] = field(default_factory=dict)
-    #: Pairs of a generation's number and a listener's index: the generation's first workers lack
-    #: the listener's socket, which was bound after their start.
+    #: (generation, listener index): the generation's workers that were running when the listener's
+    #: present socket was bound lack this socket.
     unserved: frozenset[tuple[int, int]] = frozenset()
     #: The pairs of `unserved` where the generation's later workers have the socket.
     partly_served: frozenset[tuple[int, int]] = frozenset()
@@ -117,10 +117,10 @@ class Turns:
             return True  # the socket's owner accepts
         there = self.at(listener, number)
         if not there:
-            # While no generation accepts at all, the next generation gets the clients of any
-            # socket.  Otherwise the next generation gets only its own socket's clients.  But for
-            # listeners in `lost` no start is planned: return False, so that a rescue
-            # (socket_watch.py) follows.
+            # If no generation accepts at all, the next one gets the clients of any socket: True.
+            # Otherwise it gets only the clients of its own socket.  Exception to the latter: for a
+            # listener in `lost` no generation is about to start, so False; a rescue
+            # (socket_watch.py) then starts one.
             is_next = number == self.number_for(listener) and listener.index not in self.lost
             return not self.accepting or is_next
         return any((generation, listener.index) not in self.unserved for generation in there)
@@ -141,8 +141,8 @@ class Turns:
     def own(self, pairs: Iterable[Listener], number: int, generation: int = 0) -> list[Listener]:
         """Return the listeners whose socket of this number was not given back to its owner.
 
-        pairs: the listeners with two sockets.  generation: leave out listeners whose socket no
-        worker of this generation has; 0: leave out no listener.
+        pairs: the listeners with two sockets.  generation: also leave out listeners whose socket no
+        worker of this generation has; 0: no generation, so leave out only given-back sockets.
         """
         is_given_back = self.given_back and number == 0
         lacking = self.unserved - self.partly_served
@@ -154,7 +154,10 @@ class Turns:
         ]
 
     def leave(self, generation: int, now: float) -> int | None:
-        """Note that a generation accepts no more; return the number of its socket, or None."""
+        """Note that a generation accepts no more; return the number of its socket.
+
+        None: the generation did not accept.
+        """
         number = self.accepting.pop(generation, None)
         if number is not None:
             self.leaving[generation] = number, now
@@ -165,7 +168,8 @@ class Turns:
     def expect(self, listener: Listener, *, dry_run: bool) -> int:
         """Let a new listener's clients wait for the next generation; return the socket's number.
 
-        dry_run: the clients come to the current socket, because the next generation gets none.
+        dry_run: the clients come to the current socket, because the next generation gets no
+        clients.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
         # With a single socket, or in a dry run, the clients wait at the current socket.  If the
@@ -199,26 +203,26 @@ class Turns:
         self.current, self.share = number, share
 
     def lacks(self, listener: Listener) -> bool:
-        """Return whether a UNIX path's clients go to a socket that a generation's workers lack.
+        """Return whether a UNIX path's clients go to a socket that no generation serves.
 
-        The later workers of that generation may have the socket (see `unserved`).
+        No worker has this socket, or only later workers (see `unserved`).
         """
         if not listener.path or listener.index in self.lost:
             return False
         return not self.is_served(listener, self.number_for(listener))
 
     def move_lost(self, listener: Listener) -> bool:
-        """Let clients of a lost socket wait for the next generation.
+        """If lacks() is true, add the listener to `lost`; return whether it was added.
 
-        Returns False if the listener has no such socket.
+        The listener's clients then wait for the next generation.
         """
         moves = self.lacks(listener)
         if moves:
             self.lost |= {listener.index}
         return moves
 
-    def lose(self, listener: Listener, number: int | None) -> set[int]:
-        """Note that a socket was replaced; return the generations that lack the new socket.
+    def note_replaced(self, listener: Listener, number: int | None) -> set[int]:
+        """Note that a socket was replaced or dropped; return the generations without the new one.
 
         number: the socket's number; None: the socket is common to all generations.
         """

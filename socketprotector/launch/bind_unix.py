@@ -102,7 +102,7 @@ def _bind_beside(listen: Listen, path: str, backlog: int) -> tuple[socket.socket
         for each in socket_file.left_beside(path):
             if socket_file.is_stale(each):
                 os.unlink(each)
-        made = socket_file.bind(path, backlog, (uid, gid, mode, None), give_away)
+        made = socket_file.bind(path, backlog, socket_file.Rights(uid, gid, mode), give_away)
         with on_error(made.close), on_error(socket_file.forget, path, made):
             made.setblocking(False)
             if stale:
@@ -193,7 +193,7 @@ def reapply_options(
     if path.startswith("@"):
         sock.listen(backlog)
         return ListenerSettings(f"unix:{path}", backlog=backlog)
-    uid, gid, rights = rights_of_new(listen, path)
+    uid, gid, mode = rights_of_new(listen, path)
     with locked(path):
         file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -202,8 +202,8 @@ def reapply_options(
                 raise OSError(errno.EEXIST, "another file has replaced the socket's file")
             if (found.st_uid, found.st_gid) != (uid, gid):
                 give_away(file, uid, gid)
-            if stat.S_IMODE(found.st_mode) != rights:
-                os.chmod(f"/proc/self/fd/{file}", rights)
+            if stat.S_IMODE(found.st_mode) != mode:
+                os.chmod(f"/proc/self/fd/{file}", mode)
         finally:
             os.close(file)
         sock.listen(backlog)

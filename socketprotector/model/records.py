@@ -168,6 +168,10 @@ class HoldRecord:
     tried_until: float = 0.0  # clients of this hold or an earlier hold try until this time
 
 
+#: A listener, and the user, group, mode and access list (in hex) of its path's files.
+RightsRecord = tuple[int, int, int, int, str]
+
+
 @frozen
 class SteeringRecord:
     """Which socket of each address gets new clients, and which generations lack a socket."""
@@ -188,8 +192,7 @@ class SteeringRecord:
     lost: tuple[int, ...] = ()  # listeners whose clients come to the other socket: see Turns
     #: (listener, its group's members in two orders): see system/reuseport_group.py.
     groups: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()
-    #: (listener, the user, group, mode and access list of its path's files, the last one in hex).
-    rights: tuple[tuple[int, int, int, int, str], ...] = ()
+    rights: tuple[RightsRecord, ...] = ()
 
 
 @frozen

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 
 from ..model.settings import ListenerSettings
-from . import bpf, inherited, reuseport, socket_copy
+from . import bpf, inherited, reuseport, socket_copy, socket_file
 from .polling import events_of
 
 #: No client waits, or the client has disconnected: wait for the next wake-up.  On Linux, accept(2)
@@ -108,7 +108,7 @@ class Listener:
         self.settings = settings
         self.group_record: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         #: The rights of its path's files, kept because another program may remove the files.
-        self.file_rights: tuple[int, int, int, bytes | None] | None = None
+        self.file_rights: socket_file.Rights | None = None
         #: The backlog of each of the two sockets, for listening again.
         self._backlogs = [settings.backlog or socket.SOMAXCONN] * 2
         #: For each of the two sockets, whether it was made only for the generation that accepts

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 
-from ..model.lazy_dataclass import replace
+from ..model.lazy_dataclass import frozen, replace
 from . import path_group
 from .cleanup import on_error
 from .dir_lock import give
@@ -49,10 +49,18 @@ _ACL = "system.posix_acl_access"
 _NONE = (0, 0)
 
 Chown = Callable[[int, int, int], None]
-#: User and group (-1: unchanged), mode and access list of a file.
-Rights = tuple[int, int, int, bytes | None]
 #: The sockets of a path, by their numbers in its value.
 Members = Mapping[int, socket.socket]
+
+
+@frozen
+class Rights:
+    """The owner, mode and access list of a socket's file."""
+
+    uid: int  # -1: the user that makes the file
+    gid: int  # -1: the group that the file gets at first
+    mode: int
+    acl: bytes | None = None
 
 
 def path_of(name: str) -> str:
@@ -132,14 +140,13 @@ def identity_of(path: str, sock: socket.socket) -> tuple[int, int]:
 
 def bind(path: str, backlog: int, rights: Rights, chown: Chown) -> socket.socket:
     """Return a new listening socket with its own file beside the path.  Raises OSError."""
-    uid, gid, mode, acl = rights
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with on_error(made.close):
-        bound_as = _bind(made, path, mode)
+        bound_as = _bind(made, path, rights.mode)
         with on_error(_unlink, bound_as):
-            give(bound_as, uid, gid, chown)
-            if acl:
-                os.setxattr(bound_as, _ACL, acl, follow_symlinks=False)
+            give(bound_as, rights.uid, rights.gid, chown)
+            if rights.acl:
+                os.setxattr(bound_as, _ACL, rights.acl, follow_symlinks=False)
             made.listen(backlog)
             os.rename(bound_as, bound_as + _OWN)
     return made
@@ -177,7 +184,7 @@ def rights_of(path: str) -> Rights:
     # A group without write permission cannot connect, so the group need not be copied.
     matters = os.geteuid() == 0 or found.st_mode & stat.S_IWGRP
     same = found.st_gid == gid or not matters
-    return (
+    return Rights(
         -1 if found.st_uid == os.geteuid() else found.st_uid,
         -1 if same else found.st_gid,
         stat.S_IMODE(found.st_mode),

@@ -230,7 +230,9 @@ def test_at_a_path_none_is_counted_for_a_generation_that_another_one_has_accepte
 ) -> None:
     """Of that nothing is known any more, and the next one has its socket."""
     path = str(tmp_path / "s")
-    first, second = (socket_file.bind(path, 8, (-1, -1, 0o600, None), give_away) for _ in "12")
+    first, second = (
+        socket_file.bind(path, 8, socket_file.Rights(-1, -1, 0o600), give_away) for _ in "12"
+    )
     socket_file.lead_to(path, first, [first, second])
     settings = ListenerSettings(f"unix:{path}", 1, os.lstat(path).st_ino)
     its = listener_of(first.detach(), 0, settings, shared=True, sibling=second.detach())

@@ -466,7 +466,7 @@ def test_a_generation_is_asked_at_a_path_that_had_one_socket_left(
     world = SharedWorld()
     request.addfinalizer(world.close)
     path = str(tmp_path / "s")
-    one = socket_file.bind(path, 16, (-1, -1, 0o600, None), give_away)
+    one = socket_file.bind(path, 16, socket_file.Rights(-1, -1, 0o600), give_away)
     socket_file.lead_to(path, one, [one])
     found = os.lstat(path)
     settings = ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, 16)

@@ -29,14 +29,17 @@ class Twin(World):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.path = str(folder / "s")
-        made = [socket_file.bind(self.path, 16, (-1, -1, 0o600, None), give_away) for _ in "12"]
+        made = [
+            socket_file.bind(self.path, 16, socket_file.Rights(-1, -1, 0o600), give_away)
+            for _ in "12"
+        ]
         socket_file.lead_to(self.path, made[0], made)
         found = os.lstat(self.path)
         address = f"unix:{self.path}"
         self.settings = ListenerSettings(address, found.st_dev, found.st_ino, 16, beside=True)
         first, second = (each.detach() for each in made)
         self.listener = UnixListener(first, 0, self.settings, shared=True, sibling=second)
-        self.listener.file_rights = (-1, -1, 0o600, None)  # as after the first steering
+        self.listener.file_rights = socket_file.Rights(-1, -1, 0o600)  # as after the first steering
         self.clients: list[socket.socket] = []
         self.foreign: list[socket.socket] = []
         self.kept: dict[int, socket.socket] = {}  # the guard's
@@ -106,7 +109,7 @@ class Twin(World):
             sibling=fds.get(1, -1),
             reserved=fds.get(RESERVE, -1),
         )
-        self.listener.file_rights = (-1, -1, 0o600, None)
+        self.listener.file_rights = socket_file.Rights(-1, -1, 0o600)
         super().restart()
 
     # -- what others do --------------------------------------------------------------------

@@ -21,7 +21,7 @@ from socketprotector.launch.listen_spec import Listen
 from socketprotector.system import socket_file
 from tests import needs
 
-RIGHTS = (-1, -1, 0o640, None)
+RIGHTS = socket_file.Rights(-1, -1, 0o640)
 
 
 class Sockets:
@@ -33,7 +33,7 @@ class Sockets:
         self.add()
         self.lead_to(0)
 
-    def add(self, rights: tuple[int, int, int, bytes | None] = RIGHTS) -> socket.socket:
+    def add(self, rights: socket_file.Rights = RIGHTS) -> socket.socket:
         self.made.append(socket_file.bind(self.path, 16, rights, give_away))
         return self.made[-1]
 

@@ -2306,7 +2306,9 @@ def test_a_socket_listens_again_with_its_own_limit(world: World) -> None:
 def pair(world: World, tmp_path: Path) -> Listener:
     """A path that leads to one of two sockets."""
     path = str(tmp_path / "s")
-    made = [socket_file.bind(path, 16, (-1, -1, 0o600, None), give_away) for _ in range(2)]
+    made = [
+        socket_file.bind(path, 16, socket_file.Rights(-1, -1, 0o600), give_away) for _ in range(2)
+    ]
     socket_file.lead_to(path, made[0], made)
     found = os.lstat(path)
     settings = ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, 16)

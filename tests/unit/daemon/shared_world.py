@@ -17,6 +17,7 @@ import pytest
 from socketprotector.daemon.delivery.shared.shared_listeners import SharedListeners, Steering
 from socketprotector.daemon.delivery.shared.turns import Turns
 from socketprotector.model.settings import ListenerSettings
+from socketprotector.system import socket_file
 from tests.unit.daemon.clock import Clock
 
 
@@ -73,7 +74,7 @@ class MemoryListener:
         self.is_reserved_for_clients = self.has_held_client = self.is_cut_off = False
         self.path_fault = ""
         self.lacks_interface = False
-        self.file_rights: tuple[int, int, int, None] | None = (-1, -1, 0o600, None)
+        self.file_rights: socket_file.Rights | None = socket_file.Rights(-1, -1, 0o600)
         self.passed_by: set[int] = set()
         self.identities = [(1, 1), (1, 2)]
         self.renewed: list[int] = []

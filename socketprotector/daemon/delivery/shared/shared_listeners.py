@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
+from ....model.records import RightsRecord
+from ....system import socket_file
 from ....system.listener import Listener
 from ..host import Host
 
@@ -41,14 +43,19 @@ class SharedListeners:
         return [each for each in self.all if each.has_sibling]
 
     @property
-    def rights_record(self) -> tuple[tuple[int, int, int, int, str], ...]:
+    def rights_record(self) -> tuple[RightsRecord, ...]:
         """The rights of each socket file, in case the file is gone after an upgrade or a kill."""
         found = ((each.index, each.file_rights) for each in self.all)
-        return tuple((n, *have[:3], (have[3] or b"").hex()) for n, have in found if have)
+        return tuple(
+            (n, have.uid, have.gid, have.mode, (have.acl or b"").hex()) for n, have in found if have
+        )
 
-    def adopt_rights(self, record: Iterable[tuple[int, int, int, int, str]]) -> None:
+    def adopt_rights(self, record: Iterable[RightsRecord]) -> None:
         """Adopt the rights_record of the process that we replace after an upgrade or a kill."""
-        known = {n: (uid, gid, mode, bytes.fromhex(acl)) for n, uid, gid, mode, acl in record}
+        known = {
+            n: socket_file.Rights(uid, gid, mode, bytes.fromhex(acl))
+            for n, uid, gid, mode, acl in record
+        }
         for each in self.all:
             each.file_rights = known.get(each.index)
 

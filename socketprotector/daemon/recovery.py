@@ -192,8 +192,10 @@ class Recovery:
         """
         pool, of = self.effects.pool, generation.number
         programs = {each.number: each.program for each in self.snapshot.generations}
-        needs_signal = of in programs and not (record is not None and record.retires)
-        finish_signal = programs[of].finish_signal if needs_signal else 0
+        retires = record is not None and record.retires
+        # Workers on the client library finish at the end of the line.  A signal hurries them.
+        watches_line = retires or self.snapshot.fleet.policy.finish_alone or of not in programs
+        finish_signal = 0 if watches_line else programs[of].finish_signal
         # Other workers may use the slot of an orphan, unless a kill has lost it before.
         shared = any(w.slot == worker.slot for w in generation.workers if w is not worker)
         counts = worker.state is not State.ORPHANED or not shared

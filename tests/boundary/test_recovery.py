@@ -15,7 +15,7 @@ import pytest
 
 from socketprotector.core.decide import decide
 from socketprotector.core.events import Event, OpenFailed, WorkerExited
-from socketprotector.core.fleet import Fleet, Generation, Phase, State, Worker
+from socketprotector.core.fleet import Fleet, Generation, Phase, Policy, State, Worker
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon.recovery import Recovery
 from socketprotector.model.lazy_dataclass import replace
@@ -211,6 +211,7 @@ def unadopted(
     beside: tuple[Worker, ...] = (),
     orders: tuple[tuple[str, int], ...] = (),
     waiting: int = 0,
+    policy: Policy | None = None,
 ) -> tuple[tuple[Event, ...], list[tuple[object, ...]], list[Event]]:
     """Recover without a worker's descriptors.
 
@@ -245,7 +246,9 @@ def unadopted(
     made.snapshot = replace(
         made.snapshot,
         fleet=Fleet(
-            generations=(Generation(1, Phase.SERVING, workers=(worker, *beside)),), served=True
+            policy or Policy(),
+            generations=(Generation(1, Phase.SERVING, workers=(worker, *beside)),),
+            served=True,
         ),
         generations=(GenerationRecord(1, program),),
         orders=orders,
@@ -283,6 +286,15 @@ def test_an_unstored_worker_that_watches_its_line_needs_no_signal(retires: bool,
     _, given, _ = unadopted(Worker(13, 0, State.READY), record)
 
     assert given == [("@notify-13", sign)]
+
+
+def test_a_rolling_worker_needs_no_signal_for_it_watches_its_line() -> None:
+    """It would close connections whose first requests it has not read."""
+    rolling = Policy(workers_accept=True, surge=1, drain_timeout_s=9.0)
+
+    _, given, _ = unadopted(Worker(13, 0, State.STARTING), policy=rolling)
+
+    assert given == [("@notify-13", 0)]
 
 
 def test_events_of_a_worker_that_cannot_be_adopted_tell_who_waits() -> None:

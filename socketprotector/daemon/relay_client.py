@@ -57,8 +57,7 @@ _AGAIN_S = 0.1
 _ROOM_S = 1.0
 #: How long our exit waits for the relay, which exits at once unless a process still writes.
 _END_S = 3.0
-#: The messages to the relay: read a worker's pipe, close the pipe, send last words, write output to
-#: this descriptor, exit.
+#: Our messages: read a worker's pipe, close the pipe, send last words, write output here, exit.
 _PIPE, _CLOSE, _WORDS, _NEW_STDERR, _END = "+", "-", "?", "=", "!"
 _LACKS_HINT = "the relay's nofile limit has fallen; SocketProtector raises it or restarts the relay"
 _CLOSED_HINT = (

@@ -166,6 +166,8 @@ class Effects(Host):
                 self.generations[number].note_draining()
                 self.pool.drain(number)
                 self.delivery.drain(self.generations[number])
+            case Drain(number):  # a kill lost its descriptors, but not its workers
+                self.pool.drain(number)
             case Release(number) if number in self.generations:
                 self._log.write("info", "drained", generation=number)
                 self.delivery.release(self.generations.release(number))
@@ -317,15 +319,13 @@ class Effects(Host):
         return self.delivery.met(generation) if generation is not None else None
 
     def _quiesce(self, number: int) -> None:
-        def on_quiet() -> None:
-            self._post(Quiesced(number))
-
-        generation = self.generations.get(number)
+        quiet, generation = Quiesced(number), self.generations.get(number)
         if generation is None:
-            on_quiet()
+            self._post(quiet)
         else:
             generation.note_draining()
-            self.delivery.begin_drain(generation, on_quiet, reads_on=self.pool.all_retire(number))
+            reads_on = self.pool.all_retire(number)
+            self.delivery.begin_drain(generation, lambda: self._post(quiet), reads_on=reads_on)
 
     @property
     def listeners_survive_stop(self) -> bool:

@@ -194,8 +194,9 @@ class Recovery:
         programs = {each.number: each.program for each in self.snapshot.generations}
         retires = record is not None and record.retires
         # Workers on the client library finish at the end of the line.  A signal hurries them.
-        watches_line = retires or self.snapshot.fleet.policy.finish_alone or of not in programs
-        finish_signal = 0 if watches_line else programs[of].finish_signal
+        watches_line = retires or self.snapshot.fleet.policy.finish_alone
+        known = programs.get(of, self.effects.live_settings.settings)
+        finish_signal = 0 if watches_line else known.finish_signal
         # Other workers may use the slot of an orphan, unless a kill has lost it before.
         shared = any(w.slot == worker.slot for w in generation.workers if w is not worker)
         counts = worker.state is not State.ORPHANED or not shared

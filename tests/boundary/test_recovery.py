@@ -113,7 +113,10 @@ def test_a_worker_that_ran_and_was_not_stored_has_served_until_now() -> None:
     record = WorkerRecord(12, 1, 4711, 0, ready_at=time.monotonic() - 100)
     made = recovery(12, os.open(os.devnull, os.O_RDONLY), record, handoff="connection")
     made.unclaimed.close()
-    made.effects = cast("Any", SimpleNamespace(pool=pool, generations={1: None}))
+    made.effects = cast(
+        "Any",
+        SimpleNamespace(pool=pool, generations={1: None}, live_settings=made.effects.live_settings),
+    )
     serving = Generation(1, Phase.SERVING, workers=(Worker(12, 0, State.READY),))
     fleet = Fleet(generations=(serving,), served=True)
     made.snapshot = replace(made.snapshot, fleet=fleet)
@@ -142,7 +145,10 @@ def test_a_worker_whose_descriptors_were_stored_in_part_did_not_end_before(
     pool = SimpleNamespace(records=lambda: (), addresses=lambda _: (), adopt_group=lambda *_: group)
     record = WorkerRecord(12, 1, 4711, 0, orphaned=orphaned)
     made = recovery(12, os.open(os.devnull, os.O_RDONLY), record, handoff="listener")
-    made.effects = cast("Any", SimpleNamespace(pool=pool, generations={1: None}))
+    made.effects = cast(
+        "Any",
+        SimpleNamespace(pool=pool, generations={1: None}, live_settings=made.effects.live_settings),
+    )
     program = SimpleNamespace(finish_signal=signal.SIGTERM)
     generation = cast("Any", SimpleNamespace(program=program))
     descriptors = made.unclaimed.take("sp.worker.", 12)
@@ -180,7 +186,10 @@ def test_a_worker_that_was_being_started_counts_until_no_process_has_its_address
     made.effects = cast(
         "Any",
         SimpleNamespace(
-            pool=pool, generations=generations, runtime=SimpleNamespace(post=events.append)
+            pool=pool,
+            generations=generations,
+            live_settings=made.effects.live_settings,
+            runtime=SimpleNamespace(post=events.append),
         ),
     )
     workers = [(Worker(12, 0, State.READY),), (Worker(13, 0, State.STARTING),)]
@@ -237,6 +246,7 @@ def unadopted(
                 addresses=lambda number: (f"@notify-{number}",),
                 orphans=SimpleNamespace(watch=watch, order=lambda *a: orders_given.append(a)),
             ),
+            live_settings=made.effects.live_settings,
             generations={1: SimpleNamespace(take_counts=taken.append)},
             delivery=SimpleNamespace(waiting=lambda _, clients_only: waiting),
             runtime=SimpleNamespace(post=posted.append),
@@ -303,3 +313,22 @@ def test_events_of_a_worker_that_cannot_be_adopted_tell_who_waits() -> None:
 
     assert event == WorkerExited(13, KILLED, waiting=3, orphans=True, lost=True)
     assert ended == [WorkerExited(13, "orphans gone", waiting=3)]
+
+
+def test_a_worker_whose_generation_was_not_stored_finishes_by_the_settings_signal() -> None:
+    ends: list[int] = []
+    pool = SimpleNamespace(
+        records=lambda: (),
+        addresses=lambda number: (f"@notify-{number}",),
+        orphans=SimpleNamespace(watch=lambda *words: ends.append(words[2])),
+    )
+    made = recovery(12, os.open(os.devnull, os.O_RDONLY), handoff="listener")
+    made.unclaimed.close()
+    live = made.effects.live_settings
+    made.effects = cast("Any", SimpleNamespace(pool=pool, generations={}, live_settings=live))
+    draining = Generation(1, Phase.DRAINING, workers=(Worker(13, 0, State.ORPHANED),))
+    made.snapshot = replace(made.snapshot, fleet=Fleet(generations=(draining,), served=True))
+
+    list(made.adopt_workers())
+
+    assert ends == [signal.SIGTERM]

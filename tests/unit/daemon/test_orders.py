@@ -90,3 +90,14 @@ def test_a_hold_and_a_stop_are_the_deliverys(world: World) -> None:
     world.effects.perform(CloseListeners(quick=False))
     assert world.delivery.queues == {7: [1]}
     assert world.posted == [BacklogEmptied()]
+
+
+def test_the_workers_of_a_generation_that_a_kill_lost_are_drained(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drained: list[int] = []
+    monkeypatch.setattr(world.effects.pool, "drain", drained.append)
+
+    world.effects.perform(Drain(6))
+
+    assert drained == [6]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -175,7 +176,9 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
             except BrokenPipeError:
                 raise OutputClosed from None
             except OSError as error:
-                raise OutputFailed(f"cannot write the output: {what_failed(error)}") from error
+                is_short = error.errno in (errno.EMFILE, errno.ENFILE)
+                cannot = "run the command" if is_short else "write the output"
+                raise OutputFailed(f"cannot {cannot}: {what_failed(error)}") from error
             except KeyboardInterrupt:
                 raise Interrupted from None
 

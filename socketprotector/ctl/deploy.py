@@ -1,6 +1,6 @@
 """The commands deploy, rollback and releases, for a protector with --releases.
 
-`current` is the link that the protector's option --current names.
+`current` is the link of the protector's option --current; it leads to a release.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _EXPECT = click.option(
     metavar="NAME",
     callback=_check_name,
     shell_complete=_complete,
-    help="Refuse unless the serving release has this name.",
+    help="Refuse unless this release is serving (rollback during a reload: is starting).",
 )
 
 
@@ -54,7 +54,9 @@ _EXPECT = click.option(
     "--force", is_flag=True, help="Deploy even if --current does not name the serving release."
 )
 @click.option(
-    "--if-changed", is_flag=True, help="Do nothing if the release is serving and has not changed."
+    "--if-changed",
+    is_flag=True,
+    help="Do nothing if the release is serving and has not changed, and --current names it.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Start the release without clients; stop it when it is ready."
@@ -79,8 +81,9 @@ def deploy(
     exit status is 3: the old release is still serving, and the link is unchanged.
 
     Exit status 2: nothing was tried, because --expect or --current does not name the serving
-    release, or the protector cannot move the link. 5: the release is serving, but the link or the
-    history is not on disk yet. 6: another deploy, reload or dry run is in progress.
+    release, --current is no symbolic link, or this protector does not own the link. 5: the release
+    is serving, but the link or the history is not on disk yet. 6: another deploy, reload or dry run
+    is in progress.
     """
     arguments = _set_only(release=release, expect=expect, force=force, dry_run=dry_run)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
@@ -105,14 +108,15 @@ def rollback(
     """End the reload or deploy in progress: the old generation gets all new clients.
 
     If neither is in progress, deploy the release that served successfully before the serving
-    release. Each further rollback goes one release further back.
+    release. Each further rollback goes further back. A rollback skips releases that failed when
+    last tried, that are missing, or that came after a release to which you returned.
 
     During a reload or deploy, --expect is compared with the release that is starting, not with the
     serving release.
 
     Exit status 2: nothing was tried, because there is nothing to roll back, --expect names another
-    release, or the protector cannot move the link. 6: a dry run, or a reload that cannot be ended,
-    is in progress.
+    release, --current is no symbolic link, or this protector does not own the link. 6: a dry run,
+    or a reload that cannot be ended, is in progress.
     """
     arguments = _set_only(expect=expect)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
@@ -238,8 +242,9 @@ def releases(instance: Instance, as_json: bool) -> None:
     """List the tried releases, with times, and with reasons of failures.
 
     The release that was tried last comes last. A "failed" release was started and did not succeed;
-    a "refused" release was never started. "changed": the release's folder or program was replaced
-    or edited after the release had succeeded. Changes of other files are not detected.
+    a "refused" release was never started. "changed": the release's folder was replaced, or its
+    program was replaced or edited, after the release had succeeded. Changes of other files are not
+    detected.
     """
     result = instance.request("releases")
     if as_json:

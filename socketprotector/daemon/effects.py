@@ -73,7 +73,7 @@ from .runtime import Runtime
 from .start_report import StartReport
 from .worker_pool import WorkerPool
 
-#: The state records these actions until they are carried out; the fleet implies all other actions.
+#: The state lists these until done; the next program derives all other actions from the fleet.
 RECORDED = Undone | Report | StartTimer
 #: Reports after which a generation's program counts as the last good program.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
@@ -84,7 +84,7 @@ _LATE = "late"  # the timer of a stop that still accepts clients who waited duri
 
 
 class Effects(Host):
-    """The generations, workers and timers that the fleet knows only by number."""
+    """The generations, workers and timers, which the fleet knows only by number or Deadline."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Effects(Host):
         command: tuple[str, ...] = (),
         survive_exit: Callable[[Iterable[str]], bool] = lambda names: False,
     ) -> None:
-        """build: makes the delivery.  command: executes SocketProtector's program again.
+        """build: makes the delivery.  command: the command line that executes our program again.
 
         survive_exit: returns whether the next start gets the descriptors with these names.
         """
@@ -270,7 +270,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_try()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            # Forget here, too: without an fd store snapshot() may never be called.
+            # Forget here, too: with neither guard nor fd store, snapshot() may never be called.
             self.generations.forget_released(self.delivery.keeps)
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:
@@ -416,7 +416,7 @@ class Effects(Host):
     def _start_advice(self, number: int) -> str:
         """Return the likely cause of a generation's start timeout; "": unknown."""
         known = self.probing.last or self.pool.check_result(number)
-        if self.pool.proved_ready:  # a worker became ready without a timer: no advice needed
+        if self.pool.proved_ready:  # by no timer: so the advice about the socket does not apply
             return known
         more = self.pool.advice(number, ignores_socket=bool(known))
         return "; ".join(filter(None, (known, more)))

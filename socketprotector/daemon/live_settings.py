@@ -63,7 +63,7 @@ class LiveSettings:
 
         dry_run: the new generation and added listeners get no clients.
         canary: the reload was requested with a canary.
-        release: the release to start; "": the release that `current` names.
+        release: the release to start; "": the release to which the link --current leads.
         """
         try:
             reader = self._reader("reader")
@@ -97,7 +97,7 @@ class LiveSettings:
             if candidate.log_level != self.settings.log_level:
                 self._log.set_level(candidate.log_level)
             self._put_in_force(replace(candidate, release_wanted=""))
-            # A plain reload starts the release that `current` names, so there is nothing to move.
+            # A plain reload starts the release to which the link --current leads: do not move it.
             if self.releases is not None and candidate.release_wanted:
                 self.releases.move(candidate.release)
             self.on_used()
@@ -118,7 +118,7 @@ class LiveSettings:
                 self._put_in_force(replace(self.settings, listeners=(*kept, *removed)))
 
     def reported(self, report: Report, program: Program | None) -> tuple[Report, str]:
-        """Return the report with the state of `current` added, and the release's name, or "".
+        """Return the report with the state of the link --current, and the release's name or "".
 
         program: the program of the report's generation; None: the generation could not be opened.
         """
@@ -129,12 +129,12 @@ class LiveSettings:
 
     @property
     def current_due(self) -> str:
-        """The release to which `current` could not be moved yet; "": there is none."""
+        """The release to which the link --current could not be moved yet; "": there is none."""
         return self.releases.link.due if self.releases is not None else ""
 
     @property
     def named_at_begin(self) -> str:
-        """The release that `current` named when the last reload began; "": there is none."""
+        """The release to which the link --current led when the last reload began; "": none."""
         return self.releases.named_at_begin if self.releases is not None else ""
 
     def stop_reading(self) -> None:
@@ -226,7 +226,8 @@ class LiveSettings:
     ) -> str | None:
         """Return why new settings make a canary or rolling reload impossible, or None.
 
-        canary: the reload was requested with a canary, which the present settings allow.
+        canary: the reload was requested with a canary.  The caller has checked that the settings in
+        force allow one.
         """
         policy = new.policy
         cannot = no_canary_under(policy) if canary else None

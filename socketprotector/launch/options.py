@@ -318,7 +318,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     "Drain": (
         Option("drain-timeout", TIME,
                "Let an old generation finish its connections this long, then send TERM; "
-               "0: no limit.",
+               "0: no limit (stop-first: 30s).",
                "policy.drain_timeout_s", common=True, default="0"),
         Option("drain-spread", TIME,
                "Let old workers end their connections evenly over this time; 0: not at all.\n"
@@ -340,7 +340,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "policy.kill_timeout_s", default="5s"),
         Option("lame-duck", TIME,
                "Serve this long after a stop was requested, while /readyz answers 503; 0: none.\n"
-               "So load balancers send clients elsewhere before a client would be refused. "
+               "So load balancers send clients elsewhere before any client is refused. "
                "A second TERM ends the lame duck; INT stops at once. See docs/fleet.md.",
                "policy.lame_duck_s", default="0"),
         Option("lame-duck-idle", TIME,

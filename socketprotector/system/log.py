@@ -26,7 +26,7 @@ _OBSERVED = LEVELS["info"]
 
 
 class Log:
-    """Writes lines to stderr without ever blocking or raising."""
+    """Writes lines to stderr without raising; only a file on a stuck disk can block it."""
 
     def __init__(self, level: str, *, prioritized: bool = False, form: str = "text") -> None:
         """Write lines from this level on.
@@ -86,7 +86,7 @@ class Log:
         self._fd = os.dup(_STDERR)
         self._put = put if os.isatty(_STDERR) else os.write
         if stat.S_ISREG(mode):
-            return  # a file never blocks, and all processes must share one file offset
+            return  # O_NONBLOCK has no effect on a file; all processes must share one file offset
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         try:
             fd = os.open(f"/proc/self/fd/{_STDERR}", flags)

@@ -5,7 +5,7 @@ generation.  A timer looks at the backlog until two looks in a row find no clien
 cannot be refused, the drain ends after LAST_S, once every accepted client is sent.  Then clients
 still in the backlog are lost.
 
-All remaining clients are lost in three cases:
+All remaining clients, except those in the backlog of a passed-in socket, are lost in three cases:
 
 * No generation knows the listener.
 * The channel that gets the clients breaks or is closed.
@@ -45,7 +45,8 @@ class _Draining:
     listener: Listener
     channel: Channel  # of the generation that knows the listener
     until: float = 0.0  # when to close at the latest; 0: no limit, because no new client comes
-    quiet: bool = False  # the last _look() found room in the channel, and no client
+    #: The last _look() sent no client, though the channel had room.
+    quiet: bool = False
 
     @property
     def timer(self) -> tuple[str, int]:
@@ -98,9 +99,10 @@ class DrainingListeners:
         return True
 
     def end(self, channel: Channel | None = None) -> None:
-        """Close the listeners that drain to a channel, and lose their backlogs.
+        """Close the listeners that drain to a channel, and lose their clients.
 
-        None: close all draining listeners.
+        The backlog of a passed-in socket is not lost: see close().  None: close all draining
+        listeners.
         """
         for each in self._to(channel) if channel is not None else tuple(self._draining):
             self._end(each)

@@ -48,9 +48,10 @@ class Undelivered:
         self.persist()
 
     def keep_older(self, header: bytes, fd: int, number: int) -> None:
-        """Keep a batch's next connection, in front of all connections from before the batch.
+        """Keep one of several connections that the caller takes back from a queue in order.
 
-        number: the value of `self.number` before the batch.  Takes ownership of fd.
+        It goes behind the connections that the caller has kept so far, and in front of all others.
+        number: the value of `self.number` before the first of them.  Takes ownership of fd.
         """
         before = tuple(self._waiting.items())
         place = next((n for n, (each, _) in enumerate(before) if each <= number), len(before))
@@ -120,7 +121,8 @@ class Undelivered:
         for each, fd in stored.items():
             os.close(fd)
             # A connection with a number up to `number` was removed from the state, to be sent or
-            # dropped: do not count it.  With a higher number, a connection was never in the state.
+            # dropped: do not count it.  If its number is higher, the connection never reached the
+            # state: it is lost, so count it.
             lost += each > number
         return lost
 

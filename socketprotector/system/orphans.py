@@ -68,7 +68,7 @@ class _Search:
     #: A lost worker: it gets only signals that were ordered.
     lost: bool = False
     generation: int = 0
-    finish_signal: int = 0  # makes it finish; 0: it finishes without a signal
+    finish: int = 0  # the signal that makes it finish; 0: it finishes without a signal
     asked: bool = False  # a signal was ordered
     kill_at: float | None = None  # when KILL is due; None: not decided yet
     kills: int = 0  # rounds of KILL
@@ -124,24 +124,22 @@ class Orphans:
         self._searches.setdefault(address, _Search(signal.SIGTERM))
         self._scan_after(0.0)
 
-    def watch(
-        self, address: str, generation: int, finish_signal: int, gone: Callable[[], None]
-    ) -> None:
+    def watch(self, address: str, generation: int, finish: int, gone: Callable[[], None]) -> None:
         """Watch a lost worker that has this address, until its last process is gone.
 
         If end() has the address, the worker had failed.
-        finish_signal: what retire() sends; 0: nothing, because its RETURN line has ended.
+        finish: the signal that retire() sends; 0: nothing, because its RETURN line has ended.
         gone: called when no such process is left.
         """
         search = self._searches.setdefault(address, _Search(0, lost=True))
-        search.generation, search.finish_signal, search.gone = generation, finish_signal, gone
+        search.generation, search.finish, search.gone = generation, finish, gone
         self._scan_after(0.0)
 
     def retire(self, addresses: Collection[str]) -> None:
         """Order the lost worker that has one of these addresses, once, to finish its clients."""
         for each in self._lost(addresses):
-            if each.finish_signal and not each.asked:
-                self._order(each, each.finish_signal)
+            if each.finish and not each.asked:
+                self._order(each, each.finish)
 
     def drain(self, generation: int) -> None:
         """Order a generation's lost workers to finish their clients."""
@@ -241,7 +239,7 @@ class Orphans:
         elif complete:
             leaders = [each for each in found if _leads(each[0])]
             if not (leaders or search.asked):  # its children finish, as those of any dead worker
-                search.sign, search.asked = search.finish_signal, True
+                search.sign, search.asked = search.finish, True
             if search.sign:  # as from any worker, its children get what it passes on
                 self._signal(leaders or found, signal.Signals(search.sign))
             search.sign, search.seen = 0, True

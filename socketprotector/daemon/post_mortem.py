@@ -227,14 +227,17 @@ class PostMortem:
         process: Process,
         generation: OpenGeneration,
         line: socket.socket | None = None,
+        *,
+        lost: bool = False,
     ) -> bool:
         """Watch the processes left in a worker's process group; return whether there are any.
 
         Takes ownership of the process and the line.
+        lost: see WorkerExited.
         """
         has_group = process.has_group()
         if has_group:
-            ended = partial(self._group_ended, record, generation)
+            ended = partial(self._group_ended, record, generation, lost=lost)
             self.groups.keep(record, process, generation.program.finish_signal, ended, line)
         else:
             process.close()
@@ -242,7 +245,9 @@ class PostMortem:
                 close_unread(line)
         return has_group
 
-    def _group_ended(self, record: WorkerRecord, generation: OpenGeneration) -> None:
+    def _group_ended(self, record: WorkerRecord, generation: OpenGeneration, *, lost: bool) -> None:
+        if lost:
+            generation.take_counts(record.slot)  # until now it has counted there
         # This is the worker's second WorkerExited: the first said that the worker left orphans.
         waiting = self.delivery.waiting(generation, clients_only=True) or 0
         self.runtime.post(WorkerExited(record.number, "orphans gone", waiting=waiting))
@@ -264,7 +269,7 @@ class PostMortem:
             pass  # the worker is a child of another process
         found = descriptors.get("line")
         line = socket.socket(fileno=found) if found is not None else None
-        return self.keep_group(record, process, generation, line)
+        return self.keep_group(record, process, generation, line, lost=not record.orphaned)
 
 
 def _crash(worker: Worker, end: End, lost: int | None, last_words: str) -> Crash:

@@ -141,8 +141,6 @@ class WorkerSpawner:
     def start(self, number: int, slot: int, generation: OpenGeneration) -> Worker:
         """Start a worker process.  On OSError or ValueError nothing is left open."""
         program = generation.program
-        # Usually there are none.  A worker that the protector has lost at a kill may leave some.
-        generation.take_counts(slot)
         with ExitStack() as ours:
             notify = self._notify_socket(number)
             ours.callback(notify.close)

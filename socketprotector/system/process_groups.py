@@ -112,10 +112,17 @@ class Groups:
                 self.signal(number, group.drain_signal)
 
     def drain(self, generation: int) -> None:
-        """End the RETURN lines of a generation's groups."""
-        for group in self._groups.values():
-            if group.record.generation == generation:
+        """End the RETURN lines of a generation's groups; send the drain signal, if none was sent.
+
+        A worker that a kill of the protector has lost has served until now.
+        """
+        for number, group in self._groups.items():
+            if group.record.generation != generation:
+                continue
+            if group.record.asked_to_exit or group.record.retires:
                 self._end_line(group)
+            else:
+                self.retire(number)
 
     def signal(self, number: int, sign: int) -> None:
         """Send a signal to a group; do nothing if the group is gone."""
@@ -130,7 +137,8 @@ class Groups:
             self._log.write("error", "cannot-signal", **fields, error=error.strerror)
             return
         self._log.write("info", "signalled", **fields)
-        group.record = replace(group.record, killed=sign == signal.SIGKILL)
+        killed = sign == signal.SIGKILL
+        group.record = replace(group.record, killed=killed, asked_to_exit=True)
         group.since = time.monotonic()
         self._look_later(number)
 

@@ -242,9 +242,7 @@ def open_if_due(step: Step) -> None:
     step.do(Open(number, fresh, fleet.dry_run))  # its workers follow: workers.reconcile()
     serving = fleet.of(Phase.SERVING)
     if serving is not None and fleet.policy_of(fresh).rolls and not fleet.policy.rolls:
-        for each in serving.workers:  # a limit on the processes begins: do not wait for them
-            if each.state is State.ORPHANED:
-                step.retire(each)
+        step.retire_orphans(serving.workers)  # a limit on the processes begins: do not wait
 
 
 # -- a generation that succeeds -------------------------------------------------

@@ -14,6 +14,8 @@ does not list.  The modules that handle events share:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..model.lazy_dataclass import replace
 from ..model.share import Canary
 from .actions import (
@@ -115,6 +117,17 @@ class Step:
         self.do(Retire(number) if finishes else Signal(number, WorkerSignal.TERM))
         if self.fleet.policy.drain_timeout_s > 0:
             self.start(TimerKind.WORKER_RETIRE, worker.number, self.fleet.policy.drain_timeout_s)
+
+    def retire_orphans(self, workers: Iterable[Worker]) -> None:
+        """Retire the orphans among these workers that no timer limits yet.
+
+        A second order would be a second signal, and would restart --drain-timeout.
+        """
+        for each in workers:
+            is_retired = Deadline(TimerKind.WORKER_RETIRE, each.number) in self.fleet.timers
+            is_killed = Deadline(TimerKind.WORKER_KILL, each.number) in self.fleet.timers
+            if each.state is State.ORPHANED and not (is_retired or is_killed):
+                self.retire(each)
 
     # -- generations ---------------------------------------------------------
 

@@ -127,12 +127,8 @@ def _retire_orphans(step: Step, number: int, slot: int) -> None:
     """Retire the orphans of a slot, which served until another worker was ready."""
     if not step.fleet.policy.rolls:
         return  # without rolling, orphans are retired at once
-    for each in step.fleet[number].workers:
-        # Rolling always has a drain limit, so each retired orphan has a timer.
-        is_retired = Deadline(TimerKind.WORKER_RETIRE, each.number) in step.fleet.timers
-        is_killed = Deadline(TimerKind.WORKER_KILL, each.number) in step.fleet.timers
-        if each.state is State.ORPHANED and each.slot == slot and not (is_retired or is_killed):
-            step.retire(each)
+    # Rolling always has a drain limit, so each retired orphan has a timer.
+    step.retire_orphans(each for each in step.fleet[number].workers if each.slot == slot)
 
 
 def _end_oldest_orphans(step: Step) -> None:

@@ -217,7 +217,7 @@ class Recovery:
 
 
 def _exit_of(
-    number: int, record: WorkerRecord | None, waiting: int, *, orphans: bool, lost: bool = False
+    number: int, record: WorkerRecord | None, waiting: int, *, orphans: bool, lost: bool
 ) -> WorkerExited:
     """Return the event about a worker that cannot be adopted."""
     reason = _NOT_STORED

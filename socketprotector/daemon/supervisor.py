@@ -205,7 +205,7 @@ class Supervisor:
         """Return what an upgrade waits for, in words; "": no upgrade waits."""
         if self.runtime.loop.due(_HAND_OVER) is not None:
             return "the guard or systemd has not taken all descriptors yet"
-        return "trying the new program" if self.upgrade.tries else ""
+        return "trying the new program" if self.upgrade.is_trying else ""
 
     def _hand_over(self, give_up_at: float | None = None) -> None:
         """Execute the new program once every signal is handled and every descriptor is stored.

@@ -57,7 +57,7 @@ class Upgrade:
         If an upgrade's trial is running, only log that.  A check in progress is called off, because
         the exec would end it.
         """
-        if self.tries:
+        if self.is_trying:
             self.log.write("info", "upgrade-under-way")
             return
         self._call_off_check()
@@ -125,7 +125,7 @@ class Upgrade:
         self.loop.call_after(_TIMER, TRIAL_S, self._trial.process.kill_group)
 
     @property
-    def tries(self) -> bool:
+    def is_trying(self) -> bool:
         """Return whether the trial of an upgrade is running."""
         return self._trial is not None and self._check is None
 

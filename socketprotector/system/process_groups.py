@@ -61,6 +61,7 @@ class _Group:
     #: Our end of the leader's RETURN line, which forked children watch, too.  None: closed.
     line: socket.socket | None = None
     logged: bool = False
+    retired: bool = False  # it was ordered to finish: a program may treat a second TERM differently
     found_dead: bool = False  # the last scan of /proc found no living process
 
 
@@ -104,9 +105,10 @@ class Groups:
         self._look_later(record.number)
 
     def retire(self, number: int) -> None:
-        """Order a group to finish: end its RETURN line, and send its drain signal, if any."""
+        """Order a group to finish, once: end its RETURN line, and send its drain signal, if any."""
         group = self._groups.get(number)
-        if group is not None:
+        if group is not None and not group.retired:
+            group.retired = True
             self._end_line(group)
             if group.drain_signal:
                 self.signal(number, group.drain_signal)

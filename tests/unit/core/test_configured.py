@@ -88,6 +88,16 @@ def test_a_lost_worker_finishes_when_a_reload_brings_a_limit_on_the_processes(
     assert Retire(lost) in story.when(SettingsRead(rolls))
 
 
+def test_orphans_that_finish_already_get_no_second_order_from_such_a_reload(story: Story) -> None:
+    """Its signal could end them at once, and their time would begin again."""
+    story.given_serving(Policy(drain_timeout_s=60.0))
+    story.fleet = replace(story.fleet, configured=True)
+    assert Retire(1) in story.when(WorkerExited(1, "crashed", served_s=60.0, orphans=True))
+    story.and_also(WorkerReady(2), ReloadRequested())
+
+    assert Retire(1) not in story.when(SettingsRead(Policy(surge=1, drain_timeout_s=9.0)))
+
+
 def test_a_file_with_a_mistake_is_a_failed_reload_with_a_number(configured: Story) -> None:
     story = configured
     story.when(ReloadRequested())

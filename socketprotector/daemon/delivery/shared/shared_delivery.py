@@ -395,8 +395,8 @@ class SharedDelivery(Delivery):
         for fd in descriptors.values():
             os.close(fd)
         if not generation.record.accept_tags:  # a kill may have come before open() tagged sockets
-            earlier = [n for n in self._host.generations if n < generation.record.number]
-            self._stop_counting(self._host.generations[each] for each in earlier)
+            number = generation.record.number
+            self._stop_counting(each for n, each in self._host.generations.items() if n < number)
         if not (generation.ended or generation.record.released):
             self.steering.adopt(generation.record.number, generation.record.socket_number)
         return True

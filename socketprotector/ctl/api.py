@@ -1,4 +1,4 @@
-"""The public API: the only names that socketprotector-exporter may import from SocketProtector.
+"""The public API: all that socketprotector-exporter may import from us, besides `__version__`.
 
 Most functions find control sockets, query the sockets and read the answers.  The others help a
 program with its messages, files and exit statuses.  Nothing here needs a third-party package.

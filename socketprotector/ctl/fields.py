@@ -26,7 +26,7 @@ def listed(message: Status, name: str) -> list[Status]:
 def number_in(message: Status, name: str) -> int:
     """Return a field's whole number; 0 if the field is not a whole number."""
     value = message.get(name)
-    return value if isinstance(value, int) else 0
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 def text_in(message: Status, name: str) -> str:

@@ -107,9 +107,10 @@ class CheckProbes:
     def judge(self, generation: OpenGeneration, why: str) -> str:
         """Return why a check failed; "": it passed.
 
-        why: why the command failed; "": it succeeded.  If the socket of the target has changed, the
-        command may have reached another generation, so the result does not count: release the
-        address, and return SHUT_DOWN.  The next command gets another address.
+        If the target's socket has changed, the command may have reached another generation.  Then
+        ignore its result, release the address, and return SHUT_DOWN.  The next command gets another
+        address.
+        why: why the command failed; "": it succeeded.
         """
         number = generation.record.number
         target, _ = self._open.get(number, (None, None))

@@ -120,7 +120,7 @@ class Probing:
             each.suspend()
 
     def resume(self) -> None:
-        """Restart the probes if an upgrade's exec has failed."""
+        """Restart the probes after an upgrade's exec has failed."""
         for each in self._used():
             each.resume()
 

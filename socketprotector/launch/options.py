@@ -317,7 +317,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     ),
     "Drain": (
         Option("drain-timeout", TIME,
-               "Let an old generation finish its connections this long, then send TERM; "
+               "Let an old generation finish this long, then send TERM; "
                "0: no limit (stop-first: 30s).",
                "policy.drain_timeout_s", common=True, default="0"),
         Option("drain-spread", TIME,

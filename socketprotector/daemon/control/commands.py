@@ -414,4 +414,4 @@ def _before_kill(fleet: Fleet, found: Generation) -> str:
         return "replace it first"
     if found.fresh and not cannot_call_off(fleet):
         return "`rollback` first"
-    return "wait until it has failed, or until it is serving and then replace it"
+    return "wait until it fails; or, once it is serving, replace it"

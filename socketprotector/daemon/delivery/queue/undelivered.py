@@ -51,7 +51,8 @@ class Undelivered:
         """Keep one of several connections that the caller takes back from a queue in order.
 
         It goes behind the connections that the caller has kept so far, and in front of all others.
-        number: the value of `self.number` before the first of them.  Takes ownership of fd.
+        number: the value of `self.number` before the caller kept the first of these connections.
+        Takes ownership of fd.
         """
         before = tuple(self._waiting.items())
         place = next((n for n, (each, _) in enumerate(before) if each <= number), len(before))

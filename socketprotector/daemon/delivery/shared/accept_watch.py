@@ -81,7 +81,7 @@ class AcceptWatch:
     timer: str = "untaken"
     awaits: bool = False  # True: the owner must call came() when a client comes
     _reported: bool = False
-    #: The indices of listeners at which a client was accepted.
+    #: The indices of listeners at which a client was accepted, or may have been.
     accepted: set[int] = field(default_factory=set)
     #: True: the generation has served before, so it may have accepted clients of any listener.
     _served_before: bool = False
@@ -105,7 +105,7 @@ class AcceptWatch:
 
     @property
     def has_accepted(self) -> bool:
-        """Return whether the generation is known to have accepted a client."""
+        """Return whether the generation has accepted a client, or may have."""
         return bool(self.accepted)
 
     def end(self) -> None:

@@ -103,7 +103,7 @@ class SocketOptionRestore:
     def _restore(
         self, listener: Listener, socket_number: int, before: Snapshot, *, may_log: bool = True
     ) -> None:
-        """Restore a socket's options, or replace the socket if that fails and is allowed.
+        """Restore a socket's options; if that fails, replace the socket where this is allowed.
 
         may_log: whether to log the options that stay changed.
         """

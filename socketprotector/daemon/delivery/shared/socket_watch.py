@@ -66,7 +66,7 @@ class SocketWatch(Backlogs):
         self._rescue_s = 0.0
 
     def end_back_off(self) -> None:
-        """Let the next rescue start without a pause."""
+        """End the back-off, and cancel a planned rescue."""
         self._loop.cancel(_RESCUE)
         self._rescue_s = 0.0
 
@@ -96,7 +96,7 @@ class SocketWatch(Backlogs):
         self._loop.call_after(_REPAIR, _REPAIR_AGAIN_S, self.watch)
 
     def _without_worker(self) -> list[tuple[Listener, int]]:
-        """Return the sockets from which no worker accepts."""
+        """Return the sockets from which no generation accepts or is about to accept."""
         return [
             (each, number)
             for each in self._listeners.living
@@ -183,8 +183,8 @@ class SocketWatch(Backlogs):
     def never_accepted(self, generation: int) -> Collection[int]:
         """Return the listeners at which a generation accepted no client while it was a canary.
 
-        Returns no listener unless the generation is the newest, because an older generation may
-        have got the route again.
+        Returns listeners only for the newest generation: an older generation may have got the
+        route back, and may have accepted clients there since.
         """
         if self.canary is None or generation != max(self._turns.accepting, default=0):
             return ()
@@ -194,7 +194,8 @@ class SocketWatch(Backlogs):
     def _rescue_later(self) -> None:
         """Call _rescue() after a pause, because finishing workers may accept the stranded clients.
 
-        If no worker is finishing, there is a pause only after a recent rescue.
+        If clients wait at a socket where no worker is finishing, only a recent rescue is a reason
+        for a pause.
         """
         leaving, may_accept = {number for number, _ in self._turns.leaving.values()}, True
         for each, number in self._without_worker():

@@ -76,6 +76,7 @@ LATE = (
     "system.path_group",
     "system.peer_credentials",
     "system.privileges",
+    "system.proc_scan",
     "system.procfs",
     "system.release_store",
     "system.reuseport_group",

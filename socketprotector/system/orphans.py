@@ -9,37 +9,28 @@ If SocketProtector is killed between the start of a worker and the record of it,
 already serve clients.  The next program can find this lost worker only here.  It lets the worker
 finish, and passes on the fleet's orders, as for any worker.
 
-A child process scans /proc for all addresses at once: there may be thousands of processes, and a
-process with locked memory (a page on a dead disk) blocks the reader of its environment.  The child
-sends a pidfd of each process that it finds.
+proc_scan.py finds the processes.
 
-Source: proc(5), pidfd_send_signal(2), close_range(2).
+Source: pidfd_send_signal(2).
 """
 
 from __future__ import annotations
 
 import os
-import select
 import signal
-import socket
-import struct
-import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
 from ..model.lazy_dataclass import mutable
 from ..model.settings import Identity
-from ..model.text import in_units
-from . import privileges, procfs
+from . import proc_scan, procfs
 from .cleanup import on_error
 from .log import Log
 from .loop import Loop
-from .polling import events_of
-from .spawn import fork
 
-#: The limit of scans for processes that were started during a scan, and of rounds of KILL.
-_MOST_SCANS = 10
+#: The limit of rounds of KILL.
+_MOST_KILLS = 10
 #: The time until the next scan, which checks that signalled processes are gone.
 _DEATH_S = 0.2
 #: The time until the next scan for children that a lost worker has left.
@@ -48,15 +39,7 @@ _CHILDREN_S = 2.0
 _SCAN_AGAIN_S = 1.0
 #: The limit of a scan.  A scan that takes longer is stuck, and is killed.
 _SCAN_S = 30.0
-_ANCILLARY = socket.CMSG_LEN(4)  # CMSG_SPACE of one int has room for two
-_FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-#: The longest message: an address and a pid, or why the scan failed.
-_MESSAGE_BYTES = 256
-_CANNOT = b"!"
-_TIMER, _TIMER_END, _LIMIT = "orphans", "orphans-end", "orphans-look"
-
-#: Notify address -> (pid, pidfd) of each process that has it.
-Found = Mapping[str, Sequence[tuple[int, int]]]
+_TIMER, _TIMER_END = "orphans", "orphans-end"
 
 
 @mutable
@@ -97,7 +80,7 @@ class Orphans:
         self._is_group_watched = is_group_watched
         self._kill_timeout_s = kill_timeout_s
         self._searches: dict[str, _Search] = {}  # by notify address
-        self._scan: Scan | None = None
+        self._scan: proc_scan.Scan | None = None
         self._ended: Callable[[], None] | None = None  # called when all processes have ended
         self._blind = False  # /proc is unusable, and that was logged
         self._trouble = ""  # why the last scan failed
@@ -200,11 +183,12 @@ class Orphans:
             self._scanned(tuple(self._searches), {}, "")
             return
         try:
-            self._scan = Scan(self._loop, tuple(self._searches), self._identity, self._scanned)
+            wanted = tuple(self._searches)
+            self._scan = proc_scan.Scan(self._loop, wanted, self._identity, _SCAN_S, self._scanned)
         except OSError as error:
             self._scanned(tuple(self._searches), {}, error.strerror or str(error))
 
-    def _scanned(self, wanted: Collection[str], found: Found, why: str) -> None:
+    def _scanned(self, wanted: Collection[str], found: proc_scan.Found, why: str) -> None:
         """Signal the processes found and close their pidfds.  why: the scan was incomplete."""
         self._scan = None
         done = []
@@ -212,11 +196,11 @@ class Orphans:
             search, processes = self._searches[address], found.get(address, ())
             self._act(search, processes, complete=not why)
             # What a failed worker has left delays nothing, so failed scans for it go on.
-            given_up = search.kills >= _MOST_SCANS and not (why and search.gone is None)
+            given_up = search.kills >= _MOST_KILLS and not (why and search.gone is None)
             if given_up or not (processes or why):
                 done.append(search.gone)
                 self._release(self._searches.pop(address))
-        _close(found)
+        proc_scan.close(found)
         if why and why != self._trouble:  # write it once, not each second
             self._log.write("error", "cannot-examine", error=why)
         self._trouble = why
@@ -302,147 +286,3 @@ def _leads(pid: int) -> bool:
     with suppress(ProcessLookupError):
         return os.getpgid(pid) == pid
     return False
-
-
-def _close(found: Found) -> None:
-    for each in found.values():
-        for _, pidfd in each:
-            os.close(pidfd)
-
-
-class Scan:
-    """One scan of /proc, in a child process, for all processes with one of these addresses."""
-
-    def __init__(
-        self,
-        loop: Loop,
-        wanted: tuple[str, ...],
-        identity: Identity | None,
-        done: Callable[[Collection[str], Found, str], None],
-    ) -> None:
-        """Begin the scan, and call `done` once.  Raises OSError.
-
-        identity: the user to scan as, if not ours: other users' environments cannot be read.
-        done: called with the addresses, the processes found, whose pidfds it owns, and the reason
-        if the scan is incomplete.
-        """
-        self._loop = loop
-        self._wanted = wanted
-        self._done = done
-        self._found: dict[str, list[tuple[int, int]]] = {}
-        self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        fd = self._line.fileno()
-        with theirs, on_error(self._line.close), on_error(loop.unwatch, fd):
-            loop.watch(fd, self._receive)
-            self._process = fork(lambda: _send_found(theirs, wanted, identity))
-        hangs = f"the scan of /proc took longer than {in_units(_SCAN_S)}"
-        loop.call_after(_LIMIT, _SCAN_S, lambda: self._end(hangs))
-
-    def _receive(self) -> None:
-        """Receive the processes found so far; the last message ends the scan."""
-        while True:
-            try:
-                data, control, flags, _ = self._line.recvmsg(_MESSAGE_BYTES, _ANCILLARY, _FLAGS)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._end(error.strerror or str(error))
-                return
-            fds = [int.from_bytes(each[2][:4], sys.byteorder) for each in control]
-            if not data or data[:1] == _CANNOT:
-                self._end(data[1:].decode() if data else "the scan of /proc ended early")
-                return
-            address, _, pid = data.decode().rpartition(" ")
-            for fd in fds:
-                self._found.setdefault(address, []).append((int(pid), fd))
-            if flags & socket.MSG_CTRUNC:
-                self._end("out of file descriptors")
-                return
-
-    def _end(self, why: str) -> None:
-        self._release()
-        self._done(self._wanted, self._found, why)
-
-    def _release(self) -> None:
-        self._loop.cancel(_LIMIT)
-        self._loop.unwatch(self._line.fileno())
-        self._line.close()
-        self._process.discard()
-
-    def call_off(self) -> None:
-        """End the scan without a result."""
-        self._release()
-        _close(self._found)
-
-
-def _send_found(line: socket.socket, wanted: tuple[str, ...], identity: Identity | None) -> None:
-    """Scan, in the child, and send each process found with its pidfd, then an end marker."""
-    os.setpgid(0, 0)  # so that a signal to our group does not end it
-    hand_over = privileges.hand_over  # a late module: loaded while its memfd is still open
-    # A long scan must not keep a connection or a channel open.
-    os.closerange(0, line.fileno())
-    os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
-    why = ""
-    try:
-        # Change the name, so that pkill by the protector's name does not find this process.  After
-        # a drop of privileges the file belongs to root, and the name stays.
-        with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
-            file.write("sp-orphans")
-        if identity is not None:
-            hand_over(identity)
-        # This child may wait for room.
-        for address, pid, pidfd in _with_address(wanted):
-            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", pidfd))
-            line.sendmsg([f"{address} {pid}".encode()], [rights])
-    except OSError as error:
-        why = error.strerror or str(error)
-    line.send(_CANNOT + why.encode()[: _MESSAGE_BYTES - 1])
-
-
-def _with_address(wanted: Collection[str]) -> list[tuple[str, int, int]]:
-    """Return (address, pid, pidfd) of each process with such an address; the caller owns them."""
-    variables = {f"NOTIFY_SOCKET={each}".encode(): each for each in wanted}
-    known: set[int] = set()
-    found: list[tuple[str, int, int]] = []
-    for _ in range(_MOST_SCANS):
-        more, ended = _scan_once(variables)
-        fresh = {pid for _, pid, _ in more} - {pid for _, pid, _ in found}
-        for _, _, pidfd in found:
-            os.close(pidfd)
-        found = more
-        if not fresh and ended <= known:
-            break
-        # A process that has just ended may have left a child that this scan missed.
-        known |= ended
-    return found
-
-
-def _scan_once(wanted: Mapping[bytes, str]) -> tuple[list[tuple[str, int, int]], set[int]]:
-    """Return the processes with such a variable, and the pids of processes that just ended.
-
-    An ending process has no environment any more; a kernel thread never has one.
-    """
-    found: list[tuple[str, int, int]] = []
-    ended = set()
-    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
-        try:
-            # Open the pidfd first: so the environment cannot be another process's with this pid.
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            ended.add(pid)
-            continue
-        try:
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                environment = file.read()
-        except (ProcessLookupError, FileNotFoundError):
-            environment = b""
-        except PermissionError:
-            environment = b"another user's"
-        address = next((wanted[each] for each in environment.split(b"\0") if each in wanted), None)
-        if events_of(pidfd, select.POLLIN) or not environment:
-            ended.add(pid)
-        elif address is not None:
-            found.append((address, pid, pidfd))
-            continue
-        os.close(pidfd)
-    return found, ended

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from socketprotector.system import orphans
+from socketprotector.system import orphans, proc_scan
 from socketprotector.system.loop import Loop
 from socketprotector.system.orphans import Orphans
 from tests.boundary.ending import settle, until
@@ -38,7 +38,7 @@ def living(environment: dict[str, str]) -> Iterator[int]:
 
 def found() -> list[int]:
     pids = []
-    for address, pid, pidfd in orphans._with_address([ADDRESS, f"{ADDRESS}-another"]):
+    for address, pid, pidfd in proc_scan._with_address([ADDRESS, f"{ADDRESS}-another"]):
         assert address == ADDRESS
         pids.append(pid)
         os.close(pidfd)
@@ -109,14 +109,14 @@ def looks(
 ) -> Iterator[tuple[Orphans, list[int]]]:
     """What ends orphans, and of how many addresses each of its looks was."""
     counted: list[int] = []
-    real = orphans.Scan
+    real = proc_scan.Scan
 
     def look(loop: Loop, wanted: tuple[str, ...], *more: Any) -> Any:
         counted.append(len(wanted))
         return real(loop, wanted, *more)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(orphans, "Scan", look)
+        patched.setattr(proc_scan, "Scan", look)
         yield Orphans(loop, log, kill_timeout_s, None, lambda group: False), counted  # type: ignore[arg-type]
     settle(loop)
 
@@ -306,7 +306,7 @@ def test_a_lost_worker_that_no_look_finds_delays_the_fleet_only_so_long(
         raise OSError(errno.EMFILE, "Too many open files")
 
     with looks(loop, log, 0.0) as (found, _):
-        monkeypatch.setattr(orphans, "Scan", refused)
+        monkeypatch.setattr(proc_scan, "Scan", refused)
         found.watch(ADDRESS, 1, 0, partial(gone.append, ADDRESS))
         until(loop, lambda: bool(log.said))
         assert gone == []
@@ -323,7 +323,7 @@ def test_a_look_that_hangs_is_given_up_and_holds_nothing_up(
     monkeypatch.setattr(orphans, "_SCAN_AGAIN_S", 0.05)
     with looks(loop, log) as (found, counted), living({"NOTIFY_SOCKET": ADDRESS}) as ours:
         with monkeypatch.context() as hangs:
-            hangs.setattr(orphans, "_with_address", lambda wanted: signal.pause())
+            hangs.setattr(proc_scan, "_with_address", lambda wanted: signal.pause())
             found.end(ADDRESS)
             until(loop, lambda: "cannot-examine" in (event for event, _ in log.said))
         monkeypatch.setattr(orphans, "_SCAN_S", 30.0)
@@ -344,7 +344,7 @@ def test_what_keeps_us_from_looking_is_said_once_and_again_after_a_look(
     with looks(loop, log) as (found, counted):
         for said in (1, 2):
             with monkeypatch.context() as patched:
-                patched.setattr(orphans, "_with_address", refused)
+                patched.setattr(proc_scan, "_with_address", refused)
                 found.end(ADDRESS)
                 more = len(counted) + 5
                 until(loop, lambda more=more: len(counted) >= more)  # type: ignore[misc]
@@ -368,7 +368,7 @@ def test_nothing_of_ours_is_open_in_the_process_that_looks(
 ) -> None:
     """An undelivered connection, for one, must end for its client when the worker closes it."""
     receive, send = os.pipe()
-    monkeypatch.setattr(orphans, "_with_address", lambda wanted: signal.pause())
+    monkeypatch.setattr(proc_scan, "_with_address", lambda wanted: signal.pause())
     with looks(loop, log) as (found, counted):
         found.end(ADDRESS)
         until(loop, lambda: counted == [1])

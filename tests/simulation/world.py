@@ -76,8 +76,8 @@ from socketprotector.system import (
     bpf,
     inherited,
     memory_group,
-    orphans,
     peer_credentials,
+    proc_scan,
     process,
     program_spec,
     reuseport,
@@ -1730,7 +1730,9 @@ def installed(world: World) -> Iterator[None]:
         def call_off(self) -> None:
             self._loop.cancel("look")
 
-    def look(loop: Loop, wanted: tuple[str, ...], identity: object, done: Any) -> Look:
+    def look(
+        loop: Loop, wanted: tuple[str, ...], identity: object, limit_s: float, done: Any
+    ) -> Look:
         kernel.enter("fork")
         return Look(loop, wanted, done)
 
@@ -1762,7 +1764,7 @@ def installed(world: World) -> Iterator[None]:
         put(socket_file, "accepted_unix", world.accepted_unix)
         put(quiescing, "accepted_unix", world.accepted_unix)
         put(spawn, "_fork", kernel.fork)
-        put(orphans, "Scan", look)
+        put(proc_scan, "Scan", look)
         put(workers, "AT_ONCE", world._at_once)
         put(memory_group.Events, "open", lambda: None)
         put(peer_credentials, "_ambiguous", lambda *_: frozenset())

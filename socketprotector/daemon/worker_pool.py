@@ -211,17 +211,16 @@ class WorkerPool:
         KILL goes to the whole process group.
         """
         name = signal.Signals(number).name.removeprefix("SIG")
-        fields = {"worker": worker.record.number, "signal": name}
         try:
             if number == signal.SIGKILL:
                 worker.process.kill_group()
             else:
                 worker.process.signal(number)
         except PermissionError as error:  # the process has changed its user
-            pid = worker.process.pid
-            self._log.write("error", "cannot-signal", **fields, pid=pid, error=error.strerror)
+            fields = {"pid": worker.process.pid, "signal": name, "error": error.strerror}
+            self._log.write("error", "cannot-signal", worker=worker.record.number, **fields)
             return False
-        self._log.write("info", "signalled", **fields)
+        self._log.write("info", "signalled", worker=worker.record.number, signal=name)
         return True
 
     def suspend(self) -> None:

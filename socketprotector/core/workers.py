@@ -62,7 +62,7 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
     orphans = [Worker(worker.number, worker.slot, State.ORPHANED)] if event.orphans else []
     step.fleet = step.fleet.with_generation(generation.replaced(worker.number, *orphans))
     if worker.state is State.ORPHANED:
-        return  # its slot was filled or dropped long ago
+        return  # another worker has replaced it, or none was wanted
     replacement = _replacement(generation, worker.number)
     if replacement:  # the worker that it was to replace has exited
         step.fleet = step.fleet.with_worker(replace(replacement, replaces=0))

@@ -99,7 +99,7 @@ class Orphans:
 
     @property
     def found(self) -> bool:
-        """Whether a scan has found processes, which were sent TERM."""
+        """Whether a scan has found processes, which were sent TERM, or KILL is due."""
         return any(each.kill_at is not None for each in self._searches.values())
 
     def end(self, address: str) -> None:
@@ -196,8 +196,8 @@ class Orphans:
             search, processes = self._searches[address], found.get(address, ())
             self._act(search, processes, complete=not why)
             # What a failed worker has left delays nothing, so failed scans for it go on.
-            given_up = search.kills >= _MOST_KILLS and not (why and search.gone is None)
-            if given_up or not (processes or why):
+            is_over = search.kills >= _MOST_KILLS and not (why and search.gone is None)
+            if is_over or not (processes or why):
                 done.append(search.gone)
                 self._release(self._searches.pop(address))
         proc_scan.close(found)

@@ -1,4 +1,4 @@
-"""What a worker leaves, and a worker that a kill of the protector has lost: told once to finish."""
+"""What a dead worker leaves, and lost workers: each gets one order to finish."""
 
 from __future__ import annotations
 

@@ -125,11 +125,11 @@ def test_each_step_of_a_deploy_is_a_kill_and_a_failure(handoff: str) -> None:
 @pytest.mark.parametrize("handoff", ["connection", "listener"])
 def test_each_step_of_a_story_is_a_kill_and_a_failure(handoff: str) -> None:
     words = ("--each-step", "--handoff", handoff)
-    told = simulate(*words, "--share", SHARE, "--lives", STORIED)
+    output = simulate(*words, "--share", SHARE, "--lives", STORIED)
 
     for verb in ("open", "close_listeners", "release"):
-        assert f"Delivery.{verb}\n" in told
-    assert "killed at 0 of" not in told.splitlines()[-2]
+        assert f"Delivery.{verb}\n" in output
+    assert "killed at 0 of" not in output.splitlines()[-2]
 
 
 @pytest.mark.costly

@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,11 @@ class World:
     def fail(*_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    def cannot_move(self, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(release_store, "move", self.fail)
+    @contextmanager
+    def cannot_move(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as faulty:
+            faulty.setattr(release_store, "move", self.fail)
+            yield
 
 
 @pytest.fixture
@@ -268,12 +271,9 @@ def test_a_protector_that_does_not_own_current_leaves_the_owners_files(world: Wo
 # -- the link ---------------------------------------------------------------------------
 
 
-def test_a_move_that_fails_is_repeated_and_then_synced(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_move_that_fails_is_repeated_and_then_synced(world: World) -> None:
     made = world.make()
-    with monkeypatch.context() as faulty:
-        world.cannot_move(faulty)
+    with world.cannot_move():
         report = world.proved(made, "2")
         assert report.reason.endswith(
             "still names 1: Read-only file system; SocketProtector tries again"
@@ -304,12 +304,9 @@ def test_a_sync_during_a_write_is_another_write(world: World) -> None:
     assert made.is_saved
 
 
-def test_a_link_that_an_operator_moved_meanwhile_stays(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_link_that_an_operator_moved_meanwhile_stays(world: World) -> None:
     made = world.make()
-    with monkeypatch.context() as faulty:
-        world.cannot_move(faulty)
+    with world.cannot_move():
         world.proved(made, "2")
     world.current.unlink()
     world.current.symlink_to(world.folder / "3")
@@ -319,12 +316,9 @@ def test_a_link_that_an_operator_moved_meanwhile_stays(
     assert (made.link.due, made.link.named) == ("", "3")
 
 
-def test_each_release_that_current_cannot_name_is_said_once(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_release_that_current_cannot_name_is_said_once(world: World) -> None:
     made = world.make()
-    with monkeypatch.context() as faulty:
-        world.cannot_move(faulty)
+    with world.cannot_move():
         world.proved(made, "2")
         world.clock.pass_time(10)
         world.proved(made, "3")
@@ -341,12 +335,9 @@ def test_each_release_that_current_cannot_name_is_said_once(
 
 
 @pytest.mark.parametrize("by", ["operator", "deploy", "failed deploy"])
-def test_each_failure_is_first_repeated_after_a_second(
-    world: World, monkeypatch: pytest.MonkeyPatch, by: str
-) -> None:
+def test_each_failure_is_first_repeated_after_a_second(world: World, by: str) -> None:
     made = world.make()
-    with monkeypatch.context() as faulty:
-        world.cannot_move(faulty)
+    with world.cannot_move():
         world.proved(made, "2")
         world.clock.pass_time(200)  # retries now come a minute apart
     if by == "operator":
@@ -356,8 +347,7 @@ def test_each_failure_is_first_repeated_after_a_second(
     elif by == "deploy":
         world.proved(made, "1")
     assert made.link.due == ("2" if by == "failed deploy" else "")
-    with monkeypatch.context() as faulty:
-        world.cannot_move(faulty)
+    with world.cannot_move():
         world.proved(made, "3")
     assert made.link.due == "3"
 
@@ -433,12 +423,9 @@ def test_a_link_that_was_moved_long_before_a_deploy_is_moved_in_silence(world: W
     assert (report.reason, world.clock.lines, made.link.named) == ("", [], "2")
 
 
-def test_a_move_that_a_later_reload_completes_is_no_move_by_an_operator(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_move_that_a_later_reload_completes_is_no_move_by_an_operator(world: World) -> None:
     made = world.make()
-    with monkeypatch.context() as faulty:
-        world.cannot_move(faulty)
+    with world.cannot_move():
         world.proved(made, "2")
     assert made.begin("") == "2"
 

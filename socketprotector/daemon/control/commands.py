@@ -69,8 +69,8 @@ class CommandHandler:
     def handle(self, client: Client, request: Request) -> None:
         """Carry out a request, and answer it.
 
-        Most commands have a method `do_NAME`, which returns the answer.  Exceptions: `events`, and
-        `diff` and an upgrade check, whose answers come later.
+        Most commands have a method `do_NAME`, which returns the answer.  `events` has no method.
+        The answers of `diff` and of an upgrade check come later.
 
         Raises RequestError.
         """

@@ -77,7 +77,7 @@ def roll_back(effects: Effects, fleet: Fleet, runtime: Runtime, expect: str) -> 
 
 
 def refuse_unexpected_incoming(effects: Effects, fleet: Fleet, expect: str) -> None:
-    """Refuse to end a reload unless it starts the expected release."""
+    """Refuse to call off a reload whose release is not the expected release."""
     incoming = effects.generations.get(fleet.incoming.number) if fleet.incoming else None
     _refuse_unexpected(expect, incoming.program.release if incoming else fleet.release)
 
@@ -138,7 +138,7 @@ def warnings(effects: Effects) -> tuple[str, ...]:
     """Return the warnings about releases.
 
     One warning says that a restart would not start the serving release.  Another says why
-    `current` could not be locked or moved, or the history not written.
+    `current` could not be locked or moved, or why the history could not be written.
     """
     releases = effects.live_settings.releases
     if releases is None:

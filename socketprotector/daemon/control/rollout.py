@@ -83,7 +83,7 @@ def _share(fleet: Fleet, new: Generation) -> int:
 def _stage_left_s(new: Generation, effects: Effects) -> float | None:
     """Return how many seconds are left of the stage.
 
-    None: no timer ends the stage, or its time is over and a settle check must still succeed.
+    None: no timer ends the stage, or the time is over and a settle check must still succeed.
     """
     if new.checked and effects.probing.is_due:
         return None

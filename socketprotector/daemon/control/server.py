@@ -35,7 +35,7 @@ UNREAD_BYTES = 1024 * 1024
 REST_S = 0.001
 _READ_BYTES = 65_536
 _SO_PEERGROUPS = 59
-_CREDENTIALS = struct.Struct("i2I")
+_CREDENTIALS = struct.Struct("i2I")  # pid, uid, gid
 _GROUPS_BYTES = 1024  # room for 256 groups; Python's getsockopt() accepts no larger buffer
 #: How soon to accept again after the system ran out of descriptors or memory.
 _AGAIN_S = 0.5
@@ -236,8 +236,8 @@ class ControlServer:
     loop: Loop
     #: Answers a request, by client.say() now or later.  Raises RequestError.
     handle: Callable[[Client, control_requests.Request], None]
-    #: Called with the pid of a worker that reports readiness by einhorn's protocol.  The worker
-    #: expects no answer.
+    #: Called with the pid of a worker that reports readiness by einhorn's protocol (einhorn.py).
+    #: The worker expects no answer.
     acked: Callable[[int], None]
     _: KW_ONLY
     #: These users, and the members of this group, may send all commands.
@@ -330,12 +330,13 @@ class ControlServer:
         client.close()
 
     def _commands_for(self, sock: socket.socket) -> Collection[str]:
-        """Return the commands that a new client may send: none if its user has no right to any."""
+        """Return the commands that a new client may send; empty: permission denied."""
         try:
             found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         except OSError:
             return ()
         _, uid, gid = _CREDENTIALS.unpack(found)
+        # In a user namespace, one uid may stand for several users (peer_credentials.py).
         if uid in peer_credentials.unmistakable_users(self.uids):
             return control_requests.COMMANDS
         if uid in self.uids and peer_credentials.may_be_signalled(sock):

@@ -114,7 +114,7 @@ def of_waits(
 
 
 def of_warnings(settings: Settings, listeners: Iterable[Listener]) -> list[str]:
-    """Return the warnings of the settings that still apply, and a warning per removed interface.
+    """Return the settings' warnings that still apply, and a warning per missing interface.
 
     A warning about a UNIX socket names the rights of a file or folder.  If an operator has changed
     these rights meanwhile, omit the warning.
@@ -171,8 +171,8 @@ def _of_generation(
 ) -> dict[str, Any]:
     opened = effects.generations[generation.number]
     slots = {worker.slot for worker in generation.workers if worker.state is not State.ORPHANED}
-    # Another worker may have an orphan's slot.  If none has, a worker that a kill of the protector
-    # lost may still count there.
+    # Another worker may use an orphan's slot.  Otherwise read the slot: after a kill of the
+    # protector, an orphan may be a running worker without descriptors, which still counts.
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive

@@ -1,7 +1,7 @@
 """Creates the parts of the resident process, and connects them.
 
 After an upgrade or a kill, this program replaces "an earlier program".  Each part then adopts its
-descriptors and records from that program.  "The next program" will replace this one.
+descriptors and records from that program.  "The next program" will replace this program.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 #: How soon to send a message again after the guard's or systemd's socket was full.
 _AGAIN_S = 0.1
-#: The names of descriptors that this module keeps itself, because they belong to no part.
+#: The names of the descriptors that belong to no part, so this module keeps these descriptors.
 _OWN = (inherited.SETTINGS, inherited.STATE, inherited.PID_FILE, inherited.NOTIFY)
 _STDERR = 2
 
@@ -67,10 +67,10 @@ class Resident:
         """Take ownership of the descriptors.
 
         earlier: the state of an earlier program; StateError: why that state is unusable; None: a
-        first start.  command: executes this program again.
+        first start.  command: the command line that executes this program again.
         """
-        # A guard has copies of all descriptors.  Without a guard, an inherited state shows that an
-        # earlier program stored them.  Without guard and state, this is a first start: no copies.
+        # A guard has copies of all descriptors.  Without a guard, only an earlier program can have
+        # stored copies, and such a program leaves a state.  Otherwise nothing is stored yet.
         stored = inherited.GUARD in descriptors or inherited.STATE in descriptors
         kept = descriptors.keys() - {inherited.GUARD} if stored else set()
         if isinstance(earlier, Snapshot):
@@ -148,7 +148,7 @@ class Resident:
         def inform_guard() -> None:
             """Tell the guard that we handle signals, and which signal makes workers finish.
 
-            The guard sends this signal to the workers if it gives up.
+            The guard sends this signal to the workers when it stops restarting SocketProtector.
             """
             self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={live.settings.finish_signal}")
 
@@ -159,7 +159,7 @@ class Resident:
             self.watcher.start(watchers)
 
         def pack() -> None:
-            for _ in late_modules.pack():  # yields after each part that it has compressed
+            for _ in late_modules.pack():  # yields after each compressed part
                 supervisor.yield_to_accepts()
 
         loop.call_after("pack", late_modules.PACK_AFTER_S, pack)
@@ -289,7 +289,7 @@ class Resident:
             # systemd may remove its copy late.  So also empty the settings, which then count as
             # missing (inherited.is_ours).
             os.ftruncate(self.own[inherited.SETTINGS], 0)
-        # The relay exits only once all copies of its pipes are closed; the fd store has some.
+        # The relay exits only once all copies of its pipes are closed, also those in the fd store.
         for name in self.output.descriptors():
             store.forget(name)
         self.output.finish()
@@ -314,7 +314,7 @@ class Resident:
             why = f"cannot start the relay {where}{purpose}: {what_failed(error)}"
             if settings.to_syslog or purpose:
                 raise SystemRefused(why) from error
-            # Neither syslog nor --log-prefix needs the relay here: workers write to our stderr.
+            # Without syslog and --log-prefix, workers can write to our stderr instead of a relay.
             self.output = Output(replace(settings, log_relay=False))
             runtime.log.reopen()
             runtime.log.write("warning", "notice", text=why)

@@ -1,11 +1,13 @@
 """The addresses at which the operator's check commands reach a generation.
 
 The options `--ready check:CMD` and `--settle-check CMD` set these commands.  While a generation is
-checked, it has a loopback port, so a command can use any client program.  In listener mode a helper
-process, the prober (programs/prober.py), forwards the port's connections to the generation's
-socket.  The kernel recognizes a TCP probe by a mark, which a command would not set.  So the prober
-sets this mark on each TCP connection.  In other modes the connections go into the generation's
-channel.
+checked, a loopback port leads to the generation.  So a command can use any client program.
+
+In listener mode a helper process, the prober (programs/prober.py), forwards the port's connections
+to the generation's socket.  The kernel recognizes a TCP probe by a mark, which a command would not
+set.  So the prober sets this mark on each TCP connection.
+
+In other modes the port forwards connections to the channel, from which workers take connections.
 """
 
 from __future__ import annotations
@@ -107,10 +109,10 @@ class CheckProbes:
     def judge(self, generation: OpenGeneration, why: str) -> str:
         """Return why a check failed; "": it passed.
 
-        If the target's socket has changed, the command may have reached another generation.  Then
-        ignore its result, release the address, and return SHUT_DOWN.  The next command gets another
-        address.
         why: why the command failed; "": it succeeded.
+
+        If another generation may have answered the command, ignore `why`, release the address, and
+        return SHUT_DOWN.  The next command then gets another address.
         """
         number = generation.record.number
         target, _ = self._open.get(number, (None, None))

@@ -7,6 +7,7 @@ says what each descriptor is for.  We store new descriptors first, then write th
 old descriptors, then act.  So whenever we are killed, the store has all descriptors that the state
 mentions.  Exceptions: the store was full, the guard or systemd was slow to read, or no descriptor
 was free for a copy.
+
 Only changes are stored and written, so a change of one worker costs the same with one worker as
 with a thousand.
 """

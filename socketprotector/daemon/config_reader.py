@@ -1,8 +1,8 @@
 """Reads the configuration again in a child process, because reading may block.
 
 Reading also needs modules that must not stay in the resident process.  The child gets the current
-settings, reads everything as the launching process did, and exits.  launch/reload_child.py is the
-child's program, and documents the answer.
+settings, reads the configuration as the launching process did, and exits.  launch/reload_child.py
+is the child's program, and documents the answer.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class ConfigReader:
             self._output = os.memfd_create("sp.reader", os.MFD_CLOEXEC)
             content = inherited.memory_file(inherited.SETTINGS, dump(settings))
             with open(content, "rb", buffering=0):  # closed here once the child has its copy
-                # As at the first start, this umask decides the mode of UNIX sockets.
+                # As at the first start, the caller's umask decides the mode of UNIX sockets.
                 self._process = HelperProcess.start_protector(
                     self.command,
                     {inherited.SETTINGS: content, name: theirs.fileno()},

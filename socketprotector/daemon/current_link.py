@@ -105,13 +105,13 @@ class CurrentLink:
             release_store.unlock(self._lock)
 
     def descriptors(self) -> dict[str, int]:
-        """Return the lock's descriptor by name, to keep the lock after an upgrade or a kill."""
+        """Return the lock's descriptor, by name, so that the next program keeps the lock."""
         return {inherited.CURRENT: self._lock} if self._lock is not None else {}
 
     # -- the moves ---------------------------------------------------------------
 
     def prepare(self, name: str) -> str:
-        """Prepare to move `current` to a release; return why that is impossible, or ""."""
+        """Make the link that move() will rename; return why that is impossible, or ""."""
         try:
             release_store.prepare(self.path, os.path.join(self._settings().releases, name))
         except OSError as error:
@@ -156,6 +156,6 @@ class CurrentLink:
         self._back_off.reset()
 
     def discard(self) -> None:
-        """Undo prepare(), unless a move is still due."""
+        """Undo prepare(), if this protector has the lock and no move is due."""
         if self._lock is not None and not self.due:
             release_store.discard(self.path)

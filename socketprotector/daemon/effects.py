@@ -73,7 +73,7 @@ from .runtime import Runtime
 from .start_report import StartReport
 from .worker_pool import WorkerPool
 
-#: The state lists these until done; the next program derives all other actions from the fleet.
+#: The state lists these actions until done; the next program derives all others from the fleet.
 RECORDED = Undone | Report | StartTimer
 #: Reports after which a generation's program counts as the last good program.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
@@ -84,7 +84,7 @@ _LATE = "late"  # the timer of a stop that still accepts clients who waited duri
 
 
 class Effects(Host):
-    """The generations, workers and timers, which the fleet knows only by number or Deadline."""
+    """The generations, workers and timers; the fleet has only their numbers and Deadlines."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class Effects(Host):
                 self.generations[number].note_draining()
                 self.pool.drain(number)
                 self.delivery.drain(self.generations[number])
-            case Drain(number):  # a kill lost its descriptors, but not its workers
+            case Drain(number):  # a kill lost the generation's descriptors, but not its workers
                 self.pool.drain(number)
             case Release(number) if number in self.generations:
                 self._log.write("info", "drained", generation=number)
@@ -270,7 +270,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_try()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            # Forget here, too: with neither guard nor fd store, snapshot() may never be called.
+            # snapshot() does this, too, but is perhaps never called without guard and fd store.
             self.generations.forget_released(self.delivery.keeps)
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:
@@ -416,7 +416,7 @@ class Effects(Host):
     def _start_advice(self, number: int) -> str:
         """Return the likely cause of a generation's start timeout; "": unknown."""
         known = self.probing.last or self.pool.check_result(number)
-        if self.pool.proved_ready:  # by no timer: so the advice about the socket does not apply
+        if self.pool.proved_ready:  # by more than a timer, so do not advise about the socket
             return known
         more = self.pool.advice(number, ignores_socket=bool(known))
         return "; ".join(filter(None, (known, more)))

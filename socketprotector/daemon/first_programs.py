@@ -2,7 +2,7 @@
 
 A pool is a worker of --handoff stdio: it starts a program for each connection.  Until a program has
 worked, the pool reports programs that fail early; programs/stdio/first_programs.py defines
-"worked" and "fail early".  Fewer than NO_ACCIDENT failures only appear in log and `status`,
+"worked" and "fail early".  Fewer than NO_ACCIDENT failures only appear in the log and `status`,
 because clients may have caused them.  After NO_ACCIDENT failures a settling generation is rolled
 back; a generation in another phase keeps running.
 """

@@ -40,7 +40,8 @@ class OpenGeneration:
     @classmethod
     def adopt(cls, record: GenerationRecord, board: int | None) -> OpenGeneration:
         """Adopt a generation that an earlier program opened; take ownership of its scoreboard."""
-        # `knows` is None: the generation knows all listeners, or an older version wrote the record.
+        # If `knows` is None, the generation knows all listeners, or an older version wrote the
+        # record.
         if record.knows is None:
             record = replace(record, knows=known_to(record.program))
         return cls(record, Board(board) if board is not None else None)

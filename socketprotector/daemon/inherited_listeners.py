@@ -32,13 +32,13 @@ def adopt(
             second = -1
         if _close_if_same(third, (first, second)):
             # The next reserved socket gets the next number, because a name in the fd store must
-            # never get another descriptor.  `second` needs no number: no sibling is made later.
+            # never be reused.  The sibling needs no next number: no other sibling is made later.
             third, third_number = -1, third_number + 1
         if first >= 0:
             numbers = first_number, second_number, third_number
             made.append(delivery.make_listener(index, each, (first, second, third), numbers))
             continue
-        # The process before us had closed this listener: close the other sockets, too.
+        # An earlier program had closed this listener's first socket: close the others, too.
         for fd in (second, third):
             if fd >= 0:
                 os.close(fd)

@@ -76,7 +76,7 @@ class LiveSettings:
         reader.read(replace(self.settings, release_wanted=release), done)
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
-        """Call back with what a reload would change; return False while an earlier call runs."""
+        """Call `done` with what a reload would change; return False if a comparison is running."""
         comparer = self._reader("comparer")
         if comparer.busy:
             return False
@@ -97,7 +97,7 @@ class LiveSettings:
             if candidate.log_level != self.settings.log_level:
                 self._log.set_level(candidate.log_level)
             self._put_in_force(replace(candidate, release_wanted=""))
-            # A plain reload starts the release to which the link --current leads: do not move it.
+            # After a plain reload the link --current leads to the started release already.
             if self.releases is not None and candidate.release_wanted:
                 self.releases.move(candidate.release)
             self.on_used()
@@ -226,8 +226,8 @@ class LiveSettings:
     ) -> str | None:
         """Return why new settings make a canary or rolling reload impossible, or None.
 
-        canary: the reload was requested with a canary.  The caller has checked that the settings in
-        force allow one.
+        canary: the reload was requested with a canary.  The `reload` command has checked that the
+        settings in force allow a canary.
         """
         policy = new.policy
         cannot = no_canary_under(policy) if canary else None

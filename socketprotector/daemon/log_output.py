@@ -1,9 +1,11 @@
 """Directs our and the workers' output, reopens the log file, and obtains workers' last words.
 
-Workers write to a terminal, to /dev/null and to the file of `-f 2>FILE` directly.  For any other
-log (unless --no-log-relay is set), and with --log-prefix, each worker has its own pipe.  A relay
-process (log_relay.py) reads these pipes and writes the log.  So running workers need not reopen a
-rotated log, and the relay knows which worker wrote a line.
+Workers write directly to a terminal, to /dev/null or, under `-f 2>FILE`, to FILE.  For any other
+log each worker has its own pipe.  Two options change this: --log-prefix gives each worker a pipe,
+whatever the log; --no-log-relay alone removes the pipes.
+
+A relay process (log_relay.py) reads the pipes and writes the log.  So running workers need not
+reopen a rotated log, and the relay knows which worker wrote a line.
 """
 
 from __future__ import annotations
@@ -140,7 +142,7 @@ class Output:
             self._relay.finish()
 
     def position(self) -> int:
-        """Return where the log file ends now, before a worker writes.
+        """Return the size of the log file: the output of the next worker begins there.
 
         Returns -1 if the log cannot be read back, or if the relay provides last words.
         """
@@ -202,7 +204,7 @@ def journal_command(proc: str = cgroups.PROC) -> str:
     units = [text.escape(part) for part in parts if part.endswith(".service")]
     if not units:
         return "journalctl"
-    # A user manager runs in the unit user@UID.service; its units have cgroups below this unit's.
+    # A user manager's units have cgroups below user@UID.service, the manager's own unit.
     of_user = units[0].startswith("user@") and units[-1] != units[0]
     return f"journalctl {'--user-unit' if of_user else '-u'} {units[-1]}"
 

@@ -17,6 +17,7 @@ from ..system.loop import Loop
 from ..system.polling import read_now
 from ..system.sd_notify import WATCHDOG, Outbox, Store, Systemd, parse, room_of
 
+#: The size limit of a message from the guard.
 _MESSAGE_BYTES = 4096
 #: How long the guard may take to read that we exit for good.
 _FAREWELL_S = 5.0

@@ -18,8 +18,8 @@ def adopt(
     """Adopt the inherited listeners, for this delivery; take ownership of their descriptors.
 
     A listener has up to three sockets: the first, its sibling and the reserved socket (see class
-    Listener).  Several sockets may be inherited for one of these roles.  Only the newest is in use:
-    the socket whose name ends in the highest number.
+    Listener).  If several sockets are inherited for one role, only the newest is in use: the socket
+    whose name ends in the highest number.
     """
     made = []
     for index, each in enumerate(settings):

@@ -82,8 +82,8 @@ class MemoryWatch:
         now, before = memory_group.counts(), self._handled
         if now.kills <= before.kills:
             return exit_text.KILLED
-        # Workers whose ends we handle later may have been killed, too.  Keep the old at_limit for
-        # them: the kernel's counts do not tell which kills came from the limit.
+        # The kernel's counts do not tell which kills came from the limit.  So while kills remain
+        # unexplained, keep the old at_limit: the next killed worker then gets the same cause.
         more = now.kills > before.kills + 1
         at_limit = before.at_limit if more else now.at_limit
         self._handled = OutOfMemory(before.kills + 1, at_limit)

@@ -83,9 +83,10 @@ def refuse_unexpected_incoming(effects: Effects, fleet: Fleet, expect: str) -> N
 
 
 def listed(effects: Effects) -> list[dict[str, Any]]:
-    """Return the releases of the history, in the order in which each was last tried.
+    """Return the releases of the history, the most recently tried release last.
 
-    If the history lacks the release that `current` names, or the serving release, add it last.
+    If the history lacks the release that `current` names, or the serving release, append that
+    release.
     """
     releases = _releases_of(effects)
     serving, named = releases.serving, releases.link.named

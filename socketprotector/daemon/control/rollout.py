@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Held = Mapping[int, tuple[int | None, float | None]]
 
 #: To find a worker's oldest connection, we need a system call for each of its descriptors.  So we
-#: do this for at most _MOST_WORKERS workers, and only if a worker has few connections.
+#: search at most _MOST_WORKERS workers, each with at most _MOST_CONNECTIONS connections.
 _MOST_CONNECTIONS, _MOST_WORKERS = 100, 4
 
 

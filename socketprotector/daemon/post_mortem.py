@@ -61,14 +61,14 @@ class PostMortem:
     ended: Callable[[int], None]
     #: Changes the history by a function, which gets the old history and returns the new history.
     remember: Callable[[Callable[[History], History]], None]
-    #: Returns, in words, the end of a worker that got SIGKILL, but not from us.
+    #: Returns, in words, how a process ended that got SIGKILL, but not from us.
     why_killed: Callable[[], str]
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
-        """Reap an exited worker and return its end, or None.
+        """Reap an exited worker and return its end; None: the end is not known yet.
 
-        None: not known yet.  Then `ended` is called once the end is known, perhaps before this
-        method returns.
+        After None, `ended` is called when it is time to call end_of() again.  This may happen
+        before end_of() returns.
 
         guarded: whether there is a guard, which reports the exits of workers that are not our
         children.
@@ -247,7 +247,7 @@ class PostMortem:
 
     def _group_ended(self, record: WorkerRecord, generation: OpenGeneration, *, lost: bool) -> None:
         if lost:
-            generation.take_counts(record.slot)  # until now it has counted there
+            generation.take_counts(record.slot)  # only now: the group counted there until its end
         # This is the worker's second WorkerExited: the first said that the worker left orphans.
         waiting = self.delivery.waiting(generation, clients_only=True) or 0
         self.runtime.post(WorkerExited(record.number, "orphans gone", waiting=waiting))

@@ -85,8 +85,8 @@ class Probe:
     ) -> None:
         """Send a probe; `report` is called once, maybe before send() returns, never after close().
 
-        While an earlier late command still runs, no other command is started.  If that earlier
-        command ends before this probe's limit, `report` is not called.
+        If an earlier late command still runs, this probe starts no command.  Then `report` is
+        called at this probe's limit, or never if the earlier command ends first.
         """
         self._spec, self._report = spec, report
         self._sent_at = time.monotonic()
@@ -278,9 +278,9 @@ class Probe:
         if not target.holds():
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
-            # A first reset may only show that the listening socket was shut down.  We then repair
-            # the socket.  So if the next probe's connection is reset at its first look, a server
-            # has accepted that connection: the next branch reports GOOD.
+            # A first reset may only show that the listening socket was shut down, so report
+            # REFUSED.  Then the socket is repaired.  If the next probe's first look finds a reset,
+            # too, a server has accepted and reset the connection: the next branch reports GOOD.
             self._finish(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
             self._finish(verdicts.GOOD)

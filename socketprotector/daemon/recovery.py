@@ -1,8 +1,9 @@
 """Resumes, after an upgrade or a crash, where an earlier program stopped.
 
-Each part gets its record and its descriptors back.  adopt() restores all parts except the workers;
-then clients are accepted again.  adopt_workers() adopts one worker in each step, because clients
-must not wait until perhaps a thousand workers are adopted.
+Each part gets its record and its descriptors back.  adopt() restores all parts except the workers.
+Then the protector accepts clients again (under --handoff listener, workers have never stopped
+accepting).  adopt_workers() adopts one worker in each step, because clients must not wait until
+perhaps a thousand workers are adopted.
 
 The earlier program may have been killed before it stored descriptors, or before it wrote the state.
 If a descriptor that the state mentions is missing, an event reports that.  A stored descriptor that
@@ -138,9 +139,9 @@ class Recovery:
                 # of its descriptors.  Treat its running processes as the group of an exited worker.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
-                # Report a worker that the fleet counts as running if its group is left, and an
-                # orphan if its group is gone.  _report_missing() reports a worker that the fleet
-                # counts as running and that left no group.
+                # Report a change here in two cases: the fleet counts a running worker, and its
+                # group is left; or the fleet counts an orphan, and its group is gone.  If the
+                # fleet counts a running worker that left no group, _report_missing() reports it.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     waiting = self._waiting(record.generation)
                     runs = has_group and not record.orphaned
@@ -187,17 +188,18 @@ class Recovery:
     ) -> None:
         """Watch a worker that cannot be adopted: it was starting, or the fd store was full.
 
-        Its RETURN line has ended.  The fleet counts the worker as an orphan until a scan of /proc
-        finds none of its processes.  Scans also carry out the fleet's orders to the orphan.
+        The worker's RETURN line has ended.  The fleet counts the worker as an orphan until a scan
+        of /proc finds none of its processes.  Scans also carry out the fleet's orders to it.
         """
         pool, of = self.effects.pool, generation.number
         programs = {each.number: each.program for each in self.snapshot.generations}
         retires = record is not None and record.retires
-        # Workers on the client library finish at the end of the line.  A signal hurries them.
+        # Workers on the client library finish at the end of the line.  They need no signal, which
+        # would make them hurry.
         watches_line = retires or self.snapshot.fleet.policy.finish_alone
         known = programs.get(of, self.effects.live_settings.settings)
         finish_signal = 0 if watches_line else known.finish_signal
-        # Other workers may use the slot of an orphan, unless a kill has lost it before.
+        # If another worker has an orphan's slot, the slot's counts are that worker's.
         shared = any(w.slot == worker.slot for w in generation.workers if w is not worker)
         counts = worker.state is not State.ORPHANED or not shared
         searched = set(pool.addresses(worker.number))
@@ -221,7 +223,7 @@ def _exit_of(
 ) -> WorkerExited:
     """Return the event about a worker that cannot be adopted."""
     reason = _NOT_STORED
-    if record is None:  # it was starting: the record is written once the process runs
+    if record is None:  # the worker was starting: its record is written once its process runs
         reason = _KILLED
     elif record.orphaned:
         reason = _ENDED

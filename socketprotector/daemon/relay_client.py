@@ -50,14 +50,14 @@ _READS_S = 0.5
 #: The first and the longest wait before another relay is started.
 _RESTART_S = 0.1
 _LONGEST_S = 10.0
-#: The pause before we send a message again because the line was full, or check a pipe again because
-#: we could not watch or close the pipe.
+#: The pause before another try: to send a message after the line was full, or to close a pipe that
+#: we could not watch, or could not close yet.
 _AGAIN_S = 0.1
 #: How soon to repeat a message for which the relay had no free descriptor.
 _ROOM_S = 1.0
 #: How long our exit waits for the relay, which exits at once unless a process still writes.
 _END_S = 3.0
-#: Our messages: read a worker's pipe, close the pipe, send last words, write output here, exit.
+#: Our messages: read this pipe, close the pipe, send last words, write to this stderr, exit.
 _PIPE, _CLOSE, _WORDS, _NEW_STDERR, _END = "+", "-", "?", "=", "!"
 _LACKS_HINT = "the relay's nofile limit has fallen; SocketProtector raises it or restarts the relay"
 _CLOSED_HINT = (

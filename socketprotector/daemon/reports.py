@@ -1,8 +1,8 @@
 """Carries out the action `Report`: informs the log, systemd and the launching process.
 
-The class Reports also keeps the history of reloads and crashes, which the next program continues.
-After STOPPING=1, a report of a reload sends neither READY=1 nor RELOADING=1, which would
-contradict STOPPING=1.
+The class Reports also keeps the history of reloads and crashes.  After an upgrade or a kill, the
+next program continues this history.  After STOPPING=1, a report of a reload sends neither READY=1
+nor RELOADING=1, which would contradict STOPPING=1.
 """
 
 from __future__ import annotations

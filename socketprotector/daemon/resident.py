@@ -1,11 +1,14 @@
 """The main program of the resident process.
 
 The launching process executes this program to get rid of its own larger memory, which a fork would
-keep.  The program inherits descriptors, each with a name (system/inherited.py).  At the first start
-the descriptors come from the launching process, at an upgrade from the earlier program, and after a
-crash from systemd.  With --guard, each new process inherits its descriptors from the guard.  If the
-descriptors include a state, the program resumes where the earlier program stopped.  Do not import
-heavy modules: a test lists the allowed modules, and bench/ measures the memory.
+keep.  The program inherits descriptors, each with a name (system/inherited.py):
+
+- at the first start: from the launching process, or from the guard;
+- after a crash: from systemd, or from the guard;
+- at an upgrade: from the earlier program.
+
+If the descriptors include a state, the program resumes where the earlier program stopped.  Do not
+import heavy modules: a test lists the allowed modules, and bench/ measures the memory.
 """
 
 from __future__ import annotations

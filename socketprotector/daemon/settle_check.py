@@ -1,12 +1,12 @@
 """--settle-check: probes the new generation during --settle, while a rollback is still possible.
 
 A probe is an HTTP request by the prober process (probe.py), or a check command.  The command gets
-the counts of both generations, and decides by its own criteria: it can query the probe address, or
-the operator's metrics.
+the counts of both generations, and decides by its own criteria: the command can query the probe
+address, or the operator's metrics.
 
-The generation fails at the first bad answer, if an answer is late, or if the verdicts stay
-inconclusive for UNKNOWN_S (verdicts.py).  When the time of --settle has passed, the generation
-keeps settling until one more good answer comes.
+The generation fails at the first verdict that is neither good nor inconclusive (verdicts.py).  It
+also fails if the verdicts stay inconclusive for UNKNOWN_S.  When the time of --settle has passed,
+the generation keeps settling until one more good answer comes.
 
 Probes reach the generation during a hold, too.
 """

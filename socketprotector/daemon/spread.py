@@ -2,8 +2,8 @@
 
 An order is a deadline in the worker's slot of the scoreboard: by then, all connections should have
 ended.  The order outlives an upgrade or kill of the protector, and the worker can read it at any
-time.  Only the Python client library follows orders.  A worker that follows orders notes that in
-its slot.
+time.  A worker that follows orders notes that in its slot.  Of our client libraries, only the
+Python library follows orders.
 
 Source: docs/protocol.md, section "A spread".
 """

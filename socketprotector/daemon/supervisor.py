@@ -1,8 +1,8 @@
 """Passes each event to `decide`, and the resulting actions to the effects.
 
-Most signals, pidfds, timers and notify sockets act only by events on the queue.  This module itself
-decides only what a signal means, and whether an upgrade, a dry run or another number of workers is
-possible.
+Most signals, pidfds, timers and notify sockets act only by events on the queue.  This module
+itself decides only what a signal means, and whether an upgrade, a dry run or a change of the
+number of workers is possible.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _AGAIN_S = 0.05
 _BEHIND_S = 10.0
 #: The timer of an upgrade that waits for the guard or systemd.
 _HAND_OVER = "hand-over"
-#: How long we work before we accept the clients that wait.  (The start of a worker takes 1 ms.)
+#: How long we work before the delivery accepts waiting clients.  (A worker's start takes 1 ms.)
 _YIELD_AFTER_S = 0.005
 #: waitid() returns the same ended child until it is reaped.  If this child belongs to a Process,
 #: which has not reaped it yet, we look for other ended children again after this pause.  The pause
@@ -85,7 +85,7 @@ class Supervisor:
     _recorded: deque[Action] = field(default_factory=deque)
     _working: bool = False
     _handing_over: bool = False
-    _yield_at: float = 0.0  # when to accept clients next
+    _yield_at: float = 0.0  # when the delivery is to accept clients next
 
     def __post_init__(self) -> None:
         effects = self.effects
@@ -170,7 +170,7 @@ class Supervisor:
             self.yield_to_accepts()
 
     def yield_to_accepts(self) -> None:
-        """Accept waiting clients, and feed the watchdog, in the middle of long work.
+        """Let the delivery accept waiting clients, and feed the watchdog, during long work.
 
         Everything else waits, so that events are handled one after another.
         """

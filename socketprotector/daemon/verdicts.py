@@ -120,9 +120,8 @@ class Serving:
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
         """Return the state after a verdict.
 
-        most: after this many verdicts BAD or REFUSED without a good answer between them, the state
-        becomes UNHEALTHY.  After this many inconclusive verdicts (`case _`) in a row, the state
-        becomes UNKNOWN.
+        most: the state becomes UNHEALTHY after this many verdicts BAD or REFUSED since the last
+        GOOD verdict, and UNKNOWN after this many inconclusive verdicts (`case _`) in a row.
         """
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason

@@ -152,8 +152,9 @@ class Delivery(ABC):
     ) -> None:
         """Call on_quiet once a generation without the route can be ordered to finish.
 
-        Some waiting clients can be accepted only by this generation's workers.  So first wait, for
-        a limited time, until the workers have accepted these clients and read from each of them.
+        In queue/: at once.  In shared/, some waiting clients can be accepted only by this
+        generation's workers.  So first wait, for a limited time, until the workers have accepted
+        these clients and read from each of them.
         reads_on: do not wait for the reading, because the workers also read after the order.
         """
 
@@ -277,7 +278,10 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def lost(self) -> int | None:
-        """Return how many forwarded connections were lost before a worker took them."""
+        """Return how many forwarded connections were lost before a worker took them.
+
+        None: workers accept.
+        """
 
     @property
     @abstractmethod
@@ -291,7 +295,10 @@ class Delivery(ABC):
 
     @abstractmethod
     def look(self) -> None:
-        """Accept the waiting clients; called repeatedly during long work that blocks the loop."""
+        """Accept the waiting clients; do nothing if workers accept.
+
+        Called repeatedly during long work that blocks the loop.
+        """
 
     @abstractmethod
     def record(self) -> DeliveryRecord:

@@ -125,8 +125,9 @@ class CanaryQueue:
             try:
                 send_to_canary(buffers, rights, flags)
             except OSError:
-                # After this error the acceptor subtracts one from the route's count (take_away()).
-                # So first add one to this count: the connection was not sent to the route.
+                # After this error the acceptor counts the connection as accepted, and takes it
+                # away from the route's QueueWatch.  But it was sent to the canary.  So count it in
+                # `sent`, take it away from the canary's QueueWatch, and add it to the route's.
                 self.sent += 1
                 self.watch.take_away()
                 self._outlet.queue.add_uncounted()

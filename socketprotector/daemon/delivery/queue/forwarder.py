@@ -134,9 +134,9 @@ class Forwarder:
     def drain(self, channel: GenerationChannel) -> None:
         """Take back untaken connections while the route has room; then end the channel.
 
-        Workers take the remaining connections.  But if a worker has called shutdown() on the
-        channel, perhaps no worker reads from it again.  Then the remaining connections go to the
-        route once there is room.
+        The channel's workers take the remaining connections.  But if a worker has shut the channel
+        down, perhaps no worker reads from the channel again.  Then these connections go to the
+        route once the route has room.
         """
         is_shut = channel.is_shut()
         self._reclaim(channel)
@@ -155,7 +155,7 @@ class Forwarder:
             self._leftovers[channel] = True
             self._resume()
         else:
-            channel.close()  # now: without a route, failed generations' channels would pile up
+            channel.close()  # at once: without a route, channels of failed generations pile up
 
     def add(self, listener: Listener) -> None:
         """Add a listener, for the generations that know it; takes ownership."""
@@ -328,7 +328,7 @@ class Forwarder:
         """
         route = self.outlet.route
         has_unknown = route is not None and _may_have_unknown(channel, route)
-        remaining = channel.depth() if has_unknown else -1
+        remaining = channel.depth() if has_unknown else -1  # -1: no limit
         while self.outlet.is_free and self.outlet.route not in (None, channel):
             if not remaining or (has_unknown and not last and self._head_must_stay(channel)):
                 return

@@ -17,8 +17,8 @@ class GenerationChannel(Channel):
         self.taken_from = adopted
         #: Whether it was reported that no worker takes connections.
         self.untaken_reported = False
-        #: How many new connections were sent here, without those since a QueueWatch began to follow
-        #: the channel: these are QueueWatch.new_in().  Forwarder.met() returns the sum.
+        #: How many new connections were sent here before a QueueWatch began to follow the channel.
+        #: QueueWatch.new_in() counts the later connections, and Forwarder.met() returns the sum.
         self.met = 0
         #: The value of QueueWatch.sent when a QueueWatch last stopped following this channel.
         self.sent = 0

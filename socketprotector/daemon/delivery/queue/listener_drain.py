@@ -89,9 +89,9 @@ class DrainingListeners:
         self._loop.call_after(each.timer, 0.0, partial(self._look, each))
 
     def end_after(self, channel: Channel) -> bool:
-        """End a channel once no listener drains to it.
+        """End a channel once no listener drains to the channel.
 
-        Returns False if no listener drains to it now; then the caller must end the channel.
+        Returns False if no listener drains there now; then the caller must end the channel.
         """
         if not self._to(channel):
             return False

@@ -50,7 +50,8 @@ class Undelivered:
     def keep_older(self, header: bytes, fd: int, number: int) -> None:
         """Keep one of several connections that the caller takes back from a queue in order.
 
-        It goes behind the connections that the caller has kept so far, and in front of all others.
+        The connection goes behind the connections that the caller has kept so far, and in front of
+        all others.
         number: the value of `self.number` before the caller kept the first of these connections.
         Takes ownership of fd.
         """

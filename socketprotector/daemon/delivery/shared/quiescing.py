@@ -188,9 +188,9 @@ class Quiescing:
         late = now - state.began >= LAST_S
         if late or (quiet and not awaited):
             if waiting:
-                hint = "the generation's workers have not accepted all clients; another "
-                hint += "generation gets the rest, but a stop disconnects them unless systemd "
-                hint += "or another owner keeps their socket open"
+                hint = "the generation's workers have not accepted all clients; after a reload, "
+                hint += "another generation gets the rest; a stop disconnects the rest, except at "
+                hint += "sockets that systemd or another owner keeps open"
                 self._log.write("warning", "not-accepted", generation=generation, hint=hint)
             del self._generations[generation]
             state.on_quiet()

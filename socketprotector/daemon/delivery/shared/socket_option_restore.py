@@ -10,9 +10,9 @@ options (system/socket_snapshot.py) in two cases:
   earlier changes by the serving generation remain.  A release has failed if its generation ends
   while all generations that still accept are older.
 
-If an option cannot be restored, we replace the socket.  But a socket that all generations share is
-replaced only if the option keeps clients out, and Listener.can_do_without() returns True.  We log
-an option that stays changed.
+If an option cannot be restored, we replace the socket.  But we replace a socket that all
+generations share only if the option keeps clients out, and if the socket can be dropped without a
+loss (Listener.can_do_without()).  We log an option that stays changed.
 
 The serving generation may lower a backlog.  We raise the backlog when another generation starts to
 accept from the socket, or when no generation accepts.  A longer backlog is harmless.

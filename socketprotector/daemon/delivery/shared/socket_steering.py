@@ -42,7 +42,7 @@ class SocketSteering(Steering):
         runtime = listeners.host.runtime
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._post = runtime.persist, runtime.post
-        self._not_held = ""  # why new clients do not wait in a hold; "": they wait, or no hold
+        self._not_held = ""  # why new clients do not wait during a hold; "": they do, or no hold
         self._written = self._groups  # the result of _groups in the last written state
         self.turns = Turns()
         self.hold = ListenerHold(listeners)
@@ -88,7 +88,7 @@ class SocketSteering(Steering):
         for each in self._listeners.living:
             try:
                 self._repairs.make_ready(each, socket_number)
-            except OSError as error:  # unless we raise it, the listener keeps its present socket
+            except OSError as error:  # if not raised, the listener keeps its present socket
                 is_needed = self._repairs.needs(each)
                 if fresh and is_needed and error.errno not in RESOURCE_ERRNOS:
                     self._watch.watch()
@@ -354,9 +354,9 @@ class SocketSteering(Steering):
         return is_replaced and not any(map(self._listeners.can_stray, self._listeners.all))
 
     def _turn_away(self, generation: int) -> bool:
-        """Steer a generation's new clients to a socket without workers.
+        """If a generation gets new clients, steer them to the other socket; return whether we did.
 
-        Returns whether the steering has changed.
+        Do nothing during a stop, or if a generation accepts from the other socket.
         """
         number, turns, ended = self.turns.accepting[generation], self.turns, self._repairs.ended
         is_due = number == turns.current and not (ended or 1 - number in turns.accepting.values())

@@ -20,7 +20,7 @@ class Share:
     """The share of the new clients that a second generation gets, at socket `1 - Turns.current`."""
 
     generation: int
-    part: int  # in parts of WHOLE (model/share.py)
+    part: int  # in ten-thousandths of the new clients
     listeners: frozenset[int]  # the indices of the listeners that both generations know
 
 
@@ -40,8 +40,8 @@ class Turns:
     #: Index of a listener that the current generation does not know -> the number of the socket at
     #: which the listener's clients wait.
     expected: dict[int, int] = field(default_factory=dict)
-    #: (generation, listener index): the generation's workers that were running when the listener's
-    #: present socket was bound lack this socket.
+    #: Pairs of generation and listener index.  When the listener's present socket was bound,
+    #: workers of the generation were running already; these workers lack the socket.
     unserved: frozenset[tuple[int, int]] = frozenset()
     #: The pairs of `unserved` where the generation's later workers have the socket.
     partly_served: frozenset[tuple[int, int]] = frozenset()
@@ -117,10 +117,10 @@ class Turns:
             return True  # the socket's owner accepts
         there = self.at(listener, number)
         if not there:
-            # If no generation accepts at all, the next one gets the clients of any socket: True.
-            # Otherwise it gets only the clients of its own socket.  Exception to the latter: for a
-            # listener in `lost` no generation is about to start, so False; a rescue
-            # (socket_watch.py) then starts one.
+            # If no generation accepts from any socket, the next generation gets the clients of all
+            # sockets.  Otherwise it gets only the clients of its own socket, number_for().  Even
+            # there, a listener in `lost` is not served: no generation is about to start for its
+            # clients, so a rescue (socket_watch.py) must start one.
             is_next = number == self.number_for(listener) and listener.index not in self.lost
             return not self.accepting or is_next
         return any((generation, listener.index) not in self.unserved for generation in there)

@@ -43,7 +43,7 @@ from .worker_spawn import Worker
 _REAP_AGAIN_S = 0.1
 #: How long the guard may take to report how a worker exited.
 _STATUS_S = 1.0
-#: The most digits of a number in a report about a forked child.
+#: The most digits of a number in a report about a forked child; a pid has at most seven.
 _DIGITS = 9
 
 

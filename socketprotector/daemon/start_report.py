@@ -1,9 +1,9 @@
 """Reports to the launching process whether the first generation started.
 
 The launching process is the operator's command.  It waits for the report, and exits accordingly.
-Each message is one line with a JSON object (launch/await_verdict.py reads it).
-While it waits, the launching process asks what the start waits for, and shows the answer.
-In the foreground no process waits, and the reason of a failure goes to the terminal.
+Meanwhile it asks us what the start waits for, and shows the answer.  Each message to the launching
+process is one line with a JSON object (launch/await_verdict.py).  In the foreground no process
+waits, and the reason of a failure goes to the terminal.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Detects a canary whose workers do not accept their share of the new clients.
 
-A canary is a new generation that first gets only a share of the clients.  Its clients wait at
-another socket than the clients of the route.  If the canary's workers accept none of its clients,
-the canary fails.
+A canary is a new generation that first gets only a share of the clients.  The canary's clients do
+not wait at the same socket as the route's clients.  If the canary's workers accept none of the
+canary's clients, the canary fails.
 """
 
 from __future__ import annotations

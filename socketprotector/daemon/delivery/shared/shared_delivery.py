@@ -1,7 +1,8 @@
 """The delivery in which workers accept from listening sockets that they share with the protector.
 
-No connection passes through the protector.  The protector only selects, for each address, which of
-two sockets gets new clients.  Two generations have one of the sockets each (socket_steering.py).
+No connection passes through the protector.  Usually an address has two sockets: the old and the
+new generation have one each.  The protector only selects which socket gets new clients
+(socket_steering.py).
 """
 
 from __future__ import annotations

@@ -256,6 +256,7 @@ class SocketSteering(Steering):
 
     @property
     def _groups(self) -> tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]:
+        """Each listener's index and group_record, if it has a group_record."""
         records = ((each.index, each.group_record) for each in self._listeners.all)
         return tuple((index, *record) for index, record in records if record is not None)
 

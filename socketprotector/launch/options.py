@@ -192,7 +192,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "Let this many connections wait in the kernel, for each listener.",
                at_reload="applies to added listeners", default=4096),
         Option("queue", click.IntRange(wire.SMALLEST_QUEUE, _MANY),
-               "Let this many connections wait in the queue of the workers.",
+               "Let this many connections wait in the workers' queue (none with --handoff "
+               "listener).",
                "queue", default=256),
         Option("busy-poll", TIME,
                "Poll this long for the next connection before sleeping; 0: sleep at once.\n"
@@ -210,8 +211,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("guard", FLAG, "Restart SocketProtector if it dies; sockets stay open.\n"
                "A small parent process holds the descriptors meanwhile.",
                "guarded", STAYS, common=True),
-        Option("pid-file", TEXT, "Write the protector's process ID to this file, or the guard's "
-               "with --guard.\n"
+        Option("pid-file", TEXT, "Write the protector's process ID, or with --guard the guard's, "
+               "to this file.\n"
                "The protector locks the file while it lives: a second start is refused, "
                "and a stale file is replaced.", "pid_file", STAYS, metavar="FILE"),
         Option("ready", READY, "Choose how a worker shows that it is ready: notify, ack, fd:N, "
@@ -256,14 +257,14 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("current", TEXT, "Start the release to which this symbolic link leads.\n"
                "SocketProtector moves the link once a deploy has succeeded.",
                "current", STAYS, metavar="PATH", show=lambda path: path or "none"),
-        Option("deployer", TEXT, "Accept releases that belong to this user, and those of root.",
+        Option("deployer", TEXT, "Accept releases that belong to this user or root.",
                metavar="USER"),
         Option("watch", TEXT, "Reload when files below this path change. Repeatable.\n"
                "For development: docs/start.md.", metavar="PATH", multiple=True, no_key=_LINE_ONLY),
     ),
     "Workers": (
         Option("workers", click.IntRange(1, _MANY), "Run this many workers.\n"
-               "With --handoff stdio: run at most this many programs at a time. Signals TTIN and "
+               "With --handoff stdio: run at most this many programs at a time. Otherwise TTIN and "
                "TTOU change the number until a reload reads another number.",
                "workers", common=True, unset="1; 4 with stdio"),
         Option("shell", FLAG, "With --handoff stdio: run COMMAND by /bin/sh -c.", "shell"),
@@ -341,7 +342,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("lame-duck", TIME,
                "Serve this long after a stop was requested, while /readyz answers 503; 0: none.\n"
                "So load balancers send clients elsewhere before any client is refused. "
-               "A second TERM ends the lame duck; INT stops at once. See docs/fleet.md.",
+               "A second TERM ends the lame duck; INT stops quickly. See docs/fleet.md.",
                "policy.lame_duck_s", default="0"),
         Option("lame-duck-idle", TIME,
                "End --lame-duck earlier, when no client has come for this time; 0: never.\n"
@@ -362,7 +363,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "text: key=value, in colour on a terminal unless NO_COLOR is set. json: one object "
                "a line.", "log_format", STAYS, default="text"),
         Option("log-prefix", FLAG, "Begin each line of a worker with [GENERATION PID].\n"
-               "This also saves failed workers' last words if -f writes to a terminal or a file "
+               "This also saves failed workers' last words if -f logs to a terminal or to 2>FILE "
                "(docs/log.md).",
                "log_prefix", STAYS, common=True),
         Option("no-log-relay", FLAG, "Let workers write to the log themselves.\n"

@@ -197,8 +197,9 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "queue", default=256),
         Option("busy-poll", TIME,
                "Poll this long for the next connection before sleeping; 0: sleep at once.\n"
-               "SocketProtector polls only with more than one processor, while connections come at "
-               "intervals under TIME. Polling lowers the latency by 30 %, and uses one processor.",
+               "SocketProtector polls only with more than one processor, without --handoff "
+               "listener, while connections come at intervals under TIME. Polling lowers latency "
+               "by 30 %, and uses one processor.",
                "busy_poll_s", STAYS, default="200us"),
     ),
     "Start": (

@@ -1,6 +1,7 @@
 """`socketprotectorctl` and `python -m socketprotector.ctl`.
 
-main() imports ctl/main.py late, to report a lack of memory in one line.
+The import of ctl/main.py may fail for lack of memory.  So main() imports it late, and reports the
+failure in one line.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_STATUS = 1  # cli.OutputFailed.status; without memory, main() cannot import cli
+_STATUS = 1  # equals cli.OutputFailed.status; without memory, main() cannot import cli
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
-"""The public API: all that socketprotector-exporter may import from us, besides `__version__`.
+"""The public API: all that socketprotector-exporter may import from this package.
 
-Most functions find control sockets, query the sockets and read the answers.  The others help a
-program with its messages, files and exit statuses.  Nothing here needs a third-party package.
+The package's `__version__` may be imported, too.  Most functions find control sockets, query them
+and read the answers.  The others help a program with its messages, files and exit statuses.
+Nothing here needs a third-party package.
 Change or remove a name only together with the exporter.
 """
 

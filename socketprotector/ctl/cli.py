@@ -50,7 +50,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """The one instance option that was given, or none.  path() finds the chosen socket."""
+    """The choice of an instance: by one of these options, or by none.  path() finds the socket."""
 
     name: str | None = None
     control: str | None = None
@@ -95,7 +95,10 @@ class Instance:
 
 
 def _store_instance(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Store an instance option, which may come before or after the command."""
+    """Store an instance option, given before or after the command.  Raises UsageError for a second.
+
+    The value None means that this option was not given.
+    """
     if value is None:
         return
     given = [name for name, before in asdict(ctx.obj or Instance()).items() if before is not None]
@@ -106,7 +109,7 @@ def _store_instance(ctx: click.Context, param: click.Parameter, value: str | Non
 
 
 def _complete_name(_: click.Context, __: click.Parameter, typed: str) -> list[str]:
-    """Return the names of running protectors that begin with the typed text."""
+    """Return the instance names that begin with the typed text."""
     return discovery.running(typed)
 
 

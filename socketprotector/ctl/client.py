@@ -64,8 +64,8 @@ class Client:
         """Connect, and follow events if `events` is true.  Raises NoProtector, RequestRefused.
 
         answer_s: how long an answer may take.
-        until: the deadline of the first connection and of each later reconnect(), request() and
-        query(), by time.monotonic().
+        until: a time by time.monotonic().  Connecting, reconnect(), request() and query() give up
+        at this time.
         """
         self.path = path
         self._answer_s = answer_s
@@ -141,16 +141,19 @@ class Client:
 
     @property
     def peer_pid(self) -> int:
-        """Return the pid of the process that last called listen(): the protector or an ancestor."""
+        """Return the pid of the process that last called listen() on the control socket.
+
+        This is the protector or one of its ancestors.
+        """
         credentials = self._socket.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
         )
         return int(_CREDENTIALS.unpack(credentials)[0])
 
     def shares_pids(self, status: Message) -> bool:
-        """Return True if the pids in the last status are of our own PID namespace.
+        """Return True if the pids in a status from this connection are of our own PID namespace.
 
-        If they are of another namespace, an unrelated process may have the same pid in ours.
+        A pid of another namespace may be the pid of an unrelated process in ours.
         """
         return self.protector_pid == status.get("pid")
 
@@ -263,8 +266,8 @@ class Client:
                 return found[0]
             if self._has_run_out(until):
                 return None
-        # The caller reads the buffered events, so reset the count of their bytes, which answer()
-        # limits (_MOST_EVENT_BYTES).
+        # answer() limits the bytes of buffered events (_MOST_EVENT_BYTES).  The caller reads these
+        # events now, so the count begins again.
         self._events_bytes = 0
         return self._events.popleft()
 
@@ -315,9 +318,10 @@ class Client:
 
     @property
     def unread_bytes(self) -> int:
-        """Return how many bytes are buffered.
+        """Return how many bytes are buffered: unread lines and events.
 
-        Counts unread lines, and events buffered since event() last took one from the buffer.
+        An event counts only if answer() has buffered it since event() last returned a buffered
+        event.
         """
         return len(self._buffer) + self._events_bytes
 

@@ -43,7 +43,7 @@ _EXPECT = click.option(
     metavar="NAME",
     callback=_check_name,
     shell_complete=_complete,
-    help="Refuse unless this release is serving (rollback during a reload: is starting).",
+    help="Require this release to be serving (rollback during a reload: to be starting).",
 )
 
 
@@ -108,8 +108,9 @@ def rollback(
     """End the reload or deploy in progress: the old generation gets all new clients.
 
     If neither is in progress, deploy the release that served successfully before the serving
-    release. Each further rollback goes further back. A rollback skips releases that failed when
-    last tried, that are missing, or that came after a release to which you returned.
+    release. Each further rollback goes further back. A rollback skips missing releases, and
+    releases that failed when last tried. After you return to a release, rollbacks skip the releases
+    that followed it.
 
     During a reload or deploy, --expect is compared with the release that is starting, not with the
     serving release.
@@ -147,7 +148,7 @@ def _of_releases(status: Message) -> Message:
 def _is_unchanged(client: Client, before: Message, name: str, expect: str | None) -> bool:
     """Return True if the release is serving, has not changed, and `current` names it.
 
-    False if `expect` names another release: then the deploy must be refused.
+    Return False if `expect` names another release, because the protector must refuse that deploy.
     """
     releases = _of_releases(before)
     if expect not in (None, name) or (releases.get("serving"), releases.get("current")) != (
@@ -242,9 +243,8 @@ def releases(instance: Instance, as_json: bool) -> None:
     """List the tried releases, with times, and with reasons of failures.
 
     The release that was tried last comes last. A "failed" release was started and did not succeed;
-    a "refused" release was never started. "changed": the release's folder was replaced, or its
-    program was replaced or edited, after the release had succeeded. Changes of other files are not
-    detected.
+    a "refused" release was never started. A "changed" release had succeeded, and then its folder
+    was replaced, or its program was replaced or edited. Changes of other files are not detected.
     """
     result = instance.request("releases")
     if as_json:

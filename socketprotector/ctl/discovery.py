@@ -53,8 +53,8 @@ def by_path(path: str) -> str:
 def by_name(name: str) -> str:
     """Return the socket of the protector with this name.
 
-    If several protectors share a name, NAME:PORT or NAME:ADDRESS chooses one by its first listener.
-    PORT alone is accepted, too, unless a protector has the name PORT.
+    If several protectors share a name, NAME:PORT or NAME:ADDRESS chooses a protector by its first
+    listener.  If no protector has the name PORT, PORT alone is accepted, too.
     Raises NoProtector, or UsageError if several protectors match.
     """
     # A socket's key is the protector's name in the form that the socket's path contains.
@@ -91,7 +91,11 @@ def by_name(name: str) -> str:
 
 
 def _called(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
-    """Return the sockets of protectors with this name; if there are none, with this port."""
+    """Return the sockets of protectors with this name.
+
+    If no protector has this name, return the sockets of protectors whose first listener has this
+    port.
+    """
     return [each.path for each in alive if name in _names_of(each)] or [
         each.path for each in alive if f"{_names_of(each)[0]}:{name}" in _names_of(each)
     ]
@@ -111,10 +115,10 @@ def _wait_for_silent(found: Sequence[SocketAnswer]) -> tuple[list[SocketAnswer],
 
 
 def running(prefix: str) -> list[str]:
-    """Return the protectors' names that begin with a prefix, for completion in a shell.
+    """Return the instance names that begin with a prefix, for completion in a shell.
 
-    Any process can choose any name.  So names with characters that a shell treats specially are
-    left out.
+    Names of protectors that have ended are included while their sockets exist.  Any process can
+    choose any name.  So names with characters that a shell treats specially are left out.
     """
     found = names(everything())
     return [each for each in found if each.startswith(prefix) and not set(each) - _SHELL_SAFE]
@@ -279,9 +283,9 @@ def none_found() -> str:
 
 
 def _unset() -> str:
-    """Return advice if XDG_RUNTIME_DIR is not set here; "" if it is set, and for root.
+    """Return advice if XDG_RUNTIME_DIR is not set here; "" if it is set, or if we are root.
 
-    The protector may have the variable: then its socket is in a folder that we do not search.
+    If the protector had the variable, its socket is in a folder that we do not search.
     """
     if os.geteuid() == 0 or os.environ.get("XDG_RUNTIME_DIR"):
         return ""

@@ -125,7 +125,7 @@ def share_of(status: Status, generation: int) -> float | None:
 
 
 def rollout_text(status: Status) -> str:
-    """Return a text about the progress of a rollout, and the time left in its present stage.
+    """Return a text about the progress of a rollout, and the time left in its current stage.
 
     "" without a rollout, and while the new generation starts.
     """
@@ -165,7 +165,7 @@ def closing_text(generation: Status) -> str:
 
 
 def _stage_end(rollout: Status) -> str:
-    """Return when the present stage of a rollout ends, such as `in 41s`."""
+    """Return when the current stage of a rollout ends, such as `in 41s`."""
     left_s = measure(rollout, "left_s")
     if left_s is None:
         return "after the next good --settle-check"

@@ -55,7 +55,7 @@ def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool)
     scripts = []
     for name in of or PROGRAMS:
         variable = f"_{name.replace('-', '_')}_COMPLETE".upper()
-        # Call the base class's source(): BashComplete.source() would run bash to read its version.
+        # Call the base class's source(): BashComplete.source() would run bash to read the version.
         scripts.append(ShellComplete.source(found(program, {}, name, variable)))
     script = "\n".join(scripts)
     if as_json:
@@ -68,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.  arguments: by default the process's own."""
     open_missing_standard_streams()
     if isinstance(sys.stdout, TextIOWrapper):  # the locale may lack characters of a worker's output
-        # If stdout was a regular file when Python opened it, reconfigure() calls tell().  If
-        # descriptor 1 has been replaced by a pipe since then, tell() fails.
+        # If stdout was a regular file when Python opened it, reconfigure() reads the position in
+        # the file.  If descriptor 1 has been replaced by a pipe since then, this read fails.
         with suppress(OSError):
             sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

@@ -14,6 +14,7 @@ from typing import Any
 _VALUES = 200_000
 #: The limit of nesting.  An answer with a status has 8 levels, down to a worker's forked child.
 _DEPTH = 16
+#: The limit of characters in a text; the rest of a longer text is cut.
 _CHARACTERS = 1 << 18
 #: The limit of members in a list or object.  A generation may have thousands of workers.
 _MEMBERS = 1 << 16

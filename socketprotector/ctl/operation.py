@@ -73,8 +73,8 @@ class Operation:
     def wait(self, awaited: Awaited, *, status_first: bool = False) -> None:
         """Pass events and statuses to `awaited` until nothing is missing.
 
-        A status is requested if no event comes for _STATUS_EVERY_S, and after certain events
-        (refresh_after).
+        Requests a status if no event comes for _STATUS_EVERY_S, and after each event that
+        `awaited.refresh_after` names.
         status_first: begin with a status.  Raises NoProtector, TimedOut.
         """
         status_due = status_first
@@ -106,7 +106,7 @@ class Operation:
         try:
             status = self.client.reconnect(_GONE_S if awaited.stopping else math.inf)
         except NoProtector:
-            self.next_wait_s(awaited.waits_for())
+            self.next_wait_s(awaited.waits_for())  # raises TimedOut if the deadline has passed
             raise
         awaited.on_status(status)
 

@@ -21,7 +21,7 @@ from .errors import ControlError, RequestRefused
 from .fields import listed, number_in
 from .queries import GENERATION, known_generations
 
-#: Without --for, `hold` requests a hold of _HOLD_EACH_S, and renews it every _HOLD_EVERY_S.
+#: Without --for, `hold` requests a hold of _HOLD_EACH_S, and renews this hold every _HOLD_EVERY_S.
 #: So the hold ends soon after the command is killed.
 _HOLD_EVERY_S = 1.0
 _HOLD_EACH_S = 5.0
@@ -92,7 +92,7 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
             while not ended(_HOLD_EVERY_S):
                 client.query("hold", seconds=_HOLD_EACH_S)
         finally:
-            if client.fileno() >= 0:  # otherwise we cannot release; the hold ends soon
+            if client.fileno() >= 0:  # otherwise the connection is closed, and the hold ends soon
                 _release(client)
         if not as_json:
             say("released")

@@ -32,7 +32,7 @@ class SocketAnswer:
 
     @property
     def alive(self) -> bool:
-        """Return False after an error with the code `dead`, see NoProtector."""
+        """Whether a protector may be running; False only after the error `dead` (NoProtector)."""
         return self.why != "dead"
 
 
@@ -50,7 +50,8 @@ def query_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAn
                 found[path] = SocketAnswer(path, why=error.code)
                 continue
             selector.register(client, selectors.EVENT_READ, client)
-            found[path] = SocketAnswer(path, pid=client.peer_pid, why="silent")  # so far
+            # In force if no answer comes in time.
+            found[path] = SocketAnswer(path, pid=client.peer_pid, why="silent")
         while selector.get_map() and (left_s := until - time.monotonic()) > 0:
             for key, _ in selector.select(left_s):
                 client = key.data
@@ -68,7 +69,7 @@ def query_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAn
 
 
 def _answer_of(client: Client) -> SocketAnswer | None:
-    """Return the answer, or why there is none; None while the answer may still come."""
+    """Return the answer, or the error in its place; None while the answer may still come."""
     try:
         result = client.answer(0.0)
     except (NoProtector, RequestRefused) as error:

@@ -178,9 +178,10 @@ def follow(
 
 
 def _first_programs(status: Message, generation: int) -> str:
-    """Return a text if a generation's first programs failed, or none has run yet.
+    """Return a text if a generation's first programs failed, or if no program has run yet.
 
-    Otherwise return "".  The text is always "" in modes that start no program for each connection.
+    Otherwise return "".  Only stdio starts a program for each connection, so in every other mode
+    the text is "".
     """
     mode = MODES.get(text_in(status, "handoff"))
     if mode is None or not mode.pooled:
@@ -414,7 +415,10 @@ def _request_stop(client: Client, quick: bool) -> None:
 
 
 class _Stopped(Awaited):
-    """Waits until the protector has ended, and so no longer answers."""
+    """Waits until the protector has ended.
+
+    waits_for() never returns "".  The wait ends with NoProtector, when no protector answers.
+    """
 
     refresh_after = ("lame-duck", "drained", "exited", "stopping")
     stopping = True

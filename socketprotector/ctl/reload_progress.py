@@ -211,8 +211,8 @@ class Reload(Awaited):
         if reloads or starting or under_way or self.stopping or status.get("reload_wanted"):
             self._forgotten = 0
             return
-        # Fail only after three statuses in a row without this reload.  A single status may lack it,
-        # because an earlier reload has just ended, and this reload has not begun yet.
+        # Fail only after three statuses in a row without this reload.  A single status may lack
+        # this reload: an earlier reload has just ended, and this reload has not begun yet.
         self._forgotten += 1
         if self._forgotten > 2:
             reason = "the verdict is no longer known; see `history` and the log"

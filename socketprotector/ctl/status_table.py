@@ -46,7 +46,7 @@ _PIDS = 4
 
 
 def heading(status: Message) -> list[Text]:
-    """Return the lines about the protector itself: phase, uptime, warnings."""
+    """Return the lines above the tables: phase and uptime, rollout, drains, warnings."""
     up = render.age_text(status.get("now"), status.get("started_at"))
     words = [f" pid {status.get('pid')}, version {status.get('version')}, up {up}"]
     if restarts := number_in(status, "restarts"):
@@ -76,7 +76,7 @@ def heading(status: Message) -> list[Text]:
         warnings.append("lame duck: /readyz answers 503; still serving")
     if says := _health_line(status):
         warnings.append(says)
-    # Leave out the waits of a hold and of a lame duck: the warnings above already describe these.
+    # Leave out the waits of a hold and of a lame duck, which have their own warnings above.
     shown = [each for each in other_waits_of(status) if each.kind not in ("hold", "lame-duck")]
     warnings += [f"waiting: {each.text}" for each in shown]
     for each in listed(status, "generations"):
@@ -246,7 +246,7 @@ def _workers_of(status: Message) -> list[Message]:
 def _unknown_columns(status: Message, messages: Sequence[Message]) -> dict[str, None]:
     """Return the columns to omit: their fields are missing or null in all these messages.
 
-    Before the first worker is ready, no column is omitted, except in modes in which workers accept.
+    If SocketProtector accepts, no column is omitted before the first worker is ready.
     """
     begun = any(each.get("state") in ("ready", "retiring") for each in _workers_of(status))
     if not messages or not (begun or _workers_accept(status)):

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 #: How many rates are kept for the bars.
 _KEPT = 200
-#: How long to try to reconnect before the screen shows why that fails, and keys are read again.
+#: How long to try to reconnect.  After that, the screen shows the error, and keys are read again.
 _RECONNECT_S = 1.0
+#: How many buckets a `wait_us` has (docs/control.md).
+_BUCKETS = 32
 
 
 class Rates:
@@ -46,7 +48,7 @@ class Rates:
         self._before: Message | None = None
 
     def take(self, status: Message) -> None:
-        """Compute the rates from the previous status to this one, by the protector's clock."""
+        """Compute the rates between the previous and this status, by the protector's clock."""
         before, self._before = self._before, status
         if before is None:
             return
@@ -70,11 +72,11 @@ class Rates:
 
 def _waits(status: Message) -> list[int]:
     """Return the buckets of wait times, each summed over all generations."""
-    total = [0] * 32
+    total = [0] * _BUCKETS
     for generation in listed(status, "generations"):
         wait_us = generation.get("wait_us")
         buckets = wait_us.get("buckets") if isinstance(wait_us, dict) else None
-        for at, count in enumerate(buckets[:32] if isinstance(buckets, list) else []):
+        for at, count in enumerate(buckets[:_BUCKETS] if isinstance(buckets, list) else []):
             total[at] += count if isinstance(count, int) else 0
     return total
 

@@ -17,8 +17,8 @@ from .operation import begin
 from .reload import TIMEOUT, WAIT, quoted
 from .reload_progress import Awaited
 
-#: How long to wait for the answer to `upgrade --check`.  The protector runs the installed program
-#: for the check, and ends it after a shorter time than this.
+#: How long to wait for the answer to `upgrade --check`.  For the check, the protector runs the
+#: installed program, and ends the program earlier than this.
 _CHECK_S = 45.0
 
 

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo recording test test-tools test-everywhere test-all test-fast test-debian test-musl test-vm test-page test-fleet fleet-demo wheels packages lint format docs bench rivals everycall soak clean
+.PHONY: help install map demo recording test test-tools test-everywhere test-all test-fast test-debian test-musl test-vm test-page test-fleet fleet-demo wheels packages lint format docs bench rivals everycall soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ test-vm: $(INSTALLED) ## test under real systemds in an emulated machine (root; 
 	-tools/install-packages qemu-system-x86 debootstrap e2fsprogs gcc libc6-dev haproxy iproute2
 	-tools/install-packages $(DEB_TOOLS)
 	$(BIN)/python -m pytest -s --shared-world tests/vm $(if $(ONLY),-k '$(ONLY)')
+
+map: ## print each module with the first sentence of its docstring
+	@$(PYTHON) tools/modules.py
 
 test-fast: $(INSTALLED) ## run the tests of the model, the core and the imports (seconds)
 	$(BIN)/python -m pytest -n 2 tests/test_imports.py tests/unit/model tests/unit/core tests/unit/system tests/unit/launch tests/unit/daemon

@@ -95,9 +95,9 @@ class Instance:
 
 
 def _store_instance(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Store an instance option, given before or after the command.  Raises UsageError for a second.
+    """Store an instance option, given before or after the command.
 
-    The value None means that this option was not given.
+    Raises UsageError for a second one.  value: None if this option was not given.
     """
     if value is None:
         return

@@ -109,8 +109,8 @@ def rollback(
 
     If neither is in progress, deploy the release that served successfully before the serving
     release. Each further rollback goes further back. A rollback skips missing releases, and
-    releases that failed when last tried. After you return to a release, rollbacks skip the releases
-    that followed it.
+    releases that failed when last tried. After you return to a release, rollbacks skip the
+    releases that followed it.
 
     During a reload or deploy, --expect is compared with the release that is starting, not with the
     serving release.

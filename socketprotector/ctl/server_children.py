@@ -20,8 +20,8 @@ def children_of(status: Message) -> dict[int, list[int]]:
     The pids in the status must be of our own PID namespace (Client.shares_pids).
     """
     mode = MODES.get(text_in(status, "handoff"))
-    # Under stdio and legacy each worker is an adapter, a process of SocketProtector.  The adapter's
-    # children are the operator's programs, not forks of a server.
+    # Under stdio and legacy each worker is an adapter, a process of SocketProtector.  Its children
+    # are the operator's programs, not forks of a server.
     if mode is None or mode.adapter or not procfs.is_ours():
         return {}
     found = {}

@@ -127,8 +127,8 @@ def pair(
 ) -> dict[int, Bound]:
     """Prepare sockets for workers that accept; return each possible second socket, by index.
 
-    The caller owns the second sockets, and replaces the settings of a first socket by those of the
-    second, in which this function has set `beside`.
+    The caller owns the second sockets.  This function may set `beside` in a second socket's
+    settings; then these settings hold for the first socket, too.
     See reuseport.py for TCP, and socket_file.py for UNIX sockets.
 
     listens: the arguments of these sockets.
@@ -147,7 +147,8 @@ def pair(
                 each.socket.setblocking(not each.settings.nonblock)
             elif why := _why_not_shared(each.socket, bound):
                 notice(_alone(each, why))
-                reuseport.steer_if_can(each.socket)  # an earlier protector may have made a group
+                # An earlier protector may have made a group (reuseport.py) of this socket.
+                reuseport.steer_if_can(each.socket)
                 continue
             if each.settings.inode and not foreign:
                 path = each.settings.address.removeprefix("unix:")
@@ -173,9 +174,9 @@ def pair(
 def reserve(bound: Iterable[Bound]) -> dict[int, Bound]:
     """Bind sockets that serve no client, for a hold and probes; return them by index.
 
-    The caller owns the sockets.  If the bind fails for a listener, a later hold reports why.  The
-    sockets are bound now because the process may later run as another user, who cannot bind a port
-    below 1024 or share an address with this user's sockets (SO_REUSEPORT in socket(7)).
+    The caller owns the sockets.  A failure is ignored here: a later hold reports it.  The sockets
+    are bound now, because the process may later run as another user.  That user could not bind a
+    port below 1024, or share an address with this user's sockets (SO_REUSEPORT in socket(7)).
     """
     found = {}
     for place, each in enumerate(bound):
@@ -198,8 +199,9 @@ def _alone(bound: Bound, why: str) -> str:
 def _why_not_shared(given: socket.socket, bound: Sequence[Bound]) -> str:
     """Return why a passed socket cannot share its address with a second socket; "" if it can.
 
-    The unit must have `ReusePort=yes`, and all sockets of the group must be ours.  A socket that an
-    earlier protector has left behind would shift the positions in the group.
+    The unit must have `ReusePort=yes`, and every listening socket of the port must be in `bound`.
+    A socket that an earlier protector has left behind would shift the positions in the group
+    (reuseport.py).
     """
     if given.family not in _IP:
         return ""
@@ -212,9 +214,9 @@ def _why_not_shared(given: socket.socket, bound: Sequence[Bound]) -> str:
 
 
 def could_pair(bound: Sequence[Bound]) -> set[int]:
-    """Return the indexes of the sockets for which pair() would bind a second one.
+    """Return the indexes of the sockets for which pair() would probably bind a second socket.
 
-    This is an estimate for --check, which binds nothing.
+    This estimate is for --check, which binds nothing.
     """
     return {
         place
@@ -296,7 +298,8 @@ def _bind(
             for family, host in addresses:
                 address = canonical(family, host, port)
                 here = place(address) if released else address
-                if family == socket.AF_INET6:  # `released` is from /proc
+                if family == socket.AF_INET6:
+                    # `released` is from /proc, which names no interface.
                     here = scoped.without_interface(here)
                 free = not any(_overlap(here, other) for other in released)
                 each = inherited.get(address) or _bind_one(
@@ -317,7 +320,7 @@ def _bind(
 
 
 def place(address: str) -> str:
-    """Return a canonical address with symbolic links in its path resolved."""
+    """Return a canonical address; for a UNIX path, with symbolic links in its folder resolved."""
     path = address.removeprefix("unix:")
     if path == address or path.startswith("@"):
         return address
@@ -367,7 +370,7 @@ def reuse(bound: Bound, listen: Listen, backlog: int) -> Bound:
     interface = bound.settings.address.partition("%")[2].rpartition("]")[0]
     with _unbound(listen, socket.AddressFamily(sock.family)) as fresh:
         socket_copy.reapply_options(sock, fresh, device=not interface)
-    # Only a socket that lacks it: before Linux 5.7 this call needs CAP_NET_RAW.
+    # Do this only if the socket lacks its interface: before Linux 5.7 the call needs CAP_NET_RAW.
     if interface and sock.getsockname()[3] != socket.if_nametoindex(interface):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
     sock.listen(backlog)

@@ -20,7 +20,10 @@ _BACKLOG = 64
 
 
 def default_path(name: str) -> str:
-    """Return the path of a service's control socket: in the service's folder if there is one."""
+    """Return the default path of an instance's control socket.
+
+    If the instance has its own folder, the socket is in this folder.
+    """
     own = os.path.join(_folder(), control_path.key_of(name))
     if os.path.isdir(own):
         return os.path.join(own, control_path.IN_OWN_FOLDER)
@@ -34,8 +37,8 @@ def _folder() -> str:
 def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | None:
     """Bind the control socket; root, the protector's user and the settings' groups may use it.
 
-    Returns None if no socket is wanted.  On failure, passes the reason to `notice` and returns
-    None.
+    Returns None if no socket is wanted, or if the bind fails.  On failure, passes the reason to
+    `notice`.
     """
     if settings.control is None:
         return None

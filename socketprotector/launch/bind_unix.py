@@ -37,7 +37,7 @@ def bind_unix(
     """Bind a path or @name, and listen.  Raises SystemRefused.
 
     The caller owns the socket, and the file that the settings name.
-    backlog: None means to only check that this would work.
+    backlog: None: only check that the bind would work.
     beside: bind a file beside the path, so that the path can lead to different sockets over time
     (system/socket_file.py).
     """
@@ -93,7 +93,7 @@ def _bind_path(
 
 
 def _bind_beside(listen: Listen, path: str, backlog: int) -> tuple[socket.socket, ListenerSettings]:
-    """Bind a socket beside its path, and make the path lead to it.  Raises OSError."""
+    """Bind a socket beside its path, and make the path lead to the socket.  Raises OSError."""
     uid, gid, mode = rights_of_new(listen, path)
     uid = uid if "user" in listen.options else -1
     gid = gid if "group" in listen.options else -1
@@ -135,7 +135,8 @@ def why_alone(listen: Listen, path: str, identity: Identity | None) -> str:
         missing.append(f"user {user} cannot make files in {folder}: chown {user} {folder}")
     if uid != identity.uid:
         missing.append(f"the socket does not belong to user {user}: add ?user={user}")
-    # The group matters only if it may write, and so connect.  A setgid folder sets the group.
+    # The group matters only if its members may write to the socket, and so connect.  In a setgid
+    # folder, the folder's group is the socket's group, whichever user makes the socket.
     group_matters = bool(mode & stat.S_IWGRP) and not setgid
     if group_matters and gid not in (identity.gid, *identity.groups):
         advice = f"add --group {_group_name(gid)}" if "group" in listen.options else "add ?group="

@@ -160,7 +160,7 @@ def _launch(parsed: ParsedOptions) -> int:
 
 
 def _files_of(parsed: ParsedOptions) -> dict[str, str | None]:
-    """Return the files that the pid file must not replace, by the option that names the file."""
+    """Return the files that neither the pid file nor the control socket may be, by option."""
     return {
         "--config": parsed.config,
         "--env-file": parsed.settings.env_file,

@@ -31,12 +31,13 @@ _OPTIONS = {each.key: each for each in OPTIONS}
 _OPTION = re.compile(r"--([a-z-]+)(?: (?=[^ ]*: |[^ ]+=)|: )")
 _NUL = "must not contain a NUL"
 LISTEN, COMMAND = "listen", "command"
+#: A number with more digits than Python converts (sys.get_int_max_str_digits()).
 _DIGITS = re.compile(r"[0-9_]{4300}")
 _PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)\Z")
 
 
 class ConfigFile:
-    """A file that was read, and the mistakes found in it so far."""
+    """A configuration file that was read, and the mistakes found in this file so far."""
 
     def __init__(self, path: str) -> None:
         """Read a file, and check every key.
@@ -93,11 +94,11 @@ class ConfigFile:
 
     @contextmanager
     def about(self, *where: str | int) -> Iterator[None]:
-        """Record a UsageError as a mistake of this key."""
+        """Record a UsageError of the block as a mistake of this key, instead of raising it."""
         try:
             yield
         except UsageError as error:
-            # The error may be about another option than `where`.
+            # If the error names another option that is in the file, record it for that option.
             option = _OPTION.match(str(error))
             key = option[1] if option and (option[1],) in self._places else str(where[0])
             where = where if key == where[0] else (key,)

@@ -21,6 +21,7 @@ from .option_values import octal
 from .users import MOST_ID
 
 UNIX_OPTIONS = ("backlog", "group", "mode", "nonblock", "user")
+#: The longest path of a UNIX socket, without the final NUL (unix(7)).
 _PATH_MAX_BYTES = 107
 #: Longer than a name of 255 characters, a host of 253 characters and all options together.
 _MOST_CHARS = 2000

@@ -3,12 +3,13 @@
 Abstract names would not keep other users out: any local user can find the names in /proc/net/unix,
 send messages to the sockets and fill their queues.  In a user namespace that shares the host's
 network, even the user of a sender cannot be verified.
-A name in this folder cannot be listed (mode 0711) or guessed, and is not in /proc/net/unix
-(system/sd_notify.py).  So a process that can connect is a worker, or got the name from a worker.
+The name of a socket in this folder cannot be listed (mode 0711) or guessed, and is not in
+/proc/net/unix (system/sd_notify.py).  So a process that can connect is a worker, or got the name
+from a worker.
 
 The folder is locked while a process holds its descriptor: the protector, the guard, or systemd
-(for the next protector).  A killed protector leaves an unlocked folder, which the next start
-removes.
+(for the next protector).  After a kill of the last holder, the folder is unlocked, and the next
+start removes it.
 
 Source: unix(7), flock(2); tmpfiles.d(5), which skips locked folders.
 """
@@ -31,6 +32,7 @@ from .user_access import downwards, refuse_unwritable
 PREFIX = ".notify-"
 #: The place for the folder if no other place is suitable.
 _LAST_RESORT = "/tmp"
+#: The length of the random number in the folder's name.
 _KEY_BYTES = 4
 #: The longest path of a UNIX socket, without the final NUL (unix(7)).
 _LONGEST = 107
@@ -100,8 +102,8 @@ def _usual() -> list[str]:
 def _places(settings: Settings) -> list[str]:
     """Return the places for the folder, the best place first.
 
-    A place from which the protector's user can later remove the folder is better than others.
-    Among such places, the folder of the control socket is the best.
+    Places from which the protector's user can later remove the folder come before other places.
+    Among equal places, the folder of the control socket comes first.
     """
     control = settings.control
     beside = [os.path.dirname(control.address.removeprefix("unix:"))] if control else []

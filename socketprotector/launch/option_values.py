@@ -97,7 +97,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _share(text: str) -> tuple[int, int]:
-    """Return (1000, 100) for `1000+-100`, and (1000, 0) for `1000`."""
+    """Return after how many connections a worker retires, and the variation of this number.
+
+    The result is (1000, 100) for `1000+-100`, and (1000, 0) for `1000`.
+    """
     number, _, spread = text.partition("+-")
     share, jitter = whole(number, _MOST), whole(spread or "0", _MOST)
     if share is not None and jitter is not None and (jitter < share or share == jitter == 0):
@@ -106,7 +109,7 @@ def _share(text: str) -> tuple[int, int]:
 
 
 def _surge(text: str) -> tuple[int, bool]:
-    """Return (2, False) for `2`, and (25, True) for `25%`."""
+    """Return a number and whether it is a percentage: (25, True) for `25%`, (2, False) for `2`."""
     number = whole(text.removesuffix("%"), 100 if text.endswith("%") else 1_000_000)
     if not number:
         raise ValueError(f"{text!r}: write a number of workers from 1, or 1% to 100%")
@@ -185,7 +188,7 @@ def limit(name: str, text: str) -> int:
 def nofile_of_workers(environment: Mapping[str, str]) -> int:
     """Return the soft limit of descriptors that workers get without --limit nofile.
 
-    By default workers get our own limit.  If the protector needs more descriptors than its workers,
+    By default workers get our own limit.  If the protector needs a higher limit than its workers,
     the unit sets SOCKETPROTECTOR_NOFILE to the workers' limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

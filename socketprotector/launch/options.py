@@ -1,7 +1,8 @@
 """The table of all options.
 
 The command line, help, completion, the keys of the configuration file and the comparison at a
-reload are made from it.  tools/reference.py makes the manual page and docs/reference.md from it.
+reload are made from this table.  tools/reference.py makes the option tables of the manual page and
+of docs/reference.md from it.
 
 A new option needs a row here and a field of Settings.  If the option's value differs from the
 field's, resolve.py converts it.
@@ -216,12 +217,12 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "to this file.\n"
                "The protector locks the file while it lives: a second start is refused, "
                "and a stale file is replaced.", "pid_file", STAYS, metavar="FILE"),
-        Option("ready", READY, "Choose how a worker shows that it is ready: notify, ack, fd:N, "
+        Option("ready", READY, "Choose what shows that a worker is ready: notify, ack, fd:N, "
                "accept, http:PATH, check:CMD or after:TIME.\n"
                "notify: the worker sends READY=1. ack: it sends einhorn's ACK. fd:N: it writes a "
                "line to descriptor N. accept: it accepts a connection. http:/PATH, https:/PATH: "
-               "it answers 200 to 399. check:CMD: the command succeeds. after:TIME: it has run "
-               "for TIME. See docs/probes.md.", placeholder="HOW", common=True,
+               "it answers 200 to 399. check:CMD: the command succeeds. after:TIME: the worker "
+               "has run for TIME. See docs/probes.md.", placeholder="HOW", common=True,
                unset="notify; with --handoff listener the first of notify, ack, fd and accept"),
         Option("start-timeout", TIME_ABOVE_0, "Allow workers this long to become ready.",
                "policy.start_timeout_s", default="60s"),
@@ -319,7 +320,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     ),
     "Drain": (
         Option("drain-timeout", TIME,
-               "Let an old generation finish this long, then send TERM; "
+               "Give an old generation this long to finish, then send TERM; "
                "0: no limit (stop-first: 30s).",
                "policy.drain_timeout_s", common=True, default="0"),
         Option("drain-spread", TIME,
@@ -356,7 +357,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "start warns.",
                "log_file", STAYS, metavar="FILE", common=True,
                unset="syslog, or the terminal with -f"),
-        Option("log-level", click.Choice(list(LEVELS)), "Log this level and more severe levels.",
+        Option("log-level", click.Choice(list(LEVELS)), "Log this and more severe levels.",
                "log_level", default="info"),
         Option("verbose", FLAG, "Log every decision: --log-level debug.",
                short="v", no_key='write log-level = "debug"'),

@@ -1,13 +1,13 @@
 """Writes and locks the pid file, which never exists partly written.
 
-The protector holds a flock on the pid file until it ends, through every exec.  So a pid file is
-stale if its lock is free.  The pid in the file does not prove anything, because another program may
-have it by now.  Only a file that looks like a pid file is replaced.
+The protector holds a flock on the pid file until it ends, also across each exec.  So a pid file is
+stale if its lock is free.  The pid in the file proves nothing, because another program may have
+this pid by now.  Only a file that looks like a pid file is replaced.
 
 The file is made before a generation is serving, and is removed if the start fails.  So its
 existence does not show that the protector is ready.
 
-Source: rename(2), flock(2).  The acquire() of lockfile.pidlockfile is replaced, because it makes an
+Source: rename(2), flock(2).  Our acquire() replaces that of lockfile.pidlockfile, which makes an
 empty file first.
 """
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from ..system.socket_file import path_of
 
 _CREDENTIALS = struct.Struct("3i")
-#: At a reload, the pid of the running protector, which must not be stopped.  At a start, 0.
+#: At a reload, the pid of the running protector: no advice may be to stop it.  At a start, 0.
 protector = 0
 
 

@@ -170,7 +170,7 @@ def _settle_check(settings: Settings) -> tuple[str, str] | None:
 
 
 def _reaches_one(settings: Settings, probe: str, name: str, listens: Sequence[Listen]) -> None:
-    """Refuse a probe if all its listeners have one socket for both generations."""
+    """Refuse a probe if at each of its listeners two generations would share one socket."""
     probed = _probed_by(probe, name, listens)
     if settings.mode.workers_accept and not any(map(_can_have_two_sockets, probed)):
         raise UsageError(probe_spec.refusal(probe, " ".join(each.text for each in probed)))
@@ -240,7 +240,9 @@ def check_descriptor_names(settings: Settings) -> None:
 def check_pid_file(
     path: str | None, others: Mapping[str, str | None], *, check: bool = False
 ) -> int:
-    """Refuse a pid file that cannot be used.  Without this, the bind may fail first: `port in use`.
+    """Refuse a pid file that cannot be used.
+
+    This comes before the bind, which would only report `port in use`.
 
     others: the files that other options name, by option.
     check: with --check nothing starts, so a living protector may hold the file.
@@ -300,7 +302,7 @@ def _is_same_file(path: str, other: str) -> bool:
 
 
 def check_log_file(path: str | None) -> None:
-    """Refuse a log file that could not be written.  --check runs this, too, so make no file."""
+    """Refuse a log file that could not be written.  This makes no file, as --check requires."""
     if path is not None:
         there = path if os.path.lexists(path) else os.path.dirname(path)
         _refuse_unwritable("log file", path, there)

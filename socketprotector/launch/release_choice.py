@@ -1,7 +1,7 @@
 """Chooses the release to start, and refuses options that do not fit --releases.
 
-The launching process and a reload take the release that `current` names.  A deploy takes the
-release in its request.
+The launching process and a reload take the release that `current`, the link of --current, names.
+A deploy takes the release in its request.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def check_options(
 
 
 def check_files(releases: str, current: str, files: Mapping[str, str | None]) -> None:
-    """Refuse a file that a deploy would change, or that lies behind the link `current`.
+    """Refuse a file that a deploy would change, or whose path leads through the link `current`.
 
     files: the files that options name, by option.  A path with {release} is allowed, because it
     belongs to the release by intention.

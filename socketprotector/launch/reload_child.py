@@ -5,8 +5,8 @@ lines.  It inherits the settings in force, and a socket for the answer.  The ans
 records, each with a descriptor:
 
     listener N    an added socket, bound and listening; N: its index
-    twin N        the second socket of that address, if there is one
-    reserved N    the third socket, which does not listen, if there is one
+    twin N        the second socket of listener N, if there is one
+    reserved N    the third socket of listener N, which does not listen, if there is one
     differences   a memfd with the changes of the new settings, line by line
     settings      a memfd with the new settings: the last record of a reload
     changes       only for `diff`: a memfd with all changes, line by line
@@ -45,7 +45,7 @@ from .listen_spec import Listen
 from .resolve import ParsedOptions
 from .settings_diff import RESTART, changes, forbidden
 
-#: This process already runs as the configured user.
+#: identity is None, because this process already runs as the configured user.
 _ALONE = partial(why_alone, identity=None)
 #: A listener's index has 16 bits on the channel (docs/protocol.md).
 _MOST_LISTENERS = 1 << 16

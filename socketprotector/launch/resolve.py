@@ -41,7 +41,8 @@ from .release_choice import Chosen
 if TYPE_CHECKING:
     from .config_file import ConfigFile
 
-#: The limit of a service name that is taken from the program's name, as in syslog (RFC 5424).
+#: How much of the program's name becomes the instance's name, without --name: the limit of syslog
+#: (RFC 5424).
 _NAME_CHARS = 48
 
 
@@ -318,7 +319,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
 
 
 def _fitting(listen: Listen, mode: HandoffMode) -> Listen:
-    """Return an argument; for workers that accept, a port alone becomes one socket, not two.
+    """Return an argument; if workers accept, a port alone becomes one socket, not two.
 
     Raises UsageError for an option that we would have to set on each accepted connection.
     """

@@ -75,7 +75,10 @@ def _rolling(settings: Settings) -> Iterator[str]:
 
 
 def _shares(settings: Settings) -> str:
-    """Return the option that makes two generations share a listener's clients; "" if none does."""
+    """Return the option that makes two generations share the clients of a listener's sockets.
+
+    "" if there is no such option, and if the protector accepts.
+    """
     policy = settings.policy
     if not policy.workers_accept:
         return ""
@@ -97,7 +100,7 @@ def _cannot_share(listen: Listen) -> str:
 
 
 def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
-    """Refuse a listener that turned out to have only one socket, such as a passed socket.
+    """Refuse a canary or a rolling reload if a listener turned out to have only one socket.
 
     siblings: the indexes of the listeners with a second socket.
     """

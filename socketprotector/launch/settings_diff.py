@@ -1,6 +1,7 @@
 """Lists the differences between two settings, and the differences that need a restart.
 
-Of variables and of the command, the list has only the names, because the rest may be secret.
+The list has the names of variables and of the program.  The values of variables and the arguments
+of the command may be secret, so the list omits them.
 """
 
 from __future__ import annotations

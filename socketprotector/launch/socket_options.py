@@ -58,6 +58,8 @@ def _ms(value: str) -> int:
 
 
 def _is_keepalive(value: str) -> bool:
+    # 32,767 s is the kernel's limit of IDLE and INTERVAL (net/tcp.h).  The bind reports a COUNT
+    # that is too large.
     found = _KEEPALIVE.fullmatch(value)
     return found is not None and all(0 < int(each) <= 32_767 for each in found.groups() if each)
 

@@ -31,7 +31,8 @@ def refusals(settings: Settings) -> Iterator[tuple[str, str]]:
             yield (
                 option,
                 f"--{option.replace('_', '-')} needs workers on the Python client library, which "
-                f"{name} is not; {own or 'it has no such option of its own: leave this one out'}",
+                f"{name} does not use; "
+                f"{own or 'it has no such option of its own: leave this one out'}",
             )
 
 

@@ -58,7 +58,7 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             ours, theirs = socket.socketpair()
-            child = os.fork()  # first, because DaemonContext ends the process that opens it
+            child = os.fork()  # because DaemonContext.open() ends the process that calls it
         except OSError as error:  # no descriptor or process is available (RLIMIT_NPROC)
             raise _cannot_detach(error) from error
     if child == 0:
@@ -115,10 +115,10 @@ def _open_log(settings: Settings) -> int | None:
 def _become_resident(
     settings: Settings, bound: Mapping[str, Bound], log: int | None, verdict: int
 ) -> None:
-    """Detach unless in the foreground, take the pid file, and exec.  Never returns.
+    """Detach (without -f), take the pid file, and exec.  Never returns.  Raises Refusal.
 
-    verdict: the descriptor for the outcome: the connection to the launcher, or in the foreground
-    the terminal.
+    verdict: the descriptor for the outcome.  With -f this is the terminal; otherwise this is the
+    connection to the launching process.
     """
     pid_file = PidFile(settings.pid_file) if settings.pid_file is not None else None
     kept = [verdict, *(each.socket.fileno() for each in bound.values())]
@@ -129,8 +129,7 @@ def _become_resident(
         raise _cannot_detach(error) from error
     with ExitStack() as made:  # undone only after a failure, because a success ends in exec
         made.callback(context.close)  # removes the pid file; a second close() does nothing
-        # The files below are made after the pid file was taken, so that of several simultaneous
-        # starts only one makes them.
+        # Make the files below only now: of several simultaneous starts, only one has the pid file.
         notices: list[str] = []
         control = bind_control(settings, notices.append)
         if control is not None:
@@ -168,7 +167,7 @@ def _become_resident(
 def _context(
     settings: Settings, pid_file: PidFile | None, kept: list[int], log: int | None
 ) -> DaemonContext:
-    """Return the context that takes the pid file, and detaches unless in the foreground.
+    """Return the context that takes the pid file and, without -f, detaches.
 
     kept: the descriptors that stay open.  log: the target of stdout and stderr, if not None.
     """

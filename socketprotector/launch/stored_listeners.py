@@ -69,7 +69,7 @@ def take(
 
 
 def _discard(bound: Bound) -> None:
-    """Shut a socket down, for every process that has a copy, and remove its socket file."""
+    """Remove a socket's file, and shut the socket down for every process that has a copy."""
     path = bound.settings.address.removeprefix("unix:")
     if path.startswith("/"):
         # OSError: the file is gone, or cannot be removed.  Then the next bind finds it stale.
@@ -82,7 +82,7 @@ def _discard(bound: Bound) -> None:
 
 
 def store(passed: Passed, bound: Mapping[str, Bound]) -> None:
-    """Store the sockets in use with systemd under their new names, and remove our other sockets.
+    """Update systemd's descriptor store: our sockets in use get new names, others are removed.
 
     bound: the sockets by their new names.
     """

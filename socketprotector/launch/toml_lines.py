@@ -1,7 +1,7 @@
 """Finds the line of each key and list value in a valid TOML text; tomllib does not report lines.
 
-It cuts the text into statements, which tomllib reads one by one.  This module itself recognizes
-only strings, comments and brackets.
+This module cuts the text into statements, which tomllib reads one by one.  For this, the module
+recognizes only strings, comments and brackets.
 """
 
 from __future__ import annotations

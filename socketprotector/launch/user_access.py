@@ -2,7 +2,7 @@
 
 A child process becomes the other user and calls access(2).  Mode bits are not enough: groups,
 access lists, mounts and security modules matter, too.  Only root can become another user; at a
-reload without root, as_user() finds nothing.
+reload without root, as_user() returns "".
 
 Source: access(2), which checks for the real user; path_resolution(7); execve(2) for scripts.
 """
@@ -57,8 +57,8 @@ def executed(path: str) -> dict[str, int]:
 def closed(needed: Mapping[str, int]) -> str:
     """Return what denies the caller the needed access to these files; "" if nothing does.
 
-    A folder, which ends in /, must be enterable.  A missing file is ignored: other checks report
-    it.
+    A path that ends in / is a folder, which the caller must be able to enter.  A missing file is
+    ignored: other checks report it.
     """
     for path, mode in needed.items():
         for part in dict.fromkeys((*downwards(path), *downwards(os.path.realpath(path)))):

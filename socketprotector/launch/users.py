@@ -18,7 +18,7 @@ MOST_ID = 2**32 - 2
 def identity(user: str | None, group: str | None, *, again: bool = False) -> Identity | None:
     """Look up --user and --group; None if neither is given.
 
-    again: for a running protector, which may already run as that user.
+    again: at a reload.  Then root is not required: this process may already run as that user.
     """
     if user is None and group is None:
         return None

@@ -159,20 +159,20 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
         ),
         (
             ["--drain-spread", "1s", *LISTENER, "0", "--", "env", "haproxy", "-db"],
-            "which haproxy is not; use its own close-spread-time instead",
+            "which haproxy does not use; use its own close-spread-time instead",
         ),
         (
             ["--drain-spread", "1s", *LISTENER, "0", "--", "env", "nginx"],
-            "which nginx is not; use its own worker_shutdown_timeout instead",
+            "which nginx does not use; use its own worker_shutdown_timeout instead",
         ),
         (
             ["--stop-spread", "1s", "0", "--", sys.executable, "-m", "gunicorn", "app:app"],
-            "--stop-spread needs workers on the Python client library, which gunicorn is not; use "
-            "its own --graceful-timeout instead",
+            "--stop-spread needs workers on the Python client library, which gunicorn does not "
+            "use; use its own --graceful-timeout instead",
         ),
         (
             ["--drain-spread", "1s", *LISTENER, "0", "--", "env", "node", "x.js"],
-            "which node is not; it has no such option of its own",
+            "which node does not use; it has no such option of its own",
         ),
         ([*ROLLING, "--surge", "0", "0", "--", "true"], "write a number of workers from 1"),
         ([*ROLLING, "--surge", "0%", "0", "--", "true"], "or 1% to 100%"),

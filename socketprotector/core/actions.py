@@ -12,7 +12,7 @@ from .events import Deadline
 
 
 class Action:
-    """One order to the effects."""
+    """One order to the effects, the part of the protector that acts (daemon/effects.py)."""
 
     __slots__ = ()
 
@@ -29,7 +29,7 @@ class WorkerSignal(Enum):
 class Open(Action):
     """Make a generation's channel.
 
-    fresh: resolve the command again, instead of using the last good one.
+    fresh: resolve the command again, instead of using the last good command.
     dry_run: the generation gets no client, and ends when it is ready.
     If the channel cannot be made, effects skip the generation's Spawns and post OpenFailed.
     """
@@ -68,7 +68,7 @@ class Retire(Action):
 
 @frozen
 class Probe(Action):
-    """Probe a generation whose workers all run.  When it passes, effects post Answered."""
+    """Probe a generation whose workers all run.  When the generation passes, post Answered."""
 
     generation: int
 
@@ -82,9 +82,9 @@ class StopProbing(Action):
 
 @frozen
 class CheckSettling(Action):
-    """Check a settling generation repeatedly.  When a check fails, effects post SettleFailed.
+    """Check a settling generation repeatedly.  When a check fails, post SettleFailed.
 
-    When the SETTLE timer runs out, effects await another good check, then post DeadlinePassed.
+    When the SETTLE timer runs out, await another good check, then post DeadlinePassed.
     """
 
     generation: int
@@ -99,7 +99,7 @@ class StopChecking(Action):
 
 @frozen
 class RouteTo(Action):
-    """Send new connections to this generation; with None, let them wait.
+    """Send new connections to this generation, the route; with None, let them wait.
 
     sharing: another generation, which gets `share` ten-thousandths of these connections instead.
     """
@@ -113,7 +113,7 @@ class RouteTo(Action):
 class Quiesce(Action):
     """Wait until a generation that gets no new clients has accepted all earlier clients.
 
-    Effects then post Quiesced.
+    Then post Quiesced.  Ordered only where workers accept.
     """
 
     generation: int
@@ -123,7 +123,7 @@ class Quiesce(Action):
 class Drain(Action):
     """Reclaim a generation's waiting connections for the route; then end its channel.
 
-    Without a route effects reclaim nothing: the generation's own workers serve these connections.
+    Without a route reclaim nothing: the generation's own workers serve these connections.
     """
 
     generation: int
@@ -133,8 +133,9 @@ class Drain(Action):
 class EndEvenly(Action):
     """Let workers on the client library end their connections evenly over some time.
 
-    seconds: 0 ends no connection.  An earlier order with an earlier deadline stays in force.
+    If an earlier order has an earlier deadline, the earlier order stays in force.
     worker: 0 for all workers of the generation.
+    seconds: 0 ends no connection.
     """
 
     generation: int
@@ -197,7 +198,7 @@ class ForgetSettings(Action):
 class StartTimer(Action):
     """Run a timer.
 
-    extend: the timer is running; move its end, but never to an earlier time.
+    extend: the timer is already running; delay its end if necessary.
     LAME_DUCK_IDLE restarts with each new client.
     """
 
@@ -219,7 +220,7 @@ class ReportKind(Enum):
     READY = "ready"  # the first generation is serving
     RELOADING = "reloading"
     RELOADED = "reloaded"
-    RECOVERED = "recovered"  # the last good command serves again, after something failed
+    RECOVERED = "recovered"  # the last good command serves again, after a failure or a request
     RELOAD_FAILED = "reload-failed"
     DRY_RUN = "dry-run"  # a dry run begins
     DRY_RUN_PASSED = "dry-run-passed"

@@ -144,9 +144,10 @@ def _deadline_passed(step: Step, passed: events.DeadlinePassed) -> None:
 def _advance(step: Step) -> None:
     """Take every step that has become possible; if there is none, change nothing.
 
-    Without a stop, this function uses no name of stop.py, so that the module is not loaded.
+    The first use of a name of stop.py loads that module (system/late_modules.py).  So without a
+    stop this function uses no such name.
     """
-    reload.call_off_unserved_dry_run(step)  # before it can pass: then no generation would follow
+    reload.call_off_unserved_dry_run(step)  # first: if it passed now, no generation would follow
     reload.serve_if_ready(step)
     if step.fleet.rollout:
         rollout.advance(step)
@@ -172,7 +173,7 @@ def _release_gone_generations(step: Step) -> None:
 
 
 def route_of(fleet: Fleet) -> RouteTo:
-    """Return the order that makes new connections go where the fleet says."""
+    """Return the order that sends new connections to the generations that the fleet names."""
     route, sharing = fleet.route, fleet.sharing
     if route and sharing and fleet.rollout:
         return RouteTo(route.number, sharing.number, fleet.rollout.share)
@@ -189,8 +190,8 @@ def resume(
     Each action can be repeated without harm.
     left_s: seconds left of each timer; a timer without an entry runs out at once.
     undone: actions that the previous program ordered and perhaps did not carry out.  The state
-    records them, because TERM must not be repeated for every ending worker: many programs exit
-    at once on a second TERM.
+    records them, so that no other ending worker gets a second TERM: on a second TERM many programs
+    exit at once.
     """
     undone = tuple(undone)
     actions: list[Action] = [Hold(True)] if fleet.held else []

@@ -17,8 +17,8 @@ class TimerKind(Enum):
     """A kind of deadline.  Its target is the number of a generation or worker; 0: the fleet."""
 
     START = "start"  # generation: all workers are ready by then, or it fails
-    SETTLE = "settle"  # generation: it has settled, and is promoted
-    DRAIN = "drain"  # generation: its last worker has exited by then, or gets TERM
+    SETTLE = "settle"  # generation: its stage is over; the next stage or its promotion follows
+    DRAIN = "drain"  # generation: all workers have exited by then, or get TERM
     KILL = "kill"  # generation: TERM was sent; KILL follows
     WORKER_START = "worker-start"  # worker: a replacement is ready by then, or gets TERM
     WORKER_RESPAWN = "worker-respawn"  # worker: its back-off is over
@@ -26,7 +26,7 @@ class TimerKind(Enum):
     WORKER_KILL = "worker-kill"  # worker: TERM was sent; KILL follows
     OPEN = "open"  # fleet: back-off before the next generation is over
     HOLD = "hold"  # fleet: the hold ends
-    LAME_DUCK = "lame-duck"  # fleet: balancers have noticed the lame duck by now; the stop begins
+    LAME_DUCK = "lame-duck"  # fleet: by now balancers have noticed the lame duck; the stop begins
     LAME_DUCK_IDLE = "lame-duck-idle"  # fleet: no client has come for a while; the stop begins
     STOP = "stop"  # fleet: a graceful stop, or its wait for a rescue, becomes a quick stop
     TURN = "turn"  # fleet: the event loop has turned: start more workers, continue a stop
@@ -65,7 +65,7 @@ class ReloadRequested(Event):
 
 @frozen
 class PromoteRequested(Event):
-    """An operator ends the present stage of a rollout early.
+    """An operator ends the current stage of a rollout early.
 
     now: end all stages.  met: how many connections the new generation has had; None: unknown.
     """
@@ -98,9 +98,9 @@ class StopRequested(Event):
 
 @frozen
 class LameDuckRequested(Event):
-    """An operator switched the lame duck on or off: balancers are asked to send no more clients.
+    """An operator switched the lame duck on or off.
 
-    Serving continues.
+    While it is on, balancers are asked to send no more clients; serving continues.
     """
 
     on: bool
@@ -144,7 +144,7 @@ class KillRequested(Event):
 
 @frozen
 class ReplaceRequested(Event):
-    """A worker must be replaced: it is too old, too large or stuck, or an operator requested it.
+    """A worker must be replaced: it is too old, too large or stuck, or an operator wants this.
 
     hung: the worker is stuck (it sent no WATCHDOG=1 in time), so it would not react to a message.
     """
@@ -156,9 +156,10 @@ class ReplaceRequested(Event):
 
 @frozen
 class WorkerReady(Event):
-    """A worker is ready.  retires: it can finish while the rest of its generation serves.
+    """A worker is ready.
 
-    alone: the worker has declared that it can, as the client library does.
+    retires: the worker can be made to finish while the rest of its generation serves.
+    alone: the worker has declared this itself, as workers on the client library do.
     """
 
     worker: int
@@ -170,12 +171,13 @@ class WorkerReady(Event):
 class WorkerExited(Event):
     """A worker's process ended, or could not be spawned.
 
-    served_s: seconds since its READY, 0 without one.
-    waiting: connections in its generation's queue at that moment.
+    served_s: seconds since its READY; 0 if it was not ready.
+    waiting: clients in its generation's queue, or at its generation's sockets, at that moment.
     detached: it exited with status 0 before READY.
     orphans: processes that the worker started still run; when they have ended, a second event
     follows.
-    lost: the worker may still serve, but a kill of the earlier program lost its descriptors.
+    lost: the worker may still serve, but our descriptors of it were lost when the earlier program
+    was killed.
     """
 
     worker: int
@@ -202,7 +204,7 @@ class OpenFailed(Event):
 
 @frozen
 class Quiesced(Event):
-    """A generation whose workers accept has accepted all clients that came to it."""
+    """A generation without new clients has accepted all earlier clients (see Quiesce)."""
 
     generation: int
 
@@ -251,8 +253,8 @@ class Stranded(Event):
 class HeldClientsWait(Event):
     """After a hold, clients wait at a UNIX path whose generations have their own sockets.
 
-    Only a new generation can accept these clients, so it comes before a reload under way, and
-    before a graceful stop.
+    Only a new generation can accept these clients.  So this generation comes before a reload under
+    way, and before a graceful stop.
     """
 
 

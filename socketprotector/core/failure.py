@@ -1,6 +1,7 @@
-"""Fails a generation: the previous one gets the clients back, or the last good command starts.
+"""Fails a generation, and decides which generation gets the clients instead.
 
-Pure.  A generation that fails while another serves changes nothing for clients.
+Pure.  If the previous generation still serves, it keeps the clients, or gets them back.  Otherwise
+the last good command starts.  At a first start there is no such command, and the start fails.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def open_failed(step: Step, number: int, reason: str, orphans: Collection[int]) 
     generation = step.fleet.generation(number)
     if generation is None or generation.phase not in (Phase.STARTING, Phase.ABANDONED):
         return
-    # No other worker was ever spawned, even if a stop has abandoned the generation.
+    # Only `orphans` may have been spawned, even if a stop has abandoned the generation.
     running = [each for each in generation.alive if each.number in orphans]
     workers = tuple(Worker(each.number, each.slot, State.ORPHANED) for each in running)
     step.fleet = step.fleet.with_generation(replace(generation, workers=workers))
@@ -40,7 +41,7 @@ def open_failed(step: Step, number: int, reason: str, orphans: Collection[int]) 
 
 
 def start_timed_out(step: Step, number: int, advice: str) -> None:
-    """Fail a generation that was not ready in time, unless its workers only wait for room.
+    """Fail a generation that was not ready in time.  If only room is missing, wait again.
 
     advice: the likely cause, for people.
     """
@@ -90,13 +91,13 @@ def settle_failed(step: Step, number: int, reason: str) -> None:
 
 
 def untaken(step: Step, number: int, reason: str) -> None:
-    """Roll back a rollout whose workers accept no client; change nothing in a plain reload."""
+    """Roll back a rollout whose new workers accept no client; without a rollout, do nothing."""
     if step.fleet.rollout:
         settle_failed(step, number, reason)
 
 
 def _count_failure(step: Step) -> float:
-    """Count a failure while no other generation serves; return the seconds to wait after it."""
+    """Count a failure while no other generation serves; return the pause before the next start."""
     failed = step.fleet.failed_starts + 1
     step.fleet = replace(step.fleet, failed_starts=failed)
     return backoff_s(failed)
@@ -143,8 +144,8 @@ def _serving_broken(step: Step, number: int, served_s: float) -> None:
     if settling is None:
         step.do(RouteTo(None))
     elif step.fleet.sharing and shares:
-        # No generation is left to share with: a canary settles, a rolling reload starts all
-        # workers.
+        # The settling generation gets all clients: a canary now only settles, and a rolling reload
+        # starts all workers.
         alone = None if shares.canary else replace(shares, share=WHOLE)
         step.fleet = replace(step.fleet, rollout=alone)
         step.do(RouteTo(settling.number))

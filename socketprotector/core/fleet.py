@@ -59,7 +59,8 @@ class State(Enum):
     ORPHANED = "orphaned"  # its process has ended, but processes that it started are running
 
 
-#: States of workers that no longer count: their slots are dropped, or filled with other workers.
+#: States of workers that no longer count.  A retiring worker's slot is dropped; an orphan's slot
+#: may get another worker.
 LEAVING = (State.RETIRING, State.ORPHANED)
 
 
@@ -70,9 +71,9 @@ class Worker:
     number: int
     slot: int
     state: State = State.STARTING
-    retires: bool = False  # it finishes and leaves when its RETURN line ends
+    retires: bool = False  # on Retire it finishes, while the rest of its generation serves
     quick_deaths: int = 0  # how many workers in a row have died quickly in this slot
-    replaces: int = 0  # the number of the worker that leaves when this worker is ready
+    replaces: int = 0  # the number of the worker that leaves when this worker is ready; 0: none
     hung: bool = False  # stuck: it must leave, and does not react to messages
 
     @property
@@ -85,7 +86,7 @@ _NUMBER, _STATE = attrgetter("number"), attrgetter("state")
 
 @frozen
 class Generation:
-    """All workers started from one version of the command.
+    """Workers that run the same command, and that get clients and drain together.
 
     A generation may have a thousand workers, and an event about one worker must not visit them all.
     So `workers` is sorted by number, for a binary search.  Copying the tuple costs little.
@@ -110,7 +111,7 @@ class Generation:
 
     @property
     def ready_workers(self) -> int:
-        """How many of its workers are ready."""
+        """How many workers of the generation are ready."""
         return tuple(map(_STATE, self.workers)).count(State.READY)
 
     def worker(self, number: int) -> Worker | None:
@@ -155,7 +156,7 @@ class Next(Enum):
 class Rollout:
     """A reload whose generation gets its clients, or its workers, in stages.
 
-    The stage follows from the share and from the generation's SETTLE timer, see core/rollout.py.
+    The current stage follows from the share and the generation's SETTLE timer; see rollout.py.
     """
 
     share: int = 0  # the ordered share of the new clients, in ten thousandths
@@ -198,7 +199,7 @@ class Fleet:
 
     served: bool = False  # a generation has served, since the first start
     #: How many generations in a row failed while no other generation served.  While a stop waits
-    #: for a rescue, each rescue counts, too, so that the next rescue waits longer.
+    #: for a rescue (rescue.py), each rescue counts, too, so that the next rescue waits longer.
     failed_starts: int = 0
     listeners_open: bool = True
     held: bool = False  # an operator's hold: no client is accepted
@@ -218,7 +219,7 @@ class Fleet:
 
     @property
     def incoming(self) -> Generation | None:
-        """The generation that the present reload or start has opened."""
+        """The generation that the current reload or start has opened: starting or settling."""
         return self.of(Phase.STARTING) or self.of(Phase.SETTLING)
 
     @property
@@ -330,7 +331,7 @@ class Fleet:
 
     @property
     def stop_awaits_rescue(self) -> bool:
-        """Whether a graceful stop waits for a generation that accepts clients of a hold.
+        """Whether a graceful stop waits for a rescue: a generation that accepts clients of a hold.
 
         The lame duck is over by then, so only --stop-timeout limits the wait.
         """
@@ -340,7 +341,8 @@ class Fleet:
     def queue_is_last(self) -> bool:
         """Whether only a draining generation's own workers can serve the clients in its queue.
 
-        False where workers accept: there, clients wait in the backlog, which a stop closes.
+        This is so in a graceful stop without a route.  It is never so where workers accept: there,
+        clients wait in the backlog, which a stop closes.
         """
         stops = self.stopping is Stop.GRACEFUL and self.route is None
         return stops and self.policy.queues

@@ -36,10 +36,10 @@ def launched(step: Step) -> None:
 
 
 def reload_requested(step: Step, canary: Canary | None, release: str = "") -> None:
-    """Queue a reload, which begin_if_wanted() begins.
+    """Queue a reload, which begin_if_wanted() begins; refuse a deploy that could not begin now.
 
     canary: the share that its generation gets first, instead of the configured share.
-    release: the release of a deploy, which begins now or not at all.
+    release: the release of a deploy; "": no deploy.
     """
     if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="cannot reload: a stop is in progress"))
@@ -79,7 +79,8 @@ def renew_requested(step: Step) -> None:
 def renew(step: Step) -> bool:
     """Replace the serving generation with the last good command; return whether this has begun.
 
-    It cannot begin during a stop or a reload, or if no generation serves.  A queued reload follows.
+    A replacement cannot begin during a stop or a reload, or if no generation serves.  A queued
+    reload follows the replacement.
     """
     fleet = step.fleet
     if not fleet.of(Phase.SERVING) or fleet.stopping or fleet.is_opening:
@@ -91,7 +92,10 @@ def renew(step: Step) -> bool:
 
 
 def begin_if_wanted(step: Step) -> None:
-    """Begin a queued reload, unless a reload or the first start is in progress."""
+    """Begin a queued reload, or fail it if a stop has been requested.
+
+    Do nothing while a reload, a rescue or the first start is in progress.
+    """
     fleet = step.fleet
     if fleet.incoming or fleet.to_open is Next.FRESH or fleet.reading:
         return
@@ -163,7 +167,7 @@ def _begin(step: Step) -> None:
     if step.fleet.dry_run:
         _begin_dry_run(step)
         return
-    # During a back-off no generation serves, so the reload must not wait for its end.
+    # During a back-off no generation serves, so the reload ends the back-off.
     step.cancel(TimerKind.OPEN)
     step.fleet = replace(step.fleet, to_open=Next.FRESH, failed_starts=0)
     _make_room(step)
@@ -228,7 +232,7 @@ def failed_in_the_way(fleet: Fleet) -> tuple[Generation, ...]:
 
 
 def open_if_due(step: Step) -> None:
-    """Open the next generation, unless a back-off or another generation delays it."""
+    """Open the next generation, if one is due and no back-off or other generation delays it."""
     fleet = step.fleet
     if fleet.to_open is None or Deadline(TimerKind.OPEN) in fleet.timers or in_the_way(fleet):
         return
@@ -242,7 +246,8 @@ def open_if_due(step: Step) -> None:
     step.do(Open(number, fresh, fleet.dry_run))  # its workers follow: workers.reconcile()
     serving = fleet.of(Phase.SERVING)
     if serving is not None and fleet.policy_of(fresh).rolls and not fleet.policy.rolls:
-        step.retire_orphans(serving.workers)  # a limit on the processes begins: do not wait
+        # From now on processes are limited, so orphans must make room.
+        step.retire_orphans(serving.workers)
 
 
 # -- a generation that succeeds -------------------------------------------------
@@ -267,7 +272,7 @@ def is_probed(fleet: Fleet, starting: Generation) -> bool:
 
 
 def probe_if_complete(step: Step) -> None:
-    """Probe a starting generation once all of its workers run; again if it gets more workers."""
+    """Probe a starting generation once all its workers run, and again if workers were added."""
     starting = step.fleet.of(Phase.STARTING)
     if starting is None or not is_probed(step.fleet, starting):
         return
@@ -328,8 +333,8 @@ def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
 def settled(step: Step, number: int, met: int | None, *, stuck: bool) -> None:
     """Continue with a generation whose SETTLE timer has run out, or pass its dry run.
 
-    met: how many connections it has had; None: unknown.
-    stuck: clients wait for it, but its workers accept none.
+    met: how many connections the generation has had; None: unknown.
+    stuck: clients wait for the generation, but its workers accept none.
     """
     if step.fleet.dry_run:
         _pass_dry_run(step, number)

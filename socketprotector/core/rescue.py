@@ -38,11 +38,11 @@ def rescue(step: Step, number: int) -> None:
 
 
 def serve_held(step: Step) -> None:
-    """Open the last good command to accept clients of a hold; queue a reload under way again.
+    """Open the last good command to accept clients of a hold, even during a reload.
 
     Only two generations can accept at once, so the incoming generation must make room.  A release
-    is taken back and queued again; a dry run fails.  The last good command is promoted early if it
-    is settling, or awaited if it is starting.
+    is taken back, and its reload is queued again; a dry run fails.  The last good command is
+    promoted early if it is settling, or awaited if it is starting.
     """
     serving, incoming = step.fleet.of(Phase.SERVING), step.fleet.incoming
     if not serving or step.fleet.stopping:

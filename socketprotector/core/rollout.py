@@ -78,10 +78,11 @@ def begin(step: Step, number: int, standby_s: float) -> bool:
 
 
 def stage_over(step: Step, number: int, met: int | None, *, stuck: bool) -> str:
-    """Continue with a settling generation whose timer has run out; return why it fails, or "".
+    """Continue with a settling generation whose timer has run out.
 
-    met: how many connections it has had; None: unknown.
-    stuck: clients wait for it, but its workers accept none.
+    Returns why the generation fails; "" if it does not fail.
+    met: how many connections the generation has had; None: unknown.
+    stuck: clients wait for the generation, but its workers accept none.
     """
     fleet, rollout = step.fleet, step.fleet.rollout
     if stuck and rollout:
@@ -106,7 +107,7 @@ def stage_over(step: Step, number: int, met: int | None, *, stuck: bool) -> str:
 
 
 def resume_stage(step: Step, held_s: float = 0.0) -> None:
-    """Restart the timer of the present stage.  held_s: how long a hold may still delay it."""
+    """Restart the timer of the current stage.  held_s: how long a hold may still delay its end."""
     settling = step.fleet.of(Phase.SETTLING)
     if settling and _settle_deadline(settling.number) in step.fleet.timers:
         stage_s = _stage_s(step.fleet, settling)
@@ -114,7 +115,7 @@ def resume_stage(step: Step, held_s: float = 0.0) -> None:
 
 
 def _stage_s(fleet: Fleet, settling: Generation) -> float:
-    """Return how long the present stage of a settling generation takes after the hold."""
+    """Return how long the current stage of a settling generation takes after the hold."""
     if fleet.stage_left_s is not None:
         return max(fleet.stage_left_s, _LOOK_AGAIN_S)
     rollout = fleet.rollout
@@ -185,9 +186,10 @@ def _share_of_ready(new: Generation, old: Generation) -> int:
 
 
 def lacks_library(fleet: Fleet, generation: Generation) -> str:
-    """Return why an incoming generation fails if a worker does not use the library, or "".
+    """Return why an incoming generation fails if a worker does not use the client library.
 
-    Workers on the library declare that they can finish alone.
+    Returns "" if the generation may serve without it.  Workers on the library declare that they
+    can finish alone.
     """
     if generation.phase not in (Phase.STARTING, Phase.SETTLING):
         return ""
@@ -211,7 +213,7 @@ def read_settings(fleet: Fleet) -> ReadSettings:
 
 
 def cannot_promote(fleet: Fleet, *, now: bool) -> str:
-    """Return why no stage can be ended now; "": the present stage can."""
+    """Return why the current stage cannot be ended now; "" if it can."""
     settling = fleet.of(Phase.SETTLING)
     if settling is None or fleet.stop_requested:
         return "nothing to promote: no generation is settling; see `status`"
@@ -222,7 +224,7 @@ def cannot_promote(fleet: Fleet, *, now: bool) -> str:
 
 
 def promote_requested(step: Step, met: int | None, *, now: bool) -> None:
-    """End the present stage, if a generation is settling."""
+    """End the current stage, or refuse the request."""
     refused, settling = cannot_promote(step.fleet, now=now), step.fleet.of(Phase.SETTLING)
     if refused or settling is None:
         step.do(Report(ReportKind.REFUSED, reason=refused))
@@ -241,7 +243,7 @@ def room(fleet: Fleet, most: int) -> int:
 
 
 def lacks_room(fleet: Fleet, starting: Generation) -> bool:
-    """Return whether a starting generation is ready except for workers that have no room."""
+    """Return whether a starting generation lacks only workers for which there is no room."""
     is_ready = starting.ready and len(starting.workers) < fleet.wanted_in(starting)
     return is_ready and room(fleet, 1) == 0
 
@@ -253,7 +255,10 @@ def waits_to_replace(fleet: Fleet) -> bool:
 
 
 def may_respawn(fleet: Fleet, generation: Generation) -> bool:
-    """Return whether an exited worker is replaced: only if its generation has too few workers."""
+    """Return whether an exited worker is replaced.
+
+    During a rollout it is replaced only if its generation has too few workers.
+    """
     if fleet.rollout is None:
         return True
     staying = [w for w in generation.workers if w.state not in LEAVING and not w.replaces]

@@ -56,7 +56,7 @@ class Snapshot:
     last_good: Program | None = None  # the last program that served, for a recovery
     workers: tuple[WorkerRecord, ...] = ()
     orphans: tuple[str, ...] = ()  # notify addresses of failed workers whose orphans got TERM
-    orders: tuple[tuple[str, int], ...] = ()  # signals that lost workers are to get, by address
+    orders: tuple[tuple[str, int], ...] = ()  # notify address of a lost worker -> signal to send
     forwarder: ForwarderRecord = field(default_factory=ForwarderRecord)
     steering: SteeringRecord = field(default_factory=SteeringRecord)
     nonblocking: tuple[int, ...] = ()  # see DeliveryRecord

@@ -50,7 +50,7 @@ class Step:
     """The fleet and the actions that one event has led to so far."""
 
     def __init__(self, fleet: Fleet) -> None:
-        self.before = fleet  # before the event; earlier steps left nothing to do in this fleet
+        self.before = fleet  # before the event; in this fleet nothing was left to do
         self.fleet = fleet
         self.actions: list[Action] = []
 
@@ -98,7 +98,7 @@ class Step:
         self.do(Spawn(generation, worker.number, worker.slot))
         draining = self.fleet[generation]
         if draining.phase is Phase.DRAINING and not draining.quiescing:
-            # The generation got this order before this worker was started.
+            # The order to the whole generation came before this worker was started.
             self.end_evenly(draining, worker.number)
         self.start(TimerKind.WORKER_START, worker.number, self.fleet.policy.start_timeout_s)
 
@@ -108,7 +108,10 @@ class Step:
         self.start(TimerKind.WORKER_KILL, worker.number, self.fleet.policy.kill_timeout_s)
 
     def retire(self, worker: Worker) -> None:
-        """Make a worker finish its connections; --drain-timeout limits the time."""
+        """Make a worker finish its connections; --drain-timeout limits the time.
+
+        A worker that cannot do so while others serve gets TERM instead.
+        """
         finishes = worker.retires or worker.state is State.ORPHANED
         found = self.fleet.find(worker.number)
         if found is not None:
@@ -162,7 +165,7 @@ class Step:
         """Let a generation finish its connections."""
         self.fleet = self.fleet.moved(number, Phase.DRAINING)
         generation = self.fleet[number]
-        # Another generation accepts new clients from a socket of its own, now or soon.
+        # Where workers accept, another generation accepts from its own socket, now or soon.
         other = self.fleet.route or self.fleet.to_open
         other_accepts = self.fleet.policy.quiesces and other
         if other_accepts and self.fleet.stopping is not Stop.QUICK:
@@ -193,7 +196,10 @@ class Step:
         return 0.0 if self.fleet.stopping else self.fleet.policy.drain_limit_s
 
     def end_evenly(self, generation: Generation, worker: int = 0) -> None:
-        """Order a leaving worker, or all workers (0), to end connections evenly, if configured."""
+        """If the policy says so, order leaving workers to end their connections evenly.
+
+        worker: 0 for all workers of the generation.
+        """
         fleet = self.fleet
         policy = fleet.policy if fleet.stopping else fleet.newest_policy
         if not policy.spreads:
@@ -327,7 +333,7 @@ class Step:
     def fail_unopened(self, reason: str) -> None:
         """Report the failure of a reload or dry run that opened no generation.
 
-        The report uses up a generation number, because control clients await a number's verdict.
+        The report uses up the next generation number: control clients await a verdict for it.
         """
         number = self.fleet.next_generation
         self.fleet = replace(self.fleet, next_generation=number + 1, rollout=None)

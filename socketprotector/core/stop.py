@@ -1,7 +1,7 @@
 """Stops: graceful (workers finish their connections) or quick (TERM now); lame duck and hold.
 
-Pure.  A stop calls off all pending work.  Afterwards a worker is started only for queued clients
-that no other worker or generation can serve.
+Pure.  A stop calls off all pending work.  During a stop, a worker is started only for queued
+clients that no other worker or generation can serve.
 
 A lame duck (--lame-duck) may precede a graceful stop.  Balancers are asked to send clients
 elsewhere.  Serving continues, and so does a reload under way, but no new request begins.
@@ -79,7 +79,8 @@ def stop_gracefully(step: Step, reason: str = "") -> None:
 def stop_if_rescued(step: Step) -> None:
     """Continue a waiting stop once no client of a hold needs another generation.
 
-    A HeldClientsWait event may follow the end of a hold or start, so first let the loop turn.
+    Such clients are reported by a HeldClientsWait event, perhaps only after a hold or a start has
+    ended.  So first let the loop turn.
     """
     fleet, before = step.fleet, step.before
     if _may_renew(fleet):
@@ -207,7 +208,7 @@ def _has_unopened(fleet: Fleet) -> bool:
 
 
 def hold_requested(step: Step, seconds: float, left_s: float | None) -> None:
-    """Accept no client for this long; another request starts the time again.
+    """Accept no client for this long; another request restarts the time.
 
     left_s: how much time a settling generation has left, and still has after the hold.
     """

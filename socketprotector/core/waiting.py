@@ -1,4 +1,4 @@
-"""Names each event that a fleet waits for, and the reason, for the operator.
+"""Says what a fleet waits for, and why, for the operator.
 
 Pure.  `status` shows the waits.  The exporter, and commands that show progress, read `status`.
 """
@@ -94,7 +94,7 @@ def _start(fleet: Fleet, facts: Facts, generation: Generation) -> Wait:
     ready = sum(worker.state is State.READY for worker in generation.workers)
     known = [f"{ready} of {_count(wanted, 'worker')} ready"]
     if facts.answer:
-        # If only the answer decides, READY=1 from workers does not matter.
+        # If only the answer decides, leave out the number of ready workers: READY=1 is ignored.
         known = known[: not fleet.policy_of(generation.fresh).answer_decides]
         known.append(_last_answer(facts.answer))
     if rollout.lacks_room(fleet, generation) or not (wanted or rollout.room(fleet, 1)):
@@ -280,7 +280,7 @@ def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
     }
     finishing = [
         worker
-        for worker in serving.workers  # a starting worker without a deadline was sent KILL
+        for worker in serving.workers  # a starting worker without a timer has been sent KILL
         if worker.state in (State.STARTING, State.RETIRING, State.ORPHANED)
         and worker.number not in reported
     ]

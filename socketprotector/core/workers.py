@@ -21,8 +21,8 @@ from .step import Step
 
 #: The most workers to start or retire in one turn of the loop: a few milliseconds' work.
 AT_ONCE = 8
-#: How many process groups may outlive their workers; each takes descriptors.  If twice the wanted
-#: number of workers is more, that is the limit.
+#: How many process groups may outlive their workers, because each takes descriptors.  The limit is
+#: twice the wanted number of workers, and at least this number.
 MOST_ORPHANS = 64
 _NUMBER, _REPLACES, _STATE = attrgetter("number"), attrgetter("replaces"), attrgetter("state")
 
@@ -30,7 +30,7 @@ _NUMBER, _REPLACES, _STATE = attrgetter("number"), attrgetter("replaces"), attrg
 def worker_ready(step: Step, number: int, retires: bool, *, alone: bool = True) -> None:
     """Mark a starting worker ready, and retire the worker that it replaces.
 
-    alone: it has declared that it can finish alone.
+    alone: the worker has declared that it can finish alone.
     """
     found = step.fleet.find(number)
     if found is None or found[1].state is not State.STARTING:
@@ -109,11 +109,11 @@ def _end_orphans(
 
 
 def _serves_on(fleet: Fleet, number: int, orphan: Worker, *, lost: bool) -> bool:
-    """Return whether orphans serve until the next worker in their slot is ready.
+    """Return whether an orphan may serve for now, although its worker has exited or is lost.
 
-    A limit on the processes may delay that worker until other orphans have ended.  Without this
-    limit a lost worker serves until its generation drains: a server that is sent a signal while
-    its socket still gets clients can reset them.
+    In a rolling policy, the limit of processes may delay the next worker in the slot.  Orphans
+    serve until that worker is ready.  In other policies only a lost worker serves, until its
+    generation drains: after a signal, the server could reset clients that its socket still gets.
     """
     if fleet[number].phase is not Phase.SERVING:
         return False
@@ -126,7 +126,7 @@ def _serves_on(fleet: Fleet, number: int, orphan: Worker, *, lost: bool) -> bool
 def _retire_orphans(step: Step, number: int, slot: int) -> None:
     """Retire the orphans of a slot, which served until another worker was ready."""
     if not step.fleet.policy.rolls:
-        return  # without rolling, orphans are retired at once
+        return  # in other policies no orphan waits for the next worker: see _serves_on()
     # Rolling always has a drain limit, so each retired orphan has a timer.
     step.retire_orphans(each for each in step.fleet[number].workers if each.slot == slot)
 
@@ -148,7 +148,10 @@ def _would_lose_queue(fleet: Fleet, number: int) -> bool:
 
 
 def _respawn(step: Step, number: int, dead: Worker, event: WorkerExited) -> None:
-    """Start another worker for an exited one, at once or after a back-off, mostly in its slot."""
+    """Start another worker for an exited worker, at once or after a back-off.
+
+    The new worker gets the same slot, or another slot if the exited worker is lost.
+    """
     deaths = 0 if event.served_s >= PROVEN_S else dead.quick_deaths + 1
     slot = _another_slot(step, number, dead) if event.lost else dead.slot
     new = step.add(number, slot, quick_deaths=deaths, replaces=dead.replaces)
@@ -158,9 +161,9 @@ def _respawn(step: Step, number: int, dead: Worker, event: WorkerExited) -> None
 
 
 def _another_slot(step: Step, number: int, lost: Worker) -> int:
-    """Return a slot for the successor of a lost worker, which still counts in its own slot.
+    """Return a slot for the successor of a lost worker, which keeps its own slot.
 
-    Orphans that serve until their slot is filled wait for the successor.
+    Other orphans of that slot move to the new slot, and serve until the successor is ready.
     """
     slot = next(_free_slots(step.fleet[number]))
     for each in step.fleet[number].workers:
@@ -256,7 +259,10 @@ def _fill(step: Step, most: int) -> int:
 
 
 def _resize(step: Step, most: int) -> int:
-    """Grow or shrink the serving and, in a rollout, the settling generation; return how much."""
+    """Grow or shrink the serving and, in a rollout, the settling generation.
+
+    Returns how many workers were started or retired.
+    """
     fleet = step.fleet
     serving, settling = fleet.of(Phase.SERVING), fleet.of(Phase.SETTLING)
     if fleet.stopping or (settling and fleet.rollout is None):

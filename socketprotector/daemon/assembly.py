@@ -1,7 +1,8 @@
 """Creates the parts of the resident process, and connects them.
 
-After an upgrade or a kill, this program replaces "an earlier program".  Each part then adopts its
-descriptors and records from that program.  "The next program" will replace this program.
+In this package "an earlier program" is the resident process before this one.  After an upgrade or a
+kill, each part adopts its descriptors and records from the earlier program.  "The next program" is
+the resident process that will replace this one.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ if TYPE_CHECKING:
     from ..model.control_requests import Request
     from .control.server import Client
 
-#: How soon to send a message again after the guard's or systemd's socket was full.
-_AGAIN_S = 0.1
-#: The names of the descriptors that belong to no part, so this module keeps these descriptors.
+#: The pause before another try to send a message, after the guard's or systemd's socket was full.
+_RESEND_PAUSE_S = 0.1
+#: The names of the descriptors that belong to no part: Resident keeps them.
 _OWN = (inherited.SETTINGS, inherited.STATE, inherited.PID_FILE, inherited.NOTIFY)
 _STDERR = 2
 
@@ -69,13 +70,13 @@ class Resident:
         earlier: the state of an earlier program; StateError: why that state is unusable; None: a
         first start.  command: the command line that executes this program again.
         """
-        # A guard has copies of all descriptors.  Without a guard, only an earlier program can have
-        # stored copies, and such a program leaves a state.  Otherwise nothing is stored yet.
-        stored = inherited.GUARD in descriptors or inherited.STATE in descriptors
-        kept = descriptors.keys() - {inherited.GUARD} if stored else set()
+        # The fd store of a guard has a copy of each descriptor.  systemd's fd store has copies only
+        # if an earlier program has stored them; we then also inherit that program's state.
+        has_copies = inherited.GUARD in descriptors or inherited.STATE in descriptors
+        stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()
         if isinstance(earlier, Snapshot):
-            # An upgrade has passed us these descriptors, but the store had no room for copies.
-            kept -= set(earlier.left_out)
+            # We inherit these descriptors by an upgrade: the store had no room for copies.
+            stored -= set(earlier.left_out)
         self.settings = settings
         self.unclaimed = unclaimed = Inherited(descriptors)
         #: The descriptors of _OWN, by name.
@@ -83,7 +84,7 @@ class Resident:
         self.earlier = earlier
         self.command = command
         self.output = Output(settings)
-        self.parents = Parents(unclaimed.take_one(inherited.GUARD), kept, self._retry_later)
+        self.parents = Parents(unclaimed.take_one(inherited.GUARD), stored, self._send_later)
         self.start_report = StartReport(
             unclaimed.take_one(inherited.LAUNCHER),
             unclaimed.take_one(inherited.TERMINAL),
@@ -99,9 +100,9 @@ class Resident:
         )
         #: Whether the next program could resume from our state: True once we have an earlier state,
         #: or are about to launch the first generation.
-        self.began = False
+        self.is_resumable = False
         #: Whether this program is still adopting an earlier program's descriptors and state.
-        self.resumes = False
+        self.is_adopting = False
         #: The names of the listening sockets that systemd keeps for the next start.
         self.surviving: tuple[str, ...] = ()
         self.watcher: watch_client.FileWatch | None = None
@@ -111,13 +112,13 @@ class Resident:
     def supervise(self) -> int:
         """Resume from an earlier state, or start; return the exit status when the fleet has ended.
 
-        If the earlier state's fleet was exiting, only complete the exit.  Raises StateError if the
+        If the earlier program was exiting, only complete its exit.  Raises StateError if the
         earlier state cannot be resumed.
         """
         snapshot = self._snapshot_to_resume()
         if snapshot is not None and snapshot.fleet.exiting:
             return self._finish_exit(snapshot)
-        self.began = self.resumes = snapshot is not None
+        self.is_resumable = self.is_adopting = snapshot is not None
         loop = self._become_resident()
         for listener in self.listeners:
             listener.claim(resumed=snapshot is not None)
@@ -135,14 +136,14 @@ class Resident:
         self._watch_parents(supervisor, runtime)
         # Signals were blocked until now, because no part could handle them.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        self.began = True
+        self.is_resumable = True
         watchers = self.unclaimed.take_all(inherited.WATCH)
         if snapshot is None:
             self.unclaimed.close()
             supervisor.launch()
         else:
             supervisor.adopt(recovery.Recovery(supervisor.effects, snapshot, self.unclaimed))
-            self.resumes = False
+            self.is_adopting = False
         live = supervisor.effects.live_settings
 
         def inform_guard() -> None:
@@ -218,8 +219,8 @@ class Resident:
             starts_others = settings.worker_identity is not None
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)
             if starts_others:
-                # The program that executed us (the guard, or the program before an upgrade) may
-                # have lent us capabilities, which workers would inherit.
+                # The guard, or an earlier program by an upgrade, has perhaps passed us
+                # capabilities.  Workers must not inherit them.
                 privileges.reclaim()
         return loop
 
@@ -248,6 +249,7 @@ class Resident:
         log, pool = runtime.log, supervisor.effects.pool
 
         def on_guard_gone() -> None:
+            """Stop relying on the guard; warn, unless there was none."""
             if self.parents.line is not None:
                 hint = (
                     "the next crash of SocketProtector loses connections; restart SocketProtector"
@@ -260,6 +262,7 @@ class Resident:
         self.parents.watch(runtime.loop, pool.learn_status, on_guard_gone)
 
         def start_waits() -> Sequence[object]:
+            """Return what the start waits for, as `status` shows it (`waits_for`)."""
             fleet, effects = supervisor.fleet, supervisor.effects
             found = status.of_generations(fleet, effects)
             waits: Sequence[object] = status.of_waits(fleet, effects, found, {}, "").get(
@@ -334,7 +337,7 @@ class Resident:
             command=self.command,
             survive_exit=self.parents.stays,
         )
-        keeps = settings.worker_identity is not None
+        keeps_capabilities = settings.worker_identity is not None
         supervisor = Supervisor(
             Fleet(
                 policy=settings.policy,
@@ -344,7 +347,7 @@ class Resident:
             queue,
             effects,
             checkpoint,
-            Upgrade(self.command, runtime.loop, runtime.log, keeps=keeps),
+            Upgrade(self.command, runtime.loop, runtime.log, keeps=keeps_capabilities),
             runtime,
             reopen_logs=lambda: self._reopen_logs(runtime.log),
             on_signal=lambda number: self.parents.guard.send(f"X_TOOK={number:d}"),
@@ -360,7 +363,7 @@ class Resident:
         return supervisor
 
     def _descriptors(self) -> dict[str, int]:
-        """Return the descriptors that the next program needs, by name, except those of Effects."""
+        """Return the descriptors that the next program needs, by name, but not those of Effects."""
         found = dict(self.own)
         if self.control_listener is not None:
             found[inherited.CONTROL] = self.control_listener.fileno()
@@ -371,10 +374,11 @@ class Resident:
         parts = (self.parents, self.start_report)
         return found | {name: fd for each in parts for name, fd in each.descriptors().items()}
 
-    def _retry_later(self, again: Callable[[], None]) -> None:
-        # If there is no loop, we are about to exit, and Outbox.finish() sends the unsent messages.
+    def _send_later(self, again: Callable[[], None]) -> None:
+        # Without a loop we only complete an earlier program's exit (_finish_exit), and
+        # Outbox.finish() sends the unsent messages.
         if self._loop is not None:
-            self._loop.call_after(again, _AGAIN_S, again)
+            self._loop.call_after(again, _RESEND_PAUSE_S, again)
 
     def _reopen_logs(self, log: Log) -> None:
         try:
@@ -397,13 +401,13 @@ class Resident:
             return None
 
         def handle(client: Client, request: Request) -> None:
-            with client.within_memory():  # if memory runs out here, nothing has changed yet
+            with client.within_memory():  # if memory runs out here, the request has changed nothing
                 handler = commands.CommandHandler(supervisor, runtime)
             if not client.gone:
                 handler.handle(client, request)
 
         uids = {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
-        self.control_listener.claim(resumed=self.began)
+        self.control_listener.claim(resumed=self.is_resumable)
         control = ControlServer(
             self.control_listener,
             runtime.loop,

@@ -1,13 +1,14 @@
-"""The addresses at which the operator's check commands reach a generation.
+"""The probe addresses: at each, an operator's check command reaches one generation.
 
-The options `--ready check:CMD` and `--settle-check CMD` set these commands.  While a generation is
-checked, a loopback port leads to the generation.  So a command can use any client program.
+The options `--ready check:CMD` and `--settle-check CMD` set the check commands.  While a generation
+is checked, a loopback port leads to the generation.  So a command can use any client program.
 
 In listener mode a helper process, the prober (programs/prober.py), forwards the port's connections
-to the generation's socket.  The kernel recognizes a TCP probe by a mark, which a command would not
-set.  So the prober sets this mark on each TCP connection.
+to the generation's socket.  The kernel recognizes a TCP probe by a mark (SO_MARK), which a command
+would not set.  So the prober sets this mark on each TCP connection.
 
-In other modes the port forwards connections to the channel, from which workers take connections.
+In other modes the protector itself accepts the port's connections, and sends them into the
+generation's channel (delivery/queue/probe_port.py).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Forwarding:
-    """A loopback socket, and the prober that forwards the socket's connections to a target."""
+    """A loopback socket, and the prober that forwards the socket's connections to a ProbeTarget."""
 
     def __init__(self, loop: Loop, target: ProbeTarget, ended: Ended) -> None:
         """Open the socket and start the prober.  Raises OSError.
@@ -107,12 +108,12 @@ class CheckProbes:
         return f"{host}:{port}"
 
     def judge(self, generation: OpenGeneration, why: str) -> str:
-        """Return why a check failed; "": it passed.
+        """Return why a check has failed; "": it has passed.
 
-        why: why the command failed; "": it succeeded.
+        why: why the check's command failed; "": the command succeeded.
 
-        If another generation may have answered the command, ignore `why`, release the address, and
-        return SHUT_DOWN.  The next command then gets another address.
+        If the command has perhaps reached another generation, ignore `why`, release the address,
+        and return SHUT_DOWN.  The next command then gets another address.
         """
         number = generation.record.number
         target, _ = self._open.get(number, (None, None))

@@ -1,15 +1,15 @@
 """Saves what the next program, which replaces us after a crash or an upgrade, needs to resume.
 
-We save after each decision, before the decision's actions are carried out.
+We save after each decision of core/decide.py, before the decision's actions are carried out.
 
 Descriptors go to the fd store: to the guard or, if there is no guard, to systemd.  The state memfd
 says what each descriptor is for.  We store new descriptors first, then write the state, then remove
 old descriptors, then act.  So whenever we are killed, the store has all descriptors that the state
-mentions.  Exceptions: the store was full, the guard or systemd was slow to read, or no descriptor
-was free for a copy.
+mentions.  The store lacks some only if it was full, if the guard or systemd was slow to read, or if
+no descriptor was free for a copy.
 
-Only changes are stored and written, so a change of one worker costs the same with one worker as
-with a thousand.
+Only changes are stored and written.  So a change of one worker costs the same, whether one worker
+runs or a thousand.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ class Checkpoint:
     file: StateFile
     store: Store
     log: Log
-    #: Returns the descriptors that the next program needs, by name, except those of Effects.
+    #: Returns the descriptors that the next program needs, by name, but not those of Effects.
     process_descriptors: Callable[[], Mapping[str, int]]
     _effects: Effects | None = None
     _snapshot: Callable[[], Snapshot] | None = None
     _written: Snapshot | None = None  # the last snapshot written; None: none yet, or a write failed
     _failing: bool = False  # the last write of the state has failed
-    #: We have logged that the guard or systemd has not taken all descriptors yet.
+    #: We have logged keeper-behind: the guard or systemd has not taken all descriptors yet.
     _behind: bool = False
     _full: bool = False  # the fd store had no room for all descriptors at the last save
 
     def begin(self, effects: Effects, snapshot: Callable[[], Snapshot]) -> None:
-        """Start to save the state of these effects; snapshot: returns the state to write."""
+        """Start to save: until then save() does nothing.  snapshot: returns the state to write."""
         self._effects, self._snapshot = effects, snapshot
 
     def descriptors(self) -> dict[str, int]:
@@ -62,17 +62,17 @@ class Checkpoint:
     def save(self) -> bool:
         """Store the descriptors and write the state, so that the next program can resume.
 
-        Returns False if the state could not be written.  Without an fd store, nothing is written:
-        a kill then closes all descriptors, so no program could resume.
+        Returns False if the state could not be written.  Without an fd store, writes nothing and
+        returns True: a kill closes all descriptors, so no program could resume from the state.
         """
         if self._effects is None:
             return True
         if not self.store.keeps:
-            # Without a store, sync() only empties the set of changed names (Named.changed).
+            # Without a store, sync() only forgets which names have changed (Named.changed).
             self.store.sync({}, self._effects.pool.descriptors)
             return True
         wanted = {**self.process_descriptors(), **self._effects.own_descriptors()}
-        # Do not store our line to the guard, which makes a new line for each program.
+        # Do not store our line (a socket) to the guard: the guard makes one for each program.
         wanted.pop(inherited.GUARD, None)
         if not self.store.sync(wanted, self._effects.pool.descriptors, self._write):
             return False
@@ -94,9 +94,9 @@ class Checkpoint:
     def write(self) -> bool:
         """Write the state; return whether an upgrade may execute the next program now.
 
-        The next program does not store the descriptors that it inherits.  It assumes that the fd
-        store has them, except those that the state lists as left out.  So an upgrade must wait
-        until every other descriptor was sent to the store.
+        The next program does not store the descriptors that it inherits: it assumes that the fd
+        store has them, unless the state lists them as left out.  So an upgrade must wait until
+        all descriptors that are not left out have been sent to the store.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)

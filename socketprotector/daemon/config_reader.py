@@ -1,8 +1,8 @@
 """Reads the configuration again in a child process, because reading may block.
 
-Reading also needs modules that must not stay in the resident process.  The child gets the current
-settings, reads the configuration as the launching process did, and exits.  launch/reload_child.py
-is the child's program, and documents the answer.
+Reading also needs modules that must not stay in the resident process.  The child (also called the
+reader process) gets the settings in force, reads the configuration as the launching process did,
+sends an answer, and exits.  launch/reload_child.py is its program, and documents the answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..system import inherited
 from ..system.helper import HelperProcess, last_line
 from ..system.loop import Loop
 
-#: The size limit of a record.  An answer consists of records; each is a name and one descriptor.
+#: An answer consists of records; each is a name and one descriptor.  This limits a record's bytes.
 _RECORD_BYTES = 64
 #: The size limit of a text in the answer; no configuration comes near it.
 _MOST_BYTES = 16 * 1024 * 1024
@@ -28,9 +28,9 @@ _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
 @mutable
 class ConfigAnswer:
-    """The new settings, or why the reading failed; after read(dry=True), only what would change.
+    """The new settings, or why the reading failed.  The receiver owns the descriptors.
 
-    The receiver owns the descriptors.
+    After read(dry=True) only `changes` and `fixed` are set, or `failure` and `code`.
     """
 
     failure: str = ""  # in words, perhaps in several lines; "": success
@@ -39,7 +39,7 @@ class ConfigAnswer:
     listeners: dict[int, int] = field(default_factory=dict)  # listener index -> descriptor
     siblings: dict[int, int] = field(default_factory=dict)  # listener index -> its second socket
     reserved: dict[int, int] = field(default_factory=dict)  # listener index -> its third socket
-    changes: tuple[str, ...] = ()  # what differs from the current settings, in words
+    changes: tuple[str, ...] = ()  # what differs from the settings in force, in words
     fixed: tuple[str, ...] = ()  # the changes that a reload would refuse
 
 
@@ -68,9 +68,10 @@ class ConfigReader:
     ) -> None:
         """Read the configuration, bind new listeners, and call `done` with the answer.
 
-        The child is killed after start_timeout_s.  If no child can start, `done` is called at once.
+        The child is killed after --start-timeout.  If the child cannot be started, `done` is called
+        before this method returns.
 
-        dry: only report what would change.
+        dry: only try the binds, and answer only what would change.
         """
         assert not self.busy
         self._failure = ""
@@ -86,7 +87,7 @@ class ConfigReader:
         self.loop.call_after(self.key, limit_s, lambda: self._too_late(limit_s))
 
     def call_off(self, answer: ConfigAnswer | None = None) -> None:
-        """End a running child, and call `done` with this answer; None: do not call `done`."""
+        """End the child if it is running; then call `done` with this answer, unless it is None."""
         if self._process is not None:
             done, self._done = self._done, _discard_answer
             self._release()
@@ -184,7 +185,7 @@ class ConfigReader:
         return {int(name.removeprefix(kind)): self._received.pop(name) for name in names}
 
     def _release(self) -> None:
-        """Discard the child, and close the line to it and all received descriptors."""
+        """Discard the child; close our socket to the child and all received descriptors."""
         self.loop.cancel(self.key)
         for fd in self._received.values():
             os.close(fd)

@@ -1,8 +1,8 @@
 """Moves the symbolic link `current`, which names the release to start, and keeps the link's lock.
 
 The protector that holds the lock is the link's owner: only the owner moves the link.  The owner
-keeps the lock until it exits, also through upgrades.  Other protectors with the same link only read
-the link.
+keeps the lock until the owner exits, also through upgrades.  Other protectors with the same link
+only read the link.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..system import inherited, release_store
 from ..system.helper import BackOff
 from .runtime import Runtime
 
-_AGAIN = "current"
+_RETRY_TIMER = "current"
 _FIRST_DELAY_S, _LAST_DELAY_S = 1.0, 60.0
 
 
@@ -50,7 +50,7 @@ class CurrentLink:
         self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
         self._lock = lock
         self._moved_late = moved_late
-        #: Why the last try to take the lock failed; "": the lock is ours or another protector's.
+        #: The error of the last try to take the lock; "": no error (perhaps no try).
         self.not_locked = ""
         self.not_moved: NotMoved | None = None
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
@@ -67,7 +67,7 @@ class CurrentLink:
 
     @property
     def in_the_way(self) -> str:
-        """Why `current` must not be replaced (it is no symbolic link); "": it may be replaced."""
+        """Why `current` cannot be moved: it is no symbolic link; "": it is one, or is missing."""
         return release_store.in_the_way(self.path)
 
     @property
@@ -111,7 +111,7 @@ class CurrentLink:
     # -- the moves ---------------------------------------------------------------
 
     def prepare(self, name: str) -> str:
-        """Make the link that move() will rename; return why that is impossible, or ""."""
+        """Make the link that move() will rename; return why that failed; "": it has not failed."""
         try:
             release_store.prepare(self.path, os.path.join(self._settings().releases, name))
         except OSError as error:
@@ -130,14 +130,14 @@ class CurrentLink:
             self.not_moved = NotMoved(
                 name, named, f"{self.path} still names {named or 'no release'}: {error.strerror}"
             )
-            if self._loop.due(_AGAIN) is None:
-                self._loop.call_after(_AGAIN, self._back_off.wait_s(), self._again)
+            if self._loop.due(_RETRY_TIMER) is None:
+                self._loop.call_after(_RETRY_TIMER, self._back_off.wait_s(), self._retry)
         else:
             if self.due:
                 self._log.write("info", "current-moved", release=name)
             self._forget_due()
 
-    def _again(self) -> None:
+    def _retry(self) -> None:
         self.forget_due_if_moved()
         if self.due:
             self.move(self.due)
@@ -152,10 +152,10 @@ class CurrentLink:
 
     def _forget_due(self) -> None:
         self.not_moved = None
-        self._loop.cancel(_AGAIN)
+        self._loop.cancel(_RETRY_TIMER)
         self._back_off.reset()
 
     def discard(self) -> None:
-        """Undo prepare(), if this protector has the lock and no move is due."""
+        """Remove the link that prepare() made, unless a move is due or we are not the owner."""
         if self._lock is not None and not self.due:
             release_store.discard(self.path)

@@ -1,7 +1,7 @@
 """Carries out the actions that package core orders, and turns their results into events.
 
-If the protector is killed, the next program may repeat an action.  If a repetition would do harm,
-the state is written right after the action (_WRITTEN_AT_ONCE in supervisor.py).
+After a kill the next program repeats actions that the state does not show as done.  So the state is
+written right after an action whose repetition would do harm (_WRITTEN_AT_ONCE in supervisor.py).
 """
 
 from __future__ import annotations
@@ -73,18 +73,18 @@ from .runtime import Runtime
 from .start_report import StartReport
 from .worker_pool import WorkerPool
 
-#: The state lists these actions until done; the next program derives all others from the fleet.
+#: The state lists these actions until done; the next program derives other actions from the fleet.
 RECORDED = Undone | Report | StartTimer
 #: Reports after which a generation's program counts as the last good program.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
-#: After the time of --settle: how often to check whether --settle-check has succeeded.
+#: The pause between looks whether --settle-check has succeeded, once the time of --settle is over.
 _SETTLE_AGAIN_S = 0.1
 _LATE = "late"  # the timer of a stop that still accepts clients who waited during a hold
 
 
 class Effects(Host):
-    """The generations, workers and timers; the fleet has only their numbers and Deadlines."""
+    """The real generations, workers and timers; core/fleet.py has only numbers and Deadlines."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Effects(Host):
         command: tuple[str, ...] = (),
         survive_exit: Callable[[Iterable[str]], bool] = lambda names: False,
     ) -> None:
-        """build: makes the delivery.  command: the command line that executes our program again.
+        """build: makes the delivery.  command: the command line that executes this program again.
 
         survive_exit: returns whether the next start gets the descriptors with these names.
         """
@@ -212,7 +212,7 @@ class Effects(Host):
     def snapshot(self, fleet: Fleet, actions: Iterable[Action]) -> Snapshot:
         """Return the state that the next program needs after an upgrade or a crash.
 
-        actions: the RECORDED actions that have perhaps not been carried out yet.
+        actions: the RECORDED actions that may still have to be carried out.
         """
         now, delivery = time.monotonic(), self.delivery.record()
         self.generations.forget_released(self.delivery.keeps)
@@ -251,7 +251,7 @@ class Effects(Host):
         return {name: fd for each in owners for name, fd in each.descriptors().items()}
 
     def suspend(self) -> None:
-        """Stop all probes and checks, the reading of settings and the search for orphans."""
+        """Stop all probes and checks, the reader processes and the search for orphans."""
         self.live_settings.stop_reading()
         for each in (self.pool, self.probing):
             each.suspend()
@@ -270,7 +270,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_try()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            # snapshot() does this, too, but is perhaps never called without guard and fd store.
+            # snapshot() also does this, but perhaps never runs without a guard or an fd store.
             self.generations.forget_released(self.delivery.keeps)
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:
@@ -314,7 +314,7 @@ class Effects(Host):
         self.probing.set_serving(generation)
 
     def met(self, number: int) -> int | None:
-        """Return how many new clients a generation has got; None: unknown."""
+        """Return how many new clients a generation was sent, or accepted itself; None: unknown."""
         generation = self.generations.get(number)
         return self.delivery.met(generation) if generation is not None else None
 
@@ -358,7 +358,7 @@ class Effects(Host):
             self._post(ListenersLost())
 
     def listener_bound(self, listener: Listener) -> None:
-        """Record a listener's new socket file."""
+        """Record which socket file a listener has now (at a UNIX path)."""
         self.live_settings.note_rebound(listener)
 
     @property
@@ -396,7 +396,7 @@ class Effects(Host):
             self._note_due(deadline)
 
         def passed() -> None:
-            # --lame-duck-idle counts from the last client; other timers count from their start.
+            # The time of --lame-duck-idle begins again at each client.
             idle_s = self.delivery.idle_s if deadline.wait is TimerKind.LAME_DUCK_IDLE else seconds
             if idle_s < seconds:
                 set_timer(seconds - idle_s)
@@ -416,7 +416,7 @@ class Effects(Host):
     def _start_advice(self, number: int) -> str:
         """Return the likely cause of a generation's start timeout; "": unknown."""
         known = self.probing.last or self.pool.check_result(number)
-        if self.pool.proved_ready:  # by more than a timer, so do not advise about the socket
+        if self.pool.proved_ready:  # a worker is ready, not by a timer: the socket is no cause
             return known
         more = self.pool.advice(number, ignores_socket=bool(known))
         return "; ".join(filter(None, (known, more)))
@@ -435,7 +435,7 @@ class Effects(Host):
 
     @property
     def late_clients_s(self) -> float | None:
-        """Return how long a stop still accepts clients of an earlier hold; None: it does not."""
+        """Return how long a stop still accepts clients of an earlier hold; None: not any more."""
         due = self._loop.due(_LATE)
         return max(0.0, due - time.monotonic()) if due is not None else None
 

@@ -2,9 +2,9 @@
 
 A pool is a worker of --handoff stdio: it starts a program for each connection.  Until a program has
 worked, the pool reports programs that fail early; programs/stdio/first_programs.py defines
-"worked" and "fail early".  Fewer than NO_ACCIDENT failures only appear in the log and `status`,
-because clients may have caused them.  After NO_ACCIDENT failures a settling generation is rolled
-back; a generation in another phase keeps running.
+"worked" and "fail early".  Clients may cause a few failures.  So fewer than NO_ACCIDENT failures
+are only reported: in the log, `status` and `crashes`.  At NO_ACCIDENT failures a settling
+generation is rolled back; a generation in another phase keeps running.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class FirstPrograms:
         _, how = exit_text.status_of(status)
         count = generation.record.programs_failed + 1
         generation.update_record(programs_failed=count, program_ended=how)
-        self.runtime.persist()  # now: a kill must not lose the count while we await the last words
+        self.runtime.persist()  # a kill must not lose the count while we wait for done()
 
         def done(found: str) -> None:
             # The last words are the whole pool's: several programs may have written the same lines.

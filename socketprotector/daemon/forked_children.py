@@ -23,13 +23,13 @@ class Child:
     number: int  # from 0, among the worker's children
     pid: int
     counts: Counts | None
-    slot: int  # the slot of its record in the scoreboard
+    slot: int  # which record of the scoreboard the child writes
 
 
 def children_of(record: WorkerRecord, generation: OpenGeneration) -> list[Child]:
     """Return the living children of a worker."""
     if record.orphaned:
-        return []  # the worker has exited, and another worker may use its slot
+        return []  # the worker has exited, and another worker may have its slot
     return [each for each in _recorded(record, generation) if _is_in_session(each.pid, record.pid)]
 
 
@@ -54,10 +54,10 @@ def left_open(record: WorkerRecord, generation: OpenGeneration) -> int:
 
 
 def retire(child: int, leader: int) -> bool:
-    """Order a child to finish its connections; return False if there is no such child.
+    """Send a child SIGTERM, so that it finishes its connections; return whether it was sent.
 
-    leader: the worker's pid.  A process outside the worker's session is not signalled, and
-    does not count as a child.  Raises OSError.
+    child: the child's pid.  leader: the worker's pid, which leads its session.  Returns False if
+    the worker's session has no such child.  Raises OSError.
     """
     try:
         pidfd = os.pidfd_open(child)

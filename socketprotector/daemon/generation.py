@@ -24,7 +24,7 @@ class OpenGeneration:
 
     record: GenerationRecord
     board: Board | None = None  # None: there is no scoreboard, so nothing is counted
-    #: Whether we have logged that some workers cannot end connections evenly (spread.py).
+    #: Whether spread.py has logged no-spread: some workers cannot end their connections evenly.
     warned_unable: bool = False
 
     @classmethod
@@ -40,8 +40,8 @@ class OpenGeneration:
     @classmethod
     def adopt(cls, record: GenerationRecord, board: int | None) -> OpenGeneration:
         """Adopt a generation that an earlier program opened; take ownership of its scoreboard."""
-        # If `knows` is None, the generation knows all listeners, or an older version wrote the
-        # record.
+        # None has two meanings: the workers got all listeners, or a version without this field
+        # wrote the record.  So compute the value again.
         if record.knows is None:
             record = replace(record, knows=known_to(record.program))
         return cls(record, Board(board) if board is not None else None)
@@ -102,9 +102,9 @@ class OpenGeneration:
         return sum(counted) if counted else None
 
     def take_counts(self, slot: int, kept: int = 0) -> int | None:
-        """Add an exited worker's counts to the record; return how many connections were lost.
+        """Move an exited worker's counts from its slot to the record, and clear the slot.
 
-        Returns None if the worker did not count.  Frees the slot for the next worker.
+        Returns how many connections the worker's exit has lost; None: the worker did not count.
         kept: how many connections the worker's forked children keep open.
         """
         found = self.counts(slot)
@@ -134,9 +134,9 @@ class OpenGeneration:
 
 
 class Generations(dict[int, OpenGeneration]):
-    """The open generations by number, and released generations whose clients still wait.
+    """The open generations by number.  `released` has those whose last worker has exited.
 
-    A generation is released when its last worker has exited.
+    A released generation is kept while its clients still wait for another generation.
     """
 
     def __init__(self) -> None:
@@ -148,11 +148,11 @@ class Generations(dict[int, OpenGeneration]):
         return self[number].program if number in self else None
 
     def changed(self, number: int | None) -> str:
-        """Return a warning that a generation's program file was changed in place; "": unchanged."""
+        """Return a warning if a generation's program file was changed in place; otherwise ""."""
         return change_of(self[number].record) if number is not None else ""
 
     def release(self, number: int) -> OpenGeneration:
-        """Release a generation; its waiting clients may still go to another generation."""
+        """Release a generation, whose waiting clients may still go to another generation."""
         each = self.pop(number)
         each.update_record(released=True)
         each.forget_board()

@@ -1,8 +1,8 @@
 """--health: probes the serving generation periodically, and reports the result.
 
 The result is in `status`, metrics and the exporter's /readyz, and the log reports each change.  A
-bad result restarts nothing: if a shared dependency such as a database fails, the check fails on
-all hosts at once.  Restarts everywhere would prolong that failure.
+bad result restarts no worker: if a shared dependency such as a database fails, the check fails on
+all hosts at once.  Restarts on all hosts would prolong that failure.
 
 `active` and `queue` of `status` may include a probe.  Probes do not count as accepted clients, with
 one exception: under --handoff listener, workers on the client library cannot recognize a probe, so
@@ -53,7 +53,7 @@ class Health:
             as_client=True,
         )
         self._generation: OpenGeneration | None = None
-        self._applied: tuple[object, ...] = ()  # the options that the present probes use
+        self._applied: tuple[object, ...] = ()  # the options in use, to find changes
         self._spec = ProbeSpec("")
         self.known = Serving(time.time())  # the results for the present generation and options
 
@@ -84,7 +84,7 @@ class Health:
         self._probe.end()
 
     def resume(self) -> None:
-        """Start the probes, or restart them if an upgrade's exec has failed."""
+        """Start the probes, for the first time or after suspend()."""
         text = self._settings().health
         if self._generation is not None and text:
             self._spec = probe_spec.read_health(text)
@@ -109,8 +109,7 @@ class Health:
         settings, generation = self._settings(), self._generation
         assert generation is not None
         self._loop.call_after(_TIMER, settings.health_every_s, self._send_probe)
-        # Send no probe during a hold in which no client gets an answer (is_silent): a probe would
-        # get none, either.
+        # During some holds no connection gets an answer (is_silent), so a probe would fail, too.
         if not self._delivery.is_silent and not self._probe.is_pending:
             self._probe.send(generation, self._spec, settings.health_timeout_s, self._on_verdict)
 

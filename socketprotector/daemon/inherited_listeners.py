@@ -15,11 +15,11 @@ from .delivery import Delivery
 def adopt(
     unclaimed: Inherited, settings: Sequence[ListenerSettings], delivery: type[Delivery]
 ) -> list[Listener]:
-    """Adopt the inherited listeners, for this delivery; take ownership of their descriptors.
+    """Adopt the inherited listeners; take ownership of their descriptors.
 
-    A listener has up to three sockets: the first, its sibling and the reserved socket (see class
-    Listener).  If several sockets are inherited for one role, only the newest is in use: the socket
-    whose name ends in the highest number.
+    delivery: makes the listeners.  A listener has up to three sockets, each with a role: the first,
+    its sibling and the reserved socket (system/listener.py).  If several sockets are inherited for
+    one role, only the newest is in use: the socket whose name ends in the highest number.
     """
     made = []
     for index, each in enumerate(settings):
@@ -31,8 +31,8 @@ def adopt(
         if _close_if_same(second, (first,)):
             second = -1
         if _close_if_same(third, (first, second)):
-            # The next reserved socket gets the next number, because a name in the fd store must
-            # never be reused.  The sibling needs no next number: no other sibling is made later.
+            # A name in the fd store must never be reused, so the next reserved socket gets the next
+            # number.  A sibling needs no next number, because no later one is made.
             third, third_number = -1, third_number + 1
         if first >= 0:
             numbers = first_number, second_number, third_number
@@ -42,6 +42,7 @@ def adopt(
         for fd in (second, third):
             if fd >= 0:
                 os.close(fd)
+    # Complete the closing that an earlier program had begun.
     for listener in [each for each in made if each.is_ending]:
         made.remove(listener)
         listener.close()

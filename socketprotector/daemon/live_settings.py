@@ -1,8 +1,10 @@
 """The settings in force, and the candidate settings of a reload.
 
-A reader process reads the candidate settings, with which the reload's generation starts.  The
-candidate settings become the settings in force when this generation serves.  A candidate is
-dropped if its generation fails, or after a dry run.
+A reload starts its generation with the candidate settings, which a reader process has read
+(config_reader.py).  When this generation serves, the candidate settings become the settings in
+force.  If the generation fails, and after a dry run, the candidate settings are dropped.
+
+`current` is the symbolic link that the option --current names; it leads to a release.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ class LiveSettings:
 
         dry_run: the new generation and added listeners get no clients.
         canary: the reload was requested with a canary.
-        release: the release to start; "": the release to which the link --current leads.
+        release: the release to start; "": the release to which `current` leads.
         """
         try:
             reader = self._reader("reader")
@@ -84,7 +86,10 @@ class LiveSettings:
         return True
 
     def _reader(self, purpose: str) -> config_reader.ConfigReader:
-        """Return the reader for a purpose.  May load config_reader.py, and raise MemoryError."""
+        """Return the reader for a purpose.
+
+        Raises MemoryError if no memory is left to load config_reader.py, at its first use.
+        """
         if purpose not in self._readers:
             made = config_reader.ConfigReader(self._command, self._loop, purpose)
             self._readers[purpose] = made
@@ -97,13 +102,13 @@ class LiveSettings:
             if candidate.log_level != self.settings.log_level:
                 self._log.set_level(candidate.log_level)
             self._put_in_force(replace(candidate, release_wanted=""))
-            # After a plain reload the link --current leads to the started release already.
+            # After a plain reload `current` already leads to the started release.
             if self.releases is not None and candidate.release_wanted:
                 self.releases.move(candidate.release)
             self.on_used()
 
     def forget(self) -> None:
-        """Drop the candidate, and remove its added listeners.
+        """Call off a reading of the candidate; drop the candidate, and remove its added listeners.
 
         The settings keep these listeners, marked as removed, because an index is never reused.
         """
@@ -118,9 +123,10 @@ class LiveSettings:
                 self._put_in_force(replace(self.settings, listeners=(*kept, *removed)))
 
     def reported(self, report: Report, program: Program | None) -> tuple[Report, str]:
-        """Return the report with the state of the link --current, and the release's name or "".
+        """Return two values: the report, with a note about `current`, and the release's name.
 
         program: the program of the report's generation; None: the generation could not be opened.
+        The name is "" without a program, or without --releases.
         """
         if self.releases is None:
             return report, ""
@@ -129,19 +135,19 @@ class LiveSettings:
 
     @property
     def current_due(self) -> str:
-        """The release to which the link --current could not be moved yet; "": there is none."""
+        """The release to which `current` could not be moved yet; "": there is none."""
         return self.releases.link.due if self.releases is not None else ""
 
     @property
     def named_at_begin(self) -> str:
-        """The release to which the link --current led when the last reload began; "": none."""
+        """The release to which `current` led when the last reload began; "": none."""
         return self.releases.named_at_begin if self.releases is not None else ""
 
     def stop_reading(self) -> None:
-        """End the reader processes: after an upgrade, the next program would not know them.
+        """End the reader processes, before an upgrade or our exit: only we can use their answers.
 
-        If a reload waits for its settings, that program reads the configuration again.  Only we can
-        answer the caller of compare(), so we answer now.
+        If a reload waits for its settings, the next program reads the configuration again.  The
+        caller of compare() gets its answer now: that the comparison was called off.
         """
         for purpose, each in self._readers.items():
             called_off = "called off: an upgrade or a stop has begun"
@@ -153,8 +159,7 @@ class LiveSettings:
     def adopt(self, snapshot: Snapshot) -> None:
         """Adopt an earlier program's candidate settings if still needed; otherwise drop them.
 
-        A reload that tries the candidate settings needs them, and so does an unfinished action
-        UseSettings.
+        A reload that tries them needs them, and so does a UseSettings action not carried out yet.
         """
         self.record = SettingsRecord(self.settings, snapshot.settings.candidate)
         if snapshot.fleet.candidate is None and UseSettings() not in snapshot.unfinished:
@@ -224,7 +229,7 @@ class LiveSettings:
     def _cannot_roll_out(
         self, new: Settings, added: Collection[Listener], canary: bool
     ) -> str | None:
-        """Return why new settings make a canary or rolling reload impossible, or None.
+        """Return why the new settings rule out a canary or a rolling reload; None: they do not.
 
         canary: the reload was requested with a canary.  The `reload` command has checked that the
         settings in force allow a canary.
@@ -237,7 +242,7 @@ class LiveSettings:
         if cannot is not None and canary:
             return f"no canary: {cannot}"
         if cannot is None and policy.finish_alone:
-            # The old workers, too, must be able to finish while other workers accept.
+            # Not only the new workers must be able to retire while other workers still accept.
             workers = [each for each in self._pool.records() if not each.asked_to_exit]
             cannot = None if all(each.retires for each in workers) else NO_LIBRARY
         return cannot

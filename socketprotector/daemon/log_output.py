@@ -1,11 +1,11 @@
 """Directs our and the workers' output, reopens the log file, and obtains workers' last words.
 
 Workers write directly to a terminal, to /dev/null or, under `-f 2>FILE`, to FILE.  For any other
-log each worker has its own pipe.  Two options change this: --log-prefix gives each worker a pipe,
-whatever the log; --no-log-relay alone removes the pipes.
+log each worker has its own pipe.  Two options change this: with --log-prefix each worker always has
+a pipe; with --no-log-relay, but without --log-prefix, no worker has one.
 
-A relay process (log_relay.py) reads the pipes and writes the log.  So running workers need not
-reopen a rotated log, and the relay knows which worker wrote a line.
+A relay process (programs/log_relay.py) reads the pipes and writes the log.  So running workers need
+not reopen a rotated log, and the relay knows which worker wrote a line.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _PIPE_MODE = 0o622
 class Opened:
     """The output descriptors of a worker that is about to start."""
 
-    places: dict[int, int] = field(default_factory=dict)  # descriptor in the worker -> ours
+    #: Descriptor number in the worker -> our descriptor that becomes it.
+    descriptors: dict[int, int] = field(default_factory=dict)
     pid: int = 0  # the caller sets it once the worker has started
 
 
@@ -119,10 +120,10 @@ class Output:
         self._relay.read_from(number, relay_client.WorkerPipe(read, generation, given.pid))
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
-        """Keep the pipes of living workers and of a few dead workers; close the others.
+        """Keep the pipes of living workers and of LEFT_BEHIND exited workers; close the others.
 
-        living: how many workers run, or have exited and left a process in their group.
-        numbers: returns the numbers of these workers.
+        living: how many workers count as living: they run, or have left a process in their group.
+        numbers: returns the numbers of the living workers.
         """
         if self._relay is not None:
             self._relay.close_oldest(living, numbers)
@@ -142,9 +143,9 @@ class Output:
             self._relay.finish()
 
     def position(self) -> int:
-        """Return the size of the log file: the output of the next worker begins there.
+        """Return the size of the log file: a worker that starts now writes from there on.
 
-        Returns -1 if the log cannot be read back, or if the relay provides last words.
+        Returns -1 if the log is no file that we can read, or if the relay provides last words.
         """
         if self._relayed:
             return -1
@@ -154,8 +155,8 @@ class Output:
     def last_words(self, number: int, start: int, done: Callable[[str], None]) -> None:
         """Call `done` with a worker's last lines, escaped, or with "" if none are known.
 
-        The call comes at once, or when the relay has answered.  start: where this worker's output
-        begins in the log file, if no other worker has written since; otherwise -1.
+        The call comes at once, or when the relay has answered.  start: what position() returned at
+        the worker's start; -1 if other workers have written to the log file since then.
         """
         if self._relay is not None and self._relayed:
             self._relay.request_last_words(number, lambda data: done(_lines(data)))
@@ -185,7 +186,7 @@ class Output:
 
     @property
     def keeps_words(self) -> bool:
-        """Return whether we can get each worker's last words, however many workers write."""
+        """Return whether last words are known even if several workers write at the same time."""
         return self._relayed
 
 

@@ -91,14 +91,14 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     except Exception as error:
         # The traceback must reach a terminal that stops background output (`stty tostop`).
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
-        if resident.began and resident.parents.store.keeps:
+        if resident.is_resumable and resident.parents.store.keeps:
             # The guard or systemd starts another program, which resumes.
-            if resident.resumes and isinstance(error, OSError):
+            if resident.is_adopting and isinstance(error, OSError):
                 sys.exit(f"SocketProtector: cannot resume: {what_failed(error)}")
             raise
         # No program can resume: finish() answers the launching process, and removes our files.
         reason = str(error)
-        if isinstance(error, OSError) and not resident.began:
+        if isinstance(error, OSError) and not resident.is_resumable:
             reason = f"cannot start: {what_failed(error)}"  # the system's fault, so no traceback
         elif not isinstance(error, Refusal):
             sys.excepthook(type(error), error, error.__traceback__)

@@ -165,7 +165,7 @@ class WorkerSpawner:
                 offered = Readiness.offered(program, free, self.loop, number)
                 readiness, ready_ends, variables = theirs.enter_context(offered)
                 output = theirs.enter_context(self.output.opened(number, generation.record.number))
-                descriptors |= ready_ends | output.places
+                descriptors |= ready_ends | output.descriptors
                 environment |= variables
                 process = spawn(program, environment, descriptors, handles.pid_in)
                 output.pid = process.pid

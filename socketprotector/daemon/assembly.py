@@ -160,6 +160,7 @@ class Resident:
             self.watcher.start(watchers)
 
         def pack() -> None:
+            """Compress the code that late_modules keeps in memory."""
             for _ in late_modules.pack():  # yields after each compressed part
                 supervisor.yield_to_accepts()
 

@@ -53,9 +53,9 @@ class ConfigReader:
     #: The key of this reader's timer in the loop.
     key: Hashable
     _process: HelperProcess | None = None
-    _line: socket.socket | None = None
-    _output: int = -1
-    _received: dict[str, int] = field(default_factory=dict)
+    _line: socket.socket | None = None  # our socket to the child
+    _output: int = -1  # a memfd with what the child writes to stdout and stderr; -1: none
+    _received: dict[str, int] = field(default_factory=dict)  # the records so far
     _failure: str = ""
     _done: Callable[[ConfigAnswer], None] = lambda answer: None
 

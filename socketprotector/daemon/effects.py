@@ -80,7 +80,7 @@ _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
 #: The pause between looks whether --settle-check has succeeded, once the time of --settle is over.
 _SETTLE_AGAIN_S = 0.1
-_LATE = "late"  # the timer of a stop that still accepts clients who waited during a hold
+_LATE_TIMER = "late"  # of a stop that still accepts late clients: they waited during a hold
 
 
 class Effects(Host):
@@ -110,7 +110,7 @@ class Effects(Host):
         )
         self.generations: Generations = Generations()
         self._route: int | None = None
-        self._sharing: int | None = None  # the generation with a share of the new clients
+        self._sharing: int | None = None  # besides the route, another generation with new clients
         self.last_good: Program | None = None  # the last successful generation's program
         self._due: dict[Deadline, tuple[Deadline, float]] = {}  # each timer, and when it runs out
         self.exit_status: int | None = None
@@ -336,9 +336,9 @@ class Effects(Host):
 
     def _close_listeners(self, *, quick: bool = False, waited: bool = False) -> None:
         stay, serving = self.listeners_survive_stop, self._route
-        self._loop.cancel(_LATE)
+        self._loop.cancel(_LATE_TIMER)
         if not (quick or stay or waited) and (late_s := self._late_s) > 0.0:
-            self._loop.call_after(_LATE, late_s, lambda: self._close_listeners(waited=True))
+            self._loop.call_after(_LATE_TIMER, late_s, lambda: self._close_listeners(waited=True))
             return
         generation = self.generations.get(serving) if serving is not None else None
         self.delivery.close_listeners(generation, quick=quick, stay=stay)
@@ -436,7 +436,7 @@ class Effects(Host):
     @property
     def late_clients_s(self) -> float | None:
         """Return how long a stop still accepts clients of an earlier hold; None: not any more."""
-        due = self._loop.due(_LATE)
+        due = self._loop.due(_LATE_TIMER)
         return max(0.0, due - time.monotonic()) if due is not None else None
 
     def _stop_running(self) -> None:

@@ -110,8 +110,9 @@ class Output:
         os.set_blocking(read, False)  # the worker's end is unaffected
         os.fchmod(write, _PIPE_MODE)
         # If the protector's stdout and stderr differ, stdout is relayed only with --log-prefix.
-        both = self._settings.log_prefix or os.path.sameopenfile(_STDOUT, _STDERR)
-        given = Opened(dict.fromkeys((_STDOUT, _STDERR) if both else (_STDERR,), write))
+        relays_stdout = self._settings.log_prefix or os.path.sameopenfile(_STDOUT, _STDERR)
+        relayed = (_STDOUT, _STDERR) if relays_stdout else (_STDERR,)
+        given = Opened(dict.fromkeys(relayed, write))
         try:
             with on_error(os.close, read):
                 yield given

@@ -251,7 +251,7 @@ class MemoryDelivery(Delivery):
     def warnings(self) -> tuple[str, ...]:
         return ()
 
-    def look(self) -> None:
+    def accept_waiting(self) -> None:
         self._move()
 
     def record(self) -> DeliveryRecord:

@@ -175,7 +175,7 @@ class Supervisor:
         Everything else waits, so that events are handled one after another.
         """
         if time.monotonic() >= self._yield_at:
-            self.effects.delivery.look()
+            self.effects.delivery.accept_waiting()
             self.runtime.loop.run_if_due(WATCHDOG)
             self._yield_at = time.monotonic() + _YIELD_AFTER_S
 

@@ -70,7 +70,7 @@ def come(world: World, line: Line, index: int = 0) -> None:
 def test_the_limits_may_be_others(world: World) -> None:
     """A canary's workers have less time: its clients could have gone elsewhere."""
     world.untaken.end()
-    world.untaken = AcceptWatch(world.loop, world, late_s=(2.0, 10.0), timer="another")
+    world.untaken = AcceptWatch(world.loop, world, limits_s=(2.0, 10.0), timer="another")
     world.untaken.begin(served_before=False)
     come(world, frozenset({A}))
     world.pass_time(2.25)

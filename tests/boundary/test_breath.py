@@ -47,7 +47,7 @@ class Away:
         self.performed: list[Action] = []
         self.looked_at_s = self.fed_at_s = self.now_s
         self.longest_s = self.unfed_s = self.turn_s = 0.0
-        self.delivery = SimpleNamespace(look=self.look)
+        self.delivery = SimpleNamespace(accept_waiting=self.look)
         self.reports = SimpleNamespace(welcome=lambda _: None)
 
     def monotonic(self) -> float:

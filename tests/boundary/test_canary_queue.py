@@ -389,7 +389,7 @@ def test_a_canary_whose_workers_take_nothing_is_reported_once(real: World) -> No
     assert real.delivery.is_stuck(real.generations[2])
     waited_s = real.delivery.untaken_s(real.generations[2])
     assert waited_s is not None
-    assert waited_s >= canary.NEVER_TAKEN_S
+    assert waited_s >= canary.CANARY_NEVER_TAKEN_S
     assert real.delivery.untaken_s(real.generations[1]) is None
 
     real.route_to(1)

@@ -1126,7 +1126,7 @@ def test_where_no_connection_was_ever_taken_that_is_said_once_after_a_while(
     looked(world, clock, 0.0)
     looked(world, clock, NEVER_TAKEN_S - 0.125)
     assert world.untaken == []
-    assert world.forwarder.queue.untaken_s(channel) is None
+    assert world.forwarder.queue_watch.untaken_s(channel) is None
 
     looked(world, clock, 0.125)
 
@@ -1134,10 +1134,10 @@ def test_where_no_connection_was_ever_taken_that_is_said_once_after_a_while(
     assert world.untaken[0] == pytest.approx(NEVER_TAKEN_S)
     looked(world, clock, 1000.0)
     assert len(world.untaken) == 1
-    assert world.forwarder.queue.untaken_s(channel) == pytest.approx(1000 + NEVER_TAKEN_S)
+    assert world.forwarder.queue_watch.untaken_s(channel) == pytest.approx(1000 + NEVER_TAKEN_S)
     assert channel.taken() == [1, 2]
     looked(world, clock, 1.0)
-    assert world.forwarder.queue.untaken_s(channel) is None
+    assert world.forwarder.queue_watch.untaken_s(channel) is None
 
 
 @pytest.mark.parametrize("rest", [0, 1])

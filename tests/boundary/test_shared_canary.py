@@ -191,7 +191,7 @@ def of_canary(world: CanaryWorld) -> list[Event]:
 def test_a_canary_that_accepts_no_client_fails(
     world: CanaryWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(canary_watch, "NEVER_TAKEN_S", 0.05)
+    monkeypatch.setattr(canary_watch, "CANARY_NEVER_TAKEN_S", 0.05)
     world.draw()
     world.draw(WHOLE - 1)  # another share is no reason to begin again
     world.connect()
@@ -215,7 +215,7 @@ def test_a_canary_that_accepts_no_client_fails(
 def test_the_next_program_watches_the_canary(
     world: CanaryWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(canary_watch, "NEVER_TAKEN_S", 0.05)
+    monkeypatch.setattr(canary_watch, "CANARY_NEVER_TAKEN_S", 0.05)
     world.draw()
     world.connect()
     world.go_on()
@@ -225,7 +225,7 @@ def test_the_next_program_watches_the_canary(
 def test_a_canary_that_accepts_is_not_failed(
     world: CanaryWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(canary_watch, "NEVER_TAKEN_S", 0.01)
+    monkeypatch.setattr(canary_watch, "CANARY_NEVER_TAKEN_S", 0.01)
     world.draw()
     for _ in range(5):
         assert world.come(1) == (0, 1)

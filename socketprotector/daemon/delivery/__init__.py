@@ -19,9 +19,9 @@ from ..generation import OpenGeneration
 from .host import Host
 from .probe_target import ProbeTarget
 
-#: If the workers accept no waiting client for this time, we report that.  NEVER_TAKEN_S applies
-#: until workers have accepted a first client (in shared/: at the same listener), and UNTAKEN_S
-#: afterwards.
+#: How long waiting clients may go unaccepted before we report it: NEVER_TAKEN_S until the workers
+#: have accepted their first client, UNTAKEN_S afterwards.  In shared/, each listener is timed
+#: separately.  A canary's first limit is shorter (queue/canary.py, shared/canary_watch.py).
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
 #: A stop, and the drain of a removed listener, check for new clients at this interval.  A client
@@ -53,7 +53,8 @@ class Handles:
 class Delivery(ABC):
     """Brings new clients to the workers of the generation that has the route.
 
-    The smallest delivery is tests/memory_delivery.py.
+    A generation knows a listener if its workers got the listener at their start.  Only such a
+    generation can get the listener's clients.  The simplest example is tests/memory_delivery.py.
 
     If the protector is killed, the program that replaces it (the next program) may repeat a call,
     such as route_to() or drain().  A repeated call must change nothing.
@@ -66,8 +67,8 @@ class Delivery(ABC):
     ) -> Listener:
         """Make a listener from its first, second and reserved socket.
 
-        fds: the three descriptors (see Listener); -1: no such socket.  again: how often each socket
-        was replaced by a newly bound socket.
+        fds: the three descriptors (see Listener); -1: no such socket.  again: how many times each
+        socket was replaced by a newly bound socket.
         """
 
     @classmethod
@@ -99,9 +100,10 @@ class Delivery(ABC):
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
         """Prepare the sockets from which a generation's workers will take connections.
 
-        Raises OSError on failure; then the caller forgets the generation without release().
+        Raises OSError on failure; the caller then forgets the generation, without release().
 
-        queue: how many clients a queue should hold.  fresh: the generation is a new release.
+        queue: how many clients the generation's queue should hold (shared/ has no queue).  fresh:
+        the generation runs a new release; False: the last good release is started again.
         """
 
     @abstractmethod
@@ -110,7 +112,8 @@ class Delivery(ABC):
     ) -> Handles:
         """Return the handles for a worker that is about to start.  Raises OSError.
 
-        free: descriptor numbers that are unused in the worker.
+        slot: the worker's number in its generation.  free: descriptor numbers that are unused in
+        the worker.
         """
 
     @abstractmethod
@@ -144,7 +147,11 @@ class Delivery(ABC):
 
     @abstractmethod
     def met(self, generation: OpenGeneration) -> int | None:
-        """Return how many new clients a generation has got so far; None: unknown."""
+        """Return how many new clients a generation has met (got) so far; None: unknown.
+
+        In queue/, a client is met when its connection is sent to the generation's queue.  In
+        shared/, when a worker has accepted and counted the connection.
+        """
 
     @abstractmethod
     def begin_drain(
@@ -155,7 +162,8 @@ class Delivery(ABC):
         In queue/: at once.  In shared/, some waiting clients can be accepted only by this
         generation's workers.  So first wait, for a limited time, until the workers have accepted
         these clients and read from each of them.
-        reads_on: do not wait for the reading, because the workers also read after the order.
+        reads_on: do not wait for the reading, because the workers still read after the order to
+        finish.
         """
 
     @abstractmethod
@@ -171,7 +179,10 @@ class Delivery(ABC):
 
     @abstractmethod
     def keeps(self, number: int) -> bool:
-        """Return whether clients of a released generation still wait for another generation."""
+        """Return whether clients of a released generation still wait for another generation.
+
+        number: the number of the released generation.
+        """
 
     # -- counts --------------------------------------------------------------------
 
@@ -193,13 +204,16 @@ class Delivery(ABC):
     def untaken_s(self, generation: OpenGeneration) -> float | None:
         """Return for how long a generation's workers have accepted no waiting client.
 
-        None: no client waits, the time is below the limit for a report, or the generation gets no
-        new clients.
+        None: no client waits, the time is below the limit for a report (NEVER_TAKEN_S), or the
+        generation gets no new clients.
         """
 
     @abstractmethod
     def is_stuck(self, generation: OpenGeneration | None) -> bool:
-        """Return whether clients wait for a generation, and its workers accept none."""
+        """Return whether clients wait for a generation, and its workers accept none.
+
+        generation: None, if no generation serves, gives False.
+        """
 
     @abstractmethod
     def queue_limit(self, generation: OpenGeneration) -> int | None:
@@ -229,7 +243,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def add(self, listener: Listener, *, dry_run: bool) -> None:
-        """Add a listener, which we then own.  Generations that know it get its clients.
+        """Add a listener, which we then own.  Generations that know the listener get its clients.
 
         dry_run: the next generation will know the listener, but gets no clients.
         """
@@ -240,16 +254,25 @@ class Delivery(ABC):
 
     @abstractmethod
     def cannot_hold(self) -> str | None:
-        """Return why a hold is impossible; None: it is possible."""
+        """Return why a hold is impossible; None: it is possible.
+
+        In shared/, this also makes the sockets at which held clients will wait.
+        """
 
     @abstractmethod
     def hold(self, on: bool) -> None:
-        """Begin or end a hold, during which new clients reach no worker, but are not refused."""
+        """Begin a hold, or end it if `on` is False.
+
+        During a hold new clients reach no worker, but are not refused.
+        """
 
     @property
     @abstractmethod
     def is_silent(self) -> bool:
-        """Return whether a hold now stops even probes that connect as clients do (see reach())."""
+        """Return whether a hold is in force that stops even probes that connect as clients do.
+
+        Such probes are those of reach() with `as_client`.
+        """
 
     @property
     @abstractmethod
@@ -294,7 +317,7 @@ class Delivery(ABC):
         """The present faults, as messages for `status`."""
 
     @abstractmethod
-    def look(self) -> None:
+    def accept_waiting(self) -> None:
         """Accept the waiting clients; do nothing if workers accept.
 
         Called repeatedly during long work that blocks the loop.
@@ -314,7 +337,8 @@ class Delivery(ABC):
     ) -> None:
         """Resume from an earlier program's record; claim descriptors that belong to no generation.
 
-        held: whether the fleet is on hold.  closing: a stop is closing our own listeners.
+        unclaimed: the inherited descriptors that no other part has claimed yet.  held: whether the
+        fleet is on hold.  closing: a stop is closing our own listeners.
         """
 
     @abstractmethod
@@ -324,7 +348,7 @@ class Delivery(ABC):
         """Adopt a generation that an earlier program opened; take ownership of its descriptors.
 
         draining: the generation drains already.  Returns False if needed descriptors were not
-        stored: the earlier program was killed first, or the store had no room.
+        stored: the earlier program was killed before it stored them, or the store had no room.
         """
 
     @abstractmethod

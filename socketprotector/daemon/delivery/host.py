@@ -12,7 +12,7 @@ from ..runtime import Runtime
 
 
 class Host(ABC):
-    """The part of the resident process that a delivery may use and report to.
+    """The part of the resident process that a delivery can use, and to which it reports.
 
     Effects (daemon/effects.py) implements this class.  The class has no settings: the delivery's
     methods get settings as arguments.
@@ -27,7 +27,7 @@ class Host(ABC):
 
     @abstractmethod
     def listener_bound(self, listener: Listener) -> None:
-        """Note that a listener may have a new socket, and at a UNIX path a new socket file."""
+        """Note that a listener got a new socket, and at a UNIX path perhaps a new socket file."""
 
     @abstractmethod
     def report_untaken(
@@ -42,4 +42,4 @@ class Host(ABC):
     @property
     @abstractmethod
     def own_connection(self) -> socket.socket | None:
-        """The TCP connection of the present health probe, if any: it belongs to no client."""
+        """The TCP connection of the present health probe, which is no client; None: no probe."""

@@ -21,7 +21,10 @@ SHUT_DOWN = "its listening socket was shut down or closed to clients during the 
 
 @mutable
 class ProbeTarget:
-    """The address to which probes of one generation connect, and the mark of these probes."""
+    """The address to which probes of one generation connect, and the mark of these probes.
+
+    The kernel uses the mark (system/bpf.py) to steer a probe to one of an address's sockets.
+    """
 
     #: Host and port; for a UNIX socket: its path, or "@" and its name, with 0 as the port.
     address: tuple[str, int]
@@ -32,12 +35,12 @@ class ProbeTarget:
     close: Callable[[], None]
     #: Notes that a connection is abandoned before a worker has accepted it.
     abandon: Callable[[socket.socket], None] = lambda connection: None
-    #: Returns whether all answers so far came from this generation.  If False, discard earlier and
-    #: later answers.
+    #: Returns whether all answers so far surely came from this generation.  If False, discard
+    #: earlier and later answers.
     holds: Callable[[], bool] = lambda: True
     #: Returns whether the probed socket may be closed to clients: an option that can keep clients
-    #: out differs from the serving socket's.  Then a timer must not make the probed generation
-    #: ready (ready_probe.py).
+    #: out differs from the same option of the serving generation's socket.  If True, a timer
+    #: must not make the probed generation ready (ready_probe.py).
     is_closed: Callable[[], bool] = lambda: False
 
     @property
@@ -60,7 +63,7 @@ class ProbeTarget:
 
     @property
     def in_words(self) -> str:
-        """The address in words, for messages."""
+        """The address for messages, such as "127.0.0.1 port 80"."""
         return self.text if self.is_unix else "{} port {}".format(*self.address)
 
     @property

@@ -14,7 +14,7 @@ from socketprotector.core.events import Event, Untaken
 from socketprotector.daemon.delivery import UNTAKEN_S
 from socketprotector.daemon.delivery.queue import canary as module
 from socketprotector.daemon.delivery.queue import queue_watch
-from socketprotector.daemon.delivery.queue.canary import NEVER_TAKEN_S, CanaryQueue
+from socketprotector.daemon.delivery.queue.canary import CANARY_NEVER_TAKEN_S, CanaryQueue
 from tests.unit.daemon.clock import Clock
 from tests.unit.daemon.kept import Kept
 
@@ -72,7 +72,7 @@ class World:
             route=self.route,
             is_free=True,
             undelivered=self.kept,
-            queue=SimpleNamespace(add_uncounted=lambda: None),
+            queue_watch=SimpleNamespace(add_uncounted=lambda: None),
             shortage=SimpleNamespace(lasts=False, take_back=self._take_back),
             lost=0,
             let_go=self.closed.append,
@@ -201,7 +201,7 @@ def test_during_a_shortage_nothing_is_taken_out_of_its_queue(world: World) -> No
 def test_workers_that_take_nothing_fail_it_and_busy_workers_later(
     world: World, taken_from: bool
 ) -> None:
-    limit_s = UNTAKEN_S if taken_from else NEVER_TAKEN_S
+    limit_s = UNTAKEN_S if taken_from else CANARY_NEVER_TAKEN_S
     world.channel.taken_from = taken_from
     world.come(0, 2)
     world.clock.pass_time(limit_s - 0.1)

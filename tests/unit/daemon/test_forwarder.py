@@ -12,7 +12,7 @@ from socketprotector_client import wire
 from socketprotector.core.events import BacklogEmptied
 from socketprotector.daemon.delivery import LAST_S, QUIET_S
 from socketprotector.daemon.delivery.queue import canary, forwarder
-from socketprotector.daemon.delivery.queue.forwarder import LOOKS, Forwarder
+from socketprotector.daemon.delivery.queue.forwarder import ROUNDS, Forwarder
 from socketprotector.daemon.delivery.queue.queue_watch import FIRST_LOOK_S, SAVE_S
 from socketprotector.daemon.delivery.queue.shortage import FIRST_WAIT_S, LAST_WAIT_S
 from socketprotector.model.records import ForwarderRecord
@@ -158,7 +158,7 @@ def test_a_look_accepts_while_the_loop_is_blocked_and_ends_however_many_come(
     route = world.channel(1)
     world.route_to(route)
     world.one.backlog += ["a", "b", "c"]
-    world.forwarder.look()
+    world.forwarder.accept_waiting()
     assert route.names == ["a", "b", "c"]
 
     looks = world.forwarder.forwarded
@@ -168,20 +168,20 @@ def test_a_look_accepts_while_the_loop_is_blocked_and_ends_however_many_come(
 
     monkeypatch.setattr(world.one.socket, "_accept", accept)
     world.route_to(route)
-    world.forwarder.look()
-    assert world.forwarder.forwarded - looks >= LOOKS
+    world.forwarder.accept_waiting()
+    assert world.forwarder.forwarded - looks >= ROUNDS
 
 
 def test_a_look_waits_for_room_in_the_queue(world: World) -> None:
     route = world.channel(1, room=1)
     world.route_to(route)
     world.one.backlog += ["a", "b", "c", "d"]
-    world.forwarder.look()
+    world.forwarder.accept_waiting()
     assert world.one.backlog == ["c", "d"]
     assert world.kernel.connections == ["b"]
 
     drain(route)
-    world.forwarder.look()
+    world.forwarder.accept_waiting()
     assert route.names == ["b"]
 
 
@@ -588,7 +588,7 @@ def test_a_removed_listener_s_backlog_goes_to_the_generation_that_knows_it(world
     assert world.forwarder.forwarded == 2
     assert world.two.fileno() not in world.clock.watched
     assert world.forwarder.descriptors().keys() == {"listener0"}
-    world.forwarder.look()  # it does not accept from a closed listener
+    world.forwarder.accept_waiting()  # it does not accept from a closed listener
 
 
 def test_a_generation_that_gets_a_backlog_ends_after_it(world: World) -> None:
@@ -893,7 +893,7 @@ def test_new_connections_are_counted_by_channel(world: World) -> None:
     met = [world.forwarder.met(any_of(each)) for each in (old, new)]
     assert met == [2, 1], "what was taken back is not new"
     watches = [world.forwarder.watch_of(any_of(each)) for each in (old, new)]
-    assert watches == [None, world.forwarder.queue]
+    assert watches == [None, world.forwarder.queue_watch]
 
 
 def test_a_canary_gets_its_share_and_its_own_counts(world: World) -> None:
@@ -905,9 +905,9 @@ def test_a_canary_gets_its_share_and_its_own_counts(world: World) -> None:
     assert (len(route.line), len(sharing.line)) == (5, 5)
     met = [world.forwarder.met(any_of(each)) for each in (route, sharing)]
     assert met == [5, 5]
-    assert world.forwarder.watch_of(any_of(route)) is world.forwarder.queue
+    assert world.forwarder.watch_of(any_of(route)) is world.forwarder.queue_watch
     of_canary = world.forwarder.watch_of(any_of(sharing))
-    assert of_canary not in (None, world.forwarder.queue)
+    assert of_canary not in (None, world.forwarder.queue_watch)
     assert world.forwarder.record().shared == 10
     world.route_to(route, sharing, 10_000)
     world.one.backlog.append("last")
@@ -917,7 +917,7 @@ def test_a_canary_gets_its_share_and_its_own_counts(world: World) -> None:
 
     world.route_to(sharing)
     assert world.forwarder.watch_of(any_of(route)) is None
-    assert world.forwarder.watch_of(any_of(sharing)) is world.forwarder.queue
+    assert world.forwarder.watch_of(any_of(sharing)) is world.forwarder.queue_watch
 
 
 def test_the_share_goes_on_where_an_earlier_program_has_counted(world: World) -> None:

@@ -54,7 +54,7 @@ class World:
         self.kept = Kept()
         patch.setattr(module, "os", SimpleNamespace(close=self.closed.append))
         self.shortage = SimpleNamespace(
-            lasts=False, begin=self._short, pause=self._pause, take_reserve=bool
+            lasts=False, begin=self._short, pause=self._pause, open_reserve=bool
         )
         self.outlet = Outlet(
             cast("Any", SimpleNamespace(watch=self._watch, unwatch=self.watched.pop)),
@@ -121,14 +121,14 @@ def test_a_full_queue_keeps_the_connection_until_there_is_room(world: World) -> 
 
 def test_a_look_resumes_only_when_the_full_queue_has_room(world: World) -> None:
     queue = world.lead_to(0)
-    world.outlet.look()
+    world.outlet.resume_if_room()
     queue.fails = errno.EAGAIN
     world.send(queue, CLIENT, 5)
-    world.outlet.look()
+    world.outlet.resume_if_room()
     assert world.calls == ["stop"]
 
     queue.room = True
-    world.outlet.look()
+    world.outlet.resume_if_room()
 
     assert world.calls == ["stop", "resume"]
 

@@ -429,7 +429,7 @@ def test_a_canary_has_a_watch_of_its_own(world: World, pair: MemoryListener) -> 
     assert not world.reads(pair, 0)
     world.connect(pair, 1)
     assert not world.reads(pair, 1)
-    world.clock.pass_time(canary_watch.NEVER_TAKEN_S + 1)
+    world.clock.pass_time(canary_watch.CANARY_NEVER_TAKEN_S + 1)
     [failed] = world.clock.posted
     assert isinstance(failed, Untaken)
     assert failed.generation == 2

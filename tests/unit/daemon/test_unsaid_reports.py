@@ -36,7 +36,7 @@ class Killed:
         self.written: tuple[Report, ...] = ()
         self.said: list[Report] = []
         self.said_again: set[Report] = set()
-        self.delivery = SimpleNamespace(look=lambda: None)
+        self.delivery = SimpleNamespace(accept_waiting=lambda: None)
 
     def snapshot(self, fleet: Fleet, actions: Iterable[Action]) -> tuple[Report, ...]:
         return tuple(each for each in actions if isinstance(each, Report))

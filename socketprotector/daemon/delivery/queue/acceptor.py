@@ -1,7 +1,7 @@
 """The fast path of a connection: accept, send to the route, close our copy.
 
 The interval between connections decides how many connections we accept per wake-up, and whether we
-busy-poll for the next connection.  forwarder.py handles failures.
+busy-poll for the next connection.  forwarder.py handles a failed accept(), outlet.py a failed send.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Acceptor:
     """Accepts connections from listeners, and sends each connection to a channel."""
 
     loop: Loop
-    queue: QueueWatch  # of the route
+    queue_watch: QueueWatch  # watches the route's queue
     _: KW_ONLY
     #: Called when accept() fails, for example because no client waits.
     accept_failed: Callable[[Listener, OSError], None]
@@ -45,7 +45,7 @@ class Acceptor:
     send_failed: Callable[[bytes, int, OSError], None]
     #: The number of accepted connections, including those whose send failed.
     accepted: int = 0
-    last_ns: int = 0  # when the last connection was accepted
+    last_ns: int = 0  # when the last connection was accepted, by time.monotonic_ns()
     _watched: dict[int, Callable[[], None]] = field(default_factory=dict)  # by descriptor
     _steady: int = 0  # how many single connections came in quick succession
 
@@ -112,7 +112,7 @@ class Acceptor:
                         self._count_sent(count, at)
                     self.accepted += 1  # QueueWatch.sent includes this connection until take_away()
                     self.last_ns = at
-                    self.queue.take_away()
+                    self.queue_watch.take_away()
                     self.send_failed(header, fd, error)
                     return
                 close(fd)
@@ -120,7 +120,7 @@ class Acceptor:
             if most > 1:
                 self._steady = 0
             elif at - before > BUSY_NS:
-                self._expect_next(at - before)
+                self._decide_busy_poll(at - before)
             else:
                 most = BURST
 
@@ -130,10 +130,10 @@ class Acceptor:
         """Count sent connections; last_ns: when the last connection was accepted."""
         self.accepted += count
         self.last_ns = last_ns
-        if not self.queue.runs:
-            self.queue.start()
+        if not self.queue_watch.runs:
+            self.queue_watch.start()
 
-    def _expect_next(self, since_ns: int) -> None:
+    def _decide_busy_poll(self, since_ns: int) -> None:
         """Decide whether to busy-poll for the next connection.
 
         since_ns: the time between the last two connections.

@@ -1,8 +1,9 @@
 """Sends a canary its share of the new connections; the route gets the rest.
 
-A canary is a new generation that first gets only a share of the clients.  We number the connections
-to listeners that canary and route both know.  The number decides whether the canary gets a
-connection (in_share()).  If sending to the canary fails, the route gets the connection at once.
+A canary is a new generation that at first gets a share of the clients, not all.  We number the
+connections to listeners that canary and route both know.  The number decides whether the canary
+gets a connection (in_share()).  If sending to the canary fails, the route gets the connection at
+once.
 
 If only the canary knows a listener, the route cannot get the listener's connections.  If such a
 connection cannot be sent, undelivered.py keeps it.  Until a timer has sent the kept connections,
@@ -28,7 +29,7 @@ from .undelivered import listener_of
 
 #: The canary fails if its workers take none of the connections in its queue for this time.  After
 #: the workers have taken a connection the limit is UNTAKEN_S: workers may be busy.
-NEVER_TAKEN_S = 2.0
+CANARY_NEVER_TAKEN_S = 2.0
 #: The longest pause between two looks of the QueueWatch at the canary's queue.
 _LAST_LOOK_S = 0.5
 #: The pause before we try again to send the kept connections.
@@ -65,7 +66,7 @@ class CanaryQueue:
             forwarded=lambda: self.sent,
             send_again=self._send_again,
             untaken=self._untaken,
-            late_s=(NEVER_TAKEN_S, UNTAKEN_S),
+            limits_s=(CANARY_NEVER_TAKEN_S, UNTAKEN_S),
             last_look_s=_LAST_LOOK_S,
             timer="canary-look",
         )
@@ -125,12 +126,13 @@ class CanaryQueue:
             try:
                 send_to_canary(buffers, rights, flags)
             except OSError:
-                # After this error the acceptor counts the connection as accepted, and takes it
-                # away from the route's QueueWatch.  But it was sent to the canary.  So count it in
-                # `sent`, take it away from the canary's QueueWatch, and add it to the route's.
+                # After this error the acceptor counts the connection as accepted, and subtracts it
+                # from the route's QueueWatch.  But the connection was meant for the canary.  So
+                # count it in `sent`, subtract it from the canary's QueueWatch, and add it to the
+                # route's QueueWatch again.
                 self.sent += 1
                 self.watch.take_away()
-                self._outlet.queue.add_uncounted()
+                self._outlet.queue_watch.add_uncounted()
                 raise
             self._count_sent()
 
@@ -156,9 +158,9 @@ class CanaryQueue:
 
     def _send_later(self) -> None:
         self._waits = True
-        self._loop.call_after(_AGAIN, _AGAIN_S, self._again)
+        self._loop.call_after(_AGAIN, _AGAIN_S, self._end_wait)
 
-    def _again(self) -> None:
+    def _end_wait(self) -> None:
         self._waits = False
         self._resume()
 
@@ -173,7 +175,7 @@ class CanaryQueue:
                 self.keep(*taken)
 
     def _send_again(self, channel: GenerationChannel) -> None:
-        """Send all queued connections again, in the same order."""
+        """Send all queued connections again, in the same order (queue_watch.py says why)."""
         shortage, number = self._outlet.shortage, self._outlet.undelivered.number
         for _ in range(channel.depth()):
             taken = shortage.take_back(channel) if not shortage.lasts else None
@@ -205,7 +207,7 @@ class CanaryQueue:
         if is_probe(header):
             self._outlet.let_go(fd)
         elif route is None or not route.knows_of(listener_of(header)):
-            # The kept connections came later than this connection.
+            # The connections that were kept before _send_again() came later than this connection.
             self._outlet.undelivered.keep_older(header, fd, number)
             self._send_later()
         elif self._outlet.is_free:

@@ -33,8 +33,7 @@ from .queue_watch import QueueWatch
 from .shortage import Shortage
 from .undelivered import Undelivered, listener_of
 
-#: The most rounds of accepting in one look().
-LOOKS = 16
+ROUNDS = 16  # the most rounds of accepting in one accept_waiting()
 
 _QUIET = "forwarder-quiet"
 
@@ -43,7 +42,7 @@ _QUIET = "forwarder-quiet"
 class _Closing:
     """A graceful close: connected clients still go to workers, later clients do not."""
 
-    stay: bool  # our own listeners survive a stop, and later clients wait there
+    stay: bool  # our own listeners survive a stop, and later clients wait at these listeners
     latest: float = 0.0  # when to close at the latest; 0: no limit, because no new client comes
     forwarded: int = -1  # Forwarder.forwarded at the last check; -1: no check yet
 
@@ -65,8 +64,8 @@ class Forwarder:
         broken: called when the route's channel was shut down.
         repair: repairs a listener that was shut down, or marks the listener lost.  Raises OSError
         if the system is short of descriptors or memory.
-        untaken: called, at most once for each channel, if the route's workers take nothing.  Its
-        arguments: the seconds, how many connections wait, and whether the workers ever took any.
+        untaken: called, at most once for each channel, if the route's workers take nothing.
+        Arguments: the seconds, how many connections wait, whether workers ever took a connection.
         """
         self._loop = loop = runtime.loop
         self._post = runtime.post
@@ -75,7 +74,7 @@ class Forwarder:
         self._forwarded = 0  # connections accepted before an upgrade or a kill
         self._lost = 0
         self.undelivered = Undelivered(runtime.persist)
-        self.queue = QueueWatch(
+        self.queue_watch = QueueWatch(
             loop,
             forwarded=self._sent_to_route,
             send_again=lambda route: self.outlet.send_again(route),
@@ -84,12 +83,12 @@ class Forwarder:
         )
         self._acceptor = Acceptor(
             loop,
-            self.queue,
+            self.queue_watch,
             accept_failed=self._accept_failed,
             send_failed=self._send_failed,
         )
-        #: Channels whose connections go to the route, in this order, once the route has room.
-        #: True: the channel's workers have exited, so we then close the channel (see release()).
+        #: Channels whose connections go to the route, in this order, once the route has room.  The
+        #: value is True if the channel's workers have exited: we then close the emptied channel.
         self._leftovers: dict[GenerationChannel, bool] = {}
         self._holding = False  # True during a hold: accept nothing
         self._ended_listeners: list[Listener] = []  # no longer accepted from
@@ -97,12 +96,12 @@ class Forwarder:
         stop = self._acceptor.end_all
         self._shortage = Shortage(runtime, stop=stop, retry=self._resume)
         self.outlet = Outlet(
-            *(loop, self.undelivered, self.queue, self._shortage),
+            *(loop, self.undelivered, self.queue_watch, self._shortage),
             *(stop, self._resume, broken),
         )
         self._drains = DrainingListeners(runtime, self.undelivered, self._shortage)
         self._canary: canary.CanaryQueue | None = None  # None: no canary has been ordered
-        self._shared = 0  # the CanaryQueue.count before an upgrade or a kill
+        self._canary_count = 0  # the CanaryQueue.count before an upgrade or a kill
 
     # -- orders --------------------------------------------------------------
 
@@ -118,7 +117,7 @@ class Forwarder:
         """
         if self._canary is None and sharing is not None:
             parts = (self._loop, self._post, self.outlet, self._resume)
-            self._canary = canary.CanaryQueue(*parts, count=self._shared)
+            self._canary = canary.CanaryQueue(*parts, count=self._canary_count)
         if self._canary is not None:
             self._canary.lead_to(sharing, share)
         self.outlet.lead_to(channel)
@@ -132,11 +131,11 @@ class Forwarder:
         self._resume()
 
     def drain(self, channel: GenerationChannel) -> None:
-        """Take back untaken connections while the route has room; then end the channel.
+        """Move untaken connections to the route while it has room; then end the channel.
 
-        The channel's workers take the remaining connections.  But if a worker has shut the channel
-        down, perhaps no worker reads from the channel again.  Then these connections go to the
-        route once the route has room.
+        The channel's workers take the remaining connections.  Exception: a worker has shut the
+        channel down, so perhaps no worker reads from it again.  In this case the remaining
+        connections also go to the route, once the route has room.
         """
         is_shut = channel.is_shut()
         self._reclaim(channel)
@@ -155,7 +154,7 @@ class Forwarder:
             self._leftovers[channel] = True
             self._resume()
         else:
-            channel.close()  # at once: without a route, channels of failed generations pile up
+            channel.close()  # now, not in _resume(), which closes none while there is no route
 
     def add(self, listener: Listener) -> None:
         """Add a listener, for the generations that know it; takes ownership."""
@@ -242,12 +241,12 @@ class Forwarder:
         """Return the QueueWatch of a channel; None: the channel gets no new connections."""
         if self._canary is not None and channel is self._canary.channel:
             return self._canary.watch
-        return self.queue if channel is self.outlet.route else None
+        return self.queue_watch if channel is self.outlet.route else None
 
     def met(self, channel: GenerationChannel) -> int:
         """Return how many new connections were sent to a channel."""
         of_canary = self._canary.watch.new_in(channel) if self._canary is not None else 0
-        return channel.met + self.queue.new_in(channel) + of_canary
+        return channel.met + self.queue_watch.new_in(channel) + of_canary
 
     @property
     def listeners(self) -> tuple[Listener, ...]:
@@ -257,12 +256,13 @@ class Forwarder:
 
     def record(self) -> ForwarderRecord:
         """Return the record that the next program needs."""
-        kept, shared = self.undelivered, self._canary.count if self._canary else self._shared
-        return ForwarderRecord(self.forwarded, self.lost, None, kept.number, kept.waiting, shared)
+        kept, count = self.undelivered, self._canary.count if self._canary else self._canary_count
+        return ForwarderRecord(self.forwarded, self.lost, None, kept.number, kept.waiting, count)
 
     def adopt(self, record: ForwarderRecord, unclaimed: Inherited) -> None:
         """Adopt an earlier program's record, and its undelivered connections."""
-        self._forwarded, self._lost, self._shared = record.forwarded, record.lost, record.shared
+        self._forwarded, self._lost = record.forwarded, record.lost
+        self._canary_count = record.shared
         first = ((record.number, record.pending),) if record.pending is not None else ()
         self._lost += self.undelivered.adopt(record.number, (*first, *record.parked), unclaimed)
 
@@ -279,10 +279,10 @@ class Forwarder:
 
     # -- the path ------------------------------------------------------------
 
-    def look(self) -> None:
-        """Accept clients while long work blocks the loop."""
-        self.outlet.look()
-        for _ in range(LOOKS):
+    def accept_waiting(self) -> None:
+        """Accept the waiting clients while long work blocks the loop."""
+        self.outlet.resume_if_room()
+        for _ in range(ROUNDS):
             before = self.forwarded
             self._acceptor.accept_now(lambda: self.outlet.is_free)
             if self.forwarded == before:
@@ -361,7 +361,7 @@ class Forwarder:
         return not known
 
     def _put_back(self, channel: GenerationChannel, header: bytes, fd: int) -> None:
-        """Queue a connection again; on failure keep or lose it.  Takes ownership of fd."""
+        """Queue a connection again in its channel, or keep or lose it.  Takes ownership of fd."""
         try:
             channel.send(header, fd)
         except OSError as error:

@@ -7,18 +7,22 @@ from ...generation import OpenGeneration
 
 
 class GenerationChannel(Channel):
-    """A generation's channel.  end() also notes the end in the generation's record."""
+    """A generation's channel; its GenerationRecord also stores whether the channel has ended."""
 
     def __init__(self, ends: Channel, generation: OpenGeneration, *, adopted: bool = False) -> None:
-        """Take ownership of both ends.  adopted: the channel is from before an upgrade or kill."""
+        """Take ownership of both ends.
+
+        adopted: an earlier program made the channel, before an upgrade or a kill.
+        """
         super().__init__(ends.read, ends.write)
         self.generation = generation
         #: Whether a worker has taken a connection; assumed True for an adopted channel.
         self.taken_from = adopted
         #: Whether it was reported that no worker takes connections.
         self.untaken_reported = False
-        #: How many new connections were sent here before a QueueWatch began to follow the channel.
-        #: QueueWatch.new_in() counts the later connections, and Forwarder.met() returns the sum.
+        #: How many new connections were sent here until a QueueWatch (queue_watch.py) last stopped
+        #: following the channel; two can follow it, one after the other.  QueueWatch.new_in()
+        #: counts the later connections, and Forwarder.met() returns the sum.
         self.met = 0
         #: The value of QueueWatch.sent when a QueueWatch last stopped following this channel.
         self.sent = 0
@@ -33,6 +37,6 @@ class GenerationChannel(Channel):
         return self.generation.knows(index)
 
     def end(self) -> None:
-        """Let the workers read end of file, and record the end."""
+        """Let the workers read end of file after the queued connections, and record this."""
         super().end()
         self.generation.note_ended()

@@ -1,15 +1,15 @@
 """Drains listeners that a reload has removed: refuses new clients, and delivers connected clients.
 
-Connected clients go to the newest generation that knows the listener, not to the serving
-generation.  A timer looks at the backlog until two looks in a row find no client.  If new clients
-cannot be refused, the drain ends after LAST_S, once every accepted client is sent.  Then clients
-still in the backlog are lost.
+Connected clients go to the newest generation that knows the listener, because the serving
+generation does not know it.  A timer looks at the backlog until two looks in a row find no client.
+If new clients cannot be refused, the drain ends after LAST_S, once every accepted client is sent.
+Clients that are still in the backlog at this end are lost.
 
 All remaining clients, except those in the backlog of a passed-in socket, are lost in three cases:
 
 * No generation knows the listener.
 * The channel that gets the clients breaks or is closed.
-* A stop closes all listeners.
+* A stop closes all listeners before the drain has ended.
 
 We count and log lost clients.
 """
@@ -79,8 +79,8 @@ class DrainingListeners:
     def begin(self, listener: Listener, to: Channel) -> None:
         """Refuse new clients, send the backlog to a channel, then close the listener.
 
-        But a socket that was passed in keeps its backlog: the process that passed the socket in,
-        such as systemd, accepts these clients.  Takes ownership of the listener.
+        Exception: a socket that was passed in keeps its backlog.  The socket's owner, such as
+        systemd, gets these clients.  Takes ownership of the listener.
         """
         each = _Draining(listener, to)
         self._draining.append(each)
@@ -101,8 +101,8 @@ class DrainingListeners:
     def end(self, channel: Channel | None = None) -> None:
         """Close the listeners that drain to a channel, and lose their clients.
 
-        The backlog of a passed-in socket is not lost: see close().  None: close all draining
-        listeners.
+        channel: None: close all draining listeners.  The backlog of a passed-in socket is not
+        lost: see close().
         """
         for each in self._to(channel) if channel is not None else tuple(self._draining):
             self._end(each)
@@ -110,7 +110,7 @@ class DrainingListeners:
     def close(self, listener: Listener) -> None:
         """Close a listener, and log how many of its waiting clients are lost."""
         lost = self._undelivered.drop(lambda index: index == listener.index)
-        if not listener.settings.foreign:  # otherwise the socket's owner accepts the clients
+        if not listener.settings.foreign:  # otherwise the socket's owner gets the clients
             dropped = self._drop_backlog(listener)
             self.accepted += dropped
             lost += dropped
@@ -121,7 +121,7 @@ class DrainingListeners:
         listener.close()
 
     def _drop_backlog(self, listener: Listener) -> int:
-        """Accept all connected clients and close them at once; return how many there were."""
+        """Accept all connected clients (at most MOST_LOST), close them, and return their number."""
         self._shortage.spend_reserve()  # accept() needs a free descriptor
         found, accept = 0, accept_of(listener)
         for _ in range(MOST_LOST):
@@ -133,7 +133,7 @@ class DrainingListeners:
             else:
                 os.close(fd)
                 found += 1
-        self._shortage.take_reserve()
+        self._shortage.open_reserve()
         return found
 
     def _to(self, channel: Channel) -> list[_Draining]:

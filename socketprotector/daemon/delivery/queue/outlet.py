@@ -1,7 +1,8 @@
 """Sends connections to the route, and handles failed sends.
 
-A full queue, a broken channel or a shortage blocks sending.  If a send fails, undelivered.py keeps
-the client's connection, and we send it first once sending is possible again.  (A probe is dropped.)
+A full queue, a broken channel or a shortage (shortage.py) blocks sending.  If a send fails,
+undelivered.py keeps the client's connection.  Once sending is possible again, we send the kept
+connection first.  But a probe whose send fails is dropped.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ class Outlet:
 
     loop: Loop
     undelivered: Undelivered
-    queue: QueueWatch
+    queue_watch: QueueWatch  # watches the route's queue
     shortage: Shortage
     #: Called when a send has failed, to stop accepting.
     stop: Callable[[], None]
     #: Called when a full channel has room again.
     resume: Callable[[], None]
-    #: Called when the route's channel was shut down.
+    #: Called when a worker has shut down the route's channel.
     broken: Callable[[], None]
     route: GenerationChannel | None = None
     lost: int = 0  # how many connections were lost while we took them back from a queue
@@ -41,7 +42,7 @@ class Outlet:
     def lead_to(self, channel: GenerationChannel | None) -> None:
         """Send to this channel from now on; None: send nothing."""
         self.route = channel
-        self.queue.follow(channel)
+        self.queue_watch.follow(channel)
         self._unwatch_full()
 
     @property
@@ -54,7 +55,7 @@ class Outlet:
             and not self.undelivered.has(self.route.knows_of)
         )
 
-    def look(self) -> None:
+    def resume_if_room(self) -> None:
         """Resume if the full channel has room again.  Called while long work blocks the loop."""
         if self._full is not None and self._full.has_room():
             self._on_room()
@@ -69,7 +70,8 @@ class Outlet:
                 return
             taken = self.undelivered.take(route.knows_of)
             if taken is None:
-                self.shortage.pause()  # the state cannot be written; checkpoint.py has logged why
+                # The state cannot be written; daemon/checkpoint.py has logged why.
+                self.shortage.pause()
             else:
                 self.send(route, *taken)
 
@@ -80,16 +82,19 @@ class Outlet:
         except OSError as error:
             self.send_failed(header, fd, error)
         else:
-            self.queue.add_uncounted()
+            self.queue_watch.add_uncounted()
             self.let_go(fd)
 
     def send_again(self, route: GenerationChannel) -> None:
-        """Take all queued connections back, and send them again in the same order."""
+        """Take all queued connections back, and send them again in the same order.
+
+        queue_watch.py says why.
+        """
         for _ in range(route.depth()):
             taken = self.shortage.take_back(route) if self.is_free else None
             if taken is None:
                 return
-            self.queue.take_away()
+            self.queue_watch.take_away()
             header, fd = taken
             if fd < 0:
                 self.lost += not probe_port.is_probe(header)
@@ -114,7 +119,7 @@ class Outlet:
     def let_go(self, fd: int) -> None:
         """Close our copy of a connection; reopen the reserve (shortage.py) if it was spent."""
         os.close(fd)
-        self.shortage.take_reserve()
+        self.shortage.open_reserve()
 
     def _await_room(self, channel: GenerationChannel) -> None:
         try:

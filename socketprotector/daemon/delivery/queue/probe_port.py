@@ -1,9 +1,9 @@
 """A loopback port for probes of a generation that takes connections from a channel.
 
-The port sends its connections into the generation's channel.  These connections do not count as
-accepted clients.  Until a generation gets clients, its channel has only probes.  Afterwards its
-probes (such as those of --health) wait among clients.  When the connections in a channel go to
-another generation, the probes among them are discarded.
+The port sends its connections, the probes, into the generation's channel.  Probes do not count as
+accepted clients.  Until a generation gets clients, its channel has only probes.  Afterwards probes
+(such as those of --health) wait among clients.  When a channel's connections go to another
+generation, the probes among these connections are discarded.
 """
 
 from __future__ import annotations

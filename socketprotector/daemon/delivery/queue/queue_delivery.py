@@ -34,7 +34,7 @@ from .generation_channel import GenerationChannel
 
 
 class QueueDelivery(Delivery):
-    """The owner of the generations' channels; the forwarder owns the listeners."""
+    """The owner of the generations' channels; the Forwarder owns the listeners."""
 
     @classmethod
     def make_listener(
@@ -52,7 +52,7 @@ class QueueDelivery(Delivery):
         runtime = host.runtime
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._channels: dict[int, GenerationChannel] = {}
-        self._route: int | None = None
+        self._route: int | None = None  # the number of the generation that has the route
         #: Generation -> how many clients it got before the last upgrade or kill of the protector.
         self._met: dict[int, int] = {}
         self.forwarder = Forwarder(
@@ -167,7 +167,7 @@ class QueueDelivery(Delivery):
             self._report_broken(self._route)
 
     def _report_broken(self, number: int) -> None:
-        """Post that a worker has shut a channel down; unwatch the channel, to post this once."""
+        """Post ChannelBroken once: a worker has shut a channel down."""
         self._loop.unwatch(self._channels[number].read.fileno())
         since = self._host.generations[number].record.serving_since
         self._post(ChannelBroken(number, time.monotonic() - since if since else 0.0))
@@ -236,8 +236,8 @@ class QueueDelivery(Delivery):
     def _repair(self, listener: Listener) -> None:
         """Listen again on a listener that was shut down; if that fails, bind another socket.
 
-        If binding fails, too, mark the listener as lost.  But raise OSError if the system is short
-        of descriptors or memory.
+        If binding fails, too, mark the listener as lost.  Exception: if the system is short of
+        descriptors or memory, raise OSError.
         """
         address = listener.settings.address
         if listener.listen_again(0):
@@ -295,8 +295,8 @@ class QueueDelivery(Delivery):
             if each.lost
         )
 
-    def look(self) -> None:
-        self.forwarder.look()
+    def accept_waiting(self) -> None:
+        self.forwarder.accept_waiting()
 
     def record(self) -> DeliveryRecord:
         met = {number: self.forwarder.met(each) for number, each in self._open_channels().items()}

@@ -1,4 +1,4 @@
-"""Detects workers that take no connections from the queue of the route, or of a canary.
+"""Detects workers that take no connections from the queue of the route or of a canary (canary.py).
 
 The kernel may wake only one worker for a connection (EPOLLEXCLUSIVE).  If that worker is killed or
 suspended before it reads, the other workers stay asleep while a client waits.  So while the queue
@@ -45,7 +45,7 @@ class QueueWatch:
     untaken: Callable[[float, int, bool], None]
     #: After this many seconds with the same head, untaken() is called.  The first number applies
     #: until a worker has taken a connection from the channel, the second number afterwards.
-    late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
+    limits_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     #: Writes the state.  None: the QueueWatch of the route does that.
     save: Callable[[], object] | None = None
     last_look_s: float = LAST_LOOK_S
@@ -106,13 +106,13 @@ class QueueWatch:
     def untaken_s(self, channel: GenerationChannel) -> float | None:
         """Return for how long the looks have found the same connection at the head of the queue.
 
-        None: the time is below the limit in `late_s`, no connection was queued at the last look, or
-        we do not follow this channel.
+        None: the time is below the limit in `limits_s`, no connection was queued at the last look,
+        or we do not follow this channel.
         """
         if channel is not self._channel or self._head is None:
             return None
         seconds = time.monotonic() - self._head_since
-        return seconds if seconds >= self.late_s[channel.taken_from] else None
+        return seconds if seconds >= self.limits_s[channel.taken_from] else None
 
     def is_stuck(self, channel: GenerationChannel) -> bool:
         """Return whether connections are queued, and no look proves that the head has moved."""

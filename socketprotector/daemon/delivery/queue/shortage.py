@@ -44,10 +44,10 @@ class Shortage:
     _failed_at: float = 0.0  # when begin() was last called
 
     def __post_init__(self) -> None:
-        self.take_reserve()
+        self.open_reserve()
 
     def begin(self, call: str, error: OSError) -> None:
-        """Stop accepting, and retry after a growing wait; log the first failure of a shortage."""
+        """Log the first failure of a shortage, and call pause()."""
         now = time.monotonic()
         if now - self._failed_at > 2 * LAST_WAIT_S:
             hint = "SocketProtector tries again after a short pause"
@@ -71,9 +71,9 @@ class Shortage:
         self.lasts = False
         self.retry()
         if not self.lasts:
-            self.take_reserve()
+            self.open_reserve()
 
-    def take_reserve(self) -> bool:
+    def open_reserve(self) -> bool:
         """Open the reserve if it is spent; return whether it is open."""
         if self.reserve < 0:
             try:
@@ -89,12 +89,13 @@ class Shortage:
             self.reserve = -1
 
     def take_back(self, channel: Channel) -> tuple[bytes, int] | None:
-        """Take a connection out of a channel; None: the channel is empty, or a shortage begins.
+        """Take a connection out of a channel; return its header and descriptor.
 
-        The connection uses up the reserve.  Outlet.let_go() closes the connection, and opens the
-        reserve again.
+        None: the channel is empty, or a shortage begins.  A descriptor of -1: the kernel has
+        dropped the connection.  A taken connection uses up the reserve.  Outlet.let_go() closes
+        the connection, and opens the reserve again.
         """
-        if not self.take_reserve():
+        if not self.open_reserve():
             return None
         self.spend_reserve()
         try:
@@ -103,7 +104,7 @@ class Shortage:
             self.begin("recvmsg", error)
             return None
         if taken is None:
-            self.take_reserve()
+            self.open_reserve()
         return taken
 
     def close(self) -> None:

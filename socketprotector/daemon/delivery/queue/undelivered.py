@@ -1,14 +1,14 @@
 """Keeps accepted connections that no worker can take now, because they are in no channel.
 
 Such connections are few, because we accept only what we can deliver.  We keep a connection if its
-send failed, or if no generation that knows its listener can get it now.
+send failed, or if no generation that knows its listener can get the connection now.
 
 After an upgrade or a kill, the program that replaces us (the next program) gets these connections:
 their headers from the state, and their descriptors by name.  This module follows two rules:
 
 * A connection is removed from the state before it is sent.  If we are killed in between, the
-  connection is lost.  If we sent the connection first, such a kill could give it to a
-  second worker, too.
+  connection is lost.  In the reverse order, such a kill could give the connection to two workers:
+  the next program would send it a second time.
 * A descriptor's name contains a number that no other connection ever had.  If numbers were reused,
   the guard or systemd's store might still have an older descriptor under the same name.
 """
@@ -33,9 +33,9 @@ class Undelivered:
     def __init__(self, persist: Callable[[], bool]) -> None:
         """persist: writes the state; returns False if that fails."""
         self.persist = persist
-        #: The highest number that was ever used.
+        #: The highest number that was ever given to a connection.
         self.number = 0
-        #: Each connection's header and descriptor by its number; the first is sent first.
+        #: Number -> header and descriptor of a kept connection.  The first one is sent first.
         self._waiting: dict[int, tuple[bytes, int]] = {}
 
     def has(self, wanted: Wanted) -> bool:
@@ -52,8 +52,8 @@ class Undelivered:
 
         The connection goes behind the connections that the caller has kept so far, and in front of
         all others.
-        number: the value of `self.number` before the caller kept the first of these connections.
-        Takes ownership of fd.
+        number: the value of `self.number` before the caller kept the first of the connections that
+        it takes back.  Takes ownership of fd.
         """
         before = tuple(self._waiting.items())
         place = next((n for n, (each, _) in enumerate(before) if each <= number), len(before))

@@ -1,11 +1,13 @@
 """Detects workers that do not accept, under --handoff listener.
 
 In this mode no connection passes through us.  It would be costly if each connection woke us.  So we
-watch the sockets only until a client comes.  Then we stop watching, and look at intervals: a *look*
-reads the backlogs from the kernel (sock_diag).  accept() takes the oldest client.  So if a look
-still finds each client that the previous look found, no client was accepted in between.  When a
-look finds the backlogs empty, we watch for the next client.  So we sleep while no client connects,
-and in normal operation we wake up at most twice in LOOK_S.
+watch the sockets only until a client comes.  From then on we do not watch, but look at intervals: a
+*look* reads the backlogs from the kernel (sock_diag).  accept() takes the oldest client.  So if a
+look still finds each client that the previous look found, no client was accepted in between.  When
+a look finds the backlogs empty, we watch for the next client.  So we sleep while no client
+connects, and in normal operation we wake up at most twice in LOOK_S.
+
+A *line* is the clients that one look found in a backlog (Line of system/sock_diag.py).
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from ....system.sock_diag import Line, stands, unaccepted
 from .. import NEVER_TAKEN_S, UNTAKEN_S
 
 #: The pause between two looks.  FIRST_LOOK_S: the generation has not served before, and clients
-#: wait at a listener where it has accepted no client yet.  LOOK_S: in all other cases.  A canary's
-#: pauses are the same fractions of its own limits (CanaryWatch).
+#: wait at a listener where the generation has accepted no client yet.  LOOK_S: in all other cases.
+#: A canary's pauses are the same fractions of its own limits (CanaryWatch).
 FIRST_LOOK_S = NEVER_TAKEN_S / 4
 LOOK_S = UNTAKEN_S / 2
 #: Queries to the kernel take at most this share of our time, however many connections there are.
@@ -34,7 +36,10 @@ class Backlogs(ABC):
 
     @abstractmethod
     def waiting_clients(self) -> Mapping[int, Line]:
-        """Return the clients in each known backlog, by the listener's index."""
+        """Return the clients in each backlog, by the listener's index.
+
+        A listener is missing if its backlog is unknown.
+        """
 
     @abstractmethod
     def watch(self) -> None:
@@ -76,8 +81,9 @@ class AcceptWatch:
 
     loop: Loop
     backlogs: Backlogs
-    #: How long clients may wait at a listener: before a client was accepted there, and afterwards.
-    late_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
+    #: How long clients may wait at a listener before we report it.  The first number applies until
+    #: a client was accepted at the listener, the second number afterwards.
+    limits_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     timer: str = "untaken"
     awaits: bool = False  # True: the owner must call came() when a client comes
     _reported: bool = False
@@ -125,14 +131,14 @@ class AcceptWatch:
     def seconds(self) -> float | None:
         """Return for how long no waiting client was accepted.
 
-        None: the time is below the limit in `late_s`, or no client waits.
+        None: the time is below the limit in `limits_s`, or no client waits.
         """
         return max(self._overdue().values(), default=None)
 
     def is_stuck(self) -> bool:
-        """Look now; return whether clients wait where no client was accepted since the last look.
+        """Look now; return whether at a listener clients wait, and none was accepted.
 
-        Without an earlier look at a listener, return True if a client waits there.
+        None was accepted since the last look, or there was no earlier look at the listener.
         """
         if not self._waiting:
             return False
@@ -149,7 +155,7 @@ class AcceptWatch:
     def _look_later(self, query_s: float) -> None:
         """Look again later; query_s: how long the query to the kernel took."""
         seldom = self._served_before or self._waiting.keys() <= self.accepted
-        never_s, later_s = self.late_s
+        never_s, later_s = self.limits_s
         delay_s = later_s / 2 if seldom else never_s / 4
         self.loop.call_after(self.timer, max(delay_s, query_s / QUERY_SHARE), self._look)
 
@@ -159,7 +165,8 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                # An unknown backlog also counts as accepted, so that we look less often.
+                # A client was accepted.  If the backlog is unknown, assume this, too, so that we
+                # look less often.
                 self.accepted.add(index)
                 del self._waiting[index]
             else:
@@ -188,4 +195,4 @@ class AcceptWatch:
         return {index: seconds for index, seconds in found.items() if seconds >= self._limit(index)}
 
     def _limit(self, index: int) -> float:
-        return self.late_s[self._served_before or index in self.accepted]
+        return self.limits_s[self._served_before or index in self.accepted]

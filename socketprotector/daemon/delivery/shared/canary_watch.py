@@ -1,8 +1,8 @@
 """Detects a canary whose workers do not accept their share of the new clients.
 
-A canary is a new generation that first gets only a share of the clients.  The canary's clients do
-not wait at the same socket as the route's clients.  If the canary's workers accept none of the
-canary's clients, the canary fails.
+A canary is a new generation that at first gets a share of the clients, not all.  The canary's
+clients do not wait at the same socket as the route's clients.  If the canary's workers accept none
+of the canary's clients, the canary fails.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from .shared_listeners import SharedListeners
 from .turns import Turns
 
 #: The canary fails if, for this time, its workers accept none of the clients that wait at a
-#: listener.  After a first accepted client there the limit is UNTAKEN_S: workers may be busy.
-NEVER_TAKEN_S = 2.0
+#: listener.  After a first client is accepted at that listener, the limit is UNTAKEN_S: workers may
+#: be busy.
+CANARY_NEVER_TAKEN_S = 2.0
 
 
 class CanaryWatch(Backlogs):
@@ -40,8 +41,8 @@ class CanaryWatch(Backlogs):
         self._canary = 0  # the generation's number; 0: no canary
         #: The last canary that accepted no client at some listeners, and these listeners.
         self.never_accepted: tuple[int, Collection[int]] = (0, ())
-        late_s = NEVER_TAKEN_S, UNTAKEN_S
-        self.accepts = AcceptWatch(runtime.loop, self, late_s=late_s, timer="canary-untaken")
+        limits_s = CANARY_NEVER_TAKEN_S, UNTAKEN_S
+        self.accepts = AcceptWatch(runtime.loop, self, limits_s=limits_s, timer="canary-untaken")
 
     def follow(self) -> None:
         """Watch the present canary, if there is one.
@@ -78,7 +79,7 @@ class CanaryWatch(Backlogs):
         return known_clients(self.sockets, self._probes.clients_wait)
 
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
-        """Fail the canary."""
+        """Let the canary fail: post Untaken with the addresses at which its clients wait."""
         if not ever:
             self.never_accepted = self._canary, at - self.accepts.accepted
         addresses = [each.settings.address for each in self._listeners.living if each.index in at]

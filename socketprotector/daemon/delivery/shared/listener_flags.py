@@ -24,7 +24,7 @@ _TIMER = "listener-flags"
 
 
 class ListenerFlags:
-    """The O_NONBLOCK flags of the listeners that were passed in."""
+    """Records and restores the O_NONBLOCK flags of the listeners that were passed in."""
 
     def __init__(self, listeners: SharedListeners) -> None:
         self._listeners = listeners
@@ -41,7 +41,10 @@ class ListenerFlags:
         return self._nonblocking
 
     def watch(self, after_s: float = _FIRST_S) -> None:
-        """Poll the flags for a while, because the kernel does not notify us of a change."""
+        """Check the flags for a while, because the kernel does not notify us of a change.
+
+        after_s: the pause before the next check.
+        """
         if self._passed_in:
             if self._nonblocking != self.record():
                 self._runtime.persist()

@@ -3,8 +3,7 @@
 Workers accept every client that comes to their sockets.  So during a hold, we steer new clients to
 the listener's third socket, which no worker has.  TCP clients get no answer from this socket
 (system/reuseport.py), so their kernels try again.  UNIX clients wait in the socket's backlog.  With
-a guard or an fd store, the third socket and the hold survive the protector's death; otherwise both
-end.
+a guard or an fd store, the third socket and the hold survive the protector's death.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from ....system.listener import RESOURCE_ERRNOS, Listener
 from .shared_listeners import SharedListeners
 
 #: After a hold, held TCP clients still retry, at intervals that grow with their waiting time.  A
-#: stop waits for these retries, but at most this long.
+#: stop waits for these retries, but at most for this time.
 _LAST_S = 10.0
 
 
@@ -37,7 +36,7 @@ class ListenerHold:
         return self.record.began_at > 0.0
 
     def turn(self, on: bool) -> None:
-        """Begin or end the hold; the caller steers the clients."""
+        """Begin the hold, or end it if `on` is False; the caller then steers the clients."""
         now, tried_until = time.monotonic(), self.record.tried_until
         if on and not self.on:
             self.record = HoldRecord(now, tried_until)

@@ -1,7 +1,8 @@
 """Counts each generation's open connections from the kernel's data, under --handoff listener.
 
 `status` shows the counts.  Each listening socket of a generation has a number, the accept tag,
-which the socket's connections inherit (system/accept_tags.py).  Connections without a tag (NO_TAG)
+which the socket's connections inherit (system/accept_tags.py).  At a UNIX path, the tag is the
+number in the name of the socket's file (system/socket_file.py).  Connections without a tag (NO_TAG)
 count for no generation.  We query the kernel so seldom that the queries take at most QUERY_SHARE of
 our time.  Until the next query, `status` shows the last counts.
 """
@@ -24,7 +25,7 @@ from .shared_listeners import SharedListeners
 #: The tag of a socket if no unused tag can be found, or if connections in its backlog carry an
 #: earlier tag of the socket.
 NO_TAG = 0
-_OTHERS_WAIT = "clients wait there with the tag of another generation"
+_OTHERS_WAIT = "clients with the tag of another generation wait at the socket"
 
 
 @mutable
@@ -59,13 +60,13 @@ class OpenCounts:
         Raises OSError if these connections may carry the tag of another generation.
         """
         if not listener.has_sibling:
-            raise OSError(errno.EOPNOTSUPP, "all generations accept from it")
+            raise OSError(errno.EOPNOTSUPP, "all generations accept from one socket")
         listening = listener.socket_for(socket_number)
         if listening.family == socket.AF_UNIX:
             tag = socket_file.number_of(listening)
             # If the socket has open connections, they are of a generation whose tags we have lost.
             if (listener.index, tag) in taken or socket_file.connections(listener.path)[tag]:
-                raise OSError(errno.EBUSY, "it is the socket of another generation")
+                raise OSError(errno.EBUSY, "another generation has accepted from the socket")
             return listener.index, tag
         used = {tag for index, tag in taken if index == listener.index} - {NO_TAG}
         if accept_tags.tag_of(listening) in used and listener.has_waiting(socket_number):
@@ -87,7 +88,9 @@ class OpenCounts:
         return listener.index, tag
 
     def _unused(self, listener: Listener, socket_number: int, used: Collection[int]) -> int:
-        """Return an unused tag, preferably the socket's present tag; NO_TAG: no tag is left.
+        """Return a tag that no connection carries, preferably the socket's present tag.
+
+        NO_TAG: no tag is left.
 
         used: the tags of known generations.  Raises OSError.
         """

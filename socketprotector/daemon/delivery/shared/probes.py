@@ -2,8 +2,8 @@
 
 At a TCP address a probe has a mark (system/bpf.py), and the kernel steers the probe by its mark.
 At a UNIX path a probe connects to the file of the generation's own socket.  If no worker accepts
-from a socket, we discard the probes that wait there.  Otherwise socket_watch.py would take these
-probes for clients without a worker, and another generation would start.
+from a socket, we discard the probes that wait at the socket.  Otherwise socket_watch.py would take
+these probes for stranded clients, and another generation would start.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def _waits(listening: socket.socket, address: tuple[str, int], client: socket.so
 
 
 def _waits_elsewhere(client: socket.socket) -> bool:
-    """Raise OSError: another program has our connection."""
+    """Raise OSError, in place of _waits(): another program has our connection."""
     raise OSError(errno.ENOTCONN, "another program's socket is at our path")
 
 
 def _end_of(client: socket.socket, listening: socket.socket) -> bytes | int:
-    """Return the key by which unaccepted() lists our connection."""
+    """Return the client's port and address, or its inode, as unaccepted() lists our connection."""
     if listening.family == socket.AF_UNIX:
         return os.fstat(client.fileno()).st_ino
     return end_of(client, listening.family)
@@ -70,13 +70,13 @@ class Probes:
     def __init__(self, listeners: SharedListeners, turns: Turns, steering: Steering) -> None:
         self._listeners, self._turns, self._steering = listeners, turns, steering
         self._persist = listeners.host.runtime.persist
-        #: Sockets, by listener and number, that get probes and no clients.  So their ::1 or UNIX
-        #: peers are our probes, or probes of the earlier program (before an upgrade or a kill).
+        #: Sockets, by listener index and number, that get probes and no clients.  So all their ::1
+        #: or UNIX peers are our probes, or the earlier program's (before an upgrade or a kill).
         self.probed: set[tuple[int, int]] = set()
         #: Sockets that get IPv4 probes: listener, number, and the source address of the probes.  No
         #: client has this address.
         self.probe_sources: set[tuple[int, int, str]] = set()
-        #: The mark of the serving generation's probes, by listener and socket number.
+        #: The mark of the serving generation's probes, by listener index and socket number.
         self._marks: dict[tuple[int, int], bpf.Mark] = {}
         #: Probe mark -> the number of the socket to which connections with this mark go.
         self.socket_by_mark: dict[bpf.Mark, int] = {}
@@ -103,8 +103,8 @@ class Probes:
         # The mark keeps the probe on this machine, as in reach_by_mark().
         mark = None if unix else self._mark_for(each, address)
         target = ProbeTarget(address, mark, waits, lambda: None)
-        # If the listener has only one socket, the next generation's workers accept an abandoned
-        # probe, so it need not be noted.
+        # At a listener with only one socket, an abandoned probe need not be noted: the next
+        # generation's workers accept the probe.
         if each.has_sibling:
             target.abandon = partial(self._note_abandoned, listening)
         return target
@@ -125,7 +125,7 @@ class Probes:
 
         IPv4 probes have a source address that no client has, so record this address.  IPv6 probes
         share ::1 with this machine's clients, and UNIX probes have no address.  So for IPv6 and
-        UNIX probes, record the socket if the socket gets no clients.
+        UNIX probes, record the socket, but only if the socket gets no clients (`no_clients`).
         """
         if mark is not None and mark.family == socket.AF_INET:
             self.probe_sources.add((*place, mark.source))
@@ -147,9 +147,9 @@ class Probes:
         name: the name of the listener; "": the first listener that has two sockets.  knows: returns
         whether the generation knows a listener, by index.
 
-        Such probes also reach the serving generation, and work during a hold.  They never leave
-        this machine, even if the address belongs to another machine.  Raises OSError, for example
-        EAGAIN while workers of an earlier generation may answer.
+        Such probes can also reach the serving generation, and work during a hold.  The probes never
+        leave this machine, even if the address belongs to another machine.  Raises OSError, for
+        example EAGAIN while workers of an earlier generation may answer.
         """
         socket_number = self._turns.accepting.get(generation)
         if socket_number is None:
@@ -217,7 +217,7 @@ class Probes:
     def _first(
         listeners: Iterable[Listener], name: str, knows: Callable[[int], bool]
     ) -> Listener | None:
-        """Return the first matching listener; prefer a listener that has its interface."""
+        """Return the first matching listener; prefer a listener whose interface exists."""
         named = (e for e in listeners if name in ("", e.settings.name) and knows(e.index))
         return min(named, key=lambda each: each.lacks_interface, default=None)
 
@@ -227,7 +227,7 @@ class Probes:
             self._steering.steer()
 
     def _probes_at(self, listener: Listener, number: int) -> int | None:
-        """Return how many probes wait at a listener's socket; None: a client may wait, too.
+        """Return how many probes wait at a listener's socket; None: a client might wait, too.
 
         Raises OSError.
         """
@@ -260,7 +260,7 @@ class Probes:
         return waiting, len(ours)
 
     def clients_wait(self, listener: Listener, number: int) -> bool:
-        """Return whether a client may wait at a listener's socket, and not only probes."""
+        """Return whether a client waits at a listener's socket, or might wait beside the probes."""
         try:
             return self._probes_at(listener, number) is None
         except OSError:
@@ -272,7 +272,7 @@ class Probes:
         """Return how many connections wait for a generation to accept them; None: unknown.
 
         clients_only: do not count a socket where only probes wait.  knows: returns whether the
-        workers have a listener, by index.
+        generation knows a listener, by index.
         """
         if generation not in self._turns.accepting:
             return 0

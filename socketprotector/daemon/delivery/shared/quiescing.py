@@ -1,17 +1,17 @@
 """Finds out when a replaced generation has accepted, and read from, all its clients.
 
 A replaced generation gets no new clients.  But some of its clients may still be unaccepted or
-unread.  A server that is ordered to finish would close these connections.  So we query the kernel
-for such clients (sock_diag) again and again; each round of queries is a look.  The queries take at
-most QUERY_SHARE of our time.  If the kernel cannot answer, we wait for a fixed time.
+unread.  A server that is ordered to finish would close these connections.  So we repeatedly query
+the kernel for such clients (sock_diag); each round of queries is a look.  The queries take at most
+QUERY_SHARE of our time.  If the kernel cannot answer, we wait for a fixed time.
 
 An unread client has sent bytes that its worker has not read.  Over TCP, two other kinds of clients
-count as unread: clients in the handshake, and, for SILENT_S, accepted clients that have sent
-nothing.
+count as unread: clients in the handshake, and accepted clients that have sent nothing.  We wait for
+silent clients of the second kind for SILENT_S at most.
 
-Some workers still read from all their accepted clients after the order to finish, as workers on the
-client library do (`reads_on`).  For such workers we wait only until all clients are accepted,
-including clients whose handshake is under way.
+Workers on the client library still read from all their accepted clients after the order to finish.
+For a generation of such workers (`reads_on`) we wait until all clients are accepted, including
+clients whose handshake is under way, but not until the workers have read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SOON_LOOKS = 2
 #: Without `reads_on`: a generation is quiet if, for this time, no client waited, and the only
 #: unread clients were accepted clients that had sent nothing.
 QUIET_S = 1.0
-#: How long to wait for clients that have connected and send nothing.
+#: How long to wait for accepted clients that send nothing.
 SILENT_S = 3.0
 #: After this time a generation is ordered to finish even if it has not read from all its clients.
 LAST_S = 10.0
@@ -52,7 +52,7 @@ class _Generation:
     socket_number: int
     on_quiet: Callable[[], None]
     common: Sequence[Listener]  # single-socket listeners where clients wait
-    leave_out: Collection[int]  # indices of listeners that we do not wait for
+    leave_out: Collection[int]  # indices of listeners whose clients we do not wait for
     reads_on: bool  # its workers read from all accepted clients before they exit
     accept_until: float  # before this time, LAST_S restarts as long as clients wait
     began: float
@@ -118,8 +118,8 @@ class Quiescing:
     ) -> None:
         """Call back when a generation has accepted and read from all its clients.
 
-        At the latest, calls back LAST_S after new clients can no longer come; clients may then
-        still wait or be unread.
+        At the latest, calls back LAST_S after new clients can no longer come.  In this case clients
+        may still wait or be unread.
 
         socket_number: the generation's socket.  common: listeners with one socket for all
         generations; the clients that wait at these listeners must be accepted, too.  leave_out:
@@ -143,7 +143,7 @@ class Quiescing:
         return tuple(self._generations)
 
     def begin_again(self, generation: int) -> None:
-        """Start over for a generation that was still getting clients."""
+        """Start the waiting times again for a generation that was still getting clients."""
         state = self._generations[generation]
         state.began, state.waited_s, state.unread = time.monotonic(), 0.0, None
         state.quiet_looks, state.quiet_s = 0, 0.0
@@ -168,7 +168,7 @@ class Quiescing:
         if unread is None:
             # sock_diag reports by port: it cannot tell apart the backlogs of an address's two
             # sockets.  So include both backlogs while clients wait for this generation.  Otherwise
-            # leave out both backlogs: they have only clients of the other generation.
+            # leave out both backlogs, because all clients in them are the other generation's.
             unread = self._query(generation, pairs, accepted=not waiting)
         elif unread and (still := self._query(generation, pairs, accepted=not waiting)) is not None:
             unread = {client: still[client] for client in unread if client in still}
@@ -207,8 +207,8 @@ class Quiescing:
         """Return the unread clients at these addresses, and whether each has sent nothing.
 
         For a generation with `reads_on`, return instead the clients whose handshake is under way.
-        Addresses that the kernel does not report are left out.  None: the kernel cannot be queried
-        now.  accepted: leave out clients that wait in a backlog.
+        Addresses that the kernel does not report are left out.  None: the system is short of
+        memory or descriptors, so try again.  accepted: leave out clients that wait in a backlog.
         """
         state, found = self._generations[generation], dict[tuple[int, bytes], bool]()
         for family in {each.socket.family for each in pairs}:

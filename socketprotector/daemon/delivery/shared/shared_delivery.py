@@ -51,7 +51,10 @@ def _cannot_share(listener: Listener) -> str | None:
 
 
 class SharedDelivery(Delivery):
-    """The owner of the listeners; its steering knows which generation accepts from which socket."""
+    """The owner of the listeners; SocketSteering knows which generation accepts from which socket.
+
+    A generation's socket has the number 0 or 1, the same at each address (turns.py).
+    """
 
     @classmethod
     def make_listener(
@@ -93,9 +96,9 @@ class SharedDelivery(Delivery):
                 address = each.settings.address
                 why = "so clients would reach the dry run's generation"
                 return f"{address} has one socket for all generations, {why}"
-        # Clients that cannot be steered may reach the dry run's generation.
-        cannot = "new clients cannot be steered now; `status` shows why"
-        return None if self.steering.is_steered else cannot
+        # Clients that cannot be steered might reach the dry run's generation.
+        why = "new clients cannot be steered now; `status` shows why"
+        return None if self.steering.is_steered else why
 
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
         number = self.steering.turns.free
@@ -110,9 +113,10 @@ class SharedDelivery(Delivery):
         self._flags.watch()
 
     def _stop_counting(self, others: Iterable[OpenGeneration]) -> None:
-        """Forget the tags of generations, because a later generation's connections may carry them.
+        """Forget the accept tags (open_counts.py) of these generations.
 
-        Both counts would be wrong, and it is unknown whose tag the connections carry.
+        A later generation's connections may carry one of these tags; we do not know which tag.  So
+        the counts of open connections would be wrong, both of that generation and of the later one.
         """
         for each in others:
             each.update_record(accept_tags=())
@@ -122,22 +126,22 @@ class SharedDelivery(Delivery):
     ) -> Handles:
         number, socket_number = generation.record.number, generation.record.socket_number
         wanted = sorted(generation.record.knows or ())
-        there = {each.index: each.socket_for(socket_number).fileno() for each in self._listeners}
-        if not there.keys() >= set(wanted):
+        fds = {each.index: each.socket_for(socket_number).fileno() for each in self._listeners}
+        if not fds.keys() >= set(wanted):
             why = "a listener was lost when the protector was killed; restart SocketProtector"
             raise OSError(errno.ENOTCONN, why)
         self.steering.grow(number, generation.knows)
         environment = worker_variables(number, slot=slot, master_pid=os.getpid())
         if settings.control is not None:
             environment["EINHORN_SOCK_PATH"] = settings.control.address.removeprefix("unix:")
-        return Handles({next(free): there[index] for index in wanted}, environment, "LISTEN_PID")
+        return Handles({next(free): fds[index] for index in wanted}, environment, "LISTEN_PID")
 
     def reach(
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
     ) -> ProbeTarget | None:
         found = None
         # While two generations share the clients, a probe that connects as clients do may reach
-        # either generation.  So steer the probe by a mark.
+        # either generation.  So ignore `as_client`, and steer the probe by a mark.
         if not as_client or self.steering.turns.share is not None:
             found = self.steering.probes.reach_by_mark(
                 generation.record.number, listener, generation.knows
@@ -179,7 +183,10 @@ class SharedDelivery(Delivery):
         return Share(sharing.record.number, share, both)
 
     def met(self, generation: OpenGeneration) -> int | None:
-        """Return how many connections the workers have accepted; the client library counts them."""
+        """Return how many connections the workers have accepted.
+
+        None: no worker counts its connections, as the client library does.
+        """
         return generation.accepted
 
     def begin_drain(
@@ -283,8 +290,8 @@ class SharedDelivery(Delivery):
             self._close_listeners()
             return
         # New clients wait for the next start (`stay`), go to the socket's owner (passed-in
-        # sockets), or are refused (other listeners).  In each case the serving generation must
-        # accept only the clients that came before this call.
+        # sockets), or are refused (other listeners).  In each case we wait only until the serving
+        # generation has accepted the clients that came before this call.
         latest = float("inf") if stay else self._refuse_new()
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
         if serving is not None and (stay or self.steering.has_passed_in_pair):
@@ -303,7 +310,11 @@ class SharedDelivery(Delivery):
         return float("inf") if all(refused) else time.monotonic() + LAST_S
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
-        # A passed-in listener may never be empty, because its owner keeps listening.
+        """Finish closing once no client waits, at the second look at the earliest.
+
+        latest: finish then in any case, by time.monotonic().  again: this is not the first look.
+        """
+        # A passed-in listener might never become empty, because its owner keeps listening.
         awaited = [e for e in self._listeners if not (e.settings.foreign or e.lost)]
         # Do not wait for clients that no worker will accept, such as the clients at the socket of
         # an abandoned generation.
@@ -338,8 +349,8 @@ class SharedDelivery(Delivery):
                 if waiting <= ours:
                     left_out.add(number)
                 elif listener.socket.family != socket.AF_UNIX:
-                    # backlog() of a UNIX socket leaves out clients that have disconnected, and so
-                    # ended probes.
+                    # backlog() counts waiting probes at a TCP address.  At a UNIX path it leaves
+                    # out disconnected clients, and with them our probes, which have ended.
                     probes += ours
         found = listener.backlog(0, left_out)
         lost = found[0] - probes if found else 0
@@ -370,7 +381,7 @@ class SharedDelivery(Delivery):
     def warnings(self) -> tuple[str, ...]:
         return self.steering.warnings
 
-    def look(self) -> None:
+    def accept_waiting(self) -> None:
         pass  # workers accept without us
 
     def record(self) -> DeliveryRecord:
@@ -382,8 +393,8 @@ class SharedDelivery(Delivery):
     def adopt(
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
-        # Restore the flags first: systemd may have made a passed-in socket blocking, so that
-        # accept() blocks in workers.
+        # Restore the flags first: systemd may have made a passed-in socket blocking, and accept()
+        # would block in the old workers.
         self._flags.adopt(record.nonblocking)
         self.steering.adopt_record(record.steering, held=held)
         if closing:

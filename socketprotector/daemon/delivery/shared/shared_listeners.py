@@ -29,7 +29,7 @@ class SharedListeners:
     def open(self, *, closing: bool) -> list[Listener]:
         """Return the listeners to which new clients can come.
 
-        closing: our own listeners refuse new clients; owners of passed-in sockets still accept.
+        closing: our own listeners refuse new clients; passed-in sockets still listen.
         """
         return [each for each in self.all if each.settings.foreign or not closing]
 
@@ -60,10 +60,11 @@ class SharedListeners:
             each.file_rights = known.get(each.index)
 
     def note_bound(self, listener: Listener) -> None:
-        """Note that a listener got another socket, or lost its second socket."""
+        """Note that a listener got another socket, or that its second socket was dropped."""
         if not listener.has_sibling:
-            # All generations share one socket, and connections inherit its tag.  So forget the
-            # tags: they do not show which generation accepted a connection.
+            # All generations share one socket, and connections inherit its accept tag
+            # (open_counts.py).  So forget all tags: they do not show which generation accepted a
+            # connection.
             for each in self.host.generations.values():
                 each.update_record(accept_tags=())
         self.host.listener_bound(listener)
@@ -91,7 +92,7 @@ class Steering(ABC):
 
     @abstractmethod
     def adopt_held(self) -> None:
-        """After a hold, pass held clients, and clients of lost sockets, to the next generation."""
+        """After a hold, pass held clients and clients in Turns.lost to the next generation."""
 
     @abstractmethod
     def gets_no_client(self, generation: int) -> bool:

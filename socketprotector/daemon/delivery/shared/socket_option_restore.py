@@ -10,9 +10,9 @@ options (system/socket_snapshot.py) in two cases:
   earlier changes by the serving generation remain.  A release has failed if its generation ends
   while all generations that still accept are older.
 
-If an option cannot be restored, we replace the socket.  But we replace a socket that all
-generations share only if the option keeps clients out, and if the socket can be dropped without a
-loss (Listener.can_do_without()).  We log an option that stays changed.
+If an option cannot be restored, we replace the socket.  For a socket that all generations share, we
+do so only if two conditions are met: the option keeps clients out, and the socket can be dropped
+without a loss (Listener.can_do_without()).  We log an option that stays changed.
 
 The serving generation may lower a backlog.  We raise the backlog when another generation starts to
 accept from the socket, or when no generation accepts.  A longer backlog is harmless.
@@ -47,13 +47,18 @@ class SocketOptionRestore:
 
     @record.setter
     def record(self, found: Sequence[tuple[int, int, str]]) -> None:
-        self._before = {(of, index): socket_snapshot.from_text(text) for of, index, text in found}
+        self._before = {
+            (generation, index): socket_snapshot.from_text(text)
+            for generation, index, text in found
+        }
 
     def begin(
         self, generation: int, listener: Listener, socket_number: int, is_alone: Callable[[], bool]
     ) -> None:
-        """Restore or record a socket's options before a generation accepts from the socket.
+        """Prepare a socket's options before a generation accepts from the socket.
 
+        If another generation accepts from it, record the present options, for end().  Otherwise
+        restore the initial options, or record them if this is the listener's first generation.
         is_alone: returns whether no other generation accepts from the socket.
         """
         initial = self._before.get((_INITIAL, listener.index))
@@ -72,8 +77,8 @@ class SocketOptionRestore:
     ) -> None:
         """Undo a generation's changes if it has failed (all remaining generations are older).
 
-        remaining: the generations that still accept.  gone: all workers of this generation have
-        exited, so no worker can change an option later.
+        remaining: the generations that still accept.  gone: all workers of the ended generation
+        have exited, so none can change an option later.
         """
         if not remaining:
             self._raise_backlogs()

@@ -1,7 +1,7 @@
 """Gives a starting generation its own sockets, and repairs the sockets that workers have broken.
 
-We make a broken socket listen again, or replace it by a new socket.  If a starting generation gets
-no socket of its own, SocketSteering.enter() decides whether the generation fails.
+We make a broken socket listen again, or replace it by a new socket.  If we cannot prepare a socket
+for a starting generation, SocketSteering.enter() decides whether the generation fails.
 
 A listening socket is an open file description that all workers share, so any worker can shut it
 down for all.  Running workers cannot get a new socket, so another generation must start.
@@ -26,7 +26,7 @@ RESTART = "restart SocketProtector: until then a release that fails may keep cli
 
 
 class SocketRepair:
-    """Gives each generation sound sockets, and repairs sockets that a generation breaks."""
+    """The repair of sockets, for a starting generation and after a worker has broken a socket."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class SocketRepair:
         """Repair the sockets that clients or probes need and cannot reach.
 
         Epoll reports only sockets that were shut down.  This method also finds sockets on which a
-        worker has called connect(), and sockets whose device or file is missing.
+        worker has called connect(), and sockets whose network device or file is missing.
         """
         for each in self._listeners.living:
             for number in range(len(each.sockets)):
@@ -72,7 +72,7 @@ class SocketRepair:
                     self.replace(each, number)
 
     def _is_out_of_reach(self, listener: Listener, number: int) -> bool:
-        """Return whether clients or probes need a socket whose device or file is gone.
+        """Return whether clients or probes need a socket whose network device or file is gone.
 
         Clients need the socket to which they are steered.  Probes need the socket of a starting
         generation: without probes, only a timer could make this generation ready.
@@ -93,8 +93,8 @@ class SocketRepair:
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
-        # Keep a listener's only socket if some generation lacks it: the socket's clients may be
-        # waiting for the next generation.
+        # Keep a listener's only socket if some generation's workers lack it: perhaps the clients at
+        # the socket wait for the next generation.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)
@@ -124,7 +124,7 @@ class SocketRepair:
     def needs(self, listener: Listener) -> bool:
         """Return whether a new release must fail if clients cannot reach it at this listener.
 
-        If a listener's only socket lost its file, a release may still start for other listeners.
+        A listener whose only socket lost its file does not matter while other listeners remain.
         """
         return listener.has_sibling or all(each.is_cut_off for each in self._listeners.living)
 
@@ -149,8 +149,8 @@ class SocketRepair:
         """Replace a broken socket by a new socket.
 
         If no socket can be bound, use the listener's other or reserved socket instead; without
-        such a socket, the listener is lost.  But if another try may succeed (RETRY_ERRNOS), or only
-        the socket's files are missing, keep the socket: a later repair tries again.
+        such a socket, the listener is lost.  Exception: keep the socket, for a later repair, if
+        another try may succeed (RETRY_ERRNOS) or if the socket is sound except for missing files.
         """
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         address = listener.settings.address

@@ -42,7 +42,7 @@ class SocketSteering(Steering):
         runtime = listeners.host.runtime
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._post = runtime.persist, runtime.post
-        self._not_held = ""  # why new clients do not wait during a hold; "": they do, or no hold
+        self._not_held = ""  # why a hold does not hold new clients; "": it does, or no hold is on
         self._written = self._groups  # the result of _groups in the last written state
         self.turns = Turns()
         self.hold = ListenerHold(listeners)
@@ -95,7 +95,7 @@ class SocketSteering(Steering):
                     raise
             self._repairs.make_sound(each, socket_number, generation)
         self.turns.accepting[generation] = socket_number
-        self.steer()  # during a hold: a path that has two sockets again can be held now
+        self.steer()  # during a hold: clients of a path that has two sockets again can now be held
         self._watch.watch()
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
@@ -152,7 +152,7 @@ class SocketSteering(Steering):
         self._report_adopted()
 
     def adopt_held(self) -> None:
-        """After a hold, pass held clients, and clients of lost sockets, to the next generation."""
+        """After a hold, pass held clients and clients in Turns.lost to the next generation."""
         free = self.turns.free
         if self.hold.on:
             return
@@ -174,7 +174,7 @@ class SocketSteering(Steering):
         self._watch.watch()
 
     def _report_adopted(self) -> None:
-        """Report held clients that wait for the next generation: a stop must know of them now."""
+        """Post HeldClientsWait if held clients wait for the next generation: a stop needs this."""
         free, living = self.turns.free, self._listeners.living
         is_idle = not self.hold.on and free not in self.turns.accepting.values()
         at_paths = (each for each in living if each.path and each.can_be_held)
@@ -206,9 +206,9 @@ class SocketSteering(Steering):
         """
         listeners, before, canary = self._listeners.all, self.turns, self._watch.canary
         if canary is not None and before.share and socket_number != before.current:
-            # The canary gets the route: it has served before if it has accepted a client.
+            # The canary gets the route.  It counts as having served if it has accepted a client.
             again = canary.accepts.has_accepted
-        # A change of the share alone does not restart the watch.
+        # If only the share changes, accept_watch continues.
         is_watched = socket_number == before.current and (share or before.share) is not None
         self.turns.turn_to(socket_number, {each.index for each in listeners}, knows, share)
         places = {
@@ -295,11 +295,11 @@ class SocketSteering(Steering):
         self._quiescing.begin(generation, number, on_quiet, leave_out=leave_out, reads_on=reads_on)
 
     def quiesce_last(self, generation: int, on_quiet: Callable[[], None], latest: float) -> None:
-        """Call back when the last generation has accepted all clients that came before this call.
+        """Call back when the last generation has accepted, and read from, all earlier clients.
 
-        latest: see `accept_until` of Quiescing.begin().  Later clients are refused, or wait for
-        the next start or the socket's owner.  But if a listener has only one socket, the
-        generation may accept later clients.
+        Earlier clients came before this call.  Later clients are refused, or wait for the next
+        start or the socket's owner; at a listener with only one socket, the generation may accept
+        them.  latest: see `accept_until` of Quiescing.begin().
         """
         number = self.turns.accepting.get(generation, 0)
         common = [each for each in self._listeners.living if not each.has_sibling]
@@ -337,7 +337,7 @@ class SocketSteering(Steering):
 
     @property
     def has_passed_in_pair(self) -> bool:
-        """Return whether a socket that was passed in has a second socket of ours beside it."""
+        """Return whether a passed-in socket has a sibling: a second socket, which we bound."""
         return any(each.settings.foreign for each in self._listeners.pairs)
 
     def give_back(self) -> None:
@@ -357,7 +357,7 @@ class SocketSteering(Steering):
     def _turn_away(self, generation: int) -> bool:
         """If a generation gets new clients, steer them to the other socket; return whether we did.
 
-        Do nothing during a stop, or if a generation accepts from the other socket.
+        Do nothing during a stop, or if another generation accepts from the other socket.
         """
         number, turns, ended = self.turns.accepting[generation], self.turns, self._repairs.ended
         is_due = number == turns.current and not (ended or 1 - number in turns.accepting.values())
@@ -373,7 +373,7 @@ class SocketSteering(Steering):
     def steer(self) -> bool:
         """Update the steering in the kernel; return whether that succeeded.
 
-        If steering fails, clients still go to the other socket, whose workers keep accepting.
+        If steering fails, clients go to the same socket as before, whose workers keep accepting.
         """
         not_steered, not_held = dict[str, str](), ""
         for each in self._listeners.open(closing=self._repairs.ended):
@@ -423,8 +423,8 @@ class SocketSteering(Steering):
     def _steer_one(self, listener: Listener, socket_number: int) -> str:
         """Steer a listener's new clients to a socket, or during a hold to the reserved socket.
 
-        If the current generation lost a path's socket, the path's clients are held, too.  Returns
-        why clients cannot be held, or "".  Raises OSError if clients go to the wrong socket.
+        If Turns.lacks() is true for a path, the path's clients are held, too.  Returns why clients
+        cannot be held, or "".  Raises OSError if clients go to the wrong socket.
         """
         if self.turns.given_back and listener.settings.foreign:
             socket_number = 0

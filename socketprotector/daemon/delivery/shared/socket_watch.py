@@ -1,7 +1,7 @@
 """Watches for sockets that were shut down, and for stranded clients.
 
-A client is stranded at a socket from which no worker accepts.  Then another generation starts
-(event `stranded`), and accepts from this socket.  We call this start a rescue.
+A client is stranded if it waits at a socket from which no worker accepts.  For stranded clients
+another generation starts (event `stranded`), and accepts from this socket: a rescue.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from .probes import Probes
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
-#: Finishing workers have FIRST_RESCUE_S to accept stranded clients; then a rescue starts another
-#: generation.  The pause between two rescues doubles from FIRST_RESCUE_S to LAST_RESCUE_S.
+#: Finishing workers have FIRST_RESCUE_S to accept stranded clients; after this time a rescue
+#: starts.  The pause between two rescues (the back-off) doubles from FIRST_RESCUE_S to
+#: LAST_RESCUE_S.
 FIRST_RESCUE_S = 1.0
 LAST_RESCUE_S = 600.0
 
@@ -32,7 +33,7 @@ _MOUNTED = "clients use a mount of an old socket file; mount the folder, not the
 
 
 class SocketWatch(Backlogs):
-    """Wakes us when clients need another generation, or a listener needs another socket."""
+    """Wakes us when clients need a rescue, or when a listener needs another socket."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class SocketWatch(Backlogs):
         self._rescue_s = 0.0
 
     def look_again(self) -> None:
-        """Look for stranded clients now, because the last worker at their socket may be gone."""
+        """Look for stranded clients now: the last worker that could accept them may be gone."""
         self._loop.cancel(_RESCUE)
         self.watch()
         clients_wait = any(each.has_waiting(number) for each, number in self._without_worker())
@@ -79,7 +80,7 @@ class SocketWatch(Backlogs):
             self._rescue_later()
 
     def unwatch(self, listener: Listener) -> None:
-        """Stop watching a listener's sockets until the next watch(): they may be replaced."""
+        """Stop watching a listener's sockets, which may be replaced, until the next watch()."""
         for each in listener.sockets:
             self._loop.unwatch(each.fileno())
 
@@ -146,7 +147,7 @@ class SocketWatch(Backlogs):
         elif (listener, number) in self._without_worker():
             self._rescue_later()
         for watch, sockets in self._watches():
-            # came() looks at the backlog again: perhaps a worker has accepted the client by now.
+            # came() plans a look at the backlog: perhaps a worker has accepted the client by now.
             if watch.awaits and (listener, number) in sockets:
                 watch.came(listener.index)
 
@@ -192,10 +193,10 @@ class SocketWatch(Backlogs):
         return at if canary == generation else ()
 
     def _rescue_later(self) -> None:
-        """Call _rescue() after a pause, because finishing workers may accept the stranded clients.
+        """Call _rescue() after a pause in which finishing workers may accept the clients.
 
-        If clients wait at a socket where no worker is finishing, only a recent rescue is a reason
-        for a pause.
+        If clients wait at a socket where no worker is finishing, call _rescue() at once.  But a
+        recent rescue makes a pause necessary in any case (the back-off).
         """
         leaving, may_accept = {number for number, _ in self._turns.leaving.values()}, True
         for each, number in self._without_worker():
@@ -212,7 +213,7 @@ class SocketWatch(Backlogs):
             self._rescue()
 
     def _rescue(self) -> None:
-        """Start a generation for stranded clients, if any wait."""
+        """Post Stranded, which starts a generation, if clients are stranded."""
         unknown = self._probes.discard()
         readable = [
             (each, number)

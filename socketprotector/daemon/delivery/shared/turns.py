@@ -17,19 +17,20 @@ if TYPE_CHECKING:
 
 @frozen
 class Share:
-    """The share of the new clients that a second generation gets, at socket `1 - Turns.current`."""
+    """The share of the new clients that a canary gets, at socket number `1 - Turns.current`."""
 
-    generation: int
+    generation: int  # the canary's number
     part: int  # in ten-thousandths of the new clients
-    listeners: frozenset[int]  # the indices of the listeners that both generations know
+    listeners: frozenset[int]  # indices of the listeners that the canary and the route both know
 
 
 @mutable
 class Turns:
     """The assignment of sockets to generations.
 
-    A listener's sockets have the numbers 0 and 1.  If a listener has only one socket, both numbers
-    mean this socket.
+    A listener's sockets have the numbers 0 and 1.  If a listener has a single socket, both numbers
+    mean this socket.  The current generation is the generation that accepts from the socket number
+    `current`.
     """
 
     current: int = 0  # the number of the socket that gets new clients
@@ -46,7 +47,7 @@ class Turns:
     #: The pairs of `unserved` where the generation's later workers have the socket.
     partly_served: frozenset[tuple[int, int]] = frozenset()
     #: Indices of listeners whose socket the current generation lost.  Clients of these listeners
-    #: go to the next generation's socket.
+    #: go to the next generation's socket.  (Clients of a Listener with `lost` go to no socket.)
     lost: frozenset[int] = frozenset()
     given_back: bool = False  # True: new clients go to passed-in sockets, whose owner accepts them
     #: Not recorded: after an upgrade or a kill, the next program repeats the action RouteTo, which
@@ -117,18 +118,18 @@ class Turns:
             return True  # the socket's owner accepts
         there = self.at(listener, number)
         if not there:
-            # If no generation accepts from any socket, the next generation gets the clients of all
-            # sockets.  Otherwise it gets only the clients of its own socket, number_for().  Even
-            # there, a listener in `lost` is not served: no generation is about to start for its
-            # clients, so a rescue (socket_watch.py) must start one.
+            # No generation accepts from this socket.  If none accepts from any socket, the next
+            # generation gets the clients of all sockets.  Otherwise the next generation gets only
+            # the clients of the socket number_for().  Exception: for the clients of a listener in
+            # `lost` no generation is about to start, so a rescue (socket_watch.py) must start one.
             is_next = number == self.number_for(listener) and listener.index not in self.lost
             return not self.accepting or is_next
         return any((generation, listener.index) not in self.unserved for generation in there)
 
     def is_accepted(self, listener: Listener, number: int, left_since: float) -> bool:
-        """Return whether workers may still accept from the listener's socket of this number.
+        """Return whether workers might still accept from the listener's socket of this number.
 
-        left_since: workers that were ordered to finish before this time accept no more.
+        left_since: workers that were ordered to finish before this time accept no more clients.
         """
         if self.takers(listener, number):
             return True
@@ -141,8 +142,8 @@ class Turns:
     def own(self, pairs: Iterable[Listener], number: int, generation: int = 0) -> list[Listener]:
         """Return the listeners whose socket of this number was not given back to its owner.
 
-        pairs: the listeners with two sockets.  generation: also leave out listeners whose socket no
-        worker of this generation has; 0: no generation, so leave out only given-back sockets.
+        pairs: the listeners with two sockets.  generation: also leave out a listener if all workers
+        of this generation lack its present socket; 0: leave out no other listener.
         """
         is_given_back = self.given_back and number == 0
         lacking = self.unserved - self.partly_served
@@ -172,8 +173,8 @@ class Turns:
         clients.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
-        # With a single socket, or in a dry run, the clients wait at the current socket.  If the
-        # listener were in `unserved`, a rescue (socket_watch.py) would follow for these clients.
+        # With a single socket, or in a dry run, the clients wait at the current socket.  If we put
+        # the listener into `unserved`, a rescue (socket_watch.py) would start for these clients.
         if listener.has_sibling and not dry_run:
             self.unserved |= {(generation, listener.index) for generation in self.accepting}
         return number
@@ -203,9 +204,10 @@ class Turns:
         self.current, self.share = number, share
 
     def lacks(self, listener: Listener) -> bool:
-        """Return whether a UNIX path's clients go to a socket that no generation serves.
+        """Return whether a UNIX path's clients go to a socket that no generation fully serves.
 
-        No worker has this socket, or only later workers (see `unserved`).
+        Either no worker has this socket, or only workers that started after the socket was bound
+        have it (`partly_served`).
         """
         if not listener.path or listener.index in self.lost:
             return False
@@ -214,7 +216,7 @@ class Turns:
     def move_lost(self, listener: Listener) -> bool:
         """If lacks() is true, add the listener to `lost`; return whether it was added.
 
-        The listener's clients then wait for the next generation.
+        The clients of an added listener wait for the next generation.
         """
         moves = self.lacks(listener)
         if moves:
@@ -222,9 +224,11 @@ class Turns:
         return moves
 
     def note_replaced(self, listener: Listener, number: int | None) -> set[int]:
-        """Note that a socket was replaced or dropped; return the generations without the new one.
+        """Note that a socket was replaced or dropped.
 
-        number: the socket's number; None: the socket is common to all generations.
+        Returns the generations whose workers had this socket, and do not have the socket that now
+        gets its clients.  number: the socket's number; None: the socket is common to all
+        generations.
         """
         lacking = {each for each, accepts in self.accepting.items() if number in (None, accepts)}
         pairs = {(generation, listener.index) for generation in lacking}
@@ -235,7 +239,7 @@ class Turns:
     def grow(self, generation: int, knows: Callable[[int], bool]) -> bool:
         """Note that a worker of a generation will start with the present sockets.
 
-        Returns whether the generation then has a socket that all its workers lacked before.
+        Returns whether the worker has a socket that all earlier workers of the generation lack.
 
         knows: returns whether the generation's workers have a listener, by index.
         """

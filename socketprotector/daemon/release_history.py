@@ -22,7 +22,7 @@ from ..system.helper import BackOff, HelperProcess, last_line
 from ..system.loop import Loop
 from .runtime import Runtime
 
-_FIRST = 3  # the writer's first descriptor after its output
+_FIRST = 3  # the writer's first descriptor after stdin, stdout and stderr
 _AGAIN = "release-history"
 _FIRST_DELAY_S, _LAST_DELAY_S = 1.0, 60.0
 
@@ -38,7 +38,7 @@ class SavedHistory:
         self._current, self._loop, self._log = current, runtime.loop, runtime.log
         # The next two attributes are compared with `value` by identity.
         self._on_disk: ReleaseHistory | None = self.value  # what the file has, as far as we know
-        self._writing: ReleaseHistory | None = None  # what a process is writing; None: no process
+        self._writing: ReleaseHistory | None = None  # what the writer is writing; None: no writer
         self._is_unreadable = False  # the file could not be read: rename it before the next write
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
 
@@ -46,11 +46,11 @@ class SavedHistory:
         """Read the file; if that fails, keep the present history, and write it unless it is empty.
 
         is_owned: whether this protector holds the lock of `current` (current_link.py).  If so,
-        first prevent the writer process of an earlier owner from changing the file later.
+        first withdraw the writer processes of earlier owners, so that they change the file no more.
         """
         current, self._is_unreadable = self._current(), False
         if is_owned:
-            with suppress(OSError):  # each write does this again
+            with suppress(OSError):  # each write withdraws earlier writers again
                 release_store.withdraw_writers(current)
         try:
             found = release_store.history(current)
@@ -84,7 +84,7 @@ class SavedHistory:
         self._save(release.added(self.value, entry))
 
     def sync(self) -> None:
-        """Write the file again: the writer also syncs the folder, in which the link has changed."""
+        """Write the file again; the writer also syncs the folder, with a move of `current`."""
         # A write in progress may have synced the folder before the link changed, so that write must
         # not count.  A copy is another object, so is_saved is False until the copy is written.
         self._save(replace(self.value))
@@ -132,13 +132,13 @@ def write(current: str, history: ReleaseHistory, loop: Loop, done: Callable[[str
         try:
             opened.append(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
             opened.append(inherited.memory_file("sp.history", release.dump(history)))
-            file, following = release_store.new_history(current)
+            file, temporary = release_store.new_history(current)
             opened.append(file)
             given = dict(enumerate(opened, _FIRST))
-            with on_error(os.unlink, os.path.join(folder, following)):
+            with on_error(os.unlink, os.path.join(folder, temporary)):
                 HelperProcess.start_own(
                     "release_writer.py",
-                    (*map(str, given), following, f"{name}.history"),
+                    (*map(str, given), temporary, f"{name}.history"),
                     {1: output, 2: output, **given},
                     loop,
                     partial(_ended, output, done),

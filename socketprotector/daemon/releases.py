@@ -1,8 +1,9 @@
 """The releases of a protector: which one a reload starts, and what the reload's result changes.
 
 `current` is the symbolic link that the option --current names.  A release is proved when its start
-or reload has succeeded.  Then `current` is moved to the release (current_link.py).  A reload that
-was requested meanwhile reads the link only after the move.
+or reload has succeeded.  A deploy or rollback to an earlier release then moves `current` to the
+release (current_link.py); a failed move is *due*, and is tried again.  A reload that was requested
+meanwhile reads the link only after the first try.
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ class Releases:
         self._settings, self._log = settings, runtime.log
         self.history = SavedHistory(lambda: settings().current, runtime)
         self.link = CurrentLink(settings, runtime, lock, self.history.sync)
-        #: The release that the last reload was to start; "": unknown, or that reload has failed.
+        #: The release that the last reload or dry run was to start; "": unknown, or that reload has
+        #: failed, with a release that was not serving.
         self._tried = ""
         #: The release that `current` named when the last reload began; "": it led to no release.
         self.named_at_begin = ""
-        self._note = ""  # what the report of the next success adds about `current`
+        self._note = ""  # about a move of `current`; the report of the next success adds it
         self.history.read(is_owned=self.link.is_owned or self.link.take_lock())
 
     def own(self) -> bool:
@@ -104,12 +106,14 @@ class Releases:
     # -- a reload --------------------------------------------------------------------
 
     def begin(self, deployed: str) -> str:
-        """Note which release a reload starts; return its name, or "" to let `current` decide.
+        """Note which release a reload or dry run starts; return it, or "" if `current` decides.
 
-        deployed: the release of a deploy, returned even if `current` names it; "": no deploy.
+        deployed: the release of a deploy, which is returned even if `current` names it; "": no
+        deploy.
         """
         self.link.forget_due_if_moved()
-        # While a move is due, `current` names an old release: start the release of that move.
+        # While a move is due, `current` still names an old release: start the release to which
+        # `current` is to be moved.
         wanted = deployed or self.link.due
         self.named_at_begin = self.link.named
         self._tried = wanted or self.named_at_begin
@@ -137,7 +141,7 @@ class Releases:
         self.link.move(name)
         if not self.link.due and named not in (self.named_at_begin, name):
             moved = f"was moved to {named} during" if named else "led to no release at the end of"
-            self._note = f"current {moved} the deploy; it names {name} now"
+            self._note = f"current {moved} the reload; it names {name} now"
             self._log.write("warning", "current-moved-again", release=name, reason=self._note)
 
     def reported(self, report: Report, program: Program | None) -> Report:
@@ -168,12 +172,10 @@ class Releases:
         return report
 
     def _is_own_failure(self, name: str, report: Report, program: Program | None) -> bool:
-        """Return whether the reported failure is the release's own.
+        """Return whether the release itself caused the reported failure.
 
-        Only then does a rollback skip the release.
-
-        A reload that a stop has ended does not count.  A mistake in the configuration counts only
-        if its message names a path of the release.
+        A rollback skips the release only if it did.  A stop that ends a reload is not caused by the
+        release, nor is a mistake in the configuration whose message names no path of the release.
         """
         if report.reason == stop.CALLED_OFF:
             return False

@@ -356,7 +356,7 @@ def test_a_current_that_is_moved_during_a_deploy_is_moved_again_and_that_is_said
     assert ctl(one, "promote").status == 0
 
     assert running.wait() == 0, running.err.text()
-    said = "current was moved to 3 during the deploy; it names 2 now"
+    said = "current was moved to 3 during the reload; it names 2 now"
     one.daemon.log.wait_for(f'warning event=current-moved-again release=2 reason="{said}"')
     assert one.status()["reloads"][-1]["reason"] == said
     assert (serving(one), releases.named) == ("2", "2")

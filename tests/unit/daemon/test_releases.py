@@ -397,7 +397,7 @@ def test_a_link_that_is_moved_during_a_deploy_is_moved_again_and_that_is_said(
 
     report = world.proved(made, "2", during=lambda: world.point_at("2-beta"))
 
-    assert report.reason == "current was moved to 2-beta during the deploy; it names 2 now"
+    assert report.reason == "current was moved to 2-beta during the reload; it names 2 now"
     assert (world.clock.lines, made.link.named) == (["current-moved-again"], "2")
 
 
@@ -408,7 +408,7 @@ def test_a_link_that_is_removed_during_a_deploy_is_made_again_and_that_is_said(
 
     report = world.proved(made, "2", during=world.current.unlink)
 
-    said = "current led to no release at the end of the deploy; it names 2 now"
+    said = "current led to no release at the end of the reload; it names 2 now"
     assert report.reason == said
     assert (world.clock.lines, made.link.named) == (["current-moved-again"], "2")
 

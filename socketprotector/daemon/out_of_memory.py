@@ -1,9 +1,9 @@
 """Determines whether a worker got SIGKILL because memory ran out.
 
-The kernel counts such kills in our memory cgroup, but does not report which process it killed.  The
-count rises before the process dies.  So a kill explains the end of a worker only if that end
-follows soon.  If no worker's end follows, the kernel has killed another process, such as a child of
-a worker.
+The kernel counts such kills in our memory cgroup (system/memory_group.py), but does not report
+which process it killed.  The count rises before the process dies.  So a kill explains the end of a
+worker only if that end follows soon.  If no worker's end follows, the kernel has killed another
+process, such as a process that a worker has started.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from . import forked_children
 from .runtime import Runtime
 from .worker_spawn import Worker
 
-#: How long after a kill to check whether the kill has explained a worker's end.
+#: How long after a kill to check whether a worker has ended by it.
 _LOOK_S = 1.0
 _TIMER = "memory"
 
@@ -28,7 +28,8 @@ class MemoryWatch:
     def __init__(self, runtime: Runtime, workers: Mapping[int, Worker]) -> None:
         """workers: the running workers by number, always up to date."""
         self._loop, self._log, self._workers = runtime.loop, runtime.log, workers
-        # The kills that we have attributed or logged, and those before our first worker.
+        # The kernel's counts as far as we have handled them: by naming the kill as the cause of a
+        # worker's end, or in the log.  Kills before our first worker need neither.
         self._handled = memory_group.counts()
         # None: the kernel sends no events.  Then a counted kill explains the next SIGKILL of a
         # worker, however late that SIGKILL comes.
@@ -75,15 +76,15 @@ class MemoryWatch:
                 yield child.pid
 
     def why_killed(self) -> str:
-        """Return, in words, how a worker ended after a SIGKILL that we did not send.
+        """Return, in words, how a worker or forked child ended by a SIGKILL that we did not send.
 
-        Each kill that the kernel has counted explains the end of one worker.
+        Each kill that the kernel has counted explains one such end.
         """
         now, before = memory_group.counts(), self._handled
         if now.kills <= before.kills:
             return exit_text.KILLED
         # The kernel's counts do not tell which kills came from the limit.  So while kills remain
-        # unexplained, keep the old at_limit: the next killed worker then gets the same cause.
+        # unexplained, keep the old at_limit: the next killed process then gets the same cause.
         more = now.kills > before.kills + 1
         at_limit = before.at_limit if more else now.at_limit
         self._handled = OutOfMemory(before.kills + 1, at_limit)

@@ -3,9 +3,9 @@
 The steps have a fixed order:
 
 1. The last words of a worker that exited before, or as soon as, it was ready: they tell why the
-   start failed.  We may have to wait until the relay sends them, and reap the worker only then.  So
-   if the protector is upgraded or killed meanwhile, the next program still finds the exited worker,
-   and requests the words again.
+   start failed.  If the relay (relay_client.py) has to send them, we reap the worker only after the
+   relay's answer.  So if the protector is upgraded or killed meanwhile, the next program still
+   finds the exited worker, and requests the words again.
 2. The exit status, from waitid(2).  A worker that was started before a crash of the protector is no
    child of this process.  Then waitid(2) fails with ECHILD, and only the guard can report the
    status.
@@ -78,11 +78,11 @@ class PostMortem:
             if not worker.process.has_ended():
                 return None
             worker.ended = True
-            if not worker.has_served:
+            if not worker.became_ready:
                 self.runtime.loop.unwatch(worker.process.pidfd)
                 self._request_words(worker.record, partial(self._note_words, worker))
-                return None  # the callback may have come at once, and finished everything
-        if not worker.has_served and worker.last_words is None:
+                return None  # _note_words() perhaps ran at once, and the exit is handled
+        if not worker.became_ready and worker.last_words is None:
             return None  # the relay has not answered yet
         try:
             end = worker.process.reap()
@@ -108,7 +108,10 @@ class PostMortem:
             self.remember(lambda history: history.with_last_words(number, pid, last_words))
 
     def _end_from_elsewhere(self, worker: Worker, *, guarded: bool) -> End | None:
-        """Return the end of a worker that is not our child; None: not known yet."""
+        """Return the end of a worker that is not our child, as the guard reports it.
+
+        None: the report is awaited.  Without a report the status is unknown.
+        """
         number = worker.record.number
         if worker.end_from_guard is not None or worker.awaits_end or not guarded:
             self.runtime.loop.cancel(("status", number))
@@ -129,7 +132,7 @@ class PostMortem:
         kept = forked_children.left_open(record, worker.generation)
         lost = worker.generation.take_counts(record.slot, kept)
         # Forked children finish at end of file on the RETURN line.  So keep the line open until
-        # core orders them to finish.
+        # the lifecycle (core/) orders them to finish.
         line, worker.line = worker.line, None
         orphans = self.keep_group(record, worker.process, worker.generation, line)
         worker.close()
@@ -141,14 +144,14 @@ class PostMortem:
             how=end.how,
             lost=lost or None,
         )
-        last_words, was_ready = worker.last_words or "", record.ready_by or worker.has_served
+        last_words, was_ready = worker.last_words or "", record.ready_by or worker.became_ready
         if not was_ready:  # a failed start, or daemon(3): end the processes that the worker left
             self.orphans.end(worker.notify.address)
         detached = end.clean and not was_ready
         if not record.asked_to_exit and not (end.clean and worker.generation.ended):
             crash = _crash(worker, end, lost, last_words)
             self.remember(lambda history: history.with_crash(crash))
-            if worker.has_served:  # otherwise we have the last words already
+            if worker.became_ready:  # otherwise we have the last words already
                 self._request_words(record, partial(self._remember_words, number, pid=record.pid))
         reason, served_s = end.how, 0.0
         if record.ready_at is not None:
@@ -159,9 +162,10 @@ class PostMortem:
         return WorkerExited(number, reason, served_s, waiting, detached, orphans)
 
     def child_failed(self, worker: Worker, text: str) -> None:
-        """Log and remember the failure of a forked child, as the worker has reported it.
+        """Log a forked child's failure that its worker reports, and add it to the history.
 
-        text: the report, in the form that wire.CHILD describes.
+        text: the report, in the form that CHILD of socketprotector_client/wire.py describes.
+        Ignore a malformed report, and the report of a worker that is to exit.
         """
         words = text.split()
         if len(words) != 4 or not all(_is_number(each) for each in words[:3]):
@@ -193,7 +197,7 @@ class PostMortem:
             slot=record.slot,
             pid=pid,
             how=f"child {child} of {record.pid}: {how}",
-            when="serving" if record.ready_by or worker.has_served else "starting",
+            when="serving" if record.ready_by or worker.became_ready else "starting",
             lost=lost,
         )
         self.remember(lambda history: history.with_crash(crash))
@@ -233,7 +237,7 @@ class PostMortem:
         """Watch the processes left in a worker's process group; return whether there are any.
 
         Takes ownership of the process and the line.
-        lost: see WorkerExited.
+        lost: see WorkerExited (core/events.py).
         """
         has_group = process.has_group()
         if has_group:
@@ -247,7 +251,7 @@ class PostMortem:
 
     def _group_ended(self, record: WorkerRecord, generation: OpenGeneration, *, lost: bool) -> None:
         if lost:
-            generation.take_counts(record.slot)  # only now: the group counted there until its end
+            generation.take_counts(record.slot)  # only now: until its end the group used the slot
         # This is the worker's second WorkerExited: the first said that the worker left orphans.
         waiting = self.delivery.waiting(generation, clients_only=True) or 0
         self.runtime.post(WorkerExited(record.number, "orphans gone", waiting=waiting))
@@ -274,7 +278,7 @@ class PostMortem:
 
 def _crash(worker: Worker, end: End, lost: int | None, last_words: str) -> Crash:
     record = worker.record
-    ready = record.ready_by or worker.has_served
+    ready = record.ready_by or worker.became_ready
     return Crash(
         at=time.time(),
         generation=record.generation,

@@ -31,6 +31,7 @@ _READ_AT_ONCE = 1024
 _READ_AGAIN_S = 0.1
 #: The most digits of EXTEND_TIMEOUT_USEC: about 30 years.
 _USEC_DIGITS = 15
+#: The name and the value of X_SOCKETPROTECTOR_RETIRE=1 (socketprotector_client/wire.py).
 _RETIRES = wire.RETIRES_ON_RETURN.split("=")
 
 
@@ -46,7 +47,9 @@ class WorkerMessages:
         ready: Callable[..., None],
         post_mortem: Callable[[], PostMortem],
     ) -> None:
-        """note: changes fields of a worker's record.  ready: called for a worker's READY=1.
+        """workers: the running workers by number, always up to date.
+
+        note: changes fields of a worker's record.  ready: called for a worker's READY=1.
 
         post_mortem: returns the object that handles failures of forked children.
         """
@@ -120,7 +123,7 @@ class WorkerMessages:
         either: --start-timeout limits its start.
         """
         limit_s = worker.generation.program.watchdog_s
-        if limit_s and worker.record.watched and worker.has_served:
+        if limit_s and worker.record.watched and worker.became_ready:
 
             def silent() -> None:
                 self.read(number)  # the message may have come while we were too busy to read

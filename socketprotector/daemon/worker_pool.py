@@ -33,7 +33,7 @@ from .generation import OpenGeneration
 from .log_output import Output
 from .runtime import Runtime
 from .worker_messages import WorkerMessages
-from .worker_spawn import Worker, WorkerSpawner, named
+from .worker_spawn import Worker, WorkerSpawner, full_names
 
 #: Gives a --ready check the pid of its worker, because old workers may serve the same port.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
@@ -76,7 +76,7 @@ class WorkerPool:
         self._messages = WorkerMessages(
             runtime, self._workers, first, self._note, self._on_ready, lambda: self._post_mortem
         )
-        self._limits: worker_recycling.LimitWatch | None = None
+        self._limit_watch: worker_recycling.LimitWatch | None = None
         self.apply_settings(settings)
 
     @cached_property
@@ -96,15 +96,16 @@ class WorkerPool:
     def apply_settings(self, settings: Settings) -> None:
         """Use the settings of the start or of a reload."""
         self._spawner.settings = settings
-        if self._limits is not None:
-            self._limits.use(settings)
+        if self._limit_watch is not None:
+            self._limit_watch.apply_settings(settings)
         elif settings.worker_limits.any:
-            self._limits = worker_recycling.LimitWatch(settings, self._runtime, self._workers)
+            watch = worker_recycling.LimitWatch(settings, self._runtime, self._workers)
+            self._limit_watch = watch
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Return the warnings about the limits of workers (worker_recycling.py)."""
-        return () if self._limits is None else self._limits.warnings
+        return () if self._limit_watch is None else self._limit_watch.warnings
 
     def advice(self, generation: int, *, ignores_socket: bool = False) -> str:
         """Return what to do if a generation does not serve its clients; "": unknown.
@@ -151,8 +152,8 @@ class WorkerPool:
             worker.close()
             self._post(WorkerExited(number, f"cannot watch the worker: {what_failed(error)}"))
             return
-        opened, pid = generation.record.number, worker.process.pid
-        self._log.write("info", "spawned", generation=opened, worker=number, slot=slot, pid=pid)
+        fields = {"generation": generation.record.number, "worker": number, "slot": slot}
+        self._log.write("info", "spawned", **fields, pid=worker.process.pid)
 
     def signal(self, number: int, kind: WorkerSignal) -> None:
         """Signal a worker, or its group after its exit; KILL always goes to the whole group."""
@@ -180,7 +181,7 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Order workers to finish; without a finish signal, the delivery ends their channel."""
+        """Send a generation's workers the finish signal, if any; the delivery ends the channel."""
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
@@ -236,7 +237,7 @@ class WorkerPool:
             worker.readiness.check()
         self.orphans.schedule()
 
-    # -- handing workers over: to the next program, and from the one before us --
+    # -- from one program to the next ----------------------------------------
 
     def _note(self, worker: Worker, **changes: object) -> None:
         """Change fields of a worker's record."""
@@ -250,9 +251,9 @@ class WorkerPool:
         return (*self._records.values(), *self.groups.records())
 
     def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
-        """Keep a worker's record and descriptors for checkpoints that come before adopt()."""
+        """Keep a worker's record and descriptors for each checkpoint.py save before adopt()."""
         self._records[record.number] = record
-        for name, fd in named(record.number, descriptors).items():
+        for name, fd in full_names(record.number, descriptors).items():
             self.descriptors[name] = fd
 
     def adopt(
@@ -263,7 +264,7 @@ class WorkerPool:
         Raises KeyError if a descriptor is missing, OSError if the worker cannot be watched.
         """
         worker = self._spawner.adopt(record, descriptors, generation)
-        worker.named = named(record.number, descriptors)
+        worker.registered = full_names(record.number, descriptors)
         self.proved_ready = self.proved_ready or record.ready_by not in ("", ready_kinds.TIMER)
         self._watch(record.number, worker)
 
@@ -275,7 +276,7 @@ class WorkerPool:
         Returns whether a process of the group is left.
         """
         del self._records[record.number]  # the group has a record of its own
-        for name in named(record.number, descriptors):
+        for name in full_names(record.number, descriptors):
             del self.descriptors[name]
         return self._post_mortem.adopt_group(record, descriptors, generation)
 
@@ -294,7 +295,7 @@ class WorkerPool:
                 self._ended(number)
 
     def acked(self, pid: int) -> None:
-        """Note that a worker has reported its readiness by einhorn's protocol."""
+        """Note that a worker has reported its readiness by model/einhorn.py's protocol."""
         number = self._by_pid.get(pid)
         if number is not None and self._workers[number].readiness.by_ack:
             self._on_ready(number, "ack")
@@ -305,7 +306,7 @@ class WorkerPool:
         """If other workers run, note for all workers that their output is mixed in the log."""
         for each in reversed(self._workers.values()):
             if each.record.output_start < 0:
-                break  # all earlier workers have the note, too
+                break  # all workers that started earlier have -1, too
             self._note(each, output_start=-1)
         if self._workers:
             worker.record = replace(worker.record, output_start=-1)
@@ -332,7 +333,7 @@ class WorkerPool:
                 reason=why,
             ),
             lambda: self._keep_descriptors(worker),
-            known=worker.has_served,
+            known=worker.became_ready,
             probed=program.is_probed and not worker.generation.record.serving_since,
         )
         self._workers[number] = worker
@@ -371,17 +372,18 @@ class WorkerPool:
         """Bring a worker's descriptors in self.descriptors up to date."""
         if worker.record.number not in self._workers:
             return  # the worker has ended, or cannot be watched
-        before, worker.named = worker.named, worker.descriptors()
-        for name in before.keys() - worker.named.keys():
+        before, worker.registered = worker.registered, worker.descriptors()
+        for name in before.keys() - worker.registered.keys():
             del self.descriptors[name]
-        for name in [each for each in worker.named if each not in before]:
-            self.descriptors[name] = worker.named[name]
+        for name in [each for each in worker.registered if each not in before]:
+            self.descriptors[name] = worker.registered[name]
 
     def answered(self, generation: int, by: str) -> bool:
-        """Note that a generation answered the probe: its workers are ready if none has exited.
+        """Note that a generation has answered the probe, so its workers are ready.
 
-        by: the kind of probe.  Returns False (probe again later) in listener mode, while only some
-        of the workers have sent X_SOCKETPROTECTOR_RETIRE=1.
+        If a worker has exited meanwhile, post no event: that exit ends the start.  by: the kind of
+        probe.  Returns False if the generation must be probed again later: in listener mode, while
+        only some of the workers have sent X_SOCKETPROTECTOR_RETIRE=1.
         """
         workers = [w for w in self._workers.items() if w[1].record.generation == generation]
         for number, _ in workers:
@@ -395,12 +397,12 @@ class WorkerPool:
     def allow_timer(self, generation: int) -> None:
         """Let a timer make a generation's workers ready, because its probes prove nothing."""
         for worker in self._workers_of(generation):
-            if not worker.has_served:
+            if not worker.became_ready:
                 worker.readiness.wait()
 
     def _on_ready(self, number: int, by: str, *, retires: bool = False) -> None:
         worker = self._workers.get(number)
-        if worker is None or worker.record.ready_by or worker.has_served:
+        if worker is None or worker.record.ready_by or worker.became_ready:
             if worker is not None and retires:  # READY=1 has come after another sign of readiness
                 self._note(worker, retires=True)
             return
@@ -410,7 +412,7 @@ class WorkerPool:
 
     def _note_ready(self, number: int, worker: Worker, by: str, *, retires: bool = False) -> bool:
         """Note how a worker became ready; return False if it has exited and must not serve."""
-        if worker.has_served:
+        if worker.became_ready:
             return True
         self.proved_ready = self.proved_ready or by != ready_kinds.TIMER
         worker.readiness.is_known()
@@ -427,7 +429,7 @@ class WorkerPool:
         return True
 
     def _ended(self, number: int) -> None:
-        """Handle a worker's last messages and, once the end is known, the exit."""
+        """Handle a worker's last messages and, once it is known how the worker ended, its exit."""
         self._messages.read(number)
         worker = self._workers[number]
         end = self._post_mortem.end_of(worker, guarded=self.guarded)
@@ -438,7 +440,7 @@ class WorkerPool:
         # The parent of an adopted worker may have reaped it, and another worker may have its pid.
         if self._by_pid.get(worker.process.pid) == number:
             del self._by_pid[worker.process.pid]
-        for name in worker.named:
+        for name in worker.registered:
             del self.descriptors[name]
         self._loop.unwatch(worker.process.pidfd)
         self._messages.unwatch(number, worker)

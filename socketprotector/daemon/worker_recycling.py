@@ -1,7 +1,7 @@
 """Replaces workers that have reached a limit: --retire-after, --max-memory, --max-age.
 
-So a worker that leaks memory is replaced without a reload.  Workers are checked every second if one
-of these options is set.
+So a worker that leaks memory is replaced without a reload.  If one of these options is set, we
+check the workers every second.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import forked_children
 from .runtime import Runtime
 from .worker_spawn import Worker
 
-#: How often to check the workers.
+#: The time between two checks of the workers.
 EVERY_S = 1.0
 #: A worker that exceeds --max-memory within this time after it was ready counts as too large from
 #: the start.
@@ -40,8 +40,8 @@ class BornTooLarge:
         # For each running worker that was too large from the start, by number: whether it may be
         # replaced.
         self._allowed: dict[int, bool] = {}
-        self._in_a_row = 0
-        self._next_at = 0.0
+        self._in_a_row = 0  # the replacements of such workers since the last end of a loop
+        self._next_at = 0.0  # when the next such worker may be replaced
 
     @property
     def is_loop(self) -> bool:
@@ -69,9 +69,8 @@ class BornTooLarge:
     def forget(self, living: Container[int], *, grown_worker_fits: bool) -> None:
         """Forget exited workers, and end the loop if workers fit again.
 
-        The loop ends if grown_worker_fits, and no living worker was too large from the start.
-
-        grown_worker_fits: a worker has been ready for _AT_ONCE_S, and is within the limit.
+        grown_worker_fits: a worker has been ready for _AT_ONCE_S, and is within the limit.  Then
+        the loop ends, unless a living worker was too large from the start.
         """
         self._allowed = {each: may for each, may in self._allowed.items() if each in living}
         if grown_worker_fits and not self._allowed:
@@ -89,9 +88,9 @@ class LimitWatch:
         self._warned_uncounted = False
         self._large = BornTooLarge()
         self._retired: set[int] = set()  # pids of children that have reached a limit
-        self.use(settings)
+        self.apply_settings(settings)
 
-    def use(self, settings: Settings) -> None:
+    def apply_settings(self, settings: Settings) -> None:
         """Apply the limits of these settings."""
         self._limits, self._secret = settings.worker_limits, settings.secret
         self._large = BornTooLarge()
@@ -131,10 +130,10 @@ class LimitWatch:
         self._loop.call_after(_TIMER, EVERY_S, self._check_workers)
 
     def _check_child(self, worker: Worker, child: forked_children.Child) -> set[int]:
-        """Retire a forked child once it has reached a limit.
+        """Retire a forked child once it has reached a limit of connections or memory.
 
         Returns {pid} if the child has reached a limit, now or at an earlier check; otherwise an
-        empty set.
+        empty set.  --max-age is not checked for a child.
         """
         if child.pid in self._retired:
             return {child.pid}
@@ -195,17 +194,17 @@ class LimitWatch:
 
 
 def exceeded(limits: Limits, key: str, *, age_s: float, accepted: int | None) -> str | None:
-    """Return which limit, on age or on connections, a worker has reached; None: neither.
+    """Return, in words, the limit of age or connections that a process has reached; None: neither.
 
-    key: differs by worker, so that workers that start together do not end together.
-    accepted: how many connections the worker has accepted; None: unknown.
+    key: differs by process, so that workers that start together do not end together.
+    accepted: how many connections the process has accepted; None: unknown.
     """
     if limits.age_s and age_s >= limits.age_s:
         return f"older than {in_units(limits.age_s)}"
     if limits.connections and accepted is not None:
         # Not hash(): a text's hash differs between two processes.
-        spread = zlib.crc32(key.encode()) % (2 * limits.spread + 1)
-        most = limits.connections - limits.spread + spread
+        offset = zlib.crc32(key.encode()) % (2 * limits.spread + 1)
+        most = limits.connections - limits.spread + offset
         if accepted >= most:
             return f"accepted {accepted} connections, its limit is {most}"
     return None

@@ -1,10 +1,10 @@
 """Starts a worker: its descriptors, its environment, its process.
 
-A worker gets its delivery's descriptors: the read end of the channel, or the listening sockets.  It
-also gets a slot of the scoreboard (memory for the workers' counts), and a RETURN line of its own.
-End of file on this line orders the worker to finish; we read nothing from the line.  The worker's
-environment gives the numbers of the descriptors (docs/protocol.md; for listening sockets also
-sd_listen_fds(3)).
+A worker gets the descriptors of the delivery (delivery/): the read end of the generation's channel,
+or the listening sockets.  It also gets a slot of the scoreboard (memory for the workers'
+counts), and a RETURN line of its own.  End of file on this line orders the worker to finish; we
+read nothing from the line.  The worker's environment gives the numbers of the descriptors
+(docs/protocol.md; for listening sockets also sd_listen_fds(3)).
 
 We and all workers share the open file descriptions of the channel's read end and of the listening
 sockets.  File status flags belong to a description: a change would affect all of us.  So a spawn
@@ -52,19 +52,21 @@ class Worker:
     generation: OpenGeneration  # close() leaves the generation open
     process: Process
     notify: NotifySocket
-    #: Our end of the worker's RETURN line.  None: the worker has exited (Groups may keep the line),
-    #: or a kill of the protector closed the line, because the fd store had no room.
+    #: Our end of the worker's RETURN line.  None: the worker has exited, or a kill of the protector
+    #: closed the line, because the fd store had no room.  After an exit, system/process_groups.py
+    #: keeps the line while the worker's process group exists.
     line: socket.socket | None
     readiness: Readiness
-    named: dict[str, int] = field(default_factory=dict)  # its part of WorkerPool.descriptors
+    #: The descriptors of this worker that are in WorkerPool.descriptors, by the same names.
+    registered: dict[str, int] = field(default_factory=dict)
     ended: bool = False
-    last_words: str | None = None  # after the worker's end; None: awaited, or not requested
+    last_words: str | None = None  # of an ended worker; None: not requested, or not received yet
     end_from_guard: End | None = None  # the worker's end, as the guard reported it
     awaits_end: bool = False  # we wait, or have waited, for the guard's report
 
     @property
-    def has_served(self) -> bool:
-        """Return whether the worker became ready, and did not exit at that moment."""
+    def became_ready(self) -> bool:
+        """Return whether the worker became ready while its process was alive."""
         return self.record.ready_at is not None
 
     def descriptors(self) -> dict[str, int]:
@@ -76,7 +78,7 @@ class Worker:
         }
         if self.line is not None:
             found["line"] = self.line.fileno()
-        return named(self.record.number, found)
+        return full_names(self.record.number, found)
 
     def close(self) -> None:
         """Close the worker's sockets.  Keep `process`, by which the process group is watched."""
@@ -86,7 +88,7 @@ class Worker:
             close_unread(self.line)
 
 
-def named(number: int, descriptors: Mapping[str, int]) -> dict[str, int]:
+def full_names(number: int, descriptors: Mapping[str, int]) -> dict[str, int]:
     """Return a worker's descriptors by the names that the next program looks for."""
     return {f"{inherited.WORKER}{number}.{name}": fd for name, fd in descriptors.items()}
 
@@ -97,8 +99,8 @@ def client_library_env(
     """Return the descriptors and the environment variables that the client library uses.
 
     The descriptors (number in the worker -> ours) are the scoreboard and `end`, the worker's end of
-    the RETURN line.  Workers with listening sockets get both, too: a client library in such a
-    worker counts the connections.  The library makes the worker finish at end of file on the line.
+    the RETURN line.  Workers with listening sockets get the same two: a client library in such
+    a worker counts the connections.  It makes the worker finish at end of file on the line.
 
     free: descriptor numbers that are unused in the worker.
     """

@@ -58,7 +58,7 @@ class World:
             process=self.process,
             notify=SimpleNamespace(address="@notify"),
             line=None,
-            has_served=False,
+            became_ready=False,
             ended=False,
             last_words=None,
             end_from_guard=None,
@@ -121,7 +121,7 @@ class World:
     # what the tests do
 
     def serves(self) -> None:
-        self.worker.has_served = True
+        self.worker.became_ready = True
         self.worker.record = replace(self.worker.record, ready_at=990.0, ready_by="notify")
 
     def end_of(self, *, guarded: bool = False) -> End | None:

@@ -59,7 +59,7 @@ class World:
             process=SimpleNamespace(pid=7),
             notify=self.notify,
             readiness=SimpleNamespace(by_word=True),
-            has_served=True,
+            became_ready=True,
         )
         first: Any = SimpleNamespace(handle=lambda _, text: self.programs.append(text))
         with pytest.MonkeyPatch.context() as patch:
@@ -196,7 +196,7 @@ def test_a_watchdog_message_that_we_were_too_busy_to_read_counts(world: World) -
 
 @pytest.mark.parametrize("why", ["never sent one", "not ready", "no option"])
 def test_a_worker_without_a_watchdog_may_be_silent(world: World, why: str) -> None:
-    world.worker.has_served = why != "not ready"
+    world.worker.became_ready = why != "not ready"
     world.worker.generation.program.watchdog_s = 0.0 if why == "no option" else WATCHDOG_S
     world.say(**({"STATUS": "idle"} if why == "never sent one" else {"WATCHDOG": "1"}))
     world.messages.await_watchdog(1, world.worker)

@@ -57,7 +57,7 @@ class Worker:
             by_word=True,
             last="",
         )
-        self.named: dict[str, int] = {}
+        self.registered: dict[str, int] = {}
         self.end_from_guard: End | None = None
         self.awaits_end = False
         self._world = world
@@ -73,7 +73,7 @@ class Worker:
         self.signals.append(number)
 
     @property
-    def has_served(self) -> bool:
+    def became_ready(self) -> bool:
         return self.record.ready_at is not None
 
     def descriptors(self) -> dict[str, int]:
@@ -276,7 +276,7 @@ def test_an_answer_makes_all_workers_of_a_generation_ready_if_none_has_exited(
     world.pool.answered(1, "accept")
 
     assert world.clock.posted == [Answered(1, False)]
-    assert [each.has_served for each in (*workers, other)] == [True, True, False]
+    assert [each.became_ready for each in (*workers, other)] == [True, True, False]
 
 
 def test_an_answer_is_too_early_while_a_worker_on_the_library_still_starts(world: World) -> None:

@@ -6,8 +6,8 @@ accepting).  adopt_workers() adopts one worker in each step, because clients mus
 perhaps a thousand workers are adopted.
 
 The earlier program may have been killed before it stored descriptors, or before it wrote the state.
-If a descriptor that the state mentions is missing, an event reports that.  A stored descriptor that
-the state does not mention is closed.
+If a descriptor that the state mentions is missing, an event reports the lost worker or generation.
+A stored descriptor that the state does not mention is closed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _REQUIRED = {"process", "notify"}
 
 @mutable
 class Recovery:
-    """One recovery, at the start of the program that resumes."""
+    """One recovery: it gives each part its record and descriptors when a program resumes."""
 
     effects: Effects
     snapshot: Snapshot
@@ -60,7 +60,7 @@ class Recovery:
         fleet, delivery = snapshot.fleet, effects.delivery
         closing = fleet.stopping is not None and not effects.listeners_survive_stop
         delivery.adopt(snapshot.delivery, self.unclaimed, held=fleet.held, closing=closing)
-        broken = self._adopt_generations()
+        failures = self._adopt_generations()
         for record in snapshot.workers:
             generation = effects.generations.get(record.generation)
             if generation is not None and self.unclaimed.has(
@@ -83,7 +83,7 @@ class Recovery:
         for released in effects.generations.released.values():
             released.forget_board()
             delivery.release(released)
-        return broken
+        return failures
 
     def dismiss_unknown(self) -> None:
         """Let the workers that are missing from the state finish.
@@ -109,7 +109,8 @@ class Recovery:
                 os.close(fd)
 
     def _adopt_generations(self) -> list[Event]:
-        effects, fleet, broken = self.effects, self.snapshot.fleet, list[Event]()
+        """Adopt the generations; return the events that adopt() returns."""
+        effects, fleet, failures = self.effects, self.snapshot.fleet, list[Event]()
         for record in self.snapshot.generations:
             descriptors = self.unclaimed.take(inherited.GENERATION, record.number)
             each = OpenGeneration.adopt(record, descriptors.pop("board", None))
@@ -122,11 +123,12 @@ class Recovery:
             else:
                 effects.generations[record.number] = each
                 if record.never_works and not record.ended:
-                    broken.append(_never_works(record))  # a kill may have lost this event
-        return broken
+                    # A kill may have come before this event was handled: repeat the event.
+                    failures.append(_first_programs_failed(record))
+        return failures
 
     def adopt_workers(self) -> Iterator[tuple[Event, ...]]:
-        """Adopt one worker in each step; at the end, yield events about lost parts of the fleet."""
+        """Adopt the workers, and yield () after each; then yield the events about missing parts."""
         ended: list[WorkerExited] = []
         pool, fleet = self.effects.pool, self.snapshot.fleet
         for record, descriptors, generation in self._workers:
@@ -135,8 +137,8 @@ class Recovery:
             if descriptors.keys() >= needed and not record.orphaned:
                 pool.adopt(record, descriptors, generation)
             else:
-                # The worker had exited (then it is `orphaned`), or the fd store had no room for all
-                # of its descriptors.  Treat its running processes as the group of an exited worker.
+                # Either the worker had exited and is `orphaned`, or the fd store lacked room
+                # for its descriptors.  Treat its processes as the group of an exited worker.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
                 # Report a change here in two cases: the fleet counts a running worker, and its
@@ -151,7 +153,10 @@ class Recovery:
         yield (*ended, *self._report_missing({each.worker for each in ended}))
 
     def _report_missing(self, ended: Collection[int]) -> list[Event]:
-        """Return events for the missing parts of the fleet; ended: workers already reported."""
+        """Return events for generations and workers of the fleet that could not be adopted.
+
+        ended: the numbers of the workers that adopt_workers() reports.
+        """
         pool, fleet = self.effects.pool, self.snapshot.fleet
         known = {record.number for record in pool.records()}.union(ended)
         unfinished = {each.number for each in fleet.alive()} - known
@@ -189,33 +194,34 @@ class Recovery:
         """Watch a worker that cannot be adopted: it was starting, or the fd store was full.
 
         The worker's RETURN line has ended.  The fleet counts the worker as an orphan until a scan
-        of /proc finds none of its processes.  Scans also carry out the fleet's orders to it.
+        of /proc (system/orphans.py) finds none of its processes.  The scans also carry out the
+        fleet's orders to these processes.
         """
-        pool, of = self.effects.pool, generation.number
+        pool, generation_number = self.effects.pool, generation.number
         programs = {each.number: each.program for each in self.snapshot.generations}
         retires = record is not None and record.retires
         # Workers on the client library finish at the end of the line.  They need no signal, which
         # would make them hurry.
         watches_line = retires or self.snapshot.fleet.policy.finish_alone
-        known = programs.get(of, self.effects.live_settings.settings)
-        finish_signal = 0 if watches_line else known.finish_signal
+        program = programs.get(generation_number, self.effects.live_settings.settings)
+        finish_signal = 0 if watches_line else program.finish_signal
         # If another worker has an orphan's slot, the slot's counts are that worker's.
         shared = any(w.slot == worker.slot for w in generation.workers if w is not worker)
-        counts = worker.state is not State.ORPHANED or not shared
+        owns_counts = worker.state is not State.ORPHANED or not shared
         searched = set(pool.addresses(worker.number))
 
         def gone(address: str) -> None:
             searched.discard(address)
             if searched:
                 return
-            opened = self.effects.generations.get(of)
-            if opened is not None and counts:
+            opened = self.effects.generations.get(generation_number)
+            if opened is not None and owns_counts:
                 opened.take_counts(worker.slot)
-            event = WorkerExited(worker.number, "orphans gone", waiting=self._waiting(of))
-            self.effects.runtime.post(event)
+            waiting = self._waiting(generation_number)
+            self.effects.runtime.post(WorkerExited(worker.number, "orphans gone", waiting=waiting))
 
         for address in tuple(searched):
-            pool.orphans.watch(address, of, finish_signal, partial(gone, address))
+            pool.orphans.watch(address, generation_number, finish_signal, partial(gone, address))
 
 
 def _exit_of(
@@ -232,6 +238,7 @@ def _exit_of(
     return WorkerExited(number, reason, served_s, waiting, orphans=orphans, lost=lost)
 
 
-def _never_works(record: GenerationRecord) -> SettleFailed:
+def _first_programs_failed(record: GenerationRecord) -> SettleFailed:
+    """Return the event that first_programs.py posts for such a generation."""
     words = f"{LAST_WORDS}\n{record.program_words}" if record.program_words else ""
     return SettleFailed(record.number, record.programs_fail + words)

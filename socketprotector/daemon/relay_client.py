@@ -1,11 +1,11 @@
-"""Starts the relay process, passes it the workers' pipes, and gets last words from it.
+"""Starts the relay (programs/log_relay.py), passes it the workers' pipes, and gets last words.
 
 Our socket to the relay is called the line.
 
 The protector keeps the read end of every pipe, too.  So if the relay dies, workers can still write,
 and the next relay continues reading.  A worker's pipe is kept until its last writer has exited,
-even if the worker has exited earlier.  But we keep only LEFT_BEHIND pipes of exited workers: more
-pipes could take all our descriptors, and we could accept no client.
+even if the worker has exited earlier.  But we keep only LEFT_BEHIND (model/fd_budget.py) pipes of
+exited workers: with all descriptors in pipes we could accept no client.
 
 If the relay is suspended (SIGSTOP), each worker blocks once its pipe is full.  The kernel does not
 report a suspended relay, and we must not poll while idle.  So the first byte that a worker writes
@@ -53,7 +53,7 @@ _LONGEST_S = 10.0
 #: The pause before another try: to send a message after the line was full, or to close a pipe that
 #: we could not watch, or could not close yet.
 _AGAIN_S = 0.1
-#: How soon to repeat a message for which the relay had no free descriptor.
+#: The pause before we repeat a message for which the relay had no free descriptor.
 _ROOM_S = 1.0
 #: How long our exit waits for the relay, which exits at once unless a process still writes.
 _END_S = 3.0
@@ -150,14 +150,14 @@ class LogRelay:
         # Without a line a relay cannot learn of new workers.
         usable = [each for each in found if not each[0].has_ended() and each[1] >= 0]
         chosen, line = (usable or found)[-1]
-        for process, its_line in found:
+        for process, relay_line in found:
             # If no relay is usable, kill the chosen one, too: _ended() then starts a new relay.
             if process is not chosen or not usable:
                 process.signal(signal.SIGKILL)
             if process is not chosen:
                 process.close()
-                if its_line >= 0:
-                    os.close(its_line)
+                if relay_line >= 0:
+                    os.close(relay_line)
         if line >= 0:
             self._listen(socket.socket(fileno=line))
         self._helper = HelperProcess(chosen, self._loop, self._ended)
@@ -220,7 +220,7 @@ class LogRelay:
         self._line = line
         try:
             self._loop.watch(line.fileno(), self._receive)
-        except OSError:  # out of memory: last words are lost, output is not
+        except OSError:  # out of memory: we get no last words, but the log gets all output
             pass
 
     def _close_line(self) -> None:
@@ -440,7 +440,7 @@ class LogRelay:
     # -- the end -------------------------------------------------------------
 
     def finish(self) -> None:
-        """Let the relay flush its output and exit; it stays if a process still writes."""
+        """Wait up to _END_S for the relay's exit; the relay stays if a process still writes."""
         self._close_line()
         if self._helper is not None:
             self._helper.process.signal(signal.SIGCONT)

@@ -28,12 +28,12 @@ from . import checkpoint
 from .assembly import Resident
 from .delivery.choice import delivery_for
 
-#: The memory for objects and buffers that a start needs, and an upgrade's trial does not.
+#: How much more memory a start needs, for objects and buffers, than an upgrade's trial.
 _SPARE_BYTES = 4 * 1024 * 1024
 
 
 def main() -> None:
-    """Supervise until the fleet has ended, or, as an upgrade's trial, answer; then exit."""
+    """Run as the protector until the fleet has ended, or as an upgrade's trial (upgrade.py)."""
     command = executable.command_of(tuple(sys.argv[1:]))
     descriptors = inherited.receive()
     if inherited.PROBE in descriptors:

@@ -1,9 +1,9 @@
 """Orders workers to end their connections evenly within a time, and reports their progress.
 
-An order is a deadline in the worker's slot of the scoreboard: by then, all connections should have
-ended.  The order outlives an upgrade or kill of the protector, and the worker can read it at any
-time.  A worker that follows orders notes that in its slot.  Of our client libraries, only the
-Python library follows orders.
+An order is a deadline in the worker's slot of the scoreboard (memory that the protector and the
+worker share): all connections should have ended at the deadline.  The order outlives an upgrade or
+kill of the protector, and the worker can read the order at any time.  A worker that follows orders
+notes that in its slot.  Of our client libraries, only the Python library follows orders.
 
 Source: docs/protocol.md, section "A spread".
 """
@@ -58,7 +58,7 @@ def order(
 
 
 def check(generation: OpenGeneration, records: Iterable[WorkerRecord], log: Log) -> None:
-    """Warn if workers of a generation that begins to serve will not follow orders."""
+    """Warn once if workers of this generation, which gets new clients, follow no orders."""
     board = generation.board
     if board is None or not generation.program.spreads:
         return
@@ -94,6 +94,7 @@ def _warn_unable(generation: OpenGeneration, unable: int, log: Log) -> None:
 
 
 def _spread_of(generation: OpenGeneration, slot: int) -> tuple[bool, int]:
+    """Return whether the worker in a slot follows orders, and the slot's deadline (0: no order)."""
     try:
         return generation.board.spread(slot) if generation.board is not None else (False, 0)
     except OSError:
@@ -103,9 +104,9 @@ def _spread_of(generation: OpenGeneration, slot: int) -> tuple[bool, int]:
 def closing_rate(
     generation: OpenGeneration, slots: Iterable[tuple[int, Counts | None]]
 ) -> dict[str, float] | None:
-    """Return how many connections per second a generation ends, and for how many more seconds.
+    """Return how many connections a generation ends per second, and how long this still lasts.
 
-    None: no worker of the generation ends connections evenly at present.
+    None: no worker of the generation ends connections evenly now.
 
     slots: the slots of the generation's living workers, with their counts.
     """

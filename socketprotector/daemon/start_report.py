@@ -1,9 +1,9 @@
 """Reports to the launching process whether the first generation started.
 
 The launching process is the operator's command.  It waits for the report, and exits accordingly.
-Meanwhile it asks us what the start waits for, and shows the answer.  Each message to the launching
-process is one line with a JSON object (launch/await_verdict.py).  In the foreground no process
-waits, and the reason of a failure goes to the terminal.
+Meanwhile it asks us what the start waits for, and shows our answer.  Each message to the launching
+process (launch/await_verdict.py) is one line with a JSON object.  In the foreground no process
+waits for the report, and the reason of a failure goes to the terminal.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class StartReport:
     def watch(
         self, loop: Loop, gone: Callable[[], None], waits: Callable[[], Sequence[object]]
     ) -> None:
-        """Send the launching process the pid and, when asked, what the start waits for.
+        """Send the launching process `pid` now and, when asked, what the start waits for.
 
         gone: called if the launching process exits, or cancels the start, before the result.
         waits: returns what the start waits for.

@@ -1,8 +1,8 @@
 """--watch: reloads when files change.
 
-A watcher process (programs/file_watch.py) watches the files and reports over a socket.  The watcher
-survives an upgrade and, with the guard or systemd's fd store, a kill of the protector.  It exits
-when our end of the socket is closed.
+A watcher process (programs/file_watch.py, which lists its messages) reports changed files over a
+socket.  The watcher survives an upgrade and, with the guard or systemd's fd store, a kill of
+the protector.  It exits when our end of the socket is closed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .runtime import Runtime
 _LINE_FD = 3
 _FIRST_DELAY_S = 1.0
 _LAST_DELAY_S = 60.0
-_FILES = "unix:/"
+_UNIX_PATH = "unix:/"  # begins the address of a socket that has a file
 
 
 class FileWatch:
@@ -47,7 +47,7 @@ class FileWatch:
                 self._process = HelperProcess(process, self._loop, self._ended)
                 line = socket.socket(fileno=descriptors["line"])
                 self._line = Line(self._loop, line, self._handle)
-            else:  # a descriptor was not stored, another watcher is adopted, or --watch is off
+            else:  # a descriptor was not stored, we have a watcher already, or --watch is off
                 for fd in descriptors.values():
                     os.close(fd)
         if self._line is None and self._settings.watch:
@@ -70,7 +70,8 @@ class FileWatch:
         settings = self._settings
         files = [settings.log_file, settings.pid_file]
         sockets = [*settings.listeners, *([settings.control] if settings.control else [])]
-        files += [s.address[len(_FILES) - 1 :] for s in sockets if s.address.startswith(_FILES)]
+        unix = [s.address for s in sockets if s.address.startswith(_UNIX_PATH)]
+        files += [each[len(_UNIX_PATH) - 1 :] for each in unix]
         own_files = [file for file in files if file]
         arguments = (str(_LINE_FD), *settings.watch, "--", *own_files)
         try:

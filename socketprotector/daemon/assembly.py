@@ -193,7 +193,7 @@ class Resident:
     def _finish_exit(self, snapshot: Snapshot) -> int:
         """Complete the exit that an earlier program began; return the exit status."""
         ours = [each for each in self.listeners if not each.settings.foreign]
-        if self.parents.stays(name for each in ours for name in each.descriptors()):
+        if self.parents.keep_after_exit(name for each in ours for name in each.descriptors()):
             self.surviving = self.delivery.leave(ours, snapshot.delivery)
         self._close_listeners()
         return snapshot.fleet.exit_status
@@ -266,7 +266,7 @@ class Resident:
             """Return what the start waits for, as `status` shows it (`waits_for`)."""
             fleet, effects = supervisor.fleet, supervisor.effects
             found = status.of_generations(fleet, effects)
-            waits: Sequence[object] = status.of_waits(fleet, effects, found, {}, "").get(
+            waits: Sequence[object] = status.of_waits_for(fleet, effects, found, {}, "").get(
                 "waits_for", ()
             )
             return waits
@@ -336,7 +336,7 @@ class Resident:
             systemd=self.parents.systemd,
             start_report=self.start_report,
             command=self.command,
-            survive_exit=self.parents.stays,
+            survive_exit=self.parents.keep_after_exit,
         )
         keeps_capabilities = settings.worker_identity is not None
         supervisor = Supervisor(
@@ -348,7 +348,10 @@ class Resident:
             queue,
             effects,
             checkpoint,
-            Upgrade(self.command, runtime.loop, runtime.log, keeps=keeps_capabilities),
+            Upgrade(
+                *(self.command, runtime.loop, runtime.log),
+                keeps_capabilities=keeps_capabilities,
+            ),
             runtime,
             reopen_logs=lambda: self._reopen_logs(runtime.log),
             on_signal=lambda number: self.parents.guard.send(f"X_TOOK={number:d}"),

@@ -402,7 +402,7 @@ class Effects(Host):
                 set_timer(seconds - idle_s)
                 return
             target, settles = deadline.target, deadline.wait is TimerKind.SETTLE
-            if settles and self.probing.awaits(target):
+            if settles and self.probing.note_settle_over(target):
                 set_timer(_SETTLE_AGAIN_S)
                 return
             self._note_due(deadline)

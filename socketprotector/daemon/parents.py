@@ -1,7 +1,7 @@
 """The guard and the service manager: they start us, keep our descriptors, get our status.
 
-A guard keeps the descriptors, and its pid is the service's main pid.  Without a guard, systemd
-keeps the descriptors if the unit has an fd store.
+A guard (programs/guard.py) keeps the descriptors, and its pid is the service's main pid.  Without a
+guard, systemd keeps the descriptors if the unit has an fd store.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Parents:
     ) -> None:
         """Take ownership of the guard's line.
 
-        kept: the names of the descriptors that a store already has.  later: calls a function
-        after a short pause.
+        kept: the names of the descriptors that the guard or systemd's fd store already has.
+        later: calls a function after a short pause.
         """
         self.line = socket.socket(fileno=line) if line is not None else None
         self.guard = Outbox(later, self.line)
@@ -96,8 +96,8 @@ class Parents:
             return {}
         return {inherited.GUARD: self.line.fileno()}
 
-    def stays(self, names: Iterable[str]) -> bool:
-        """Return whether the descriptors with these names survive a stop, in systemd's fd store.
+    def keep_after_exit(self, names: Iterable[str]) -> bool:
+        """Return whether systemd's fd store keeps the descriptors with these names after a stop.
 
         systemd keeps these descriptors while a restart is pending, and otherwise drops them (tried
         with systemd 252).  Other service managers that receive sd_notify(3) messages keep no
@@ -107,7 +107,11 @@ class Parents:
         return systemd and self.store.holds(names)
 
     def finish(self, status: int, surviving: Iterable[str]) -> None:
-        """Send the exit status; surviving: names of the descriptors to keep for the next start."""
+        """Before our exit: send the exit status, and wait until all messages are sent.
+
+        surviving: the names of the descriptors that systemd's fd store keeps for the next start;
+        a guard keeps none.
+        """
         if self.line is None:
             self.store.sync(dict.fromkeys(surviving, -1))
         self.systemd.send(EXIT_STATUS=str(status))

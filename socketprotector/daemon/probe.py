@@ -1,10 +1,13 @@
-"""Sends a probe to a generation, and reports the verdict.
+"""Sends a probe to a generation, and reports the verdict (verdicts.py).
 
-The delivery knows how to reach the generation (`ProbeTarget`).  There are three kinds of probe:
+The delivery knows how to reach the generation (`ProbeTarget` in delivery/probe_target.py).  There
+are three kinds of probe:
 
 - accept: a worker must accept a connection of ours;
 - HTTP: the prober process sends a request over a connection of ours (prober_client.py);
 - check: a command makes connections of its own.
+
+A probe is *late* if its limit has passed without a result.
 """
 
 from __future__ import annotations
@@ -50,15 +53,16 @@ class Probe:
         *,
         as_client: bool = False,
         addresses: CheckProbes | None = None,
-        reads: Callable[[int], bytes] = lambda number: b"",
+        input_of: Callable[[int], bytes] = lambda number: b"",
     ) -> None:
         """as_client: reach the serving generation as clients do, with a new target for each probe.
 
-        addresses: the addresses at which commands reach a generation; None: commands connect to the
-        target itself.  reads: returns a command's stdin; its argument is the generation number.
+        addresses: the addresses at which commands reach a generation (check_probe.py); None:
+        commands connect to the target itself.  input_of: returns a command's stdin; its argument is
+        the generation's number.
         """
         self._loop, self._reach, self._as_client = loop, reach, as_client
-        self._addresses, self._reads = addresses, reads
+        self._addresses, self._input_of = addresses, input_of
         self._report: Callable[[Verdict], None] | None = None
         self._spec = ProbeSpec("")
         self._sent_at = self._until = 0.0
@@ -83,10 +87,10 @@ class Probe:
         limit_s: float,
         report: Callable[[Verdict], None],
     ) -> None:
-        """Send a probe; `report` is called once, maybe before send() returns, never after close().
+        """Send a probe, and call `report` once: perhaps before send() returns, never after close().
 
-        If an earlier late command still runs, this probe starts no command.  Then `report` is
-        called at this probe's limit, or never if the earlier command ends first.
+        One exception: if an earlier late command still runs, this probe starts no command.  Then
+        `report` is called at this probe's limit, but not if the earlier command ends first.
         """
         self._spec, self._report = spec, report
         self._sent_at = time.monotonic()
@@ -106,12 +110,12 @@ class Probe:
 
     @property
     def connection(self) -> socket.socket | None:
-        """The probe's TCP connection, kept after the verdict while no worker accepts it."""
+        """The probe's TCP connection, also after the verdict until a worker accepts it; or None."""
         return self._connection if self._target is not None and not self._target.is_unix else None
 
     @property
-    def is_closed(self) -> bool:
-        """Return whether the present target may keep clients out (ProbeTarget.is_closed)."""
+    def target_is_closed(self) -> bool:
+        """Return whether the probed socket may be closed to clients (ProbeTarget.is_closed)."""
         return self._target is not None and self._target.is_closed()
 
     def close(self) -> None:
@@ -164,7 +168,7 @@ class Probe:
         if spec.by_http and self._prober is None:
             try:
                 self._prober = Prober(
-                    self._loop, heard=self._answered, late=self._is_late, ended=self._prober_ended
+                    self._loop, heard=self._on_answer, late=self._on_late, ended=self._on_ended
                 )
             except OSError as error:
                 error.strerror = f"the probe process cannot be started: {error.strerror}"
@@ -231,7 +235,7 @@ class Probe:
         return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
     def _continue_earlier(self) -> bool:
-        """Continue with an earlier probe's connection; return False if it is not usable."""
+        """Use an earlier probe's connection for this probe; return False if that is impossible."""
         if self._connection is None:
             return False
         waits: bool | None = None
@@ -278,9 +282,10 @@ class Probe:
         if not target.holds():
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
-            # A first reset may only show that the listening socket was shut down, so report
-            # REFUSED.  Then the socket is repaired.  If the next probe's first look finds a reset,
-            # too, a server has accepted and reset the connection: the next branch reports GOOD.
+            # Perhaps the listening socket was shut down, which delivery/shared/socket_repair.py
+            # repairs.  So report REFUSED for a first reset.  If the next probe's first look finds a
+            # reset, too, a server has accepted and reset the connection: the next branch reports
+            # GOOD.
             self._finish(verdicts.REFUSED, self._cannot_connect(failed))
         elif failed or not waits:
             self._finish(verdicts.GOOD)
@@ -291,11 +296,11 @@ class Probe:
 
     # -- by HTTP ---------------------------------------------------------------------
 
-    def _answered(self, why: str) -> None:
+    def _on_answer(self, why: str) -> None:
         if self.is_pending:  # otherwise the probe was abandoned
             self._finish(verdicts.BAD if why else verdicts.GOOD, why)
 
-    def _is_late(self, why: str) -> None:
+    def _on_late(self, why: str) -> None:
         self._late, kind = why, verdicts.BAD
         with suppress(OSError):
             if self._connection is not None and self._waits():
@@ -303,7 +308,7 @@ class Probe:
         if self.is_pending:
             self._finish(kind, why)
 
-    def _prober_ended(self, how: str) -> None:
+    def _on_ended(self, how: str) -> None:
         self._prober = None
         if self.is_pending:
             self._finish(verdicts.CANNOT, f"the probe process {how}")
@@ -329,7 +334,8 @@ class Probe:
             command, self._command = self._command, None
             if command is not None and command.is_late:
                 # late() has reported this command's verdict.  Forget a later probe that has waited
-                # for the end of this command: the caller's timer sends another probe.
+                # for the end of this command: the timer of health.py sends another probe.  (A late
+                # command fails a settling generation, so no later probe waits there.)
                 self._loop.cancel(self)
                 self._report = None
                 return
@@ -350,5 +356,5 @@ class Probe:
             ended=ended,
             late=late,
             limit_s=limit_s,
-            stdin=self._reads(number),
+            stdin=self._input_of(number),
         )

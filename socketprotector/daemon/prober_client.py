@@ -35,7 +35,7 @@ class Prober:
     ) -> None:
         """Start the process.  Raises OSError.
 
-        heard: called with the reason why an answer is bad; "" for a good answer.
+        heard: called for each answer, with the reason why it is bad; "" for a good answer.
         late: called instead of `heard`, with the reason, if no answer came in time.
         ended: called with how the process exited, unless close() has ended it.
         forwards: (target, socket); the prober forwards the socket's connections to the target.
@@ -87,8 +87,8 @@ class Prober:
             self._process.process.kill_group()
 
     def _on_message(self, text: str) -> None:
-        # The text has a sign (programs/prober.py), the probe's number, a space, and why the answer
-        # is bad.
+        # The text has a sign, the probe's number, a space, and why the answer is bad.  The sign "~"
+        # means: no answer in time (programs/prober.py).
         number, _, why = text[1:].partition(" ")
         if number == str(self._number):
             (self._late if text[:1] == "~" else self._heard)(why)

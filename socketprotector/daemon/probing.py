@@ -1,4 +1,7 @@
-"""Probes generations while they start, settle and serve; loads each module at its first use."""
+"""Probes generations while they start, settle and serve, each by a module of its own.
+
+The modules are ready_probe.py, settle_check.py and health.py; each is loaded at its first use.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ class Probing:
         answered: Callable[[int, str], bool],
         inconclusive: Callable[[int], None],
     ) -> None:
-        """settings, remember: see Health.  answered, inconclusive: see ReadyProbe."""
+        """addresses: where check commands reach a generation.
+
+        settings, remember: see Health.  answered, inconclusive: see ReadyProbe.
+        """
         self._runtime, self._delivery, self._addresses = runtime, delivery, addresses
         self._settings, self._remember = settings, remember
         self._answered, self._inconclusive = answered, inconclusive
@@ -80,17 +86,17 @@ class Probing:
         if self.settle_check is not None:
             self.settle_check.stop()
 
-    def awaits(self, number: int) -> bool:
-        """Note that --settle is over for a generation; return whether a good answer is awaited."""
-        return self.settle_check is not None and self.settle_check.awaits(number)
+    def note_settle_over(self, number: int) -> bool:
+        """Note that --settle is over for a generation; return whether a good answer must come."""
+        return self.settle_check is not None and self.settle_check.note_settle_over(number)
 
     @property
-    def is_due(self) -> bool:
+    def settle_check_due(self) -> bool:
         """Return whether the --settle time is over, and a good answer is still awaited."""
         return self.settle_check is not None and self.settle_check.is_due
 
     def set_serving(self, generation: OpenGeneration | None) -> None:
-        """Check the health of this generation, which gets new clients; None: no generation."""
+        """Check the health of this generation, which gets new clients; None: stop the checks."""
         if self.health is None:
             if generation is None or not self._settings().health:
                 return
@@ -103,7 +109,7 @@ class Probing:
         self.health.set_serving(generation)
 
     def apply_settings(self, route: OpenGeneration | None) -> None:
-        """Apply the options of a reload; route: the generation that gets new clients."""
+        """Apply the options of a reload; route: the generation that gets new clients, or None."""
         if self.health is not None:
             self.health.apply_settings()
         else:

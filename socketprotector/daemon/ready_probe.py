@@ -5,8 +5,9 @@ generation (system/reuseport.py); a probe of a UNIX socket connects to the gener
 In other modes the probe connects to a loopback port, and connections to this port go into the
 generation's channel.
 
-Without --ready, probes are sent only in listener mode.  Such a probe may fail although the
-generation is ready (_MAYBE_READY of verdicts.py).  Then a timer may make the generation ready.
+Without --ready, probes are sent only in listener mode.  Such a probe can fail although the
+generation is ready (_MAYBE_READY of verdicts.py).  Then a timer can make the generation
+ready (system/readiness.py).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _ANSWERED_S = 5.0  # how long an HTTP answer may take
 
 
 class ReadyProbe:
-    """Carries out the actions Probe and StopProbing."""
+    """Carries out the actions Probe and StopProbing (core/actions.py)."""
 
     def __init__(
         self,
@@ -43,8 +44,8 @@ class ReadyProbe:
         """answered: called after a good answer, with the generation's number and the kind of probe.
 
         answered returns False if the generation must be probed again.
-        inconclusive: called with the generation's number if a failed probe proves nothing about the
-        generation, so that a timer may still make it ready.
+        inconclusive: called with the generation's number after a verdict that lets a timer make the
+        generation ready (time_tells() of verdicts.py).
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._answered, self._inconclusive = answered, inconclusive
@@ -60,7 +61,7 @@ class ReadyProbe:
         self.stop()
         program = generation.program
         if program.ready == "any" and program.ready_fd >= 0:
-            return  # the generation's command reports readiness by {fd:ready}
+            return  # without --ready, but the command reports readiness by {fd:ready}
         self._generation, self._began = generation, time.monotonic()
         self._spec = probe_spec.read(program.ready_question or "accept")
         self.last = f"GET {self._spec.path}: not answered yet" if self._spec.by_http else ""
@@ -113,5 +114,6 @@ class ReadyProbe:
         self.last = why
         if verdict.kind != verdicts.NO_TARGET:
             self._send_later()
-        if verdicts.time_tells(generation.program.ready, verdict) and not self._probe.is_closed:
+        timer_may_tell = verdicts.time_tells(generation.program.ready, verdict)
+        if timer_may_tell and not self._probe.target_is_closed:
             self._inconclusive(number)

@@ -78,8 +78,8 @@ class Reports:
         if log_level:
             self._log.set_level(log_level)
 
-    def welcome(self, fleet: Fleet) -> None:
-        """Repeat the messages to systemd, in case an earlier program did not send them."""
+    def repeat_messages(self, fleet: Fleet) -> None:
+        """After an upgrade or a kill, repeat to systemd what an earlier program left unsent."""
         if fleet.stop_awaits_rescue:
             self._stopping()
         elif fleet.lame_duck is LameDuck.STOPPING:

@@ -1,8 +1,8 @@
 """--settle-check: probes the new generation during --settle, while a rollback is still possible.
 
-A probe is an HTTP request by the prober process (probe.py), or a check command.  The command gets
-the counts of both generations, and decides by its own criteria: the command can query the probe
-address, or the operator's metrics.
+A probe is an HTTP request by the prober process (prober_client.py), or a check command.  The
+command gets the counts of the new and the old generation, and decides by its own criteria: the
+command can query the probe address, or the operator's metrics.
 
 The generation fails at the first verdict that is neither good nor inconclusive (verdicts.py).  It
 also fails if the verdicts stay inconclusive for UNKNOWN_S.  When the time of --settle has passed,
@@ -42,13 +42,18 @@ _TIMER = "settle-check"
 
 
 class SettleCheck:
-    """Carries out the actions CheckSettling and StopChecking."""
+    """Carries out the actions CheckSettling and StopChecking (core/actions.py)."""
 
-    def __init__(self, runtime: Runtime, reach: Reach, probes: CheckProbes, counts: Counts) -> None:
-        """counts: returns the generations' counts, by number, for a command to read."""
+    def __init__(
+        self, runtime: Runtime, reach: Reach, addresses: CheckProbes, counts: Counts
+    ) -> None:
+        """addresses: where check commands reach a generation (check_probe.py).
+
+        counts: returns the generations' counts, by number, for a command to read.
+        """
         self._loop, self._post = runtime.loop, runtime.post
-        self._probes, self._counts = probes, counts
-        self._probe = Probe(runtime.loop, reach, addresses=probes, reads=self._input_of)
+        self._addresses, self._counts = addresses, counts
+        self._probe = Probe(runtime.loop, reach, addresses=addresses, input_of=self._input_of)
         self._generation: OpenGeneration | None = None
         self._spec = ProbeSpec("")
         self._began = self._sent_at = 0.0
@@ -72,7 +77,7 @@ class SettleCheck:
         self._loop.cancel(_TIMER)
         self._probe.end()
         if self._generation is not None:
-            self._probes.release(self._generation.record.number)
+            self._addresses.release(self._generation.record.number)
 
     def resume(self) -> None:
         """Start the probes, or restart them if an upgrade's exec has failed."""
@@ -81,10 +86,11 @@ class SettleCheck:
             self._began = time.monotonic()
             self._send_probe()
 
-    def awaits(self, number: int) -> bool:
-        """Note that --settle is over for a generation; return whether a good answer is awaited.
+    def note_settle_over(self, number: int) -> bool:
+        """Note that --settle is over for a generation; return whether a good answer must come.
 
-        Returns False for a generation that is not checked.
+        Only answers after the first such call count.  Returns False for a generation that is not
+        checked.
         """
         generation = self._generation
         if generation is None or generation.record.number != number:

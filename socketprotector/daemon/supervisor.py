@@ -1,4 +1,4 @@
-"""Passes each event to `decide`, and the resulting actions to the effects.
+"""Passes each event to core/decide.py, and the resulting actions to effects.py.
 
 Most signals, pidfds, timers and notify sockets act only by events on the queue.  This module
 itself decides only what a signal means, and whether an upgrade, a dry run or a change of the
@@ -37,8 +37,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .recovery import Recovery
 
-#: If messages to the guard or systemd are still unsent after the trial, an upgrade waits: how often
-#: to check, and how long to wait.  The guard and systemd usually need far less.
+#: If messages to the guard or systemd are still unsent after the trial, an upgrade waits: the time
+#: between two checks, and the longest wait.  The guard and systemd usually need far less.
 _AGAIN_S = 0.05
 _BEHIND_S = 10.0
 #: The timer of an upgrade that waits for the guard or systemd.
@@ -85,7 +85,7 @@ class Supervisor:
     _recorded: deque[Action] = field(default_factory=deque)
     _working: bool = False
     _handing_over: bool = False
-    _yield_at: float = 0.0  # when the delivery is to accept clients next
+    _yield_at: float = 0.0  # when yield_to_accepts() next lets the delivery accept clients
 
     def __post_init__(self) -> None:
         effects = self.effects
@@ -113,7 +113,7 @@ class Supervisor:
             self.queue.add(events)
             self.yield_to_accepts()
         self._act()
-        self.effects.reports.welcome(self.fleet)
+        self.effects.reports.repeat_messages(self.fleet)
         self._working = False
         self._work()
 
@@ -129,7 +129,7 @@ class Supervisor:
         if self._working:
             return
         self._working = True
-        acted = True  # even without an event, because adopt() has carried out actions
+        acted = True  # without any event, too, adopt() has carried out actions: write the state
         try:
             for event in self.queue:
                 self.fleet, actions = decide(self.fleet, event)
@@ -301,7 +301,7 @@ class Supervisor:
         if self.fleet.dry_run:
             return "another dry run is in progress; try again after it"
         if self.fleet.is_changing:
-            return "a reload is in progress; try again after it"
+            return "a start, reload or replacement is in progress; try again after it"
         if self.fleet.of(Phase.SERVING) is None:
             return "no generation is serving; reload instead"
         return settings.mode.cannot.get("dry-run") or self.effects.delivery.cannot_try()

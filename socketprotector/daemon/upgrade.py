@@ -46,13 +46,13 @@ class Upgrade:
     log: Log
     _: KW_ONLY
     #: Whether the new program needs the capabilities that we kept (system/privileges.py).
-    keeps: bool
+    keeps_capabilities: bool
     _trial: HelperProcess | None = None
     _opened: ExitStack = field(default_factory=ExitStack)  # the trial's answer and output
     _check: Answered | None = None  # called with a check's result; None: no check is in progress
 
     def begin(self, descriptors: Mapping[str, int], ready: Callable[[], None]) -> None:
-        """Try the new program with the settings and the state; call back if it can take over.
+        """Try the new program with the settings and the state; call `ready` if it can take over.
 
         If an upgrade's trial is running, only log that.  A check in progress is called off, because
         the exec would end it.
@@ -72,7 +72,7 @@ class Upgrade:
         self._start({each: descriptors[each] for each in _NEEDED}, answered)
 
     def check(self, copies: Mapping[str, int], answered: Answered) -> None:
-        """Try the new program with copies of the settings and the state, and call back.
+        """Try the new program with copies of the settings and the state, and call `answered`.
 
         Neither a check nor an upgrade may be in progress.
         """
@@ -113,7 +113,7 @@ class Upgrade:
                 output = os.memfd_create("sp.trial", os.MFD_CLOEXEC)
                 opened.callback(os.close, output)
                 given = {**given, inherited.PROBE: send}
-                if self.checks:
+                if self.is_checking:
                     given[inherited.CHECK] = send
                 start = HelperProcess.start_protector
                 self._trial = start(self.command, given, output, self.loop, ended)
@@ -130,7 +130,7 @@ class Upgrade:
         return self._trial is not None and self._check is None
 
     @property
-    def checks(self) -> bool:
+    def is_checking(self) -> bool:
         """Return whether a check is in progress."""
         return self._check is not None
 
@@ -154,7 +154,7 @@ class Upgrade:
         try:
             executable.need_descriptors()
             with (
-                privileges.lent() if self.keeps else nullcontext(),
+                privileges.lent() if self.keeps_capabilities else nullcontext(),
                 inherited.kept_through_exec(kept) as variables,
             ):
                 os.execve(self.command[0], self.command, {**os.environ, **variables})

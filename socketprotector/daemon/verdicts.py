@@ -62,7 +62,7 @@ def time_tells(ready: str, verdict: Verdict) -> bool:
 
 # -- while it settles --------------------------------------------------------------
 
-#: These verdicts are inconclusive: they say nothing about the generation.
+#: For a settling generation these verdicts are inconclusive: they say nothing about it.
 _UNKNOWN = (CANNOT, UNREACHED, MOVED)
 
 
@@ -77,6 +77,7 @@ class Settling:
 
     is_over: bool = False  # the time of --settle has passed
     is_good: bool = False  # a good answer has come; over() forgets it, so that another must come
+    #: When the first of the latest inconclusive verdicts' probes was sent; None: the last was GOOD.
     unknown_since: float | None = None
     bad: str = ""  # why the generation fails
 
@@ -115,13 +116,14 @@ class Serving:
     failures: int = 0
     reason: str = ""
     answered_at: float | None = None  # when the last verdict GOOD, BAD or REFUSED came
-    missed: int = 0  # how many probes in a row were inconclusive
+    missed: int = 0  # how many verdicts in a row were inconclusive
 
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
         """Return the state after a verdict.
 
         most: the state becomes UNHEALTHY after this many verdicts BAD or REFUSED since the last
-        GOOD verdict, and UNKNOWN after this many inconclusive verdicts (`case _`) in a row.
+        GOOD verdict, and UNKNOWN after this many inconclusive verdicts in a row.  For a serving
+        generation CANNOT, UNREACHED, MOVED and NO_TARGET are inconclusive (`case _`).
         """
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason

@@ -48,7 +48,7 @@ class Away:
         self.looked_at_s = self.fed_at_s = self.now_s
         self.longest_s = self.unfed_s = self.turn_s = 0.0
         self.delivery = SimpleNamespace(accept_waiting=self.look)
-        self.reports = SimpleNamespace(welcome=lambda _: None)
+        self.reports = SimpleNamespace(repeat_messages=lambda _: None)
 
     def monotonic(self) -> float:
         return self.now_s

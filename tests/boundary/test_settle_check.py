@@ -154,7 +154,7 @@ def test_what_another_generation_has_answered_is_neither_good_nor_bad(
 ) -> None:
     """Its socket is shut down again and again, and the kernel gives the question to the other."""
     settling = Settling(loop, "true" if good else "false", lambda *_: None, holds=False)
-    assert settling.check.awaits(2)
+    assert settling.check.note_settle_over(2)
     assert settling.fails() == SHUT_DOWN
 
 
@@ -166,7 +166,7 @@ def test_nor_what_it_has_answered_by_http(
     monkeypatch.setattr(probe, "Prober", Probers(loop, why))
     way.holds = lambda: False
     settling = Settling(loop, "http:/", lambda *_: way)
-    assert settling.check.awaits(2)
+    assert settling.check.note_settle_over(2)
     assert settling.fails() == SHUT_DOWN
 
 

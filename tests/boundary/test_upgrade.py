@@ -43,7 +43,7 @@ def test_the_reason_says_whether_the_new_program_was_too_slow(
     log.observe(noted)
     descriptors = {name: os.memfd_create(name) for name in (inherited.SETTINGS, inherited.STATE)}
     try:
-        probed = Upgrade(("/bin/sh", "-c", command), loop, log, keeps=False)
+        probed = Upgrade(("/bin/sh", "-c", command), loop, log, keeps_capabilities=False)
         probed.begin(descriptors, lambda: pytest.fail("it has not said yes"))
         loop.call_after("deadline", DEADLINE_S, lambda: pytest.fail("no end of the probe"))
         loop.run()

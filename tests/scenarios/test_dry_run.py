@@ -357,7 +357,7 @@ def test_another_one_and_one_beside_a_reload_are_refused(
     said = dry_run(one)
 
     assert said.status == 100
-    assert "a reload is in progress" in said.err
+    assert "a start, reload or replacement is in progress" in said.err
     waiting.gate.open()
     one.daemon.log.wait_for("event=reloaded generation=3", after=mark)
     one.daemon.stop()

@@ -1,6 +1,6 @@
 """Carries out the commands of the control socket.
 
-Most commands only read values, or post an event to the core.
+Most commands only read values, or post an event (core/events.py).
 
 A command that begins a long operation is answered at once.  Clients that follow events get the
 operation's result as an event (docs/control.md).  But the answers of `diff` and of an upgrade check
@@ -69,7 +69,7 @@ class CommandHandler:
     def handle(self, client: Client, request: Request) -> None:
         """Carry out a request, and answer it.
 
-        Most commands have a method `do_NAME`, which returns the answer.  `events` has no method.
+        Each command except `events` and `diff` has a method `do_NAME`, which returns the answer.
         The answers of `diff` and of an upgrade check come later.
 
         Raises RequestError.
@@ -149,7 +149,7 @@ class CommandHandler:
             "queue_limit": delivery.queue_limit(route) if route else None,
             "listeners": [status.of_listener(each, delivery) for each in delivery.listeners],
             "generations": generations,
-            **status.of_waits(fleet, effects, generations, held, upgrade),
+            **status.of_waits_for(fleet, effects, generations, held, upgrade),
             **rollout.of_rollout(fleet, effects, held),
             **releases.of_status(effects, fleet),
             "dry_run": as_dict(history.dry_run) if history.dry_run is not None else None,
@@ -169,9 +169,9 @@ class CommandHandler:
     def do_history(self) -> Mapping[str, Any]:
         return {"history": self._effects.reports.run.history.entries()}
 
-    def _left_s(self, wait: TimerKind) -> float | None:
+    def _left_s(self, timer: TimerKind) -> float | None:
         """Return the seconds until a timer of the fleet runs out; None: the timer is not set."""
-        due = self.runtime.loop.due(Deadline(wait))
+        due = self.runtime.loop.due(Deadline(timer))
         return max(0.0, due - time.monotonic()) if due is not None else None
 
     def do_connections(self, generation: int | None = None) -> Mapping[str, Any]:
@@ -190,9 +190,9 @@ class CommandHandler:
         }
 
     def _compare(self, client: Client, request: Request) -> None:
-        """Answer `diff` once a helper process has read the configuration.
+        """Begin a `diff`; the answer follows when a helper process has read the configuration.
 
-        Reading may take seconds.
+        The process can need seconds (config_reader.py).  Raises RequestError.
         """
         if not self._effects.live_settings.settings.origin.configured:
             raise RequestError(
@@ -211,7 +211,10 @@ class CommandHandler:
             raise RequestError("busy", "another diff is in progress; try again after it")
 
     def _check_upgrade(self, client: Client, request: Request) -> None:
-        """Answer an upgrade check once the new version has tried to read a copy of the state."""
+        """Begin an upgrade check; the answer follows when its trial (upgrade.py) has ended.
+
+        Raises RequestError.
+        """
 
         def answered(version: str, failure: str) -> None:
             if not version and not failure:
@@ -223,7 +226,7 @@ class CommandHandler:
             result = {"from": __version__, "version": version or None, "reason": failure or None}
             client.say(control_requests.answer(request.id, result))
 
-        if self.supervisor.upgrade_waits_for() or self.supervisor.upgrade.checks:
+        if self.supervisor.upgrade_waits_for() or self.supervisor.upgrade.is_checking:
             raise RequestError(
                 "busy", "an upgrade or an upgrade check is in progress; try again after it"
             )
@@ -343,7 +346,8 @@ class CommandHandler:
                 "refused", f"generation {generation} is {found.phase.value} already; `kill` ends it"
             )
         if found.phase is not Phase.SERVING or fleet.is_changing:
-            raise RequestError("refused", "a reload is in progress; try again after it")
+            why = "a start, reload, dry run or replacement is in progress; try again after it"
+            raise RequestError("refused", why)
         self.runtime.post(RenewRequested())
         return {"generation": generation}
 
@@ -414,4 +418,4 @@ def _before_kill(fleet: Fleet, found: Generation) -> str:
         return "replace it first"
     if found.fresh and not cannot_call_off(fleet):
         return "`rollback` first"
-    return "wait until it fails; or, once it is serving, replace it"
+    return "wait: once it is abandoned, kill it; once it is serving, replace it first"

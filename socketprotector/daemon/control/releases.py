@@ -1,6 +1,6 @@
 """Carries out `deploy` and `releases`, and the rollback to an earlier release (docs/control.md).
 
-A release is *proved* once its generation is ready and settled, and has passed all checks.
+A release is *proved* once its generation is ready and serving, and has passed all checks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def deploy(
     """Begin the deploy of a release, or its dry run.
 
     expect: the release that must be serving; "": any release.  force: deploy even if `current` does
-    not name the serving release.
+    not name the serving release.  Raises RequestError.
     """
     releases = _releases_of(effects)
     _refuse_second(fleet, effects)
@@ -56,7 +56,10 @@ def deploy(
 
 
 def roll_back(effects: Effects, fleet: Fleet, runtime: Runtime, expect: str) -> dict[str, Any]:
-    """Begin the deploy of the last release that was proved before the serving release."""
+    """Begin a deploy of the release to which a rollback leads (Releases.previous()).
+
+    expect: the release that must be serving; "": any release.  Raises RequestError.
+    """
     releases = effects.live_settings.releases
     if releases is None:
         raise RequestError(
@@ -77,7 +80,10 @@ def roll_back(effects: Effects, fleet: Fleet, runtime: Runtime, expect: str) -> 
 
 
 def refuse_unexpected_incoming(effects: Effects, fleet: Fleet, expect: str) -> None:
-    """Refuse to call off a reload whose release is not the expected release."""
+    """Raise RequestError if the reload that a rollback would call off is not of this release.
+
+    expect: the release; "": any release.
+    """
     incoming = effects.generations.get(fleet.incoming.number) if fleet.incoming else None
     _refuse_unexpected(expect, incoming.program.release if incoming else fleet.release)
 
@@ -154,14 +160,17 @@ def _releases_of(effects: Effects) -> Releases:
 
 
 def _incoming(effects: Effects, fleet: Fleet) -> tuple[Generation | None, str]:
-    """Return the generation that a reload has opened, or None; and the release of the reload."""
+    """Return the generation and the release of the reload, deploy or dry run in progress.
+
+    The generation is None until it is opened; the release is "" if it is unknown.
+    """
     incoming = fleet.incoming if fleet.incoming and fleet.incoming.fresh else None
     opened = effects.generations.get(incoming.number) if incoming else None
     return incoming, opened.program.release if opened else fleet.release
 
 
 def _refuse_second(fleet: Fleet, effects: Effects) -> None:
-    """Refuse a deploy while a reload, a deploy or a dry run is in progress."""
+    """Raise RequestError while a reload, a deploy or a dry run is in progress."""
     if not fleet.is_releasing:
         return
     incoming, name = _incoming(effects, fleet)

@@ -65,6 +65,7 @@ def _begins(fleet: Fleet) -> bool:
 
 
 def _stage(fleet: Fleet, new: Generation) -> str:
+    """Return the rollout's stage, by its name in docs/control.md."""
     rollout = fleet.rollout
     if new.phase is Phase.STARTING or rollout is None:
         return "starting"
@@ -75,6 +76,7 @@ def _stage(fleet: Fleet, new: Generation) -> str:
 
 
 def _share(fleet: Fleet, new: Generation) -> int:
+    """Return the new generation's share of the new clients, in ten thousandths."""
     if new.phase is Phase.STARTING or fleet.rollout is None:
         return 0
     return fleet.rollout.share if fleet.sharing else WHOLE
@@ -85,7 +87,7 @@ def _stage_left_s(new: Generation, effects: Effects) -> float | None:
 
     None: no timer ends the stage, or the time is over and a settle check must still succeed.
     """
-    if new.checked and effects.probing.is_due:
+    if new.checked and effects.probing.settle_check_due:
         return None
     return settle_left_s(new.number, effects)
 
@@ -98,7 +100,10 @@ def settle_left_s(number: int, effects: Effects) -> float | None:
 
 
 def _waits_for(fleet: Fleet, new: Generation, held: Held) -> list[dict[str, Any]]:
-    """Return the leaving workers if one of them must end before the next worker can start."""
+    """Return the leaving workers, of which one must end before the next worker can start.
+
+    Empty if the next worker can start now, or if no worker is missing.
+    """
     stage = _stage(fleet, new)
     wanted = fleet.full_size(new) if stage == "replacing" else fleet.wanted_in(new)
     if len(new.workers) >= wanted or room(fleet, 1):
@@ -124,7 +129,7 @@ def _leaving(fleet: Fleet) -> Iterator[tuple[Generation, Worker]]:
 
 
 def held_by(fleet: Fleet, effects: Effects) -> Held:
-    """Return the connections of the workers that a rolling reload may wait for."""
+    """Return the connections of the workers whose end a rolling reload perhaps awaits."""
     if fleet.incoming is None or not fleet.newest_policy.rolls:
         return {}
     found: dict[int, tuple[int | None, float | None]] = {}

@@ -3,9 +3,9 @@
 commands.py carries out the commands.  A client of the control socket must not delay the clients of
 the workers.  So each turn of the loop answers at most one request of each client, and no call
 blocks.  We disconnect a client that sends too long a line, does not read its answers, or stays
-idle.  If a client does not read its events, we drop events instead.
+idle.  But if a client does not read its events, we only drop events.
 
-Source: docs/control.md; einhorn.py; unix(7) for SO_PEERCRED and SO_PEERGROUPS.
+Source: docs/control.md; model/einhorn.py; unix(7) for SO_PEERCRED and SO_PEERGROUPS.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ...system.polling import read_now
 
 #: The most clients at a time.
 CLIENTS = 256
-#: How long a client may stay without sending a request.
+#: How long a client that follows no events may stay without sending a request.
 IDLE_S = 30.0
 #: How many bytes may wait for a client to read them.
 UNREAD_BYTES = 1024 * 1024
@@ -49,7 +49,7 @@ class Client:
     sock: socket.socket
     server: ControlServer
     loop: Loop
-    may: Collection[str]  # the commands that the client may send
+    allowed: Collection[str]  # the commands that the client may send
     follows: bool = False  # the client gets events
     _awaited: int = 0  # the epoll events for which we watch the client's descriptor; 0: none
     _received: bytearray = field(default_factory=bytearray)
@@ -147,7 +147,7 @@ class Client:
         self._answer_one()
 
     def _answer_one(self) -> None:
-        """Answer one request if it is complete; later requests wait until the pause is over."""
+        """Answer the first received request, if complete; later requests wait for REST_S."""
         line, rest = b"", None
         with self.within_memory():
             found, end, after = self._received.partition(b"\n")
@@ -236,8 +236,8 @@ class ControlServer:
     loop: Loop
     #: Answers a request, by client.say() now or later.  Raises RequestError.
     handle: Callable[[Client, control_requests.Request], None]
-    #: Called with the pid of a worker that reports readiness by einhorn's protocol (einhorn.py).
-    #: The worker expects no answer.
+    #: Called with the pid of a worker that reports readiness by einhorn's protocol, and expects no
+    #: answer (model/einhorn.py).
     acked: Callable[[int], None]
     _: KW_ONLY
     #: These users, and the members of this group, may send all commands.
@@ -275,7 +275,7 @@ class ControlServer:
 
     def take(self, client: Client, line: bytes) -> None:
         """Answer one line of a client; after einhorn's ACK, close the client without an answer."""
-        pid = einhorn.ack(line) if client.may is control_requests.COMMANDS else None
+        pid = einhorn.ack(line) if client.allowed is control_requests.COMMANDS else None
         if pid is not None:
             client.close()
             self.acked(pid)
@@ -285,9 +285,9 @@ class ControlServer:
                 request = control_requests.parse(line)
             if client.gone:
                 return
-            if request.command not in client.may:
-                may = ", ".join(client.may)
-                why = f"{request.command}: members of --status-group may use only {may}"
+            if request.command not in client.allowed:
+                allowed = ", ".join(client.allowed)
+                why = f"{request.command}: members of --status-group may use only {allowed}"
                 raise control_requests.RequestError("denied", why, request.id)
             self.handle(client, request)
         except control_requests.RequestError as wrong:
@@ -316,7 +316,7 @@ class ControlServer:
                 self._listen_later()
             return
         client = Client(sock, self, self.loop, self._commands_for(sock))
-        if not client.may:
+        if not client.allowed:
             wrong = control_requests.RequestError("denied", "permission denied")
         elif len(self._clients) >= CLIENTS:
             wrong = control_requests.RequestError(

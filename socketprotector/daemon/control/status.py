@@ -79,7 +79,7 @@ def of_health(health: Health | None) -> dict[str, Any] | None:
     }
 
 
-def of_waits(
+def of_waits_for(
     fleet: Fleet,
     effects: Effects,
     generations: Iterable[Mapping[str, Any]],
@@ -104,7 +104,7 @@ def of_waits(
         met=effects.met(settling.number) if settling is not None else 0,
         held=held,
         settle_check=shown(settles.program.settle_check) if settles is not None else "",
-        settle_check_due=effects.probing.is_due,
+        settle_check_due=effects.probing.settle_check_due,
         upgrade=upgrade,
         leftovers_end=effects.pool.orphans.found,
         late_clients_s=effects.late_clients_s,
@@ -116,8 +116,8 @@ def of_waits(
 def of_warnings(settings: Settings, listeners: Iterable[Listener]) -> list[str]:
     """Return the settings' warnings that still apply, and a warning per missing interface.
 
-    A warning about a UNIX socket names the rights of a file or folder.  If an operator has changed
-    these rights meanwhile, omit the warning.
+    A warning about a UNIX socket names the rights of a file or folder.  If these rights have
+    changed since the start, omit the warning.
     """
     lacking = [each.settings.address for each in listeners if each.lacks_interface]
     of_start = [each for each in settings.warnings if not _is_resolved(each)]
@@ -205,7 +205,7 @@ def _of_generation(
         **_of_closing(
             opened, [(w.slot, counts[w.number]) for w in generation.alive if w.number in counts]
         ),
-        "wait_us": _of_waits(total.waits) if total is not None else None,
+        "wait_us": _of_wait_times(total.waits) if total is not None else None,
         "workers": [
             _of_worker(each, records.get(each.number), counts.get(each.number), opened)
             for each in generation.workers
@@ -269,7 +269,8 @@ def _of_counts(counts: Counts | None) -> dict[str, int | None]:
     }
 
 
-def _of_waits(waits: Sequence[int]) -> dict[str, Any]:
+def _of_wait_times(waits: Sequence[int]) -> dict[str, Any]:
+    """Return the field `wait_us`: how long connections waited in the queue."""
     return {
         "count": sum(waits),
         "p50": quantile_us(waits, 0.50),

@@ -63,17 +63,17 @@ _SERVES = Generation(1, Phase.SERVING)
         (
             Fleet(Policy(), generations=(Generation(1),)),
             1,
-            "starting; wait until it fails; or, once it is serving, replace it",
+            "starting; wait: once it is abandoned, kill it; once it is serving, replace it first",
         ),
         (
             Fleet(Policy(), generations=(_SERVES, Generation(2, fresh=False))),
             2,
-            "starting; wait until it fails; or, once it is serving, replace it",
+            "starting; wait: once it is abandoned, kill it; once it is serving, replace it first",
         ),
         (
             Fleet(Policy(), generations=(_SERVES, Generation(2)), dry_run=True),
             2,
-            "starting; wait until it fails; or, once it is serving, replace it",
+            "starting; wait: once it is abandoned, kill it; once it is serving, replace it first",
         ),
     ],
 )

@@ -72,7 +72,11 @@ def test_nothing_is_made_before_it_is_needed(world: World) -> None:
     probing.set_serving(ONE)
     probing.apply_settings(ONE)
 
-    assert (probing.last, probing.is_due, probing.awaits(1)) == ("", False, False)
+    assert (probing.last, probing.settle_check_due, probing.note_settle_over(1)) == (
+        "",
+        False,
+        False,
+    )
     assert probing.tcp_connection is None
     assert not world.made
 
@@ -95,7 +99,7 @@ def test_each_part_is_made_once_and_used_for_every_generation(world: World) -> N
         ("settle_check", "stop"),
     ]
     assert world.probing.last == "refused"
-    assert world.probing.is_due
+    assert world.probing.settle_check_due
 
 
 def test_health_is_checked_only_with_the_option_and_of_a_generation(world: World) -> None:

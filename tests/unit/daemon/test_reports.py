@@ -132,7 +132,7 @@ def test_the_next_program_keeps_when_the_first_one_started_and_counts_itself(wor
 def test_the_next_program_says_nothing_to_systemd_before_the_first_generation_serves(
     world: World,
 ) -> None:
-    world.reports.welcome(Fleet())
+    world.reports.repeat_messages(Fleet())
 
     assert world.sent == []
     assert world.started == 0
@@ -152,7 +152,7 @@ def test_the_next_program_says_nothing_to_systemd_before_the_first_generation_se
 def test_the_next_program_repeats_to_systemd_what_holds(
     world: World, fleet: Fleet, keys: list[set[str]]
 ) -> None:
-    world.reports.welcome(fleet)
+    world.reports.repeat_messages(fleet)
 
     assert [set(each) for each in world.sent] == keys
 

@@ -78,20 +78,20 @@ def test_only_a_good_answer_after_the_time_of_settling_ends_it(world: World) -> 
     world.answer(GOOD)
     assert not world.check.is_due
 
-    assert world.check.awaits(2)
+    assert world.check.note_settle_over(2)
     assert world.check.is_due
     world.clock.pass_time(1.0)
     world.answer(GOOD)
 
-    assert not world.check.awaits(2)
+    assert not world.check.note_settle_over(2)
     assert not world.check.is_due
 
 
 def test_no_other_generation_is_awaited(world: World) -> None:
-    assert not world.check.awaits(2)
+    assert not world.check.note_settle_over(2)
     world.begin()
 
-    assert not world.check.awaits(1)
+    assert not world.check.note_settle_over(1)
     assert not world.check.is_due
 
 

@@ -63,7 +63,7 @@ class Seen:
         effects = SimpleNamespace(
             generations=opened,
             delivery=SimpleNamespace(met=lambda _: self.met),
-            probing=SimpleNamespace(is_due=self.is_due),
+            probing=SimpleNamespace(settle_check_due=self.is_due),
             pool=SimpleNamespace(records=lambda: tuple(self.records)),
             due=lambda: [(each, due) for each in fleet.timers],
         )

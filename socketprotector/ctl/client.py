@@ -1,7 +1,7 @@
 """A connection to a control socket: sends requests, and receives answers and events.
 
-An upgrade, or a crash under --guard or systemd, ends the connection; the socket stays.  So
-query() and reconnect() try for up to RETURN_S to reach the protector at this socket again.
+An upgrade, or a crash under --guard or systemd, ends the connection, but the control socket keeps
+listening.  So query() and reconnect() try for up to RETURN_S to connect to this socket again.
 
 This module needs no third-party package, and prints nothing.  Each call blocks for a limited
 time.  The module checks the form and length of everything that it receives.
@@ -29,8 +29,8 @@ from .fields import label, text_in
 from .message import message_in
 
 VERSION = 1
-#: How long an answer may take.  A protector answers within milliseconds, or after a crash within a
-#: few hundred milliseconds; overloaded machines need more.
+#: How long to wait for an answer.  A protector answers within milliseconds, or after a crash within
+#: a few hundred milliseconds.  On an overloaded machine the answer takes longer.
 ANSWER_S = 10.0
 #: How long to try to reconnect.  A guard restarts a killed protector within 0.3 s.  If the
 #: protector dies again and again, the guard waits longer before each further start.
@@ -63,16 +63,16 @@ class Client:
     ) -> None:
         """Connect, and follow events if `events` is true.  Raises NoProtector, RequestRefused.
 
-        answer_s: how long an answer may take.
-        until: a time by time.monotonic().  Connecting, reconnect(), request() and query() give up
-        at this time.
+        answer_s: how long to wait for an answer.
+        until: the deadline, by time.monotonic().  Connecting, reconnect(), request() and query()
+        give up at this time.
         """
         self.path = path
         self._answer_s = answer_s
         self._until = until
         self._follows = events
         self._last_id = 0
-        #: The commands of all requests so far; perhaps the last request was not sent completely.
+        #: The commands of all requests so far.  The last request may have been sent in part only.
         self.requested: set[str] = set()
         self._connect(answer_s)
         if events:
@@ -80,23 +80,23 @@ class Client:
                 self._request("events", {}, answer_s)
 
     def _connect(self, within_s: float) -> None:
-        self._socket = connect(self.path, self._at_most(within_s))
+        self._socket = connect(self.path, self._until_deadline(within_s))
         # Set this only now: with SO_PASSCRED set, connect(2) would bind the socket to an abstract
         # name.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._begin()
 
-    def _at_most(self, within_s: float) -> float:
-        """Return `within_s`, shortened so that the wait ends by the client's deadline.
+    def _until_deadline(self, within_s: float) -> float:
+        """Return a timeout, shortened so that the wait ends by the client's deadline.
 
-        A positive time stays positive even after the deadline, because a timeout of 0 would make
-        the socket non-blocking.
+        A timeout above 0 stays above 0 even after the deadline, because 0 would make the socket
+        non-blocking.
         """
         left_s = self._until - time.monotonic()
         return min(within_s, max(0.001, left_s)) if within_s else within_s
 
     def _begin(self) -> None:
-        """Empty the buffers: they may contain messages of an earlier connection."""
+        """Discard the buffers, which may contain messages of an earlier connection."""
         self._buffer = bytearray()
         self._events: deque[Message] = deque()
         self._events_bytes = 0
@@ -107,13 +107,14 @@ class Client:
     def reconnect(self, within_s: float = math.inf, answer_s: float = 0.0) -> Message:
         """Connect again, follow events if the client followed them, and return the status.
 
-        Tries for up to `within_s`, and RETURN_S at most.  Sends the requests for events and status
+        Tries for `within_s`, but no longer than RETURN_S.  Sends the requests for events and status
         together: a protector that is about to exit answers only the requests that it has already
         received.  Raises NoProtector if no protector answers, RequestRefused after a refusal.
 
-        answer_s: wait at least this long for the answer; 0.0: only what is left of `within_s`.
+        answer_s: once connected, wait at least this long for the answer.  Without it, the wait ends
+        with `within_s`, but takes at least 0.1 s.
         """
-        limit_s = self._at_most(min(within_s, RETURN_S))
+        limit_s = self._until_deadline(min(within_s, RETURN_S))
         until = time.monotonic() + limit_s
         while True:
             self.close()
@@ -151,9 +152,10 @@ class Client:
         return int(_CREDENTIALS.unpack(credentials)[0])
 
     def shares_pids(self, status: Message) -> bool:
-        """Return True if the pids in a status from this connection are of our own PID namespace.
+        """Return True if the protector of this connection is in our own PID namespace.
 
-        A pid of another namespace may be the pid of an unrelated process in ours.
+        Otherwise a pid in its status may be the pid of an unrelated process in our namespace.
+        status: an answer that came over this connection.
         """
         return self.protector_pid == status.get("pid")
 
@@ -163,34 +165,33 @@ class Client:
         """Send a request once and return its result.
 
         Raises RequestRefused if the protector refuses.
-        Raises ConnectionLost if the connection ends before the answer: the protector may or may not
-        have carried out the request.
+        Raises ConnectionLost if the connection ends before the answer.  It is then unknown whether
+        the protector has carried out the request.
         Raises NoProtector if no answer comes in time.  Perhaps only a part of the request was sent,
-        so the caller must close the client or call reconnect().
+        so the caller must call close() or reconnect().
         """
         return self._request(command, arguments, self._answer_s)
 
     def query(self, command: str, **arguments: Any) -> Message:
         """Send a request that is safe to repeat, and return its result.
 
-        If the connection ends before the answer, reconnect and repeat the request.  The new
-        connection may end, too, for example if the protector is upgraded and then crashes.  So
-        repeat the request for up to RETURN_S.
+        If the connection ends before the answer, reconnect and send the request again, for up to
+        RETURN_S.  One new connection may not suffice: a protector may crash after an upgrade.
         """
-        until = time.monotonic() + self._at_most(RETURN_S)
+        until = time.monotonic() + self._until_deadline(RETURN_S)
         while True:
             try:
                 return self.request(command, **arguments)
             except ConnectionLost as error:
                 left_s = until - time.monotonic()
                 if left_s <= 0 and time.monotonic() >= self._until:
-                    raise NoProtector(str(error), "silent") from error  # past the caller's deadline
+                    raise NoProtector(str(error), "silent") from error  # the client's deadline
                 if left_s <= 0:
                     raise
                 self.reconnect(left_s)
 
     def _request(self, command: str, arguments: Message, within_s: float) -> Message:
-        within_s = self._at_most(within_s)
+        within_s = self._until_deadline(within_s)
         until = time.monotonic() + within_s
         self.send(command, arguments, until)
         result = self.answer(until)
@@ -203,7 +204,10 @@ class Client:
         return result
 
     def send(self, command: str, arguments: Message, until: float) -> None:
-        """Send a request.  until: the deadline, by time.monotonic().  Raises NoProtector."""
+        """Send a request.  until: the deadline, by time.monotonic().
+
+        Raises NoProtector, but not if the connection has ended: then answer() raises an error.
+        """
         self._last_id += 1
         self._follows |= command == "events"
         self.requested.add(command)
@@ -238,13 +242,14 @@ class Client:
                 most = _MOST_EVENTS if self._follows else 0
                 if len(self._events) > most or self._events_bytes > _MOST_EVENT_BYTES:
                     raise self.foreign_peer_error()
+            # Without id: a refusal of the connection (denied, busy), or of an invalid line.
             elif message.get("id") in (self._last_id, None):
                 return _result(message)
             else:
-                # Raises RequestRefused for a refusal: reconnect() sends two requests, and either
-                # may be refused.
+                # This message answers an earlier request.  reconnect() sends two requests; if the
+                # protector refuses the first, _result() raises RequestRefused here.
                 _result(message)
-                self._late_answers += 1  # this message answers an earlier request
+                self._late_answers += 1
                 if self._late_answers > self._last_id:
                     raise self.foreign_peer_error()
             if self._has_run_out(until):
@@ -255,7 +260,7 @@ class Client:
         """Return the next event; None if no event arrives in time.
 
         Raises NoProtector if the peer sends an invalid message.
-        Raises ConnectionLost if the connection ends; the caller must close or reconnect().
+        Raises ConnectionLost if the connection ends: the caller must call close() or reconnect().
         """
         until = time.monotonic() + timeout_s
         while not self._events:
@@ -266,8 +271,8 @@ class Client:
                 return found[0]
             if self._has_run_out(until):
                 return None
-        # answer() limits the bytes of buffered events (_MOST_EVENT_BYTES).  The caller reads these
-        # events now, so the count begins again.
+        # _MOST_EVENT_BYTES is for a peer that sends events endlessly while answer() waits.  This
+        # caller reads events, so start a new count, although some events are still buffered.
         self._events_bytes = 0
         return self._events.popleft()
 
@@ -288,9 +293,10 @@ class Client:
         return message, len(line)
 
     def _line(self, until: float) -> bytes | None:
+        """Return the next line; None if no complete line arrives in time."""
         searched = 0
         while (end := self._buffer.find(b"\n", searched)) < 0:
-            # Read at least once, so that a wait of 0 s still returns an event that has arrived.
+            # Read at least once: with a timeout of 0 s, too, an event that has arrived is returned.
             left_s = max(0.0, until - time.monotonic())
             if searched and not left_s:
                 return None
@@ -318,10 +324,9 @@ class Client:
 
     @property
     def unread_bytes(self) -> int:
-        """Return how many bytes are buffered: unread lines and events.
+        """The number of buffered bytes: unread lines, and events that answer() has buffered.
 
-        An event counts only if answer() has buffered it since event() last returned a buffered
-        event.
+        event() resets the count of the events' bytes whenever it returns a buffered event.
         """
         return len(self._buffer) + self._events_bytes
 
@@ -332,7 +337,7 @@ class Client:
         )
 
     def close(self) -> None:
-        """Close the connection and discard the buffers.  May be called twice."""
+        """Close the connection and discard the buffers.  A second call changes nothing."""
         self._socket.close()
         self._begin()
 
@@ -346,7 +351,7 @@ class Client:
 def connect(path: str, timeout_s: float) -> socket.socket:
     """Return a connected socket; the caller closes it.
 
-    Raises NoProtector, or RequestRefused (denied) if the socket's mode forbids the connection.
+    Raises NoProtector.  Raises RequestRefused (denied) if the socket's mode forbids the connection.
     timeout_s: how long to wait if the backlog is full.  0: do not wait, and return a non-blocking
     socket.
     """
@@ -355,28 +360,30 @@ def connect(path: str, timeout_s: float) -> socket.socket:
         with on_error(sock.close):
             sock.settimeout(timeout_s)
             refuse_descriptors(sock)
-            _connect(sock, path)
+            _connect_to_path(sock, path)
     except OSError as error:
-        raise _unreachable(path, error) from error
+        raise _connect_error(path, error) from error
     return sock
 
 
-def _connect(sock: socket.socket, path: str) -> None:
+def _connect_to_path(sock: socket.socket, path: str) -> None:
+    """Connect a socket.  A path that is too long for connect(2) is reached by its folder."""
     if len(os.fsencode(path)) <= _LONGEST_PATH:
         sock.connect(path)
         return
     folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        there = f"/proc/self/fd/{folder}"
-        if not os.path.exists(there):
+        short_folder = f"/proc/self/fd/{folder}"
+        if not os.path.exists(short_folder):
             why = f"a path over {_LONGEST_PATH} bytes needs /proc; mount it, or use a shorter path"
             raise OSError(errno.ENAMETOOLONG, why)
-        sock.connect(f"{there}/{os.path.basename(path)}")
+        sock.connect(f"{short_folder}/{os.path.basename(path)}")
     finally:
         os.close(folder)
 
 
-def _unreachable(path: str, error: OSError) -> NoProtector | RequestRefused:
+def _connect_error(path: str, error: OSError) -> NoProtector | RequestRefused:
+    """Return the error to raise, with advice, if a connection to this path has failed."""
     match error:
         case PermissionError():
             why = (
@@ -402,7 +409,7 @@ def _unreachable(path: str, error: OSError) -> NoProtector | RequestRefused:
 def process_exists(pid: int) -> bool:
     """Return True if the process exists, even as a zombie.
 
-    This works without /proc, which may hide other users' processes.
+    This does not need /proc, which may be missing or hide other users' processes.
     """
     try:
         os.kill(pid, 0)
@@ -414,6 +421,7 @@ def process_exists(pid: int) -> bool:
 
 
 def _result(message: Message) -> Message:
+    """Return the field `result` of an answer.  Raises RequestRefused if the answer is a refusal."""
     if message.get("ok") is True:
         result = message.get("result")
         return result if isinstance(result, dict) else {}

@@ -1,9 +1,9 @@
 """Reads the open connections of workers from /proc.
 
-/proc is needed because the protector does not see when a worker closes a connection.
-Only connections to a listener's address count.  Connections that a worker opens itself, such as to
-a database, are left out.  The worker's descendants are searched, too, because a server may fork a
-child for each connection.
+The protector does not see when a worker closes a connection, so it cannot list the open ones.
+Only connections to a listener's address are shown.  Connections that a worker opens itself, such as
+to a database, are left out.  The worker's descendants are searched, too, because a server may fork
+a child for each connection.
 
 Source: proc(5).  The columns of `net/tcp`: local and remote address, state, tx_queue:rx_queue,
 inode.
@@ -55,7 +55,7 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class HiddenWorker:
-    """A worker with unreadable connections, and the reason."""
+    """A worker whose connections we cannot read, and the reason."""
 
     generation: int
     worker: int
@@ -64,6 +64,8 @@ class HiddenWorker:
 
 
 class _Socket(TypedDict):
+    """A connection in a table of /proc/PID/net; the names are those of Connection."""
+
     local: str
     peer: str
     waiting_bytes: int | None
@@ -77,7 +79,7 @@ def find_connections(
     *,
     shares_pids: bool = True,
 ) -> tuple[list[Connection], list[HiddenWorker]]:
-    """Return the workers' connections, and the workers with unreadable connections.
+    """Return the workers' connections, and the workers whose connections we cannot read.
 
     workers: from the answer to the request `connections` (docs/control.md).
     listeners: the canonical addresses of the listeners.
@@ -86,51 +88,52 @@ def find_connections(
     shares_pids: whether the workers' pids are of our own PID namespace (Client.shares_pids).
 
     Only some workers record when they accepted a connection (docs/protocol.md).  Without a record,
-    a draining generation's connection is at least as old as the drain, and any other connection at
-    most as old as its worker.  (`since_at` is when the drain began, or when the worker was
-    started.)
+    an age is a bound.  A draining generation's connection is at least as old as the drain, which
+    began at `since_at`.  Any other connection is at most as old as its worker, started at
+    `since_at`.
     """
     addresses = tuple(listeners)
-    # By worker, network namespace and inode: a parent and its forked child may share a socket.
+    # Key: worker, network namespace, inode.  A parent and its forked child may share a socket.
     found: dict[tuple[int, str, int], Connection] = {}
-    unseen: list[HiddenWorker] = []
+    hidden_workers: list[HiddenWorker] = []
     tables: dict[str, dict[int, _Socket]] = {}
-    why_none = _ELSEWHERE if not shares_pids else "" if procfs.is_ours() else _HIDDEN
+    why_all_hidden = _ELSEWHERE if not shares_pids else "" if procfs.is_ours() else _HIDDEN
     for worker in workers:
         generation, number = number_in(worker, "generation"), number_in(worker, "worker")
         pid = number_in(worker, "pid")
         if pid <= 0:
             continue  # the worker has not started yet
-        if why_none:
-            unseen.append(HiddenWorker(generation, number, pid, why_none))
+        if why_all_hidden:
+            hidden_workers.append(HiddenWorker(generation, number, pid, why_all_hidden))
             continue
         pids = _session_members(pid) if worker.get("orphaned") is True else [pid]
         if not pids:
-            continue  # a dead worker's last orphan has ended meanwhile
+            continue  # the last process that the dead worker left has ended meanwhile
         try:
-            space = os.readlink(f"/proc/{pids[0]}/ns/net")
-            if space not in tables:
+            namespace = os.readlink(f"/proc/{pids[0]}/ns/net")
+            if namespace not in tables:
                 table = dict(_sockets(pids[0], addresses))
                 os.readlink(f"/proc/{pids[0]}/ns/net")  # raises if the process has ended meanwhile
-                tables[space] = table
+                tables[namespace] = table
             inodes, why = _inodes(pids)
         except OSError as error:
             inodes, why = {}, _why_hidden(pids[0], error)
         if why:
-            unseen.append(HiddenWorker(generation, number, pid, why))
+            hidden_workers.append(HiddenWorker(generation, number, pid, why))
         times = worker.get("accepted_at_by_fd")
         for inode, fd in inodes.items():
-            if (seen := tables[space].get(inode)) is None:
+            if (seen := tables[namespace].get(inode)) is None:
                 continue
             begun, bound = worker.get("since_at"), AT_LEAST if generation in draining else AT_MOST
             at = times.get(str(fd)) if isinstance(times, dict) and fd is not None else None
             if isinstance(at, int | float):
                 begun, bound = at, EXACT
             age_s = max(0.0, now - begun) if isinstance(begun, int | float) else 0.0
-            if bound == EXACT or (number, space, inode) not in found:
+            # Of several entries for a shared socket, keep the exact age.
+            if bound == EXACT or (number, namespace, inode) not in found:
                 each = Connection(generation, number, pid, **seen, age_s=age_s, bound=bound)
-                found[number, space, inode] = each
-    return [*found.values()], unseen
+                found[number, namespace, inode] = each
+    return [*found.values()], hidden_workers
 
 
 def addresses_of(status: Message) -> list[str]:
@@ -139,7 +142,10 @@ def addresses_of(status: Message) -> list[str]:
 
 
 def _session_members(leader: int) -> list[int]:
-    """Return the living processes of a session whose leader has ended."""
+    """Return the living processes of a session whose leader has ended.
+
+    A worker in the state `orphaned` has exited; its pid is the number of this session.
+    """
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -164,11 +170,11 @@ def _why_hidden(pid: int, error: OSError) -> str:
 
 
 def _inodes(pids: Sequence[int]) -> tuple[dict[int, int | None], str]:
-    """Map the inode of each socket of these processes and their descendants to a descriptor.
+    """Return the sockets of these processes and of their descendants, and why some are hidden.
 
-    Also return why some of these processes cannot be read; "": all were read, or have ended.
-    pids: the worker; if the worker has ended, the processes of its session instead.  The descriptor
-    is the socket's number in the first process of `pids`; None if that process lacks the socket.
+    pids: the worker; if the worker has ended, the processes of its session instead.
+    The sockets: inode -> the socket's descriptor in the first of `pids`; None: not open there.
+    The reason says why we cannot read some of the processes; "": all were read, or have ended.
     """
     found: dict[int, int | None] = {}
     why = ""
@@ -177,8 +183,8 @@ def _inodes(pids: Sequence[int]) -> tuple[dict[int, int | None], str]:
         each = todo.pop()
         try:
             for number, inode in procfs.sockets(each):
-                # The caller looks the number up in `accepted_at_by_fd`, which has only the worker's
-                # own descriptors.
+                # Only the worker's own descriptors are in `accepted_at_by_fd`, where the caller
+                # looks for this number.
                 found.setdefault(inode, number if each == worker else None)
             todo += procfs.children_of(each)
         except OSError as error:
@@ -202,23 +208,25 @@ def _sockets(pid: int, addresses: tuple[str, ...]) -> Iterator[tuple[int, _Socke
 
 
 def _tcp(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
+    """Yield (inode, socket) for each connection in a table of TCP sockets."""
     ports = {each.rpartition(":")[2] for each in addresses}
     for words in _lines(path):
         local, remote, state, queues, inode = words[1], words[2], words[3], words[4], words[9]
         port = str(int(local.rpartition(":")[2], 16))
         if state == _LISTENING or port not in ports:
             continue
-        address = _decode(local)
+        address = _readable(local)
         if addresses & {address, f"0.0.0.0:{port}", f"[::]:{port}"}:
             waiting = int(queues.partition(":")[2], 16)
-            yield int(inode), _Socket(local=address, peer=_decode(remote), waiting_bytes=waiting)
+            yield int(inode), _Socket(local=address, peer=_readable(remote), waiting_bytes=waiting)
 
 
 def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
+    """Yield (inode, socket) for each connection in a table of UNIX sockets."""
     waiting = unread_unix()
     for words in _lines(path):
         if len(words) < 7 or not words[6].isdecimal():
-            continue  # a part of a line: any process may put a line break into its socket's name
+            continue  # a part of a line: a socket's name may contain a line break
         state, inode = words[5], words[6]
         name = path_of(" ".join(words[7:]))  # a path may contain blanks
         if state == _CONNECTED and name in addresses:
@@ -227,6 +235,7 @@ def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
 
 
 def _lines(path: str) -> Iterator[list[str]]:
+    """Yield the words of each line in a table, without the headings."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as table:
             next(table, None)  # the headings
@@ -236,8 +245,11 @@ def _lines(path: str) -> Iterator[list[str]]:
         return
 
 
-def _decode(text: str) -> str:
-    """Parse an address such as `0100007F:10E1`: four-byte groups, each in the host's byte order."""
+def _readable(text: str) -> str:
+    """Return the readable form of an address such as `0100007F:10E1`.
+
+    Each group of four bytes is in the host's byte order.
+    """
     host, _, port = text.partition(":")
     groups = (int(host[at : at + 8], 16) for at in range(0, len(host), 8))
     raw = b"".join(struct.pack("=I", group) for group in groups).removeprefix(_V4_MAPPED)

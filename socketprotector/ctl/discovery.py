@@ -1,4 +1,7 @@
-"""Finds a control socket: by path, name or pid file, or as the only socket that is in use."""
+"""Finds a protector's control socket by path, name or pid file, or as the only one in use.
+
+A socket is "silent" if a process listens there but does not answer in time (errors.py).
+"""
 
 from __future__ import annotations
 
@@ -29,19 +32,19 @@ _SHELL_SAFE = frozenset(string.ascii_letters + string.digits + "@%+:,./_-")
 
 
 def sockets() -> list[str]:
-    """Return the paths of all control sockets in the folders of where().
+    """Return the paths of all control sockets in the usual folders (system/control_path.py).
 
-    Some of the sockets may belong to protectors that have ended.
+    The sockets of protectors that have ended are included.
     """
     return control_path.sockets(os.environ, os.geteuid())
 
 
 def by_path(path: str) -> str:
-    """Return a path as an absolute path.
+    """Return the absolute path of a control socket.
 
     Raises UsageError if the path names a file that is not a socket.
     """
-    with suppress(OSError):  # connect() will report that the file or a permission is missing
+    with suppress(OSError):  # connect() reports a missing file or permission
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise UsageError(
                 f"--control {path}: not a socket; `socketprotectorctl list` shows the control "
@@ -54,30 +57,30 @@ def by_name(name: str) -> str:
     """Return the socket of the protector with this name.
 
     If several protectors share a name, NAME:PORT or NAME:ADDRESS chooses a protector by its first
-    listener.  If no protector has the name PORT, PORT alone is accepted, too.
-    Raises NoProtector, or UsageError if several protectors match.
+    listener.  PORT alone is accepted, too, unless a protector has this text as its name.
+    Raises NoProtector if no protector matches, UsageError if several match.
     """
-    # A socket's key is the protector's name in the form that the socket's path contains.
+    # A socket's key is the protector's name as it is written in the socket's path.
     key, found = control_path.key_of(name), sockets()
     with_key = [path for path in found if control_path.key(path) == key]
     with_longer_key = [path for path in found if control_path.key(path).startswith(f"{key}:")]
-    living = [path for path in with_key if _listening(path)]
-    if len(living) == 1 and not with_longer_key:
-        return living[0]
+    listening = [path for path in with_key if _is_listening(path)]
+    if len(listening) == 1 and not with_longer_key:
+        return listening[0]
     alive = [each for each in query_all(found) if each.alive]
-    matching = _called(name, alive)
+    matching = _paths_by_name(name, alive)
     silent: list[str] = []
-    if not (matching or living or with_key):
-        alive, silent = _wait_for_silent(alive)
-        matching = _called(name, alive)
+    if not (matching or with_key):
+        alive, silent = _query_silent_again(alive)
+        matching = _paths_by_name(name, alive)
     shown = dict(zip((each.path for each in alive), names(alive), strict=True))
     if len(matching) > 1:
         choices = [shown[path] for path in matching]
         if len(set(choices)) < len(choices):  # some protectors share the first listener, too
             choices = [f"--control {path}" for path in matching]
         raise UsageError(f"--name {name}: several match; choose one of {_shortened(choices)}")
-    if matching or living or with_key:
-        return (matching or living or with_key)[0]
+    if matching or with_key:  # first the name in a status, then a listening socket with this key
+        return (matching or listening or with_key)[0]
     if silent:
         raise NoProtector(
             f"--name {name}: no protector that answers has this name; no answer from "
@@ -86,25 +89,25 @@ def by_name(name: str) -> str:
         )
     known = _shortened(list(shown.values()))
     raise NoProtector(
-        f"--name {name}: no protector of that name in {where()}; found: {known}{_unset()}"
+        f"--name {name}: no protector of that name in {where()}; found: {known}{_env_advice()}"
     )
 
 
-def _called(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
-    """Return the sockets of protectors with this name.
+def _paths_by_name(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
+    """Return the paths of the sockets of protectors with this name.
 
-    If no protector has this name, return the sockets of protectors whose first listener has this
-    port.
+    If no protector has this name, `name` is a port: return the paths of protectors whose first
+    listener has this port.
     """
     return [each.path for each in alive if name in _names_of(each)] or [
         each.path for each in alive if f"{_names_of(each)[0]}:{name}" in _names_of(each)
     ]
 
 
-def _wait_for_silent(found: Sequence[SocketAnswer]) -> tuple[list[SocketAnswer], list[str]]:
-    """Query again, for up to ANSWER_S, the sockets that have not answered in time.
+def _query_silent_again(found: Sequence[SocketAnswer]) -> tuple[list[SocketAnswer], list[str]]:
+    """Request the status from the silent sockets again, for up to ANSWER_S.
 
-    Returns `found` with the later answers, and the paths of the sockets that still do not answer.
+    Returns `found` with the new answers, and the paths of the sockets that are still silent.
     """
     again = query_all((each.path for each in found if each.why == "silent"), ANSWER_S)
     later = {each.path: each for each in again}
@@ -117,20 +120,20 @@ def _wait_for_silent(found: Sequence[SocketAnswer]) -> tuple[list[SocketAnswer],
 def running(prefix: str) -> list[str]:
     """Return the instance names that begin with a prefix, for completion in a shell.
 
-    Names of protectors that have ended are included while their sockets exist.  Any process can
-    choose any name.  So names with characters that a shell treats specially are left out.
+    Names of protectors that have ended are included while their sockets exist.  Names with
+    characters that a shell treats specially are left out, because any process can choose any name.
     """
     found = names(everything())
     return [each for each in found if each.startswith(prefix) and not set(each) - _SHELL_SAFE]
 
 
 def names(found: Sequence[SocketAnswer]) -> list[str]:
-    """Return a name for each protector; if several share a name, add port or address to the name.
+    """Return a name for each protector: NAME, or NAME:PORT or NAME:ADDRESS if several share NAME.
 
     The name of a protector that does not answer is the name in its socket's path.  Any process can
-    claim any name in its status.  So a protector keeps a shared name without an addition only if
-    its socket is in the folder of that name (docs/control.md).  Only the folder's owner can put a
-    socket there.
+    claim any name in its status.  So of several protectors with one name, only a protector whose
+    socket is in the folder of this name (docs/control.md) is called NAME.  Only the folder's owner
+    can put a socket there.
     """
     candidates = [_names_of(each) for each in found]
     chosen = [shortest for shortest, *_ in candidates]
@@ -146,6 +149,7 @@ def names(found: Sequence[SocketAnswer]) -> list[str]:
 
 
 def _own_folder(name: str) -> str:
+    """Return the end of a socket's path in the own folder of an instance with this name."""
     return f"/{control_path.key_of(name)}/{control_path.IN_OWN_FOLDER}"
 
 
@@ -162,16 +166,16 @@ def _names_of(found: SocketAnswer) -> tuple[str, ...]:
 
 
 def by_pid_file(file: str) -> str:
-    """Return the socket of the protector whose pid is in this file."""
+    """Return the socket of the protector whose pid is in this file.  Raises NoProtector."""
     pid = _living_pid(file)
     found = query_all(sockets())
     matching = _of_process(pid, found)
     if not matching:
-        found, _ = _wait_for_silent(found)
+        found, _ = _query_silent_again(found)
         matching = _of_process(pid, found)
     if matching:
-        # A process can claim any pid in its status.  Of several sockets, prefer a socket in the
-        # pid file's folder, then a socket whose pid the kernel confirms (SO_PEERCRED).
+        # A process can claim any pid in its status, so several sockets may match.  Prefer a socket
+        # in the pid file's folder, then a socket whose pid the kernel confirms (SO_PEERCRED).
         folder = os.path.dirname(os.path.abspath(file))
         matching.sort(key=lambda each: (os.path.dirname(each.path) != folder, each.pid != pid))
         return matching[0].path
@@ -184,9 +188,9 @@ def by_pid_file(file: str) -> str:
 
 
 def _of_process(pid: int, found: Sequence[SocketAnswer]) -> list[SocketAnswer]:
-    """Return the answers of the protector with this pid.
+    """Return the answers whose status, or whose socket's process, has this pid.
 
-    Under --guard the pid file contains the guard's pid, which is main_pid in the status.
+    Under --guard the pid file contains the guard's pid, which is `main_pid` in the status.
     """
     matching = []
     for each in found:
@@ -197,7 +201,7 @@ def _of_process(pid: int, found: Sequence[SocketAnswer]) -> list[SocketAnswer]:
 
 
 def _living_pid(file: str) -> int:
-    """Return the pid in a pid file, if a process has this pid.
+    """Return the pid in a pid file after checking that a process has this pid.
 
     Tries for up to _RESTART_S, because a restarted protector may not have written the file yet.
     Raises NoProtector if the file is missing or no process has the pid, UsageError if the file
@@ -206,7 +210,7 @@ def _living_pid(file: str) -> int:
     until = time.monotonic() + _RESTART_S
     while True:
         try:
-            pid = _pid(file)
+            pid = _read_pid(file)
             if process_exists(pid):
                 return pid
             gone = f"--pid-file {file}: process {pid} is gone; the protector has ended"
@@ -222,34 +226,36 @@ def the_only_one() -> str:
 
     Raises NoProtector if none is running, UsageError if several are.
     """
-    living = [path for path in sockets() if _listening(path)]
-    if not living:
+    listening = [path for path in sockets() if _is_listening(path)]
+    if not listening:
         raise NoProtector(
             f"no protector has a control socket in {where()}"
-            f"{_unset() or '; start one, or pass --control PATH'}"
+            f"{_env_advice() or '; start one, or pass --control PATH'}"
         )
-    if len(living) > 1:
-        known = _shortened(sorted(names(query_all(living))))
+    if len(listening) > 1:
+        known = _shortened(sorted(names(query_all(listening))))
         raise UsageError(f"several protectors run; choose one by --name NAME: {known}")
-    return living[0]
+    return listening[0]
 
 
 def everything() -> list[SocketAnswer]:
-    """Request the status from all control sockets in the folders of where(); return the answers."""
+    """Request the status from all sockets that sockets() returns, and return the answers."""
     return query_all(sockets())
 
 
-def _listening(path: str) -> bool:
+def _is_listening(path: str) -> bool:
+    """Return True if a process listens at this socket, even if the process does not accept."""
     try:
         connect(path, 0).close()
     except NoProtector as error:
         return error.code == "silent"
     except RequestRefused:
-        pass  # a process listens; the request will report that we have no permission
+        pass  # a process listens; the later request reports the missing permission
     return True
 
 
-def _pid(file: str) -> int:
+def _read_pid(file: str) -> int:
+    """Return the pid in a pid file.  Raises NoProtector, UsageError."""
     try:
         # Without O_NONBLOCK, opening a FIFO waits for a writer.
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -278,14 +284,14 @@ def where() -> str:
 
 
 def none_found() -> str:
-    """Return the message for the case that no control socket was found."""
-    return f"no protector has a control socket in {where()}{_unset()}"
+    """Return a message saying that no control socket was found, and where."""
+    return f"no protector has a control socket in {where()}{_env_advice()}"
 
 
-def _unset() -> str:
-    """Return advice if XDG_RUNTIME_DIR is not set here; "" if it is set, or if we are root.
+def _env_advice() -> str:
+    """Return advice to set XDG_RUNTIME_DIR; "" if it is set here, or if we are root.
 
-    If the protector had the variable, its socket is in a folder that we do not search.
+    If only the protector had the variable, its socket is in a folder that we do not search.
     """
     if os.geteuid() == 0 or os.environ.get("XDG_RUNTIME_DIR"):
         return ""

@@ -1,6 +1,6 @@
 """Requests the status from many control sockets at once, in one loop with one timeout.
 
-So a query of a hundred instances takes as long as the slowest answer, and at most the timeout.
+So querying a hundred instances takes as long as the slowest answer, but no longer than the timeout.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from .client import Client, Message
 from .errors import NoProtector, RequestRefused
 
-#: The default timeout for all answers.  A protector that takes longer is shown as silent.
-SURVEY_S = 0.8
-#: The most bytes that all incomplete answers may have together.  Above this limit, the connection
-#: with the longest incomplete answer is closed.  The status of 1,000 workers takes 300 KB.
+#: The default timeout for all answers.  A protector without an answer by then counts as silent.
+_ALL_ANSWERS_S = 0.8
+#: The limit for all incomplete answers together.  Above it, the connection with the longest
+#: incomplete answer is closed.  The status of an instance with 1,000 workers takes 300 KB.
 _MOST_BYTES = 4 * 1024 * 1024
 
 
@@ -27,16 +27,16 @@ class SocketAnswer:
 
     path: str
     result: Message | None = None
-    pid: int = 0  # by SO_PEERCRED; 0: no process listens, or the connection failed
+    pid: int = 0  # Client.peer_pid; 0: no process listens, or the connection failed
     why: str = ""  # why there is no answer: the code of NoProtector or RequestRefused
 
     @property
     def alive(self) -> bool:
-        """Whether a protector may be running; False only after the error `dead` (NoProtector)."""
+        """False if no protector is running: the error was `dead` (NoProtector); otherwise True."""
         return self.why != "dead"
 
 
-def query_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAnswer]:
+def query_all(paths: Iterable[str], within_s: float = _ALL_ANSWERS_S) -> list[SocketAnswer]:
     """Request the status from each socket; return the answers in the order of the paths."""
     paths = list(paths)
     found: dict[str, SocketAnswer] = {}
@@ -50,13 +50,13 @@ def query_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAn
                 found[path] = SocketAnswer(path, why=error.code)
                 continue
             selector.register(client, selectors.EVENT_READ, client)
-            # In force if no answer comes in time.
+            # This entry stays if no answer comes in time.
             found[path] = SocketAnswer(path, pid=client.peer_pid, why="silent")
         while selector.get_map() and (left_s := until - time.monotonic()) > 0:
             for key, _ in selector.select(left_s):
                 client = key.data
                 if client.fileno() < 0:
-                    continue  # closed in an earlier iteration, because its answer was the longest
+                    continue  # closed already, as the client with the longest incomplete answer
                 answer = _answer_of(client)
                 if answer is None and (longest := _longest_if_too_much(selector)) is not None:
                     client, code = longest, longest.foreign_peer_error().code
@@ -69,7 +69,7 @@ def query_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAn
 
 
 def _answer_of(client: Client) -> SocketAnswer | None:
-    """Return the answer, or the error in its place; None while the answer may still come."""
+    """Return a client's answer or error; None while the answer is still incomplete."""
     try:
         result = client.answer(0.0)
     except (NoProtector, RequestRefused) as error:
@@ -81,7 +81,7 @@ def _answer_of(client: Client) -> SocketAnswer | None:
 def _longest_if_too_much(selector: selectors.BaseSelector) -> Client | None:
     """Return the client with the longest incomplete answer.
 
-    None: the incomplete answers together do not exceed _MOST_BYTES.
+    Return None if the incomplete answers together do not exceed _MOST_BYTES.
     """
     clients: list[Client] = [key.data for key in selector.get_map().values()]
     if sum(each.unread_bytes for each in clients) <= _MOST_BYTES:

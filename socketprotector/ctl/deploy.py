@@ -1,6 +1,6 @@
 """The commands deploy, rollback and releases, for a protector with --releases.
 
-`current` is the link of the protector's option --current; it leads to a release.
+`current` is the symbolic link that the protector's option --current names.  It leads to a release.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import click
 from ..model.release import NAME_IS, is_name
 from .cli import Instance, command, say, say_json
 from .client import Client, Message
-from .errors import ConnectionLost, CurrentNotMoved, RequestRefused
+from .errors import ConnectionLost, NotRecorded, RequestRefused
 from .fields import listed, number_in, text_in
 from .operation import Operation, begin
 from .reload import OUTCOME, TIMEOUT, WAIT, follow, read_status_before
 from .reload_progress import Awaited
 
 _OUTCOME = (*OUTCOME, "release", "from_release")
-#: The fields of a release that contain a time -> the words to print before this time.
+#: Field of a release with a time -> the words to print before this time.
 _TIMES = {"served_at": "served since", "failed_at": "failed", "refused_at": "refused"}
 
 
@@ -30,7 +30,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 
 def _complete(ctx: click.Context, _: click.Parameter, typed: str) -> list[str]:
-    """Return the instance's releases that begin with the typed text."""
+    """Return the names of the instance's releases that begin with the typed text."""
     try:
         found = listed((ctx.obj or Instance()).request("releases"), "releases")
     except Exception:  # an error is shown when the command is run, not while it is typed
@@ -51,12 +51,14 @@ _EXPECT = click.option(
 @click.argument("release", metavar="NAME", callback=_check_name, shell_complete=_complete)
 @_EXPECT
 @click.option(
-    "--force", is_flag=True, help="Deploy even if --current does not name the serving release."
+    "--force",
+    is_flag=True,
+    help="Deploy even if the link --current does not lead to the serving release.",
 )
 @click.option(
     "--if-changed",
     is_flag=True,
-    help="Do nothing if the release is serving and has not changed, and --current names it.",
+    help="Do nothing if the release is serving and unchanged, and the link --current leads to it.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Start the release without clients; stop it when it is ready."
@@ -76,20 +78,21 @@ def deploy(
 ) -> None:
     """Start a release from the --releases folder. The release takes over when it is ready.
 
-    The protector's --current link names the release that a restart starts. When the new release is
-    ready, has settled and has passed all checks, the link is moved to it. If the release fails, the
-    exit status is 3: the old release is still serving, and the link is unchanged.
+    The protector's option --current names a symbolic link. The link leads to the release that a
+    restart starts. When the new release is ready, has settled and has passed all checks,
+    SocketProtector moves the link to it. If the release fails, the exit status is 3: the old
+    release is still serving, and the link is unchanged.
 
-    Exit status 2: nothing was tried, because --expect or --current does not name the serving
-    release, --current is no symbolic link, or this protector does not own the link. 5: the release
-    is serving, but the link or the history is not on disk yet. 6: another deploy, reload or dry run
-    is in progress.
+    Exit status 2: nothing was tried. Either --expect names another release than the serving one,
+    the link leads to another release, --current is no symbolic link, or this protector does not own
+    the link. 5: the release is serving, but the link or the history is not on disk yet. 6: another
+    deploy, reload or dry run is in progress.
     """
     arguments = _set_only(release=release, expect=expect, force=force, dry_run=dry_run)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
         before = read_status_before(operation)
         operation.outcome["release"] = release
-        operation.outcome["from_release"] = serving = _of_releases(before).get("serving")
+        operation.outcome["from_release"] = serving = _releases_in(before).get("serving")
         if if_changed and _is_unchanged(operation.client, before, release, expect):
             operation.outcome["generation"] = before.get("route")
             operation.finish("unchanged", f"unchanged: release {release} is serving")
@@ -115,14 +118,14 @@ def rollback(
     During a reload or deploy, --expect is compared with the release that is starting, not with the
     serving release.
 
-    Exit status 2: nothing was tried, because there is nothing to roll back, --expect names another
+    Exit status 2: nothing was tried. Either there is nothing to roll back, --expect names another
     release, --current is no symbolic link, or this protector does not own the link. 6: a dry run,
     or a reload that cannot be ended, is in progress.
     """
     arguments = _set_only(expect=expect)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
         before = read_status_before(operation)
-        operation.outcome["from_release"] = serving = _of_releases(before).get("serving")
+        operation.outcome["from_release"] = serving = _releases_in(before).get("serving")
         result = operation.client.request("rollback", **arguments)
         name, number = text_in(result, "release"), number_in(result, "generation")
         if not name:
@@ -140,7 +143,8 @@ def _set_only(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value}
 
 
-def _of_releases(status: Message) -> Message:
+def _releases_in(status: Message) -> Message:
+    """Return the field `releases` of a status; an empty object if the field is missing."""
     found = status.get("releases")
     return found if isinstance(found, dict) else {}
 
@@ -148,9 +152,10 @@ def _of_releases(status: Message) -> Message:
 def _is_unchanged(client: Client, before: Message, name: str, expect: str | None) -> bool:
     """Return True if the release is serving, has not changed, and `current` names it.
 
-    Return False if `expect` names another release, because the protector must refuse that deploy.
+    Return False if `expect` names another release: then the deploy is requested, and the protector
+    refuses the request.
     """
-    releases = _of_releases(before)
+    releases = _releases_in(before)
     if expect not in (None, name) or (releases.get("serving"), releases.get("current")) != (
         name,
         name,
@@ -161,7 +166,11 @@ def _is_unchanged(client: Client, before: Message, name: str, expect: str | None
 
 
 def _request_deploy(client: Client, before: Message, name: str, arguments: dict[str, Any]) -> int:
-    """Request a deploy; request it again if the connection was cut and no deploy has begun."""
+    """Request a deploy, and return the number of its generation.
+
+    If the connection is cut and the deploy has not begun, send the request again.
+    before: the status before the request.
+    """
     if "releases" not in before:
         raise RequestRefused(
             "unmet",
@@ -172,9 +181,9 @@ def _request_deploy(client: Client, before: Message, name: str, arguments: dict[
         return number_in(client.request("deploy", **arguments), "generation")
     except ConnectionLost:
         client.reconnect()
-    now = _of_releases(client.query("status"))
+    now = _releases_in(client.query("status"))
     if now.get("deploying") == name or (
-        now.get("serving") == name and _of_releases(before).get("serving") != name
+        now.get("serving") == name and _releases_in(before).get("serving") != name
     ):
         return number_in(now, "generation")
     return number_in(client.query("deploy", **arguments), "generation")
@@ -192,7 +201,10 @@ def _await_deploy(
 ) -> None:
     """Wait for the verdict on a release, and until `current` is on disk; print the outcome.
 
-    promised: the number of the release's generation.  old: the previous release, if known.
+    before: the status before the request.
+    promised: the number of the release's generation, from the answer to the request.
+    wait: if false, only print that the deploy was requested.
+    old: the release that was serving before, if known.
     """
     if not wait:
         operation.outcome["generation"] = promised
@@ -200,23 +212,23 @@ def _await_deploy(
         operation.finish("requested", words)
         return
     failed = f"release {name} is not ready to deploy" if dry_run else f"release {name} not deployed"
-    found = follow(operation, before, promised, failed, dry_run=dry_run)
+    success = follow(operation, before, promised, failed, dry_run=dry_run)
     if dry_run:
-        operation.finish("passed", f"would deploy release {name}: {found.words}")
+        operation.finish("passed", f"would deploy release {name}: {success}")
         return
     saved = _CurrentSaved(name, operation.tell)
     operation.wait(saved, status_first=True)
     previous = f" (before: {old})" if old and old != name else ""
     if saved.error:
-        raise CurrentNotMoved(
+        raise NotRecorded(
             f"release {name} is serving{previous}, but {saved.error}; "
             "SocketProtector tries again; see `status`"
         )
-    operation.finish("deployed", f"deployed: release {name}{previous}; {found.words}")
+    operation.finish("deployed", f"deployed: release {name}{previous}; {success}")
 
 
 class _CurrentSaved(Awaited):
-    """Waits until `current` and the history of releases are on disk, or cannot be written."""
+    """Waits until `current` and the history of releases are on disk, or a write has failed."""
 
     cut = "the connection was cut: an upgrade or a crash; connecting again"
 
@@ -228,23 +240,24 @@ class _CurrentSaved(Awaited):
 
     def on_status(self, status: Message) -> None:
         super().on_status(status)
-        releases = _of_releases(status)
+        releases = _releases_in(status)
         self.error = text_in(releases, "error")
         # If another release is serving by now, a later deploy moves `current`, so do not wait.
         self._done = releases.get("saved") is not False or releases.get("serving") != self._name
 
     def waits_for(self) -> str:
-        """Return what is missing; "" if nothing is missing, or `current` cannot be written."""
-        return "" if self._done or self.error else "the link --current to be on disk"
+        """Return what is missing; "" if nothing is missing, or a write has failed."""
+        return "" if self._done or self.error else "`current` and the history to be on disk"
 
 
 @command(short_help="List the releases that were tried.")
 def releases(instance: Instance, as_json: bool) -> None:
     """List the tried releases, with times, and with reasons of failures.
 
-    The release that was tried last comes last. A "failed" release was started and did not succeed;
-    a "refused" release was never started. A "changed" release had succeeded, and then its folder
-    was replaced, or its program was replaced or edited. Changes of other files are not detected.
+    The release that was tried last comes last. Only a current or serving release without a recorded
+    try follows it. A "failed" release was started and did not succeed; a "refused" release was
+    never started. A "changed" release had succeeded, and then its folder was replaced, or its
+    program was replaced or edited. Changes of other files are not detected.
     """
     result = instance.request("releases")
     if as_json:

@@ -9,16 +9,16 @@ from ..model.text import escape
 class ControlError(Refusal):
     """A request to a protector, or the operation that the request started, has failed."""
 
-    #: The field `result` of the outcome that a waiting command prints with --json.  lost: the
-    #: command does not know how the operation ended.
+    #: The field `result` of the outcome that a waiting command prints with --json.
+    #: "lost" means that the command does not know how the operation ended.
     result = "lost"
 
 
 class NoProtector(ControlError):
     """No protector answers at the control socket, or the connection to the protector has ended.
 
-    code: silent (no answer in time), no protector (another program answers) or dead (no process
-    listens, the connection ended, or any other error).
+    code: "silent": no answer came in time.  "no protector": another program answers.  "dead": no
+    process listens, the connection ended, or another error.
     """
 
     status = 1
@@ -53,23 +53,24 @@ class TimedOut(ControlError):
     result = "timed out"
 
 
-class CurrentNotMoved(ControlError):
-    """The new release is serving, but the link --current or the history is not on disk yet."""
+class NotRecorded(ControlError):
+    """The new release is serving, but the symbolic link or the history is not on disk yet."""
 
     status = 5
     result = "not recorded"
 
 
-#: The codes (docs/control.md) that have their own exit status.  invalid: a mistake in the command
-#: line, such as a number out of range; unmet: a condition of deploy, rollback or releases is not
-#: met; deploying: another deploy, reload or dry run is in progress.
+#: Code of a refusal (docs/control.md) -> exit status, if it differs from RequestRefused.status.
+#: invalid: a mistake in the command line, such as a number out of range.
+#: unmet: a condition of deploy, rollback or releases is not met.
+#: deploying: another deploy, reload or dry run is in progress.
 _STATUSES = {"invalid": UsageError.status, "unmet": UsageError.status, "deploying": 6}
 
 
 class RequestRefused(ControlError):
     """The protector refused a request or is too old for it, or this user has no permission.
 
-    code: see docs/control.md.
+    code: a code of docs/control.md.
     """
 
     status = 100

@@ -1,4 +1,4 @@
-"""Waits for the outcome of a command until a deadline, and reconnects if the connection ends."""
+"""Waits for a command's outcome, for up to --timeout, and reconnects if the connection ends."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .reload_progress import Awaited, Losses
 #: How long to wait for an event before the next request for the status.  The request also detects a
 #: stuck protector, which sends neither events nor answers.
 _STATUS_EVERY_S = 1.0
-#: The requests that precede the operation's request; they change nothing.
-_FIRST_READS = {"events", "status", "releases"}
-#: How long to try to reconnect during a stop.  This time is short, because a guard may keep the
-#: socket open after the stop, although no protector will answer there.
-_GONE_S = 0.2
+#: Commands that only read.  A waiting command sends them before the request that changes something.
+_READING = {"events", "status", "releases"}
+#: How long to try to reconnect during a stop.  This time is short: after the stop a guard may keep
+#: the socket open, although no protector will answer there.
+_RECONNECT_IN_STOP_S = 0.2
 
 
 class Operation:
@@ -29,8 +29,9 @@ class Operation:
     client: Client
 
     def __init__(self, timeout_s: float, as_json: bool, fields: Sequence[str] = ()) -> None:
-        """fields: further names that --json prints; their values are null until known."""
+        """fields: names of further fields of the outcome; their values are null until known."""
         self.outcome: Message = {"result": None, **dict.fromkeys(fields)}
+        #: Counts the connections lost during a reload; None for other commands.
         self.losses: Losses | None = None
         self._as_json = as_json
         self._timeout_s = timeout_s
@@ -38,16 +39,16 @@ class Operation:
 
     @property
     def is_requested(self) -> bool:
-        """Whether the request that changes something has been sent, perhaps only a part of it."""
-        return hasattr(self, "client") and not self.client.requested <= _FIRST_READS
+        """Whether the request that changes something was sent, completely or in part."""
+        return hasattr(self, "client") and not self.client.requested <= _READING
 
     def tell(self, step: str) -> None:
-        """Print a step to stderr, except with --json."""
+        """Print a line of progress to stderr, except with --json."""
         if not self._as_json:
             tell(with_instance(step))
 
     def finish(self, result: str, words: str) -> None:
-        """Set the result.  Print the words, except with --json: then begin() prints the outcome."""
+        """Set the result, and print the words.  With --json, begin() prints the outcome instead."""
         self.outcome["result"] = result
         if not self._as_json:
             say_outcome(say, with_instance(words))
@@ -55,7 +56,7 @@ class Operation:
     def next_wait_s(self, waits_for: str) -> float:
         """Return how long to wait for the next event.  Raises TimedOut after the deadline.
 
-        waits_for: what the command still waits for, to be shown in the error.
+        waits_for: what the command still waits for, as text for the error.
         """
         left_s = self.until - time.monotonic()
         if left_s <= 0:
@@ -71,11 +72,11 @@ class Operation:
         return event
 
     def wait(self, awaited: Awaited, *, status_first: bool = False) -> None:
-        """Pass events and statuses to `awaited` until nothing is missing.
+        """Pass events and statuses to `awaited` until awaited.waits_for() returns "".
 
         Requests a status if no event comes for _STATUS_EVERY_S, and after each event that
         `awaited.refresh_after` names.
-        status_first: begin with a status.  Raises NoProtector, TimedOut.
+        status_first: request a status before the first wait.  Raises NoProtector, TimedOut.
         """
         status_due = status_first
         while waits_for := awaited.waits_for():
@@ -95,7 +96,7 @@ class Operation:
                 raise
 
     def _reconnect(self, awaited: Awaited) -> None:
-        """Process the events that came before the connection ended; then reconnect."""
+        """Process the events that came before the connection ended, then reconnect if necessary."""
         with suppress(ConnectionLost):
             while event := self.next_event(0.0):
                 awaited.on_event(event)
@@ -104,7 +105,7 @@ class Operation:
         if awaited.cut and not awaited.stopping:
             self.tell(awaited.cut)
         try:
-            status = self.client.reconnect(_GONE_S if awaited.stopping else math.inf)
+            status = self.client.reconnect(_RECONNECT_IN_STOP_S if awaited.stopping else math.inf)
         except NoProtector:
             self.next_wait_s(awaited.waits_for())  # raises TimedOut if the deadline has passed
             raise
@@ -113,7 +114,10 @@ class Operation:
 
 @contextmanager
 def begin(instance: Instance, timeout_s: float, as_json: bool, *fields: str) -> Iterator[Operation]:
-    """Connect for an operation.  With --json, print the outcome, even if the operation fails."""
+    """Connect, and yield an Operation; with --json, print its outcome, even after a failure.
+
+    fields: see Operation.
+    """
     operation, begun_s = Operation(timeout_s, as_json, fields), time.monotonic()
     outcome = operation.outcome
     try:

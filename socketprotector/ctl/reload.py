@@ -1,7 +1,7 @@
 """The commands reload and stop, and what deploy.py and upgrade.py share with them.
 
-Each command waits, so that its exit status reports the outcome.  A reload counts as successful only
-if the protector reports its success.
+Without --no-wait each command waits, so that its exit status reports the outcome.  A reload is
+successful only if the protector reports its success.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import select
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -31,14 +30,14 @@ from .errors import (
 from .fields import failing, listed, measure, number_in, text_in
 from .operation import Operation, begin
 from .reload_progress import (
-    OF_STOP,
+    STOP_WAITS,
     Awaited,
     Losses,
     ProgressThrottle,
     Reload,
     Verdict,
+    attempts_in,
     draining,
-    tries,
 )
 
 #: The fields of `reload --json` besides result and waited_s.  A field is null if it is unknown.
@@ -113,17 +112,9 @@ def reload(
             operation.finish("requested", words)
             return
         failed = "not ready to reload" if dry_run else "not reloaded"
-        found = follow(operation, before, promised, failed, dry_run=dry_run, drained=drained)
-        words = f"would reload: {found.words}" if dry_run else f"reloaded: {found.words}"
+        success = follow(operation, before, promised, failed, dry_run=dry_run, drained=drained)
+        words = f"would reload: {success}" if dry_run else f"reloaded: {success}"
         operation.finish("passed" if dry_run else "reloaded", words)
-
-
-@dataclass(frozen=True, slots=True)
-class Success:
-    """A reload or dry run that has succeeded.  words: the outcome, to be printed."""
-
-    words: str
-    status: Message  # as it was after the reload; empty if the protector did not answer
 
 
 def read_status_before(operation: Operation) -> Message:
@@ -143,45 +134,46 @@ def follow(
     *,
     dry_run: bool,
     drained: bool = False,
-) -> Success:
-    """Wait for the verdict on a generation.
+) -> str:
+    """Wait for the verdict on a generation; return a text about its success.
 
-    Then wait for the end of older generations (`drained`), or of the generation itself (`dry_run`).
+    Raises NewVersionFailed if the generation fails.
+    before: the status before the request.
     promised: the number of the generation, from the answer to the request.
-    failed: the first words of the error.  Raises NewVersionFailed if the generation fails.
+    failed: the first words of the error.
+    dry_run: then wait for the end of this generation.
+    drained: then wait for the end of the older generations.
     """
     old = before.get("route")
     operation.outcome["generation"] = promised
     watched = Reload(promised, before, operation.tell, dry_run=dry_run)
     found = _await_verdict(operation, watched)
     operation.outcome["generation"] = found.generation
-    serves_still = False
+    protector_stays = False
     if dry_run or (drained and found.succeeded):
-        ending = (_TriedGeneration if dry_run else _OlderGenerations)(found.generation, watched)
-        with _allow_protector_to_end(lambda: dry_run or ending.stopping):
+        ending = (_DryRunGeneration if dry_run else _OlderGenerations)(found.generation, watched)
+        with _or_end_of_protector(lambda: dry_run or ending.stopping):
             operation.wait(ending, status_first=True)
-            serves_still = not ending.stopping
-    after_all = _count_losses(operation)
+            protector_stays = not ending.stopping
+    status_after = _count_losses(operation)
     if not found.succeeded:
         _raise_failed(operation, found, failed)
     if dry_run:
-        still = serves_still and old is not None
+        old_serves = protector_stays and old is not None
         words = f"generation {found.generation} became ready and was stopped"
-        words += f"; generation {old} is still serving" if still else ""
-        return Success(words, after_all)
+        return words + (f"; generation {old} is still serving" if old_serves else "")
     instead = f" in place of generation {old}" if isinstance(old, int) else ""
     why = f", {found.reason}" if found.reason else ""
     ended = "; all older generations have ended" if drained else ""
     operation.outcome["reason"] = found.reason or None
     words = f"generation {found.generation} is serving{instead}{why}{ended}"
-    return Success(words + _first_programs(after_all, found.generation), after_all)
+    return words + _first_programs(status_after, found.generation)
 
 
 def _first_programs(status: Message, generation: int) -> str:
-    """Return a text if a generation's first programs failed, or if no program has run yet.
+    """Return a note that a generation's first programs failed, or that no program has run yet.
 
-    Otherwise return "".  Only stdio starts a program for each connection, so in every other mode
-    the text is "".
+    Return "" otherwise, and in every mode except stdio, which starts a program for each connection.
     """
     mode = MODES.get(text_in(status, "handoff"))
     if mode is None or not mode.pooled:
@@ -196,15 +188,15 @@ def _first_programs(status: Message, generation: int) -> str:
 
 
 def _count_losses(operation: Operation) -> Message:
-    """Store in the outcome how many connections were lost since the request; return the status.
+    """Store in the outcome how many connections were lost since the request.
 
-    The status is empty if the protector does not answer.
+    Return the present status; an empty status if the protector does not answer.
     """
     assert operation.losses is not None
     try:
         after = operation.client.request("status")
         while operation.next_event(0.0) is not None:
-            pass  # next_event() counts the workers' losses; `after` has the protector's losses
+            pass  # next_event() counts what workers lost; `after` has what the protector lost
     except ControlError:
         return {}
     operation.outcome["lost"] = operation.losses.count(after)
@@ -254,10 +246,12 @@ def _request_arguments(dry_run: bool, canary: dict[str, Any] | None) -> dict[str
 
 
 def _generations_tried(status: Message, *, dry_run: bool) -> list[int]:
-    return [number_in(each, "generation") for each in tries(status, dry_run=dry_run)]
+    """Return the numbers of the generations that reloads, or the last dry run, have started."""
+    return [number_in(each, "generation") for each in attempts_in(status, dry_run=dry_run)]
 
 
 def _await_verdict(operation: Operation, watched: Reload) -> Verdict:
+    """Return the verdict.  Raises NoProtector if the protector ends first."""
     try:
         operation.wait(watched)
     except NoProtector as error:
@@ -274,15 +268,15 @@ def _await_verdict(operation: Operation, watched: Reload) -> Verdict:
 
 
 @contextmanager
-def _allow_protector_to_end(allowed: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """If the protector ends during the block and allowed() is true, end the block without error.
+def _or_end_of_protector(suffices: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Suppress the error if the protector ends while the block waits, and suffices() is true.
 
-    The block waits for the end of the protector or of generations, which end with the protector.
+    The block waits for the end of the protector, or of generations, which end with the protector.
     """
     try:
         yield
     except NoProtector as error:
-        if error.code != "dead" or not allowed():
+        if error.code != "dead" or not suffices():
             raise
 
 
@@ -296,7 +290,7 @@ class _OlderGenerations(Awaited):
         self.stopping = watched.stopping
         self._generation = generation
         self._missing = "status"
-        self._most, self._shown = 0, ProgressThrottle()
+        self._most_workers, self._throttle = 0, ProgressThrottle()
 
     def on_status(self, status: Message) -> None:
         super().on_status(status)
@@ -305,9 +299,9 @@ class _OlderGenerations(Awaited):
     def _missing_in(self, status: Message) -> str:
         self.waits.on_status(status, ("drain", "stop"), self._generation)
         workers, words = draining(status, self._generation)
-        self._most = max(self._most, workers)
-        step = f"drained {self._most - workers}/{self._most} workers"
-        if self._most and self._shown.should_show(workers, step):
+        self._most_workers = most = max(self._most_workers, workers)
+        step = f"drained {most - workers}/{most} workers"
+        if most and self._throttle.should_show(workers, step):
             self.tell(step)
         return self.waits.with_reasons(f"{words} to drain") if words else ""
 
@@ -315,7 +309,7 @@ class _OlderGenerations(Awaited):
         return self._missing
 
 
-class _TriedGeneration(_OlderGenerations):
+class _DryRunGeneration(_OlderGenerations):
     """Waits for the end of the generation that a dry run has started."""
 
     def _missing_in(self, status: Message) -> str:
@@ -323,15 +317,15 @@ class _TriedGeneration(_OlderGenerations):
         return f"generation {self._generation} to end" if self._generation in numbers else ""
 
 
-def _raise_failed(operation: Operation, found: Verdict, what: str) -> None:
+def _raise_failed(operation: Operation, found: Verdict, failed: str) -> None:
     """Raise NewVersionFailed with the reason and the failed worker's last words.
 
-    what: the first words of the error.
+    failed: the first words of the error.
     """
     last_words = found.last_words or _last_words(operation.client, found.generation)
     operation.outcome["reason"] = found.reason or None
     operation.outcome["last_words"] = last_words or None
-    text = f"{what}: generation {found.generation} failed"
+    text = f"{failed}: generation {found.generation} failed"
     if found.reason:
         text += f": {found.reason}"
     try:
@@ -345,9 +339,9 @@ def _raise_failed(operation: Operation, found: Verdict, what: str) -> None:
 
 
 def _last_words(client: Client, generation: int) -> str:
-    """Return a generation's last words from `crashes`; "" if there are none.
+    """Return the last words of a generation's worker that crashed last; "" if there are none.
 
-    The last words are also in an event, which we may have missed.
+    They are also in an event, but this event is lost if the connection was cut.
     """
     try:
         crashes = listed(client.request("crashes"), "crashes")
@@ -360,7 +354,7 @@ def _last_words(client: Client, generation: int) -> str:
 
 
 def quoted(last_words: str) -> str:
-    """Return last words as indented lines, to be added to a message."""
+    """Return a worker's last words as indented lines, to be added to a message."""
     lines = last_words.strip("\n").split("\n") if last_words.strip() else []
     return "".join(f"\n  | {line}" for line in lines)
 
@@ -392,7 +386,7 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
         if not wait:
             operation.finish("requested", "stop requested")
             return
-        with _allow_protector_to_end():
+        with _or_end_of_protector():
             operation.wait(_Stopped(operation.tell))
         for pidfd in pidfds:
             waits_for = "the protector's process to end"
@@ -402,7 +396,10 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
 
 
 def _request_stop(client: Client, quick: bool) -> None:
-    """Request a stop once: a second stop would end a lame duck, or make a graceful stop quick."""
+    """Request a stop, but never twice.
+
+    A second stop would cut the lame-duck time short, or make a graceful stop quick.
+    """
     try:
         client.request("stop", quick=quick)
     except ConnectionLost:
@@ -411,23 +408,23 @@ def _request_stop(client: Client, quick: bool) -> None:
             if client.query("status").get("phase") != "stopping":  # the first request was lost
                 client.request("stop", quick=quick)
         except NoProtector:
-            pass  # the protector has ended; the caller waits for its process next
+            pass  # the protector has ended; the caller now waits for its process
 
 
 class _Stopped(Awaited):
     """Waits until the protector has ended.
 
-    waits_for() never returns "".  The wait ends with NoProtector, when no protector answers.
+    waits_for() never returns "".  The wait ends with the error NoProtector.
     """
 
     refresh_after = ("lame-duck", "drained", "exited", "stopping")
     stopping = True
-    _unfinished = "the workers"
+    _unfinished = "the workers"  # what must still finish, as text
     _lame_duck_shown = False
 
     def on_status(self, status: Message) -> None:
         self._unfinished = draining(status)[1] or "the protector"
-        self.waits.on_status(status, OF_STOP)
+        self.waits.on_status(status, STOP_WAITS)
         seconds = measure(status, "lame_duck_s")
         if seconds is not None and not self._lame_duck_shown:
             self.tell(f"lame duck: still serving; the stop begins in {in_units(round(seconds))}")

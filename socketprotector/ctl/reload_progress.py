@@ -1,8 +1,9 @@
 """Derives the verdict of a reload from the events and statuses that the caller passes in.
 
-Events report each step at once, but events can be lost when the connection is cut.  A status
-reports the same facts later.  The answer to a `reload` request has the number of the generation
-to wait for.  The verdict is the first `reloaded` or `reload-failed` of this or a later generation.
+Events report each step at once, but events are lost while the connection is cut.  A status reports
+the same facts later.  The answer to a `reload` request has the number of the generation to wait
+for.  The verdict is the first `reloaded` or `reload-failed` of this generation or a later one.  The
+generation is a later one if the protector had to restart the old version first (docs/control.md).
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from .fields import listed, measure, number_in, text_in, waits_of
 #: The phases of generations that are ending.
 LEAVING = ("draining", "abandoned")
 _STARTING = ("starting", "settling")
-#: The events that report a verdict -> whether the verdict is a success.
+#: Event that reports a verdict -> whether the verdict is a success.
 _VERDICTS = {"reloaded": True, "reload-failed": False}
 _DRY_RUN_VERDICTS = {"dry-run-passed": True, "dry-run-failed": False}
 #: The results in a status that mean success.
 _GOOD = ("reloaded", "passed")
-#: The kinds of waits that delay the verdict of a reload.
-OF_RELOAD = (
+#: The kinds of waits (Wait.kind in model/wait_lines.py) that delay the verdict of a reload.
+_RELOAD_WAITS = (
     *("upgrade", "configuration", "start", "canary", "settle", "rolling", "back-off", "room"),
     "earlier-reload",
 )
 #: The kinds of waits to show during a stop.
-OF_STOP = ("stop",)
-#: For up to this many workers, show each count; for more workers, show only this many steps.
-_PARTS = 10
+STOP_WAITS = ("stop",)
+#: For up to this many workers, show each count; for more workers, only this many steps.
+_STEPS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +49,15 @@ class Verdict:
 
 @dataclass(slots=True)
 class ProgressThrottle:
-    """Decides which counts of workers to show (_PARTS)."""
+    """Decides which counts of ready or drained workers to show (_STEPS)."""
 
     _total: int = 0
     _last: object = None
 
     def should_show(self, remaining: int, words: str) -> bool:
-        """Return True if this text should be shown.  remaining: how many workers are not done."""
+        """Return True if this text should be shown.  remaining: how many workers are missing."""
         self._total = max(self._total, remaining)
-        step = words if self._total <= _PARTS else -(-remaining * _PARTS // self._total)
+        step = words if self._total <= _STEPS else -(-remaining * _STEPS // self._total)
         before, self._last = self._last, step
         return step != before
 
@@ -65,7 +66,7 @@ class WaitsShown(WaitLines):
     """Shows the waits in a status as lines of progress."""
 
     def on_status(self, status: Message, kinds: Collection[str], before: float = math.inf) -> None:
-        """Show the waits of these kinds.  before: show only generations below this number."""
+        """Show the waits of these kinds for generations with a number below `before`."""
         found = [e for e in waits_of(status) if e.kind in kinds and e.generation < before]
         self.show(found, measure(status, "now") or 0.0)
 
@@ -86,9 +87,9 @@ class _Generation:
 
 
 class Awaited:
-    """What a command waits for.  Events report it at once; a status reports it later."""
+    """What a command waits for.  Operation.wait() passes events and statuses to this object."""
 
-    #: Events after which the status is requested at once.
+    #: Names of events after which the command requests the status at once.
     refresh_after: tuple[str, ...] = ()
     #: The line to show when the connection is cut, except during a stop.
     cut = ""
@@ -145,13 +146,13 @@ class Reload(Awaited):
             each.get("phase") in _STARTING and number_in(each, "number") < generation
             for each in listed(status, "generations")
         )
-        self._forgotten = 0
+        self._statuses_without = 0  # how many statuses in a row lacked this reload
         self._phase = str(status.get("phase"))
         if self._has_earlier_reload:
             tell("an earlier reload is still in progress")
 
     def on_event(self, event: Message) -> None:
-        """Process an event.  Ignore the verdict of an earlier generation."""
+        """Process an event.  Ignore the progress and verdict of an earlier generation."""
         super().on_event(event)
         name, number = event.get("event"), number_in(event, "generation")
         if name == "route" and number_in(event, "sharing") >= self.generation:
@@ -178,7 +179,7 @@ class Reload(Awaited):
         self._wanted = number_in(status, "workers_wanted") or self._wanted
         reloads = [
             each
-            for each in tries(status, dry_run=self.dry_run)
+            for each in attempts_in(status, dry_run=self.dry_run)
             if number_in(each, "generation") >= self.generation
         ]
         for each in reloads:
@@ -204,29 +205,33 @@ class Reload(Awaited):
                     self._shared(number)
         # Once this reload has begun, a wait of the kind `earlier-reload` belongs to a later reload,
         # which waits for this one.
-        kinds = [each for each in OF_RELOAD if self._current is None or each != "earlier-reload"]
+        kinds = [
+            each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
+        ]
         self.waits.on_status(status, kinds)
         # "waiting" means that no generation is serving, as during a reload under stop-first.
         under_way = self._phase in (*_STARTING, "reloading", "waiting")
         if reloads or starting or under_way or self.stopping or status.get("reload_wanted"):
-            self._forgotten = 0
+            self._statuses_without = 0
             return
-        # Fail only after three statuses in a row without this reload.  A single status may lack
-        # this reload: an earlier reload has just ended, and this reload has not begun yet.
-        self._forgotten += 1
-        if self._forgotten > 2:
+        # Fail only after three statuses in a row without this reload.  A single status lacks this
+        # reload if an earlier reload has just ended and this reload has not begun yet.
+        self._statuses_without += 1
+        if self._statuses_without > 2:
             reason = "the verdict is no longer known; see `history` and the log"
             self.verdict = Verdict(False, self.generation, reason)
 
     # -- progress -----------------------------------------------------------------
 
     def _starting(self, number: int) -> _Generation:
+        """Return what has been shown of a generation; if nothing, show that it is starting."""
         if self._current is None or self._current.number != number:
             self._current = _Generation(number)
             self.tell(f"generation {number} is starting")
         return self._current
 
     def _ready(self, number: int, workers: set[int]) -> None:
+        """Show the number of ready workers, if these workers include a newly ready one."""
         starting = self._starting(number)
         if not workers <= starting.ready:
             starting.ready |= workers
@@ -243,12 +248,14 @@ class Reload(Awaited):
         return f"{len(starting.ready)}/{len(starting.ready) + self._not_ready(starting)}"
 
     def _switched(self, number: int) -> None:
+        """Show, once, that a generation gets all new connections."""
         starting = self._starting(number)
         if not starting.routed:
             starting.routed = True
             self.tell(f"switched: new connections go to generation {number}")
 
     def _shared(self, number: int, share: str = "a share") -> None:
+        """Show, once, that a generation gets a share of the new connections."""
         starting = self._starting(number)
         if not starting.shares:
             starting.shares = True
@@ -277,28 +284,31 @@ class Losses:
     """Counts the connections that the protector and its workers lose between two statuses."""
 
     def __init__(self, before: Message) -> None:
-        """before: the first status.  The caller passes every later event to on_event()."""
+        """before: the first status.  The caller then passes every event to on_event()."""
         self._before = before
         self._by_workers = 0
 
     def on_event(self, event: Message) -> None:
-        """Process an event."""
+        """Count what a worker that has exited lost."""
         if event.get("event") == "exited":
             self._by_workers += number_in(event, "lost")
 
     def count(self, after: Message) -> int | None:
-        """Return how many connections were lost until this status; None if unknown."""
+        """Return how many connections were lost from the first status to this one.
+
+        None: unknown, because the protector was restarted, or the workers do not count.
+        """
         before = self._before
         by_protector = measure(before, "lost"), measure(after, "lost")
         if None in by_protector or before.get("restarts") != after.get("restarts"):
             return None  # after a restart, events may have been missed
         counted = [*listed(before, "generations"), *listed(after, "generations")]
         if any(each.get("serving_since_at") and each.get("lost") is None for each in counted):
-            return None  # the workers of a generation do not count their connections
+            return None  # workers of this generation do not count their connections
         return number_in(after, "lost") - number_in(before, "lost") + self._by_workers
 
 
-def tries(status: Message, *, dry_run: bool) -> list[Message]:
+def attempts_in(status: Message, *, dry_run: bool) -> list[Message]:
     """Return the reloads in a status; with `dry_run`, the last dry run instead."""
     if not dry_run:
         return listed(status, "reloads")
@@ -307,9 +317,10 @@ def tries(status: Message, *, dry_run: bool) -> list[Message]:
 
 
 def draining(status: Message, before: float = math.inf) -> tuple[int, str]:
-    """Return the number of workers in draining or failed generations, and a text about them.
+    """Return the number of workers in draining and abandoned generations, and a text about them.
 
-    before: count only generations below this number.  The text is "" if no such generation exists.
+    The text is "" if there is no such generation.  before: count only generations with a number
+    below this.
     """
     leaving = [
         each

@@ -17,8 +17,8 @@ from .operation import begin
 from .reload import TIMEOUT, WAIT, quoted
 from .reload_progress import Awaited
 
-#: How long to wait for the answer to `upgrade --check`.  For the check, the protector runs the
-#: installed program, and ends the program earlier than this.
+#: How long to wait for the answer to `upgrade --check`.  The protector runs the installed program
+#: for the check.  It ends a program that takes too long before this time is over.
 _CHECK_S = 45.0
 
 
@@ -44,8 +44,8 @@ def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json
         old = operation.client.request("upgrade").get("from", before.get("version"))
         operation.outcome["from"] = old
         if not wait:
-            words = "see `status` (restarts, version) or the log for the outcome"
-            operation.finish("requested", f"upgrade requested; {words}")
+            hint = "see `status` (restarts, version) or the log for the outcome"
+            operation.finish("requested", f"upgrade requested; {hint}")
             return
         upgraded = _Upgraded(before, operation.tell)
         operation.wait(upgraded)
@@ -77,7 +77,7 @@ def _check_upgrade(instance: Instance, as_json: bool) -> None:
 
 
 class _Upgraded(Awaited):
-    """Waits for the new program's status, which has more restarts than the status before."""
+    """Waits for a status of the new program: `restarts` is higher than in the status before."""
 
     def __init__(self, before: Message, tell: Callable[[str], None]) -> None:
         super().__init__(tell)

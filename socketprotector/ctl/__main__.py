@@ -1,7 +1,7 @@
 """`socketprotectorctl` and `python -m socketprotector.ctl`.
 
-The import of ctl/main.py may fail for lack of memory.  So main() imports it late, and reports the
-failure in one line.
+The import of ctl/main.py fails if memory is short.  So main() below imports that module late, and
+reports the failure in one line.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_STATUS = 1  # equals cli.OutputFailed.status; without memory, main() cannot import cli
+_NO_MEMORY_STATUS = 1  # equals cli.OutputFailed.status; without memory, main() cannot import cli
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status.  arguments: by default sys.argv[1:]."""
+    """Run one command and return the exit status.  arguments: if None, sys.argv[1:]."""
     try:
         from . import main as program
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not lack:
             raise  # an ImportError for another reason: the installation is incomplete
         os.write(2, f"socketprotectorctl: {lack}\n".encode())
-        os._exit(_STATUS)
+        os._exit(_NO_MEMORY_STATUS)
 
 
 if __name__ == "__main__":

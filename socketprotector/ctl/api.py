@@ -1,9 +1,8 @@
-"""The public API: all that socketprotector-exporter may import from this package.
+"""The public API for socketprotector-exporter, which imports only this module and `__version__`.
 
-The package's `__version__` may be imported, too.  Most functions find control sockets, query them
-and read the answers.  The others help a program with its messages, files and exit statuses.
-Nothing here needs a third-party package.
-Change or remove a name only together with the exporter.
+Most functions find control sockets, request the status and read its fields.  The others help a
+program with its messages, files and exit statuses.  Nothing here needs a third-party package.
+If you change or remove a name, change the exporter in the same commit.
 """
 
 from __future__ import annotations

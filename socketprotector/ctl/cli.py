@@ -1,4 +1,4 @@
-"""What all commands share: options (--json, and the choice of an instance), and the output."""
+"""What all commands share: --json, the options that choose an instance, and the output."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .client import ANSWER_S, Client, Message
 from .help_pages import GROUPS, HelpGroup, print_full_help
 
 NAME = "socketprotectorctl"
-#: A command in a message, such as `status`, to which with_instance() adds the instance option.
-#: `list` and `completion` are left out, because they need no instance.
+#: Matches a command in a message, such as `status`; with_instance() adds the instance option.
+#: `list` and `completion` do not match, because they need no instance.
 _COMMAND = re.compile(
     rf"`(?:{NAME} )?((?:{'|'.join({*sum(GROUPS.values(), ())} - {'list', 'completion'})})\b[^`]*)`"
 )
-#: The beginning of each line of a worker's last words.
+#: The beginning of each line of a worker's last words (also in quoted() of reload.py).
 _QUOTED = "  | "
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -50,14 +50,14 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """The choice of an instance: by one of these options, or by none.  path() finds the socket."""
+    """The instance option of a command.  Without it, path() finds the only running instance."""
 
     name: str | None = None
     control: str | None = None
     pid_file: str | None = None
 
-    def line(self, words: str) -> str:
-        """Return the command line that runs a command for this instance.
+    def command_line(self, words: str) -> str:
+        """Return the command line that runs a command for this instance, to be pasted.
 
         words: the command and its arguments.
         """
@@ -80,7 +80,7 @@ class Instance:
     ) -> Client:
         """Return a new connection, which the caller closes.
 
-        answer_s: how long an answer may take.  events: follow events.  until: see Client.
+        The arguments are those of Client.__init__() in client.py.
         Raises NoProtector, RequestRefused, UsageError.
         """
         return Client(self.path(), answer_s, events=events, until=until)
@@ -88,7 +88,7 @@ class Instance:
     def request(self, command: str, **arguments: Any) -> Message:
         """Send a request over a new connection and return the result.
 
-        Raises ControlError, UsageError.
+        Raises ControlError (errors.py), UsageError.
         """
         with self.client() as client:
             return client.request(command, **arguments)
@@ -97,13 +97,14 @@ class Instance:
 def _store_instance(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """Store an instance option, given before or after the command.
 
-    Raises UsageError for a second one.  value: None if this option was not given.
+    value: None if this option was not given.  Raises UsageError if an instance option was stored
+    before.
     """
     if value is None:
         return
-    given = [name for name, before in asdict(ctx.obj or Instance()).items() if before is not None]
-    if given:
-        options = (f"--{each}".replace("_", "-") for each in (*given, param.name))
+    stored = [name for name, text in asdict(ctx.obj or Instance()).items() if text is not None]
+    if stored:
+        options = (f"--{each}".replace("_", "-") for each in (*stored, param.name))
         raise UsageError(f"{' and '.join(options)}: give only one of them")
     ctx.obj = Instance(**{str(param.name): value})
 
@@ -114,7 +115,7 @@ def _complete_name(_: click.Context, __: click.Parameter, typed: str) -> list[st
 
 
 def _instance_options(function: Function, *, hidden: bool = False) -> Function:
-    """Add the instance options to the program, or to one of its commands."""
+    """Return the program, or one of its commands, with the instance options added."""
     for name, metavar, text in (
         ("pid-file", "FILE", "Choose the protector with this pid file."),
         ("control", "PATH", "Choose the protector with this control socket."),
@@ -163,7 +164,7 @@ def program(ctx: click.Context) -> None:
 def command(name: str | None = None, **settings: Any) -> Callable[[Function], click.Command]:
     """Return a decorator that turns a function into a command.
 
-    The function takes the instance as its first argument, and the flag --json as `as_json`.
+    The function's first argument is the Instance.  The function gets the flag --json as `as_json`.
     """
 
     def decorate(function: Function) -> click.Command:
@@ -179,8 +180,8 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
             except BrokenPipeError:
                 raise OutputClosed from None
             except OSError as error:
-                is_short = error.errno in (errno.EMFILE, errno.ENFILE)
-                cannot = "run the command" if is_short else "write the output"
+                no_descriptor = error.errno in (errno.EMFILE, errno.ENFILE)
+                cannot = "run the command" if no_descriptor else "write the output"
                 raise OutputFailed(f"cannot {cannot}: {what_failed(error)}") from error
             except KeyboardInterrupt:
                 raise Interrupted from None
@@ -198,15 +199,15 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
 def with_instance(text: str) -> str:
     """Return a message in which each command, such as `status`, is complete and can be pasted.
 
-    Each command gets the name of this program and the instance option of this command line.  Lines
-    of a worker's last words stay unchanged.
+    Each command gets the name of this program and the instance option that the operator gave.
+    Lines of a worker's last words stay unchanged.
     """
     context = click.get_current_context(silent=True)
     instance = context.find_object(Instance) if context is not None else None
     instance = instance or Instance()
 
     def whole(found: re.Match[str]) -> str:
-        return f"`{instance.line(found[1])}`"
+        return f"`{instance.command_line(found[1])}`"
 
     lines = text.split("\n")
     return "\n".join(x if x.startswith(_QUOTED) else _COMMAND.sub(whole, x) for x in lines)
@@ -224,12 +225,12 @@ def say_json(value: Any) -> None:
 
 
 def plural(number: int, noun: str, plural_noun: str = "") -> str:
-    """Return the noun for this number: the singular for 1, otherwise the plural."""
+    """Return the noun in the form for this number: singular for 1, otherwise plural."""
     return noun if number == 1 else plural_noun or f"{noun}s"
 
 
 def answer(as_json: bool, result: Message, words: str) -> None:
-    """Print the outcome of a command: the words, or with --json the protector's result."""
+    """Print the outcome of a command: `words`, or with --json the protector's result."""
     if as_json:
         say_outcome(say_json, result)
     else:

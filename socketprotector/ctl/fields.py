@@ -13,7 +13,7 @@ from ..model.text import in_units
 from ..model.wait_lines import IN_SECONDS, Wait
 
 Status = dict[str, Any]
-#: The exporter's metrics need short labels.
+#: The most characters that label() returns: the exporter's metrics need short labels.
 _LABEL_CHARACTERS = 200
 
 
@@ -47,21 +47,21 @@ def measure(message: Status, name: str) -> float | None:
 
 
 def is_lame_duck(status: Status) -> bool:
-    """Return True if load balancers should send clients elsewhere while workers still serve."""
+    """Return True if a protector is a lame duck: it serves, but reports "not ready"."""
     return status.get("lame_duck") in ("on", "stopping")
 
 
 def serves(status: Status) -> bool:
     """Return True if a generation gets new connections."""
-    stops = text_in(status, "phase") == "stopping" and not is_lame_duck(status)
-    return measure(status, "route") is not None and not stops
+    is_stopping = text_in(status, "phase") == "stopping" and not is_lame_duck(status)
+    return measure(status, "route") is not None and not is_stopping
 
 
 def why_not_ready(status: Status) -> str:
     """Return why a protector is not ready for a load balancer's clients; "" if it is ready.
 
-    A hold is not a reason: clients wait during the hold, and are served later.  If a hold were a
-    reason, a hold on all hosts would leave the load balancer without a host.
+    During a hold the protector is ready, because waiting clients are served later.  Otherwise a
+    hold on all hosts would leave the load balancer without a host.
     """
     if is_lame_duck(status):
         return "lame duck"
@@ -69,7 +69,7 @@ def why_not_ready(status: Status) -> str:
 
 
 def standing_dry_run(status: Status) -> Status | None:
-    """Return the last dry run if it has ended and no reload has begun since; otherwise None."""
+    """Return the last dry run, if it has ended and no reload has begun after it; otherwise None."""
     dry_run = status.get("dry_run")
     if not isinstance(dry_run, dict) or label(dry_run, "result") not in ("passed", "failed"):
         return None
@@ -86,7 +86,7 @@ def unhealthy(status: Status) -> str | None:
 
 
 def waits_of(status: Status) -> list[Wait]:
-    """Return what a protector waits for; waits that delay a reload come first."""
+    """Return what a protector waits for, in its order: an upgrade and a reload come first."""
     return [
         Wait(
             text_in(each, "kind"),
@@ -98,9 +98,9 @@ def waits_of(status: Status) -> list[Wait]:
     ]
 
 
-#: Kinds of waits that rollout_text() includes.
-_OF_ROLLOUTS = ("canary", "rolling", "settle")
-#: How many awaited workers rollout_text() names in a rolling reload.
+#: Kinds of waits that rollout_text() describes.
+_ROLLOUT_KINDS = ("canary", "rolling", "settle")
+#: In a rolling reload, rollout_text() names at most this many of the workers that must end first.
 _NAMED = 3
 
 
@@ -127,12 +127,12 @@ def share_of(status: Status, generation: int) -> float | None:
 def rollout_text(status: Status) -> str:
     """Return a text about the progress of a rollout, and the time left in its current stage.
 
-    "" without a rollout, and while the new generation starts.
+    Returns "" if there is no rollout, or while the new generation starts.
     """
     rollout = rollout_of(status)
     stage = text_in(rollout, "stage") if rollout is not None else "starting"
     if rollout is None or stage == "starting":
-        return ""  # `waits_for` has an entry about the start, which says more
+        return ""  # the status has an entry about the start in `waits_for`, with details
     if text_in(rollout, "kind") == "rolling":
         return _rolling_text(rollout, stage)
     share = f"{percentage_text(measure(rollout, 'share') or 0.0)} of" if stage == "share" else "all"
@@ -150,7 +150,7 @@ def rollout_text(status: Status) -> str:
 def closing_text(generation: Status) -> str:
     """Return how fast a draining generation closes its connections, and the time left.
 
-    "" if the generation does not close connections.
+    Returns "" if the generation does not close connections.
     """
     closing = generation.get("closing")
     rate = measure(closing, "per_s") if isinstance(closing, dict) else None
@@ -186,7 +186,7 @@ def _rolling_text(rollout: Status, stage: str) -> str:
 
 
 def _awaited(worker: Status) -> str:
-    """Return the name of a worker that a rolling reload waits for, with its connections."""
+    """Return a text about a worker that a rolling reload waits for, and its connections."""
     name, active = f"worker {number_in(worker, 'worker')}", measure(worker, "active")
     if active is None:
         return name
@@ -198,16 +198,16 @@ def _awaited(worker: Status) -> str:
 
 
 def other_waits_of(status: Status) -> list[Wait]:
-    """Return what a protector waits for, without the waits that rollout_text() includes."""
-    included = _OF_ROLLOUTS if rollout_text(status) else ()
-    return [each for each in waits_of(status) if each.kind not in included]
+    """Return what a protector waits for, without the waits that rollout_text() describes."""
+    described = _ROLLOUT_KINDS if rollout_text(status) else ()
+    return [each for each in waits_of(status) if each.kind not in described]
 
 
 def failing(generation: Status) -> str:
     """Return why a generation's first programs failed, with the last line of their output.
 
-    "" if they did not fail, and in every mode except stdio, which starts a program for each
-    connection.
+    Returns "" if they did not fail.  Only --handoff stdio, which starts a program for each
+    connection, reports first programs (docs/stdio.md); in other modes the text is "", too.
     """
     found = generation.get("first_programs")
     if not isinstance(found, dict):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import click
 
-#: Every command, in the order of the manual page.
+#: Heading of --help-all -> its commands, in the order of the manual page.
 GROUPS = {
     "Queries": (
         *("status", "ready", "connections", "history", "releases", "crashes", "diff", "events"),
@@ -26,7 +26,7 @@ COMMON = (
 )
 _PURPOSE = """Inspect and control a running SocketProtector. If several instances run, choose one by
 --name, --control or --pid-file, before or after the command."""
-_STATUS = """Exit status of reload and upgrade: 0: the new version has taken over; 3: the new
+_STATUS_LINE = """Exit status of reload and upgrade: 0: the new version has taken over; 3: the new
 version failed, and the old version continues."""
 _MORE = """--help-all shows every command and exit status. COMMAND --help shows a command's
 options. Each command has --json."""
@@ -35,12 +35,13 @@ EXAMPLES = (
     "socketprotectorctl --name web reload --dry-run",
     "socketprotectorctl --name web status --json",
 )
-_STATUSES = (
+#: Exit status -> its meaning, for --help-all.
+_ALL_STATUSES = (
     ("0", "done"),
     (
         "1",
-        "no protector is running, the connection to the protector was lost for good, or the output "
-        "could not be written",
+        "no protector is running, a lost connection could not be restored, or the output could not "
+        "be written",
     ),
     (
         "2",
@@ -76,7 +77,7 @@ class HelpGroup(click.Group):
         with formatter.section("Examples"):
             for line in EXAMPLES:
                 formatter.write(f"{'':{formatter.current_indent}}{line}\n")
-        _write_paragraphs(formatter, _STATUS, _MORE)
+        _write_paragraphs(formatter, _STATUS_LINE, _MORE)
 
     def full_help(self, ctx: click.Context) -> str:
         """Return the page of --help-all."""
@@ -87,7 +88,7 @@ class HelpGroup(click.Group):
         for title, names in GROUPS.items():
             self._write_commands(formatter, title, names)
         with formatter.section("Exit status"):
-            formatter.write_dl(_STATUSES)
+            formatter.write_dl(_ALL_STATUSES)
         return formatter.getvalue().rstrip("\n")
 
     def _write_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

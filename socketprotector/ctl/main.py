@@ -31,29 +31,29 @@ from .cli import (
     say_json,
 )
 
-#: The import of these modules adds their commands to the program.
+#: When main.py imports these modules, their commands are added to the program.
 COMMANDS = (deploy, orders, queries, reload, top, upgrade)
 INTERRUPTED = 130
-#: The programs with shell completion.  Each program computes its own completions, so a completion
-#: script only has to name the program.
+#: The programs with shell completion.  A completion script calls its program, which computes the
+#: completions.
 PROGRAMS = ("SocketProtector", "socketprotector", NAME, "socketprotector-exporter")
 
 
 @command(short_help="Print the completion script for a shell.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-@click.argument("of", nargs=-1, type=click.Choice(PROGRAMS), metavar="[PROGRAM]...")
-def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool) -> None:
+@click.argument("programs", nargs=-1, type=click.Choice(PROGRAMS), metavar="[PROGRAM]...")
+def completion(instance: Instance, shell: str, programs: Sequence[str], as_json: bool) -> None:
     """Print a shell's completion script.
 
     In bash, run: eval "$(socketprotectorctl completion bash)"
 
-    Without PROGRAM, the script completes all programs that PROGRAM can name.
+    Without PROGRAM, the script is for all four programs.
     """
     _ = instance
     found = get_completion_class(shell)
     assert found is not None
     scripts = []
-    for name in of or PROGRAMS:
+    for name in programs or PROGRAMS:
         variable = f"_{name.replace('-', '_')}_COMPLETE".upper()
         # Call the base class's source(): BashComplete.source() would run bash to read the version.
         scripts.append(ShellComplete.source(found(program, {}, name, variable)))
@@ -65,11 +65,11 @@ def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status.  arguments: by default the process's own."""
+    """Run one command and return the exit status.  arguments: if None, sys.argv[1:]."""
     open_missing_standard_streams()
     if isinstance(sys.stdout, TextIOWrapper):  # the locale may lack characters of a worker's output
-        # If stdout was a regular file when Python opened it, reconfigure() reads the position in
-        # the file.  If descriptor 1 has been replaced by a pipe since then, this read fails.
+        # If Python opened stdout as a regular file, reconfigure() reads the position in this file.
+        # This read fails if descriptor 1 has become a pipe since then.
         with suppress(OSError):
             sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -89,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refusal as error:
         if isinstance(error, OutputFailed):
             discard_output()
-        # A usage error may quote a path with a line break: escape this line break.  Other errors
-        # may quote a worker's last words, whose line breaks must stay.
+        # Escape the line break of a path that a usage error quotes.  Other errors may quote a
+        # worker's last words, whose line breaks must stay.
         complain(escape(str(error)) if isinstance(error, UsageError) else str(error))
         return error.status
     except MemoryError as error:

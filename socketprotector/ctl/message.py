@@ -1,7 +1,7 @@
 """Parses a message from a control socket, and makes its values safe for all callers.
 
 The peer may be a newer protector, or another program.  In a parsed message, all numbers can be
-shown and added, and all texts can be encoded.  The message's size and nesting are limited.
+shown and added, and all texts can be encoded.  The size and nesting of the message are limited.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-#: The limit of values in a line.  A value takes about 100 bytes of memory.  The status of an
-#: instance with 1,000 workers has 20,000 values.
+#: The limit of values in a line, counted by commas, colons and brackets.  A value takes about 100
+#: bytes of memory.  The status of an instance with 1,000 workers has 20,000 values.
 _VALUES = 200_000
 #: The limit of nesting.  An answer with a status has 8 levels, down to a worker's forked child.
 _DEPTH = 16
@@ -18,7 +18,7 @@ _DEPTH = 16
 _CHARACTERS = 1 << 18
 #: The limit of members in a list or object.  A generation may have thousands of workers.
 _MEMBERS = 1 << 16
-#: The largest number that is passed on; no count and no time is larger.
+#: A larger number becomes None; no count and no time is larger.
 _GREATEST = 1 << 63
 
 
@@ -26,7 +26,7 @@ def message_in(line: bytes) -> dict[str, Any] | None:
     """Return the message in a line; None if the line is not a message.
 
     Long texts, lists and objects are cut.  NaN, numbers out of range and values nested too deep
-    become None; no protector sends NaN, nor numbers or nesting beyond these limits.
+    become None.  A protector sends none of these three.
     """
     if sum(map(line.count, (b",", b":", b"[", b"{"))) > _VALUES:
         return None
@@ -38,6 +38,7 @@ def message_in(line: bytes) -> dict[str, Any] | None:
 
 
 def _bounded(value: Any, depth: int) -> Any:
+    """Return a value within the limits.  depth: how many more levels of nesting are allowed."""
     kind = type(value)
     if kind is dict and depth:
         members = value.items() if len(value) <= _MEMBERS else list(value.items())[:_MEMBERS]
@@ -57,6 +58,7 @@ def _bounded(value: Any, depth: int) -> Any:
 
 
 def _text(value: str) -> str:
+    """Return a text that can be encoded, cut to _CHARACTERS."""
     if value.isascii():
         return value if len(value) <= _CHARACTERS else value[:_CHARACTERS]
     # JSON can contain half of a surrogate pair, which cannot be encoded.

@@ -1,6 +1,6 @@
-"""Commands that are done once the protector has answered: scale, lame-duck, promote and others.
+"""Commands that exit once the protector has answered: scale, lame-duck, promote and others.
 
-Exception: `hold` without --for runs until a signal ends it.
+Only `hold` without --for keeps running, until a signal ends it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .errors import ControlError, RequestRefused
 from .fields import listed, number_in
 from .queries import GENERATION, known_generations
 
-#: Without --for, `hold` requests a hold of _HOLD_EACH_S, and renews this hold every _HOLD_EVERY_S.
-#: So the hold ends soon after the command is killed.
-_HOLD_EVERY_S = 1.0
-_HOLD_EACH_S = 5.0
+#: Without --for, `hold` requests a hold of _HOLD_S, and renews this hold every _RENEW_HOLD_EVERY_S.
+#: So the hold ends soon after a KILL of the command.
+_RENEW_HOLD_EVERY_S = 1.0
+_HOLD_S = 5.0
 _LEVELS = ("debug", "info", "warning", "error")
 #: Lets click read the -1 of `scale -1` as a number, not as an option.
 _NEGATIVE = {"ignore_unknown_options": True}
@@ -33,7 +33,7 @@ _NEGATIVE = {"ignore_unknown_options": True}
 @command(context_settings=_NEGATIVE, short_help="Set or change the number of workers.")
 @click.argument("workers", metavar="N|+N|-N")
 def scale(instance: Instance, workers: str, as_json: bool) -> None:
-    """Set the number of workers to N, or change it by N."""
+    """Set the number of workers to N, or increase or decrease the number by N."""
     if not re.fullmatch(r"[+-]?\d{1,9}", workers, re.ASCII):
         raise click.BadParameter(f"{workers!r}: write N, +N or -N", param_hint="N")
     how = "by" if workers[0] in "+-" else "to"
@@ -50,7 +50,7 @@ def scale(instance: Instance, workers: str, as_json: bool) -> None:
 def lame_duck(instance: Instance, state: str, as_json: bool) -> None:
     """With "on", keep serving, but make /readyz of socketprotector-exporter answer 503.
 
-    Load balancers then send clients elsewhere. The answer is 503 until `lame-duck off`, or until
+    Load balancers then send clients elsewhere. /readyz answers 503 until `lame-duck off`, or until
     SocketProtector ends.
     """
     words = (
@@ -70,7 +70,7 @@ def lame_duck(instance: Instance, state: str, as_json: bool) -> None:
     "seconds",
     type=Duration(zero=False),
     default=None,
-    help="Return at once; the hold ends after this time.",
+    help="End the hold after this time; the command returns at once.",
 )
 def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
     """Let new clients wait: they are neither accepted nor refused.
@@ -86,31 +86,32 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
         answer(as_json, result, f"on hold for {in_units(seconds)}; `release` ends the hold earlier")
         return
     with instance.client() as client, _end_requested() as ended:
-        result = client.query("hold", seconds=_HOLD_EACH_S)
+        result = client.query("hold", seconds=_HOLD_S)
         answer(as_json, result, "on hold while this command runs; Ctrl-C ends the hold")
         try:
-            while not ended(_HOLD_EVERY_S):
-                client.query("hold", seconds=_HOLD_EACH_S)
+            while not ended(_RENEW_HOLD_EVERY_S):
+                client.query("hold", seconds=_HOLD_S)
         finally:
-            if client.fileno() >= 0:  # otherwise the connection is closed, and the hold ends soon
-                _release(client)
+            if client.fileno() >= 0:  # otherwise we are not connected; the hold ends within _HOLD_S
+                _end_hold(client)
         if not as_json:
             say("released")
 
 
-def _release(client: Client) -> None:
+def _end_hold(client: Client) -> None:
+    """Send `release`, and print a warning if that fails."""
     try:
         client.query("release")
     except ControlError:
-        tell(f"could not release the hold, which ends within {in_units(_HOLD_EACH_S)}")
+        tell(f"could not release the hold, which ends within {in_units(_HOLD_S)}")
 
 
 @contextmanager
 def _end_requested() -> Iterator[Callable[[float], bool]]:
-    """Yield a function that waits for INT, TERM or HUP, and returns True if one of them came.
+    """Yield a function that waits for INT, TERM or HUP, and returns True if such a signal came.
 
-    The function's argument is the longest wait, in seconds.  The signals are blocked inside the
-    context, so that they cannot interrupt _release().
+    The function's argument is the longest wait, in seconds.  Inside the context the signals are
+    blocked, so that no signal interrupts _end_hold().
     """
     numbers = {
         number
@@ -122,7 +123,7 @@ def _end_requested() -> Iterator[Callable[[float], bool]]:
         yield lambda seconds: signal.sigtimedwait(numbers, seconds) is not None
     finally:
         while signal.sigtimedwait(numbers, 0) is not None:
-            pass  # discard a second Ctrl-C: the hold has ended already
+            pass  # discard a second Ctrl-C: the hold has already ended
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -140,9 +141,10 @@ def release(instance: Instance, as_json: bool) -> None:
 def promote(instance: Instance, now: bool, as_json: bool) -> None:
     """End the current stage of a rollout.
 
-    A canary then gets all new clients. A settling generation then serves.
+    The command ends the time of a canary, which then gets all new clients. It also ends --settle:
+    the new generation is serving, or a rolling reload replaces the remaining workers.
 
-    With --now the new generation skips all stages and serves at once.
+    With --now the new generation skips all stages and is serving at once.
     """
     result = instance.request("promote", **({"now": True} if now else {}))
     number = number_in(result, "generation")
@@ -162,21 +164,22 @@ def replace(instance: Instance, which: str, as_json: bool) -> None:
     """
     with instance.client() as client:
         status = client.request("status")
-        wanted = _generation_or_pid(which, status)
-        result = client.request("replace", **wanted)
-    if "generation" in wanted:
-        number = wanted["generation"]
+        target = _generation_or_pid(which, status)
+        result = client.request("replace", **target)
+    if "generation" in target:
+        number = target["generation"]
         words = f"a new generation of the same command replaces generation {number}, which then "
         words += "drains"
-    elif wanted["pid"] in _pids(_forked(_workers(status))):
+    elif target["pid"] in _pids(_forked(_workers(status))):
         parent = f"worker {number_in(result, 'worker')}"
-        words = f"process {wanted['pid']} finishes; its parent, {parent}, forks another"
+        words = f"process {target['pid']} finishes; its parent, {parent}, forks another"
     else:
         words = f"worker {number_in(result, 'worker')} leaves when its replacement is ready"
     answer(as_json, result, words)
 
 
 def _generation_or_pid(which: str, status: Message) -> dict[str, int]:
+    """Return the argument of the request `replace`: a generation, or the pid of a process."""
     found = re.fullmatch(r"(?:(generation|pid):)?(\d{1,9})", which, re.ASCII)
     if found is None:
         raise click.BadParameter(f"{which!r}: write a generation or a pid", param_hint="GEN|PID")
@@ -203,6 +206,7 @@ def _workers(status: Message) -> list[Message]:
 
 
 def _forked(workers: Iterable[Message]) -> list[Message]:
+    """Return the forked children of these workers."""
     return [child for each in workers for child in listed(each, "processes")]
 
 

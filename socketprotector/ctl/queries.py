@@ -38,15 +38,16 @@ from .query_all import SocketAnswer
 from .reload_progress import LEAVING
 from .server_children import children_of
 
-#: How often `events --follow` tries to make its first connection.
+#: The time between two attempts of `events --follow` to connect for the first time.
 _AGAIN_EVERY_S = 1.0
-#: How long an answer to `diff` may take: a new process reads the configuration and resolves the
+#: How long to wait for the answer to `diff`: a new process reads the configuration and resolves the
 #: host names.
 _DIFF_S = 60.0
-#: How long `events` waits for one event; after this time, `events` prints nothing and waits again.
+#: How long `events` waits for one event.  If none comes, `events` prints nothing and waits again.
 _LISTEN_S = 3600.0
-#: What `list` shows at most: addresses of an instance, and characters of an address.
+#: The most addresses of an instance, and characters of an address, that `list` shows.
 _ADDRESSES, _ADDRESS_CHARACTERS = 64, 200
+#: Kind of an age -> the sign before it.
 _BOUNDS = {EXACT: "", AT_LEAST: ">=", AT_MOST: "<="}
 
 
@@ -94,13 +95,13 @@ def status(instance: Instance, as_json: bool) -> None:
 def ready(instance: Instance, health: bool, as_json: bool) -> None:
     """Print whether SocketProtector is ready for clients, as /readyz of the exporter does.
 
-    Exit status 0: ready, even during a hold. 3: no generation is serving, SocketProtector is a lame
-    duck, or, with --health, it is unhealthy.
+    Exit status 0: ready, even during a hold. 3: no generation is serving, a stop has begun,
+    SocketProtector is a lame duck, or, with --health, it is unhealthy.
     """
     found = instance.request("status")
-    why, answer = why_not_ready(found), unhealthy(found)
-    if health and not why and answer is not None:
-        why = f"unhealthy: {answer}"
+    why, why_unhealthy = why_not_ready(found), unhealthy(found)
+    if health and not why and why_unhealthy is not None:
+        why = f"unhealthy: {why_unhealthy}"
     if as_json:
         say_json({"ready": not why, "why": why or None})
     if why:
@@ -113,8 +114,8 @@ def ready(instance: Instance, health: bool, as_json: bool) -> None:
 def history(instance: Instance, as_json: bool) -> None:
     """List the last reloads, dry runs and changes of health, with result and reason.
 
-    The newest is last. The protector keeps 50 reloads, 20 dry runs and 50 changes of health, even
-    after an upgrade or a crash. Only the recent reloads and dry runs include last words.
+    The newest is last. The protector keeps 50 reloads, 20 dry runs and 50 changes of health, and
+    does not lose them by an upgrade or a crash. Only recent reloads and dry runs have last words.
     """
     try:
         result = instance.request("history")
@@ -155,8 +156,8 @@ def connections(instance: Instance, generation: int | None, as_json: bool) -> No
 
     A draining generation ends after its last connection has ended.
 
-    The command reads /proc, so run it as root or as the workers' user. An age with >= (at least) or
-    <= (at most) is only a bound.
+    The command reads /proc, so run it as root or as the workers' user. An age with >= is a lower
+    limit, an age with <= an upper limit.
     """
     with instance.client() as client:
         state = client.request("status")
@@ -208,7 +209,7 @@ def _show_connections(state: Message, found: list[Connection], unseen: list[Hidd
 
 @command(short_help="List the last crashes of workers.")
 def crashes(instance: Instance, as_json: bool) -> None:
-    """List the workers that failed last: how and when, lost connections, and last words."""
+    """List the workers that failed last, each with how, when, lost connections and last words."""
     result = instance.request("crashes")
     found = listed(result, "crashes")
     if as_json:
@@ -237,7 +238,8 @@ def crashes(instance: Instance, as_json: bool) -> None:
 @command()
 def diff(instance: Instance, as_json: bool) -> None:
     """Show what a reload would change."""
-    # Follow events, so that the protector does not disconnect us after 30 s without a request.
+    # The answer may take longer than 30 s.  The protector disconnects a client that sends no
+    # request for this time, unless the client follows events.
     with instance.client(_DIFF_S, events=True) as client:
         try:
             result = client.request("diff")
@@ -254,9 +256,9 @@ def diff(instance: Instance, as_json: bool) -> None:
         if not changes:
             say("no configuration change; a reload would only restart the command")
     if fixed and isinstance(fixed, list):
-        what = f"{len(fixed)} {plural(len(fixed), 'change')}"
         raise NewVersionFailed(
-            f"a reload would be refused: {what} above cannot take effect without a restart"
+            f"a reload would be refused: {len(fixed)} of the changes above cannot take effect "
+            "without a restart"
         )
 
 
@@ -265,15 +267,15 @@ def diff(instance: Instance, as_json: bool) -> None:
 
 @command(short_help="Print events as they happen.")
 @click.option(
-    "--follow", is_flag=True, help="If the protector stops or is not running, wait for its start."
+    "--follow", is_flag=True, help="While the protector is not running, wait for its start."
 )
 def events(instance: Instance, follow: bool, as_json: bool) -> None:
     """Print all events from now on, until Ctrl-C.
 
-    If the protector answers again within 10 s, as after an upgrade, the command continues.
+    An upgrade or a crash does not end the command if the protector answers again within 10 s.
     """
     path = instance.path()
-    with _connect(path, follow) as client:
+    with _events_client(path, follow) as client:
         while True:
             try:
                 event = client.event(_LISTEN_S)
@@ -285,8 +287,8 @@ def events(instance: Instance, follow: bool, as_json: bool) -> None:
                 _show_event(event, as_json)
 
 
-def _connect(path: str, follow: bool) -> Client:
-    """Connect for events.
+def _events_client(path: str, follow: bool) -> Client:
+    """Return a new connection that follows events.
 
     follow: if no protector is running, wait for its start, as long as the socket's folder exists.
     """
@@ -300,6 +302,7 @@ def _connect(path: str, follow: bool) -> Client:
 
 
 def _reconnect(client: Client, follow: bool) -> None:
+    """Connect again.  follow: try without end; otherwise raise NoProtector."""
     while True:
         try:
             client.reconnect()

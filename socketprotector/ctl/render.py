@@ -1,4 +1,4 @@
-"""Formats values for people: numbers with units, columns, colours.
+"""Formats values for people (numbers with units, tables, colours), and prints them.
 
 On a terminal, lines have colours (unless NO_COLOR is set), and tables are cut at the right edge.
 Elsewhere the output is plain, so that awk can read it.  This module escapes all text
@@ -34,8 +34,8 @@ _STYLES = {
 }
 _BARS = " ▁▂▃▄▅▆▇█"
 _UNITS_S = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
-#: Columns of text, aligned at the left.  All other columns are aligned at the right, as numbers.
-_TEXT = {"NAME", "PHASE", "LISTENS", "CONTROL", "STATE", "CHILDREN", "SAYS", "PEER", "LOCAL"}
+#: Headings of the columns that are aligned at the left: text.  Other columns have numbers.
+_LEFT = {"NAME", "PHASE", "LISTENS", "CONTROL", "STATE", "CHILDREN", "SAYS", "PEER", "LOCAL"}
 
 Cell = str | int | float | None
 Row = Sequence[Cell]
@@ -55,7 +55,7 @@ def counts(message: Message, *names: str) -> list[str]:
 
 
 def duration_text(seconds: object) -> str:
-    """Return 90061 seconds as 1d1h, with two units at most; UNKNOWN if `seconds` is no number."""
+    """Return 90061 seconds as 1d1h, in one or two units; UNKNOWN if the value is not a number."""
     if not isinstance(seconds, int | float):
         return UNKNOWN
     span_s = max(0.0, float(seconds))
@@ -71,7 +71,10 @@ def duration_text(seconds: object) -> str:
 
 
 def age_text(now: object, at: object) -> str:
-    """Return the time from `at` to `now` as duration_text(); UNKNOWN unless both are numbers."""
+    """Return the time from `at` to `now`, formatted by duration_text().
+
+    UNKNOWN if either is not a number.
+    """
     if isinstance(now, int | float) and isinstance(at, int | float):
         return duration_text(now - at)
     return UNKNOWN
@@ -89,7 +92,7 @@ def latency_text(microseconds: object) -> str:
 
 
 def size(number: object) -> str:
-    """Return 1536 bytes as 1.5K; UNKNOWN if the number is not whole."""
+    """Return 1536 bytes as 1.5K; UNKNOWN if the value is not a whole number."""
     if not isinstance(number, int):
         return UNKNOWN
     if number < 1024:
@@ -98,7 +101,7 @@ def size(number: object) -> str:
 
 
 def time_text(at: object) -> str:
-    """Return a time in the log's form; `at`: seconds since the epoch."""
+    """Return a time, in seconds since the epoch, in the log's form; UNKNOWN if it is invalid."""
     if not isinstance(at, int | float):
         return UNKNOWN
     try:
@@ -123,17 +126,18 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 def columns(headings: str, rows: Iterable[Row]) -> Table:
     """Return a table without ruled lines.  headings: the titles, separated by blanks."""
-    # On a terminal one blank separates columns, so that a generation's row fits into 80 characters.
+    # On a terminal only one blank separates columns, so that the row of a generation fits into 80
+    # characters.
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for heading in headings.split():
-        table.add_column(heading, justify="left" if heading in _TEXT else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading in _LEFT else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(cell(each) for each in row))
     return table
 
 
 def cell(value: Cell) -> Text:
-    """Return a value as text, coloured if it is a word of _STYLES."""
+    """Return a value as escaped text, coloured if it is a word of _STYLES; None as UNKNOWN."""
     text = UNKNOWN if value is None else str(value)
     return styled(text, _STYLES.get(text, ""))
 
@@ -159,6 +163,7 @@ def show(*things: Table | Text) -> None:
 
 
 def _plain(thing: Table | Text) -> list[str]:
+    """Return a table or line as lines without colours, none of them cut."""
     if isinstance(thing, Text):
         return [thing.plain]
     cells = [[str(column.header), *map(str, column.cells)] for column in thing.columns]

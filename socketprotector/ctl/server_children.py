@@ -1,7 +1,7 @@
 """Finds the child processes of an unmodified server, such as gunicorn's workers.
 
-SocketProtector knows only the processes that it starts, so socketprotectorctl reads /proc.  No
-children are found if /proc is missing, hides the children, or belongs to another PID namespace.
+SocketProtector knows only the processes that it starts, so socketprotectorctl reads /proc.  It
+finds no children if /proc is missing, hides them, or shows the pids of another PID namespace.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from .fields import listed, number_in, text_in
 
 
 def children_of(status: Message) -> dict[int, list[int]]:
-    """Return the pids of each worker's living children, by the worker's pid.
+    """Return a map: a worker's pid -> the pids of its living children.
 
     The pids in the status must be of our own PID namespace (Client.shares_pids).
     """
     mode = MODES.get(text_in(status, "handoff"))
-    # Under stdio and legacy each worker is an adapter, a process of SocketProtector.  Its children
-    # are the operator's programs, not forks of a server.
+    # Under stdio and legacy each worker is an adapter, a process of SocketProtector that starts the
+    # operator's programs.  These children are not workers of a server.
     if mode is None or mode.adapter or not procfs.is_ours():
         return {}
     found = {}

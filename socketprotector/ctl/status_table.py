@@ -1,6 +1,6 @@
-"""Renders a status: the heading and tables of `status` and `top`.  (queries.py renders `list`.)
+"""Renders the heading and the tables of `status` and `top`.  (queries.py renders `list`.)
 
-The columns are _GENERATIONS and _WORKERS; their tests are in tests/unit/ctl/test_queries.py.
+_GENERATIONS and _WORKERS have the columns, which tests/unit/ctl/test_queries.py tests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .render import Row
 
 _GENERATIONS = "GEN PHASE SHARE AGE READY QUEUE ACTIVE ACCEPTED ERRORS LOST WAIT-P50 P99"
 _WORKERS = "WORKER GEN PID STATE AGE ACTIVE ACCEPTED ERRORS CHILDREN SAYS"
-#: Columns that are omitted if their field is unknown in all rows.
+#: Column -> its field.  A column is omitted if its field is unknown in all rows.
 _FIELDS = {
     "QUEUE": "queue",
     "ACTIVE": "active",
@@ -41,12 +41,12 @@ _FIELDS = {
     "WAIT-P50": "wait_us",
     "P99": "wait_us",
 }
-#: Show at most this many pids of a worker's children.
-_PIDS = 4
+#: The most pids of a worker's children that are shown.
+_MOST_PIDS = 4
 
 
 def heading(status: Message) -> list[Text]:
-    """Return the lines above the tables: phase and uptime, rollout, drains, warnings."""
+    """Return the lines above the tables: phase, uptime, rollout, closing connections, warnings."""
     up = render.age_text(status.get("now"), status.get("started_at"))
     words = [f" pid {status.get('pid')}, version {status.get('version')}, up {up}"]
     if restarts := number_in(status, "restarts"):
@@ -76,7 +76,7 @@ def heading(status: Message) -> list[Text]:
         warnings.append("lame duck: /readyz answers 503; still serving")
     if says := _health_line(status):
         warnings.append(says)
-    # Leave out the waits of a hold and of a lame duck, which have their own warnings above.
+    # Leave out the waits for the end of a hold and of a lame duck: both have a warning above.
     shown = [each for each in other_waits_of(status) if each.kind not in ("hold", "lame-duck")]
     warnings += [f"waiting: {each.text}" for each in shown]
     for each in listed(status, "generations"):
@@ -94,9 +94,9 @@ def heading(status: Message) -> list[Text]:
 
 
 def _health_line(status: Message) -> str:
-    """Return the line about --health if the instance is unhealthy or the last check was not good.
+    """Return a line about --health; "" if the instance is healthy and the last check was good.
 
-    Otherwise return "".
+    Without --health, too, return "".
     """
     health = status.get("health")
     if not isinstance(health, dict):
@@ -110,7 +110,10 @@ def _health_line(status: Message) -> str:
 
 
 def stuck_generations(status: Message) -> list[tuple[int, float]]:
-    """Return each generation whose workers take no waiting client, and for how many seconds."""
+    """Return the number of each generation whose workers take no waiting client.
+
+    With each number, return for how many seconds no worker has taken a client.
+    """
     found = []
     for each in listed(status, "generations"):
         seconds = each.get("oldest_waiting_s")
@@ -132,7 +135,7 @@ def listeners(status: Message) -> list[Text]:
 
 
 def totals(status: Message) -> Text:
-    """Return the line of totals (connections forwarded and lost), with the command."""
+    """Return the line of connections forwarded and lost, queue limit, readiness and command."""
     command = status.get("command")
     words = " ".join(map(str, command if isinstance(command, list) else []))
     named = {"forwarded": "forwarded", "lost": "lost", "queue_limit": "queue limit"}
@@ -179,7 +182,7 @@ def _share(status: Message, generation: int) -> str | None:
 def workers(status: Message, children: Mapping[int, Sequence[int]]) -> Table:
     """Return a table with a row for each worker, the newest generation first.
 
-    children: the pids of each worker's children, by the worker's pid.
+    children: the result of children_of() in server_children.py.
     """
     rows: list[Row] = []
     for generation in _newest_first(status):
@@ -197,19 +200,20 @@ def workers(status: Message, children: Mapping[int, Sequence[int]]) -> Table:
                     text_in(each, "state"),
                     render.age_text(status.get("now"), each.get("started_at")),
                     *render.counts(each, "active", "accepted", "errors"),
-                    _pids(() if forked else children.get(number_in(each, "pid"), ())),
+                    _pids_text(() if forked else children.get(number_in(each, "pid"), ())),
                     says,
                 )
             )
             rows += [_child_row(each, generation, child) for child in forked]
     hidden = _unknown_columns(status, _workers_of(status))
-    plain = [each for each in _workers_of(status) if not listed(each, "processes")]
-    shown = any(children.get(number_in(each, "pid")) for each in plain)
-    return _table(_WORKERS, rows, hidden if shown else {*hidden, "CHILDREN"})
+    # Forked children have rows of their own.
+    unforked = [each for each in _workers_of(status) if not listed(each, "processes")]
+    has_children = any(children.get(number_in(each, "pid")) for each in unforked)
+    return _table(_WORKERS, rows, hidden if has_children else {*hidden, "CHILDREN"})
 
 
 def _child_row(worker: Message, generation: Message, child: Message) -> Row:
-    """Return the row of a forked child; child 0 of worker 3 has the number 3.0."""
+    """Return the row of a forked child.  In it, child 0 of worker 3 has the number 3.0."""
     return (
         f"{number_in(worker, 'number')}.{number_in(child, 'number')}",
         number_in(generation, "number"),
@@ -223,7 +227,7 @@ def _child_row(worker: Message, generation: Message, child: Message) -> Row:
 
 
 def omitted_columns(status: Message) -> list[Text]:
-    """Return a line that says which columns are omitted, and why; no line if none is omitted."""
+    """Return lines that say which columns are omitted, and why; [] if no column is omitted."""
     hidden = _unknown_columns(status, [*listed(status, "generations"), *_workers_of(status)])
     if not hidden:
         return []
@@ -244,9 +248,10 @@ def _workers_of(status: Message) -> list[Message]:
 
 
 def _unknown_columns(status: Message, messages: Sequence[Message]) -> dict[str, None]:
-    """Return the columns to omit: their fields are missing or null in all these messages.
+    """Return the columns to omit, because their fields are missing or null in all `messages`.
 
-    If SocketProtector accepts, no column is omitted before the first worker is ready.
+    If SocketProtector accepts, return no column before the first worker is ready: until then the
+    fields of all workers are unknown.
     """
     begun = any(each.get("state") in ("ready", "retiring") for each in _workers_of(status))
     if not messages or not (begun or _workers_accept(status)):
@@ -261,33 +266,36 @@ def _table(headings: str, rows: Sequence[Row], hidden: Collection[str]) -> Table
     return render.columns(names, ([row[at] for at in shown] for row in rows))
 
 
-def _pids(pids: Sequence[int]) -> str:
-    """Return the number of pids and the first of them, such as `2: 4712 4713`."""
-    more = " ..." if len(pids) > _PIDS else ""
-    return f"{len(pids)}: {' '.join(map(str, pids[:_PIDS]))}{more}" if pids else ""
+def _pids_text(pids: Sequence[int]) -> str:
+    """Return the number of pids, and the first _MOST_PIDS of them, such as `2: 4712 4713`."""
+    more = " ..." if len(pids) > _MOST_PIDS else ""
+    return f"{len(pids)}: {' '.join(map(str, pids[:_MOST_PIDS]))}{more}" if pids else ""
 
 
 def last_reload(status: Message) -> list[Text]:
-    """Return lines about reloads (in progress and last), the dry run and failed workers."""
+    """Return lines about reloads (in progress, last), the last dry run and failed workers."""
     now = status.get("now")
     reloads = listed(status, "reloads")
     ended = [each for each in reloads if each.get("result") in ("reloaded", "failed")]
     found = []
     if reloads and reloads[-1].get("result") == "running":
-        found.append(_reload("reload in progress", reloads[-1], now))
+        found.append(_reload_line("reload in progress", reloads[-1], now))
     if ended:
-        found.append(_reload("last reload", ended[-1], now))
+        found.append(_reload_line("last reload", ended[-1], now))
     dry_run = status.get("dry_run")
     if isinstance(dry_run, dict):
         running = dry_run.get("result") == "running"
-        found.append(_reload("dry run in progress" if running else "last dry run", dry_run, now))
+        found.append(
+            _reload_line("dry run in progress" if running else "last dry run", dry_run, now)
+        )
     if crashes := number_in(status, "crashes"):
         words = f"{crashes:,} {plural(crashes, 'worker')} failed"
         found.append(render.line(with_instance(f"{words}; see `crashes`")))
     return found
 
 
-def _reload(title: str, each: Message, now: object) -> Text:
+def _reload_line(title: str, each: Message, now: object) -> Text:
+    """Return a line about a reload or dry run."""
     at = each.get("ended_at") if each.get("ended_at") is not None else each.get("began_at")
     reason, result = headline(text_in(each, "reason")), text_in(each, "result")
     return Text.assemble(

@@ -1,6 +1,6 @@
 """The command top: one screen, redrawn after each interval, on a terminal of at least 80 x 24.
 
-Rates and wait times are those of the last interval, computed from two consecutive statuses.
+The rate and the wait times are computed from the last two statuses.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from .server_children import children_of
 if TYPE_CHECKING:
     from rich.console import Group
 
-#: How many rates are kept for the bars.
+#: How many rates are kept, each for one bar.
 _KEPT = 200
 #: How long to try to reconnect.  After that, the screen shows the error, and keys are read again.
 _RECONNECT_S = 1.0
-#: How many buckets a `wait_us` has (docs/control.md).
+#: The number of buckets in the field `wait_us` of a generation (docs/control.md).
 _BUCKETS = 32
 
 
 class Rates:
-    """The rates of the last intervals, and the wait times of the last interval."""
+    """The rates of the last _KEPT intervals, and the wait times of the last interval."""
 
     def __init__(self) -> None:
         self.forwarded: deque[float] = deque(maxlen=_KEPT)
@@ -47,21 +47,21 @@ class Rates:
         self.p99_us: float | None = None
         self._before: Message | None = None
 
-    def take(self, status: Message) -> None:
-        """Compute the rates between the previous and this status, by the protector's clock."""
+    def on_status(self, status: Message) -> None:
+        """Compute the rate and wait times since the previous status, by the protector's clock."""
         before, self._before = self._before, status
         if before is None:
             return
         span_s = (measure(status, "now") or 0.0) - (measure(before, "now") or 0.0)
         if span_s <= 0:
             return
-        now, then = status.get("forwarded"), before.get("forwarded")
-        if isinstance(now, int) and isinstance(then, int):
-            self.forwarded.append(max(0, now - then) / span_s)
+        total, earlier = status.get("forwarded"), before.get("forwarded")
+        if isinstance(total, int) and isinstance(earlier, int):
+            self.forwarded.append(max(0, total - earlier) / span_s)
         else:
-            self.forwarded.clear()  # where workers accept, the number of connections is unknown
-        waits = zip(_waits(status), _waits(before), strict=True)
-        counts = [max(0, now - then) for now, then in waits]
+            self.forwarded.clear()  # if workers accept, the number of connections is unknown
+        buckets = zip(_wait_buckets(status), _wait_buckets(before), strict=True)
+        counts = [max(0, after - earlier) for after, earlier in buckets]
         self.p50_us, self.p99_us = quantile_us(counts, 0.5), quantile_us(counts, 0.99)
 
     @property
@@ -70,14 +70,14 @@ class Rates:
         return self.forwarded[-1] if self.forwarded else None
 
 
-def _waits(status: Message) -> list[int]:
-    """Return the buckets of wait times, each summed over all generations."""
+def _wait_buckets(status: Message) -> list[int]:
+    """Return the counts in the buckets of wait times, each summed over all generations."""
     total = [0] * _BUCKETS
     for generation in listed(status, "generations"):
         wait_us = generation.get("wait_us")
         buckets = wait_us.get("buckets") if isinstance(wait_us, dict) else None
-        for at, count in enumerate(buckets[:_BUCKETS] if isinstance(buckets, list) else []):
-            total[at] += count if isinstance(count, int) else 0
+        for index, count in enumerate(buckets[:_BUCKETS] if isinstance(buckets, list) else []):
+            total[index] += count if isinstance(count, int) else 0
     return total
 
 
@@ -100,6 +100,7 @@ def top(instance: Instance, interval: float, as_json: bool) -> None:
 
 
 def _screen(client: Client, interval: float) -> None:
+    """Redraw the screen after each interval, until the operator quits."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -115,13 +116,13 @@ def _screen(client: Client, interval: float) -> None:
         while True:
             try:
                 status = _status(client)
-                rates.take(status)
+                rates.on_status(status)
                 children = children_of(status) if client.shares_pids(status) else {}
                 size = console.width, console.height
                 live.update(draw(status, children, rates, *size), refresh=True)
             except NoProtector as error:
                 live.update(render.styled(f"no answer: {error}", "red"), refresh=True)
-                # A late answer must not be taken for the answer to the next request.
+                # Otherwise the late answer would be read as the answer to the next request.
                 client.close()
             if pressed(interval):
                 return
@@ -137,7 +138,7 @@ def _status(client: Client) -> Message:
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], bool]]:
-    """Yield a function that waits for a key, and returns True if q or end of file came.
+    """Yield a function that waits for keys, and returns True after q or the end of the input.
 
     The function's argument is the longest wait, in seconds.
     """
@@ -166,7 +167,7 @@ def draw(
 ) -> Group:
     """Return the screen.  A small terminal cuts off the end, so the workers' table is last.
 
-    children: the pids of each worker's children, by the worker's pid.
+    children: the result of children_of() in server_children.py.
     """
     from rich.console import Group
     from rich.text import Text

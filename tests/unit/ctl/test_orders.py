@@ -123,7 +123,7 @@ def test_hold_lasts_as_long_as_the_command_and_releases_at_its_end(
 
 
 def test_a_hold_asks_again_long_before_it_runs_out() -> None:
-    assert orders._HOLD_EVERY_S * 3 < orders._HOLD_EACH_S
+    assert orders._RENEW_HOLD_EVERY_S * 3 < orders._HOLD_S
 
 
 def test_replace_finds_out_whether_it_is_a_generation_or_a_pid(fake: Fake, ctl: Ctl) -> None:

@@ -186,7 +186,9 @@ def test_rates_and_waits_are_those_of_the_interval() -> None:
     rates = Rates()
     for second, forwarded, buckets in ((0, 100, [5, 0, 0]), (2, 300, [5, 98, 2]), (3, 300, [0])):
         waits = {"count": 0, "p50": 0, "p99": 0, "buckets": buckets}
-        rates.take(status(generation(1, wait_us=waits), now=100.0 + second, forwarded=forwarded))
+        rates.on_status(
+            status(generation(1, wait_us=waits), now=100.0 + second, forwarded=forwarded)
+        )
         if second == 2:
             assert (rates.per_second, rates.p50_us, rates.p99_us) == (100.0, 1.0, 3.0)
 
@@ -198,7 +200,7 @@ def test_rates_and_waits_are_those_of_the_interval() -> None:
 def test_where_connections_are_not_counted_there_is_no_rate() -> None:
     rates = Rates()
     for second in (0, 1, 2):
-        rates.take(status(now=100.0 + second, forwarded=None, lost=None))
+        rates.on_status(status(now=100.0 + second, forwarded=None, lost=None))
     console = Console(file=io.StringIO(), width=100)
 
     console.print(draw(status(forwarded=None, lost=None), {}, rates, 100, 24))

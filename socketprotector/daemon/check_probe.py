@@ -117,7 +117,7 @@ class CheckProbes:
         """
         number = generation.record.number
         target, _ = self._open.get(number, (None, None))
-        if target is None or target.holds():
+        if target is None or target.is_unchanged():
             return why
         self.release(number)
         return SHUT_DOWN

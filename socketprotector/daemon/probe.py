@@ -144,12 +144,12 @@ class Probe:
     def _finish(self, kind: str, why: str = "") -> None:
         """Report the verdict; MOVED if another generation may have answered."""
         self._loop.cancel(self)
-        holds = self._target is None or self._target.holds()
-        if not holds:
+        is_unchanged = self._target is None or self._target.is_unchanged()
+        if not is_unchanged:
             kind, why = verdicts.MOVED, SHUT_DOWN
         if kind not in (verdicts.UNMADE, verdicts.UNTAKEN):
             self._disconnect()
-        if self._connection is None and (self._as_client or not holds):
+        if self._connection is None and (self._as_client or not is_unchanged):
             self._close_target()
         report, self._report = self._report, None
         if report is not None:
@@ -279,7 +279,7 @@ class Probe:
             waits = not failed and self._waits()
         except OSError as error:
             failed = error.errno or errno.EIO
-        if not target.holds():
+        if not target.is_unchanged():
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif failed and not (was_reset and self._was_reset):
             # Perhaps the listening socket was shut down, which delivery/shared/socket_repair.py

@@ -44,7 +44,7 @@ def test_what_a_command_says_that_may_have_reached_another_generation_counts_for
         SimpleNamespace(address=("127.0.0.1", n), close=lambda: None, needs_forwarding=False)
         for n in (1, 2)
     ]
-    ways[0].holds, ways[1].holds = (lambda: False), (lambda: True)
+    ways[0].is_unchanged, ways[1].is_unchanged = (lambda: False), (lambda: True)
     left = iter(ways)
     probes = CheckProbes(loop, cast("Any", None), lambda *_: cast("Any", next(left)))
     generation = cast("Any", SimpleNamespace(record=SimpleNamespace(number=2)))

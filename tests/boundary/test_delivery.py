@@ -220,7 +220,7 @@ def test_a_probe_reaches_a_generation_that_gets_no_clients(world: World) -> None
     world.until(lambda: probe in world.taken[2], 1, 2)
 
     assert not world.waits(target, probe)
-    assert target.holds()
+    assert target.is_unchanged()
     assert world.taken[1] == []
     target.close()
 

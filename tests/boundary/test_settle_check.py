@@ -122,7 +122,7 @@ def way() -> Iterator[SimpleNamespace]:
             abandon=lambda _: None,
             is_unix=False,
             close=lambda: None,
-            holds=lambda: True,
+            is_unchanged=lambda: True,
         )
 
 
@@ -164,7 +164,7 @@ def test_nor_what_it_has_answered_by_http(
     loop: Loop, why: str, monkeypatch: pytest.MonkeyPatch, way: SimpleNamespace
 ) -> None:
     monkeypatch.setattr(probe, "Prober", Probers(loop, why))
-    way.holds = lambda: False
+    way.is_unchanged = lambda: False
     settling = Settling(loop, "http:/", lambda *_: way)
     assert settling.check.note_settle_over(2)
     assert settling.fails() == SHUT_DOWN

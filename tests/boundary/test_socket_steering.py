@@ -23,7 +23,11 @@ from socketprotector.daemon.delivery.host import Host
 from socketprotector.daemon.delivery.probe_target import SHUT_DOWN
 from socketprotector.daemon.delivery.shared import probes, quiescing
 from socketprotector.daemon.delivery.shared.probes import LEAVES_S
-from socketprotector.daemon.delivery.shared.quiescing import LAST_S, QUIET_S, SILENT_S
+from socketprotector.daemon.delivery.shared.quiescing import (
+    GENERATION_LAST_S,
+    GENERATION_QUIET_S,
+    SILENT_S,
+)
 from socketprotector.daemon.delivery.shared.shared_listeners import SharedListeners
 from socketprotector.daemon.delivery.shared.socket_steering import SocketSteering
 from socketprotector.daemon.delivery.shared.socket_watch import FIRST_RESCUE_S
@@ -318,7 +322,7 @@ def test_clients_wait_for_the_next_generation_as_soon_as_a_failed_one_has_left_i
     assert world.waiting() == [0, 1]
 
     world.accept(0)
-    world.pass_time(QUIET_S + 0.2)
+    world.pass_time(GENERATION_QUIET_S + 0.2)
     assert world.quiesced == [1]
 
 
@@ -328,11 +332,11 @@ def test_one_goes_on_while_clients_come_to_it_and_an_earlier_one_has_the_other_s
     """Under stop-first, right after another reload."""
     reloaded.steering.turn_to(1)
     reloaded.quiesce(2)
-    reloaded.pass_time(LAST_S + 1)
+    reloaded.pass_time(GENERATION_LAST_S + 1)
     assert reloaded.quiesced == []
 
     reloaded.steering.leave(1)
-    reloaded.pass_time(QUIET_S + 0.3)
+    reloaded.pass_time(GENERATION_QUIET_S + 0.3)
 
     assert reloaded.quiesced == [2]
 
@@ -342,11 +346,11 @@ def test_clients_of_a_socket_that_another_has_replaced_are_read_first(reloaded: 
     reloaded.steering.turns.note_replaced(reloaded.listener, 0)
     reloaded.unread = {b"early": False}
     supersede(reloaded)
-    reloaded.pass_time(QUIET_S + 1)
+    reloaded.pass_time(GENERATION_QUIET_S + 1)
     assert reloaded.quiesced == []
 
     reloaded.unread = {}
-    reloaded.pass_time(QUIET_S + 0.3)
+    reloaded.pass_time(GENERATION_QUIET_S + 0.3)
 
     assert reloaded.quiesced == [1]
 
@@ -360,7 +364,7 @@ def test_one_quiesces_though_clients_come_while_no_other_generation_accepts(worl
     assert world.waiting() == [0, 1]
 
     world.accept(0)
-    world.pass_time(QUIET_S + 0.2)
+    world.pass_time(GENERATION_QUIET_S + 0.2)
     assert world.quiesced == [1]
     world.steering.leave(1)
 
@@ -376,23 +380,23 @@ def test_where_the_kernel_cannot_tell_for_the_moment_no_client_is_forgotten(
     reloaded.unread = {b"slow": False}
     monkeypatch.setattr(quiescing, "unread_by_port", fails)
     supersede(reloaded)
-    reloaded.pass_time(2 * QUIET_S)
+    reloaded.pass_time(2 * GENERATION_QUIET_S)
     assert reloaded.quiesced == []
     monkeypatch.setattr(quiescing, "unread_by_port", reloaded.ask)
-    reloaded.pass_time(2 * QUIET_S)
+    reloaded.pass_time(2 * GENERATION_QUIET_S)
     monkeypatch.setattr(quiescing, "unread_by_port", fails)
-    reloaded.pass_time(2 * QUIET_S)
+    reloaded.pass_time(2 * GENERATION_QUIET_S)
     assert reloaded.quiesced == []
     monkeypatch.setattr(quiescing, "unread_by_port", reloaded.ask)
     reloaded.unread = {}
-    reloaded.pass_time(2 * QUIET_S)
+    reloaded.pass_time(2 * GENERATION_QUIET_S)
 
     assert reloaded.quiesced == [1]
 
 
 def test_one_quiesces_when_no_client_has_come_for_a_while(reloaded: World) -> None:
     supersede(reloaded)
-    reloaded.pass_time(QUIET_S - 0.15)
+    reloaded.pass_time(GENERATION_QUIET_S - 0.15)
     assert reloaded.quiesced == []
 
     reloaded.pass_time(0.3)
@@ -404,10 +408,10 @@ def test_one_quiesces_when_no_client_has_come_for_a_while(reloaded: World) -> No
 def test_a_waiting_client_is_waited_for_and_then_has_time_to_speak(reloaded: World) -> None:
     reloaded.connect()
     supersede(reloaded)
-    reloaded.pass_time(3 * QUIET_S)
+    reloaded.pass_time(3 * GENERATION_QUIET_S)
     assert reloaded.quiesced == []
     reloaded.accept(0)
-    reloaded.pass_time(QUIET_S - 0.15)
+    reloaded.pass_time(GENERATION_QUIET_S - 0.15)
     assert reloaded.quiesced == []
 
     reloaded.pass_time(0.4)
@@ -421,12 +425,12 @@ def test_a_client_that_another_generation_must_accept_holds_nothing_up(reloaded:
     reloaded.unread = {b"his": False, b"theirs": False}
     reloaded.unaccepted = {b"his", b"theirs"}
     supersede(reloaded)
-    reloaded.pass_time(2 * QUIET_S)
+    reloaded.pass_time(2 * GENERATION_QUIET_S)
     assert reloaded.quiesced == []
 
     reloaded.accept(0)
     del reloaded.unread[b"his"]
-    reloaded.pass_time(QUIET_S + 0.3)
+    reloaded.pass_time(GENERATION_QUIET_S + 0.3)
 
     assert reloaded.quiesced == [1]
 
@@ -444,11 +448,11 @@ def test_a_socket_that_only_a_later_worker_has_is_waited_for(world: World, kille
         assert world.written is not None
         world.resume((1, 0), (2, 1), record=world.written)
     supersede(world)
-    world.pass_time(3 * QUIET_S)
+    world.pass_time(3 * GENERATION_QUIET_S)
     assert world.quiesced == []
 
     world.accept(0)
-    world.pass_time(2 * QUIET_S)
+    world.pass_time(2 * GENERATION_QUIET_S)
 
     assert world.quiesced == [1]
 
@@ -462,7 +466,7 @@ def test_a_socket_that_no_worker_has_is_not_waited_for(world: World) -> None:
     world.connect()
     supersede(world)
 
-    world.pass_time(2 * QUIET_S)
+    world.pass_time(2 * GENERATION_QUIET_S)
 
     assert world.quiesced == [1]
 
@@ -477,7 +481,7 @@ def test_an_unread_client_that_came_before_is_waited_for_and_no_later_one(
     assert reloaded.quiesced == []
 
     del reloaded.unread[b"slow"]
-    reloaded.pass_time(QUIET_S - 0.15)
+    reloaded.pass_time(GENERATION_QUIET_S - 0.15)
     assert reloaded.quiesced == []
     reloaded.pass_time(0.4)
 
@@ -504,7 +508,7 @@ def test_a_client_that_speaks_at_last_is_waited_for_until_it_is_read(reloaded: W
     assert reloaded.quiesced == []
 
     reloaded.unread.clear()
-    reloaded.pass_time(QUIET_S + 0.3)
+    reloaded.pass_time(GENERATION_QUIET_S + 0.3)
 
     assert reloaded.quiesced == [1]
 
@@ -518,7 +522,7 @@ def test_a_machine_that_stands_still_shortens_no_clients_time(reloaded: World) -
 
     assert reloaded.quiesced == []
     reloaded.unread.clear()
-    reloaded.pass_time(QUIET_S + 0.3)
+    reloaded.pass_time(GENERATION_QUIET_S + 0.3)
     assert reloaded.quiesced == [1]
 
 
@@ -538,7 +542,7 @@ def test_a_flood_of_handshakes_is_not_waited_for_for_ever(reloaded: World) -> No
     reloaded.unread = {b"never": False}
     supersede(reloaded)
 
-    reloaded.pass_time(LAST_S + 0.3)
+    reloaded.pass_time(GENERATION_LAST_S + 0.3)
 
     assert reloaded.quiesced == [1]
     assert reloaded.log.events == []  # no client is left waiting
@@ -548,7 +552,7 @@ def test_one_that_does_not_accept_has_its_time_and_is_reported(reloaded: World) 
     reloaded.connect()
     supersede(reloaded)
 
-    reloaded.pass_time(LAST_S + 0.3)
+    reloaded.pass_time(GENERATION_LAST_S + 0.3)
 
     assert reloaded.quiesced == [1]
     assert reloaded.log.events == ["not-accepted"]
@@ -665,7 +669,7 @@ def test_until_the_kernel_steers_to_the_new_one_the_old_one_serves(
     with monkeypatch.context() as broken:
         broken.setattr(reuseport, "steer", fails)
         supersede(reloaded)
-        reloaded.pass_time(2 * LAST_S)
+        reloaded.pass_time(2 * GENERATION_LAST_S)
         assert reloaded.quiesced == []
         assert reloaded.log.events == ["not-steered"]
         [warning] = reloaded.steering.warnings
@@ -674,7 +678,7 @@ def test_until_the_kernel_steers_to_the_new_one_the_old_one_serves(
         assert reloaded.waiting() == [0]
         reloaded.accept(0)
 
-    reloaded.pass_time(QUIET_S + 1)
+    reloaded.pass_time(GENERATION_QUIET_S + 1)
     assert reloaded.quiesced == [1]
     reloaded.connect()
     assert reloaded.waiting() == [1]
@@ -688,7 +692,7 @@ def test_where_the_kernel_does_not_report_handshakes_only_time_counts(
 
     monkeypatch.setattr(quiescing, "unread_by_port", fails)
     supersede(reloaded)
-    reloaded.pass_time(QUIET_S + 0.3)
+    reloaded.pass_time(GENERATION_QUIET_S + 0.3)
 
     assert reloaded.quiesced == [1]
 
@@ -786,7 +790,7 @@ def test_the_generation_before_waits_for_no_client_of_a_new_listener(world: Worl
     world.connect()  # astray
     assert world.waiting() == [0]
     supersede(world)
-    world.pass_time(QUIET_S + 0.2)
+    world.pass_time(GENERATION_QUIET_S + 0.2)
 
     assert world.quiesced == [1]
     assert world.stranded, "the client gets a generation that has the listener"
@@ -1064,7 +1068,7 @@ def test_after_the_last_generation_clients_wait_at_the_other_socket_for_the_next
     world.steering.quiesce_last(1, lambda: over.append(True), float("inf"))
     world.connect()
     assert world.waiting() == [0, 1]
-    world.pass_time(LAST_S + 1.0)
+    world.pass_time(GENERATION_LAST_S + 1.0)
     assert not over, "who came before is still to be accepted"
     world.accept(0)
     world.pass_time(2.0)
@@ -1167,7 +1171,7 @@ def test_it_waits_for_half_a_handshake_no_longer_than_others(reloaded: World) ->
     reloaded.shaking = {b"never"}
     supersede_library(reloaded)
 
-    reloaded.pass_time(LAST_S + 0.3)
+    reloaded.pass_time(GENERATION_LAST_S + 0.3)
 
     assert reloaded.quiesced == [1]
 
@@ -1426,7 +1430,7 @@ def test_a_reload_meanwhile_lets_no_client_in_either(reloaded: World) -> None:
     supersede(reloaded)
     with Unanswered(reloaded.listener.socket.getsockname()) as late:
         late.tries_again()
-        reloaded.pass_time(QUIET_S + 0.3)
+        reloaded.pass_time(GENERATION_QUIET_S + 0.3)
         assert reloaded.quiesced == [1]
         reloaded.steering.leave(1)
         reloaded.steering.enter(3, reloaded.steering.turns.free)
@@ -1608,7 +1612,7 @@ def test_a_generation_that_settled_and_hung_leaves_no_client_where_only_question
         reloaded.resume((2, 1), (1, 0), record=reloaded.written)
     reloaded.steering.turn_to(0, again=True)
     reloaded.quiesce(2)
-    reloaded.pass_time(QUIET_S + 0.2)
+    reloaded.pass_time(GENERATION_QUIET_S + 0.2)
     assert reloaded.quiesced == [2]
     assert "not-accepted" not in reloaded.log.events
 
@@ -1802,7 +1806,7 @@ def test_where_no_silent_socket_can_be_had_clients_are_served_until_it_can(
         assert reloaded.steering.warnings == (why,)
         supersede(reloaded)  # which waits for no hold
         reloaded.accept(0)
-        reloaded.pass_time(QUIET_S + 0.3)
+        reloaded.pass_time(GENERATION_QUIET_S + 0.3)
         assert reloaded.quiesced == [1]
     reloaded.pass_time(1.0)
 
@@ -1948,7 +1952,7 @@ def test_many_listeners_are_one_request_and_slow_answers_cost_no_more_time(world
     supersede(world)
     assert world.asked == 1, "for all of a family"
 
-    world.pass_time(1.5 * (QUIET_S + 0.5))
+    world.pass_time(1.5 * (GENERATION_QUIET_S + 0.5))
 
     assert world.quiesced == [1]
 
@@ -2271,15 +2275,15 @@ def test_what_is_answered_before_workers_keep_clients_out_counts_for_nothing(
 ) -> None:
     before = reloaded.steering.probes.reach_by_mark(2, "")
     assert before is not None
-    assert (before.holds(), before.is_closed()) == (True, False)
+    assert (before.is_unchanged(), before.is_closed()) == (True, False)
 
     close(reloaded.listener.socket_for(1))
 
-    assert not before.holds()
+    assert not before.is_unchanged()
     before.close()
     anew = reloaded.steering.probes.reach_by_mark(2, "")
     assert anew is not None
-    assert (anew.holds(), anew.is_closed()) == (True, True)
+    assert (anew.is_unchanged(), anew.is_closed()) == (True, True)
     anew.close()
     reloaded.resume((1, 0), (2, 1))
     later = reloaded.steering.probes.reach_by_mark(2, "")
@@ -2418,17 +2422,17 @@ def test_a_probe_of_a_path_counts_only_if_it_has_reached_the_generation_s_own_so
     file = Path(way.text)
     aside = file.with_name("aside")
     file.rename(aside)
-    assert not way.holds()
+    assert not way.is_unchanged()
     with socket.socket(socket.AF_UNIX) as other, way.connecting() as client:
         other.bind(way.text)
         other.listen()
         assert client.connect_ex(way.connect_address) == 0
         assert not way.waits(client), "it looks as if a worker had accepted it"
-        assert not way.holds()
+        assert not way.is_unchanged()
         with pytest.raises(OSError, match="another program has replaced"):
             world.steering.probes.reach_by_mark(2, "s")
     aside.rename(file)
-    assert way.holds()
+    assert way.is_unchanged()
 
 
 @pytest.mark.parametrize("held", [1, 2])
@@ -2487,13 +2491,13 @@ def test_a_client_of_a_path_that_waited_is_read_from_before_one_quiesces(
     client.send(b"a request")
     world.steering.enter(2, 1)
     supersede(world)
-    world.pass_time(QUIET_S)
+    world.pass_time(GENERATION_QUIET_S)
     accepted, _ = pair.socket_for(0).accept()
     with accepted:
-        world.pass_time(2 * QUIET_S)
+        world.pass_time(2 * GENERATION_QUIET_S)
         assert world.quiesced == []
         accepted.recv(100)
-        world.pass_time(2 * QUIET_S)
+        world.pass_time(2 * GENERATION_QUIET_S)
 
     assert world.quiesced == [1]
 
@@ -2865,7 +2869,7 @@ def test_a_path_whose_only_socket_lost_its_file_keeps_no_generation_from_its_end
     world.steering.enter(2, 1)
 
     supersede(world)
-    world.pass_time(2 * QUIET_S)
+    world.pass_time(2 * GENERATION_QUIET_S)
 
     assert world.quiesced == [1]
     assert "not-steered" not in world.log.events
@@ -2897,7 +2901,7 @@ def test_an_address_that_cannot_be_steered_limits_the_wait_for_its_own_clients_a
     world.steering.give_back()
     world.steering.quiesce_last(1, lambda: over.append(True), float("inf"))
     assert world.log.events == ["not-steered"]
-    world.pass_time(LAST_S + 1.0)
+    world.pass_time(GENERATION_LAST_S + 1.0)
 
     assert bool(over) == (fault == "no memory" and waits_at_path)
     (pair.socket_for(0) if waits_at_path else world.listener.socket_for(0)).accept()[0].close()

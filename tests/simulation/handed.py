@@ -31,7 +31,7 @@ from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon.config_reader import ConfigAnswer
 from socketprotector.daemon.control import rollout
 from socketprotector.daemon.delivery.shared.open_counts import NO_TAG
-from socketprotector.daemon.delivery.shared.quiescing import LAST_S
+from socketprotector.daemon.delivery.shared.quiescing import GENERATION_LAST_S
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.daemon.delivery.shared.socket_steering import SocketSteering
 from socketprotector.daemon.effects import Effects
@@ -846,7 +846,7 @@ class Handed(World):
         drained_at = opened.record.drained_at if opened is not None else None
         if drained_at is None:
             return
-        if self.kernel.clock_ns / 1e9 - drained_at >= LAST_S:
+        if self.kernel.clock_ns / 1e9 - drained_at >= GENERATION_LAST_S:
             return
         canary = steering_of(protector.effects)._watch.canary
         # Then another generation accepts what waits there.

@@ -15,7 +15,8 @@ PROBE = "SOCKETPROTECTOR_PROBE"
 #: The backlog of a socket for probes.  A small backlog suffices: probes come one after the other,
 #: and a check command makes few connections at once.
 BACKLOG = 16
-#: Why a probe fails if ProbeTarget.holds() returns False: another generation may have answered.
+#: Why a probe fails if ProbeTarget.is_unchanged() returns False: perhaps another generation has
+#: answered.
 SHUT_DOWN = "its listening socket was shut down or closed to clients during the probe"
 
 
@@ -37,7 +38,7 @@ class ProbeTarget:
     abandon: Callable[[socket.socket], None] = lambda connection: None
     #: Returns whether all answers so far surely came from this generation.  If False, discard
     #: earlier and later answers.
-    holds: Callable[[], bool] = lambda: True
+    is_unchanged: Callable[[], bool] = lambda: True
     #: Returns whether the probed socket may be closed to clients: an option that can keep clients
     #: out differs from the same option of the serving generation's socket.  If True, a timer
     #: must not make the probed generation ready (ready_probe.py).

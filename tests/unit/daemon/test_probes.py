@@ -211,12 +211,12 @@ def test_an_answer_counts_while_the_address_leads_to_the_same_open_socket(
 ) -> None:
     target = world.reach(2)
     assert target is not None
-    assert target.holds()
+    assert target.is_unchanged()
     pair.sockets[1].listens = False
-    assert not target.holds()
+    assert not target.is_unchanged()
     pair.sockets[1].listens = True
     world.closing[pair.sockets[1]] = "device"
-    assert not target.holds()
+    assert not target.is_unchanged()
 
 
 @pytest.mark.parametrize("how", ["replaced", "file of another program"])
@@ -225,12 +225,12 @@ def test_an_answer_of_another_socket_at_the_path_counts_for_nothing(
 ) -> None:
     target = world.reach(2)
     assert target is not None
-    assert target.holds()
+    assert target.is_unchanged()
     if how == "replaced":
         path.identities[1] = (9, 9)
     else:
         path.sockets[1].is_unreachable = True
-    assert not target.holds()
+    assert not target.is_unchanged()
 
 
 def test_workers_that_keep_clients_out_are_found_by_comparing_with_the_serving_ones(

@@ -10,7 +10,12 @@ from typing import Any, cast
 import pytest
 
 from socketprotector.daemon.delivery.shared import quiescing
-from socketprotector.daemon.delivery.shared.quiescing import LAST_S, QUIET_S, SILENT_S, Quiescing
+from socketprotector.daemon.delivery.shared.quiescing import (
+    GENERATION_LAST_S,
+    GENERATION_QUIET_S,
+    SILENT_S,
+    Quiescing,
+)
 from socketprotector.daemon.delivery.shared.turns import Turns
 from socketprotector.system.listener import Listener
 from tests.unit.daemon.clock import Clock
@@ -78,7 +83,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 def test_without_clients_it_is_quiet_after_a_second(world: World) -> None:
     world.begin()
-    world.clock.pass_time(QUIET_S - 0.2)
+    world.clock.pass_time(GENERATION_QUIET_S - 0.2)
     assert not world.ended
     world.clock.pass_time(0.4)
     assert len(world.ended) == 1
@@ -107,7 +112,7 @@ def test_there_a_handshake_that_is_under_way_is_waited_for(world: World) -> None
 def test_a_client_that_has_sent_something_is_waited_for_to_the_end(world: World) -> None:
     world.unread = {READ: False}
     world.begin()
-    world.clock.pass_time(LAST_S - 0.5)
+    world.clock.pass_time(GENERATION_LAST_S - 0.5)
     assert not world.ended
     world.clock.pass_time(1)
     assert len(world.ended) == 1
@@ -150,7 +155,7 @@ def test_clients_of_a_replaced_unix_socket_are_waited_for(
     world.turns.unserved = frozenset({(1, INDEX)} if replaced else ())
     monkeypatch.setattr(quiescing, "accepted_unix", lambda: [(name, 7, 1)])
     world.begin()
-    world.clock.pass_time(LAST_S - 1.0)
+    world.clock.pass_time(GENERATION_LAST_S - 1.0)
     assert bool(world.ended) != waits
 
 
@@ -184,17 +189,17 @@ def test_clients_of_the_next_generation_are_none_of_its_own(world: World) -> Non
 def test_as_long_as_clients_come_to_it_time_begins_again(world: World) -> None:
     world.is_steered = False
     world.begin()
-    world.clock.pass_time(3 * LAST_S)
+    world.clock.pass_time(3 * GENERATION_LAST_S)
     assert not world.ended
     world.is_steered = True
-    world.clock.pass_time(QUIET_S + 0.3)
+    world.clock.pass_time(GENERATION_QUIET_S + 0.3)
     assert len(world.ended) == 1
 
 
 def test_a_backlog_that_nobody_accepts_ends_with_a_line(world: World) -> None:
     world.in_backlog = True
     world.begin(common=world.pairs)
-    world.clock.pass_time(LAST_S + 0.2)
+    world.clock.pass_time(GENERATION_LAST_S + 0.2)
     assert len(world.ended) == 1
     assert world.clock.lines == ["not-accepted"]
 
@@ -205,11 +210,11 @@ def test_the_clients_of_the_last_generation_are_waited_for_and_then_read_from(
     """No other generation accepts them."""
     world.in_backlog = True
     world.begin(accept_until=float("inf"))
-    world.clock.pass_time(3 * LAST_S)
+    world.clock.pass_time(3 * GENERATION_LAST_S)
     assert not world.ended
     world.in_backlog = False
     world.unread = {READ: False}
-    world.clock.pass_time(LAST_S - 0.5)
+    world.clock.pass_time(GENERATION_LAST_S - 0.5)
     assert not world.ended
     world.clock.pass_time(1)
     assert len(world.ended) == 1
@@ -224,20 +229,20 @@ def test_only_where_new_clients_can_come_the_last_generation_has_a_limited_time(
     world.pairs[-1] = copy(world.pairs[0]) if addresses == 2 else world.pairs[0]
     world.in_backlog = world.strays = True
     world.begin(accept_until=float("inf"))
-    world.clock.pass_time(LAST_S + 0.2)
+    world.clock.pass_time(GENERATION_LAST_S + 0.2)
     assert len(world.ended) == (addresses == 1)
 
 
 def test_what_cannot_be_looked_up_now_is_not_taken_for_nothing(world: World) -> None:
     world.scarce = True
     world.begin()
-    world.clock.pass_time(LAST_S - 0.5)
+    world.clock.pass_time(GENERATION_LAST_S - 0.5)
     assert not world.ended
     world.scarce = False
     world.unread = {READ: False}
     world.clock.pass_time(0.3)
     world.unread = {}
-    world.clock.pass_time(LAST_S)
+    world.clock.pass_time(GENERATION_LAST_S)
     assert len(world.ended) == 1
 
 
@@ -246,5 +251,5 @@ def test_one_that_has_ended_is_not_looked_at_again(world: World) -> None:
     assert world.quiescing.generations == (1,)
     world.quiescing.end(1)
     assert not world.clock.waits
-    world.clock.pass_time(LAST_S)
+    world.clock.pass_time(GENERATION_LAST_S)
     assert not world.ended

@@ -2,8 +2,8 @@
 
 Connected clients go to the newest generation that knows the listener, because the serving
 generation does not know it.  A timer looks at the backlog until two looks in a row find no client.
-If new clients cannot be refused, the drain ends after LAST_S, once every accepted client is sent.
-Clients that are still in the backlog at this end are lost.
+If new clients cannot be refused, the drain ends after LAST_S, but not before every accepted client
+is sent.  Clients that are still in the backlog at the end are lost.
 
 All remaining clients, except those in the backlog of a passed-in socket, are lost in three cases:
 

@@ -169,7 +169,7 @@ class Probes:
         identity, closing = found.identity(socket_number), socket_snapshot.closing
         closed, serving = closing(listening), found.socket_for(self._turns.number_for(found))
 
-        def holds() -> bool:
+        def is_unchanged() -> bool:
             """Return whether the address still leads to the same socket.
 
             Also returns False if options that can keep clients out have changed.
@@ -182,7 +182,7 @@ class Probes:
         if listening.family == socket.AF_UNIX:  # the socket has its own file: no mark is needed
             no_clients = self._steering.steer() and self._is_for_probes(found, socket_number)
             self._record_source(place, None, no_clients=no_clients)
-            return ProbeTarget(address, None, waits, lambda: None, holds=holds)
+            return ProbeTarget(address, None, waits, lambda: None, is_unchanged=is_unchanged)
         while (mark := bpf.Mark.draw(address[0])) in self.socket_by_mark:
             pass  # draw again: IPv6 has few marks
         self.socket_by_mark[mark] = socket_number
@@ -196,7 +196,9 @@ class Probes:
         def is_closed() -> bool:
             return closed != closing(serving)
 
-        return ProbeTarget(address, mark, waits, close, holds=holds, is_closed=is_closed)
+        return ProbeTarget(
+            address, mark, waits, close, is_unchanged=is_unchanged, is_closed=is_closed
+        )
 
     def _is_for_probes(self, listener: Listener, number: int) -> bool:
         """Return whether a socket gets only probes; the caller has just steered new clients."""

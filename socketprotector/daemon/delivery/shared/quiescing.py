@@ -6,8 +6,8 @@ the kernel for such clients (sock_diag); each round of queries is a look.  The q
 QUERY_SHARE of our time.  If the kernel cannot answer, we wait for a fixed time.
 
 An unread client has sent bytes that its worker has not read.  Over TCP, two other kinds of clients
-count as unread: clients in the handshake, and accepted clients that have sent nothing.  We wait for
-silent clients of the second kind for SILENT_S at most.
+count as unread: clients in the handshake, and accepted clients that have sent nothing (silent
+clients).  We wait for silent clients for SILENT_S at most.
 
 Workers on the client library still read from all their accepted clients after the order to finish.
 For a generation of such workers (`reads_on`) we wait until all clients are accepted, including
@@ -38,11 +38,11 @@ _LOOK_SOON_S = 0.01
 _SOON_LOOKS = 2
 #: Without `reads_on`: a generation is quiet if, for this time, no client waited, and the only
 #: unread clients were accepted clients that had sent nothing.
-QUIET_S = 1.0
+GENERATION_QUIET_S = 1.0
 #: How long to wait for accepted clients that send nothing.
 SILENT_S = 3.0
 #: After this time a generation is ordered to finish even if it has not read from all its clients.
-LAST_S = 10.0
+GENERATION_LAST_S = 10.0
 
 
 @mutable
@@ -54,7 +54,7 @@ class _Generation:
     common: Sequence[Listener]  # single-socket listeners where clients wait
     leave_out: Collection[int]  # indices of listeners whose clients we do not wait for
     reads_on: bool  # its workers read from all accepted clients before they exit
-    accept_until: float  # before this time, LAST_S restarts as long as clients wait
+    accept_until: float  # before this time, GENERATION_LAST_S restarts as long as clients wait
     began: float
     delay_s: float = 0.0  # the planned pause before the next look
     # The sums of planned pauses.  Elapsed time would include a time in which the protector and its
@@ -64,6 +64,7 @@ class _Generation:
     quiet_looks: int = 0
     # The clients that every look has found unread -> whether the client has sent nothing.  With
     # `reads_on`: the clients in the handshake.  None: the next look starts afresh.
+    # The key: the listener's index, and the client's port and address, or inode.
     unread: dict[tuple[int, bytes], bool] | None = None
 
 
@@ -118,15 +119,17 @@ class Quiescing:
     ) -> None:
         """Call back when a generation has accepted and read from all its clients.
 
-        At the latest, calls back LAST_S after new clients can no longer come.  In this case clients
-        may still wait or be unread.
+        At the latest, calls back GENERATION_LAST_S after new clients can no longer come.  In this
+        case clients may still wait or be unread.
 
-        socket_number: the generation's socket.  common: listeners with one socket for all
-        generations; the clients that wait at these listeners must be accepted, too.  leave_out:
-        indices of listeners whose clients need not be accepted.  reads_on: call back once the
-        generation has accepted its clients.  accept_until: before this time, LAST_S restarts as
-        long as clients wait at the generation's own sockets, because no other generation would
-        accept them.  LAST_S does not restart for listeners whose new clients can stray.
+        socket_number: the generation's socket.
+        common: listeners with one socket for all generations.  The clients that wait at these
+        listeners must be accepted, too.
+        leave_out: indices of listeners whose clients need not be accepted.
+        reads_on: call back once the generation has accepted its clients.
+        accept_until: before this time, GENERATION_LAST_S starts again as long as clients wait at
+        the generation's own sockets, because no other generation would accept these clients.
+        Exception: listeners whose new clients can stray (SharedListeners.can_stray()).
         """
         given = socket_number, on_quiet, common, leave_out, reads_on, accept_until
         self._generations[generation] = _Generation(*given, began=time.monotonic())
@@ -183,9 +186,9 @@ class Quiescing:
         if state.reads_on:
             quiet = state.quiet_looks >= _SOON_LOOKS
         else:
-            quiet = state.quiet_s > QUIET_S - _LOOK_S / 2
+            quiet = state.quiet_s > GENERATION_QUIET_S - _LOOK_S / 2
         awaited = unread and state.waited_s < SILENT_S - _LOOK_S / 2
-        late = now - state.began >= LAST_S
+        late = now - state.began >= GENERATION_LAST_S
         if late or (quiet and not awaited):
             if waiting:
                 hint = "the generation's workers have not accepted all clients; after a reload, "

@@ -174,7 +174,7 @@ class SocketSteering(Steering):
         self._watch.watch()
 
     def _report_adopted(self) -> None:
-        """Post HeldClientsWait if held clients wait for the next generation: a stop needs this."""
+        """Post HeldClientsWait if held clients wait for a generation, which a stop must start."""
         free, living = self.turns.free, self._listeners.living
         is_idle = not self.hold.on and free not in self.turns.accepting.values()
         at_paths = (each for each in living if each.path and each.can_be_held)

@@ -15,7 +15,7 @@ from .client import Client, Message
 from .errors import ConnectionLost, NotRecorded, RequestRefused
 from .fields import listed, number_in, text_in
 from .operation import Operation, begin
-from .reload import OUTCOME, TIMEOUT, WAIT, follow, read_status_before
+from .reload import OUTCOME, TIMEOUT, WAIT, await_success, read_status_before
 from .reload_progress import Awaited
 
 _OUTCOME = (*OUTCOME, "release", "from_release")
@@ -83,10 +83,10 @@ def deploy(
     SocketProtector moves the link to it. If the release fails, the exit status is 3: the old
     release is still serving, and the link is unchanged.
 
-    Exit status 2: nothing was tried. Either --expect names another release than the serving one,
-    the link leads to another release, --current is no symbolic link, or this protector does not own
-    the link. 5: the release is serving, but the link or the history is not on disk yet. 6: another
-    deploy, reload or dry run is in progress.
+    Exit status 2: nothing was tried. Either --expect or the link names a release that is not
+    serving, --current is no symbolic link, or this protector does not own the link. 5: the release
+    is serving, but the link or the history is not on disk yet. 6: another deploy, reload or dry run
+    is in progress.
     """
     arguments = _set_only(release=release, expect=expect, force=force, dry_run=dry_run)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
@@ -212,7 +212,7 @@ def _await_deploy(
         operation.finish("requested", words)
         return
     failed = f"release {name} is not ready to deploy" if dry_run else f"release {name} not deployed"
-    success = follow(operation, before, promised, failed, dry_run=dry_run)
+    success = await_success(operation, before, promised, failed, dry_run=dry_run)
     if dry_run:
         operation.finish("passed", f"would deploy release {name}: {success}")
         return

@@ -112,7 +112,9 @@ def reload(
             operation.finish("requested", words)
             return
         failed = "not ready to reload" if dry_run else "not reloaded"
-        success = follow(operation, before, promised, failed, dry_run=dry_run, drained=drained)
+        success = await_success(
+            operation, before, promised, failed, dry_run=dry_run, drained=drained
+        )
         words = f"would reload: {success}" if dry_run else f"reloaded: {success}"
         operation.finish("passed" if dry_run else "reloaded", words)
 
@@ -126,7 +128,7 @@ def read_status_before(operation: Operation) -> Message:
     return before
 
 
-def follow(
+def await_success(
     operation: Operation,
     before: Message,
     promised: int,
@@ -141,8 +143,8 @@ def follow(
     before: the status before the request.
     promised: the number of the generation, from the answer to the request.
     failed: the first words of the error.
-    dry_run: then wait for the end of this generation.
-    drained: then wait for the end of the older generations.
+    dry_run: also wait for the end of this generation.
+    drained: after a success, also wait for the end of the older generations.
     """
     old = before.get("route")
     operation.outcome["generation"] = promised
@@ -152,7 +154,7 @@ def follow(
     protector_stays = False
     if dry_run or (drained and found.succeeded):
         ending = (_DryRunGeneration if dry_run else _OlderGenerations)(found.generation, watched)
-        with _or_end_of_protector(lambda: dry_run or ending.stopping):
+        with _end_of_protector_suffices(lambda: dry_run or ending.stopping):
             operation.wait(ending, status_first=True)
             protector_stays = not ending.stopping
     status_after = _count_losses(operation)
@@ -268,15 +270,15 @@ def _await_verdict(operation: Operation, watched: Reload) -> Verdict:
 
 
 @contextmanager
-def _or_end_of_protector(suffices: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Suppress the error if the protector ends while the block waits, and suffices() is true.
+def _end_of_protector_suffices(when: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Suppress the error if the protector ends while the block waits, and when() is true.
 
     The block waits for the end of the protector, or of generations, which end with the protector.
     """
     try:
         yield
     except NoProtector as error:
-        if error.code != "dead" or not suffices():
+        if error.code != "dead" or not when():
             raise
 
 
@@ -386,7 +388,7 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
         if not wait:
             operation.finish("requested", "stop requested")
             return
-        with _or_end_of_protector():
+        with _end_of_protector_suffices():
             operation.wait(_Stopped(operation.tell))
         for pidfd in pidfds:
             waits_for = "the protector's process to end"

@@ -137,7 +137,7 @@ class RenewRequested(Event):
 
 @frozen
 class KillRequested(Event):
-    """An operator requested KILL for a draining or failed generation."""
+    """An operator requested KILL for a draining or abandoned generation."""
 
     generation: int
 

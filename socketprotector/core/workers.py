@@ -329,10 +329,10 @@ def _retire(step: Step, number: int, worker: Worker) -> None:
 
 
 def kill_requested(step: Step, number: int) -> None:
-    """Send KILL to a draining or failed generation; refuse any other."""
+    """Send KILL to a draining or abandoned generation; refuse any other."""
     generation = step.fleet.generation(number)
     if generation is None or generation.phase not in (Phase.DRAINING, Phase.ABANDONED):
-        reason = f"kill takes only draining or failed generations, not {number}; see `status`"
+        reason = f"kill takes only draining or abandoned generations, not {number}; see `status`"
         step.do(Report(ReportKind.REFUSED, number, reason))
         return
     step.forget_waiting(number)

@@ -141,8 +141,8 @@ def release(instance: Instance, as_json: bool) -> None:
 def promote(instance: Instance, now: bool, as_json: bool) -> None:
     """End the current stage of a rollout.
 
-    The command ends the time of a canary, which then gets all new clients. It also ends --settle:
-    the new generation is serving, or a rolling reload replaces the remaining workers.
+    After a canary's stage, the new generation gets all new clients. After --settle, the new
+    generation is serving; a rolling reload instead replaces the remaining workers.
 
     With --now the new generation skips all stages and is serving at once.
     """
@@ -214,10 +214,10 @@ def _pids(processes: Iterable[Message]) -> set[int]:
     return {number_in(each, "pid") for each in processes}
 
 
-@command(short_help="Send KILL to the workers of a draining or failed generation.")
+@command(short_help="Send KILL to the workers of a draining or abandoned generation.")
 @click.argument("generation", type=GENERATION, shell_complete=known_generations)
 def kill(instance: Instance, generation: int, as_json: bool) -> None:
-    """Send KILL to the workers of a draining or failed generation; their connections are lost."""
+    """Send KILL to the workers of a draining or abandoned generation; their connections end."""
     result = instance.request("kill", generation=generation)
     killed = number_in(result, "workers")
     answer(

@@ -598,7 +598,7 @@ def test_a_worker_that_has_term_gets_no_second_one_when_it_is_too_slow(story: St
 
 def test_an_operator_may_kill_only_what_is_leaving(story: Story) -> None:
     story.given_serving(workers=2)
-    reason = "kill takes only draining or failed generations, not {}; see `status`"
+    reason = "kill takes only draining or abandoned generations, not {}; see `status`"
     for number in (1, 77):
         refused = Report(ReportKind.REFUSED, number, reason.format(number))
         assert story.when(KillRequested(number)) == [refused]

@@ -160,7 +160,7 @@ def _session_members(leader: int) -> list[int]:
 
 def _why_hidden(pid: int, error: OSError) -> str:
     """Return why a process's sockets cannot be read; "" if the process has ended."""
-    # Only root may read a zombie's descriptors.  A zombie has no sockets, so nothing is hidden.
+    # Only root can read a zombie's descriptors.  A zombie has no sockets, so nothing is hidden.
     if procfs.is_alive(pid) is False or not process_exists(pid):
         return ""
     if isinstance(error, PermissionError):

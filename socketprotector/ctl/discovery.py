@@ -23,7 +23,7 @@ from .fields import label, listed, text_in
 from .query_all import SocketAnswer, query_all
 
 _NAMES_SHOWN = 8
-#: How long a restarted protector may take to write its pid file.
+#: How long to wait until a restarted protector has written its pid file.
 _RESTART_S = 2.0
 _TRY_EVERY_S = 0.05
 

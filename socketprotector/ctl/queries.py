@@ -302,7 +302,7 @@ def _events_client(path: str, follow: bool) -> Client:
 
 
 def _reconnect(client: Client, follow: bool) -> None:
-    """Connect again.  follow: try without end; otherwise raise NoProtector."""
+    """Connect again.  Raises NoProtector after RETURN_S; with `follow`, tries without end."""
     while True:
         try:
             client.reconnect()

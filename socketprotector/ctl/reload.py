@@ -341,7 +341,7 @@ def _raise_failed(operation: Operation, found: Verdict, failed: str) -> None:
 
 
 def _last_words(client: Client, generation: int) -> str:
-    """Return the last words of a generation's worker that crashed last; "" if there are none.
+    """Return the newest last words of a generation's failed workers; "" if there are none.
 
     They are also in an event, but this event is lost if the connection was cut.
     """

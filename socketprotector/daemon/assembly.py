@@ -421,7 +421,7 @@ class Resident:
             group=settings.control_group,
             status_group=settings.status_group,
         )
-        runtime.log.observe(control.tell)
+        runtime.log.observe(control.send_event)
         return control
 
     # -- the end -------------------------------------------------------------------

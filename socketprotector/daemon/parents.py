@@ -26,7 +26,7 @@ _MANAGER_S = 1.0
 
 
 class Parents:
-    """The line (a socket) to the guard, the messages to both parents, and the fd store."""
+    """The line (a socket) to the guard, the messages to guard and systemd, and the fd store."""
 
     def __init__(
         self, line: int | None, kept: Collection[str], later: Callable[[Callable[[], None]], None]

@@ -88,8 +88,8 @@ class Recovery:
     def dismiss_unknown(self) -> None:
         """Let the workers that are missing from the state finish.
 
-        Such a worker was started just before the protector was killed.  The worker gets the finish
-        signal, if there is one, and reads end of file on its RETURN line, which is closed here.
+        Such a worker was started just before the protector was killed.  We send the worker the
+        finish signal, if the program has one, and close its RETURN line.
 
         Also close the descriptors of workers that the state mentions, but that cannot be adopted;
         _report_missing() handles these workers.

@@ -174,8 +174,8 @@ class Releases:
     def _is_own_failure(self, name: str, report: Report, program: Program | None) -> bool:
         """Return whether the release itself caused the reported failure.
 
-        A rollback skips the release only if it did.  A stop that ends a reload is not caused by the
-        release, nor is a mistake in the configuration whose message names no path of the release.
+        A rollback skips the release only if it did.  The release has not caused a stop that ends a
+        reload, nor a mistake in the configuration whose message names no path of the release.
         """
         if report.reason == stop.CALLED_OFF:
             return False

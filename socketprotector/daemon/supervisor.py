@@ -1,8 +1,8 @@
 """Passes each event to core/decide.py, and the resulting actions to effects.py.
 
 Most signals, pidfds, timers and notify sockets act only by events on the queue.  This module
-itself decides only what a signal means, and whether an upgrade, a dry run or a change of the
-number of workers is possible.
+itself decides two things: what a signal means, and whether an upgrade, a dry run or `scale` is
+possible.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Supervisor:
         self._work()
 
     def run(self) -> int:
-        """Supervise until the fleet has ended.  Returns the exit status."""
+        """Supervise until the fleet has ended; return the exit status."""
         self._reap_orphans()  # an upgrade may have come before we reaped all exited children
         self.runtime.loop.run()
         self.upgrade.end()

@@ -121,9 +121,10 @@ class Serving:
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
         """Return the state after a verdict.
 
-        most: the state becomes UNHEALTHY after this many verdicts BAD or REFUSED since the last
-        GOOD verdict, and UNKNOWN after this many inconclusive verdicts in a row.  For a serving
-        generation CANNOT, UNREACHED, MOVED and NO_TARGET are inconclusive (`case _`).
+        most: the number of verdicts that changes the state.  The state becomes UNHEALTHY after so
+        many verdicts BAD or REFUSED since the last GOOD verdict, and UNKNOWN after so many
+        inconclusive verdicts in a row.  For a serving generation CANNOT, UNREACHED, MOVED and
+        NO_TARGET are inconclusive (`case _`).
         """
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason

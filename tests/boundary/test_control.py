@@ -82,7 +82,7 @@ class Desk:
             client.follows = True
         if request.command == "diff":
             raise RequestError("refused", "not here", request.id)
-        client.say(answer(request.id, {"command": request.command}))
+        client.send_line(answer(request.id, {"command": request.command}))
 
     def turns_until(self, fact: Callable[[], bool], what: str) -> None:
         """Let the loop turn until something is so."""
@@ -275,7 +275,7 @@ def test_a_line_may_be_so_long_and_no_longer(desk: Desk) -> None:
 
 
 def say_much(client: Client, request: Request) -> None:
-    client.say(answer(request.id, {"much": "x" * 300_000}))
+    client.send_line(answer(request.id, {"much": "x" * 300_000}))
 
 
 def test_a_client_that_reads_no_answers_gets_no_more_until_it_does(desk: Desk) -> None:
@@ -298,7 +298,7 @@ def test_a_client_that_reads_no_answers_gets_no_more_until_it_does(desk: Desk) -
 def test_a_client_with_too_many_unread_answers_is_ended(desk: Desk) -> None:
     def say_too_much(client: Client, request: Request) -> None:
         for _ in range(20):
-            client.say(b"x" * 99_999 + b"\n")
+            client.send_line(b"x" * 99_999 + b"\n")
 
     desk.answers = say_too_much
     caller = desk.call(STATUS)
@@ -328,7 +328,7 @@ def test_events_go_only_to_clients_that_follow_them(desk: Desk) -> None:
     assert follower.hear() == [ok("events")]
     assert other.hear() == [ok()]
 
-    desk.control.tell("info", "ready", {"generation": 1})
+    desk.control.send_event("info", "ready", {"generation": 1})
 
     [event] = follower.hear()
     assert event.pop("at") <= time.time()
@@ -346,18 +346,18 @@ def test_events_that_a_client_does_not_read_are_left_out_and_counted(desk: Desk)
     number = 0
     while not any(each._dropped for each in desk.control._clients.values()):
         number += 1
-        desk.control.tell("info", "spam", {"number": number, "text": "x" * 10_000})
+        desk.control.send_event("info", "spam", {"number": number, "text": "x" * 10_000})
         assert reader.hear()[0]["number"] == number
         assert number < 1000
     for _ in range(9):
-        desk.control.tell("info", "spam", {"number": 0, "text": "x" * 10_000})
+        desk.control.send_event("info", "spam", {"number": 0, "text": "x" * 10_000})
     reader.hear(9)
 
     kept = sleeper.hear(number - 1)
     assert [each["number"] for each in kept] == list(range(1, number))
     assert not any("dropped" in each for each in kept)
-    desk.control.tell("info", "ready", {})
-    desk.control.tell("info", "drained", {})
+    desk.control.send_event("info", "ready", {})
+    desk.control.send_event("info", "drained", {})
     first, second = sleeper.hear(2)
 
     assert (first["event"], first["dropped"]) == ("ready", 10)
@@ -370,7 +370,7 @@ def test_a_follower_that_has_gone_is_sent_nothing(desk: Desk) -> None:
     follower.socket.close()
 
     for _ in range(3):
-        desk.control.tell("info", "ready", {})  # before the loop has seen its end
+        desk.control.send_event("info", "ready", {})  # before the loop has seen its end
 
     desk.turns_until(lambda: desk.clients == 0, "its end")
 
@@ -431,7 +431,7 @@ def test_a_client_that_asks_or_follows_stays(
         silent.hear_end()
         asker = desk.call(STATUS)
 
-    desk.control.tell("info", "ready", {})
+    desk.control.send_event("info", "ready", {})
 
     assert follower.hear()[0]["event"] == "ready"
 
@@ -605,7 +605,7 @@ def test_clients_may_vanish_in_the_middle_of_anything(desk: Desk) -> None:
         elif act < 0.7:
             each.look()
         elif act < 0.75:
-            desk.control.tell("info", "spam", {"text": "x" * chance.choice((10, 100_000))})
+            desk.control.send_event("info", "spam", {"text": "x" * chance.choice((10, 100_000))})
         elif act < 0.8:
             each.socket.shutdown(chance.choice((socket.SHUT_WR, socket.SHUT_RD)))
         elif act < 0.95:
@@ -648,7 +648,7 @@ def test_at_the_end_what_has_been_asked_is_answered(desk: Desk) -> None:
 
     desk.control.finish()
 
-    desk.control.tell("info", "stopped", {})
+    desk.control.send_event("info", "stopped", {})
     heard = [
         [json.loads(line) for line in each.socket.recv(65536).splitlines()]
         for each in (known, waiting)
@@ -754,7 +754,7 @@ def test_a_follower_for_whose_event_there_is_no_memory_ends_and_nothing_is_raise
         raise MemoryError
 
     monkeypatch.setattr(control_requests, "event", fails)
-    desk.control.tell("info", "ready", {})
+    desk.control.send_event("info", "ready", {})
 
     follower.hear_end()
     assert desk.clients == 0

@@ -77,7 +77,7 @@ class CommandHandler:
         definition = control_requests.COMMANDS[request.command]
         if request.command == "events":
             client.follows = True
-            client.say(control_requests.answer(request.id, {}))
+            client.send_line(control_requests.answer(request.id, {}))
             return
         try:
             fleet = self.supervisor.fleet
@@ -108,7 +108,7 @@ class CommandHandler:
                 "internal error; details are in the log (event=command-failed)",
                 request.id,
             ) from error
-        client.say(control_requests.answer(request.id, result))
+        client.send_line(control_requests.answer(request.id, result))
 
     # -- commands that read ------------------------------------------------------
 
@@ -202,10 +202,10 @@ class CommandHandler:
         def done(answer: ConfigAnswer) -> None:
             if answer.failure:
                 wrong = RequestError(answer.code, answer.failure, request.id)
-                client.say(control_requests.refusal(wrong))
+                client.send_line(control_requests.refusal(wrong))
             else:
                 result = {"changes": list(answer.changes), "needs_restart": list(answer.fixed)}
-                client.say(control_requests.answer(request.id, result))
+                client.send_line(control_requests.answer(request.id, result))
 
         if not self._effects.live_settings.compare(done):
             raise RequestError("busy", "another diff is in progress; try again after it")
@@ -219,12 +219,12 @@ class CommandHandler:
         def answered(version: str, failure: str) -> None:
             if not version and not failure:
                 called_off = "the upgrade check was called off, because an upgrade has begun"
-                client.say(
+                client.send_line(
                     control_requests.refusal(RequestError("refused", called_off, request.id))
                 )
                 return
             result = {"from": __version__, "version": version or None, "reason": failure or None}
-            client.say(control_requests.answer(request.id, result))
+            client.send_line(control_requests.answer(request.id, result))
 
         if self.supervisor.upgrade_waits_for() or self.supervisor.upgrade.is_checking:
             raise RequestError(

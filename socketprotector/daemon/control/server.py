@@ -66,7 +66,7 @@ class Client:
         self._await_request()
         self._resume()
 
-    def say(self, line: bytes) -> None:
+    def send_line(self, line: bytes) -> None:
         """Send a line, now or once the client has read the earlier lines."""
         if self.gone or self._ending:
             return
@@ -79,7 +79,7 @@ class Client:
         else:
             self._send()
 
-    def tell(self, line: Callable[[Mapping[str, object]], bytes]) -> None:
+    def send_event(self, line: Callable[[Mapping[str, object]], bytes]) -> None:
         """Send an event, or drop it if the client has too much unread data.
 
         line: adds fields to the event, and returns the event's line.  After dropped events, the
@@ -92,11 +92,11 @@ class Client:
             self._dropped += 1
             return
         self._dropped = 0
-        self.say(data)
+        self.send_line(data)
 
-    def end(self, line: bytes) -> None:
-        """Send a last line, and close."""
-        self.say(line)
+    def send_last(self, line: bytes) -> None:
+        """Send a last line, and close the connection once all lines are sent."""
+        self.send_line(line)
         self._ending = True
         if not self._unsent:
             self.close()
@@ -154,7 +154,7 @@ class Client:
             line, rest = bytes(found), after if end else None
         if len(line) > control_requests.LINE_BYTES:
             most = f"a line may have at most {control_requests.LINE_BYTES} bytes"
-            self.end(control_requests.refusal(control_requests.RequestError("invalid", most)))
+            self.send_last(control_requests.refusal(control_requests.RequestError("invalid", most)))
         elif rest is not None:
             self._received = rest
             self._await_request()
@@ -234,7 +234,7 @@ class ControlServer:
 
     listener: Listener
     loop: Loop
-    #: Answers a request, by client.say() now or later.  Raises RequestError.
+    #: Answers a request, by client.send_line() now or later.  Raises RequestError.
     handle: Callable[[Client, control_requests.Request], None]
     #: Called with the pid of a worker that reports readiness by einhorn's protocol, and expects no
     #: answer (model/einhorn.py).
@@ -251,11 +251,13 @@ class ControlServer:
         refuse_descriptors(self.listener.socket)
         self._listen()
 
-    def tell(self, level: str, name: str, fields: Mapping[str, object]) -> None:
+    def send_event(self, level: str, name: str, fields: Mapping[str, object]) -> None:
         """Send an event to all clients that follow events."""
         at = time.time()
         for client in [each for each in self._clients.values() if each.follows]:
-            client.tell(lambda more: control_requests.event(name, at, level, {**fields, **more}))
+            client.send_event(
+                lambda more: control_requests.event(name, at, level, {**fields, **more})
+            )
 
     def finish(self) -> None:
         """Before a close: accept the waiting clients, and answer the requests received so far."""
@@ -291,7 +293,7 @@ class ControlServer:
                 raise control_requests.RequestError("denied", why, request.id)
             self.handle(client, request)
         except control_requests.RequestError as wrong:
-            client.say(control_requests.refusal(wrong))
+            client.send_line(control_requests.refusal(wrong))
 
     def forget(self, fd: int) -> None:
         self._clients.pop(fd, None)
@@ -326,7 +328,7 @@ class ControlServer:
             self._clients[sock.fileno()] = client
             client.begin()
             return
-        client.end(control_requests.refusal(wrong))
+        client.send_last(control_requests.refusal(wrong))
         client.close()
 
     def _commands_for(self, sock: socket.socket) -> Collection[str]:

@@ -195,7 +195,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def active(self, generation: OpenGeneration) -> int | None:
-        """Return the number of a generation's open connections; None: unknown.
+        """Return the number of a generation's open connections; None: unknown, as in queue/.
 
         The caller needs this number for workers that do not count their connections.
         """
@@ -212,7 +212,7 @@ class Delivery(ABC):
     def is_stuck(self, generation: OpenGeneration | None) -> bool:
         """Return whether clients wait for a generation, and its workers accept none.
 
-        generation: None, if no generation serves, gives False.
+        Returns False for None, which means that no generation serves.
         """
 
     @abstractmethod
@@ -287,8 +287,8 @@ class Delivery(ABC):
 
         If new clients cannot be refused, accept them for LAST_S at most.
         serving: the serving generation.  quick: close at once, and post nothing.
-        stay: instead of refusing new clients, let our own listeners survive; later clients wait
-        there for the next start.
+        stay: instead of refusing new clients, let our own listeners survive.  Later clients wait
+        at these listeners for the next start.
         """
 
     # -- the delivery as a whole ---------------------------------------------------------

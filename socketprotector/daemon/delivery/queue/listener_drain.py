@@ -101,8 +101,8 @@ class DrainingListeners:
     def end(self, channel: Channel | None = None) -> None:
         """Close the listeners that drain to a channel, and lose their clients.
 
-        channel: None: close all draining listeners.  The backlog of a passed-in socket is not
-        lost: see close().
+        channel: None means all channels, so all draining listeners are closed.  The backlog of a
+        passed-in socket is not lost: see close().
         """
         for each in self._to(channel) if channel is not None else tuple(self._draining):
             self._end(each)
@@ -149,6 +149,7 @@ class DrainingListeners:
         self._undelivered.persist()
 
     def _look(self, each: _Draining) -> None:
+        """Send what can be sent; end the drain, or look again later."""
         moved = 0
         try:
             while moved < BURST and self._move(each):

@@ -139,7 +139,7 @@ class SocketSteering(Steering):
         """Undo a generation's changes to sockets; gone: all its workers have exited."""
         if not self._repairs.ended:  # during a close, new clients must stay refused
             self._repairs.options.end(generation, socket_number, self.turns.accepting, gone=gone)
-        if self.turns.accepting and max(self.turns.accepting) < generation:
+        if self.turns.accepting and max(self.turns.accepting) < generation:  # a release has failed
             self._repair()
 
     def turn_hold(self, on: bool) -> None:

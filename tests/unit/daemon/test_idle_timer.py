@@ -60,7 +60,7 @@ def test_the_end_of_a_stage_says_whether_clients_wait_in_vain() -> None:
         generations={2: "stuck"},
         _sharing=2,
         met=lambda number: 7 + number,
-        probing=SimpleNamespace(awaits=lambda _: False),
+        probing=SimpleNamespace(note_settle_over=lambda _: False),
     )
     Effects._start_timer(cast("Effects", effects), settle, 60.0)
     timer.run_out()

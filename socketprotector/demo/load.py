@@ -240,10 +240,6 @@ class Load:
                     self._say(heapq.heappop(self._pauses)[2])
                 while self._may_begin() and now_s >= self._next_begin_s:
                     self._begin()
-                if now_s >= sweep_s:
-                    sweep_s = now_s + SWEEP_S
-                    for late in [c for c in self._open.values() if c.due_s and c.due_s < now_s]:
-                        self._fail(late, "timed_out", "the end" if late.ending else repr(late.line))
                 if not self._open and (self._stopping or self._left == 0):
                     return
                 wake_s = sweep_s
@@ -251,14 +247,23 @@ class Load:
                     wake_s = min(wake_s, self._next_begin_s)
                 if self._pauses:
                     wake_s = min(wake_s, self._pauses[0][0])
-            ready = self._poll.poll(max(0.0, wake_s - time.monotonic()))
+            polled_s = time.monotonic()
+            ready = self._poll.poll(max(0.0, wake_s - polled_s))
             with self._changed:
                 for fd, events in ready:
                     if fd == self._wake:
                         os.eventfd_read(fd)
                     elif fd in self._open:
                         self._go_on(self._open[fd], events)
+                # Only now: after a pause of this process an answer may have come in time.
+                if polled_s >= sweep_s:
+                    sweep_s = polled_s + SWEEP_S
+                    self._fail_late(polled_s)
                 self._changed.notify_all()
+
+    def _fail_late(self, now_s: float) -> None:
+        for late in [each for each in self._open.values() if 0 < each.due_s < now_s]:
+            self._fail(late, "timed_out", "the end" if late.ending else repr(late.line))
 
     def _may_begin(self) -> bool:
         return not self._stopping and self._left != 0 and len(self._open) < self._concurrency

@@ -6,11 +6,13 @@ import errno
 import io
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from types import SimpleNamespace
 from typing import cast
 
@@ -105,6 +107,28 @@ def test_it_says_how_many_have_failed_and_how(told: io.StringIO) -> None:
     lines = told.getvalue().splitlines()
     assert lines[-1] == "0 connections, 3 failed"
     assert lines.count("refused: [Errno 111] Connection refused") == 3
+
+
+def test_an_answer_that_came_while_the_load_itself_stood_still_is_not_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("socketprotector.demo.load.SWEEP_S", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        load = Load(f"127.0.0.1:{server.getsockname()[1]}", concurrency=1, count=1, timeout_s=1000)
+        poll = load._poll
+
+        def stand_still(timeout_s: float) -> list[tuple[int, int]]:
+            """Find nothing; before the load goes on, the answer comes, and then its time is up."""
+            with server.accept()[0] as client:
+                client.sendall(b"[1] " + client.recv(100))
+            for each in load._open.values():
+                each.due_s = time.monotonic()
+            load._poll = poll
+            return []
+
+        load._poll = cast("select.epoll", SimpleNamespace(register=poll.register, poll=stand_still))
+        seen = load.start().join()
+    assert (seen.connections, seen.failures) == (1, ())
 
 
 @pytest.mark.parametrize(

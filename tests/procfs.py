@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,6 +39,19 @@ def parent_of(pid: int) -> int:
     except GONE:
         return 0
     return 0 if state == "Z" else int(parent)
+
+
+def in_sessions(leaders: Collection[int]) -> list[int]:
+    """The processes in the sessions of these workers."""
+
+    def session(pid: int) -> int:
+        try:
+            return os.getsid(pid)
+        except ProcessLookupError:
+            return 0
+
+    pids = [int(each) for each in os.listdir("/proc") if each.isdigit()]
+    return [pid for pid in pids if session(pid) in leaders]
 
 
 def terminal_of(pid: int) -> int:

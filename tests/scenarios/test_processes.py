@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.load import Load
+from tests.procfs import in_sessions
 from tests.rounds import rounds
 from tests.running import WORKERS, Client, Protector, eventually
 from tests.scenarios.adopting import kill_protector, revived, served
@@ -150,22 +151,6 @@ def test_orphans_and_grandchildren_are_gone_after_the_drain_timeout(
         os.kill(parent, signal.SIGKILL)
         for each in session:
             eventually(lambda pid=each: gone(pid), "its end")  # type: ignore[misc]
-
-
-def in_sessions(leaders: Collection[int]) -> list[int]:
-    """Return the processes in the sessions of these workers."""
-
-    def session(pid: int) -> int:
-        try:
-            return os.getsid(pid)
-        except ProcessLookupError:
-            return 0
-
-    return [
-        int(each)
-        for each in os.listdir("/proc")
-        if each.isdigit() and session(int(each)) in leaders
-    ]
 
 
 @pytest.mark.timeout(rounds(120, 1800))

@@ -1,4 +1,7 @@
-"""An honest worker on the client library: `[pid] line` for each line, many at once."""
+"""An honest worker on the client library: `[pid] line` for each line, many at once.
+
+echo.py [THREADS [grandchild]]
+"""
 
 import os
 import socket
@@ -14,4 +17,6 @@ def handle(connection: socket.socket, address: object) -> None:
             lines.flush()
 
 
+if "grandchild" in sys.argv:
+    os.posix_spawnp("sleep", ["sleep", "3600"], os.environ)
 serve(handle, threads=int(sys.argv[1]) if len(sys.argv) > 1 else 32)

@@ -1,12 +1,14 @@
 """What every program here answers: its pid, at once or when a gate opens.
 
 `GET /` answers with the process's number.  `GET /PATH-OF-A-FIFO` first reads that to its end.
+`GET /hello-N`, which tests/load.py sends, takes 5 ms, so kills meet requests under way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
@@ -15,6 +17,9 @@ from socketprotector_client import draining
 
 def page(path: str) -> bytes:
     """Answer a request; blocks at a gate."""
+    if path.startswith("/hello-"):
+        time.sleep(0.005)
+        return b"[%d] %s\n" % (os.getpid(), path[1:].encode())
     if path != "/":
         with open(path, "rb") as gate:
             gate.read()

@@ -27,7 +27,8 @@ from tests.scenarios.operating import Operated, Operating
 from tests.scenarios.tools import EITHER_HANDOFF, hold, library_worker, pid_in, spawned
 from tests.web import Connection
 
-LIMITS = ("--drain-timeout", "1s", "--kill-timeout", "1s")
+#: After the drain timeout TERM must suffice; KILL would only hide what does not end by it.
+LIMITS = ("--drain-timeout", "2s", "--kill-timeout", "20s")
 #: Before the back-off for quick deaths would make a slot wait long, a reload forgets them.
 KILLS_A_RELEASE = 8
 #: Conversations begun in a second: more would take the processors from what starts.  And how long
@@ -138,7 +139,7 @@ def nothing_is_left(web: Operated, workers: int, children: int = 0) -> None:
 @needs_both
 @pytest.mark.slow
 @pytest.mark.costly
-@pytest.mark.timeout(rounds(120, 900))
+@pytest.mark.timeout(rounds(300, 1800))
 @EITHER_HANDOFF
 @pytest.mark.parametrize("program", ["serve", "asgi", "wsgi"])
 def test_each_kill_of_a_plain_worker_costs_only_what_it_had_taken(
@@ -162,7 +163,7 @@ def test_each_kill_of_a_plain_worker_costs_only_what_it_had_taken(
 @needs_both
 @pytest.mark.slow
 @pytest.mark.costly
-@pytest.mark.timeout(rounds(120, 900))
+@pytest.mark.timeout(rounds(300, 1800))
 @EITHER_HANDOFF
 @APPLICATION
 def test_each_kill_of_a_child_costs_what_it_had_taken_and_of_its_parent_nothing(
@@ -221,7 +222,7 @@ ENDS: Sequence[tuple[Callable[[Protector], None], bool, bool]] = (
 
 @pytest.mark.slow
 @pytest.mark.costly
-@pytest.mark.timeout(rounds(120, 900))
+@pytest.mark.timeout(rounds(300, 1800))
 @EITHER_HANDOFF
 def test_guards_parents_and_protectors_killed_in_turn_leave_nothing(
     protector: Callable[..., Protector], free_port: Callable[[], int], handoff: str

@@ -1,7 +1,6 @@
 """Starts a daemon from a command line: read, check, bind, detach, execute the resident process.
 
-options.py has every option.  The operator starts the launching process, which waits for the
-verdict of the first start, and exits with it.  With -f the launching process becomes the resident
-process.  The resident process loads none of these modules.
+The launching process waits for the verdict of the first start, and exits with it; with -f it
+becomes the resident process, which loads none of these modules.  options.py has every option.
 May import: model, programs, system.
 """

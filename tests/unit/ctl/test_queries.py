@@ -470,7 +470,7 @@ def test_diff(fake: Fake, ctl: Ctl) -> None:
     fake.answers["diff"] = lambda *_: fixed
     said = ctl("diff")
     assert (said.status, said.out) == (3, "name: a -> b; needs a restart\n")
-    assert said.err.startswith("socketprotectorctl: a reload would be refused: 1 change ")
+    assert said.err.startswith("socketprotectorctl: a reload would be refused: 1 of the changes ")
     assert (ctl("diff", "--json").status, json.loads(ctl("diff", "--json").out)) == (3, fixed)
 
     def invalid(*_: object) -> Message:

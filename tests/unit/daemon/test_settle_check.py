@@ -39,8 +39,8 @@ class World:
             lambda: self.counts,
         )
 
-    def _make(self, *_: object, reads: Callable[[int], bytes], **__: object) -> object:
-        self.reads = reads
+    def _make(self, *_: object, input_of: Callable[[int], bytes], **__: object) -> object:
+        self.reads = input_of
         return SimpleNamespace(send=self._send, end=lambda: None)
 
     def _send(self, *args: Any) -> None:

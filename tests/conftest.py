@@ -238,6 +238,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     summary.add_option(parser)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector: pytest.Collector, obj: object) -> list[pytest.Item] | None:
+    """Make no items of a costly test that --once leaves out: each process would make them all."""
+    return [] if collector.config.getoption("once") and once.is_costly(obj) else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What takes long begins first, or one process would be busy with it at the end."""
     if config.getoption("once"):

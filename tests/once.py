@@ -12,6 +12,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
@@ -35,6 +36,12 @@ def chosen(items: Iterable[pytest.Item]) -> set[pytest.Item]:
         met.update(_values(one))
         keep.add(one)
     return keep
+
+
+def is_costly(test: object) -> bool:
+    """Say whether all cases of a test function are costly."""
+    marks = getattr(test, "pytestmark", ())
+    return isinstance(test, FunctionType) and any(each.name == "costly" for each in marks)
 
 
 def _is_run_whole(item: pytest.Item) -> bool:

@@ -74,8 +74,14 @@ TABLE: tuple[tuple[str, tuple[int, ...], int, str], ...] = (
     ("pwrite", (errno.ENOSPC, errno.ENOMEM, errno.EIO, errno.EBADF), 0, GOES_ON),
     ("line", (errno.EAGAIN, errno.ENOBUFS, errno.ETOOMANYREFS), 0, GOES_ON),
 )
+#: Of the errors of one class the code knows no difference: `make test` tries one of each.
+ALIKE = {each: kind for kind in (SCARCE, FATAL, GONE) for each in kind[1:]}
 ROWS = [
-    pytest.param(call, code, nth, then, id=f"{call}-{nth}-{errno.errorcode[code]}")
+    pytest.param(
+        *(call, code, nth, then),
+        id=f"{call}-{nth}-{errno.errorcode[code]}",
+        marks=pytest.mark.costly if ALIKE.get(code, (code,))[0] in {*codes} - {code} else (),
+    )
     for call, codes, nth, then in TABLE
     for code in codes
 ]

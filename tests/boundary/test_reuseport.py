@@ -26,7 +26,7 @@ from tests.unanswered import Unanswered
 
 Pair = tuple[socket.socket, socket.socket]
 #: The clients of which a share is drawn; so many at a time have room in a backlog.
-CLIENTS, BATCH = rounds(4_000, 20_000), 40
+CLIENTS, BATCH = rounds(2_000, 20_000), 40
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from tests.rounds import rounds
 from tests.together import together
 
 #: A snapshot with all that can be in it takes 50 ms of a processor to be thought of.
-SNAPSHOTS = rounds(8, 100)
+SNAPSHOTS = rounds(4, 100)
 SETTINGS = SettingsRecord(Settings("x", ("./daemon",), "/"))
 #: What a name of a file or a variable can be: bytes that are no UTF-8 too.
 texts = st.text(st.characters(exclude_categories=()), max_size=8)

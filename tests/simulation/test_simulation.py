@@ -27,7 +27,7 @@ ROLLED = ("rolled-connection", "rolled-listener")
 #: Those of lives with releases.
 DEPLOYED = ("deployed-connection", "deployed-listener")
 #: Of the calls in stories, and lives that come off those: of some stories, so that all verbs do.
-SHARE, STORIED = ("1", "2000") if MANY else ("0.01", "60")
+SHARE, STORIED = ("1", "2000") if MANY else ("0.005", "30")
 #: Releases are no part of a delivery: stories try both deliveries.
 EITHER_IN_TEST_ALL = pytest.mark.parametrize(
     "handoff", ["listener", pytest.param("connection", marks=pytest.mark.costly)]
@@ -63,7 +63,7 @@ def test_many_steps_lose_nothing_and_leave_nothing(handoff: str, part: int) -> N
 @pytest.mark.timeout(rounds(120, 3600))
 @pytest.mark.parametrize("handoff", ["connection", "listener"])
 def test_rollouts_share_and_stay_within_their_bound(handoff: str) -> None:
-    lives = str(rounds(30, 500))
+    lives = str(rounds(15, 500))
     seen = simulate("--rollouts", "--verbose", "--handoff", handoff, "--lives", lives)
 
     for stage in ("canary: share", "canary: all clients", "rolling: the others"):
@@ -75,7 +75,7 @@ def test_rollouts_share_and_stay_within_their_bound(handoff: str) -> None:
 @EITHER_IN_TEST_ALL
 def test_current_names_only_what_was_proved(handoff: str) -> None:
     """Releases are deployed and rolled back; each write may fail, or end the protector."""
-    lives = str(rounds(30, 500))
+    lives = str(rounds(15, 500))
     seen = simulate("--deploys", "--verbose", "--handoff", handoff, "--lives", lives)
 
     for event in ("deploy", "rollback", "current moved", "history-not-written"):

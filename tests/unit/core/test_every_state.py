@@ -165,7 +165,7 @@ POLICIES = {
 #: How many events after the first start are tried, with 3 generations and 2 workers.
 DEPTH = rounds(2, 4)
 #: The same for the events of reloads, exits, timers and stops alone.
-MAIN_DEPTH = rounds(7, 13)
+MAIN_DEPTH = rounds(6, 13)
 
 
 def serving(policy: Policy) -> StateWorld:

@@ -35,7 +35,7 @@ from tests.rounds import rounds
 from tests.unit.core.world import DIED, POLICIES, ROUNDS, TURN, World
 
 #: All orders of so many events after the first READY are tried.
-DEPTH = rounds(4, 6)
+DEPTH = rounds(3, 6)
 #: Without a size of its own a list has five elements on average: too few to get anywhere.
 choices = st.integers(0, 60).flatmap(
     lambda size: st.lists(st.integers(0, 2**20), min_size=size, max_size=size)

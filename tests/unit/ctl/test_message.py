@@ -19,6 +19,7 @@ from socketprotector.ctl import queries, status_table
 from socketprotector.ctl.message import message_in
 from socketprotector.ctl.query_all import SocketAnswer
 from socketprotector.ctl.status_table import heading, last_reload, listeners, totals
+from tests.rounds import rounds
 from tests.unit.ctl.fake import generation, health, reload, status, worker
 
 FULL = status(
@@ -114,7 +115,7 @@ ODD = some.recursive(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=rounds(20, 200), deadline=None)
 @given(data=some.data())
 def test_no_value_of_any_field_stops_who_shows_it(data: some.DataObject) -> None:
     message = json.loads(json.dumps(FULL))

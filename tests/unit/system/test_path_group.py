@@ -67,6 +67,7 @@ def search(events: Iterable[str], depth: int) -> int:
     return len(seen)
 
 
+@pytest.mark.costly
 def test_in_all_sequences_of_common_events_no_client_is_lost() -> None:
     """The path leads where it is to lead, also in the program after a kill, and nothing is left."""
     assert len(COMMON) == 10
@@ -144,7 +145,7 @@ RENEW, ADOPT, STEER, LEAD = (
         (PathGroup, "bind_anew", binds_without_leading),
         (PathGroup, "adopt_reserve", adopts_at_once),
         (PathGroup, "adopt_reserve", adopts_at_a_busy_one),
-        (PathGroup, "adopt_reserve", adopts_after_leading),
+        pytest.param(PathGroup, "adopt_reserve", adopts_after_leading, marks=pytest.mark.costly),
         (PathGroup, "steer", holds_nothing),
         (PathGroup, "lead_to", removes_the_path_first),
         (PathGroup, "remove", removes_the_path_alone),

@@ -42,16 +42,16 @@ def search(events: Collection[str] = EVENTS, *, sees: bool = True, most: int = 9
 
 def test_in_all_sequences_of_events_clients_come_where_the_value_says() -> None:
     """After each single step, and in the next program where this one is killed after that."""
-    assert search(most=rounds(5, 99)) > rounds(1000, 2000)
+    assert search(most=rounds(4, 99)) > rounds(600, 2000)
 
 
 def test_they_do_without_sock_diag() -> None:
-    assert search(EVENTS.keys() - UNSEEN, sees=False, most=rounds(6, 99)) > 500
+    assert search(EVENTS.keys() - UNSEEN, sees=False, most=rounds(5, 99)) > 500
 
 
 def test_they_do_while_a_foreign_member_comes_and_leaves() -> None:
     """After each event, and in the next program; not where this one is killed after a step."""
-    assert search(FOREIGN, most=rounds(5, 99)) > rounds(1000, 5000)
+    assert search(FOREIGN, most=rounds(4, 99)) > rounds(600, 5000)
 
 
 def keeps_the_order(order: group.Order, member: int) -> group.Order:

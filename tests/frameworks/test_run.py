@@ -306,6 +306,7 @@ def test_what_the_module_itself_raises_is_shown_whole(shapes: Path) -> None:
 @needs_both
 @pytest.mark.parametrize("mode", [(), LISTENER], ids=["connection", "listener"])
 @pytest.mark.parametrize("app", ["asgi", "wsgi"])
+@pytest.mark.costly
 def test_forked_processes_serve_and_are_reloaded_under_load(
     protector: Callable[..., Protector], app: str, mode: tuple[str, ...]
 ) -> None:

@@ -81,6 +81,7 @@ def test_clients_are_served_beside_it(attacked: Attacked, name: str, isolated: b
     ("name", "room"),
     [("floods_descriptors", 0), ("floods_descriptors", 4), ("sends_what_lingers", 1)],
 )
+@pytest.mark.costly
 def test_clients_are_served_beside_it_near_the_limit_of_descriptors(
     attacked: Attacked, name: str, room: int
 ) -> None:

@@ -214,6 +214,7 @@ def test_one_that_hears_nothing_is_killed_with_its_worker(service: Service) -> N
     assert wait_gone([child]) == []
 
 
+@pytest.mark.costly
 def test_a_worker_that_dies_is_replaced_while_another_generation_starts(
     service: Service, tmp_path: Path
 ) -> None:

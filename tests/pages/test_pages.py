@@ -61,6 +61,7 @@ RUN: dict[str, tuple[str, ...]] = {
 #: In `make test-all` alone: above 3 s of a processor, or what they show has tests in `make test`.
 COSTLY = {
     *{"bench/README.md", "bench/soak.md", "docs/containers.md", "docs/fleet.md"},
+    *{"docs/man/socketprotectorctl.1", "docs/modes.md", "docs/operating.md", "docs/reference.md"},
     *{"docs/long-lived.md", "docs/metrics.md", "docs/moving.md", "docs/probes.md"},
     *{"docs/rollout.md", "docs/servers.md", "docs/stdio.md", "docs/tls.md"},
 }

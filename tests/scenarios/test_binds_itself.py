@@ -33,6 +33,7 @@ def failed(protector: Command, *arguments: str) -> str:
     return daemon.log.text()
 
 
+@pytest.mark.costly
 def test_where_its_port_is_ours_the_start_says_what_it_wants(
     protector: Command, free_port: Callable[[], int]
 ) -> None:

@@ -112,6 +112,7 @@ def test_no_client_is_lost_when_a_canary_is_taken_back(operated: Operating, serv
     assert load.snapshot().failures == ()
 
 
+@pytest.mark.costly
 def test_clients_of_a_canary_whose_workers_are_stopped_are_served(operated: Operating) -> None:
     """They wait at its socket: a generation of the last good command starts there."""
     web = operated(*MODE, "--kill-timeout", "2s", command=SERVERS["asyncio"])

@@ -491,6 +491,7 @@ def answers(path: str) -> bool:
 
 @pytest.mark.slow
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_kill_at_any_moment_of_a_reload_leaves_the_one_or_the_other(
     configured: Starter, file: File, tmp_path: Path, handoff: str
 ) -> None:
@@ -673,6 +674,7 @@ def test_what_was_read_outlives_the_protector_until_it_serves_or_fails(
     assert [each.name for each in tmp_path.iterdir() if each.is_socket()] == []
 
 
+@pytest.mark.costly
 def test_a_stop_while_the_file_is_read_waits_for_nothing(gated: Gated) -> None:
     daemon = gated.start()
     reading(daemon)

@@ -575,6 +575,7 @@ def test_a_stop_comes_before_hundreds_that_were_asked_for_are_started(operated: 
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_workers_are_scaled_to_and_by(operated: Operating) -> None:
     web = operated()
     line = web.line(follows=True)
@@ -595,6 +596,7 @@ def test_workers_are_scaled_to_and_by(operated: Operating) -> None:
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_generation_is_replaced_by_one_of_the_same_program(
     operated: Operating, tmp_path: Path
 ) -> None:
@@ -619,6 +621,7 @@ def test_a_generation_is_replaced_by_one_of_the_same_program(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_worker_is_replaced_by_its_pid_when_its_replacement_serves(operated: Operating) -> None:
     web = operated("--workers", "2", command=(*OBEYS, "4"))
     line = web.line(follows=True)
@@ -960,6 +963,7 @@ def test_with_a_group_it_is_that_group_s_too(operated: Operating, place: Path) -
 
 @AS_ANOTHER_USER
 @pytest.mark.parametrize("both", [False, True])
+@pytest.mark.costly
 def test_members_of_the_status_group_see_a_reload_and_may_not_ask_for_one(
     operated: Operating, place: Path, both: bool
 ) -> None:

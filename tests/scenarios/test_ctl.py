@@ -154,6 +154,7 @@ def test_it_is_found_by_name_by_pid_file_and_alone(
         assert state("--pid-file", str(tmp_path / "pid"))["restarts"] == 1
 
 
+@pytest.mark.costly
 def test_list_shows_two_and_one_that_was_killed(
     control: Path, protector: Start, release: Release
 ) -> None:
@@ -311,6 +312,7 @@ def test_settle_is_waited_for_and_a_death_in_it_is_no_success(
 @pytest.mark.parametrize("how", ["upgrade", "SIGKILL under --guard"])
 @pytest.mark.parametrize("works", [True, False])
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_verdict_comes_through_a_cut_in_the_middle(
     beside: Beside, how: str, works: bool, web: Start, release: Release, gate: Gate
 ) -> None:
@@ -574,6 +576,7 @@ def test_stop_says_which_workers_are_not_done_yet(beside: Beside, web: Start) ->
     assert daemon.wait() == 0
 
 
+@pytest.mark.costly
 def test_upgrade_that_works_and_one_that_stays_with_the_old(
     control: Path, installation: Installation
 ) -> None:
@@ -602,6 +605,7 @@ def test_upgrade_that_works_and_one_that_stays_with_the_old(
 # -- connections, crashes, events, log ------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_connections_shows_which_clients_keep_a_generation_alive(
     control: Path, protector: Start
 ) -> None:
@@ -725,6 +729,7 @@ def test_log_level(web: Start) -> None:
     assert daemon.process.poll() is None
 
 
+@pytest.mark.costly
 def test_another_user_is_denied(web: Start, control: Path) -> None:
     if os.geteuid() != 0:
         needs.another_user()

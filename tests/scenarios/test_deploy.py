@@ -170,6 +170,7 @@ def test_current_moves_only_when_the_release_has_settled(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_release_that_fails_while_it_settles_leaves_current(
     web: Web, releases: Releases, beside: Beside
 ) -> None:
@@ -505,6 +506,7 @@ def test_a_deploy_may_add_and_remove_listeners_and_a_bad_one_does_not(
     one.end()
 
 
+@pytest.mark.costly
 def test_a_killed_guard_ends_no_deploy(deploying: Deploying, releases: Releases) -> None:
     one, running, gate = deploying("--guard")
 

@@ -362,6 +362,7 @@ def test_what_comes_to_current_during_a_deploy_is_not_replaced(
 
 
 @pytest.mark.parametrize("target", ["../releases/gone", "/etc", "current", "."])
+@pytest.mark.costly
 def test_a_link_that_leads_nowhere_needs_force(
     operated: Operating, releases: Releases, target: str
 ) -> None:
@@ -447,6 +448,7 @@ def test_a_protector_killed_at_a_write_goes_on_with_the_deploy(
     ids=["before", "after", "guard-before", "guard-after"],
 )
 @pytest.mark.parametrize("call", ["symlink", "rename"])
+@pytest.mark.costly
 def test_guard_and_protector_killed_at_a_write_leave_the_old_or_the_new_release(
     faulty: Faulty,
     operated: Operating,

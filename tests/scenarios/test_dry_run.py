@@ -246,6 +246,7 @@ def test_the_file_is_tried_with_what_it_adds_and_nothing_of_it_stays(
         ('reload-order = "stop-first"', "cannot dry-run: with --reload-order stop-first"),
     ],
 )
+@pytest.mark.costly
 def test_a_file_that_cannot_be_tried_is_told(
     protector: Starter, place: Path, file: File, keys: str, why: str
 ) -> None:
@@ -364,6 +365,7 @@ def test_another_one_and_one_beside_a_reload_are_refused(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_reload_meanwhile_follows_it(
     waiting: Waiting, beside: Callable[..., Running], release: Release
 ) -> None:
@@ -383,6 +385,7 @@ def test_a_reload_meanwhile_follows_it(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_stop_ends_it(waiting: Waiting, beside: Callable[..., Running]) -> None:
     one = waiting.one
     trying = begun(one, beside(one))

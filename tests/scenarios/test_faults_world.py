@@ -233,6 +233,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.costly
 def test_a_full_disk_under_the_log_file_holds_nothing_up(
     protector: Start, small_disk: Path
 ) -> None:

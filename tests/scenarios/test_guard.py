@@ -331,6 +331,7 @@ def test_killed_during_a_stop_it_goes_on_to_stop(guarded: Starter, tmp_path: Pat
 
 @pytest.mark.slow
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_killed_at_any_moment_of_a_stop_it_stops(protector: Starter, tmp_path: Path) -> None:
     chance = Chance()
     for number in range(ROUNDS // 4):
@@ -450,6 +451,7 @@ def test_signals_to_the_guard_reach_the_protector(guarded: Starter) -> None:
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_upgraded_in_place_and_then_killed_it_goes_on(guarded: Starter, tmp_path: Path) -> None:
     daemon = guarded()
     pid = protector_pid(daemon)

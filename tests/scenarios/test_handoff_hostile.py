@@ -129,6 +129,7 @@ def test_one_that_does_it_without_end_does_not_keep_the_protector_busy(protector
 
 
 @pytest.mark.parametrize("attack", SHUT)
+@pytest.mark.costly
 def test_a_unix_socket_that_it_shuts_down_is_bound_anew_and_another_generation_serves(
     protector: Starter, tmp_path: Path, attack: str
 ) -> None:

@@ -577,6 +577,7 @@ def test_a_hold_lasts_through_a_reload_an_upgrade_and_a_crash(operated: Operatin
     assert daemon.daemon.log.count("event=stranded|event=not-steered") == 0
 
 
+@pytest.mark.costly
 def test_a_hold_ends_with_its_time(operated: Operating) -> None:
     daemon = operated(*MODE, *FAST, command=SERVER)
     daemon.line().ask("hold", seconds=1.5)
@@ -770,6 +771,7 @@ def test_what_says_ready_after_a_kill_is_heard_by_the_next_protector(
     assert pid_in(ask(here(daemon))) == spawned(daemon, 2)[0]
 
 
+@pytest.mark.costly
 def test_a_listener_that_a_reload_adds_is_handed_to_the_new_ones(
     protector: Starter, tmp_path: Path
 ) -> None:

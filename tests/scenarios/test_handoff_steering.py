@@ -361,6 +361,7 @@ def test_each_client_that_connects_to_a_listener_before_it_is_removed_is_served(
     daemon.log.wait_for("event=reloaded", after=mark)
 
 
+@pytest.mark.costly
 def test_clients_of_a_listener_that_a_reload_removes_stay_with_the_generation_that_knows_it(
     protector: Starter, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:

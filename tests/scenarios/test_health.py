@@ -94,6 +94,7 @@ def test_what_it_answers_is_said_and_nothing_is_done(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_fewer_bad_answers_than_asked_for_change_nothing(
     watched: Callable[..., Watched], asked: Asked
 ) -> None:

@@ -298,6 +298,7 @@ def test_it_works_without_flock(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("flock", [True, False], ids=["flock", "no flock"])
+@pytest.mark.costly
 def test_a_killed_protector_comes_back_and_is_found_upgraded_and_stopped(
     machine: Machine, flock: bool
 ) -> None:
@@ -381,6 +382,7 @@ def test_stop_names_a_protector_that_is_suspended(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("action", ["reload", "force-reload"])
+@pytest.mark.costly
 def test_a_reload_under_load_fails_no_client_and_says_that_it_worked(
     machine: Machine, action: str
 ) -> None:
@@ -661,6 +663,7 @@ def test_a_reload_says_that_only_a_restart_applies_other_settings(machine: Machi
     assert said in machine.output
 
 
+@pytest.mark.costly
 def test_a_restart_without_settings_leaves_the_one_that_runs(machine: Machine) -> None:
     file = machine.configure()
     address = machine.start()
@@ -848,6 +851,7 @@ def test_no_number_means_a_group_of_processes(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("content", ["dead", "foreign", "empty", "nonsense"])
+@pytest.mark.costly
 def test_a_stale_pid_file_does_not_mislead(
     machine: Machine, foreign: subprocess.Popen[bytes], content: str
 ) -> None:

@@ -93,6 +93,7 @@ def test_one_that_hangs_is_replaced_first_then_ended(operated: Operating) -> Non
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_one_that_hangs_with_its_first_client_is_replaced(operated: Operating) -> None:
     """As a bad release does: the library has spoken before it takes any client."""
     web = operated("--watchdog", "2s", command=(*OBEYS, "1"))

@@ -52,6 +52,7 @@ def warnings(place: Path) -> list[str]:
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_it_is_served_through_reloads_kills_and_upgrades(
     protector: Starter, tmp_path: Path, links: tuple[str, str], handoff: str
 ) -> None:

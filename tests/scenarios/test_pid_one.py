@@ -208,6 +208,7 @@ def test_the_first_processs_exit_status_says_how_the_start_went(start: Start) ->
 
 
 @IN_CONTAINER
+@pytest.mark.costly
 def test_the_first_process_is_upgraded_in_place(start: Start) -> None:
     daemon = start(CONTAINER, *LEAVES).ready()
     pid = inner(daemon)

@@ -155,6 +155,7 @@ def test_orphans_and_grandchildren_are_gone_after_the_drain_timeout(
 
 @pytest.mark.timeout(rounds(120, 1800))
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_parents_killed_under_load_leave_no_orphan_and_lose_no_client(
     operated: Operating,
 ) -> None:

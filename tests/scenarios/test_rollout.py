@@ -187,6 +187,7 @@ def test_a_stop_calls_a_canary_off_and_both_generations_finish_their_clients(
     assert [each for each in lost if each != "0"] == []
 
 
+@pytest.mark.costly
 def test_a_canary_with_too_few_clients_is_extended_and_then_fails(operated: Operating) -> None:
     one = operated(command=WORKER)
     words = ("reload", "--canary", "50%", "--for", "200ms", "--at-least", "5")

@@ -300,6 +300,7 @@ def test_a_stage_goes_on_in_the_next_program(
 
 @EITHER_HANDOFF
 @STAGE
+@pytest.mark.costly
 def test_workers_finish_when_the_protector_is_killed_without_a_guard(
     rollout: Beginning, stage: str
 ) -> None:
@@ -349,6 +350,7 @@ def test_a_stop_in_a_stage_calls_the_rollout_off(rollout: Beginning, stage: str,
 @EITHER_HANDOFF
 @STAGE
 @pytest.mark.parametrize("how", ["died", "rolled back"])
+@pytest.mark.costly
 def test_a_failure_in_a_stage_gives_all_clients_back(
     rollout: Beginning, stage: str, how: str
 ) -> None:

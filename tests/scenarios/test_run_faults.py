@@ -191,6 +191,7 @@ def test_a_worker_that_shuts_its_channel_down_costs_no_connection(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_worker_with_64_descriptors_loses_none_of_500_connections(protector: Start) -> None:
     limit = ("--limit", "nofile=64")
     daemon = protector(*limit, "127.0.0.1:0", "--", *library_worker("echo")).ready()

@@ -52,6 +52,7 @@ GO_AWAY = {"shuts_the_channel_down", "leaves_a_child_with_the_channel"}
 
 
 @pytest.mark.parametrize("attack", [*SPARE_THE_QUEUE, *TAKE_WHAT_IS_QUEUED])
+@pytest.mark.costly
 def test_a_hostile_worker_harms_its_own_generation_at_most(
     attack: str, protector: Start, tmp_path: Path
 ) -> None:

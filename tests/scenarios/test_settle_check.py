@@ -277,6 +277,7 @@ def hanging(protector: Starter, release: Release, tmp_path: Path) -> Protector:
     return protector(*words).ready()
 
 
+@pytest.mark.costly
 def test_one_that_hangs_is_killed_and_is_a_bad_answer(hanging: Protector, tmp_path: Path) -> None:
     mark = settling(hanging)
 

@@ -87,6 +87,7 @@ def test_a_stop_shortens_a_spread_and_status_shows_how_far_it_is(operated: Opera
     assert not one.daemon.log.count("event=signalled")
 
 
+@pytest.mark.costly
 def test_a_killed_protector_changes_no_order(operated: Operating) -> None:
     one = operated("--guard", *FOR_HOURS, command=WORKER)
     with ExitStack() as stack:

@@ -269,6 +269,7 @@ def test_output_of_the_foreground_is_on_the_terminal(start: Start) -> None:
     assert start.left() == []
 
 
+@pytest.mark.costly
 def test_the_terminal_of_the_foreground_going_away_stops_it(start: Start) -> None:
     with on_a_terminal(start, "--log-file", "log", "unix:s?mode=0600", "--", *MINIMAL) as (
         process,

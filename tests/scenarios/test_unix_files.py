@@ -173,6 +173,7 @@ def test_the_path_removed_comes_back_at_the_next_reload(one: Operated, path: Pat
         newest_answers(one, path)
 
 
+@pytest.mark.costly
 def test_all_files_removed_and_a_reload(one: Operated, path: Path) -> None:
     for _ in range(2):
         tidy(path)

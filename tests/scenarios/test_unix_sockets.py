@@ -123,6 +123,7 @@ def test_a_release_answers_a_probe_before_its_first_client(
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_bad_answer_while_it_settles_gives_the_clients_back(
     protector: Starter, path: Path, asked: Asked
 ) -> None:

@@ -339,6 +339,7 @@ def test_a_drain_limit_goes_on_and_no_second_term_is_sent(protector: Starter, ha
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_while_it_settles_the_old_generation_can_still_take_over_again(
     protector: Starter,
 ) -> None:

@@ -47,6 +47,7 @@ def at(
     )
 
 
+@pytest.mark.costly
 def test_reloads_under_load_fail_no_connection_and_end_idle_ones_without_a_word(at: Place) -> None:
     assert not trials.reloads(at).failures
 

@@ -157,6 +157,7 @@ def test_the_guard_that_gives_up_removes_its_pid_file(
 
 
 @pytest.mark.parametrize("owner", ["user=nobody", "group=nogroup"])
+@pytest.mark.costly
 def test_a_unix_listener_and_a_log_file_get_their_owner(
     any_users: Path, marked_environment: dict[str, str], owner: str
 ) -> None:

@@ -181,7 +181,6 @@ def test_no_more_is_stored_than_systemd_can_pass_on_below_the_soft_limit(service
 # own: one's twin for the next generation, and the address reserved meanwhile.
 @EITHER_HANDOFF
 @pytest.mark.parametrize("room", [6, 8, 10, 14, 40])
-@pytest.mark.costly
 def test_with_a_store_that_is_full_it_serves_after_a_kill_all_the_same(
     service: Service, room: int
 ) -> None:
@@ -287,7 +286,6 @@ def test_killed_under_load_again_and_again_it_loses_one_connection_a_time_at_mos
     wait_stored(service, set())
 
 
-@pytest.mark.costly
 def test_killed_during_a_reload_the_new_generation_takes_over(
     service: Service, tmp_path: Path
 ) -> None:
@@ -365,7 +363,6 @@ def test_killed_while_a_generation_settles_it_asks_on(service: Service, tmp_path
     second.stop()
 
 
-@pytest.mark.costly
 def test_killed_while_it_stops_it_goes_on_to_stop(service: Service) -> None:
     words = ("127.0.0.1:0", "--", *MANY)
     first = service.start(*words).ready()

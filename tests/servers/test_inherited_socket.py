@@ -64,7 +64,6 @@ def command(tmp_path: Path, language: str, request: pytest.FixtureRequest) -> li
 
 
 @pytest.mark.parametrize("at", ["tcp", "unix"])
-@pytest.mark.costly
 def test_no_request_fails_at_reloads(
     protector: Start, tmp_path: Path, command: list[str], at: str
 ) -> None:

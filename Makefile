@@ -11,10 +11,12 @@ INSTALLED := $(VENV)/.installed
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+NEEDS_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 >= 3.11 is needed; run make PYTHON=...")'
+
 install: $(INSTALLED) ## make .venv with the three packages, editable, and the developers' tools
 
 $(INSTALLED): pyproject.toml client_lib/pyproject.toml exporter/pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 >= 3.11 is needed; run make PYTHON=...")'
+	@$(NEEDS_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	@# An older pip writes commands that import re: 0.3 MB more for a process that does not use it.
 	$(BIN)/pip install --quiet --disable-pip-version-check 'pip>=25'
@@ -23,8 +25,14 @@ $(INSTALLED): pyproject.toml client_lib/pyproject.toml exporter/pyproject.toml
 	@rm -f $(VENV)/lib/python*/site-packages/distutils-precedence.pth
 	@touch $@
 
-demo: $(INSTALLED) ## show releases and kills under load, and count the connections that fail (20 s)
+demo: $(BIN)/SocketProtector ## show releases and kills under load, and count the connections that fail (20 s)
 	@$(BIN)/SocketProtector demo
+
+# Without the developers' tools, and without a change to a .venv that has it already.
+$(BIN)/SocketProtector:
+	@$(NEEDS_PYTHON)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e client_lib -e .
 
 CHOSEN := --once
 #: Where the logs of failed tests go; without a name, into the output, before the summary.

@@ -128,7 +128,7 @@ class World:
         watch = SimpleNamespace(why_killed=lambda: "")
         patch.setattr(module, "out_of_memory", SimpleNamespace(MemoryWatch=lambda *_: watch))
         self.limits: list[Settings] = []
-        limits = SimpleNamespace(use=self.limits.append, warnings=("raise it",))
+        limits = SimpleNamespace(apply_settings=self.limits.append, warnings=("raise it",))
 
         def limit_watch(settings: Settings, *_: object) -> object:
             self.limits.append(settings)

@@ -32,7 +32,7 @@ class SocketAnswer:
 
     @property
     def alive(self) -> bool:
-        """False if no protector is running: the error was `dead` (NoProtector); otherwise True."""
+        """False if the error was `dead`: no process listens, or the connection failed or ended."""
         return self.why != "dead"
 
 

@@ -296,12 +296,15 @@ class Losses:
     def count(self, after: Message) -> int | None:
         """Return how many connections were lost from the first status to this one.
 
-        None: unknown, because the protector was restarted, or the workers do not count.
+        None: unknown.  The protector was restarted, the workers do not count their connections, or
+        the mode is listener.
         """
         before = self._before
         by_protector = measure(before, "lost"), measure(after, "lost")
+        # Under --handoff listener, a status does not say how many connections the protector lost.
+        # During a restart, events may have been missed.
         if None in by_protector or before.get("restarts") != after.get("restarts"):
-            return None  # after a restart, events may have been missed
+            return None
         counted = [*listed(before, "generations"), *listed(after, "generations")]
         if any(each.get("serving_since_at") and each.get("lost") is None for each in counted):
             return None  # workers of this generation do not count their connections

@@ -204,7 +204,7 @@ class Delivery(ABC):
     def untaken_s(self, generation: OpenGeneration) -> float | None:
         """Return for how long a generation's workers have accepted no waiting client.
 
-        None: no client waits, the time is below the limit for a report (NEVER_TAKEN_S), or the
+        None: no client waits, the time is below the limit for a report (see NEVER_TAKEN_S), or the
         generation gets no new clients.
         """
 

@@ -12,9 +12,9 @@ If the instance is missing or does not answer, the agent sends nothing.  HAProxy
 nothing, and its own check (`check`) decides.
 
 After an agent has answered `drain`, only `ready` ends the drain in HAProxy.  But `ready` also
-undoes an operator's `set server ... state maint`.  So the agent sends `ready` for a minute only:
-after a drain, and after the first check of a restarted instance.  A restarted exporter sends it for
-every instance, because it does not know its earlier answers.
+undoes an operator's `set server ... state maint`.  So the agent sends `ready` for a minute only.
+The minute begins with the agent's first `ready` after a drain or a restart of the instance.  After
+a restart of the exporter, each instance gets such a minute: earlier answers are then unknown.
 
 The answer has no weight by load, which leastconn notices sooner.  It has no last words, because
 anyone may read HAProxy's page.

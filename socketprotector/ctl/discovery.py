@@ -58,7 +58,8 @@ def by_name(name: str) -> str:
 
     If several protectors share a name, NAME:PORT or NAME:ADDRESS chooses a protector by its first
     listener.  PORT alone is accepted, too, unless a protector has this text as its name.
-    Raises NoProtector if no protector matches, UsageError if several match.
+    If the only match is a socket where no process listens, returns its path; connect() then fails.
+    Raises NoProtector if no socket matches, UsageError if several protectors match.
     """
     # A socket's key is the protector's name as it is written in the socket's path.
     key, found = control_path.key_of(name), sockets()
@@ -79,7 +80,9 @@ def by_name(name: str) -> str:
         if len(set(choices)) < len(choices):  # some protectors share the first listener, too
             choices = [f"--control {path}" for path in matching]
         raise UsageError(f"--name {name}: several match; choose one of {_shortened(choices)}")
-    if matching or with_key:  # first the name in a status, then a listening socket with this key
+    if matching or with_key:
+        # Prefer a protector whose status has this name, then a listening socket with this key,
+        # then a socket with this key where no process listens.
         return (matching or listening or with_key)[0]
     if silent:
         raise NoProtector(
@@ -149,7 +152,7 @@ def names(found: Sequence[SocketAnswer]) -> list[str]:
 
 
 def _own_folder(name: str) -> str:
-    """Return the end of a socket's path in the own folder of an instance with this name."""
+    """Return how a socket's path ends if the socket is in the instance's own folder."""
     return f"/{control_path.key_of(name)}/{control_path.IN_OWN_FOLDER}"
 
 

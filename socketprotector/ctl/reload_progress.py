@@ -33,7 +33,7 @@ _RELOAD_WAITS = (
 )
 #: The kinds of waits to show during a stop.
 STOP_WAITS = ("stop",)
-#: For up to this many workers, show each count; for more workers, only this many steps.
+#: For up to this many workers, show each count; for more workers, only about this many counts.
 _STEPS = 10
 
 
@@ -231,7 +231,7 @@ class Reload(Awaited):
         return self._current
 
     def _ready(self, number: int, workers: set[int]) -> None:
-        """Show the number of ready workers, if these workers include a newly ready one."""
+        """Note these workers as ready; if one of them is newly ready, show how many are by now."""
         starting = self._starting(number)
         if not workers <= starting.ready:
             starting.ready |= workers
@@ -289,7 +289,7 @@ class Losses:
         self._by_workers = 0
 
     def on_event(self, event: Message) -> None:
-        """Count what a worker that has exited lost."""
+        """Add the connections that an exited worker lost, if the event reports an exit."""
         if event.get("event") == "exited":
             self._by_workers += number_in(event, "lost")
 

@@ -72,7 +72,8 @@ class Checkpoint:
             self.store.sync({}, self._effects.pool.descriptors)
             return True
         wanted = {**self.process_descriptors(), **self._effects.own_descriptors()}
-        # Do not store our line (a socket) to the guard: the guard makes one for each program.
+        # Leave out the socket that connects us with the guard: the guard makes a new one for each
+        # program.
         wanted.pop(inherited.GUARD, None)
         if not self.store.sync(wanted, self._effects.pool.descriptors, self._write):
             return False

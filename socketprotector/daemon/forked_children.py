@@ -29,7 +29,7 @@ class Child:
 def children_of(record: WorkerRecord, generation: OpenGeneration) -> list[Child]:
     """Return the living children of a worker."""
     if record.orphaned:
-        return []  # the worker has exited, and another worker may have its slot
+        return []  # the worker has exited: another worker may have got its slot by now
     return [each for each in _recorded(record, generation) if _is_in_session(each.pid, record.pid)]
 
 
@@ -46,7 +46,10 @@ def _recorded(record: WorkerRecord, generation: OpenGeneration) -> Iterator[Chil
 
 
 def left_open(record: WorkerRecord, generation: OpenGeneration) -> int:
-    """Return how many connections the children of an exited worker still serve."""
+    """Return how many connections the children of a worker that has just exited still serve.
+
+    Call this before the record is `orphaned`: afterwards the children can no longer be read.
+    """
     if record.killed:
         return 0  # the children are killed, too
     living = children_of(record, generation)

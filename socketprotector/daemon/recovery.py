@@ -51,8 +51,9 @@ class Recovery:
     )
 
     def adopt(self) -> list[Event]:
-        """Adopt everything except the workers, so that a generation can get the route.
+        """Adopt everything except the workers.
 
+        After that a generation can get the route; adopt_workers() follows.
         Returns an event for each generation of --handoff stdio whose first programs have failed
         (first_programs.py).  The protector may have been killed before it handled that event.
         """
@@ -86,7 +87,7 @@ class Recovery:
         return failures
 
     def dismiss_unknown(self) -> None:
-        """Let the workers that are missing from the state finish.
+        """Order workers to finish if the state does not mention them.
 
         Such a worker was started just before the protector was killed.  We send the worker the
         finish signal, if the program has one, and close its RETURN line.
@@ -141,9 +142,9 @@ class Recovery:
                 # for its descriptors.  Treat its processes as the group of an exited worker.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
-                # Report a change here in two cases: the fleet counts a running worker, and its
-                # group is left; or the fleet counts an orphan, and its group is gone.  If the
-                # fleet counts a running worker that left no group, _report_missing() reports it.
+                # Report a difference from the fleet here in two cases: the fleet counts a running
+                # worker, but we can adopt only its group; or the fleet counts an orphan, but its
+                # group is gone.  _report_missing() reports a running worker that left no group.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     waiting = self._waiting(record.generation)
                     runs = has_group and not record.orphaned

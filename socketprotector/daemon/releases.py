@@ -1,9 +1,10 @@
 """The releases of a protector: which one a reload starts, and what the reload's result changes.
 
 `current` is the symbolic link that the option --current names.  A release is proved when its start
-or reload has succeeded.  A deploy or rollback to an earlier release then moves `current` to the
-release (current_link.py); a failed move is *due*, and is tried again.  A reload that was requested
-meanwhile reads the link only after the first try.
+or reload has succeeded.  If a deploy started the release, `current` is then moved to the release
+(current_link.py); a rollback to an earlier release is a deploy, too.  A move that fails is *due*,
+and is tried again.  A reload that is requested during the deploy reads the link only after the
+first try.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Releases:
         self._settings, self._log = settings, runtime.log
         self.history = SavedHistory(lambda: settings().current, runtime)
         self.link = CurrentLink(settings, runtime, lock, self.history.sync)
-        #: The release that the last reload or dry run was to start; "": unknown, or that reload has
-        #: failed, with a release that was not serving.
+        #: The release that the last reload or dry run was to start; "": unknown, or a reload has
+        #: failed with a release other than the serving one.
         self._tried = ""
         #: The release that `current` named when the last reload began; "": it led to no release.
         self.named_at_begin = ""
@@ -172,10 +173,12 @@ class Releases:
         return report
 
     def _is_own_failure(self, name: str, report: Report, program: Program | None) -> bool:
-        """Return whether the release itself caused the reported failure.
+        """Return whether the reported failure counts against the release.
 
-        A rollback skips the release only if it did.  The release has not caused a stop that ends a
-        reload, nor a mistake in the configuration whose message names no path of the release.
+        Only then does a rollback skip the release.  These failures do not count: a stop has ended
+        the reload; or no generation was opened, and the message names no path of the release, as
+        after a mistake in the configuration.  Once a generation is open, `rollback` by an operator
+        counts, because the operator has rejected the release.
         """
         if report.reason == stop.CALLED_OFF:
             return False

@@ -79,7 +79,10 @@ class Reports:
             self._log.set_level(log_level)
 
     def repeat_messages(self, fleet: Fleet) -> None:
-        """After an upgrade or a kill, repeat to systemd what an earlier program left unsent."""
+        """After an upgrade or a kill, send systemd the messages that match the fleet's state.
+
+        The earlier program may have ended before it sent them.
+        """
         if fleet.stop_awaits_rescue:
             self._stopping()
         elif fleet.lame_duck is LameDuck.STOPPING:

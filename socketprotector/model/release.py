@@ -123,7 +123,7 @@ def _way_to(name: str, way: tuple[str, ...]) -> tuple[str, ...]:
 def previous(history: ReleaseHistory, serving: str, exists: Callable[[str], bool]) -> str:
     """Return the release to roll back to; "" if there is none.
 
-    Releases that are gone, or were not proved when they were last tried, are skipped.
+    Releases that are gone, or that failed or were refused when last tried, are skipped.
     """
     for name in reversed(_way_to(serving, history.way)[:-1]):
         if not failed_last(history, name) and exists(name):

@@ -179,7 +179,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def keeps(self, number: int) -> bool:
-        """Return whether clients of a released generation still wait for another generation.
+        """Return whether a released generation has left clients that another must still take.
 
         number: the number of the released generation.
         """
@@ -277,7 +277,10 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def late_s(self) -> float:
-        """Return for how many seconds clients still retry after a hold has ended; 0: no retries."""
+        """Return for how many more seconds TCP clients of an ended hold may retry; 0: none retries.
+
+        Only in shared/ do clients retry: there a client gets no answer during a hold.
+        """
 
     @abstractmethod
     def close_listeners(

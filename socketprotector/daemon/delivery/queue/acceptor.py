@@ -110,8 +110,9 @@ class Acceptor:
                 except OSError as error:
                     if count:
                         self._count_sent(count, at)
-                    self.accepted += 1  # QueueWatch.sent includes this connection until take_away()
+                    self.accepted += 1
                     self.last_ns = at
+                    # QueueWatch.sent is computed from `accepted`: subtract this connection there.
                     self.queue_watch.take_away()
                     self.send_failed(header, fd, error)
                     return

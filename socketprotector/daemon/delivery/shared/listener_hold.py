@@ -50,7 +50,7 @@ class ListenerHold:
 
     @property
     def late_s(self) -> float:
-        """Return for how many seconds clients still retry after a hold has ended; 0: no retries."""
+        """Return for how many more seconds held TCP clients may retry; 0: none retries."""
         return max(0.0, self.record.tried_until - time.monotonic())
 
     def cannot_begin(self) -> str | None:

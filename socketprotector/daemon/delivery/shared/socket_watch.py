@@ -1,7 +1,8 @@
 """Watches for sockets that were shut down, and for stranded clients.
 
-A client is stranded if it waits at a socket from which no worker accepts.  For stranded clients
-another generation starts (event `stranded`), and accepts from this socket: a rescue.
+A client is stranded if it waits at a socket from which no generation accepts any more, and none is
+about to accept.  For stranded clients another generation starts (event `stranded`), and accepts
+from this socket: a rescue.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from .probes import Probes
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
-#: Finishing workers have FIRST_RESCUE_S to accept stranded clients; after this time a rescue
-#: starts.  The pause between two rescues (the back-off) doubles from FIRST_RESCUE_S to
-#: LAST_RESCUE_S.
+#: Workers that were ordered to finish may still accept clients for a moment.  So if such workers
+#: have the socket, a rescue starts only after FIRST_RESCUE_S.  The pause between two rescues (the
+#: back-off) doubles from FIRST_RESCUE_S to LAST_RESCUE_S.
 FIRST_RESCUE_S = 1.0
 LAST_RESCUE_S = 600.0
 
@@ -80,7 +81,10 @@ class SocketWatch(Backlogs):
             self._rescue_later()
 
     def unwatch(self, listener: Listener) -> None:
-        """Stop watching a listener's sockets, which may be replaced, until the next watch()."""
+        """Stop watching a listener's sockets until the next watch().
+
+        The sockets may be replaced before then.
+        """
         for each in listener.sockets:
             self._loop.unwatch(each.fileno())
 

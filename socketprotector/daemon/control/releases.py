@@ -1,6 +1,7 @@
 """Carries out `deploy` and `releases`, and the rollback to an earlier release (docs/control.md).
 
-A release is *proved* once its generation is ready and serving, and has passed all checks.
+A release is *proved* when its start or reload has succeeded, even if a stop or `promote` has ended
+--settle early.
 """
 
 from __future__ import annotations

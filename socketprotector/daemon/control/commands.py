@@ -418,4 +418,4 @@ def _before_kill(fleet: Fleet, found: Generation) -> str:
         return "replace it first"
     if found.fresh and not cannot_call_off(fleet):
         return "`rollback` first"
-    return "wait: once it is abandoned, kill it; once it is serving, replace it first"
+    return "wait: once it is abandoned or draining, kill it; once it is serving, replace it first"

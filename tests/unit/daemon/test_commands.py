@@ -63,17 +63,20 @@ _SERVES = Generation(1, Phase.SERVING)
         (
             Fleet(Policy(), generations=(Generation(1),)),
             1,
-            "starting; wait: once it is abandoned, kill it; once it is serving, replace it first",
+            "starting; wait: once it is abandoned or draining, kill it; once it is serving, "
+            "replace it first",
         ),
         (
             Fleet(Policy(), generations=(_SERVES, Generation(2, fresh=False))),
             2,
-            "starting; wait: once it is abandoned, kill it; once it is serving, replace it first",
+            "starting; wait: once it is abandoned or draining, kill it; once it is serving, "
+            "replace it first",
         ),
         (
             Fleet(Policy(), generations=(_SERVES, Generation(2)), dry_run=True),
             2,
-            "starting; wait: once it is abandoned, kill it; once it is serving, replace it first",
+            "starting; wait: once it is abandoned or draining, kill it; once it is serving, "
+            "replace it first",
         ),
     ],
 )

@@ -84,8 +84,6 @@ LATE = (
     "system.sock_diag",
     "system.socket_copy",
     "system.socket_file",
-    "system.tcp_listener",
-    "system.unix_listener",
 )
 #: Late modules of the standard library, a package before its modules (system/late_stdlib.py).
 STDLIB = ("copyreg", "re", "re._casefix", "re._constants", "re._parser", "re._compiler")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..model.settings import ListenerSettings
-from . import tcp_listener, unix_listener
 from .listener import Listener
+from .tcp_listener import TcpListener
+from .unix_listener import UnixListener
 
 
 def listener_of(
@@ -18,6 +19,5 @@ def listener_of(
     again: tuple[int, ...] = (0, 0, 0),
 ) -> Listener:
     """Return the listener that owns a bound, listening descriptor; see Listener."""
-    is_unix = settings.address.startswith("unix:")
-    kind = unix_listener.UnixListener if is_unix else tcp_listener.TcpListener
+    kind = UnixListener if settings.address.startswith("unix:") else TcpListener
     return kind(fd, index, settings, shared=shared, sibling=sibling, reserved=reserved, again=again)

@@ -13,9 +13,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from socketprotector.ctl.api import (
-    NoProtector,
     SocketAnswer,
-    UsageError,
     discovery,
     escape,
     query_all,
@@ -29,14 +27,6 @@ from .metrics import MetricSet
 
 #: Far below Prometheus's default limit of 10 s.
 ANSWER_S = 2.0
-
-
-def _by_name(name: str) -> str:
-    """Return the path of an instance's control socket, or "" if it has none."""
-    try:
-        return discovery.by_name(name)
-    except (NoProtector, UsageError):
-        return ""
 
 
 def labels(found: Sequence[SocketAnswer]) -> list[str]:
@@ -91,7 +81,7 @@ class ProtectorCollector(Collector):
 
     def paths(self) -> list[str]:
         """Return the paths of the chosen control sockets, or of all."""
-        named = [path for name in self._names if (path := _by_name(name))]
+        named = filter(None, discovery.paths_by_name(self._names))
         paths = self._paths if self._names or self._paths else discovery.sockets()
         return list(dict.fromkeys([*named, *paths]))
 
@@ -115,12 +105,13 @@ class ProtectorCollector(Collector):
         """
         if self._paths and name not in self._names:  # only the instances know their names
             return [each for each in self._all.get() if each[0] == name] or [(name, None)]
-        path = _by_name(name) if name in self._names or not self._names else ""
+        chosen = name in self._names or not self._names
+        path = discovery.paths_by_name([name])[0] if chosen else ""
         return [(name, self._one.get(path) if path else None)]
 
     def _query(self) -> list[tuple[str, SocketAnswer | None]]:
         paths = self._paths if self._names or self._paths else discovery.sockets()
-        named = [_by_name(name) for name in self._names]
+        named = discovery.paths_by_name(self._names)
         found = query_all([*filter(None, named), *paths], within_s=ANSWER_S)
         self._name_closed({each.path for each in found if each.why == "denied"})
         by_path = {each.path: each for each in found}

@@ -61,19 +61,16 @@ def by_name(name: str) -> str:
     If the only match is a socket where no process listens, returns its path; connect() then fails.
     Raises NoProtector if no socket matches, UsageError if several protectors match.
     """
-    # A socket's key is the protector's name as it is written in the socket's path.
-    key, found = control_path.key_of(name), sockets()
-    with_key = [path for path in found if control_path.key(path) == key]
-    with_longer_key = [path for path in found if control_path.key(path).startswith(f"{key}:")]
-    listening = [path for path in with_key if _is_listening(path)]
-    if len(listening) == 1 and not with_longer_key:
-        return listening[0]
+    found = sockets()
+    with_key, listening, only = _with_key(name, found)
+    if only:
+        return only
     alive = [each for each in query_all(found) if each.alive]
-    matching = _paths_by_name(name, alive)
+    matching = _with_status_name(name, alive)
     silent: list[str] = []
     if not (matching or with_key):
         alive, silent = _query_silent_again(alive)
-        matching = _paths_by_name(name, alive)
+        matching = _with_status_name(name, alive)
     shown = dict(zip((each.path for each in alive), names(alive), strict=True))
     if len(matching) > 1:
         choices = [shown[path] for path in matching]
@@ -96,7 +93,39 @@ def by_name(name: str) -> str:
     )
 
 
-def _paths_by_name(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
+def paths_by_name(names: Sequence[str]) -> list[str]:
+    """Return the path of each named protector's socket, as by_name() does; "": none, or several.
+
+    Unlike by_name(), this queries all sockets at most once, and never waits for a silent protector
+    again: a single silent protector must not delay a scrape of the others.
+    """
+    found = sockets()
+    keyed = {name: _with_key(name, found) for name in names}
+    paths = {name: only for name, (*_, only) in keyed.items()}
+    if not all(paths.values()):
+        alive = [each for each in query_all(found) if each.alive]
+        for name in (name for name in keyed if not paths[name]):
+            with_key, listening, _ = keyed[name]
+            matching = _with_status_name(name, alive)
+            if len(matching) < 2:
+                paths[name] = next(iter(matching or listening or with_key), "")
+    return [paths[name] for name in names]
+
+
+def _with_key(name: str, found: Sequence[str]) -> tuple[list[str], list[str], str]:
+    """Return the sockets with a name's key, those of them where a process listens, and the choice.
+
+    A socket's key is the protector's name as it is written in the socket's path.  The choice is
+    "" if it needs the names in the protectors' statuses.
+    """
+    key = control_path.key_of(name)
+    with_key = [path for path in found if control_path.key(path) == key]
+    with_longer_key = [path for path in found if control_path.key(path).startswith(f"{key}:")]
+    listening = [path for path in with_key if _is_listening(path)]
+    return with_key, listening, listening[0] if len(listening) == 1 and not with_longer_key else ""
+
+
+def _with_status_name(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
     """Return the paths of the sockets of protectors with this name.
 
     If no protector has this name, `name` is a port: return the paths of protectors whose first

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 
 from socketprotector.ctl import discovery
 from socketprotector.ctl.client import Client
-from socketprotector.ctl.query_all import query_all
+from socketprotector.ctl.query_all import SocketAnswer, query_all
 from socketprotector.system import control_path
 from tests.running import DEADLINE_S, Ended
 from tests.unit.ctl.fake import MALFORMED, Fake, Message, Refusing, listener, malformed
@@ -311,6 +312,31 @@ def test_an_instance_that_answers_late_is_found(
     value = {"--name": "4321", "--pid-file": str(tmp_path / "pid")}[option]
     assert level(ctl, option, value).status == 0
     assert len(asked) == 3  # twice to find it, and once for the answer
+
+
+def test_many_names_cost_one_query_of_all_and_no_wait_for_a_silent_one(
+    fakes: Fakes, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes("web")
+    released = threading.Event()
+    fakes("shop").status["name"] = "market"
+    fakes("silent").answers["status"] = lambda *_: {} if released.wait(DEADLINE_S) else None
+    dead(folder / "dead.control")
+    queries: list[int] = []
+
+    def queried(paths: Iterable[str], within_s: float = 0.1) -> list[SocketAnswer]:
+        queries.append(len(found := [*paths]))
+        return query_all(found, within_s)
+
+    monkeypatch.setattr(discovery, "query_all", queried)
+    found = discovery.paths_by_name(["web", "market", "missing", "dead", "silent"])
+    released.set()
+
+    paths = [str(folder / f"{name}.control") for name in ("web", "shop", "dead", "silent")]
+    assert found == [*paths[:2], "", *paths[2:]]
+    assert queries == [4]
+    assert discovery.paths_by_name(["web", "silent"]) == [paths[0], paths[3]]
+    assert queries == [4], "a name that only one socket has needs no query"
 
 
 def test_an_instance_that_never_answers_is_named(

@@ -111,8 +111,8 @@ class Client:
         together: a protector that is about to exit answers only the requests that it has already
         received.  Raises NoProtector if no protector answers, RequestRefused after a refusal.
 
-        answer_s: once connected, wait at least this long for the answer.  Without it, the wait ends
-        with `within_s`, but takes at least 0.1 s.
+        answer_s: once connected, the timeout for the answer is at least this long.  By default it
+        is the time that was left of `within_s` before the last try to connect, but at least 0.1 s.
         """
         limit_s = self._until_deadline(min(within_s, RETURN_S))
         until = time.monotonic() + limit_s
@@ -271,8 +271,8 @@ class Client:
                 return found[0]
             if self._has_run_out(until):
                 return None
-        # _MOST_EVENT_BYTES is for a peer that sends events endlessly while answer() waits.  This
-        # caller reads events, so start a new count, although some events are still buffered.
+        # _MOST_EVENT_BYTES stops a peer that sends events endlessly while answer() waits.  Here the
+        # caller reads the events, so start a new count, although some are still buffered.
         self._events_bytes = 0
         return self._events.popleft()
 

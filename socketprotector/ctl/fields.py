@@ -100,7 +100,8 @@ def waits_of(status: Status) -> list[Wait]:
 
 #: Kinds of waits that rollout_text() describes.
 _ROLLOUT_KINDS = ("canary", "rolling", "settle")
-#: In a rolling reload, rollout_text() names at most this many of the workers that must end first.
+#: In a rolling reload, rollout_text() names at most this many of the leaving workers.  One of them
+#: must end before the next worker can start.
 _NAMED = 3
 
 

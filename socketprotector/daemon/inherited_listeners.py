@@ -32,7 +32,8 @@ def adopt(
             second = -1
         if _close_if_same(third, (first, second)):
             # A name in the fd store must never be reused, so the next reserved socket gets the next
-            # number.  A sibling needs no next number, because no later one is made.
+            # number.  A sibling needs no next number here: UnixListener._place() counts the number
+            # up when it places a later sibling.
             third, third_number = -1, third_number + 1
         if first >= 0:
             numbers = first_number, second_number, third_number

@@ -84,7 +84,10 @@ class SavedHistory:
         self._save(release.added(self.value, entry))
 
     def sync(self) -> None:
-        """Write the file again; the writer also syncs the folder, with a move of `current`."""
+        """Write the file again.
+
+        The writer also syncs the folder, so an earlier move of `current` is then on disk, too.
+        """
         # A write in progress may have synced the folder before the link changed, so that write must
         # not count.  A copy is another object, so is_saved is False until the copy is written.
         self._save(replace(self.value))

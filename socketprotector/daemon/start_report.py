@@ -39,7 +39,7 @@ class StartReport:
     def watch(
         self, loop: Loop, gone: Callable[[], None], waits: Callable[[], Sequence[object]]
     ) -> None:
-        """Send the launching process `pid` now and, when asked, what the start waits for.
+        """Send `pid` to the launching process now and, when asked, what the start waits for.
 
         gone: called if the launching process exits, or cancels the start, before the result.
         waits: returns what the start waits for.

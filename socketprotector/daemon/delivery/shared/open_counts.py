@@ -88,9 +88,9 @@ class OpenCounts:
         return listener.index, tag
 
     def _unused(self, listener: Listener, socket_number: int, used: Collection[int]) -> int:
-        """Return a tag that no connection carries, preferably the socket's present tag.
+        """Return a tag that no accepted connection carries, preferably the socket's present tag.
 
-        NO_TAG: no tag is left.
+        Clients in the socket's backlog may carry the present tag.  NO_TAG: no tag is left.
 
         used: the tags of known generations.  Raises OSError.
         """
@@ -122,7 +122,7 @@ class OpenCounts:
         """Count the open connections of the listeners with two sockets."""
         began = time.monotonic()
         self._found.clear()
-        ours = self.listeners.host.own_connection  # our probe does not count
+        ours = self.listeners.host.own_connection  # over TCP, our probe does not count
         for each in self.listeners.pairs:
             try:
                 if each.path:

@@ -174,7 +174,8 @@ class Soak:
         deploys = self.torment.deploys
         self.report.wrong += deploys.wrong
         if not self.service.from_earlier:
-            self.report.wrong += deploys.too_few(self.report.minutes)
+            minutes, rolling = self.report.minutes, self.service.rolls
+            self.report.wrong += deploys.too_few(minutes, rolling=rolling)
 
     def _each_turn(self) -> None:
         """Find `current` as a power cut now would leave it, and show how far the run is."""

@@ -134,6 +134,7 @@ def test_what_a_dead_master_leaves_finishes_what_it_serves_and_keeps_its_generat
     daemon = service.daemon
     with Client(here(daemon)) as client:
         child = pid_in(client.ask())
+        eventually(lambda: len(children(daemon)) == 2, "the other child")
         other = next(pid for pid in children(daemon) if pid != child)
         [master] = spawned(daemon)
 

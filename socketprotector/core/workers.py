@@ -34,6 +34,8 @@ def worker_ready(step: Step, number: int, retires: bool, *, alone: bool = True) 
     """
     found = step.fleet.find(number)
     if found is None or found[1].state is not State.STARTING:
+        if found is not None and retires:
+            _let_finish(step, *found)
         return  # the message is repeated, or the worker sent it before our signal arrived
     if lacks := "" if alone else rollout.lacks_library(step.fleet, found[0]):
         fail(step, found[0].number, lacks)
@@ -43,6 +45,19 @@ def worker_ready(step: Step, number: int, retires: bool, *, alone: bool = True) 
     step.fleet = step.fleet.with_worker(ready)
     _take_over(step, found[1].replaces)
     _retire_orphans(step, found[0].number, ready.slot)
+
+
+def _let_finish(step: Step, generation: Generation, worker: Worker) -> None:
+    """Take KILL back from a worker that was ready before we retired it as a starting worker.
+
+    We had not read its message yet, for example because we were killed.  It may have clients.
+    """
+    was_starting = worker.state is State.RETIRING and not worker.retires
+    is_killed = Deadline(TimerKind.WORKER_KILL, worker.number) in step.fleet.timers
+    if was_starting and is_killed and not (worker.hung or generation.ending or step.fleet.stopping):
+        step.cancel(TimerKind.WORKER_KILL, worker.number)
+        step.fleet = step.fleet.with_worker(ready := replace(worker, retires=True))
+        step.retire(ready)
 
 
 def worker_exited(step: Step, event: WorkerExited) -> None:

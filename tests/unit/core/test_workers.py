@@ -230,6 +230,23 @@ def test_a_retiring_worker_that_never_became_ready_is_killed_in_the_end(story: S
     assert story.when_over(TimerKind.WORKER_KILL, 2) == [Signal(2, WorkerSignal.KILL)]
 
 
+def test_a_worker_whose_ready_was_read_after_it_was_retired_finishes_its_clients(
+    story: Story,
+) -> None:
+    """Such as after a kill of the protector, which had not read it."""
+    story.given_serving(Policy(drain_timeout_s=30.0)).and_also(ScaleRequested(+1))
+    scaled(story, -1)
+
+    assert story.when(WorkerReady(2, retires=True)) == [
+        CancelTimer(Deadline(TimerKind.WORKER_KILL, 2)),
+        Retire(2),
+        StartTimer(Deadline(TimerKind.WORKER_RETIRE, 2), 30.0),
+    ]
+    assert story.when_over(TimerKind.WORKER_RETIRE, 2)[0] == Signal(2, WorkerSignal.TERM)
+    assert story.when(WorkerReady(2, retires=True)) == [], "said again, it keeps no worker"
+    assert story.when_over(TimerKind.WORKER_KILL, 2) == [Signal(2, WorkerSignal.KILL)]
+
+
 def test_a_place_that_waits_for_a_back_off_is_given_up_without_a_word(story: Story) -> None:
     story.given_serving(workers=2)
     story.and_also(*(WorkerExited(number, CRASHED) for number in (2, 3, 4)))

@@ -33,10 +33,13 @@ def worker_ready(step: Step, number: int, retires: bool, *, alone: bool = True) 
     alone: the worker has declared that it can finish alone.
     """
     found = step.fleet.find(number)
-    if found is None or found[1].state is not State.STARTING:
-        if found is not None and retires:
+    if found is None:
+        return
+    if found[1].state is not State.STARTING:
+        # The message is repeated, or the worker sent it before our signal arrived.
+        if retires:
             _let_finish(step, *found)
-        return  # the message is repeated, or the worker sent it before our signal arrived
+        return
     if lacks := "" if alone else rollout.lacks_library(step.fleet, found[0]):
         fail(step, found[0].number, lacks)
         return

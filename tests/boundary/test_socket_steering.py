@@ -2281,10 +2281,10 @@ def test_what_is_answered_before_workers_keep_clients_out_counts_for_nothing(
 
     assert not before.is_unchanged()
     before.close()
-    anew = reloaded.steering.probes.reach_by_mark(2, "")
-    assert anew is not None
-    assert (anew.is_unchanged(), anew.is_closed()) == (True, True)
-    anew.close()
+    later = reloaded.steering.probes.reach_by_mark(2, "")
+    assert later is not None
+    assert (later.is_unchanged(), later.is_closed()) == (True, True)
+    later.close()
     reloaded.resume((1, 0), (2, 1))
     later = reloaded.steering.probes.reach_by_mark(2, "")
     assert later is not None

@@ -1,6 +1,7 @@
 """Workers, their parents and guards killed again and again under load: what is lost, and left.
 
-A killed process is suspended first and its connections noted, so a lost client is told by its port.
+A test suspends a process and notes its connections before it kills it, so the port of a lost client
+shows whose client it was.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def load_of(web: Operated, program: str) -> Load:
 
 @contextmanager
 def taken(web: Operated, program: str) -> Iterator[tuple[int, int, Callable[[], bool]]]:
-    """Have a connection that a process has answered: its pid, our port, and whether it has ended.
+    """Keep a connection that a process has answered: yield its pid, our port, and if it has ended.
 
     So whichever process is killed has taken one connection at least.
     """
@@ -91,7 +92,7 @@ class Killed:
         return self.kills[-1]
 
     def one_that_answers(self, web: Operated, program: str) -> int:
-        """Kill the process that takes the next client, and see that this client is told."""
+        """Kill the process that takes the next client, and check that the client sees the end."""
         with taken(web, program) as (pid, port, ended):
             assert port in self.add(pid).held
             assert ended()
@@ -246,7 +247,7 @@ def test_guards_parents_and_protectors_killed_in_turn_leave_nothing(
                 _kill_parent(daemon, load, guard_killed)
                 _kill_parent(daemon, load)
         seen = load.snapshot()
-        # By the kill of the protector, at most the one that it was handing over.
+        # The killed protector may lose the one connection that it was handing over.
         assert len(seen.failures) <= (handoff == "connection"), seen.failures
         answered, lost = answered + seen.connections, lost + len(seen.failures)
         end(daemon)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.everycall.trials import found_sites, report, trials, try_one
+from tests.everycall.trials import Trial, found_sites, report, trials, try_one
 from tests.running import ROOT
 
 
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="an operation, or several with commas")
     parser.add_argument("--site", default="", help="only sites that contain this")
     parser.add_argument("--seed", type=int, default=36, help="the order of the faults")
+    parser.add_argument("--jobs", type=int, default=4, help="how many lives run side by side")
     arguments = parser.parse_args()
     # Lines of other sources are other sites.
     folder: Path = arguments.folder.absolute() / digest_of_sources()
@@ -42,16 +45,26 @@ def main() -> None:
     results = folder / "results.jsonl"
     text = results.read_text() if results.exists() else ""
     done = {tuple(json.loads(line)["trial"]) for line in text.splitlines()}
-    for trial in trials(sites, arguments.seed):
-        if trial in done or arguments.site not in trial[1]:
-            continue
+    open_trials = [
+        each
+        for each in trials(sites, arguments.seed)
+        if each not in done and arguments.site in each[1]
+    ]
+    writing = threading.Lock()
+
+    def run(trial: Trial) -> None:
         if time.monotonic() > until:
-            break
+            return
         outcome = try_one(folder, trial)
-        with results.open("a") as file:
+        with writing, results.open("a") as file:
             file.write(json.dumps(outcome) + "\n")
         if outcome["problems"]:
             print(*trial, *outcome["problems"], sep="; ", flush=True)
+
+    # A life waits for processes most of the time.
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for ended in [pool.submit(run, each) for each in open_trials]:
+            ended.result()
     print(report(sites, results))
 
 

@@ -198,9 +198,9 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "queue", default=256),
         Option("busy-poll", TIME,
                "Poll this long for the next connection before sleeping; 0: sleep at once.\n"
-               "SocketProtector polls only with more than one processor, without --handoff "
-               "listener, while connections come at intervals under TIME. Polling lowers latency "
-               "by 30 %, and uses one processor.",
+               "SocketProtector polls only while connections come at intervals under TIME; never "
+               "with one processor or --handoff listener. Polling lowers latency by 30 %, and "
+               "uses one processor.",
                "busy_poll_s", STAYS, default="200us"),
     ),
     "Start": (
@@ -266,8 +266,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     ),
     "Workers": (
         Option("workers", click.IntRange(1, _MANY), "Run this many workers.\n"
-               "With --handoff stdio: run at most this many programs at a time. Otherwise TTIN and "
-               "TTOU change the number until a reload reads another number.",
+               "With --handoff stdio: run at most this many programs at a time. In other modes "
+               "TTIN and TTOU change the number until a reload reads another.",
                "workers", common=True, unset="1; 4 with stdio"),
         Option("shell", FLAG, "With --handoff stdio: run COMMAND by /bin/sh -c.", "shell"),
         Option("watchdog", TIME,

@@ -111,7 +111,7 @@ class MemoryDelivery(Delivery):
     def can_probe(self, listener: str) -> bool:
         return any(self._named(listener))
 
-    def cannot_try(self) -> str | None:
+    def cannot_dry_run(self) -> str | None:
         return None
 
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:

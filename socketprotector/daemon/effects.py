@@ -203,7 +203,7 @@ class Effects(Host):
         program = self.generations.program_of(report.generation)
         self.last_good = (report.news in _SUCCESS and program) or self.last_good
         if report.news in _FAILURE and report.reason not in (stop.CALLED_OFF, UPGRADED):
-            more = self.generations.changed(self._route)
+            more = self.generations.program_change(self._route)
             report = replace(report, reason=added(report.reason, more))
         self.reports.write(*self.live_settings.reported(report, program))
 
@@ -265,10 +265,10 @@ class Effects(Host):
 
     def _open(self, number: int, fresh: bool, *, dry_run: bool) -> None:
         try:
-            settings = self.live_settings.of_next(fresh=fresh)
+            settings = self.live_settings.next_settings(fresh=fresh)
             program = self.last_good if self.last_good and not fresh else program_of(settings)
             self._refuse_unless_reachable(program)
-            if dry_run and (cannot := self.delivery.cannot_try()):
+            if dry_run and (cannot := self.delivery.cannot_dry_run()):
                 raise ValueError(f"cannot dry-run: {cannot}")
             # snapshot() also does this, but perhaps never runs without a guard or an fd store.
             self.generations.forget_released(self.delivery.keeps)

@@ -1,7 +1,7 @@
 """An open generation: its record, and the scoreboard in which its workers count connections.
 
-After an upgrade or a kill, the next program gets the record from the state, and the scoreboard's
-descriptor by name (system/inherited.py).
+After an upgrade or a kill, the program that replaces us (the next program) gets the record from the
+state, and the scoreboard's descriptor by name (system/inherited.py).
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class OpenGeneration:
             if self.board is not None:
                 self.board.clear(slot)
         except OSError:
-            self.forget_board()  # otherwise we would add these counts again
+            self.forget_board()  # otherwise these counts would count twice
         if found is None:
             return None
         past = (self.record.past or Counts()) + replace(found, active=0)
@@ -134,9 +134,10 @@ class OpenGeneration:
 
 
 class Generations(dict[int, OpenGeneration]):
-    """The open generations by number.  `released` has those whose last worker has exited.
+    """The open generations by number, and the released generations (`released`).
 
-    A released generation is kept while its clients still wait for another generation.
+    The last worker of a released generation has exited, but clients that it has not taken may wait
+    for another generation.
     """
 
     def __init__(self) -> None:
@@ -147,12 +148,12 @@ class Generations(dict[int, OpenGeneration]):
         """Return a generation's program; None: the generation is not open."""
         return self[number].program if number in self else None
 
-    def changed(self, number: int | None) -> str:
+    def program_change(self, number: int | None) -> str:
         """Return a warning if a generation's program file was changed in place; otherwise ""."""
         return change_of(self[number].record) if number is not None else ""
 
     def release(self, number: int) -> OpenGeneration:
-        """Release a generation, whose waiting clients may still go to another generation."""
+        """Move a generation to `released`, because its last worker has exited."""
         each = self.pop(number)
         each.update_record(released=True)
         each.forget_board()

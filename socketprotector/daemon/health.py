@@ -42,7 +42,7 @@ class Health:
     ) -> None:
         """settings: returns the settings in force.
 
-        remember: changes the history by a function, which gets the old and returns the new history.
+        remember: replaces the history by the result of a function, which gets the old history.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._remember = runtime.persist, remember
@@ -55,7 +55,7 @@ class Health:
         self._generation: OpenGeneration | None = None
         self._applied: tuple[object, ...] = ()  # the options in use, to find changes
         self._spec = ProbeSpec("")
-        self.known = Serving(time.time())  # the results for the present generation and options
+        self.known = Serving(time.time())  # the results since the generation or the options changed
 
     @property
     def shown_check(self) -> str:
@@ -64,11 +64,11 @@ class Health:
 
     @property
     def tcp_connection(self) -> socket.socket | None:
-        """The TCP connection of the present probe, if it has one."""
+        """The TCP connection of the probe under way; None: there is none."""
         return self._probe.connection
 
     def set_serving(self, generation: OpenGeneration | None) -> None:
-        """Check this generation, which gets new clients from now on; None: no generation."""
+        """Probe this generation from now on, because it gets new clients; None: probe none."""
         if generation is not self._generation:
             self._generation = generation
             self._begin()
@@ -109,7 +109,7 @@ class Health:
         settings, generation = self._settings(), self._generation
         assert generation is not None
         self._loop.call_after(_TIMER, settings.health_every_s, self._send_probe)
-        # During some holds no connection gets an answer (is_silent), so a probe would fail, too.
+        # During some holds no connection gets an answer (is_silent), so a probe would fail.
         if not self._delivery.is_silent and not self._probe.is_pending:
             self._probe.send(generation, self._spec, settings.health_timeout_s, self._on_verdict)
 
@@ -122,7 +122,7 @@ class Health:
         self._remember(
             lambda history: history.health_changed(number, known.state, known.last, known.since_at)
         )
-        self._persist()  # no event follows, so otherwise the state would not be written
+        self._persist()  # no event follows that would write the state
         if known.state == HEALTHY:
             self._log.write("info", "healthy", generation=number)
         else:

@@ -32,8 +32,8 @@ def adopt(
             second = -1
         if _close_if_same(third, (first, second)):
             # A name in the fd store must never be reused, so the next reserved socket gets the next
-            # number.  A sibling needs no next number here: UnixListener._place() counts the number
-            # up when it places a later sibling.
+            # number.  A sibling does not: UnixListener._place() raises the number when it places a
+            # later sibling.
             third, third_number = -1, third_number + 1
         if first >= 0:
             numbers = first_number, second_number, third_number
@@ -43,7 +43,7 @@ def adopt(
         for fd in (second, third):
             if fd >= 0:
                 os.close(fd)
-    # Complete the closing that an earlier program had begun.
+    # Close the listeners that an earlier program had begun to close.
     for listener in [each for each in made if each.is_ending]:
         made.remove(listener)
         listener.close()

@@ -4,7 +4,7 @@ A reload starts its generation with the candidate settings, which a reader proce
 (config_reader.py).  When this generation serves, the candidate settings become the settings in
 force.  If the generation fails, and after a dry run, the candidate settings are dropped.
 
-`current` is the symbolic link that the option --current names; it leads to a release.
+In prose, `current` means the symbolic link that the option --current names; it leads to a release.
 """
 
 from __future__ import annotations
@@ -56,12 +56,14 @@ class LiveSettings:
         """The settings in force."""
         return self.record.current
 
-    def of_next(self, *, fresh: bool) -> Settings:
-        """Return the settings of the next generation; fresh: use the candidate, if there is one."""
+    def next_settings(self, *, fresh: bool) -> Settings:
+        """Return the settings for the next generation; fresh: the candidate, if there is one."""
         return (self.record.candidate if fresh else None) or self.settings
 
     def read(self, *, dry_run: bool, canary: bool = False, release: str = "") -> None:
-        """Read the configuration again, in another process; the result is an event.
+        """Read the configuration again, in another process.
+
+        Posts SettingsRead or SettingsFailed.
 
         dry_run: the new generation and added listeners get no clients.
         canary: the reload was requested with a canary.
@@ -78,7 +80,7 @@ class LiveSettings:
         reader.read(replace(self.settings, release_wanted=release), done)
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
-        """Call `done` with what a reload would change; return False if a comparison is running."""
+        """Call `done` later with what a reload would change; return False if a comparison runs."""
         comparer = self._reader("comparer")
         if comparer.busy:
             return False
@@ -123,7 +125,7 @@ class LiveSettings:
                 self._put_in_force(replace(self.settings, listeners=(*kept, *removed)))
 
     def reported(self, report: Report, program: Program | None) -> tuple[Report, str]:
-        """Return two values: the report, with a note about `current`, and the release's name.
+        """Return the report, with a note about `current`, and the release's name.
 
         program: the program of the report's generation; None: the generation could not be opened.
         The name is "" without a program, or without --releases.
@@ -146,8 +148,8 @@ class LiveSettings:
     def stop_reading(self) -> None:
         """End the reader processes, before an upgrade or our exit: only we can use their answers.
 
-        If a reload waits for its settings, the next program reads the configuration again.  The
-        caller of compare() gets its answer now: that the comparison was called off.
+        If a reload waits for its settings, the next program reads the configuration again.
+        `done` of compare() gets an answer at once: the comparison was called off.
         """
         for purpose, each in self._readers.items():
             called_off = "called off: an upgrade or a stop has begun"
@@ -157,9 +159,9 @@ class LiveSettings:
     # -- from one program to the next ---------------------------------------------
 
     def adopt(self, snapshot: Snapshot) -> None:
-        """Adopt an earlier program's candidate settings if still needed; otherwise drop them.
+        """Adopt an earlier program's candidate settings, or drop them if no longer needed.
 
-        A reload that tries them needs them, and so does a UseSettings action not carried out yet.
+        They are needed if a reload is trying them, or if UseSettings must still be carried out.
         """
         self.record = SettingsRecord(self.settings, snapshot.settings.candidate)
         if snapshot.fleet.candidate is None and UseSettings() not in snapshot.unfinished:
@@ -231,8 +233,8 @@ class LiveSettings:
     ) -> str | None:
         """Return why the new settings rule out a canary or a rolling reload; None: they do not.
 
-        canary: the reload was requested with a canary.  The `reload` command has checked that the
-        settings in force allow a canary.
+        canary: the reload was requested with a canary; the `reload` command has checked only the
+        settings in force.
         """
         policy = new.policy
         cannot = no_canary_under(policy) if canary else None
@@ -242,7 +244,7 @@ class LiveSettings:
         if cannot is not None and canary:
             return f"no canary: {cannot}"
         if cannot is None and policy.finish_alone:
-            # Not only the new workers must be able to retire while other workers still accept.
+            # The running workers, too, must be able to retire while other workers accept.
             workers = [each for each in self._pool.records() if not each.asked_to_exit]
             cannot = None if all(each.retires for each in workers) else NO_LIBRARY
         return cannot

@@ -39,7 +39,7 @@ _PIPE_MODE = 0o622
 
 
 @mutable
-class Opened:
+class WorkerOutput:
     """The output descriptors of a worker that is about to start."""
 
     #: Descriptor number in the worker -> our descriptor that becomes it.
@@ -72,7 +72,7 @@ class Output:
         name, prefixed = self._settings.name, self._settings.log_prefix
         self._relay = relay_client.LogRelay(name, kind, runtime, self.named, prefixed=prefixed)
         given = unclaimed.take_one(_WRITE)
-        if given is not None:  # only after a crash: an upgrade leaves this pipe as our stderr
+        if given is not None:  # only after a crash: an upgrade keeps this pipe as our stderr
             self._redirect_to(given)
         relay, outputs = unclaimed.take_all(inherited.RELAY), unclaimed.take_all(inherited.OUTPUT)
         if relay or outputs:
@@ -98,13 +98,13 @@ class Output:
         return {**self._relay.descriptors(), **shared}
 
     @contextmanager
-    def opened(self, number: int, generation: int) -> Iterator[Opened]:
+    def opened(self, number: int, generation: int) -> Iterator[WorkerOutput]:
         """Open the output of a worker, which the caller starts inside the `with` statement.
 
         number: the worker's number.  Raises OSError.  If the start fails, nothing stays open.
         """
         if self._relay is None or not self._relayed:
-            yield Opened()
+            yield WorkerOutput()
             return
         read, write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(read, False)  # the worker's end is unaffected
@@ -112,7 +112,7 @@ class Output:
         # If the protector's stdout and stderr differ, stdout is relayed only with --log-prefix.
         relays_stdout = self._settings.log_prefix or os.path.sameopenfile(_STDOUT, _STDERR)
         relayed = (_STDOUT, _STDERR) if relays_stdout else (_STDERR,)
-        given = Opened(dict.fromkeys(relayed, write))
+        given = WorkerOutput(dict.fromkeys(relayed, write))
         try:
             with on_error(os.close, read):
                 yield given
@@ -121,7 +121,7 @@ class Output:
         self._relay.read_from(number, relay_client.WorkerPipe(read, generation, given.pid))
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
-        """Keep the pipes of living workers and of LEFT_BEHIND exited workers; close the others.
+        """Close the oldest pipes of exited workers; keep LEFT_BEHIND (model/fd_budget.py) of them.
 
         living: how many workers count as living: they run, or have left a process in their group.
         numbers: returns the numbers of the living workers.
@@ -146,7 +146,7 @@ class Output:
     def position(self) -> int:
         """Return the size of the log file: a worker that starts now writes from there on.
 
-        Returns -1 if the log is no file that we can read, or if the relay provides last words.
+        Returns -1 if the log is not a regular file, or if the relay provides last words.
         """
         if self._relayed:
             return -1
@@ -168,7 +168,7 @@ class Output:
             done("")
 
     def where_to_look(self) -> str:
-        """Return where to find a worker's output that we do not have, and which option shows it.
+        """Return where to find the output of a worker without last words, and which option helps.
 
         The text names SocketProtector -f, because the operator may be at another terminal.
         """
@@ -192,7 +192,7 @@ class Output:
 
 
 def _is_stream() -> bool:
-    """Return whether stderr is a pipe or the journal, from which we cannot read last words."""
+    """Return whether stderr is a pipe or a socket (the journal): we cannot read it back."""
     mode = os.fstat(_STDERR).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 

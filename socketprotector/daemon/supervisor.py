@@ -304,7 +304,7 @@ class Supervisor:
             return "a start, reload or replacement is in progress; try again after it"
         if self.fleet.of(Phase.SERVING) is None:
             return "no generation is serving; reload instead"
-        return settings.mode.cannot.get("dry-run") or self.effects.delivery.cannot_try()
+        return settings.mode.cannot.get("dry-run") or self.effects.delivery.cannot_dry_run()
 
     def scale(self, request: ScaleRequested) -> str | None:
         """Change the number of workers; return why that is impossible, or None."""

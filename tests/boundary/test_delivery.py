@@ -275,7 +275,7 @@ def test_a_dry_run_gets_no_client_of_the_listener_that_it_alone_knows(
 ) -> None:
     world.kills = kills
     world.serving(1)
-    assert world.delivery.cannot_try() is None
+    assert world.delivery.cannot_dry_run() is None
     world.add(world.listener(1), dry_run=True)
     world.open(2)
     world.connect(1)
@@ -434,11 +434,11 @@ def test_none_is_tried_while_clients_come_to_the_socket_that_it_would_have(
         world.route_to(2)
         world.end(1)
         client = world.connect()
-        assert world.delivery.cannot_try()
+        assert world.delivery.cannot_dry_run()
         world.open(3)
         world.until(lambda: client in world.taken[3], 2, 3)  # else it would be tried with clients
 
-    world.until(lambda: world.delivery.cannot_try() is None)
+    world.until(lambda: world.delivery.cannot_dry_run() is None)
 
 
 def test_connections_are_counted_for_no_generation_once_several_share_a_socket(

@@ -62,7 +62,7 @@ from socketprotector.daemon.delivery.shared import accept_watch, probes, quiesci
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.daemon.effects import Effects
 from socketprotector.daemon.event_queue import EventQueue
-from socketprotector.daemon.log_output import Opened
+from socketprotector.daemon.log_output import WorkerOutput
 from socketprotector.daemon.recovery import Recovery
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.start_report import StartReport
@@ -275,8 +275,8 @@ class Output:
         return 0
 
     @contextmanager
-    def opened(self, number: int, generation: int) -> Iterator[Opened]:
-        yield Opened()
+    def opened(self, number: int, generation: int) -> Iterator[WorkerOutput]:
+        yield WorkerOutput()
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
         assert living == len(numbers())

@@ -19,9 +19,9 @@ from ..generation import OpenGeneration
 from .host import Host
 from .probe_target import ProbeTarget
 
-#: How long waiting clients may go unaccepted before we report it: NEVER_TAKEN_S until the workers
-#: have accepted their first client, UNTAKEN_S afterwards.  In shared/, each listener is timed
-#: separately.  A canary's first limit is shorter (queue/canary.py, shared/canary_watch.py).
+#: We report workers that accept none of the waiting clients: after NEVER_TAKEN_S if they have never
+#: accepted a client, otherwise after UNTAKEN_S.  In shared/, each listener is timed separately.  A
+#: canary's first limit is shorter (queue/canary.py, shared/canary_watch.py).
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
 #: A stop, and the drain of a removed listener, check for new clients at this interval.  A client
@@ -36,27 +36,29 @@ LAST_S = 10.0
 def untaken(seconds: float, *, ever: bool) -> str:
     """Return the message about workers that accept no client.
 
-    seconds: for how long.  ever: whether the workers may have accepted a client before.
+    seconds: the time without an accepted client.  ever: whether the workers may have accepted a
+    client before that time.
     """
     return f"no worker has accepted a connection {f'for {seconds:.0f} s' if ever else 'yet'}"
 
 
 @frozen
 class Handles:
-    """A worker's descriptors for connections, and the variables that describe the descriptors."""
+    """A worker's descriptors for connections, and the variables that tell the worker about them."""
 
     descriptors: dict[int, int]  # descriptor in the worker -> our descriptor
-    environment: dict[str, str]  # describes the descriptors to the worker
-    pid_in: str = ""  # the environment variable that gets the worker's pid; "": none
+    environment: dict[str, str]
+    pid_in: str = ""  # the name of the variable that gets the worker's pid; "": no variable
 
 
 class Delivery(ABC):
     """Brings new clients to the workers of the generation that has the route.
 
-    A generation knows a listener if its workers got the listener at their start.  Only such a
-    generation can get the listener's clients.  The simplest example is tests/memory_delivery.py.
+    A generation knows a listener if the listener was configured when the generation was opened.
+    Only such a generation can get the listener's clients.  The simplest example is
+    tests/memory_delivery.py.
 
-    If the protector is killed, the program that replaces it (the next program) may repeat a call,
+    If the protector is killed, the program that replaces it (the next program) may repeat calls,
     such as route_to() or drain().  A repeated call must change nothing.
     """
 
@@ -74,7 +76,7 @@ class Delivery(ABC):
     @classmethod
     @abstractmethod
     def leave(cls, listeners: Collection[Listener], record: DeliveryRecord) -> tuple[str, ...]:
-        """Complete the exit that an earlier program began: leave our listeners to the fd store.
+        """Complete the exit that an earlier program began: leave the listeners to the fd store.
 
         Returns the names of the sockets that the store must keep for the next start.
         """
@@ -93,7 +95,7 @@ class Delivery(ABC):
         """
 
     @abstractmethod
-    def cannot_try(self) -> str | None:
+    def cannot_dry_run(self) -> str | None:
         """Return why a dry run is impossible; None: it is possible."""
 
     @abstractmethod
@@ -102,8 +104,8 @@ class Delivery(ABC):
 
         Raises OSError on failure; the caller then forgets the generation, without release().
 
-        queue: how many clients the generation's queue should hold (shared/ has no queue).  fresh:
-        the generation runs a new release; False: the last good release is started again.
+        queue: how many clients the generation's queue should hold (shared/ has no queue).
+        fresh: True: the generation runs a new release; False: it runs the last good release again.
         """
 
     @abstractmethod
@@ -147,10 +149,10 @@ class Delivery(ABC):
 
     @abstractmethod
     def met(self, generation: OpenGeneration) -> int | None:
-        """Return how many new clients a generation has met (got) so far; None: unknown.
+        """Return how many new clients a generation has got so far; None: unknown.
 
-        In queue/, a client is met when its connection is sent to the generation's queue.  In
-        shared/, when a worker has accepted and counted the connection.
+        queue/ counts a client when its connection is sent to the generation's queue.  shared/
+        counts a client when a worker has accepted the connection.
         """
 
     @abstractmethod
@@ -159,27 +161,29 @@ class Delivery(ABC):
     ) -> None:
         """Call on_quiet once a generation without the route can be ordered to finish.
 
-        In queue/: at once.  In shared/, some waiting clients can be accepted only by this
-        generation's workers.  So first wait, for a limited time, until the workers have accepted
-        these clients and read from each of them.
-        reads_on: do not wait for the reading, because the workers still read after the order to
-        finish.
+        queue/ calls on_quiet at once.  In shared/, only the generation's own workers can accept
+        some of the waiting clients.  So shared/ waits, for a limited time, until these workers have
+        accepted these clients and read from each of them.
+        reads_on: the workers read from accepted clients even after the order to finish.  So wait
+        only until the clients are accepted.
         """
 
     @abstractmethod
     def drain(self, generation: OpenGeneration) -> None:
-        """Stop bringing clients to a generation: its workers have been ordered to finish.
+        """Stop bringing clients to a generation, whose workers must finish now.
 
-        Other generations may get the clients that these workers have not accepted.
+        The caller has sent the finish signal, if the program has one.  In queue/, the workers read
+        end of file from the channel.  Other generations may get the clients that these workers have
+        not accepted.
         """
 
     @abstractmethod
     def release(self, generation: OpenGeneration) -> None:
-        """Release a generation whose workers have all exited."""
+        """Free what a generation used, after its last worker has exited."""
 
     @abstractmethod
     def keeps(self, number: int) -> bool:
-        """Return whether a released generation has left clients that another must still take.
+        """Return whether clients of a released generation still wait for another generation.
 
         number: the number of the released generation.
         """
@@ -190,14 +194,14 @@ class Delivery(ABC):
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
         """Return how many connections wait for a generation's workers; None: unknown.
 
-        clients_only: return 0 if only our probes wait.  A number above 0 may include probes.
+        clients_only: return 0 if only our probes wait; a higher number may include probes.
         """
 
     @abstractmethod
     def active(self, generation: OpenGeneration) -> int | None:
         """Return the number of a generation's open connections; None: unknown, as in queue/.
 
-        The caller needs this number for workers that do not count their connections.
+        The caller uses this number for workers that do not count their connections.
         """
 
     @abstractmethod
@@ -212,7 +216,7 @@ class Delivery(ABC):
     def is_stuck(self, generation: OpenGeneration | None) -> bool:
         """Return whether clients wait for a generation, and its workers accept none.
 
-        Returns False for None, which means that no generation serves.
+        generation: None means no generation; the result is then False.
         """
 
     @abstractmethod
@@ -256,7 +260,7 @@ class Delivery(ABC):
     def cannot_hold(self) -> str | None:
         """Return why a hold is impossible; None: it is possible.
 
-        In shared/, this also makes the sockets at which held clients will wait.
+        In shared/, this call also makes the sockets at which held clients will wait.
         """
 
     @abstractmethod
@@ -269,17 +273,18 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def is_silent(self) -> bool:
-        """Return whether a hold is in force that stops even probes that connect as clients do.
+        """Return whether a hold stops probes that connect as clients do (reach() with `as_client`).
 
-        Such probes are those of reach() with `as_client`.
+        queue/ returns False: its probes connect to their own port (queue/probe_port.py).
         """
 
     @property
     @abstractmethod
     def late_s(self) -> float:
-        """Return for how many more seconds TCP clients of an ended hold may retry; 0: none retries.
+        """Return for how many more seconds TCP clients may retry after a hold; 0: none retries.
 
-        Only in shared/ do clients retry: there a client gets no answer during a hold.
+        queue/ returns 0: its held clients wait in the backlog.  In shared/, held TCP clients get no
+        answer, so they retry.
         """
 
     @abstractmethod
@@ -290,8 +295,8 @@ class Delivery(ABC):
 
         If new clients cannot be refused, accept them for LAST_S at most.
         serving: the serving generation.  quick: close at once, and post nothing.
-        stay: instead of refusing new clients, let our own listeners survive.  Later clients wait
-        at these listeners for the next start.
+        stay: do not refuse new clients, but keep open the listeners that were not passed in.  Later
+        clients wait there for the next start.
         """
 
     # -- the delivery as a whole ---------------------------------------------------------
@@ -299,14 +304,14 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def forwarded(self) -> int | None:
-        """Return how many connections the protector has accepted; None: workers accept."""
+        """Return how many connections the protector has accepted; None, in shared/: unknown."""
 
     @property
     @abstractmethod
     def lost(self) -> int | None:
-        """Return how many forwarded connections were lost before a worker took them.
+        """Return how many connections the protector has accepted and then lost.
 
-        None: workers accept.
+        None, in shared/: unknown.
         """
 
     @property
@@ -340,8 +345,8 @@ class Delivery(ABC):
     ) -> None:
         """Resume from an earlier program's record; claim descriptors that belong to no generation.
 
-        unclaimed: the inherited descriptors that no other part has claimed yet.  held: whether the
-        fleet is on hold.  closing: a stop is closing our own listeners.
+        unclaimed: the inherited descriptors that no other part has claimed yet.
+        held: whether a hold is in force.  closing: whether a stop is closing the listeners.
         """
 
     @abstractmethod

@@ -42,4 +42,4 @@ class Host(ABC):
     @property
     @abstractmethod
     def own_connection(self) -> socket.socket | None:
-        """The TCP connection of the present health probe, which is no client; None: no probe."""
+        """The TCP connection of the health probe under way (not a client); None: no such probe."""

@@ -39,9 +39,9 @@ class ProbeTarget:
     #: Returns whether all answers so far surely came from this generation.  If False, discard
     #: earlier and later answers.
     is_unchanged: Callable[[], bool] = lambda: True
-    #: Returns whether the probed socket may be closed to clients: an option that can keep clients
-    #: out differs from the same option of the serving generation's socket.  If True, a timer
-    #: must not make the probed generation ready (ready_probe.py).
+    #: Returns whether the probed socket may be closed to clients: its options that can keep clients
+    #: out differ from those of the serving generation's socket.  If True, a timer must not make the
+    #: probed generation ready (ready_probe.py).
     is_closed: Callable[[], bool] = lambda: False
 
     @property
@@ -56,7 +56,7 @@ class ProbeTarget:
 
     @property
     def text(self) -> str:
-        """HOST:PORT, or the name of a UNIX socket."""
+        """HOST:PORT, or the path or @name of a UNIX socket."""
         host, port = self.address
         if self.is_unix:
             return host
@@ -69,7 +69,7 @@ class ProbeTarget:
 
     @property
     def connect_address(self) -> scoped.SocketAddress | str:
-        """The address as connect() takes it.  Raises OSError."""
+        """The address in the form for connect().  Raises OSError."""
         host, _ = self.address
         if not self.is_unix:
             return scoped.sockaddr(*self.address)
@@ -91,7 +91,7 @@ Reach = Callable[[OpenGeneration, str], ProbeTarget | None]
 
 
 def family_of(address: tuple[str, int]) -> int:
-    """Return the family of a target's address."""
+    """Return the socket family of a target's address."""
     host, port = address
     if not port:
         return socket.AF_UNIX

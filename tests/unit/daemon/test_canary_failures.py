@@ -107,7 +107,7 @@ def test_a_connection_that_it_cannot_take_goes_to_the_route_and_is_counted(world
     world.channel.fails = True
     world.come(0, 4)
     assert world.route.depth() == 4
-    assert world.canary.sent == 0
+    assert world.canary.accepted == 0
     world.channel.fails = False
     world.come(0, 4)
 
@@ -117,9 +117,9 @@ def test_a_connection_that_it_cannot_take_goes_to_the_route_and_is_counted(world
 
 def test_a_listener_that_it_does_not_know_is_not_its_own(world: World) -> None:
     assert world.canary.sender(2) is None
-    assert not world.canary.knows_alone(0)
-    assert not world.canary.knows_alone(2)
-    assert world.canary.knows_alone(1)
+    assert not world.canary.only_canary_knows(0)
+    assert not world.canary.only_canary_knows(2)
+    assert world.canary.only_canary_knows(1)
 
 
 @pytest.mark.parametrize("why", ["no room", "not written", "the send fails"])

@@ -1,7 +1,8 @@
 """The fast path of a connection: accept, send to the route, close our copy.
 
 The interval between connections decides how many connections we accept per wake-up, and whether we
-busy-poll for the next connection.  forwarder.py handles a failed accept(), outlet.py a failed send.
+busy-poll for the next connection.  forwarder.py handles a failed accept().  outlet.py or canary.py
+handles a failed send.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from ....system.listener import Listener, accept_of
 from ....system.loop import Loop
 from .queue_watch import QueueWatch
 
-#: Sends one message, with these buffers, descriptors and flags.  We do not use Channel.send(),
-#: because it costs one more Python call for each connection.
+#: Sends one message, with these buffers, ancillary data and flags.  Channel.send() would cost one
+#: more Python call for each connection.
 Send = Callable[[list[bytes], list[tuple[int, int, bytes]], int], object]
 #: If we accept two connections within BUSY_NS, we assume that clients queue up.  From then on each
-#: wake-up accepts up to BURST connections, until a wake-up finds fewer than two.  At other
-#: times a wake-up accepts only one connection.  A second accept() that finds no client costs 4 us
-#: (measured), as much as another turn of the loop.
+#: wake-up accepts up to BURST connections, until a wake-up finds fewer than two.  Otherwise it
+#: accepts only one: a second accept() that finds no client costs 4 us, as much as another wake-up.
 BUSY_NS = 25_000
 BURST = 32
 #: After this many single connections in quick succession, we busy-poll for the next connection
@@ -43,10 +43,10 @@ class Acceptor:
     accept_failed: Callable[[Listener, OSError], None]
     #: Called when a send fails; takes ownership of the descriptor.
     send_failed: Callable[[bytes, int, OSError], None]
-    #: The number of accepted connections, including those whose send failed.
+    #: The number of accepted connections, including connections whose send failed.
     accepted: int = 0
     last_ns: int = 0  # when the last connection was accepted, by time.monotonic_ns()
-    _watched: dict[int, Callable[[], None]] = field(default_factory=dict)  # by descriptor
+    _watched: dict[int, Callable[[], None]] = field(default_factory=dict)  # by fileno()
     _steady: int = 0  # how many single connections came in quick succession
 
     def begin(self, listener: Listener, send: Send) -> None:
@@ -56,9 +56,9 @@ class Acceptor:
         """
         fd = listener.fileno()
         if fd not in self._watched:
-            ready = self._accept_to(send, listener)
-            self.loop.watch(fd, ready)
-            self._watched[fd] = ready
+            on_readable = self._accept_to(send, listener)
+            self.loop.watch(fd, on_readable)
+            self._watched[fd] = on_readable
 
     def end(self, listener: Listener) -> None:
         """Stop accepting from a listener."""
@@ -72,23 +72,23 @@ class Acceptor:
 
     def accept_now(self, can_send: Callable[[], bool]) -> None:
         """Accept from each listener, without waiting for the loop, while can_send returns True."""
-        for ready in tuple(self._watched.values()):
+        for on_readable in tuple(self._watched.values()):
             if can_send():  # the last send may have filled the channel, or found it broken
-                ready()
+                on_readable()
 
     def _accept_to(self, send: Send, listener: Listener) -> Callable[[], None]:
-        """Return the callback for a readable listener, as a closure, which is the fastest kind."""
+        """Return the callback for a readable listener: a closure, which is the fastest kind."""
         accept = accept_of(listener)
         now, close = time.monotonic_ns, os.close
-        # All headers of a listener begin with the same bytes.  We pack these bytes only once.
+        # All headers of a listener begin with the same bytes, so pack these bytes only once.
         begin = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]
         # Keep the packed descriptor.  The next connection's descriptor usually has the same number,
         # because the kernel takes the lowest free number.
-        number, rights = -1, [rights_of(-1)]
-        most = 1  # how many connections ready() accepts in one call
+        packed_fd, rights = -1, [rights_of(-1)]
+        most = 1  # how many connections on_readable() accepts in one call
 
-        def ready() -> None:
-            nonlocal number, rights, most
+        def on_readable() -> None:
+            nonlocal packed_fd, rights, most
             before = at = self.last_ns
             for count in range(most):
                 try:
@@ -103,8 +103,8 @@ class Acceptor:
                     return
                 at = now()
                 header = begin + at.to_bytes(8, "little")
-                if fd != number:
-                    number, rights = fd, [rights_of(fd)]
+                if fd != packed_fd:
+                    packed_fd, rights = fd, [rights_of(fd)]
                 try:
                     send([header], rights, SEND_FLAGS)
                 except OSError as error:
@@ -112,7 +112,7 @@ class Acceptor:
                         self._count_sent(count, at)
                     self.accepted += 1
                     self.last_ns = at
-                    # QueueWatch.sent is computed from `accepted`: subtract this connection there.
+                    # `accepted` counts this unsent connection; QueueWatch.sent must not count it.
                     self.queue_watch.take_away()
                     self.send_failed(header, fd, error)
                     return
@@ -125,7 +125,7 @@ class Acceptor:
             else:
                 most = BURST
 
-        return ready
+        return on_readable
 
     def _count_sent(self, count: int, last_ns: int) -> None:
         """Count sent connections; last_ns: when the last connection was accepted."""

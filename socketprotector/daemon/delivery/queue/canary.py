@@ -1,13 +1,13 @@
 """Sends a canary its share of the new connections; the route gets the rest.
 
 A canary is a new generation that at first gets a share of the clients, not all.  We number the
-connections to listeners that canary and route both know.  The number decides whether the canary
-gets a connection (in_share()).  If sending to the canary fails, the route gets the connection at
-once.
+connections to listeners that both the canary and the route know.  The number decides whether the
+canary gets a connection (in_share()).  If sending to the canary fails, the route gets the
+connection at once.
 
-If only the canary knows a listener, the route cannot get the listener's connections.  If such a
-connection cannot be sent, undelivered.py keeps it.  Until a timer has sent the kept connections,
-we accept nothing from such listeners.
+The route cannot get a connection to a listener that only the canary knows.  If sending such a
+connection fails, undelivered.py keeps it.  Until a timer has sent all kept connections, we accept
+nothing from listeners that only the canary knows.
 
 Without a canary, no connection passes through this module (Forwarder._sender()).
 """
@@ -27,8 +27,8 @@ from .probe_port import is_probe
 from .queue_watch import QueueWatch
 from .undelivered import listener_of
 
-#: The canary fails if its workers take none of the connections in its queue for this time.  After
-#: the workers have taken a connection the limit is UNTAKEN_S: workers may be busy.
+#: The canary fails if its workers take no connection from its queue for this time.  After the
+#: workers have taken a connection, the limit is UNTAKEN_S: workers may be busy.
 CANARY_NEVER_TAKEN_S = 2.0
 #: The longest pause between two looks of the QueueWatch at the canary's queue.
 _LAST_LOOK_S = 0.5
@@ -58,12 +58,12 @@ class CanaryQueue:
         self._share = 0
         #: How many connections we have numbered (see the module docstring), for all canaries.
         self.count = count
-        #: How many connections we accepted for a canary's queue.
-        self.sent = 0
-        self._waits = False  # True: a timer will send the kept connections
+        #: How many connections we accepted for the queues of canaries.
+        self.accepted = 0
+        self._will_retry = False  # True: a timer will send the kept connections
         self.watch = QueueWatch(
             loop,
-            forwarded=lambda: self.sent,
+            forwarded=lambda: self.accepted,
             send_again=self._send_again,
             untaken=self._untaken,
             limits_s=(CANARY_NEVER_TAKEN_S, UNTAKEN_S),
@@ -78,11 +78,11 @@ class CanaryQueue:
         """
         if channel is not self.channel:
             self._loop.cancel(_AGAIN)
-            self._waits = False
+            self._will_retry = False
         self.channel, self._share = channel, share
         self.watch.follow(channel)
 
-    def knows_alone(self, index: int) -> bool:
+    def only_canary_knows(self, index: int) -> bool:
         """Return whether the canary knows a listener that the route does not know."""
         channel, route = self.channel, self._outlet.route
         knows = channel is not None and channel.knows_of(index)
@@ -91,14 +91,14 @@ class CanaryQueue:
     def sender(self, index: int) -> Send | None:
         """Return the function that sends a listener's connections.
 
-        None: the canary gets none of them, or they wait because a send to the canary failed.
+        None: the canary gets none of these connections, or a timer must first send the kept ones.
         """
         channel, route = self.channel, self._outlet.route
         if channel is None or route is None or not channel.knows_of(index):
             return None
         if route.knows_of(index):
             return self._send_shared(channel, route)
-        return None if self._waits else self._send_alone(channel)
+        return None if self._will_retry else self._send_alone(channel)
 
     def _send_shared(self, channel: GenerationChannel, route: GenerationChannel) -> Send:
         send_to_canary, send_to_route = channel.write.sendmsg, route.write.sendmsg
@@ -128,9 +128,9 @@ class CanaryQueue:
             except OSError:
                 # After this error the acceptor counts the connection as accepted, and subtracts it
                 # from the route's QueueWatch.  But the connection was meant for the canary.  So
-                # count it in `sent`, subtract it from the canary's QueueWatch, and add it to the
-                # route's QueueWatch again.
-                self.sent += 1
+                # count it in our `accepted`, subtract it from the canary's QueueWatch, and add it
+                # to the route's QueueWatch again.
+                self.accepted += 1
                 self.watch.take_away()
                 self._outlet.queue_watch.add_uncounted()
                 raise
@@ -139,7 +139,7 @@ class CanaryQueue:
         return send
 
     def _count_sent(self) -> None:
-        self.sent += 1
+        self.accepted += 1
         if not self.watch.runs:
             self.watch.start()
 
@@ -157,18 +157,18 @@ class CanaryQueue:
         self._send_later()
 
     def _send_later(self) -> None:
-        self._waits = True
+        self._will_retry = True
         self._loop.call_after(_AGAIN, _AGAIN_S, self._end_wait)
 
     def _end_wait(self) -> None:
-        self._waits = False
+        self._will_retry = False
         self._resume()
 
     def send_kept(self) -> None:
         """Send the kept connections that only the canary can get, until a send fails."""
         kept, channel = self._outlet.undelivered, self.channel
-        while channel is not None and not self._waits and kept.has(self.knows_alone):
-            taken = kept.take(self.knows_alone) if channel.has_room() else None
+        while channel is not None and not self._will_retry and kept.has(self.only_canary_knows):
+            taken = kept.take(self.only_canary_knows) if channel.has_room() else None
             if taken is None:  # no room, or the state cannot be written
                 self._send_later()
             elif not self._send(channel, *taken):
@@ -176,7 +176,7 @@ class CanaryQueue:
 
     def _send_again(self, channel: GenerationChannel) -> None:
         """Send all queued connections again, in the same order (queue_watch.py says why)."""
-        shortage, number = self._outlet.shortage, self._outlet.undelivered.number
+        shortage, last_number = self._outlet.shortage, self._outlet.undelivered.number
         for _ in range(channel.depth()):
             taken = shortage.take_back(channel) if not shortage.lasts else None
             if taken is None:
@@ -186,7 +186,7 @@ class CanaryQueue:
             if fd < 0:
                 self._outlet.lost += not is_probe(header)
             elif not self._send(channel, header, fd):
-                self._send_elsewhere(header, fd, number)
+                self._send_elsewhere(header, fd, last_number)
 
     def _send(self, channel: GenerationChannel, header: bytes, fd: int) -> bool:
         """Send one connection and close fd.  If that fails, return False and leave fd open."""
@@ -198,17 +198,17 @@ class CanaryQueue:
         self._outlet.let_go(fd)
         return True
 
-    def _send_elsewhere(self, header: bytes, fd: int, number: int) -> None:
+    def _send_elsewhere(self, header: bytes, fd: int, last_number: int) -> None:
         """Send a client's connection to the route, or keep it; drop a probe.
 
-        number: see Undelivered.keep_older().  Takes ownership of fd.
+        last_number: see Undelivered.keep_older().  Takes ownership of fd.
         """
         route = self._outlet.route
         if is_probe(header):
             self._outlet.let_go(fd)
         elif route is None or not route.knows_of(listener_of(header)):
-            # The connections that were kept before _send_again() came later than this connection.
-            self._outlet.undelivered.keep_older(header, fd, number)
+            # Connections that were kept before _send_again() are younger than this connection.
+            self._outlet.undelivered.keep_older(header, fd, last_number)
             self._send_later()
         elif self._outlet.is_free:
             self._outlet.send(route, header, fd)

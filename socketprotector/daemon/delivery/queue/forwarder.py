@@ -1,13 +1,12 @@
 """Decides when to accept connections, and recovers connections that no worker has taken.
 
-acceptor.py is the fast path; this module handles its failures.  We choose no worker: workers take
-connections from the shared queue (client_lib's intake.py).  core/decide.py sets the route and
-orders drains, but handles no connection.  The only events that the core gets from this folder's
-modules are ChannelBroken, Untaken and BacklogEmptied.
+acceptor.py is the fast path.  This module handles failed accepts; outlet.py handles failed sends.
+We choose no worker: workers take connections from their queue (client_lib's intake.py).
+core/decide.py sets the route and orders drains, but handles no connection.
 
 We accept only connections that we can deliver.  If a send fails nevertheless, undelivered.py keeps
-the connection, and we send it before all others.  When a generation drains or has exited, we take
-back the connections in its channel (leftovers), and send them to the route.
+the connection, and we send it before all others.  When a generation drains, or its workers have
+exited, we take back the connections in its channel (leftovers), and send them to the route.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ from .queue_watch import QueueWatch
 from .shortage import Shortage
 from .undelivered import Undelivered, listener_of
 
-ROUNDS = 16  # the most rounds of accepting in one accept_waiting()
+ROUNDS = 16  # the most rounds in one accept_waiting()
 
 _QUIET = "forwarder-quiet"
 
 
 @mutable
 class _Closing:
-    """A graceful close: connected clients still go to workers, later clients do not."""
+    """The state of a graceful close: connected clients go to workers, later clients do not."""
 
-    stay: bool  # our own listeners survive a stop, and later clients wait at these listeners
+    stay: bool  # listeners that were not passed in survive; later clients wait there
     latest: float = 0.0  # when to close at the latest; 0: no limit, because no new client comes
     forwarded: int = -1  # Forwarder.forwarded at the last check; -1: no check yet
 
@@ -65,7 +64,8 @@ class Forwarder:
         repair: repairs a listener that was shut down, or marks the listener lost.  Raises OSError
         if the system is short of descriptors or memory.
         untaken: called, at most once for each channel, if the route's workers take nothing.
-        Arguments: the seconds, how many connections wait, whether workers ever took a connection.
+        Its arguments: for how many seconds, how many connections wait, whether a worker ever took
+        a connection.
         """
         self._loop = loop = runtime.loop
         self._post = runtime.post
@@ -88,10 +88,10 @@ class Forwarder:
             send_failed=self._send_failed,
         )
         #: Channels whose connections go to the route, in this order, once the route has room.  The
-        #: value is True if the channel's workers have exited: we then close the emptied channel.
+        #: value is True if the channel's workers have exited: we close the channel once empty.
         self._leftovers: dict[GenerationChannel, bool] = {}
         self._holding = False  # True during a hold: accept nothing
-        self._ended_listeners: list[Listener] = []  # no longer accepted from
+        self._ended_listeners: list[Listener] = []  # we accept from these no more
         self._closing: _Closing | None = None
         stop = self._acceptor.end_all
         self._shortage = Shortage(runtime, stop=stop, retry=self._resume)
@@ -100,7 +100,7 @@ class Forwarder:
             *(stop, self._resume, broken),
         )
         self._drains = DrainingListeners(runtime, self.undelivered, self._shortage)
-        self._canary: canary.CanaryQueue | None = None  # None: no canary has been ordered
+        self._canary: canary.CanaryQueue | None = None  # None: there was no canary yet
         self._canary_count = 0  # the CanaryQueue.count before an upgrade or a kill
 
     # -- orders --------------------------------------------------------------
@@ -154,7 +154,7 @@ class Forwarder:
             self._leftovers[channel] = True
             self._resume()
         else:
-            channel.close()  # now, not in _resume(), which closes none while there is no route
+            channel.close()  # _resume() would not close it while there is no route
 
     def add(self, listener: Listener) -> None:
         """Add a listener, for the generations that know it; takes ownership."""
@@ -176,7 +176,7 @@ class Forwarder:
     def close_listeners(self, *, quick: bool, stay: bool = False) -> None:
         """Refuse new clients, send the backlog to workers, and close; quick: close at once.
 
-        stay: our own listeners survive close(), and later clients wait there for the next start.
+        stay: listeners that were not passed in survive close(), and later clients wait there.
         """
         self._closing = _Closing(stay)
         if quick:
@@ -185,7 +185,7 @@ class Forwarder:
         refused = not stay
         for listener in self._listeners:
             if listener.settings.foreign:
-                # The process that owns the socket keeps listening, and gets the backlog.
+                # The socket was passed in: its owner keeps listening, and gets the backlog.
                 self._accept_no_more(listener)
             elif not stay:
                 refused = listener.refuse_new() and refused
@@ -199,14 +199,14 @@ class Forwarder:
 
     @property
     def _accepting(self) -> list[Listener]:
-        """The listeners from which we still accept."""
+        """The listeners from which we accept now."""
         ended = self._ended_listeners
         return [each for each in self._listeners if each not in ended and not each.lost]
 
     def close(self) -> tuple[str, ...]:
-        """Close everything; undelivered connections count as lost.
+        """Close everything; kept connections (undelivered.py) count as lost.
 
-        Returns the names of the sockets that the descriptor store must keep for the next start.
+        Returns the names of the sockets that the fd store must keep for the next start.
         """
         self._close_listeners()
         surviving = tuple(filter(None, [each.leave(0) for each in self._listeners]))
@@ -260,7 +260,7 @@ class Forwarder:
         return ForwarderRecord(self.forwarded, self.lost, None, kept.number, kept.waiting, count)
 
     def adopt(self, record: ForwarderRecord, unclaimed: Inherited) -> None:
-        """Adopt an earlier program's record, and its undelivered connections."""
+        """Adopt an earlier program's record, and its kept connections."""
         self._forwarded, self._lost = record.forwarded, record.lost
         self._canary_count = record.shared
         first = ((record.number, record.pending),) if record.pending is not None else ()
@@ -277,7 +277,7 @@ class Forwarder:
         if channel.depth():
             self._leftovers[channel] = False
 
-    # -- the path ------------------------------------------------------------
+    # -- accepting and sending ------------------------------------------------------------
 
     def accept_waiting(self) -> None:
         """Accept the waiting clients while long work blocks the loop."""
@@ -289,14 +289,14 @@ class Forwarder:
                 return
 
     def _resume(self) -> None:
-        """Send undelivered connections, then the leftovers; then accept, unless on hold."""
+        """Send kept connections, then the leftovers; then accept, unless a hold is in force."""
         if self._canary is not None:
             self._canary.send_kept()
         if self.outlet.route is not None:
             self.outlet.send_kept()
             while self._leftovers and self.outlet.is_free:
                 channel, is_released = next(iter(self._leftovers.items()))
-                self._reclaim(channel, last=is_released)
+                self._reclaim(channel, exited=is_released)
                 if self.outlet.is_free:
                     self._leftovers.pop(channel, None)
                     if is_released:
@@ -315,22 +315,22 @@ class Forwarder:
         return send or (route.write.sendmsg if route and route.knows_of(index) else None)
 
     def _sent_to_route(self) -> int:
-        return self._acceptor.accepted - (self._canary.sent if self._canary else 0)
+        return self._acceptor.accepted - (self._canary.accepted if self._canary else 0)
 
-    def _reclaim(self, channel: GenerationChannel, *, last: bool = False) -> None:
+    def _reclaim(self, channel: GenerationChannel, *, exited: bool = False) -> None:
         """Move a channel's connections to the route, the oldest first, while the route has room.
 
         If the route does not know a connection's listener, the connection goes back to the end of
-        its channel.  If the channel has ended, such a connection and all later connections stay.
+        its channel.  After the channel has ended, such a connection and all later ones stay there.
 
-        last: the channel's workers have exited.  So undelivered.py gets the connections that the
-        route cannot get; connections of a closed listener are lost.
+        exited: the channel's workers have exited.  So connections that the route cannot get go to
+        undelivered.py, or are lost if their listener was closed.
         """
         route = self.outlet.route
         has_unknown = route is not None and _may_have_unknown(channel, route)
         remaining = channel.depth() if has_unknown else -1  # -1: no limit
         while self.outlet.is_free and self.outlet.route not in (None, channel):
-            if not remaining or (has_unknown and not last and self._head_must_stay(channel)):
+            if not remaining or (has_unknown and not exited and self._head_must_stay(channel)):
                 return
             taken = self._shortage.take_back(channel)
             if taken is None:
@@ -391,12 +391,12 @@ class Forwarder:
             self._shortage.begin("accept", error)
 
     def _send_failed(self, header: bytes, fd: int, error: OSError) -> None:
-        if self._canary is None or not self._canary.knows_alone(listener_of(header)):
+        if self._canary is None or not self._canary.only_canary_knows(listener_of(header)):
             self.outlet.send_failed(header, fd, error)
             return
         self._canary.keep(header, fd)
         for each in self._listeners:
-            if self._canary.knows_alone(each.index):
+            if self._canary.only_canary_knows(each.index):
                 self._acceptor.end(each)
 
     def _repair_shut(self, listener: Listener) -> None:

@@ -7,7 +7,7 @@ from ...generation import OpenGeneration
 
 
 class GenerationChannel(Channel):
-    """A generation's channel; its GenerationRecord also stores whether the channel has ended."""
+    """A generation's channel, which notes its end in the GenerationRecord."""
 
     def __init__(self, ends: Channel, generation: OpenGeneration, *, adopted: bool = False) -> None:
         """Take ownership of both ends.
@@ -20,9 +20,8 @@ class GenerationChannel(Channel):
         self.taken_from = adopted
         #: Whether it was reported that no worker takes connections.
         self.untaken_reported = False
-        #: How many new connections were sent here until a QueueWatch (queue_watch.py) last stopped
-        #: following the channel; two can follow it, one after the other.  QueueWatch.new_in()
-        #: counts the later connections, and Forwarder.met() returns the sum.
+        #: How many new connections were sent here before the present QueueWatch (queue_watch.py)
+        #: began to follow the channel.  Forwarder.met() adds the later connections.
         self.met = 0
         #: The value of QueueWatch.sent when a QueueWatch last stopped following this channel.
         self.sent = 0
@@ -37,6 +36,6 @@ class GenerationChannel(Channel):
         return self.generation.knows(index)
 
     def end(self) -> None:
-        """Let the workers read end of file after the queued connections, and record this."""
+        """Let the workers read end of file after the queued connections, and note the end."""
         super().end()
         self.generation.note_ended()

@@ -1,9 +1,8 @@
 """Drains listeners that a reload has removed: refuses new clients, and delivers connected clients.
 
-Connected clients go to the newest generation that knows the listener, because the serving
-generation does not know it.  A timer looks at the backlog until two looks in a row find no client.
-If new clients cannot be refused, the drain ends after LAST_S, but not before every accepted client
-is sent.  Clients that are still in the backlog at the end are lost.
+Connected clients go to the newest generation that knows the listener.  A timer looks at the backlog
+until two looks in a row find no client.  If new clients cannot be refused, the drain ends after
+LAST_S, but not before every accepted client is sent.  Clients in the backlog at the end are lost.
 
 All remaining clients, except those in the backlog of a passed-in socket, are lost in three cases:
 
@@ -33,8 +32,8 @@ from .undelivered import Undelivered
 
 #: How many connections to send before the loop handles other events.
 BURST = 64
-#: The most lost clients to count.  Without a limit we might never finish, because clients that we
-#: cannot refuse may come as fast as we count.
+#: How many lost clients to count at most.  Clients that we cannot refuse may come as fast as we
+#: count, so without a limit we might never finish.
 MOST_LOST = 4096
 
 
@@ -43,9 +42,9 @@ class _Draining:
     """A listener, and the channel to which its backlog goes."""
 
     listener: Listener
-    channel: Channel  # of the generation that knows the listener
+    channel: Channel  # the channel of the generation that knows the listener
     until: float = 0.0  # when to close at the latest; 0: no limit, because no new client comes
-    #: The last _look() sent no client, though the channel had room.
+    #: Whether the last _look() sent no client, though the channel had room.
     quiet: bool = False
 
     @property
@@ -70,7 +69,7 @@ class DrainingListeners:
         #: How many connections we accepted from these listeners, and how many clients were lost.
         self.accepted = self.lost = 0
         self._draining: list[_Draining] = []
-        self._to_end: list[Channel] = []  # channels to end once no listener drains to them
+        self._channels_to_end: list[Channel] = []  # end these once no listener drains to them
 
     @property
     def listeners(self) -> tuple[Listener, ...]:
@@ -89,22 +88,22 @@ class DrainingListeners:
         self._loop.call_after(each.timer, 0.0, partial(self._look, each))
 
     def end_after(self, channel: Channel) -> bool:
-        """End a channel once no listener drains to the channel.
+        """End a channel once no listener drains to it.
 
-        Returns False if no listener drains there now; then the caller must end the channel.
+        Returns False if no listener drains to it now; then the caller must end the channel.
         """
-        if not self._to(channel):
+        if not self._draining_to(channel):
             return False
-        self._to_end.append(channel)
+        self._channels_to_end.append(channel)
         return True
 
     def end(self, channel: Channel | None = None) -> None:
         """Close the listeners that drain to a channel, and lose their clients.
 
-        channel: None means all channels, so all draining listeners are closed.  The backlog of a
+        channel: None means that all draining listeners are closed.  The backlog of a
         passed-in socket is not lost: see close().
         """
-        for each in self._to(channel) if channel is not None else tuple(self._draining):
+        for each in self._draining_to(channel) if channel is not None else tuple(self._draining):
             self._end(each)
 
     def close(self, listener: Listener) -> None:
@@ -136,15 +135,15 @@ class DrainingListeners:
         self._shortage.open_reserve()
         return found
 
-    def _to(self, channel: Channel) -> list[_Draining]:
+    def _draining_to(self, channel: Channel) -> list[_Draining]:
         return [each for each in self._draining if each.channel is channel]
 
     def _end(self, each: _Draining) -> None:
         self._loop.cancel(each.timer)
         self.close(each.listener)
         self._draining.remove(each)
-        if each.channel in self._to_end and not self._to(each.channel):
-            self._to_end.remove(each.channel)
+        if each.channel in self._channels_to_end and not self._draining_to(each.channel):
+            self._channels_to_end.remove(each.channel)
             each.channel.end()
         self._undelivered.persist()
 
@@ -174,7 +173,7 @@ class DrainingListeners:
         """
         if each.is_full:
             return False
-        if self._undelivered.has(each.has_index):  # undelivered connections go first
+        if self._undelivered.has(each.has_index):  # kept connections go first
             found = self._undelivered.take(each.has_index)
         elif each.listener.settings.foreign:
             return False
@@ -189,7 +188,7 @@ class DrainingListeners:
             self._undelivered.keep_first(header, fd)
             if error.errno in BROKEN:
                 raise
-            return False  # no room after all, or the system is short of resources
+            return False  # perhaps the channel is full, or memory is short
         os.close(fd)
         return True
 

@@ -1,9 +1,9 @@
-"""A loopback port for probes of a generation that takes connections from a channel.
+"""A loopback port for probes of one generation.
 
 The port sends its connections, the probes, into the generation's channel.  Probes do not count as
 accepted clients.  Until a generation gets clients, its channel has only probes.  Afterwards probes
-(such as those of --health) wait among clients.  When a channel's connections go to another
-generation, the probes among these connections are discarded.
+(such as --health's) wait among clients.  When a channel's connections go to another generation, we
+discard the probes among them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ProbePort:
         self._loop, self._channel, self._index, self._watch = loop, channel, index, watch
         self._sent_before = 0  # QueueWatch.sent just after the last probe was sent
         self._kept: socket.socket | None = None  # a probe that was accepted, but not sent yet
-        self._failed: OSError | None = None  # the error of the last send, for _waits() to raise
+        self._failed: OSError | None = None  # the error of the last send; _waits() raises it
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         with on_error(self._socket.close):
             self._socket.setblocking(False)
@@ -71,7 +71,7 @@ class ProbePort:
             self._kept.close()
 
     def _waits(self, client: socket.socket) -> bool:
-        """Return whether the last probe still waits.  Raises OSError."""
+        """Return whether the last probe waits for a worker; raise OSError if its send failed."""
         if self._failed is not None:
             failed, self._failed = self._failed, None
             raise failed

@@ -1,8 +1,8 @@
 """The delivery in which the protector accepts connections; each generation's queue is a channel.
 
 All workers of a generation take connections from its queue.  The protector keeps both ends of the
-queue, so the queue outlives the workers.  When a generation drains or has exited, the connections
-that its workers have not taken go to the generation that has the route.
+queue, so the queue outlives the workers.  When a generation drains, or its workers have exited, the
+connections that its workers have not taken go to the route.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class QueueDelivery(Delivery):
         runtime = host.runtime
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._channels: dict[int, GenerationChannel] = {}
-        self._route: int | None = None  # the number of the generation that has the route
+        self._route_number: int | None = None  # the number of the route's generation
         #: Generation -> how many clients it got before the last upgrade or kill of the protector.
-        self._met: dict[int, int] = {}
+        self._met_before: dict[int, int] = {}
         self.forwarder = Forwarder(
             runtime,
             tuple(listeners),
@@ -68,7 +68,7 @@ class QueueDelivery(Delivery):
     def can_probe(self, listener: str) -> bool:
         return True
 
-    def cannot_try(self) -> str | None:
+    def cannot_dry_run(self) -> str | None:
         return None
 
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
@@ -100,12 +100,12 @@ class QueueDelivery(Delivery):
             wire.ENV_WORKER: str(slot),
             wire.ENV_WORKERS: str(max(settings.processes, slot + 1)),
         }
-        return Handles({channel: self._of(generation).read.fileno()}, environment)
+        return Handles({channel: self._channel_of(generation).read.fileno()}, environment)
 
     def reach(
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
     ) -> ProbeTarget | None:
-        channel = self._of(generation)
+        channel = self._channel_of(generation)
         for each in self.listeners:
             if listener in ("", each.settings.name) and generation.knows(each.index):
                 watch = partial(self.forwarder.watch_of, channel)
@@ -123,34 +123,34 @@ class QueueDelivery(Delivery):
         sharing: OpenGeneration | None = None,
         share: int = 0,
     ) -> None:
-        self._route = generation.record.number if generation is not None else None
+        self._route_number = generation.record.number if generation is not None else None
         route, canary = (
-            self._of(each) if each is not None else None for each in (generation, sharing)
+            self._channel_of(each) if each is not None else None for each in (generation, sharing)
         )
         self.forwarder.route_to(route, canary, share)
 
     def met(self, generation: OpenGeneration) -> int | None:
-        return self.forwarder.met(self._of(generation))
+        return self.forwarder.met(self._channel_of(generation))
 
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
     ) -> None:
-        on_quiet()  # no wait: another generation gets the connections that no worker has taken
+        on_quiet()  # at once: another generation gets the connections that no worker has taken
 
     def drain(self, generation: OpenGeneration) -> None:
-        channel = self._of(generation)
+        channel = self._channel_of(generation)
         self._loop.unwatch(channel.read.fileno())
         self.forwarder.drain(channel)
 
     def release(self, generation: OpenGeneration) -> None:
-        channel = self._of(generation)
+        channel = self._channel_of(generation)
         self._loop.unwatch(channel.read.fileno())
         self.forwarder.release(channel)
 
     def keeps(self, number: int) -> bool:
         return number in self._open_channels()
 
-    def _of(self, generation: OpenGeneration) -> GenerationChannel:
+    def _channel_of(self, generation: OpenGeneration) -> GenerationChannel:
         return self._channels[generation.record.number]
 
     def _open_channels(self) -> dict[int, GenerationChannel]:
@@ -159,15 +159,15 @@ class QueueDelivery(Delivery):
         return self._channels
 
     def _watch(self, number: int, channel: GenerationChannel) -> None:
-        """Watch for a worker that shuts the channel down for all workers.  Raises OSError."""
+        """Post ChannelBroken when a worker shuts the channel down.  Raises OSError."""
         self._loop.watch(channel.read.fileno(), lambda: self._report_broken(number), SHUT)
 
     def _report_broken_route(self) -> None:
-        if self._route is not None:
-            self._report_broken(self._route)
+        if self._route_number is not None:
+            self._report_broken(self._route_number)
 
     def _report_broken(self, number: int) -> None:
-        """Post ChannelBroken once: a worker has shut a channel down."""
+        """Stop watching a channel that a worker has shut down, and post ChannelBroken."""
         self._loop.unwatch(self._channels[number].read.fileno())
         since = self._host.generations[number].record.serving_since
         self._post(ChannelBroken(number, time.monotonic() - since if since else 0.0))
@@ -177,7 +177,7 @@ class QueueDelivery(Delivery):
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
         if clients_only and not generation.record.serving_since:
             return 0  # the generation never got clients: its queue has only probes (probe_port.py)
-        channel = self._of(generation)
+        channel = self._channel_of(generation)
         waiting = channel.depth()
         return 0 if clients_only and waiting == 1 and _has_probe_first(channel) else waiting
 
@@ -185,19 +185,19 @@ class QueueDelivery(Delivery):
         return None
 
     def untaken_s(self, generation: OpenGeneration) -> float | None:
-        channel = self._of(generation)
+        channel = self._channel_of(generation)
         watch = self.forwarder.watch_of(channel)
         return watch.untaken_s(channel) if watch is not None else None
 
     def is_stuck(self, generation: OpenGeneration | None) -> bool:
         if generation is None:
             return False
-        channel = self._of(generation)
+        channel = self._channel_of(generation)
         watch = self.forwarder.watch_of(channel)
         return watch is not None and watch.is_stuck(channel)
 
     def queue_limit(self, generation: OpenGeneration) -> int | None:
-        return self._of(generation).capacity()
+        return self._channel_of(generation).capacity()
 
     # -- listeners -----------------------------------------------------------------------
 
@@ -273,7 +273,7 @@ class QueueDelivery(Delivery):
     ) -> None:
         self.forwarder.close_listeners(quick=quick, stay=stay)
 
-    # -- the whole -----------------------------------------------------------------------
+    # -- the delivery as a whole -----------------------------------------------------------
 
     @property
     def forwarded(self) -> int | None:
@@ -313,7 +313,7 @@ class QueueDelivery(Delivery):
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
         self.forwarder.adopt(record.forwarder, unclaimed)
-        self._met = dict(record.forwarder.met)
+        self._met_before = dict(record.forwarder.met)
 
     def adopt_generation(
         self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool
@@ -324,7 +324,7 @@ class QueueDelivery(Delivery):
             return False
         record = generation.record
         channel = GenerationChannel(Channel.adopt(descriptors), generation, adopted=True)
-        channel.met = self._met.get(record.number, 0)
+        channel.met = self._met_before.get(record.number, 0)
         self._channels[record.number] = channel
         if draining:
             self.forwarder.adopt_drained(channel)

@@ -5,10 +5,11 @@ suspended before it reads, the other workers stay asleep while a client waits.  
 is not empty, a timer calls _look(), which reads the head of the queue.  If two looks in a row find
 the same head, we send the whole queue again in the same order, which wakes another worker.  If the
 head stays the same for too long, we report the workers.  When a look finds the queue empty, the
-timer stops.  While the timer runs, a new connection costs only the test of one flag.
+timer stops.
 
-The looks also write the state, at most every SAVE_S seconds, if more connections were sent.  So if
-the protector is killed, the process that replaces it continues with nearly the same count.
+If more connections were sent since the last save, a look starts a timer that saves the state after
+SAVE_S.  So if the protector is killed, the process that replaces it continues with nearly the same
+count.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .generation_channel import GenerationChannel
 #: head stays the same.
 FIRST_LOOK_S = 0.05
 LAST_LOOK_S = 1.6
-#: How long after a look the state is written.
+#: The time from a look until the state is saved.
 SAVE_S = 1.0
 _SAVE = "forwarder-save"
 
@@ -36,8 +37,8 @@ class QueueWatch:
 
     loop: Loop
     _: KW_ONLY
-    #: Returns how many new connections were sent so far, to all generations that had the route.
-    #: For the QueueWatch of a canary: to all canaries.
+    #: Returns how many new connections were sent so far, to all routes.  For the watch of a canary:
+    #: returns how many were sent to all canaries.
     forwarded: Callable[[], int]
     #: Sends all queued connections again.
     send_again: Callable[[GenerationChannel], None]
@@ -46,13 +47,13 @@ class QueueWatch:
     #: After this many seconds with the same head, untaken() is called.  The first number applies
     #: until a worker has taken a connection from the channel, the second number afterwards.
     limits_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
-    #: Writes the state.  None: the QueueWatch of the route does that.
+    #: Saves the state.  None, for a canary: the watch of the route saves the state.
     save: Callable[[], object] | None = None
     last_look_s: float = LAST_LOOK_S
     timer: str = "forwarder-look"
     #: Whether the timer runs; otherwise the next send must call start().
     runs: bool = False
-    _saved: int = 0  # the result of forwarded() when the state was last written here
+    _saved: int = 0  # the result of forwarded() when the state was last saved
     _extra: int = 0  # the difference between `sent` and forwarded()
     _forwarded_before: int = 0  # the result of forwarded() when follow() was called
     _channel: GenerationChannel | None = None  # the channel of the route, or of a canary
@@ -115,12 +116,15 @@ class QueueWatch:
         return seconds if seconds >= self.limits_s[channel.taken_from] else None
 
     def is_stuck(self, channel: GenerationChannel) -> bool:
-        """Return whether connections are queued, and no look proves that the head has moved."""
+        """Return whether connections are queued, and the head is the same as at the last look.
+
+        Also returns True if no look has seen the head yet.
+        """
         if channel is not self._channel or not self.runs:
             return False
         try:
             head = channel.peek()
-        except OSError:  # out of memory: the caller tries again
+        except OSError:  # out of memory: assume that they are stuck
             return True
         return head is not None and self._head in (None, head)
 

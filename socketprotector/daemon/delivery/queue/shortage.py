@@ -1,7 +1,7 @@
 """Handles a shortage of descriptors or memory: retries later, and keeps one descriptor in reserve.
 
 A shortage (EMFILE, ENFILE, ENOBUFS, ENOMEM) is temporary.  But listeners stay readable, and would
-keep the loop spinning.  So we stop watching the listeners, and retry by a timer.
+keep the loop spinning.  So we stop watching the listeners, and a timer calls retry().
 
 The reserve is an open descriptor, which we close just before we take a connection out of a channel.
 So a descriptor number is free for the connection; otherwise the kernel would drop the connection
@@ -91,7 +91,7 @@ class Shortage:
     def take_back(self, channel: Channel) -> tuple[bytes, int] | None:
         """Take a connection out of a channel; return its header and descriptor.
 
-        None: the channel is empty, or a shortage begins.  A descriptor of -1: the kernel has
+        None: the channel is empty, or a shortage begins.  The descriptor is -1 if the kernel has
         dropped the connection.  A taken connection uses up the reserve.  Outlet.let_go() closes
         the connection, and opens the reserve again.
         """

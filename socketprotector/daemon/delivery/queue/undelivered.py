@@ -1,16 +1,16 @@
-"""Keeps accepted connections that no worker can take now, because they are in no channel.
+"""Keeps accepted connections that are in no channel, so that no worker can take them.
 
-Such connections are few, because we accept only what we can deliver.  We keep a connection if its
+Kept connections are few, because we accept only what we can deliver.  We keep a connection if its
 send failed, or if no generation that knows its listener can get the connection now.
 
 After an upgrade or a kill, the program that replaces us (the next program) gets these connections:
 their headers from the state, and their descriptors by name.  This module follows two rules:
 
 * A connection is removed from the state before it is sent.  If we are killed in between, the
-  connection is lost.  In the reverse order, such a kill could give the connection to two workers:
-  the next program would send it a second time.
+  connection is lost.  In the reverse order, the next program would send the connection again, to a
+  second worker.
 * A descriptor's name contains a number that no other connection ever had.  If numbers were reused,
-  the guard or systemd's store might still have an older descriptor under the same name.
+  the guard or the fd store might have an older descriptor under the same name.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from socketprotector_client import wire
 from ....system import inherited
 from ....system.inherited import Inherited
 
-#: Returns whether to select the connections of the listener with this index.
+#: Selects listeners by index: returns whether the connections of a listener are wanted.
 Wanted = Callable[[int], bool]
 
 
 class Undelivered:
-    """The owner of the undelivered connections."""
+    """The owner of the kept connections."""
 
     def __init__(self, persist: Callable[[], bool]) -> None:
         """persist: writes the state; returns False if that fails."""
         self.persist = persist
         #: The highest number that was ever given to a connection.
         self.number = 0
-        #: Number -> header and descriptor of a kept connection.  The first one is sent first.
+        #: Number -> header and descriptor of a kept connection, in the order of sending.
         self._waiting: dict[int, tuple[bytes, int]] = {}
 
     def has(self, wanted: Wanted) -> bool:
-        """Return whether there is a connection of a selected listener."""
+        """Return whether a connection of a wanted listener is kept."""
         return any(wanted(listener_of(header)) for header, _ in self._waiting.values())
 
     def keep_first(self, header: bytes, fd: int) -> None:
@@ -47,16 +47,16 @@ class Undelivered:
         self._waiting = {self._new_number(): (header, fd), **self._waiting}
         self.persist()
 
-    def keep_older(self, header: bytes, fd: int, number: int) -> None:
-        """Keep one of several connections that the caller takes back from a queue in order.
+    def keep_older(self, header: bytes, fd: int, last_number: int) -> None:
+        """Keep a connection that the caller has taken back from a queue, the oldest first.
 
-        The connection goes behind the connections that the caller has kept so far, and in front of
-        all others.
-        number: the value of `self.number` before the caller kept the first of the connections that
-        it takes back.  Takes ownership of fd.
+        The connection goes behind those that the caller has taken back and kept before, and in
+        front of all others.
+        last_number: the value of `self.number` before the caller began to take back.  Takes
+        ownership of fd.
         """
         before = tuple(self._waiting.items())
-        place = next((n for n, (each, _) in enumerate(before) if each <= number), len(before))
+        place = next((n for n, (each, _) in enumerate(before) if each <= last_number), len(before))
         kept = self._new_number(), (header, fd)
         self._waiting = dict((*before[:place], kept, *before[place:]))
         self.persist()
@@ -67,7 +67,7 @@ class Undelivered:
         self.persist()
 
     def take(self, wanted: Wanted) -> tuple[bytes, int] | None:
-        """Remove and return the first connection of a selected listener; the caller sends it.
+        """Remove and return the first connection of a wanted listener; the caller sends it.
 
         Returns None if there is no such connection, or if the state cannot be written.
         """
@@ -82,7 +82,7 @@ class Undelivered:
         return None
 
     def drop(self, wanted: Wanted) -> int:
-        """Close the connections of the selected listeners; return how many there were."""
+        """Close the connections of the wanted listeners; return how many were closed."""
         gone = [n for n, (header, _) in self._waiting.items() if wanted(listener_of(header))]
         for number in gone:
             os.close(self._waiting.pop(number)[1])

@@ -90,7 +90,7 @@ class SharedDelivery(Delivery):
         named = [each for each in self._listeners if listener in ("", each.settings.name)]
         return self.steering.probes.can_probe(listener) or any(each.path for each in named)
 
-    def cannot_try(self) -> str | None:
+    def cannot_dry_run(self) -> str | None:
         for each in self._listeners:
             if not each.has_sibling:
                 address = each.settings.address

@@ -1,8 +1,8 @@
 """Moves the symbolic link `current`, which names the release to start, and keeps the link's lock.
 
-The protector that holds the lock is the link's owner: only the owner moves the link.  The owner
-keeps the lock until the owner exits, also through upgrades.  Other protectors with the same link
-only read the link.
+The protector that holds the lock owns the link: only the owner moves the link.  The owner keeps the
+lock through upgrades, until the owner exits.  Other protectors with the same link only read the
+link.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class CurrentLink:
         self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
         self._lock = lock
         self._moved_late = moved_late
-        #: The error of the last try to take the lock; "": no error (perhaps no try).
-        self.not_locked = ""
+        #: Why the last try to take the lock failed; "": it did not fail, or there was no try.
+        self.lock_error = ""
         self.not_moved: NotMoved | None = None
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
 
@@ -62,12 +62,12 @@ class CurrentLink:
 
     @property
     def named(self) -> str:
-        """The release that `current` names; "": `current` leads to no release."""
+        """The release that `current` names; "": none."""
         return release_store.leads_to(self.path, self._settings().releases)
 
     @property
     def in_the_way(self) -> str:
-        """Why `current` cannot be moved: it is no symbolic link; "": it is one, or is missing."""
+        """Why `current` cannot be moved, if it is no symbolic link; otherwise ""."""
         return release_store.in_the_way(self.path)
 
     @property
@@ -77,8 +77,8 @@ class CurrentLink:
 
     @property
     def error(self) -> str:
-        """Why `current` could not be locked or moved; "": there is no such failure now."""
-        return self.not_locked or (self.not_moved.why if self.not_moved is not None else "")
+        """Why `current` could not be locked or moved; "": no failure."""
+        return self.lock_error or (self.not_moved.why if self.not_moved is not None else "")
 
     # -- the owner ---------------------------------------------------------------
 
@@ -94,9 +94,9 @@ class CurrentLink:
             self._lock = release_store.lock(self.path)
         except OSError as error:
             failed = f"cannot lock {self.path}: {what_failed(error)}"
-        if failed and not self.not_locked:
+        if failed and not self.lock_error:
             self._log.write("error", "current-not-locked", error=failed)
-        self.not_locked = failed
+        self.lock_error = failed
         return self.is_owned
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ class CurrentLink:
     # -- the moves ---------------------------------------------------------------
 
     def prepare(self, name: str) -> str:
-        """Make the link that move() will rename; return why that failed; "": it has not failed."""
+        """Make the link that move() renames to `current`; return why this failed, or ""."""
         try:
             release_store.prepare(self.path, os.path.join(self._settings().releases, name))
         except OSError as error:

@@ -1,10 +1,10 @@
 """Carries out the commands of the control socket.
 
-Most commands only read values, or post an event (core/events.py).
+Most commands either read values or post an event (core/events.py).
 
 A command that begins a long operation is answered at once.  Clients that follow events get the
-operation's result as an event (docs/control.md).  But the answers of `diff` and of an upgrade check
-contain the result, so they come later.
+operation's result as an event (docs/control.md).  But `diff` and an upgrade check are answered
+only when their result is known.
 """
 
 from __future__ import annotations
@@ -70,8 +70,6 @@ class CommandHandler:
         """Carry out a request, and answer it.
 
         Each command except `events` and `diff` has a method `do_NAME`, which returns the answer.
-        The answers of `diff` and of an upgrade check come later.
-
         Raises RequestError.
         """
         definition = control_requests.COMMANDS[request.command]
@@ -81,8 +79,8 @@ class CommandHandler:
             return
         try:
             fleet = self.supervisor.fleet
-            ended = fleet.exiting and not definition.reads and request.command != "stop"
-            if ended or (fleet.stop_requested and not definition.while_stopping):
+            is_exiting = fleet.exiting and not definition.reads and request.command != "stop"
+            if is_exiting or (fleet.stop_requested and not definition.while_stopping):
                 raise RequestError("refused", "a stop is in progress")
             if request.command == "diff":
                 self._compare(client, request)
@@ -97,8 +95,8 @@ class CommandHandler:
             raise
         except Exception as error:
             if not definition.reads:
-                # The command may be half done.  So end this process; with a guard or systemd's fd
-                # store, another process replaces it and resumes from the state.
+                # The command may be half done, so end this process.  With a guard or systemd's fd
+                # store, the next program resumes from the state.
                 raise
             self.runtime.log.write(
                 "error", "command-failed", command=request.command, error=repr(error)
@@ -118,7 +116,8 @@ class CommandHandler:
         route = effects.generations.get(fleet.route.number) if fleet.route else None
         history = effects.reports.run.history
         generations = status.of_generations(fleet, effects)
-        held, upgrade = rollout.held_by(fleet, effects), self.supervisor.upgrade_waits_for()
+        connections = rollout.leaving_connections(fleet, effects)
+        upgrade = self.supervisor.upgrade_waits_for()
         # Save the counts that we are about to show: after a kill, the next program's `status` must
         # not show smaller counts.
         self.runtime.persist()
@@ -149,8 +148,8 @@ class CommandHandler:
             "queue_limit": delivery.queue_limit(route) if route else None,
             "listeners": [status.of_listener(each, delivery) for each in delivery.listeners],
             "generations": generations,
-            **status.of_waits_for(fleet, effects, generations, held, upgrade),
-            **rollout.of_rollout(fleet, effects, held),
+            **status.of_waits_for(fleet, effects, generations, connections, upgrade),
+            **rollout.of_rollout(fleet, effects, connections),
             **releases.of_status(effects, fleet),
             "dry_run": as_dict(history.dry_run) if history.dry_run is not None else None,
             "reloads": status.plain(history.reloads[-RECENT:]),
@@ -190,9 +189,9 @@ class CommandHandler:
         }
 
     def _compare(self, client: Client, request: Request) -> None:
-        """Begin a `diff`; the answer follows when a helper process has read the configuration.
+        """Begin a `diff`; the answer follows when a reader process has read the configuration.
 
-        The process can need seconds (config_reader.py).  Raises RequestError.
+        Reading can take seconds (config_reader.py).  Raises RequestError.
         """
         if not self._effects.live_settings.settings.origin.configured:
             raise RequestError(
@@ -373,7 +372,7 @@ class CommandHandler:
         return {"worker": worker.number}
 
     def _replace_child(self, record: WorkerRecord, pid: int) -> Mapping[str, Any]:
-        """Order a forked child to finish; its parent forks another child at once."""
+        """Order a forked child to finish; the worker forks another child at once."""
         try:
             is_there = forked_children.retire(pid, record.pid)
         except OSError as error:

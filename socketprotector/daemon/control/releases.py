@@ -32,10 +32,10 @@ def deploy(
     force: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Begin the deploy of a release, or its dry run.
+    """Begin the deploy of a release, or its dry run; return the answer.
 
-    expect: the release that must be serving; "": any release.  force: deploy even if `current` does
-    not name the serving release.  Raises RequestError.
+    expect: the release that must be serving; "": any release.  force: deploy even if the link
+    `current` (--current) does not name the serving release.  Raises RequestError.
     """
     releases = _releases_of(effects)
     _refuse_second(fleet, effects)
@@ -57,7 +57,7 @@ def deploy(
 
 
 def roll_back(effects: Effects, fleet: Fleet, runtime: Runtime, expect: str) -> dict[str, Any]:
-    """Begin a deploy of the release to which a rollback leads (Releases.previous()).
+    """Begin the deploy of the previous release (Releases.previous()); return the answer.
 
     expect: the release that must be serving; "": any release.  Raises RequestError.
     """
@@ -81,9 +81,9 @@ def roll_back(effects: Effects, fleet: Fleet, runtime: Runtime, expect: str) -> 
 
 
 def refuse_unexpected_incoming(effects: Effects, fleet: Fleet, expect: str) -> None:
-    """Raise RequestError if the reload that a rollback would call off is not of this release.
+    """Raise RequestError if a rollback would call off a reload of another release than expected.
 
-    expect: the release; "": any release.
+    expect: the expected release; "": any release.
     """
     incoming = effects.generations.get(fleet.incoming.number) if fleet.incoming else None
     _refuse_unexpected(expect, incoming.program.release if incoming else fleet.release)
@@ -107,12 +107,12 @@ def listed(effects: Effects) -> list[dict[str, Any]]:
             "serving": name == serving,
             "current": name == named,
             "served_at": _time(proved, release.PROVED),
-            "failed_at": _time(other, release.FAILED),
-            "refused_at": _time(other, release.REFUSED),
-            "reason": other.reason if other is not None else None,
+            "failed_at": _time(rejected, release.FAILED),
+            "refused_at": _time(rejected, release.REFUSED),
+            "reason": rejected.reason if rejected is not None else None,
             "changed": proved is not None and releases.is_changed(proved),
         }
-        for name, (proved, other) in found.items()
+        for name, (proved, rejected) in found.items()
     ]
 
 
@@ -193,7 +193,7 @@ def _refuse_unmovable(releases: Releases) -> None:
     if not releases.own():
         raise RequestError(
             "unmet",
-            releases.link.not_locked
+            releases.link.lock_error
             or f"another protector owns {releases.link.path}; deploy with that protector, then "
             "reload this one",
         )

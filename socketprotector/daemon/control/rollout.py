@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
     #: Worker's number -> how many open connections it has, and the age in seconds of the oldest
     #: connection; None: unknown.
-    Held = Mapping[int, tuple[int | None, float | None]]
+    LeavingConnections = Mapping[int, tuple[int | None, float | None]]
 
 #: To find a worker's oldest connection, we need a system call for each of its descriptors.  So we
 #: search at most _MOST_WORKERS workers, each with at most _MOST_CONNECTIONS connections.
 _MOST_CONNECTIONS, _MOST_WORKERS = 100, 4
 
 
-def of_rollout(fleet: Fleet, effects: Effects, held: Held) -> dict[str, Any]:
+def of_rollout(fleet: Fleet, effects: Effects, connections: LeavingConnections) -> dict[str, Any]:
     """Return the field `rollout`; {}: there is no rollout.
 
-    held: the result of held_by().
+    connections: the result of leaving_connections().
     """
     new = fleet.incoming
     if new is None or not (fleet.rollout if new.phase is Phase.SETTLING else _begins(fleet)):
@@ -55,7 +55,7 @@ def of_rollout(fleet: Fleet, effects: Effects, held: Held) -> dict[str, Any]:
     else:
         found["replaced"] = new.ready_workers
         found["wanted"] = fleet.full_size(new)
-        found["waits_for"] = _waits_for(fleet, new, held)
+        found["waits_for"] = _waits_for(fleet, new, connections)
     return {"rollout": found}
 
 
@@ -85,7 +85,7 @@ def _share(fleet: Fleet, new: Generation) -> int:
 def _stage_left_s(new: Generation, effects: Effects) -> float | None:
     """Return how many seconds are left of the stage.
 
-    None: no timer ends the stage, or the time is over and a settle check must still succeed.
+    None: no timer ends the stage, or the time is over and a settle check must succeed first.
     """
     if new.checked and effects.probing.settle_check_due:
         return None
@@ -99,8 +99,10 @@ def settle_left_s(number: int, effects: Effects) -> float | None:
     return next((max(0.0, due - now) for each, due in effects.due() if each == ends), None)
 
 
-def _waits_for(fleet: Fleet, new: Generation, held: Held) -> list[dict[str, Any]]:
-    """Return the leaving workers, of which one must end before the next worker can start.
+def _waits_for(
+    fleet: Fleet, new: Generation, connections: LeavingConnections
+) -> list[dict[str, Any]]:
+    """Return the leaving workers, one of which must end before the next worker can start.
 
     Empty if the next worker can start now, or if no worker is missing.
     """
@@ -112,8 +114,8 @@ def _waits_for(fleet: Fleet, new: Generation, held: Held) -> list[dict[str, Any]
         {
             "worker": worker.number,
             "generation": generation.number,
-            "active": held[worker.number][0],
-            "oldest_s": held[worker.number][1],
+            "active": connections[worker.number][0],
+            "oldest_s": connections[worker.number][1],
         }
         for generation, worker in _leaving(fleet)
     ]
@@ -128,8 +130,8 @@ def _leaving(fleet: Fleet) -> Iterator[tuple[Generation, Worker]]:
                 yield generation, worker
 
 
-def held_by(fleet: Fleet, effects: Effects) -> Held:
-    """Return the connections of the workers whose end a rolling reload perhaps awaits."""
+def leaving_connections(fleet: Fleet, effects: Effects) -> LeavingConnections:
+    """Return the leaving workers' connections; {}: there is no rolling reload."""
     if fleet.incoming is None or not fleet.newest_policy.rolls:
         return {}
     found: dict[int, tuple[int | None, float | None]] = {}

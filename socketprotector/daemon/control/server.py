@@ -2,8 +2,8 @@
 
 commands.py carries out the commands.  A client of the control socket must not delay the clients of
 the workers.  So each turn of the loop answers at most one request of each client, and no call
-blocks.  We disconnect a client that sends too long a line, does not read its answers, or stays
-idle.  But if a client does not read its events, we only drop events.
+blocks.  We disconnect a client that sends too long a line, leaves too many answers unread, or stays
+idle.  If a client leaves too many events unread, we only drop further events.
 
 Source: docs/control.md; model/einhorn.py; unix(7) for SO_PEERCRED and SO_PEERGROUPS.
 """
@@ -28,11 +28,11 @@ from ...system.polling import read_now
 CLIENTS = 256
 #: How long a client that follows no events may stay without sending a request.
 IDLE_S = 30.0
-#: How many bytes may wait for a client to read them.
+#: The most bytes that we keep until a client reads them.
 UNREAD_BYTES = 1024 * 1024
-#: The pause between two requests of a client.  Because of the pause, a client that sends requests
-#: without end takes only a few percent of a core.
-REST_S = 0.001
+#: The pause between two requests of a client.  So a client that sends requests without end takes
+#: only a few percent of a core.
+PAUSE_S = 0.001
 _READ_BYTES = 65_536
 _SO_PEERGROUPS = 59
 _CREDENTIALS = struct.Struct("i2I")  # pid, uid, gid
@@ -67,7 +67,7 @@ class Client:
         self._resume()
 
     def send_line(self, line: bytes) -> None:
-        """Send a line, now or once the client has read the earlier lines."""
+        """Send a line, after the earlier lines; disconnect a client with too much unread data."""
         if self.gone or self._ending:
             return
         with self.within_memory():
@@ -82,7 +82,7 @@ class Client:
     def send_event(self, line: Callable[[Mapping[str, object]], bytes]) -> None:
         """Send an event, or drop it if the client has too much unread data.
 
-        line: adds fields to the event, and returns the event's line.  After dropped events, the
+        line(fields): returns the event's line, also with these fields.  After dropped events, the
         next sent event has their number in the field `dropped`.
         """
         data = b""
@@ -106,7 +106,7 @@ class Client:
         data = self._receive()
         with self.within_memory():
             self._received += data or b""
-        while self._has_more:
+        while self._has_request:
             self._answer_one()
 
     @contextmanager
@@ -123,7 +123,7 @@ class Client:
         if not self.gone:
             fd = self.sock.fileno()
             self._await(0)
-            self.loop.cancel(("control-more", fd))
+            self.loop.cancel(("control-pause", fd))
             self.loop.cancel(("control-idle", fd))
             self.server.forget(fd)
             with dropping():
@@ -147,19 +147,19 @@ class Client:
         self._answer_one()
 
     def _answer_one(self) -> None:
-        """Answer the first received request, if complete; later requests wait for REST_S."""
-        line, rest = b"", None
+        """Answer the first received request, if complete; later requests wait for PAUSE_S."""
+        line, remaining = b"", None
         with self.within_memory():
             found, end, after = self._received.partition(b"\n")
-            line, rest = bytes(found), after if end else None
+            line, remaining = bytes(found), after if end else None
         if len(line) > control_requests.LINE_BYTES:
             most = f"a line may have at most {control_requests.LINE_BYTES} bytes"
             self.send_last(control_requests.refusal(control_requests.RequestError("invalid", most)))
-        elif rest is not None:
-            self._received = rest
+        elif remaining is not None:
+            self._received = remaining
             self._await_request()
             self._pause()
-            self.server.take(self, line)
+            self.server.answer(self, line)
 
     def _send(self) -> None:
         """Send as much as the client's socket has room for."""
@@ -180,9 +180,9 @@ class Client:
         """Wait for room to send, or for the end of the pause, or for the next request."""
         if self._unsent:
             self._await(WRITE)
-        elif self.loop.due(("control-more", self.sock.fileno())) is not None:
+        elif self.loop.due(("control-pause", self.sock.fileno())) is not None:
             self._await(0)
-        elif self._has_more:
+        elif self._has_request:
             self._pause()
         else:
             self._await(READ)
@@ -190,16 +190,16 @@ class Client:
     def _pause(self) -> None:
         """Pause this client, so that other clients come first."""
         self._await(0)
-        self.loop.call_after(("control-more", self.sock.fileno()), REST_S, self._more)
+        self.loop.call_after(("control-pause", self.sock.fileno()), PAUSE_S, self._end_pause)
 
-    def _more(self) -> None:
-        if self._has_more and not self._unsent:
+    def _end_pause(self) -> None:
+        if self._has_request and not self._unsent:
             self._answer_one()
         else:
             self._resume()
 
     @property
-    def _has_more(self) -> bool:
+    def _has_request(self) -> bool:
         return b"\n" in self._received and not self._ending and not self.gone
 
     def _await(self, events: int) -> None:
@@ -236,8 +236,8 @@ class ControlServer:
     loop: Loop
     #: Answers a request, by client.send_line() now or later.  Raises RequestError.
     handle: Callable[[Client, control_requests.Request], None]
-    #: Called with the pid of a worker that reports readiness by einhorn's protocol, and expects no
-    #: answer (model/einhorn.py).
+    #: Called with the pid in an einhorn ACK: a worker's report that it is ready (model/einhorn.py).
+    #: The report gets no answer.
     acked: Callable[[int], None]
     _: KW_ONLY
     #: These users, and the members of this group, may send all commands.
@@ -275,7 +275,7 @@ class ControlServer:
         with dropping():
             self.listener.close()
 
-    def take(self, client: Client, line: bytes) -> None:
+    def answer(self, client: Client, line: bytes) -> None:
         """Answer one line of a client; after einhorn's ACK, close the client without an answer."""
         pid = einhorn.ack(line) if client.allowed is control_requests.COMMANDS else None
         if pid is not None:
@@ -313,7 +313,7 @@ class ControlServer:
             sock, _ = self.listener.socket.accept()
         except OSError as error:
             if error.errno not in TRANSIENT_ERRNOS:
-                # Descriptors or memory ran out.  The socket stays readable, so wait by a timer.
+                # Descriptors or memory ran out.  The socket stays readable, so stop watching it.
                 self.loop.unwatch(self.listener.fileno())
                 self._listen_later()
             return

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..health import Health
-    from .rollout import Held
+    from .rollout import LeavingConnections
 
 #: A --settle-check command gets these fields of a generation, and the number of its workers.
 _COUNTED = (
@@ -83,13 +83,13 @@ def of_waits_for(
     fleet: Fleet,
     effects: Effects,
     generations: Iterable[Mapping[str, Any]],
-    held: Held,
+    connections: LeavingConnections,
     upgrade: str,
 ) -> dict[str, Any]:
     """Return the field `waits_for`; an empty result if SocketProtector waits for nothing.
 
-    generations, held: the results of of_generations() and rollout.held_by().  upgrade: what an
-    upgrade waits for; "": no upgrade waits.
+    generations, connections: the results of of_generations() and rollout.leaving_connections().
+    upgrade: what an upgrade waits for; "": no upgrade waits.
     """
     now, starting = time.monotonic(), fleet.of(Phase.STARTING)
     answer = ""
@@ -102,7 +102,7 @@ def of_waits_for(
         active={each["number"]: each["active"] for each in generations},
         answer=headline(answer),
         met=effects.met(settling.number) if settling is not None else 0,
-        held=held,
+        held=connections,
         settle_check=shown(settles.program.settle_check) if settles is not None else "",
         settle_check_due=effects.probing.settle_check_due,
         upgrade=upgrade,
@@ -114,10 +114,10 @@ def of_waits_for(
 
 
 def of_warnings(settings: Settings, listeners: Iterable[Listener]) -> list[str]:
-    """Return the settings' warnings that still apply, and a warning per missing interface.
+    """Return the settings' warnings that still apply, and one for each missing network interface.
 
-    A warning about a UNIX socket names the rights of a file or folder.  If these rights have
-    changed since the start, omit the warning.
+    A warning about a UNIX socket names the permissions of a file or folder.  If these permissions
+    have changed since the warning, omit the warning.
     """
     lacking = [each.settings.address for each in listeners if each.lacks_interface]
     of_start = [each for each in settings.warnings if not _is_resolved(each)]
@@ -125,7 +125,7 @@ def of_warnings(settings: Settings, listeners: Iterable[Listener]) -> list[str]:
 
 
 def _is_resolved(warning: str) -> bool:
-    """Return whether the rights in a warning of launch/unix_access.py have changed."""
+    """Return whether the permissions in a warning of launch/unix_access.py have changed."""
     if not warning.startswith("unix:/"):
         return False
     for before, after in (("unix:", ": only "), (", but the folder ", " does not ")):
@@ -171,8 +171,8 @@ def _of_generation(
 ) -> dict[str, Any]:
     opened = effects.generations[generation.number]
     slots = {worker.slot for worker in generation.workers if worker.state is not State.ORPHANED}
-    # Another worker may use an orphan's slot.  Otherwise read the slot: after a kill of the
-    # protector, an orphan may be a running worker without descriptors, which still counts.
+    # Leave out an orphaned worker if another worker uses the slot.  Otherwise count it: after a
+    # kill of the protector, a running worker whose descriptors are lost is `orphaned`, too.
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive
@@ -282,9 +282,9 @@ def _of_wait_times(waits: Sequence[int]) -> dict[str, Any]:
 def of_connections(
     generations: Mapping[int, OpenGeneration], records: Iterable[WorkerRecord], only: int | None
 ) -> list[dict[str, Any]]:
-    """Return, for each worker and forked child, its pid and when it accepted its connections.
+    """Return the pid of each worker and forked child, and the accept times of their connections.
 
-    The times are None if they are unknown.  only: a generation's number; None: all generations.
+    Unknown times are None.  only: a generation's number; None: all generations.
     """
     offset = time.time() - time.monotonic()
     found = []
@@ -293,8 +293,8 @@ def of_connections(
         if opened is None or only not in (None, record.generation):
             continue
         board, children = opened.board, forked_children.children_of(record, opened)
-        places = [(record.pid, record.slot), *((each.pid, each.slot) for each in children)]
-        for pid, slot in places:
+        processes = [(record.pid, record.slot), *((each.pid, each.slot) for each in children)]
+        for pid, slot in processes:
             times = None
             if board is not None and not record.orphaned and board.read_any(slot) is not None:
                 accepted = board.accepted_at(slot)

@@ -26,7 +26,7 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Policy
-from socketprotector.daemon.control.rollout import held_by, of_rollout
+from socketprotector.daemon.control.rollout import leaving_connections, of_rollout
 from socketprotector.daemon.effects import Effects
 from socketprotector.daemon.generation import OpenGeneration
 from socketprotector.model.records import Counts, WorkerRecord
@@ -68,7 +68,7 @@ class Seen:
             due=lambda: [(each, due) for each in fleet.timers],
         )
         found = cast("Effects", effects)
-        return of_rollout(fleet, found, held_by(fleet, found))
+        return of_rollout(fleet, found, leaving_connections(fleet, found))
 
     def _opened(self, number: int) -> Any:
         return self.boards.get(number, SimpleNamespace(counts=lambda _: None, board=None))

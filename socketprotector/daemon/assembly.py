@@ -1,8 +1,8 @@
 """Creates the parts of the resident process, and connects them.
 
-In this package "an earlier program" is the resident process before this one.  After an upgrade or a
-kill, each part adopts its descriptors and records from the earlier program.  "The next program" is
-the resident process that will replace this one.
+An upgrade, or a restart after a kill, replaces the program of the resident process.  In this
+package "an earlier program" ran before this program, and "the next program" will run after this
+program.  Each part adopts its descriptors and records from the earlier program.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from ..model.control_requests import Request
     from .control.server import Client
 
-#: The pause before another try to send a message, after the guard's or systemd's socket was full.
+#: If the guard's or systemd's socket is full, we send the message again after this pause.
 _RESEND_PAUSE_S = 0.1
-#: The names of the descriptors that belong to no part: Resident keeps them.
+#: The descriptors that Resident itself owns, by name.
 _OWN = (inherited.SETTINGS, inherited.STATE, inherited.PID_FILE, inherited.NOTIFY)
 _STDERR = 2
 
@@ -70,12 +70,12 @@ class Resident:
         earlier: the state of an earlier program; StateError: why that state is unusable; None: a
         first start.  command: the command line that executes this program again.
         """
-        # The fd store of a guard has a copy of each descriptor.  systemd's fd store has copies only
-        # if an earlier program has stored them; we then also inherit that program's state.
+        # A guard has copies of all descriptors.  systemd has copies only if an earlier program has
+        # stored them; then we also inherit that program's state.
         has_copies = inherited.GUARD in descriptors or inherited.STATE in descriptors
         stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()
         if isinstance(earlier, Snapshot):
-            # We inherit these descriptors by an upgrade: the store had no room for copies.
+            # The fd store had no room for these descriptors: we inherit them by an upgrade.
             stored -= set(earlier.left_out)
         self.settings = settings
         self.unclaimed = unclaimed = Inherited(descriptors)
@@ -179,7 +179,9 @@ class Resident:
     def _snapshot_to_resume(self) -> Snapshot | None:
         """Return the snapshot of an earlier program; None: this is a first start.
 
-        At a first start, makes the state file.  Raises StateError if the state cannot be resumed.
+        Also make the state file, unless there is one.
+
+        Raises StateError if the state is unusable, SystemRefused if the file cannot be made.
         """
         if isinstance(self.earlier, StateError):
             raise self.earlier
@@ -217,11 +219,11 @@ class Resident:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         spawn.use_batch_policy()
         if settings.identity is not None:
-            starts_others = settings.worker_identity is not None
-            privileges.become(settings.identity, settings.nice, starts_others=starts_others)
-            if starts_others:
-                # The guard, or an earlier program by an upgrade, has perhaps passed us
-                # capabilities.  Workers must not inherit them.
+            has_worker_user = settings.worker_identity is not None
+            privileges.become(settings.identity, settings.nice, starts_others=has_worker_user)
+            if has_worker_user:
+                # Perhaps we inherited capabilities, from the guard or by an upgrade.  Workers must
+                # not inherit them.
                 privileges.reclaim()
         return loop
 
@@ -250,7 +252,7 @@ class Resident:
         log, pool = runtime.log, supervisor.effects.pool
 
         def on_guard_gone() -> None:
-            """Stop relying on the guard; warn, unless there was none."""
+            """Note that there is no guard; log an error if the guard has exited."""
             if self.parents.line is not None:
                 hint = (
                     "the next crash of SocketProtector loses connections; restart SocketProtector"
@@ -263,7 +265,7 @@ class Resident:
         self.parents.watch(runtime.loop, pool.learn_status, on_guard_gone)
 
         def start_waits() -> Sequence[object]:
-            """Return what the start waits for, as `status` shows it (`waits_for`)."""
+            """Return the field `waits_for` of `status`."""
             fleet, effects = supervisor.fleet, supervisor.effects
             found = status.of_generations(fleet, effects)
             waits: Sequence[object] = status.of_waits_for(fleet, effects, found, {}, "").get(
@@ -276,7 +278,7 @@ class Resident:
         )
 
     def fail(self, reason: str) -> None:
-        """Record why this program failed, and close the listeners: no later program will resume."""
+        """Record why this program failed, and close the listeners: no other program needs them."""
         self.start_report.failure = self.start_report.failure or reason
         self._close_listeners()
 
@@ -287,11 +289,11 @@ class Resident:
         """
         store = self.parents.store
         if self.parents.line is None:
-            # First remove the settings from the fd store.  If we are killed after that, the next
-            # start finds no settings, so it is an ordinary start with the stored listeners.
+            # Remove the settings first: if we are killed after that, the next start finds no
+            # settings, and so starts normally, with the stored listeners.
             store.forget(inherited.SETTINGS)
-            # systemd may remove its copy late.  So also empty the settings, which then count as
-            # missing (inherited.is_ours).
+            # systemd may remove its copy too late for that.  So also empty the settings, which
+            # inherited.is_ours() then ignores.
             os.ftruncate(self.own[inherited.SETTINGS], 0)
         # The relay exits only once all copies of its pipes are closed, also those in the fd store.
         for name in self.output.descriptors():
@@ -313,9 +315,9 @@ class Resident:
         try:
             self.output.begin(self.unclaimed, runtime)
         except OSError as error:
-            where = "to syslog" if settings.to_syslog else "of workers' output"
+            target = "to syslog" if settings.to_syslog else "of workers' output"
             purpose = " for --log-prefix" if settings.log_prefix else ""
-            why = f"cannot start the relay {where}{purpose}: {what_failed(error)}"
+            why = f"cannot start the relay {target}{purpose}: {what_failed(error)}"
             if settings.to_syslog or purpose:
                 raise SystemRefused(why) from error
             # Without syslog and --log-prefix, workers can write to our stderr instead of a relay.
@@ -378,11 +380,11 @@ class Resident:
         parts = (self.parents, self.start_report)
         return found | {name: fd for each in parts for name, fd in each.descriptors().items()}
 
-    def _send_later(self, again: Callable[[], None]) -> None:
+    def _send_later(self, resend: Callable[[], None]) -> None:
         # Without a loop we only complete an earlier program's exit (_finish_exit), and
         # Outbox.finish() sends the unsent messages.
         if self._loop is not None:
-            self._loop.call_after(again, _RESEND_PAUSE_S, again)
+            self._loop.call_after(resend, _RESEND_PAUSE_S, resend)
 
     def _reopen_logs(self, log: Log) -> None:
         try:
@@ -390,7 +392,7 @@ class Resident:
         except OSError as error:
             log.write("error", "reopen-failed", file=error.filename, error=error.strerror)
         else:
-            # The guard, and each protector that it starts, must write to the new file, too.
+            # The guard, and each program that the guard starts, must write to the new file, too.
             if self.settings.log_file is not None:
                 self.parents.guard.send("X_OUTPUT=1", _STDERR)
         log.reopen()

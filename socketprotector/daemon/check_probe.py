@@ -1,7 +1,7 @@
-"""The probe addresses: at each, an operator's check command reaches one generation.
+"""Opens probe addresses: each leads an operator's check command to one generation.
 
 The options `--ready check:CMD` and `--settle-check CMD` set the check commands.  While a generation
-is checked, a loopback port leads to the generation.  So a command can use any client program.
+is checked, its probe address is a loopback port, to which any client program can connect.
 
 In listener mode a helper process, the prober (programs/prober.py), forwards the port's connections
 to the generation's socket.  The kernel recognizes a TCP probe by a mark (SO_MARK), which a command
@@ -33,7 +33,7 @@ class Forwarding:
     """A loopback socket, and the prober that forwards the socket's connections to a ProbeTarget."""
 
     def __init__(self, loop: Loop, target: ProbeTarget, ended: Ended) -> None:
-        """Open the socket and start the prober.  Raises OSError.
+        """Open the socket and start the prober.  Raises OSError if the socket cannot be opened.
 
         ended: called with how the prober ended, or why it could not start.
         """
@@ -83,11 +83,14 @@ class CheckProbes:
     _open: dict[int, tuple[ProbeTarget, Forwarding | None]] = field(default_factory=dict)
 
     def address(self, generation: OpenGeneration) -> str:
-        """Return a generation's probe address; "": there is none.  Raises OSError."""
+        """Open a generation's probe address, unless it is open, and return it as HOST:PORT.
+
+        Returns "" if no probe is possible.  Raises OSError.
+        """
         number = generation.record.number
 
         def ended(how: str) -> None:
-            why = f"the probe forwarder {how}"
+            why = f"the prober {how}"
             self.log.write("warning", "check-unreachable", generation=number, reason=why)
 
         found = self._open.get(number)
@@ -102,7 +105,7 @@ class CheckProbes:
                 )
             self._open[number] = found
         elif found[1] is not None:
-            found[1].start()  # the prober may have ended
+            found[1].start()  # start the prober again if it has ended
         target, forwarding = found
         host, port = forwarding.address if forwarding is not None else target.address
         return f"{host}:{port}"

@@ -3,13 +3,12 @@
 We save after each decision of core/decide.py, before the decision's actions are carried out.
 
 Descriptors go to the fd store: to the guard or, if there is no guard, to systemd.  The state memfd
-says what each descriptor is for.  We store new descriptors first, then write the state, then remove
-old descriptors, then act.  So whenever we are killed, the store has all descriptors that the state
-mentions.  The store lacks some only if it was full, if the guard or systemd was slow to read, or if
-no descriptor was free for a copy.
+says what each descriptor is for.  We first store new descriptors, then write the state, then remove
+old descriptors, then carry out the actions.  So whenever we are killed, the store has the
+descriptors that the state mentions, unless the store was full, the guard or systemd was slow to
+read, or no descriptor was free for a copy.
 
-Only changes are stored and written.  So a change of one worker costs the same, whether one worker
-runs or a thousand.
+We store and write only changes, so the cost of a change does not grow with the number of workers.
 """
 
 from __future__ import annotations
@@ -48,10 +47,10 @@ class Checkpoint:
     _failing: bool = False  # the last write of the state has failed
     #: We have logged keeper-behind: the guard or systemd has not taken all descriptors yet.
     _behind: bool = False
-    _full: bool = False  # the fd store had no room for all descriptors at the last save
+    _was_full: bool = False  # the fd store had no room for all descriptors at the last save
 
     def begin(self, effects: Effects, snapshot: Callable[[], Snapshot]) -> None:
-        """Start to save: until then save() does nothing.  snapshot: returns the state to write."""
+        """Enable save(), which does nothing before.  snapshot: returns the state to write."""
         self._effects, self._snapshot = effects, snapshot
 
     def descriptors(self) -> dict[str, int]:
@@ -68,19 +67,18 @@ class Checkpoint:
         if self._effects is None:
             return True
         if not self.store.keeps:
-            # Without a store, sync() only forgets which names have changed (Named.changed).
+            # Without a store, sync() only empties Named.changed, which would otherwise grow.
             self.store.sync({}, self._effects.pool.descriptors)
             return True
         wanted = {**self.process_descriptors(), **self._effects.own_descriptors()}
-        # Leave out the socket that connects us with the guard: the guard makes a new one for each
-        # program.
+        # Leave out our socket to the guard: the guard makes a new socket for each program.
         wanted.pop(inherited.GUARD, None)
         if not self.store.sync(wanted, self._effects.pool.descriptors, self._write):
             return False
         full = bool(self.store.left_out)
-        if full and not self._full:
+        if full and not self._was_full:
             self.log.write("warning", "store-full", descriptors=len(self.store.kept), hint=_FULL)
-        self._full = full
+        self._was_full = full
         if self.store.flushed and self.store.complete:
             self._behind = False
         elif not self._behind:
@@ -103,7 +101,7 @@ class Checkpoint:
         return self._write() and self.store.has(wanted)
 
     def copies(self) -> dict[str, int]:
-        """Return copies of the settings and of the present state, by name, for the caller to close.
+        """Return copies of the settings and of the state, by name, for the caller to close.
 
         Raises OSError, and StateError if the state cannot be written.
         """

@@ -1,8 +1,8 @@
-"""Reads the configuration again in a child process, because reading may block.
+"""Reads the configuration again, in another process: the reader process.
 
-Reading also needs modules that must not stay in the resident process.  The child (also called the
-reader process) gets the settings in force, reads the configuration as the launching process did,
-sends an answer, and exits.  launch/reload_child.py is its program, and documents the answer.
+Reading may block, and needs modules that must not stay in the resident process.  The reader process
+gets the settings in force, reads the configuration as the launching process did, sends an answer,
+and exits.  launch/reload_child.py is the reader process's program, and documents the answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..system import inherited
 from ..system.helper import HelperProcess, last_line
 from ..system.loop import Loop
 
-#: An answer consists of records; each is a name and one descriptor.  This limits a record's bytes.
+#: The most bytes of a record's name.  An answer consists of records, each a name and a descriptor.
 _RECORD_BYTES = 64
 #: The size limit of a text in the answer; no configuration comes near it.
 _MOST_BYTES = 16 * 1024 * 1024
@@ -30,7 +30,7 @@ _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 class ConfigAnswer:
     """The new settings, or why the reading failed.  The receiver owns the descriptors.
 
-    After read(dry=True) only `changes` and `fixed` are set, or `failure` and `code`.
+    After read(dry=True) either `changes` and `fixed` are set, or `failure` and `code`.
     """
 
     failure: str = ""  # in words, perhaps in several lines; "": success
@@ -53,9 +53,9 @@ class ConfigReader:
     #: The key of this reader's timer in the loop.
     key: Hashable
     _process: HelperProcess | None = None
-    _line: socket.socket | None = None  # our socket to the child
-    _output: int = -1  # a memfd with what the child writes to stdout and stderr; -1: none
-    _received: dict[str, int] = field(default_factory=dict)  # the records so far
+    _line: socket.socket | None = None  # our socket to the reader process
+    _output: int = -1  # a memfd with the reader process's stdout and stderr; -1: none
+    _records: dict[str, int] = field(default_factory=dict)  # received so far: name -> descriptor
     _failure: str = ""
     _done: Callable[[ConfigAnswer], None] = lambda answer: None
 
@@ -68,10 +68,10 @@ class ConfigReader:
     ) -> None:
         """Read the configuration, bind new listeners, and call `done` with the answer.
 
-        The child is killed after --start-timeout.  If the child cannot be started, `done` is called
+        The reader process is killed after --start-timeout.  If it cannot start, `done` is called
         before this method returns.
 
-        dry: only try the binds, and answer only what would change.
+        dry: only try to bind, and answer only what would change.
         """
         assert not self.busy
         self._failure = ""
@@ -80,14 +80,14 @@ class ConfigReader:
             self._start(settings, dry=dry)
         except OSError as error:
             self._release()
-            where = f"{error.filename}: " if error.filename else ""
-            done(ConfigAnswer(f"cannot read the configuration: {where}{error.strerror}"))
+            file = f"{error.filename}: " if error.filename else ""
+            done(ConfigAnswer(f"cannot read the configuration: {file}{error.strerror}"))
             return
         limit_s = settings.policy.start_timeout_s
-        self.loop.call_after(self.key, limit_s, lambda: self._too_late(limit_s))
+        self.loop.call_after(self.key, limit_s, lambda: self._on_timeout(limit_s))
 
     def call_off(self, answer: ConfigAnswer | None = None) -> None:
-        """End the child if it is running; then call `done` with this answer, unless it is None."""
+        """Call off a read(); then call `done` with the answer, unless the answer is None."""
         if self._process is not None:
             done, self._done = self._done, _discard_answer
             self._release()
@@ -100,20 +100,20 @@ class ConfigReader:
         with theirs:
             self._output = os.memfd_create("sp.reader", os.MFD_CLOEXEC)
             content = inherited.memory_file(inherited.SETTINGS, dump(settings))
-            with open(content, "rb", buffering=0):  # closed here once the child has its copy
-                # As at the first start, the caller's umask decides the mode of UNIX sockets.
+            with open(content, "rb", buffering=0):  # closed once the reader process has its copy
+                # The umask with which SocketProtector was started decides the mode of UNIX sockets.
                 self._process = HelperProcess.start_protector(
                     self.command,
                     {inherited.SETTINGS: content, name: theirs.fileno()},
                     self._output,
                     self.loop,
-                    self._ended,
+                    self._on_ended,
                     umask=settings.origin.umask,
                 )
         self.loop.watch(self._line.fileno(), self._receive)
 
     def _receive(self) -> None:
-        """Read the records that the child has sent so far."""
+        """Read the records that the reader process has sent so far."""
         assert self._line is not None
         while True:
             try:
@@ -136,14 +136,14 @@ class ConfigReader:
                 self.loop.unwatch(self._line.fileno())
                 return
             for fd in fds:
-                self._received[data.decode("ascii", "replace")] = fd
+                self._records[data.decode("ascii", "replace")] = fd
 
-    def _too_late(self, limit_s: float) -> None:
+    def _on_timeout(self, limit_s: float) -> None:
         self._failure = f"the configuration was not read within {in_units(limit_s)}"
         if self._process is not None:
             self._process.process.kill_group()
 
-    def _ended(self, how: str) -> None:
+    def _on_ended(self, how: str) -> None:
         if self._line is not None:
             self._receive()
         done, self._done = self._done, _discard_answer
@@ -157,39 +157,39 @@ class ConfigReader:
     def _answer(self, how: str) -> ConfigAnswer:
         if self._failure:
             return ConfigAnswer(self._failure)
-        if "refused" in self._received:
-            return ConfigAnswer(_text(self._received["refused"]) or "refused")
-        if "changes" in self._received:
+        if "refused" in self._records:
+            return ConfigAnswer(_text(self._records["refused"]) or "refused")
+        if "changes" in self._records:
             return ConfigAnswer(changes=self._lines("changes"), fixed=self._lines("fixed"))
-        if not {"differences", "settings"} <= self._received.keys():
+        if not {"differences", "settings"} <= self._records.keys():
             last = last_line(self._output)
             return ConfigAnswer(f"the configuration was not read; {how}: {last}")
         try:
-            settings = load(_text(self._received["settings"]).encode())
+            settings = load(_text(self._records["settings"]).encode())
         except SettingsError as error:
             return ConfigAnswer(str(error))
         return ConfigAnswer(
             settings=settings,
             changes=self._lines("differences"),
-            listeners=self._take_received("listener "),
-            siblings=self._take_received("twin "),
-            reserved=self._take_received("reserved "),
+            listeners=self._take_records("listener "),
+            siblings=self._take_records("twin "),
+            reserved=self._take_records("reserved "),
         )
 
     def _lines(self, name: str) -> tuple[str, ...]:
-        return tuple(_text(self._received[name]).splitlines()) if name in self._received else ()
+        return tuple(_text(self._records[name]).splitlines()) if name in self._records else ()
 
-    def _take_received(self, kind: str) -> dict[int, int]:
+    def _take_records(self, kind: str) -> dict[int, int]:
         """Remove and return the descriptors of a kind, by listener index."""
-        names = [name for name in self._received if name.startswith(kind)]
-        return {int(name.removeprefix(kind)): self._received.pop(name) for name in names}
+        names = [name for name in self._records if name.startswith(kind)]
+        return {int(name.removeprefix(kind)): self._records.pop(name) for name in names}
 
     def _release(self) -> None:
-        """Discard the child; close our socket to the child and all received descriptors."""
+        """Discard the reader process; close our socket to it, and all received descriptors."""
         self.loop.cancel(self.key)
-        for fd in self._received.values():
+        for fd in self._records.values():
             os.close(fd)
-        self._received.clear()
+        self._records.clear()
         if self._line is not None:
             self.loop.unwatch(self._line.fileno())
             self._line.close()

@@ -1,7 +1,7 @@
 """Carries out the actions that package core orders, and turns their results into events.
 
-After a kill the next program repeats actions that the state does not show as done.  So the state is
-written right after an action whose repetition would do harm (_WRITTEN_AT_ONCE in supervisor.py).
+After a kill the next program (assembly.py) repeats the actions that the state does not record as
+done.  So the supervisor writes the state right after each action that must not be repeated.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ from .runtime import Runtime
 from .start_report import StartReport
 from .worker_pool import WorkerPool
 
-#: The state lists these actions until done; the next program derives other actions from the fleet.
+#: The state lists these actions until they are done.  The fleet implies all other actions.
 RECORDED = Undone | Report | StartTimer
 #: Reports after which a generation's program counts as the last good program.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
-#: The pause between looks whether --settle-check has succeeded, once the time of --settle is over.
+#: After the time of --settle, we check at this interval whether --settle-check has succeeded.
 _SETTLE_AGAIN_S = 0.1
-_LATE_TIMER = "late"  # of a stop that still accepts late clients: they waited during a hold
+_LATE_TIMER = "late"  # until it ends, a stop accepts late clients, which waited during a hold
 
 
 class Effects(Host):
@@ -110,23 +110,23 @@ class Effects(Host):
         )
         self.generations: Generations = Generations()
         self._route: int | None = None
-        self._sharing: int | None = None  # besides the route, another generation with new clients
+        self._sharing: int | None = None  # a second generation that gets new clients
         self.last_good: Program | None = None  # the last successful generation's program
         self._due: dict[Deadline, tuple[Deadline, float]] = {}  # each timer, and when it runs out
         self.exit_status: int | None = None
         self.delivery = build(self)
         self.output = output
-        addresses = CheckProbes(runtime.loop, runtime.log, self.delivery.reach)
+        check_probes = CheckProbes(runtime.loop, runtime.log, self.delivery.reach)
         self.pool = WorkerPool(
             settings,
             runtime,
             output,
             remember=self.reports.remember,
             delivery=self.delivery,
-            probes=addresses,
+            probes=check_probes,
         )
         self.probing = Probing(
-            *(runtime, self.delivery, addresses),
+            *(runtime, self.delivery, check_probes),
             settings=lambda: self.live_settings.settings,
             remember=self.reports.remember,
             answered=self.pool.answered,
@@ -166,7 +166,7 @@ class Effects(Host):
                 self.generations[number].note_draining()
                 self.pool.drain(number)
                 self.delivery.drain(self.generations[number])
-            case Drain(number):  # a kill lost the generation's descriptors, but not its workers
+            case Drain(number):  # a kill lost the generation's descriptors, but workers still run
                 self.pool.drain(number)
             case Release(number) if number in self.generations:
                 self._log.write("info", "drained", generation=number)
@@ -212,7 +212,7 @@ class Effects(Host):
     def snapshot(self, fleet: Fleet, actions: Iterable[Action]) -> Snapshot:
         """Return the state that the next program needs after an upgrade or a crash.
 
-        actions: the RECORDED actions that may still have to be carried out.
+        actions: the RECORDED actions that are perhaps not carried out yet.
         """
         now, delivery = time.monotonic(), self.delivery.record()
         self.generations.forget_released(self.delivery.keeps)
@@ -314,7 +314,7 @@ class Effects(Host):
         self.probing.set_serving(generation)
 
     def met(self, number: int) -> int | None:
-        """Return how many new clients a generation was sent, or accepted itself; None: unknown."""
+        """Return how many new clients a generation has got (Delivery.met()); None: unknown."""
         generation = self.generations.get(number)
         return self.delivery.met(generation) if generation is not None else None
 
@@ -329,7 +329,7 @@ class Effects(Host):
 
     @property
     def listeners_survive_stop(self) -> bool:
-        """Return whether our own listeners survive a stop."""
+        """Return whether the listeners that we have bound survive a stop."""
         ours = [each for each in self.delivery.listeners if not each.settings.foreign]
         names = [name for each in ours for name in each.descriptors()]
         return bool(ours) and self._survive_exit(names)
@@ -345,7 +345,7 @@ class Effects(Host):
 
     @property
     def _late_s(self) -> float:
-        """Return how long a graceful stop still accepts clients who waited during a hold."""
+        """Return how long a graceful stop should accept late clients."""
         stop_s = self.live_settings.settings.policy.stop_timeout_s
         return min(self.delivery.late_s, stop_s / 2 if stop_s else float("inf"))
 
@@ -416,7 +416,7 @@ class Effects(Host):
     def _start_advice(self, number: int) -> str:
         """Return the likely cause of a generation's start timeout; "": unknown."""
         known = self.probing.last or self.pool.check_result(number)
-        if self.pool.proved_ready:  # a worker is ready, not by a timer: the socket is no cause
+        if self.pool.proved_ready:  # a worker has worked, so the program uses the socket
             return known
         more = self.pool.advice(number, ignores_socket=bool(known))
         return "; ".join(filter(None, (known, more)))
@@ -435,7 +435,7 @@ class Effects(Host):
 
     @property
     def late_clients_s(self) -> float | None:
-        """Return how long a stop still accepts clients of an earlier hold; None: not any more."""
+        """Return how long a stop still accepts late clients; None: it accepts none."""
         due = self._loop.due(_LATE_TIMER)
         return max(0.0, due - time.monotonic()) if due is not None else None
 

@@ -1,7 +1,7 @@
 """Carries every event to the supervisor.
 
-All parts that post events need the queue, so it is created first.  The supervisor, which handles
-the events, needs all these parts, so it is created last.
+All parts that post events need the queue, so the queue is created first.  The supervisor, which
+handles the events, needs all these parts, so the supervisor is created last.
 """
 
 from __future__ import annotations
@@ -30,6 +30,6 @@ class EventQueue:
         self._events.extend(events)
 
     def __iter__(self) -> Iterator[Event]:
-        """Take the events in order, until the queue is empty."""
+        """Remove and yield the events in order, until the queue is empty."""
         while self._events:
             yield self._events.popleft()

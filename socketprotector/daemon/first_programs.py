@@ -2,9 +2,9 @@
 
 A pool is a worker of --handoff stdio: it starts a program for each connection.  Until a program has
 worked, the pool reports programs that fail early; programs/stdio/first_programs.py defines
-"worked" and "fail early".  Clients may cause a few failures.  So fewer than NO_ACCIDENT failures
-are only reported: in the log, `status` and `crashes`.  At NO_ACCIDENT failures a settling
-generation is rolled back; a generation in another phase keeps running.
+"worked" and "fail early".  Clients can cause a few failures, so fewer than NO_ACCIDENT failures are
+only reported: in the log, `status` and `crashes`.  At NO_ACCIDENT failures a settling generation is
+rolled back; a generation in another phase keeps running.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class FirstPrograms:
 
     runtime: Runtime
     output: Output
-    #: Changes the history by a function, which gets the old history and returns the new history.
+    #: Calls a function with the history, and keeps the new history that the function returns.
     remember: Callable[[Callable[[History], History]], None]
 
     def handle(self, worker: Worker, text: str) -> None:
@@ -57,15 +57,15 @@ class FirstPrograms:
         _, how = exit_text.status_of(status)
         count = generation.record.programs_failed + 1
         generation.update_record(programs_failed=count, program_ended=how)
-        self.runtime.persist()  # a kill must not lose the count while we wait for done()
+        self.runtime.persist()  # a kill must not lose the count while we wait for the last words
 
         def done(found: str) -> None:
-            # The last words are the whole pool's: several programs may have written the same lines.
+            # These are the last words of the whole pool, so perhaps of several failed programs.
             last_words = _without_repeats(found, generation.record.programs_failed)
             if generation.record.programs_work:
                 return  # another program has worked meanwhile
             generation.update_record(program_words=last_words)
-            if count <= NO_ACCIDENT:  # later failures only repeat the first ones
+            if count <= NO_ACCIDENT:  # later failures tell nothing new
                 self._report(worker, pid, f"program {how}", last_words, at)
             if count >= NO_ACCIDENT:
                 reason = generation.record.programs_fail
@@ -105,7 +105,7 @@ class FirstPrograms:
 
 
 def _without_repeats(last_words: str, most: int) -> str:
-    """Return the last words; if they are the same lines repeated, return these lines only once.
+    """Return the last words; if they are the same lines several times, return these lines once.
 
     most: the most repetitions to look for.
     """

@@ -1,8 +1,8 @@
 """The children that a worker has forked to share its memory (the client library's SocketServer).
 
 Only the worker starts, reaps and replaces its children.  We read the children's pids and counts
-from the scoreboard.  A worker could write any pid into the scoreboard, so we signal only processes
-of the worker's own session.
+from the scoreboard (system/scoreboard.py).  A worker could write any pid into the scoreboard, so we
+signal only processes of the worker's own session.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def _recorded(record: WorkerRecord, generation: OpenGeneration) -> Iterator[Chil
 
 
 def left_open(record: WorkerRecord, generation: OpenGeneration) -> int:
-    """Return how many connections the children of a worker that has just exited still serve.
+    """Return how many connections are open in the children of a worker that has just exited.
 
-    Call this before the record is `orphaned`: afterwards the children can no longer be read.
+    Call this before the record is `orphaned`; after that, children_of() returns no children.
     """
     if record.killed:
         return 0  # the children are killed, too
@@ -57,17 +57,17 @@ def left_open(record: WorkerRecord, generation: OpenGeneration) -> int:
 
 
 def retire(child: int, leader: int) -> bool:
-    """Send a child SIGTERM, so that it finishes its connections; return whether it was sent.
+    """Send a child SIGTERM, so that it finishes its connections; return whether we sent SIGTERM.
 
-    child: the child's pid.  leader: the worker's pid, which leads its session.  Returns False if
-    the worker's session has no such child.  Raises OSError.
+    child: the child's pid.  leader: the worker's pid, also the id of its session.  Returns
+    False if the session has no such child.  Raises OSError.
     """
     try:
         pidfd = os.pidfd_open(child)
     except ProcessLookupError:
         return False
     try:
-        # Check only now: between a check and a later pidfd_open(), the pid could be reused.
+        # Check after pidfd_open(): if we checked earlier, the pid could be reused in between.
         if child == leader or not _is_in_session(child, leader):
             return False
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)

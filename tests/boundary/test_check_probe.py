@@ -31,7 +31,7 @@ def test_that_nothing_forwards_what_a_check_sends_is_logged(
 
     assert probes.address(cast("Any", generation)).startswith("127.0.0.1:")
 
-    why = "the probe forwarder cannot be started: no more processes"
+    why = "the prober cannot be started: no more processes"
     assert lines == [("warning", "check-unreachable", {"generation": 2, "reason": why})]
     probes.release_all()
 

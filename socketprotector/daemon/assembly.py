@@ -195,7 +195,7 @@ class Resident:
     def _finish_exit(self, snapshot: Snapshot) -> int:
         """Complete the exit that an earlier program began; return the exit status."""
         ours = [each for each in self.listeners if not each.settings.foreign]
-        if self.parents.keep_after_exit(name for each in ours for name in each.descriptors()):
+        if self.parents.keeps_after_exit(name for each in ours for name in each.descriptors()):
             self.surviving = self.delivery.leave(ours, snapshot.delivery)
         self._close_listeners()
         return snapshot.fleet.exit_status
@@ -338,7 +338,7 @@ class Resident:
             systemd=self.parents.systemd,
             start_report=self.start_report,
             command=self.command,
-            survive_exit=self.parents.keep_after_exit,
+            survive_exit=self.parents.keeps_after_exit,
         )
         keeps_capabilities = settings.worker_identity is not None
         supervisor = Supervisor(

@@ -17,7 +17,7 @@ from . import forked_children
 from .runtime import Runtime
 from .worker_spawn import Worker
 
-#: How long after a kill to check whether a worker has ended by it.
+#: How long after a kill we check whether the kill explains a worker's end.
 _LOOK_S = 1.0
 _TIMER = "memory"
 
@@ -28,8 +28,8 @@ class MemoryWatch:
     def __init__(self, runtime: Runtime, workers: Mapping[int, Worker]) -> None:
         """workers: the running workers by number, always up to date."""
         self._loop, self._log, self._workers = runtime.loop, runtime.log, workers
-        # The kernel's counts as far as we have handled them: by naming the kill as the cause of a
-        # worker's end, or in the log.  Kills before our first worker need neither.
+        # The kernel's counts of the kills that we have handled: each kill was named as the cause of
+        # a worker's end, or logged.  Kills before our first worker need neither.
         self._handled = memory_group.counts()
         # None: the kernel sends no events.  Then a counted kill explains the next SIGKILL of a
         # worker, however late that SIGKILL comes.

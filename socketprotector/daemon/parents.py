@@ -1,4 +1,4 @@
-"""The guard and the service manager: they start us, keep our descriptors, get our status.
+"""The guard and the service manager: they start us, keep our descriptors, and get our status.
 
 A guard (programs/guard.py) keeps the descriptors, and its pid is the service's main pid.  Without a
 guard, systemd keeps the descriptors if the unit has an fd store.
@@ -26,7 +26,10 @@ _MANAGER_S = 1.0
 
 
 class Parents:
-    """The line (a socket) to the guard, the messages to guard and systemd, and the fd store."""
+    """The line (a socket) to the guard, our messages to guard and systemd, and the fd store.
+
+    With a guard, `store` is the guard's, not systemd's.
+    """
 
     def __init__(
         self, line: int | None, kept: Collection[str], later: Callable[[Callable[[], None]], None]
@@ -57,8 +60,8 @@ class Parents:
     ) -> None:
         """Read the guard's messages, and feed the watchdog.
 
-        on_exited: called when the guard has reaped a process; its arguments: the reaped process's
-        pid, whether the exit was clean, and, in words, how it exited.
+        on_exited: called when the guard has reaped a process.  Its arguments: the process's pid,
+        whether the exit was clean, and, in words, how the process exited.
         on_gone: called when the guard exits, or at once without a guard.
         """
         if self.line is None:
@@ -86,7 +89,7 @@ class Parents:
             on_exited(int(pid), *exit_text.status_of(int(status)))
 
     def _feed_watchdog(self, loop: Loop) -> None:
-        """Send WATCHDOG=1 to systemd now, and again whenever half of WatchdogSec= has passed."""
+        """Send WATCHDOG=1 to systemd now, and again after each half of WatchdogSec=."""
         self.systemd.send(WATCHDOG="1")
         loop.call_after(WATCHDOG, self.systemd.watchdog_s, lambda: self._feed_watchdog(loop))
 
@@ -96,18 +99,18 @@ class Parents:
             return {}
         return {inherited.GUARD: self.line.fileno()}
 
-    def keep_after_exit(self, names: Iterable[str]) -> bool:
+    def keeps_after_exit(self, names: Iterable[str]) -> bool:
         """Return whether systemd's fd store keeps the descriptors with these names after a stop.
 
         systemd keeps these descriptors while a restart is pending, and otherwise drops them (tried
-        with systemd 252).  Other service managers that receive sd_notify(3) messages keep no
-        descriptors, and set no $INVOCATION_ID.
+        with systemd 252).  Other service managers that receive sd_notify(3) messages keep none, and
+        set no $INVOCATION_ID.
         """
         systemd = self.line is None and bool(os.environ.get("INVOCATION_ID"))
         return systemd and self.store.holds(names)
 
     def finish(self, status: int, surviving: Iterable[str]) -> None:
-        """Before our exit: send the exit status, and wait until all messages are sent.
+        """Send our exit status, and wait until all messages are sent.
 
         surviving: the names of the descriptors that systemd's fd store keeps for the next start;
         a guard keeps none.
@@ -116,5 +119,5 @@ class Parents:
             self.store.sync(dict.fromkeys(surviving, -1))
         self.systemd.send(EXIT_STATUS=str(status))
         self.guard.finish(_FAREWELL_S)
-        # Wait until the queued messages are sent: they store descriptors that the next start needs.
+        # Wait until the queued messages are sent: the next start needs descriptors that they store.
         self._manager.finish(_MANAGER_S)

@@ -1,11 +1,11 @@
-"""Determines an exited worker's status, the reason of its exit, and the processes that it left.
+"""Determines an exited worker's status, the reason of its exit, and the processes it left.
 
 The steps have a fixed order:
 
-1. The last words of a worker that exited before, or as soon as, it was ready: they tell why the
-   start failed.  If the relay (relay_client.py) has to send them, we reap the worker only after the
-   relay's answer.  So if the protector is upgraded or killed meanwhile, the next program still
-   finds the exited worker, and requests the words again.
+1. The last words of a worker that exited before it was ready, or as soon as it was ready: they tell
+   why the start failed.  If the relay (relay_client.py) has to send the words, we reap the worker
+   only after the relay's answer.  So if the protector is upgraded or killed meanwhile, the next
+   program still finds the exited worker, and requests the words again.
 2. The exit status, from waitid(2).  A worker that was started before a crash of the protector is no
    child of this process.  Then waitid(2) fails with ECHILD, and only the guard can report the
    status.
@@ -57,18 +57,18 @@ class PostMortem:
     delivery: Delivery
     groups: Groups
     orphans: Orphans
-    #: Called with a worker's number when more is known about the worker's end.
+    #: Called with a worker's number when it is time to call end_of() for that worker.
     ended: Callable[[int], None]
     #: Changes the history by a function, which gets the old history and returns the new history.
     remember: Callable[[Callable[[History], History]], None]
-    #: Returns, in words, how a process ended that got SIGKILL, but not from us.
+    #: Returns, in words, how a process ended by a SIGKILL that we did not send.
     why_killed: Callable[[], str]
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
         """Reap an exited worker and return its end; None: the end is not known yet.
 
-        After None, `ended` is called when it is time to call end_of() again.  This may happen
-        before end_of() returns.
+        After None, `ended` is called when it is time to call end_of() again, perhaps before
+        end_of() returns.
 
         guarded: whether there is a guard, which reports the exits of workers that are not our
         children.
@@ -81,15 +81,15 @@ class PostMortem:
             if not worker.became_ready:
                 self.runtime.loop.unwatch(worker.process.pidfd)
                 self._request_words(worker.record, partial(self._note_words, worker))
-                return None  # _note_words() perhaps ran at once, and the exit is handled
+                return None  # perhaps _note_words() has run already, and has handled the exit
         if not worker.became_ready and worker.last_words is None:
             return None  # the relay has not answered yet
         try:
             end = worker.process.reap()
         except ChildProcessError:
-            return self._end_from_elsewhere(worker, guarded=guarded)
+            return self._reported_end(worker, guarded=guarded)
         if end is None:
-            # A suspended tracer (a debugger, strace) must reap the worker before we can.
+            # A tracer (a debugger, strace) must reap the worker before we can.
             self.runtime.loop.unwatch(worker.process.pidfd)
             self.runtime.loop.call_after(
                 ("reap", number), _REAP_AGAIN_S, partial(self.ended, number)
@@ -107,10 +107,11 @@ class PostMortem:
         if last_words:
             self.remember(lambda history: history.with_last_words(number, pid, last_words))
 
-    def _end_from_elsewhere(self, worker: Worker, *, guarded: bool) -> End | None:
+    def _reported_end(self, worker: Worker, *, guarded: bool) -> End | None:
         """Return the end of a worker that is not our child, as the guard reports it.
 
-        None: the report is awaited.  Without a report the status is unknown.
+        None: the report is awaited.  Without a guard, or without a report within _STATUS_S, the
+        status is unknown.
         """
         number = worker.record.number
         if worker.end_from_guard is not None or worker.awaits_end or not guarded:
@@ -145,7 +146,8 @@ class PostMortem:
             lost=lost or None,
         )
         last_words, was_ready = worker.last_words or "", record.ready_by or worker.became_ready
-        if not was_ready:  # a failed start, or daemon(3): end the processes that the worker left
+        # A failed start, or the worker called daemon(3): end the processes that the worker left.
+        if not was_ready:
             self.orphans.end(worker.notify.address)
         detached = end.clean and not was_ready
         if not record.asked_to_exit and not (end.clean and worker.generation.ended):
@@ -165,7 +167,7 @@ class PostMortem:
         """Log a forked child's failure that its worker reports, and add it to the history.
 
         text: the report, in the form that CHILD of socketprotector_client/wire.py describes.
-        Ignore a malformed report, and the report of a worker that is to exit.
+        Ignore a malformed report, and the report of a worker that was ordered to exit.
         """
         words = text.split()
         if len(words) != 4 or not all(_is_number(each) for each in words[:3]):
@@ -206,7 +208,7 @@ class PostMortem:
     def _why(
         self, worker: Worker, how: str, last_words: str, detached: bool, *, proved_ready: bool
     ) -> str:
-        """Return why a worker exited before, or as soon as, it was ready, as far as is known."""
+        """Return, as far as is known, why a worker exited before or as soon as it was ready."""
         when = "as soon as it was ready" if worker.record.ready_by else "before it was ready"
         program = worker.generation.program
         reason = f"{escape(program.argv[0])} {how} {when}"

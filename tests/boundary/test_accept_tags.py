@@ -189,10 +189,10 @@ def counts(two: list[Listener]) -> OpenCounts:
 
 @pytest.mark.usefixtures("told")
 def test_each_generation_has_a_tag_of_its_own(counts: OpenCounts) -> None:
-    first = counts.enter(0, ())
-    second = counts.enter(1, first)
-    again = counts.enter(0, second)
-    third = counts.enter(1, {*second, *again})
+    first = counts.tag_sockets(0, ())
+    second = counts.tag_sockets(1, first)
+    again = counts.tag_sockets(0, second)
+    third = counts.tag_sockets(1, {*second, *again})
 
     assert len({*first, *second, *third}) == 3
     assert again == first  # nothing of the first is left
@@ -202,9 +202,9 @@ def test_each_generation_has_a_tag_of_its_own(counts: OpenCounts) -> None:
 def test_where_a_client_of_another_one_waits_nothing_is_known(
     counts: OpenCounts, two: list[Listener]
 ) -> None:
-    first = counts.enter(0, ())
+    first = counts.tag_sockets(0, ())
     with socket.create_connection(two[0].socket.getsockname()):
-        assert counts.enter(0, first) == ()
+        assert counts.tag_sockets(0, first) == ()
 
 
 @pytest.mark.usefixtures("told")
@@ -212,17 +212,17 @@ def test_the_next_program_finds_the_same_where_a_client_of_another_one_waits(
     counts: OpenCounts, two: list[Listener]
 ) -> None:
     """The first was killed before it had written down that nothing is known any more."""
-    first = counts.enter(0, ())
+    first = counts.tag_sockets(0, ())
     with socket.create_connection(two[0].socket.getsockname()):
-        assert counts.enter(0, first) == ()
+        assert counts.tag_sockets(0, first) == ()
 
-        assert counts.enter(0, first) == ()
+        assert counts.tag_sockets(0, first) == ()
 
 
 def test_with_a_socket_that_all_share_nothing_is_known(two: list[Listener]) -> None:
     two[0].drop_socket(1)
 
-    assert counting(two).enter(1, ()) == ()
+    assert counting(two).tag_sockets(1, ()) == ()
 
 
 def test_at_a_path_none_is_counted_for_a_generation_that_another_one_has_accepted(
@@ -241,20 +241,20 @@ def test_at_a_path_none_is_counted_for_a_generation_that_another_one_has_accepte
         client.connect(path)
         accepted, _ = its.socket.accept()
         with accepted:
-            assert counts.enter(0, ()) == ()
-            assert counts.enter(1, ()) == ((0, socket_file.number_of(its.socket_for(1))),)
-    assert counts.enter(0, ()) == ((0, socket_file.number_of(its.socket)),)
+            assert counts.tag_sockets(0, ()) == ()
+            assert counts.tag_sockets(1, ()) == ((0, socket_file.number_of(its.socket_for(1))),)
+    assert counts.tag_sockets(0, ()) == ((0, socket_file.number_of(its.socket)),)
     its.close()
 
 
 def test_with_too_many_generations_no_more_is_known_of_the_last(counts: OpenCounts) -> None:
     """And the others are not forgotten, as with ()."""
     taken = {(0, tag) for tag in range(1, accept_tags.TAGS + 1)}
-    tags = counts.enter(0, taken)
+    tags = counts.tag_sockets(0, taken)
 
     assert tags == ((0, NO_TAG),)
     assert counts.active(tags) is None
-    assert counts.enter(1, tags) not in ((), tags), "the next one is known again"
+    assert counts.tag_sockets(1, tags) not in ((), tags), "the next one is known again"
 
 
 def test_a_tag_of_which_connections_are_open_is_nobody_elses(
@@ -265,7 +265,7 @@ def test_a_tag_of_which_connections_are_open_is_nobody_elses(
     known: list[tuple[tuple[int, int], ...]] = []
     for generation in range(64):
         number = generation % 2
-        tags = counts.enter(number, ())  # whose tags are taken is not known any more
+        tags = counts.tag_sockets(number, ())  # whose tags are taken is not known any more
         its.steer(number)
         stack.enter_context(socket.create_connection(its.socket.getsockname()))
         stack.enter_context(its.socket_for(number).accept()[0])
@@ -279,10 +279,10 @@ def test_a_generation_that_begins_while_the_kernel_does_not_tell_takes_nothing_f
     told: Told, counts: OpenCounts
 ) -> None:
     """There may be no descriptor to ask it with, for that moment."""
-    first = counts.enter(0, ())
+    first = counts.tag_sockets(0, ())
     told.says = [{}]
-    second = counts.enter(1, first)
-    again = counts.enter(0, {*first, *second})
+    second = counts.tag_sockets(1, first)
+    again = counts.tag_sockets(0, {*first, *second})
     has(told, *(tag for _, tag in first))
     counts._next_query_at = 0.0
 
@@ -293,11 +293,11 @@ def test_a_generation_that_begins_while_the_kernel_does_not_tell_takes_nothing_f
 def test_whose_client_waits_is_not_known_where_only_the_gone_had_that_tag(
     told: Told, counts: OpenCounts, two: list[Listener]
 ) -> None:
-    first = counts.enter(0, ())
-    second = counts.enter(1, first)
+    first = counts.tag_sockets(0, ())
+    second = counts.tag_sockets(1, first)
     has(told, *(tag for _, tag in first))  # a connection of the first is left
     with socket.create_connection(two[0].socket.getsockname()):
-        assert counts.enter(0, second) == ((0, NO_TAG),)
+        assert counts.tag_sockets(0, second) == ((0, NO_TAG),)
 
 
 def test_one_that_came_between_two_options_is_counted_for_no_generation(
@@ -307,7 +307,7 @@ def test_one_that_came_between_two_options_is_counted_for_no_generation(
     has(told, 1)  # of one that is gone
     taken = {(0, its) for its in (2, 3, 4, 5, 7)}
     with socket.create_connection(two[0].socket.getsockname()):
-        assert counts.enter(0, taken) == (), "on the way from 1 to 6 it has one of the others"
+        assert counts.tag_sockets(0, taken) == (), "on the way from 1 to 6 it has one of the others"
 
 
 def test_on_its_way_a_socket_has_no_tag_that_is_anothers_if_it_can_be(stack: ExitStack) -> None:
@@ -341,11 +341,11 @@ def test_the_tag_of_clients_that_wait_elsewhere_is_given_to_none(
 ) -> None:
     """Who accepts them has it then: a generation that was started for them."""
     its = two[0]
-    first = counts.enter(0, ())
+    first = counts.tag_sockets(0, ())
     stack.enter_context(socket.create_connection(its.socket.getsockname()))
-    assert counts.enter(0, first) == ()  # for him; and it is not known whose tag that is
+    assert counts.tag_sockets(0, first) == ()  # for him; and it is not known whose tag that is
 
-    found = counts.enter(1, {(0, accept_tags.tag_of(its.sockets[1]))})
+    found = counts.tag_sockets(1, {(0, accept_tags.tag_of(its.sockets[1]))})
 
     assert found
     assert not set(found) & set(first)

@@ -230,7 +230,7 @@ def test_a_canary_that_accepts_is_not_failed(
     for _ in range(5):
         assert world.come(1) == (0, 1)
         world.turn()
-    accepts = cast("Any", world.shared.steering)._watch.canary.accepts
+    accepts = cast("Any", world.shared.steering)._watch.canary.accept_watch
     world.until(lambda: accepts.awaits)
     assert of_canary(world) == []
 

@@ -22,7 +22,7 @@ from socketprotector.daemon.delivery import NEVER_TAKEN_S
 from socketprotector.daemon.delivery.host import Host
 from socketprotector.daemon.delivery.probe_target import SHUT_DOWN
 from socketprotector.daemon.delivery.shared import probes, quiescing
-from socketprotector.daemon.delivery.shared.probes import LEAVES_S
+from socketprotector.daemon.delivery.shared.probes import LATE_ACCEPT_S
 from socketprotector.daemon.delivery.shared.quiescing import (
     GENERATION_LAST_S,
     GENERATION_QUIET_S,
@@ -1192,7 +1192,7 @@ def test_none_is_asked_while_one_before_it_may_answer_in_its_place(reloaded: Wor
     with pytest.raises(BlockingIOError, match="may still accept"):
         steering.probes.reach_by_mark(3, "")
 
-    reloaded.now += LEAVES_S
+    reloaded.now += LATE_ACCEPT_S
     way = steering.probes.reach_by_mark(3, "")
 
     assert way is not None
@@ -1205,7 +1205,7 @@ def test_nor_by_another_program(reloaded: World) -> None:
     with pytest.raises(BlockingIOError, match="may still accept"):
         reloaded.steering.probes.reach_by_mark(3, "")
 
-    reloaded.now += LEAVES_S
+    reloaded.now += LATE_ACCEPT_S
     way = reloaded.steering.probes.reach_by_mark(3, "")
 
     assert way is not None
@@ -2356,7 +2356,7 @@ def test_a_client_at_the_socket_of_a_probed_generation_is_kept_while_the_path_ca
     monkeypatch.setattr(os, "rename", fail)
     world.steering.turn_to(1)
     world.steering.forget(1)
-    world.pass_time(LEAVES_S + 0.1)
+    world.pass_time(LATE_ACCEPT_S + 0.1)
     world.steering.enter(3, 0)
     assert world.steering.probes.reach_by_mark(3, "s") is not None
     come(world, pair.path)

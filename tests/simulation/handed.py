@@ -886,10 +886,10 @@ class Handed(World):
             return
         if is_drawn(self.connections, steering_of(act).turns.share_of(its)):
             number = 1 - steering_of(act).turns.current
-        if its.index in steering_of(act).turns.lost:  # they wait for the next generation
+        if its.index in steering_of(act).turns.passed_on:  # they wait for the next generation
             number = steering_of(act).turns.number_for(its)
         wanted = self.kernel.file(its.socket_for(number).fileno())
-        waits = steering_of(act).hold.on or steering_of(act).turns.lacks(its)
+        waits = steering_of(act).hold.on or steering_of(act).turns.lacks_workers(its)
         waits = waits and its.can_be_held
         if its.path and its._reserved is not None and waits:
             reserved = self.kernel.file(its._reserved.fileno())

@@ -66,7 +66,7 @@ class World(SharedWorld):
             raise failure(self.fails)
 
     def enter(self, number: int, *taken: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        return self.counts.enter(number, taken)
+        return self.counts.tag_sockets(number, taken)
 
 
 @pytest.fixture

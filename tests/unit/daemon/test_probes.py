@@ -15,7 +15,7 @@ import pytest
 
 from socketprotector.daemon.delivery.probe_target import ProbeTarget
 from socketprotector.daemon.delivery.shared import probes as module
-from socketprotector.daemon.delivery.shared.probes import LEAVES_S, Probes
+from socketprotector.daemon.delivery.shared.probes import LATE_ACCEPT_S, Probes
 from socketprotector.system import bpf
 from tests.unit.daemon.shared_world import MemoryListener, MemorySocket, SharedWorld, end
 
@@ -173,7 +173,7 @@ def test_workers_that_are_finishing_might_answer_from_the_same_socket(
     world.turns.leaving[9] = 1, world.clock.now
     with pytest.raises(BlockingIOError, match="may still accept"):
         world.reach(2)
-    world.clock.pass_time(LEAVES_S + 0.1)
+    world.clock.pass_time(LATE_ACCEPT_S + 0.1)
     assert world.reach(2) is not None
 
 

@@ -64,8 +64,8 @@ class World(SharedWorld):
     def make_ready(self, listener: Any, number: int) -> None:
         self.repairs.make_ready(listener, number)
 
-    def make_sound(self, listener: Any, number: int, generation: int) -> None:
-        self.repairs.make_sound(listener, number, generation)
+    def undo_earlier_changes(self, listener: Any, number: int, generation: int) -> None:
+        self.repairs.undo_earlier_changes(listener, number, generation)
 
 
 @pytest.fixture
@@ -379,14 +379,14 @@ def test_a_removed_file_of_an_only_socket_keeps_no_release_from_other_listeners(
     path = world.listener(count=1, path="/run/s")
     path.is_cut_off = True
     world.make_ready(path, 0)
-    world.make_sound(path, 0, 1)
+    world.undo_earlier_changes(path, 0, 1)
     assert world.host.lost == [(path, socket_repair.CUT_OFF)]
     assert [*world.repairs.warnings] == [f"unix:/run/s: {socket_repair.CUT_OFF}"]
 
     path.is_cut_off = False
     path.path_fault = "it has one socket, so this is no advice"
-    world.make_sound(path, 0, 2)
-    world.make_sound(pair, 0, 2)
+    world.undo_earlier_changes(path, 0, 2)
+    world.undo_earlier_changes(pair, 0, 2)
     assert len(world.host.lost) == 1
     assert not world.repairs.warnings
 
@@ -394,10 +394,10 @@ def test_a_removed_file_of_an_only_socket_keeps_no_release_from_other_listeners(
 def test_what_an_earlier_server_has_set_is_undone_on_a_socket_of_its_own(
     world: World, pair: MemoryListener
 ) -> None:
-    world.make_sound(pair, 0, 1)
+    world.undo_earlier_changes(pair, 0, 1)
     assert world.reset == [pair.sockets[0]]
     world.turns.accepting[1] = 0
-    world.make_sound(pair, 0, 2)
+    world.undo_earlier_changes(pair, 0, 2)
     assert world.reset == [pair.sockets[0]], "another generation uses the socket"
     assert pair.let_in_count == 0
 
@@ -405,12 +405,12 @@ def test_what_an_earlier_server_has_set_is_undone_on_a_socket_of_its_own(
 def test_a_socket_whose_filter_is_locked_is_replaced(world: World, pair: MemoryListener) -> None:
     before = pair.sockets[0]
     before.is_locked = True
-    world.make_sound(pair, 0, 1)
+    world.undo_earlier_changes(pair, 0, 1)
     assert pair.sockets[0] is not before
 
 
 def test_a_common_socket_lets_clients_in_again(world: World, common: MemoryListener) -> None:
-    world.make_sound(common, 0, 1)
+    world.undo_earlier_changes(common, 0, 1)
     assert common.let_in_count == 1
     assert world.reset == []
 
@@ -418,10 +418,10 @@ def test_a_common_socket_lets_clients_in_again(world: World, common: MemoryListe
 def test_options_are_restored_where_no_other_generation_accepts(
     world: World, pair: MemoryListener
 ) -> None:
-    world.make_sound(pair, 0, 1)
+    world.undo_earlier_changes(pair, 0, 1)
     world.turns.accepting[1] = 0
-    world.make_sound(pair, 0, 2)
+    world.undo_earlier_changes(pair, 0, 2)
     assert world.restored == []
     del world.turns.accepting[1]
-    world.make_sound(pair, 0, 3)
+    world.undo_earlier_changes(pair, 0, 3)
     assert world.restored == [pair.sockets[0]]

@@ -100,7 +100,7 @@ def test_clients_that_are_accepted_do_not_wake_us(world: World, pair: MemoryList
 
 
 def test_the_first_client_of_a_generation_wakes_us(world: World, pair: MemoryListener) -> None:
-    world.watch.accepts.begin(served_before=False)
+    world.watch.accept_watch.begin(served_before=False)
     assert world.reads(pair, 0)
     world.connect(pair, 0)
     assert not world.reads(pair, 0)
@@ -113,10 +113,10 @@ def test_the_first_client_of_a_generation_wakes_us(world: World, pair: MemoryLis
 def test_it_is_no_longer_watched_for_once_no_generation_has_the_socket(
     world: World, pair: MemoryListener
 ) -> None:
-    world.watch.accepts.begin(served_before=False)
+    world.watch.accept_watch.begin(served_before=False)
     world.turns.leave(1, world.clock.now)
     world.watch.watch()
-    assert not world.watch.accepts.runs
+    assert not world.watch.accept_watch.runs
 
 
 def test_a_socket_that_is_shut_down_is_repaired(world: World, pair: MemoryListener) -> None:
@@ -356,7 +356,7 @@ def test_a_file_that_is_mounted_is_named_where_clients_come_by_it(world: World) 
 
 def test_after_the_end_nothing_is_watched(world: World, pair: MemoryListener) -> None:
     replaced(world, pair)
-    world.watch.accepts.begin(served_before=False)
+    world.watch.accept_watch.begin(served_before=False)
     world.turns.leaving[9] = 0, world.clock.now
     world.connect(pair, 0)
     world.watch.watch_later()
@@ -438,6 +438,6 @@ def test_a_canary_has_a_watch_of_its_own(world: World, pair: MemoryListener) -> 
     world.turns.share = None
     world.watch.follow_canary()
     assert world.watch.canary is not None
-    assert not world.watch.canary.accepts.runs
+    assert not world.watch.canary.accept_watch.runs
     world.watch.end()
     assert not world.clock.waits

@@ -147,11 +147,11 @@ def test_clients_of_a_lost_socket_come_to_the_next_generations_and_are_not_forgo
     turns = Turns()
     enter(turns, 1)
     turns.turn_to(0, {0, 1}, knows_all)
-    assert not turns.move_lost(PAIR)
+    assert not turns.pass_on(PAIR)
     turns.note_replaced(PAIR, 0)
-    assert turns.lacks(PAIR)
-    assert turns.move_lost(PAIR)
-    assert not turns.lacks(PAIR)
+    assert turns.lacks_workers(PAIR)
+    assert turns.pass_on(PAIR)
+    assert not turns.lacks_workers(PAIR)
     assert turns.number_for(PAIR) == turns.free == 1
     assert turns.number_for(ONE) == 0
     assert not turns.is_served(PAIR, 1)  # until there is one
@@ -162,7 +162,7 @@ def test_clients_of_a_lost_socket_come_to_the_next_generations_and_are_not_forgo
     assert not turns.is_served(PAIR, 1)
     enter(turns, 3)
     turns.turn_to(1, {0, 1}, knows_all)
-    assert (turns.number_for(PAIR), turns.lost) == (1, frozenset())
+    assert (turns.number_for(PAIR), turns.passed_on) == (1, frozenset())
 
 
 def test_what_was_passed_in_is_its_owner_s_at_the_end() -> None:
@@ -198,9 +198,9 @@ def test_in_all_orders_of_events_clients_come_to_a_generation_or_to_the_next_one
         if others:
             turns.leave(max(others) if newest else min(others), 0.0)
 
-    def move_lost(turns: Turns) -> None:
+    def pass_on(turns: Turns) -> None:
         if turns.free not in turns.accepting.values():
-            turns.move_lost(PAIR)
+            turns.pass_on(PAIR)
 
     events = (
         open_next,
@@ -209,7 +209,7 @@ def test_in_all_orders_of_events_clients_come_to_a_generation_or_to_the_next_one
         lambda turns: leave(turns, newest=False),
         lambda turns: leave(turns, newest=True),
         lambda turns: turns.note_replaced(PAIR, turns.current),
-        move_lost,
+        pass_on,
     )
     first = Turns()
     open_next(first)
@@ -234,7 +234,7 @@ def copied(turns: Turns) -> Turns:
         dict(turns.expected),
         turns.unserved,
         turns.partly_served,
-        turns.lost,
+        turns.passed_on,
         turns.given_back,
     )
 
@@ -247,6 +247,6 @@ def check(turns: Turns) -> None:
         number = turns.number_for(listener)
         there = turns.at(listener, number)
         lacking = {(n, listener.index) for n in there} <= turns.unserved
-        in_vain = lacking if there else listener.index in turns.lost
+        in_vain = lacking if there else listener.index in turns.passed_on
         assert turns.is_served(listener, number) != in_vain
     assert {n for n, _ in turns.unserved} <= turns.accepting.keys()

@@ -1,6 +1,6 @@
 """Workers accept connections from sockets that they share with the protector.
 
-socket_steering.py assigns sockets to generations, and steers clients to the sockets.  probes.py
-brings probes to generations, and counts the waiting connections (`queue` in status).
-open_counts.py counts the open connections.
+turns.py assigns a socket to each generation.  socket_steering.py steers new clients to the socket
+of the serving generation.  probes.py brings probes to any generation, and counts the connections
+that wait (`queue` in `status`).  open_counts.py counts the open connections.
 """

@@ -1,13 +1,12 @@
 """Detects workers that do not accept, under --handoff listener.
 
-In this mode no connection passes through us.  It would be costly if each connection woke us.  So we
-watch the sockets only until a client comes.  From then on we do not watch, but look at intervals: a
-*look* reads the backlogs from the kernel (sock_diag).  accept() takes the oldest client.  So if a
-look still finds each client that the previous look found, no client was accepted in between.  When
-a look finds the backlogs empty, we watch for the next client.  So we sleep while no client
-connects, and in normal operation we wake up at most twice in LOOK_S.
+In this mode no connection passes through the protector.  To wake the protector for each connection
+would be costly.  So the event loop watches the sockets only until a client comes.  From then on we
+*look* at intervals: a look reads the backlogs from the kernel (sock_diag).  accept() takes the
+oldest client first.  So if a look finds all clients of the previous look again, none of them was
+accepted.  When a look finds the backlogs empty, the event loop watches the sockets again.
 
-A *line* is the clients that one look found in a backlog (Line of system/sock_diag.py).
+A *line* lists the clients that one look found in a backlog (Line of system/sock_diag.py).
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from ....system.loop import Loop
 from ....system.sock_diag import Line, stands, unaccepted
 from .. import NEVER_TAKEN_S, UNTAKEN_S
 
-#: The pause between two looks.  FIRST_LOOK_S: the generation has not served before, and clients
-#: wait at a listener where the generation has accepted no client yet.  LOOK_S: in all other cases.
-#: A canary's pauses are the same fractions of its own limits (CanaryWatch).
+#: The pauses between two looks.  FIRST_LOOK_S: clients wait at a listener of which the generation
+#: has never accepted a client, as far as we know.  LOOK_S: in all other cases.  A canary's limits,
+#: and so its pauses, are shorter (canary_watch.py).
 FIRST_LOOK_S = NEVER_TAKEN_S / 4
 LOOK_S = UNTAKEN_S / 2
 #: Queries to the kernel take at most this share of our time, however many connections there are.
@@ -43,14 +42,15 @@ class Backlogs(ABC):
 
     @abstractmethod
     def watch(self) -> None:
-        """Watch for the next client if AcceptWatch.awaits is True; otherwise stop that watch."""
+        """Watch for the next client if AcceptWatch.awaits is True; otherwise stop watching."""
 
     @abstractmethod
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Report that the workers of a generation do not accept.
 
-        waiting: how many clients wait.  at: the indices of the listeners at which clients wait.
-        ever: workers may have accepted earlier clients of all these listeners.
+        seconds: for how long.  waiting: how many clients wait.  at: the indices of the listeners
+        where these clients wait.  ever: workers may have accepted earlier clients of all these
+        listeners.
         """
 
 
@@ -59,7 +59,8 @@ def known_clients(
 ) -> dict[int, Line]:
     """Return the clients known to wait at these sockets, by listener index.
 
-    A listener is missing if clients wait there, but the query fails or lists no client.
+    Where no client waits, the line is empty.  A listener is missing if clients wait there, but the
+    query fails or lists no client.
     """
     found: dict[int, Line] = {}
     for each, number in sockets:
@@ -70,29 +71,29 @@ def known_clients(
             line = unaccepted(each.socket_for(number))
         except OSError:
             continue
-        if line:  # empty: sock_diag sees no socket of another network namespace
+        if line:  # empty: the socket belongs to another network namespace
             found[each.index] = line
     return found
 
 
 @mutable
 class AcceptWatch:
-    """Watches whether a generation accepts the new clients that it gets."""
+    """Watches whether a generation accepts its new clients."""
 
     loop: Loop
     backlogs: Backlogs
-    #: How long clients may wait at a listener before we report it.  The first number applies until
-    #: a client was accepted at the listener, the second number afterwards.
+    #: How long clients may wait at a listener before we report the listener.  The first limit
+    #: applies until a client was accepted there, the second limit afterwards.
     limits_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     timer: str = "untaken"
-    awaits: bool = False  # True: the owner must call came() when a client comes
+    awaits: bool = False  # True: `backlogs` must call came() when a client comes
     _reported: bool = False
     #: The indices of listeners at which a client was accepted, or may have been.
     accepted: set[int] = field(default_factory=set)
     #: True: the generation has served before, so it may have accepted clients of any listener.
     _served_before: bool = False
-    #: Listener index -> the backlog at the last look, and since when no client was accepted.  The
-    #: backlog is empty if a client has come and no look has followed yet.
+    #: Listener index -> the line that the last look found, and since when no client was accepted.
+    #: The line is empty if a client has come and no look has followed yet.
     _waiting: dict[int, tuple[Line, float]] = field(default_factory=dict)
 
     def begin(self, *, served_before: bool) -> None:
@@ -115,7 +116,7 @@ class AcceptWatch:
         return bool(self.accepted)
 
     def end(self) -> None:
-        """Watch no generation."""
+        """Stop watching the generation."""
         self.loop.cancel(self.timer)
         self._waiting.clear()
         self.awaits = False
@@ -136,9 +137,10 @@ class AcceptWatch:
         return max(self._overdue().values(), default=None)
 
     def is_stuck(self) -> bool:
-        """Look now; return whether at a listener clients wait, and none was accepted.
+        """Look now; return whether, at any listener, clients wait and none was accepted lately.
 
-        None was accepted since the last look, or there was no earlier look at the listener.
+        True: all clients that the last look found at a listener still wait, or the last look found
+        no client there and clients wait now.
         """
         if not self._waiting:
             return False
@@ -154,9 +156,9 @@ class AcceptWatch:
 
     def _look_later(self, query_s: float) -> None:
         """Look again later; query_s: how long the query to the kernel took."""
-        seldom = self._served_before or self._waiting.keys() <= self.accepted
+        accepted_before = self._served_before or self._waiting.keys() <= self.accepted
         never_s, later_s = self.limits_s
-        delay_s = later_s / 2 if seldom else never_s / 4
+        delay_s = later_s / 2 if accepted_before else never_s / 4
         self.loop.call_after(self.timer, max(delay_s, query_s / QUERY_SHARE), self._look)
 
     def _look(self) -> None:
@@ -165,8 +167,7 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                # A client was accepted.  If the backlog is unknown, assume this, too, so that we
-                # look less often.
+                # A client was accepted, or the backlog is unknown.  In both cases look less often.
                 self.accepted.add(index)
                 del self._waiting[index]
             else:
@@ -184,7 +185,7 @@ class AcceptWatch:
             ever = self._served_before or overdue.keys() <= self.accepted
             seconds, at = max(overdue.values()), frozenset(overdue)
             self.backlogs.report_untaken(seconds, count, ever, at)
-            if not self._waiting:  # the report has ended the canary, and this watch
+            if not self._waiting:  # the report has ended the canary, and so this watch
                 return
         self._look_later(time.monotonic() - began)
 

@@ -1,8 +1,8 @@
 """Detects a canary whose workers do not accept their share of the new clients.
 
-A canary is a new generation that at first gets a share of the clients, not all.  The canary's
-clients do not wait at the same socket as the route's clients.  If the canary's workers accept none
-of the canary's clients, the canary fails.
+A canary is a new generation that at first gets only a share of the clients.  The canary's clients
+wait at other sockets than the route's clients.  If the canary's workers accept none of the clients
+at their sockets, the canary fails.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .shared_listeners import SharedListeners
 from .turns import Turns
 
 #: The canary fails if, for this time, its workers accept none of the clients that wait at a
-#: listener.  After a first client is accepted at that listener, the limit is UNTAKEN_S: workers may
-#: be busy.
+#: listener.  After a first client is accepted at that listener, the limit is UNTAKEN_S: then the
+#: workers may only be busy.
 CANARY_NEVER_TAKEN_S = 2.0
 
 
@@ -39,10 +39,11 @@ class CanaryWatch(Backlogs):
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch
         self._canary = 0  # the generation's number; 0: no canary
-        #: The last canary that accepted no client at some listeners, and these listeners.
+        #: The last canary that accepted no client at some listeners, and these listeners' indices.
         self.never_accepted: tuple[int, Collection[int]] = (0, ())
         limits_s = CANARY_NEVER_TAKEN_S, UNTAKEN_S
-        self.accepts = AcceptWatch(runtime.loop, self, limits_s=limits_s, timer="canary-untaken")
+        timer = "canary-untaken"
+        self.accept_watch = AcceptWatch(runtime.loop, self, limits_s=limits_s, timer=timer)
 
     def follow(self) -> None:
         """Watch the present canary, if there is one.
@@ -54,9 +55,9 @@ class CanaryWatch(Backlogs):
         if canary != self._canary:
             self._canary = canary
             if canary:
-                self.accepts.begin(served_before=False)
+                self.accept_watch.begin(served_before=False)
             else:
-                self.accepts.end()
+                self.accept_watch.end()
 
     @property
     def sockets(self) -> list[tuple[Listener, int]]:
@@ -81,7 +82,7 @@ class CanaryWatch(Backlogs):
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Let the canary fail: post Untaken with the addresses at which its clients wait."""
         if not ever:
-            self.never_accepted = self._canary, at - self.accepts.accepted
+            self.never_accepted = self._canary, at - self.accept_watch.accepted
         addresses = [each.settings.address for each in self._listeners.living if each.index in at]
         reason = f"{untaken(seconds, ever=ever)} at {' '.join(addresses)}"
         self._post(Untaken(self._canary, f"{reason}; clients waiting: {waiting}"))

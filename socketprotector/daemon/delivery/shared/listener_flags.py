@@ -1,10 +1,10 @@
-"""Keeps the O_NONBLOCK flag of passed-in listening sockets when the protector is started again.
+"""Keeps the O_NONBLOCK flag of listening sockets that systemd passed to the protector.
 
 Workers may change the flag.  The flag belongs to the open file description, so a change affects all
 processes that share the socket.  When systemd starts the protector again after a crash, systemd
-sets the flag to the unit's NonBlocking=.  The workers that changed the flag may still run, so we
-record the flag, and restore it after the start.  Sockets that we bound need no record: systemd does
-not change the flags of sockets in its fd store.
+sets the flag to the unit's NonBlocking=.  The workers that changed the flag may still run.  So we
+record the flag, and restore it after such a start.  Sockets that we bound need no record: systemd
+does not change the flags of sockets in its fd store.
 
 Source: systemd.service(5), fcntl(2).
 """
@@ -36,12 +36,12 @@ class ListenerFlags:
         return [each for each in self._listeners.all if each.shared and each.settings.foreign]
 
     def record(self) -> tuple[int, ...]:
-        """Return the indices of the passed-in listeners that are non-blocking now."""
+        """Record and return the indices of the passed-in listeners that are non-blocking now."""
         self._nonblocking = tuple(each.index for each in self._passed_in if not each.blocks)
         return self._nonblocking
 
     def watch(self, after_s: float = _FIRST_S) -> None:
-        """Check the flags for a while, because the kernel does not notify us of a change.
+        """Check the flags now and for a while: the kernel reports no change.
 
         after_s: the pause before the next check.
         """
@@ -53,9 +53,6 @@ class ListenerFlags:
                 self._runtime.loop.call_after(_TIMER, after_s, lambda: self.watch(next_s))
 
     def adopt(self, nonblocking: Collection[int]) -> None:
-        """Restore the flags.
-
-        nonblocking: what record() returned before the protector was started again.
-        """
+        """Restore the flags.  nonblocking: the result of record() in the earlier program."""
         for each in self._passed_in:
             each.socket.setblocking(each.index not in nonblocking)

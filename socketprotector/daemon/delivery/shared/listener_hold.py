@@ -1,9 +1,9 @@
 """Holds new clients under --handoff listener.
 
 Workers accept every client that comes to their sockets.  So during a hold, we steer new clients to
-the listener's third socket, which no worker has.  TCP clients get no answer from this socket
-(system/reuseport.py), so their kernels try again.  UNIX clients wait in the socket's backlog.  With
-a guard or an fd store, the third socket and the hold survive the protector's death.
+a listener's third socket, the reserved socket, which no worker has.  TCP clients get no answer from
+this socket (system/reuseport.py), so their kernels try again.  UNIX clients wait in its backlog.
+With a guard or an fd store, the reserved socket and the hold survive the protector's death.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class ListenerHold:
         return self.record.began_at > 0.0
 
     def turn(self, on: bool) -> None:
-        """Begin the hold, or end it if `on` is False; the caller then steers the clients."""
+        """Begin the hold, or end it if `on` is False; afterwards the caller must steer."""
         now, tried_until = time.monotonic(), self.record.tried_until
         if on and not self.on:
             self.record = HoldRecord(now, tried_until)
         elif self.on and not on:
-            # A TCP client that has waited for N seconds retries within N + 1 seconds.  UNIX clients
-            # do not retry: they wait in a backlog.
+            # A TCP client that has waited for N seconds retries within the next N + 1 seconds.
+            # UNIX clients do not retry: they wait in a backlog.
             if any(each.can_be_held and not each.path for each in self.listeners.all):
                 retry_s = min(now - self.record.began_at + 1.0, _LAST_S)
                 tried_until = max(tried_until, now + retry_s)
@@ -54,7 +54,7 @@ class ListenerHold:
         return max(0.0, self.record.tried_until - time.monotonic())
 
     def cannot_begin(self) -> str | None:
-        """Make the third sockets; return why a hold is impossible, or None if it is possible."""
+        """Make the reserved sockets; return why a hold is impossible, or None if it is possible."""
         listeners = self.listeners.all
         refused = self.refusal(listeners)
         for each in listeners if refused is None else ():
@@ -73,17 +73,17 @@ class ListenerHold:
         return refused
 
     def loss(self, listeners: Iterable[Listener]) -> str | None:
-        """Return which clients a reload would lose if it removed these listeners; None: no clients.
+        """Return which clients would be lost if a reload removed these listeners; None: no clients.
 
-        During a hold, clients of a UNIX path wait at the third socket, which no worker has.  The
-        waiting TCP clients are not connected yet: like all later clients of a removed listener,
-        they are refused.
+        During a hold, clients of a UNIX path wait at the reserved socket, which no worker has.  TCP
+        clients are not connected yet: like all later clients of a removed listener, they are
+        refused.
         """
         lost = [each.settings.address for each in listeners if each.is_reserved_for_clients]
         return f"the clients that wait at {' '.join(lost)} would be reset" if lost else None
 
     def refusal(self, listeners: Iterable[Listener]) -> str | None:
-        """Return why one of these listeners cannot be held; None: all can be held."""
+        """Return why clients cannot be held at one of these listeners; None: they can."""
         for each in listeners:
             if not each.shared or each.lost or each.can_be_held:
                 continue

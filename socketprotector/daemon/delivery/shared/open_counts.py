@@ -3,8 +3,8 @@
 `status` shows the counts.  Each listening socket of a generation has a number, the accept tag,
 which the socket's connections inherit (system/accept_tags.py).  At a UNIX path, the tag is the
 number in the name of the socket's file (system/socket_file.py).  Connections without a tag (NO_TAG)
-count for no generation.  We query the kernel so seldom that the queries take at most QUERY_SHARE of
-our time.  Until the next query, `status` shows the last counts.
+belong to no generation's count.  We query the kernel so seldom that the queries take at most
+QUERY_SHARE (accept_watch.py) of our time.  Until the next query, `status` shows the last counts.
 """
 
 from __future__ import annotations
@@ -38,14 +38,13 @@ class OpenCounts:
     _found: dict[int, Counter[int]] = field(default_factory=dict)
     _next_query_at: float = 0.0
 
-    def enter(
+    def tag_sockets(
         self, socket_number: int, taken: Collection[tuple[int, int]]
     ) -> tuple[tuple[int, int], ...]:
         """Tag the sockets of a generation that will start; return pairs of listener index and tag.
 
-        socket_number: 0 or 1.  taken: the pairs of other generations.  The result is empty if
-        connections of this generation may carry another generation's tag, because then we cannot
-        count the two generations separately.
+        socket_number: 0 or 1.  taken: the pairs of other generations.  The result is empty if the
+        kernel's data cannot tell this generation's connections from another generation's.
         """
         try:
             return tuple(self._tag(each, socket_number, taken) for each in self.listeners.living)
@@ -64,23 +63,23 @@ class OpenCounts:
         listening = listener.socket_for(socket_number)
         if listening.family == socket.AF_UNIX:
             tag = socket_file.number_of(listening)
-            # If the socket has open connections, they are of a generation whose tags we have lost.
+            # Open connections of the socket belong to a generation whose tags we have lost.
             if (listener.index, tag) in taken or socket_file.connections(listener.path)[tag]:
                 raise OSError(errno.EBUSY, "another generation has accepted from the socket")
             return listener.index, tag
         used = {tag for index, tag in taken if index == listener.index} - {NO_TAG}
         if accept_tags.tag_of(listening) in used and listener.has_waiting(socket_number):
-            # Do not change the tag: if we are killed now, the next program must see this tag and
-            # also refuse to count.
+            # Do not change the tag: after a kill, the next program must find this tag, too, and
+            # refuse to count.
             raise OSError(errno.EBUSY, _OTHERS_WAIT)
         tag = NO_TAG
         with suppress(OSError):  # for example no descriptor is free, or the kernel does not answer
             tag = self._unused(listener, socket_number, used)
         earlier = accept_tags.tag(listening, tag, used)
         if earlier and listener.has_waiting(socket_number):
-            # Connections in the backlog carry an earlier tag of the socket.  A count by the new tag
-            # would miss them, so use NO_TAG.  If one of these earlier tags belongs to another
-            # generation, fail.
+            # Connections in the backlog may carry an earlier tag.  A count by the new tag would
+            # miss these connections, so use NO_TAG.  Fail if another generation uses an earlier
+            # tag.
             earlier |= accept_tags.tag(listening, NO_TAG, used)
             if not earlier.isdisjoint(used):
                 raise OSError(errno.EBUSY, _OTHERS_WAIT)
@@ -95,9 +94,8 @@ class OpenCounts:
         used: the tags of known generations.  Raises OSError.
         """
         listening, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
-        # Open connections may still carry the tag of a generation whose last worker has exited.
-        # A child that has left its worker's process group may have these connections, or a worker
-        # may have passed them to another process.
+        # Open connections may carry the tag of a generation whose workers have all exited: another
+        # process, such as a worker's child, may have these connections.
         ours = self.listeners.host.own_connection
         found = self._found[listener.index] = accept_tags.connections(listening, ours)
         tag = accept_tags.tag_of(listening)

@@ -1,9 +1,9 @@
 """Brings probes to a generation, and distinguishes waiting probes from waiting clients.
 
-At a TCP address a probe has a mark (system/bpf.py), and the kernel steers the probe by its mark.
-At a UNIX path a probe connects to the file of the generation's own socket.  If no worker accepts
-from a socket, we discard the probes that wait at the socket.  Otherwise socket_watch.py would take
-these probes for stranded clients, and another generation would start.
+At a TCP address a probe has a mark (system/bpf.py), by which the kernel steers the probe.  At a
+UNIX path a probe connects to the file of the generation's own socket.  If no worker accepts from a
+socket, we discard the probes that wait there.  Otherwise socket_watch.py would take these probes
+for clients, and would start a generation.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ..probe_target import ProbeTarget
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
-#: How long workers may still accept after the order to finish.  gunicorn's threads, for example,
-#: check for the order once a second.
-LEAVES_S = 2.0
+#: How long workers may still accept after they were ordered to finish.  gunicorn's threads, for
+#: example, check for this order once a second.
+LATE_ACCEPT_S = 2.0
 #: The errors after which another try to make a socket may succeed.
 RETRY_ERRNOS = RESOURCE_ERRNOS | {errno.EBUSY}
 
@@ -49,12 +49,12 @@ def _waits(listening: socket.socket, address: tuple[str, int], client: socket.so
 
 
 def _waits_elsewhere(client: socket.socket) -> bool:
-    """Raise OSError, in place of _waits(): another program has our connection."""
+    """Replace _waits() if another program has our connection: raise OSError."""
     raise OSError(errno.ENOTCONN, "another program's socket is at our path")
 
 
 def _end_of(client: socket.socket, listening: socket.socket) -> bytes | int:
-    """Return the client's port and address, or its inode, as unaccepted() lists our connection."""
+    """Return how unaccepted() lists our connection: its port and address, or its inode."""
     if listening.family == socket.AF_UNIX:
         return os.fstat(client.fileno()).st_ino
     return end_of(client, listening.family)
@@ -70,8 +70,8 @@ class Probes:
     def __init__(self, listeners: SharedListeners, turns: Turns, steering: Steering) -> None:
         self._listeners, self._turns, self._steering = listeners, turns, steering
         self._persist = listeners.host.runtime.persist
-        #: Sockets, by listener index and number, that get probes and no clients.  So all their ::1
-        #: or UNIX peers are our probes, or the earlier program's (before an upgrade or a kill).
+        #: Sockets, by listener index and number, that get probes and no clients.  Each connection
+        #: from ::1 or over UNIX that waits there is a probe: ours, or an earlier program's.
         self.probed: set[tuple[int, int]] = set()
         #: Sockets that get IPv4 probes: listener, number, and the source address of the probes.  No
         #: client has this address.
@@ -80,7 +80,8 @@ class Probes:
         self._marks: dict[tuple[int, int], bpf.Mark] = {}
         #: Probe mark -> the number of the socket to which connections with this mark go.
         self.socket_by_mark: dict[bpf.Mark, int] = {}
-        #: Abandoned probes of the serving generation: the listening socket and _end_of() of each.
+        #: Abandoned probes of the serving generation, closed before a worker accepted them: the
+        #: listening socket and _end_of() of each.
         self._abandoned: list[tuple[socket.socket, bytes | int]] = []
 
     def reach_as_client(
@@ -103,9 +104,7 @@ class Probes:
         # The mark keeps the probe on this machine, as in reach_by_mark().
         mark = None if unix else self._mark_for(each, address)
         target = ProbeTarget(address, mark, waits, lambda: None)
-        # At a listener with only one socket, an abandoned probe need not be noted: the next
-        # generation's workers accept the probe.
-        if each.has_sibling:
+        if each.has_sibling:  # otherwise the next generation's workers accept an abandoned probe
             target.abandon = partial(self._note_abandoned, listening)
         return target
 
@@ -123,9 +122,9 @@ class Probes:
 
         After an upgrade or a kill, the next program uses this record to discard the probes.
 
-        IPv4 probes have a source address that no client has, so record this address.  IPv6 probes
-        share ::1 with this machine's clients, and UNIX probes have no address.  So for IPv6 and
-        UNIX probes, record the socket, but only if the socket gets no clients (`no_clients`).
+        IPv4 probes have a source address that no client has: record this address.  IPv6 probes
+        share ::1 with this machine's clients, and UNIX probes have no address: record their socket,
+        but only if the socket gets no clients (`no_clients`).
         """
         if mark is not None and mark.family == socket.AF_INET:
             self.probe_sources.add((*place, mark.source))
@@ -133,7 +132,7 @@ class Probes:
             self.probed.add(place)
         else:
             return
-        self._persist()  # before the first probe: after a kill, the next program needs this record
+        self._persist()  # before the first probe, because a kill may follow
 
     def _note_abandoned(self, listening: socket.socket, client: socket.socket) -> None:
         self._abandoned.append((listening, _end_of(client, listening)))
@@ -147,9 +146,9 @@ class Probes:
         name: the name of the listener; "": the first listener that has two sockets.  knows: returns
         whether the generation knows a listener, by index.
 
-        Such probes can also reach the serving generation, and work during a hold.  The probes never
-        leave this machine, even if the address belongs to another machine.  Raises OSError, for
-        example EAGAIN while workers of an earlier generation may answer.
+        The generation may be the serving generation, too.  A hold does not stop these probes.  They
+        never leave this machine, even if the address belongs to another machine.  Raises OSError,
+        for example EAGAIN while workers of an earlier generation may answer.
         """
         socket_number = self._turns.accepting.get(generation)
         if socket_number is None:
@@ -160,7 +159,7 @@ class Probes:
         for left_number, ordered_at in self._turns.leaving.values():
             if found.is_fresh[socket_number]:
                 break
-            if left_number == socket_number and time.monotonic() < ordered_at + LEAVES_S:
+            if left_number == socket_number and time.monotonic() < ordered_at + LATE_ACCEPT_S:
                 why = "old workers, which were ordered to finish, may still accept the probe"
                 raise OSError(errno.EAGAIN, why)
         address, listening = found.ensure_address(socket_number), found.socket_for(socket_number)
@@ -170,9 +169,9 @@ class Probes:
         closed, serving = closing(listening), found.socket_for(self._turns.number_for(found))
 
         def is_unchanged() -> bool:
-            """Return whether the address still leads to the same socket.
+            """Return whether the address leads to the same socket, as open to clients as before.
 
-            Also returns False if options that can keep clients out have changed.
+            That is: no option that can keep clients out has changed.
             """
             with suppress(OSError):
                 is_same = found.identity(socket_number) == identity
@@ -201,7 +200,7 @@ class Probes:
         )
 
     def _is_for_probes(self, listener: Listener, number: int) -> bool:
-        """Return whether a socket gets only probes; the caller has just steered new clients."""
+        """Return whether a socket gets only probes; call this only after Steering.steer()."""
         gets_clients = self._turns.gets_clients(listener, number)
         return not gets_clients and not _has_waiting(listener.socket_for(number))
 
@@ -237,7 +236,7 @@ class Probes:
         return waiting if waiting <= probes else None
 
     def waiting_at(self, listener: Listener, number: int) -> tuple[int, int]:
-        """Return how many connections wait at a listener's socket, and how many are probes.
+        """Return how many connections wait at a listener's socket, and how many of them are probes.
 
         If no probe can wait there, we do not count: the result is (1, 0) for one or more clients.
         Raises OSError.
@@ -251,8 +250,8 @@ class Probes:
             sources.add(bpf.source_of_ipv6(listener.local_address[0]))
         if not (abandoned or sources):
             return 1, 0
-        # Count before unaccepted().  discard() removes this many connections from the head of the
-        # queue, so later connections stay.
+        # Count first: discard() removes this many connections from the head of the queue.  So
+        # connections that come later stay.
         waiting, _ = reuseport.queue(listening)
         if listening.family == socket.AF_UNIX and place in self.probed:
             return waiting, waiting
@@ -297,11 +296,11 @@ class Probes:
     def discard(self) -> set[tuple[int, int]]:
         """Discard probes where no worker accepts, so that no generation starts only for probes.
 
-        If a client waits beside the probes of a socket, the probes stay: a generation starts for
-        the client, and also accepts the probes.  Returns the sockets, by listener and number, whose
-        queues cannot be read now.
+        If a client waits beside the probes, the probes stay: the generation that starts for the
+        client also accepts the probes.  Returns the sockets, by listener and number, whose queues
+        cannot be read now.
         """
-        unknown = set()
+        unreadable = set()
         for each, number in [(each, number) for each in self._listeners.pairs for number in (0, 1)]:
             is_assigned = number in self._turns.accepting.values()
             is_accepted = is_assigned and self._turns.is_served(each, number)
@@ -315,13 +314,13 @@ class Probes:
                 reuseport.discard_waiting(listening, waiting)
             except OSError as error:
                 if error.errno in RETRY_ERRNOS | TRANSIENT_ERRNOS:
-                    unknown.add(place)
+                    unreadable.add(place)
                 continue
             self._abandoned = [each for each in self._abandoned if each[0] is not listening]
             self.probe_sources = {entry for entry in self.probe_sources if entry[:2] != place}
             self.probed.discard(place)
             self._marks.pop(place, None)
-        return unknown
+        return unreadable
 
     def clients_come(self, places: set[tuple[int, int]]) -> None:
         """Note that these sockets, by listener and number, get clients from now on."""

@@ -1,17 +1,17 @@
-"""Finds out when a replaced generation has accepted, and read from, all its clients.
+"""Finds out when a replaced generation has accepted all its clients, and read from them.
 
-A replaced generation gets no new clients.  But some of its clients may still be unaccepted or
-unread.  A server that is ordered to finish would close these connections.  So we repeatedly query
-the kernel for such clients (sock_diag); each round of queries is a look.  The queries take at most
-QUERY_SHARE of our time.  If the kernel cannot answer, we wait for a fixed time.
+A replaced generation gets no new clients.  But some of its clients may be unaccepted or unread, and
+a server that is ordered to finish might close their connections.  So we repeatedly query the kernel
+(sock_diag) for such clients; each round of queries is a look.  The queries take at most QUERY_SHARE
+(accept_watch.py) of our time.  If the kernel cannot answer, we wait for a fixed time.
 
 An unread client has sent bytes that its worker has not read.  Over TCP, two other kinds of clients
-count as unread: clients in the handshake, and accepted clients that have sent nothing (silent
-clients).  We wait for silent clients for SILENT_S at most.
+count as unread: clients in the handshake, and silent clients, which were accepted and have sent
+nothing.  We wait for silent clients for SILENT_S at most.
 
-Workers on the client library still read from all their accepted clients after the order to finish.
-For a generation of such workers (`reads_on`) we wait until all clients are accepted, including
-clients whose handshake is under way, but not until the workers have read.
+Workers on the client library read from all their accepted clients even after the order to finish.
+For a generation of such workers (`reads_on`) we do not wait until the workers have read.  We wait
+only until all clients are accepted, including clients in the handshake.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _LOOK_S = 0.1
 _LOOK_SOON_S = 0.01
 #: With `reads_on`: how many looks in a row must find that all clients are accepted.
 _SOON_LOOKS = 2
-#: Without `reads_on`: a generation is quiet if, for this time, no client waited, and the only
-#: unread clients were accepted clients that had sent nothing.
+#: Without `reads_on`: a generation is quiet if, for this time, no client waited, and only silent
+#: clients were unread.
 GENERATION_QUIET_S = 1.0
-#: How long to wait for accepted clients that send nothing.
+#: How long to wait for silent clients.
 SILENT_S = 3.0
 #: After this time a generation is ordered to finish even if it has not read from all its clients.
 GENERATION_LAST_S = 10.0
@@ -51,20 +51,20 @@ class _Generation:
 
     socket_number: int
     on_quiet: Callable[[], None]
-    common: Sequence[Listener]  # single-socket listeners where clients wait
+    common: Sequence[Listener]  # listeners with one socket, at which clients wait
     leave_out: Collection[int]  # indices of listeners whose clients we do not wait for
     reads_on: bool  # its workers read from all accepted clients before they exit
     accept_until: float  # before this time, GENERATION_LAST_S restarts as long as clients wait
-    began: float
+    began: float  # when we began to wait (time.monotonic())
     delay_s: float = 0.0  # the planned pause before the next look
     # The sums of planned pauses.  Elapsed time would include a time in which the protector and its
     # workers were frozen, so that no worker could read.
     waited_s: float = 0.0
     quiet_s: float = 0.0
     quiet_looks: int = 0
-    # The clients that every look has found unread -> whether the client has sent nothing.  With
-    # `reads_on`: the clients in the handshake.  None: the next look starts afresh.
-    # The key: the listener's index, and the client's port and address, or inode.
+    # The clients that every look has found unread -> whether the client is silent.  With
+    # `reads_on`: the clients in the handshake.  The key: the listener's index, and the client's
+    # port and address, or inode.  None: the next look starts afresh.
     unread: dict[tuple[int, bytes], bool] | None = None
 
 
@@ -73,13 +73,13 @@ def _unread_unix(
 ) -> dict[tuple[int, bytes], bool]:
     """Return the unread clients of a generation's UNIX sockets.  Raises OSError.
 
-    For an accepted client that has sent nothing, the kernel reports 0 unread bytes, as for a client
-    whose bytes were read.  So we wait for neither client.
+    The kernel reports 0 unread bytes for a silent client, as for a client whose bytes were read.
+    So we wait for neither.
 
     replaced: listeners whose socket was replaced after the generation's start.  The path is a link
     to one of several socket files (socket_file.py), and a connection keeps the name of its file.
-    We no longer know the old file's name.  So we count the unread clients under every name that
-    belongs to the path, except the names of its present files.
+    We no longer know the old file's name.  So we count the unread clients under all of the path's
+    names, except the names of its present files.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}
@@ -117,16 +117,16 @@ class Quiescing:
         reads_on: bool = False,
         accept_until: float = 0.0,
     ) -> None:
-        """Call back when a generation has accepted and read from all its clients.
+        """Call back when a generation has accepted all its clients, and read from them.
 
-        At the latest, calls back GENERATION_LAST_S after new clients can no longer come.  In this
-        case clients may still wait or be unread.
+        The wait ends at the latest GENERATION_LAST_S after new clients can no longer come.  At that
+        moment clients may still wait or be unread.
 
         socket_number: the generation's socket.
-        common: listeners with one socket for all generations.  The clients that wait at these
-        listeners must be accepted, too.
+        common: listeners with one socket for all generations, whose waiting clients must be
+        accepted, too.
         leave_out: indices of listeners whose clients need not be accepted.
-        reads_on: call back once the generation has accepted its clients.
+        reads_on: call back once all clients are accepted, without waiting for the reading.
         accept_until: before this time, GENERATION_LAST_S starts again as long as clients wait at
         the generation's own sockets, because no other generation would accept these clients.
         Exception: listeners whose new clients can stray (SharedListeners.can_stray()).
@@ -146,35 +146,36 @@ class Quiescing:
         return tuple(self._generations)
 
     def begin_again(self, generation: int) -> None:
-        """Start the waiting times again for a generation that was still getting clients."""
+        """Start the waiting times again for a generation that got clients until now."""
         state = self._generations[generation]
         state.began, state.waited_s, state.unread = time.monotonic(), 0.0, None
         state.quiet_looks, state.quiet_s = 0, 0.0
 
     def _look(self, generation: int) -> None:
         state, now = self._generations[generation], time.monotonic()
-        # Call gets_no_client() before the queries, which miss later clients: a look during which
-        # clients may still come must not count as quiet.
+        # Call this before the queries, which miss later clients: no look counts as quiet while
+        # clients can come.
         gets_clients = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
-        with_two = [each for each in self._listeners.pairs if each.index not in state.leave_out]
-        own = self._turns.own(with_two, state.socket_number, generation)
-        # Unlike `own`, `pairs` includes listeners whose socket was replaced since the generation
+        pairs = [each for each in self._listeners.pairs if each.index not in state.leave_out]
+        own = self._turns.own(pairs, state.socket_number, generation)
+        # Unlike `own`, `queried` includes listeners whose socket was replaced since the generation
         # started: the generation has accepted clients from the earlier socket.
-        pairs = self._turns.own(with_two, state.socket_number)
+        queried = self._turns.own(pairs, state.socket_number)
         full = [each for each in own if self._probes.clients_wait(each, state.socket_number)]
         waiting = bool(full or state.common)
         must_accept = now < state.accept_until and not all(map(self._listeners.can_stray, full))
         if gets_clients or must_accept:
             self.begin_again(generation)
         unread = state.unread
+        query = partial(self._query, generation, queried, accepted=not waiting)
         if unread is None:
             # sock_diag reports by port: it cannot tell apart the backlogs of an address's two
             # sockets.  So include both backlogs while clients wait for this generation.  Otherwise
-            # leave out both backlogs, because all clients in them are the other generation's.
-            unread = self._query(generation, pairs, accepted=not waiting)
-        elif unread and (still := self._query(generation, pairs, accepted=not waiting)) is not None:
-            unread = {client: still[client] for client in unread if client in still}
+            # leave out both: all clients in them are the other generation's.
+            unread = query()
+        elif unread and (found := query()) is not None:
+            unread = {client: found[client] for client in unread if client in found}
         # Later looks only remove clients from the first result, which omits clients in a UNIX
         # backlog.  So while clients wait, keep no result: the next look starts afresh.
         state.unread = None if waiting else unread

@@ -37,7 +37,7 @@ _CLOSE = "listeners-close"
 
 
 def _cannot_share(listener: Listener) -> str | None:
-    """Return why the kernel cannot share a listener's clients between two sockets; None: it can."""
+    """Return why two sockets cannot share a listener's clients; None: they can."""
     if listener.socket.family == socket.AF_UNIX:
         named = "a path leads" if listener.path else "its name leads"
         return f"is a UNIX socket: {named} to one socket at a time"
@@ -86,7 +86,7 @@ class SharedDelivery(Delivery):
     # -- a generation ----------------------------------------------------------------
 
     def can_probe(self, listener: str) -> bool:
-        # A UNIX path that has lost one of its two sockets may get another for the next generation.
+        # A UNIX path that lost one of its two sockets may get a new one for the next generation.
         named = [each for each in self._listeners if listener in ("", each.settings.name)]
         return self.steering.probes.can_probe(listener) or any(each.path for each in named)
 
@@ -106,7 +106,7 @@ class SharedDelivery(Delivery):
         self.steering.enter(generation.record.number, number, fresh=fresh)
         others = [each for each in self._host.generations.values() if each is not generation]
         taken = {tag for each in others for tag in each.record.accept_tags}
-        tags = self._counts.enter(number, taken)
+        tags = self._counts.tag_sockets(number, taken)
         generation.update_record(accept_tags=tags)
         if not tags:
             self._stop_counting(others)
@@ -115,8 +115,8 @@ class SharedDelivery(Delivery):
     def _stop_counting(self, others: Iterable[OpenGeneration]) -> None:
         """Forget the accept tags (open_counts.py) of these generations.
 
-        A later generation's connections may carry one of these tags; we do not know which tag.  So
-        the counts of open connections would be wrong, both of that generation and of the later one.
+        A newer generation's connections may carry one of these tags; we do not know which tag.  So
+        we could count neither of the two generations correctly.
         """
         for each in others:
             each.update_record(accept_tags=())
@@ -141,7 +141,7 @@ class SharedDelivery(Delivery):
     ) -> ProbeTarget | None:
         found = None
         # While two generations share the clients, a probe that connects as clients do may reach
-        # either generation.  So ignore `as_client`, and steer the probe by a mark.
+        # either generation.  So steer the probe by a mark, if possible.
         if not as_client or self.steering.turns.share is not None:
             found = self.steering.probes.reach_by_mark(
                 generation.record.number, listener, generation.knows
@@ -185,7 +185,7 @@ class SharedDelivery(Delivery):
     def met(self, generation: OpenGeneration) -> int | None:
         """Return how many connections the workers have accepted.
 
-        None: no worker counts its connections, as the client library does.
+        None: no worker counts them (workers on the client library do).
         """
         return generation.accepted
 
@@ -256,7 +256,7 @@ class SharedDelivery(Delivery):
         self.steering.expect(listener, dry_run=dry_run)
 
     def remove(self, listener: Listener) -> None:
-        """Refuse a listener's new clients; workers with its sockets accept the backlog."""
+        """Refuse a listener's new clients; workers accept the backlog."""
         self._listeners.remove(listener)
         listener.refuse_new()
         turns, generations = self.steering.turns, self._host.generations.items()
@@ -291,7 +291,7 @@ class SharedDelivery(Delivery):
             return
         # New clients wait for the next start (`stay`), go to the socket's owner (passed-in
         # sockets), or are refused (other listeners).  In each case we wait only until the serving
-        # generation has accepted the clients that came before this call.
+        # generation has accepted all earlier clients.
         latest = float("inf") if stay else self._refuse_new()
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
         if serving is not None and (stay or self.steering.has_passed_in_pair):
@@ -300,7 +300,7 @@ class SharedDelivery(Delivery):
             on_quiet()
 
     def _finish_closing(self) -> None:
-        """Close the listeners that do not survive this stop, and post that this is done."""
+        """Close the listeners that do not survive this stop, and post BacklogEmptied."""
         self._close_listeners()
         self._post(BacklogEmptied())
 
@@ -312,13 +312,13 @@ class SharedDelivery(Delivery):
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
         """Finish closing once no client waits, at the second look at the earliest.
 
-        latest: finish then in any case, by time.monotonic().  again: this is not the first look.
+        latest: the deadline, by time.monotonic().  again: this is not the first look.
         """
         # A passed-in listener might never become empty, because its owner keeps listening.
         awaited = [e for e in self._listeners if not (e.settings.foreign or e.lost)]
         # Do not wait for clients that no worker will accept, such as the clients at the socket of
         # an abandoned generation.
-        empty = again and not any(map(self.steering.accepts_waiting, awaited))
+        empty = again and not any(map(self.steering.clients_may_be_accepted, awaited))
         if empty or not awaited or time.monotonic() > latest:
             self._finish_closing()
             return
@@ -349,8 +349,8 @@ class SharedDelivery(Delivery):
                 if waiting <= ours:
                     left_out.add(number)
                 elif listener.socket.family != socket.AF_UNIX:
-                    # backlog() counts waiting probes at a TCP address.  At a UNIX path it leaves
-                    # out disconnected clients, and with them our probes, which have ended.
+                    # backlog() counts waiting probes at a TCP address.  At a UNIX path it omits
+                    # disconnected clients, and so our probes, which have ended.
                     probes += ours
         found = listener.backlog(0, left_out)
         lost = found[0] - probes if found else 0
@@ -393,8 +393,8 @@ class SharedDelivery(Delivery):
     def adopt(
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
-        # Restore the flags first: systemd may have made a passed-in socket blocking, and accept()
-        # would block in the old workers.
+        # Restore the flags first: systemd may have made a passed-in socket blocking, and running
+        # workers would block in accept().
         self._flags.adopt(record.nonblocking)
         self.steering.adopt_record(record.steering, held=held)
         if closing:
@@ -403,7 +403,7 @@ class SharedDelivery(Delivery):
     def adopt_generation(
         self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool
     ) -> bool:
-        # An earlier version of SocketProtector made a channel in this mode, too: close its ends.
+        # An earlier version of SocketProtector also made a channel in this mode: close its ends.
         for fd in descriptors.values():
             os.close(fd)
         if not generation.record.accept_tags:  # a kill may have come before open() tagged sockets

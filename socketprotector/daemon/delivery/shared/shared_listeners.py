@@ -12,13 +12,13 @@ from ..host import Host
 
 
 class SharedListeners:
-    """All listeners.  The delivery alone changes the list; the parts of the steering read it."""
+    """All listeners.  Only the delivery changes the list; the parts of the steering read it."""
 
     def __init__(self, host: Host, listeners: Iterable[Listener]) -> None:
         """Take ownership of the listeners."""
         self.host = host
         self.all = list(listeners)
-        #: Addresses whose clients the kernel sends to the wrong socket, and why; set by steer().
+        #: Address -> why its clients may come to the wrong socket; SocketSteering.steer() sets it.
         self.not_steered: dict[str, str] = {}
 
     @property
@@ -26,10 +26,10 @@ class SharedListeners:
         """The listeners that get clients."""
         return [each for each in self.all if each.shared and not each.lost]
 
-    def open(self, *, closing: bool) -> list[Listener]:
-        """Return the listeners to which new clients can come.
+    def to_steer(self, *, closing: bool) -> list[Listener]:
+        """Return the listeners whose new clients must be steered.
 
-        closing: our own listeners refuse new clients; passed-in sockets still listen.
+        closing: our own listeners refuse new clients, so return only passed-in listeners.
         """
         return [each for each in self.all if each.settings.foreign or not closing]
 
@@ -44,14 +44,14 @@ class SharedListeners:
 
     @property
     def rights_record(self) -> tuple[RightsRecord, ...]:
-        """The rights of each socket file, in case the file is gone after an upgrade or a kill."""
+        """The rights of each socket file, for a next program that finds no file."""
         found = ((each.index, each.file_rights) for each in self.all)
         return tuple(
             (n, have.uid, have.gid, have.mode, (have.acl or b"").hex()) for n, have in found if have
         )
 
     def adopt_rights(self, record: Iterable[RightsRecord]) -> None:
-        """Adopt the rights_record of the process that we replace after an upgrade or a kill."""
+        """Adopt the rights_record of an earlier program."""
         known = {
             n: socket_file.Rights(uid, gid, mode, bytes.fromhex(acl))
             for n, uid, gid, mode, acl in record
@@ -63,8 +63,8 @@ class SharedListeners:
         """Note that a listener got another socket, or that its second socket was dropped."""
         if not listener.has_sibling:
             # All generations share one socket, and connections inherit its accept tag
-            # (open_counts.py).  So forget all tags: they do not show which generation accepted a
-            # connection.
+            # (open_counts.py).  So no tag shows any more which generation accepted a connection:
+            # forget all tags.
             for each in self.host.generations.values():
                 each.update_record(accept_tags=())
         self.host.listener_bound(listener)
@@ -92,7 +92,10 @@ class Steering(ABC):
 
     @abstractmethod
     def adopt_held(self) -> None:
-        """After a hold, pass held clients and clients in Turns.lost to the next generation."""
+        """After a hold, pass held clients to the next generation; also clients of `passed_on`.
+
+        `passed_on`: see Turns.
+        """
 
     @abstractmethod
     def gets_no_client(self, generation: int) -> bool:

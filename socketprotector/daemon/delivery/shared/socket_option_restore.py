@@ -10,8 +10,8 @@ options (system/socket_snapshot.py) in two cases:
   earlier changes by the serving generation remain.  A release has failed if its generation ends
   while all generations that still accept are older.
 
-If an option cannot be restored, we replace the socket.  For a socket that all generations share, we
-do so only if two conditions are met: the option keeps clients out, and the socket can be dropped
+If an option cannot be restored, we replace the socket.  Exception: if all generations share the
+socket, we replace it only if the option keeps clients out, and only if the socket can be dropped
 without a loss (Listener.can_do_without()).  We log an option that stays changed.
 
 The serving generation may lower a backlog.  We raise the backlog when another generation starts to
@@ -58,7 +58,7 @@ class SocketOptionRestore:
         """Prepare a socket's options before a generation accepts from the socket.
 
         If another generation accepts from it, record the present options, for end().  Otherwise
-        restore the initial options, or record them if this is the listener's first generation.
+        restore the initial options.  If the listener has no initial options yet, record them.
         is_alone: returns whether no other generation accepts from the socket.
         """
         initial = self._before.get((_INITIAL, listener.index))
@@ -75,10 +75,10 @@ class SocketOptionRestore:
     def end(
         self, generation: int, socket_number: int, remaining: Collection[int], *, gone: bool
     ) -> None:
-        """Undo a generation's changes if it has failed (all remaining generations are older).
+        """Undo the changes of an ended generation that has failed: all remaining ones are older.
 
         remaining: the generations that still accept.  gone: all workers of the ended generation
-        have exited, so none can change an option later.
+        have exited, so they cannot change an option any more.
         """
         if not remaining:
             self._raise_backlogs()
@@ -114,8 +114,8 @@ class SocketOptionRestore:
         """
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         unrestored = socket_snapshot.restore(listening, before)
-        # Running workers do not get a new socket.  So if all generations share the socket, a new
-        # socket makes a new generation necessary: replace only a socket that keeps clients out.
+        # Running workers do not get a new socket.  So if all generations share the socket, another
+        # generation must start for a new socket: replace only a socket that keeps clients out.
         if unrestored and (
             listener.has_sibling
             or (

@@ -4,7 +4,8 @@ We make a broken socket listen again, or replace it by a new socket.  If we cann
 for a starting generation, SocketSteering.enter() decides whether the generation fails.
 
 A listening socket is an open file description that all workers share, so any worker can shut it
-down for all.  Running workers cannot get a new socket, so another generation must start.
+down for all.  Running workers cannot get a new socket, so after a replacement another generation
+must start.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class SocketRepair:
         for each in self._listeners.living:
             for number in range(len(each.sockets)):
                 if each not in self._listeners.living:
-                    break  # another repair has cancelled the reload that added this listener
+                    break  # a repair has lost this listener, or cancelled the reload that added it
                 if not each.is_alive(number):
                     self.repair(each, number)
                 elif self._is_out_of_reach(each, number):
@@ -98,7 +99,7 @@ class SocketRepair:
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)
-        if listener.is_cut_off and self.needs(listener):
+        if listener.is_cut_off and self.must_be_reachable(listener):
             raise FileNotFoundError(errno.ENOENT, CUT_OFF, listener.local_address[0])
 
     @property
@@ -121,14 +122,15 @@ class SocketRepair:
         ]
         return *cut_off, *astray, *spent
 
-    def needs(self, listener: Listener) -> bool:
+    def must_be_reachable(self, listener: Listener) -> bool:
         """Return whether a new release must fail if clients cannot reach it at this listener.
 
-        A listener whose only socket lost its file does not matter while other listeners remain.
+        That is: the listener has two sockets, or all listeners are cut off (their socket files were
+        removed).
         """
         return listener.has_sibling or all(each.is_cut_off for each in self._listeners.living)
 
-    def make_sound(self, listener: Listener, socket_number: int, generation: int) -> None:
+    def undo_earlier_changes(self, listener: Listener, socket_number: int, generation: int) -> None:
         """Undo an earlier generation's changes to a new generation's socket."""
         if not listener.has_sibling:
             listener.let_in()
@@ -137,7 +139,7 @@ class SocketRepair:
         elif socket_number not in self._turns.accepting.values():
             try:
                 socket_copy.reset(listener.socket_for(socket_number))
-            except OSError:  # a worker has locked the socket's filter
+            except OSError:  # a worker of an earlier generation has locked the socket's filter
                 self.replace(listener, socket_number)
 
         def is_alone() -> bool:
@@ -148,7 +150,7 @@ class SocketRepair:
     def replace(self, listener: Listener, socket_number: int) -> None:
         """Replace a broken socket by a new socket.
 
-        If no socket can be bound, use the listener's other or reserved socket instead; without
+        If no socket can be bound, use the listener's other or reserved socket instead.  Without
         such a socket, the listener is lost.  Exception: keep the socket, for a later repair, if
         another try may succeed (RETRY_ERRNOS) or if the socket is sound except for missing files.
         """

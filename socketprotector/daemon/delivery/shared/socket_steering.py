@@ -5,9 +5,8 @@ A TCP address leads to the socket that a filter in the kernel selects (system/re
 path leads to the file of one socket (system/path_group.py).
 
 When the new generation is ready, we steer new clients to its socket.  The old generation then gets
-no new clients.  Before we order this generation to finish, we wait until it has accepted its
-waiting clients, and read from them (quiescing.py).  Otherwise a server would close connections
-unread.
+no new clients.  Before we order the old generation to finish, we wait until it has accepted its
+waiting clients, and read from them (quiescing.py).  Otherwise a server might close them unread.
 
 If an address has only one socket, both generations accept from it.
 """
@@ -24,7 +23,7 @@ from ....system.listener import RESOURCE_ERRNOS, Listener
 from ..probe_target import ProbeTarget
 from .accept_watch import AcceptWatch
 from .listener_hold import ListenerHold
-from .probes import LEAVES_S, Probes
+from .probes import LATE_ACCEPT_S, Probes
 from .quiescing import Quiescing
 from .shared_listeners import SharedListeners, Steering
 from .socket_repair import SocketRepair
@@ -42,8 +41,8 @@ class SocketSteering(Steering):
         runtime = listeners.host.runtime
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._post = runtime.persist, runtime.post
-        self._not_held = ""  # why a hold does not hold new clients; "": it does, or no hold is on
-        self._written = self._groups  # the result of _groups in the last written state
+        self._not_held = ""  # why workers accept new clients during a hold; "": no fault
+        self._written = self._groups  # the _groups of the last written state
         self.turns = Turns()
         self.hold = ListenerHold(listeners)
         self.probes = Probes(listeners, self.turns, self)
@@ -59,13 +58,13 @@ class SocketSteering(Steering):
     @property
     def accept_watch(self) -> AcceptWatch:
         """The watch that detects that the route's workers do not accept."""
-        return self._watch.accepts
+        return self._watch.accept_watch
 
     @property
     def canary_watch(self) -> AcceptWatch | None:
         """The watch that detects that a canary's workers do not accept; None: no canary yet."""
         canary = self._watch.canary
-        return canary.accepts if canary is not None else None
+        return canary.accept_watch if canary is not None else None
 
     def adopt(self, generation: int, socket_number: int) -> None:
         """Note from which socket an adopted generation accepts."""
@@ -74,14 +73,15 @@ class SocketSteering(Steering):
         for each in self._listeners.living:
             if each.is_alive(socket_number) and not each.is_sound(socket_number):
                 self._repairs.repair(each, socket_number)
-        self._steer_while_starting()
+        self._repair_while_starting()
         self._watch.watch()
 
     def enter(self, generation: int, socket_number: int, *, fresh: bool = False) -> None:
         """Prepare a socket for a generation whose workers will start soon.
 
         fresh: the generation is a new release, so the back-off of rescues (socket_watch.py) ends.
-        Raises OSError if clients could not reach a new release at a listener (SocketRepair.needs).
+        Raises OSError if clients could not reach a new release at a listener where this is required
+        (SocketRepair.must_be_reachable()).
         """
         if fresh:
             self._watch.note_new_release()
@@ -89,13 +89,13 @@ class SocketSteering(Steering):
             try:
                 self._repairs.make_ready(each, socket_number)
             except OSError as error:  # if not raised, the listener keeps its present socket
-                is_needed = self._repairs.needs(each)
+                is_needed = self._repairs.must_be_reachable(each)
                 if fresh and is_needed and error.errno not in RESOURCE_ERRNOS:
                     self._watch.watch()
                     raise
-            self._repairs.make_sound(each, socket_number, generation)
+            self._repairs.undo_earlier_changes(each, socket_number, generation)
         self.turns.accepting[generation] = socket_number
-        self.steer()  # during a hold: clients of a path that has two sockets again can now be held
+        self.steer()  # during a hold: a path that has two sockets again can hold clients
         self._watch.watch()
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
@@ -104,14 +104,14 @@ class SocketSteering(Steering):
         knows: returns whether the generation's workers have a listener, by index.
         """
         if self.turns.grow(generation, knows):
-            # Write the state before the worker accepts: after a kill, we must still know that the
-            # clients of these sockets have a worker.
+            # Write the state before the worker accepts: a next program must know that the clients
+            # of these sockets have a worker.
             self._persist()
 
     def reach(
         self, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> ProbeTarget | None:
-        """Return the target of probes of the serving generation; see Probes.reach_as_client()."""
+        """Return the target for probes of the serving generation; see Probes.reach_as_client()."""
         return self.probes.reach_as_client(name, knows)
 
     def forget(self, generation: int) -> None:
@@ -119,11 +119,11 @@ class SocketSteering(Steering):
         self.leave(generation)
         socket_number, _ = self.turns.leaving.pop(generation, (0, 0.0))
         self._undo_changes(generation, socket_number, gone=True)
-        self._report_adopted()  # a failed generation leaves held clients to the next generation
+        self._report_held_clients()  # perhaps a failed generation has left held clients
         self._watch.look_again()
 
     def leave(self, generation: int) -> None:
-        """Note that a generation accepts no more: its workers were ordered to finish."""
+        """Note that a generation's workers were ordered to finish, so it accepts no more."""
         socket_number = self.turns.leave(generation, time.monotonic())
         if socket_number is not None:
             self._undo_changes(generation, socket_number, gone=False)
@@ -149,10 +149,10 @@ class SocketSteering(Steering):
         if not on:  # held clients must not wait for a back-off that other clients have caused
             self._watch.end_back_off()
         self.adopt_held()
-        self._report_adopted()
+        self._report_held_clients()
 
     def adopt_held(self) -> None:
-        """After a hold, pass held clients and clients in Turns.lost to the next generation."""
+        """After a hold, pass held clients to the next generation; also clients of `passed_on`."""
         free = self.turns.free
         if self.hold.on:
             return
@@ -162,10 +162,10 @@ class SocketSteering(Steering):
             return
         moved = False
         for each in self._listeners.living:
-            moved |= each.has_sibling and self.turns.move_lost(each)
+            moved |= each.has_sibling and self.turns.pass_on(each)
             if each.is_reserved_for_clients:
                 self._watch.unwatch(each)
-                with suppress(OSError):  # the next generation's start tries again
+                with suppress(OSError):  # the start of the next generation tries again
                     each.adopt_reserved(free)
                     self._listeners.note_bound(each)
         if moved:
@@ -173,8 +173,8 @@ class SocketSteering(Steering):
             self._persist()
         self._watch.watch()
 
-    def _report_adopted(self) -> None:
-        """Post HeldClientsWait if held clients wait for a generation, which a stop must start."""
+    def _report_held_clients(self) -> None:
+        """Post HeldClientsWait if held clients at a path wait for a generation that must start."""
         free, living = self.turns.free, self._listeners.living
         is_idle = not self.hold.on and free not in self.turns.accepting.values()
         at_paths = (each for each in living if each.path and each.can_be_held)
@@ -204,33 +204,33 @@ class SocketSteering(Steering):
         generation knows a listener, by index; None: there is no such generation yet.  Clients of
         an unknown listener stay at their present socket until the listener is removed.
         """
-        listeners, before, canary = self._listeners.all, self.turns, self._watch.canary
-        if canary is not None and before.share and socket_number != before.current:
+        listeners, turns, canary = self._listeners.all, self.turns, self._watch.canary
+        if canary is not None and turns.share and socket_number != turns.current:
             # The canary gets the route.  It counts as having served if it has accepted a client.
-            again = canary.accepts.has_accepted
+            again = canary.accept_watch.has_accepted
         # If only the share changes, accept_watch continues.
-        is_watched = socket_number == before.current and (share or before.share) is not None
-        self.turns.turn_to(socket_number, {each.index for each in listeners}, knows, share)
+        is_watched = socket_number == turns.current and (share or turns.share) is not None
+        turns.turn_to(socket_number, {each.index for each in listeners}, knows, share)
         places = {
             (each.index, number)
             for each in listeners
             for number in (0, 1)
-            if self.turns.gets_clients(each, number)
+            if turns.gets_clients(each, number)
         }
         self.probes.clients_come(places)
         self.probes.discard()  # a kill may have prevented the earlier discard()
         self._repairs.repair_all()
         self.steer()
         self.adopt_held()  # clients may have waited at both sockets until now
-        self._report_adopted()  # a kill may have prevented the earlier report
+        self._report_held_clients()  # a kill may have prevented the earlier report
         self._watch.follow_canary()
         self._watch.watch()
         is_watched = is_watched and self.accept_watch.runs
-        if socket_number in self.turns.accepting.values() and not is_watched:
+        if socket_number in turns.accepting.values() and not is_watched:
             self.accept_watch.begin(served_before=again)
 
     def end_share(self) -> None:
-        """End a share: steer all new clients to the socket of the route's generation."""
+        """End a share: steer all new clients to the route's socket."""
         if self.turns.share is not None:
             self.turns.share = None
             self.steer()
@@ -249,14 +249,14 @@ class SocketSteering(Steering):
             tuple(probes.probe_sources),
             self._repairs.options.record,
             tuple(turns.partly_served),
-            tuple(turns.lost),
+            tuple(turns.passed_on),
             self._groups,
             self._listeners.rights_record,
         )
 
     @property
     def _groups(self) -> tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]:
-        """Each listener's index and group_record, if it has a group_record."""
+        """Each listener's index and group_record (the order of its sockets), where it has one."""
         records = ((each.index, each.group_record) for each in self._listeners.all)
         return tuple((index, *record) for index, record in records if record is not None)
 
@@ -298,8 +298,8 @@ class SocketSteering(Steering):
         """Call back when the last generation has accepted, and read from, all earlier clients.
 
         Earlier clients came before this call.  Later clients are refused, or wait for the next
-        start or the socket's owner; at a listener with only one socket, the generation may accept
-        them.  latest: see `accept_until` of Quiescing.begin().
+        start or the socket's owner.  Exception: at a listener with only one socket, the generation
+        may accept later clients.  latest: see `accept_until` of Quiescing.begin().
         """
         number = self.turns.accepting.get(generation, 0)
         common = [each for each in self._listeners.living if not each.has_sibling]
@@ -311,9 +311,9 @@ class SocketSteering(Steering):
         else:
             on_quiet()
 
-    def accepts_waiting(self, listener: Listener) -> bool:
-        """Return whether clients wait at a listener where workers may still accept them."""
-        left_since = time.monotonic() - LEAVES_S
+    def clients_may_be_accepted(self, listener: Listener) -> bool:
+        """Return whether clients wait at a listener and workers may still accept them."""
+        left_since = time.monotonic() - LATE_ACCEPT_S
         return any(
             listener.has_waiting(number) and self.turns.is_accepted(listener, number, left_since)
             for number in range(len(listener.sockets))
@@ -376,7 +376,7 @@ class SocketSteering(Steering):
         If steering fails, clients go to the same socket as before, whose workers keep accepting.
         """
         not_steered, not_held = dict[str, str](), ""
-        for each in self._listeners.open(closing=self._repairs.ended):
+        for each in self._listeners.to_steer(closing=self._repairs.ended):
             try:
                 not_held = self._steer_one(each, self.turns.number_for(each)) or not_held
             except OSError as error:
@@ -390,7 +390,7 @@ class SocketSteering(Steering):
         self._loop.cancel("steer")
         if not_steered or not_held:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
-        self._steer_while_starting()
+        self._repair_while_starting()
         if self._written != self._groups:  # a repair changed a group: update the state
             self._written = self._groups
             self._loop.call_after("groups", 0, self._write)
@@ -399,10 +399,10 @@ class SocketSteering(Steering):
     def _write(self) -> None:
         self._persist()
 
-    def _steer_while_starting(self) -> None:
+    def _repair_while_starting(self) -> None:
         """Repair repeatedly while a release starts, because its workers can divert clients.
 
-        Workers could clear SO_REUSEPORT, attach a filter to the group, or connect() the socket.
+        Workers could clear SO_REUSEPORT, attach a filter, or connect() the socket.
         """
         if self.turns.starting is not None and self._listeners.living and not self._repairs.ended:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
@@ -423,13 +423,13 @@ class SocketSteering(Steering):
     def _steer_one(self, listener: Listener, socket_number: int) -> str:
         """Steer a listener's new clients to a socket, or during a hold to the reserved socket.
 
-        If Turns.lacks() is true for a path, the path's clients are held, too.  Returns why clients
+        If Turns.lacks_workers() is true, clients of a path are held, too.  Returns why clients
         cannot be held, or "".  Raises OSError if clients go to the wrong socket.
         """
         if self.turns.given_back and listener.settings.foreign:
             socket_number = 0
         not_held = ""
-        if (self.hold.on or self.turns.lacks(listener)) and listener.can_be_held:
+        if (self.hold.on or self.turns.lacks_workers(listener)) and listener.can_be_held:
             try:
                 if listener.path:
                     before = listener.descriptors()

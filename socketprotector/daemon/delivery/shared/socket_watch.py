@@ -1,8 +1,8 @@
 """Watches for sockets that were shut down, and for stranded clients.
 
-A client is stranded if it waits at a socket from which no generation accepts any more, and none is
-about to accept.  For stranded clients another generation starts (event `stranded`), and accepts
-from this socket: a rescue.
+A client is stranded if no generation accepts, or is about to accept, from the socket where the
+client waits.  Then another generation starts (event `stranded`), and accepts from this socket: a
+rescue.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .probes import Probes
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
-#: Workers that were ordered to finish may still accept clients for a moment.  So if such workers
+#: Workers that were ordered to finish may accept clients for a moment more.  So if such workers
 #: have the socket, a rescue starts only after FIRST_RESCUE_S.  The pause between two rescues (the
 #: back-off) doubles from FIRST_RESCUE_S to LAST_RESCUE_S.
 FIRST_RESCUE_S = 1.0
@@ -47,7 +47,7 @@ class SocketWatch(Backlogs):
         runtime = listeners.host.runtime
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._steering = steering
-        self.accepts = AcceptWatch(self._loop, self)
+        self.accept_watch = AcceptWatch(self._loop, self)
         self.canary: canary_watch.CanaryWatch | None = None  # None: there was no canary yet
         self._ended = False
         self._rescue_s = 0.0  # the pause between the last rescue and the next rescue
@@ -81,15 +81,12 @@ class SocketWatch(Backlogs):
             self._rescue_later()
 
     def unwatch(self, listener: Listener) -> None:
-        """Stop watching a listener's sockets until the next watch().
-
-        The sockets may be replaced before then.
-        """
+        """Stop watching a listener's sockets, which may be replaced before the next watch()."""
         for each in listener.sockets:
             self._loop.unwatch(each.fileno())
 
     def follow_canary(self) -> None:
-        """Watch the generation that has a share of the new clients, if there is one."""
+        """Watch the present canary, if there is one."""
         if self.canary is None and self._turns.share is not None:
             parts = self._listeners, self._turns, self._probes
             self.canary = canary_watch.CanaryWatch(*parts, self.watch)
@@ -117,7 +114,7 @@ class SocketWatch(Backlogs):
         if self._ended:
             return
         if self._turns.current not in self._turns.accepting.values():
-            self.accepts.end()
+            self.accept_watch.end()
         without_worker = self._without_worker()
         if not without_worker:
             self._loop.cancel(_RESCUE)
@@ -159,15 +156,15 @@ class SocketWatch(Backlogs):
         self, without_worker: Sequence[tuple[Listener, int]] = ()
     ) -> list[tuple[AcceptWatch, list[tuple[Listener, int]]]]:
         """Return the watches of the route and of a canary, each with its sockets."""
-        found = [(self.accepts, self._served_sockets(without_worker))]
+        found = [(self.accept_watch, self._served_sockets(without_worker))]
         if self.canary is not None:
-            found.append((self.canary.accepts, self.canary.sockets))
+            found.append((self.canary.accept_watch, self.canary.sockets))
         return found
 
     def _served_sockets(
         self, without_worker: Sequence[tuple[Listener, int]]
     ) -> list[tuple[Listener, int]]:
-        """Return the sockets that get new clients and from which workers accept."""
+        """Return the sockets that get new clients, if workers accept from them."""
         known = [each for each in self._listeners.living if each.index not in self._turns.expected]
         found = [(each, self._turns.current % len(each.sockets)) for each in known]
         return [each for each in found if each not in without_worker]
@@ -179,9 +176,9 @@ class SocketWatch(Backlogs):
 
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Report the addresses at which workers do not accept."""
-        if self.canary is not None and not ever:  # the route may be a canary that gets all clients
+        if self.canary is not None and not ever:  # the route may have been a canary
             generation = max(self._turns.routed, default=0)
-            self.canary.never_accepted = generation, at - self.accepts.accepted
+            self.canary.never_accepted = generation, at - self.accept_watch.accepted
         addresses = [each.settings.address for each in self._listeners.living if each.index in at]
         self._listeners.host.report_untaken(seconds, waiting, ever, " ".join(addresses))
 
@@ -197,10 +194,10 @@ class SocketWatch(Backlogs):
         return at if canary == generation else ()
 
     def _rescue_later(self) -> None:
-        """Call _rescue() after a pause in which finishing workers may accept the clients.
+        """Call _rescue() now, or after a pause in which finishing workers may accept the clients.
 
-        If clients wait at a socket where no worker is finishing, call _rescue() at once.  But a
-        recent rescue makes a pause necessary in any case (the back-off).
+        If clients wait at a socket that no finishing worker has, we omit this pause.  But after a
+        recent rescue there is always a pause (the back-off).
         """
         leaving, may_accept = {number for number, _ in self._turns.leaving.values()}, True
         for each, number in self._without_worker():
@@ -218,11 +215,11 @@ class SocketWatch(Backlogs):
 
     def _rescue(self) -> None:
         """Post Stranded, which starts a generation, if clients are stranded."""
-        unknown = self._probes.discard()
+        unreadable = self._probes.discard()
         readable = [
             (each, number)
             for each, number in self._without_worker()
-            if (each.index, number) not in unknown
+            if (each.index, number) not in unreadable
         ]
         waiting = [(each, number) for each, number in readable if each.has_waiting(number)]
         if waiting:
@@ -233,6 +230,6 @@ class SocketWatch(Backlogs):
             self._rescued_at = time.monotonic()
             self._rescue_s = min(2 * self._rescue_s or FIRST_RESCUE_S, LAST_RESCUE_S)
             self._post(Stranded())
-        if unknown:
+        if unreadable:
             self._loop.call_after(_RESCUE, FIRST_RESCUE_S, self._rescue)
         self.watch()  # so that clients wake us again if no generation can be opened now

@@ -21,7 +21,7 @@ class Share:
 
     generation: int  # the canary's number
     part: int  # in ten-thousandths of the new clients
-    listeners: frozenset[int]  # indices of the listeners that the canary and the route both know
+    listeners: frozenset[int]  # indices of the listeners that both canary and route know
 
 
 @mutable
@@ -29,8 +29,7 @@ class Turns:
     """The assignment of sockets to generations.
 
     A listener's sockets have the numbers 0 and 1.  If a listener has a single socket, both numbers
-    mean this socket.  The current generation is the generation that accepts from the socket number
-    `current`.
+    mean this socket.  The current generation accepts from the socket number `current`.
     """
 
     current: int = 0  # the number of the socket that gets new clients
@@ -46,9 +45,9 @@ class Turns:
     unserved: frozenset[tuple[int, int]] = frozenset()
     #: The pairs of `unserved` where the generation's later workers have the socket.
     partly_served: frozenset[tuple[int, int]] = frozenset()
-    #: Indices of listeners whose socket the current generation lost.  Clients of these listeners
-    #: go to the next generation's socket.  (Clients of a Listener with `lost` go to no socket.)
-    lost: frozenset[int] = frozenset()
+    #: Indices of listeners whose socket the current generation lost, so that their clients go to
+    #: the next generation's socket.
+    passed_on: frozenset[int] = frozenset()
     given_back: bool = False  # True: new clients go to passed-in sockets, whose owner accepts them
     #: Not recorded: after an upgrade or a kill, the next program repeats the action RouteTo, which
     #: has the share.
@@ -56,7 +55,7 @@ class Turns:
 
     def adopt(self, record: SteeringRecord) -> None:
         """Resume from the record of an earlier program."""
-        self.current, self.lost = record.socket_number, frozenset(record.lost)
+        self.current, self.passed_on = record.socket_number, frozenset(record.lost)
         self.unserved = frozenset(record.unserved)
         self.partly_served = frozenset(record.partly_served)
         self.expected = dict(record.expected)
@@ -69,23 +68,26 @@ class Turns:
 
     @property
     def routed(self) -> set[int]:
-        """The generations that accept from the socket that gets new clients."""
+        """The generations that accept from the socket number `current`."""
         return {each for each, number in self.accepting.items() if number == self.current}
 
     @property
     def starting(self) -> int | None:
-        """The newest generation, if its socket does not get new clients yet."""
+        """The newest generation, if it is not current; otherwise None."""
         newest = max(self.accepting, default=0)
         return newest if self.accepting.get(newest, self.current) != self.current else None
 
     def number_for(self, listener: Listener) -> int:
         """Return the number of the socket that gets new clients, or will get them after a hold."""
-        if listener.index in self.lost:
+        if listener.index in self.passed_on:
             return 1 - self.current
         return self.expected.get(listener.index, self.current)
 
     def share_of(self, listener: Listener) -> int:
-        """Return the part of a listener's new clients that goes to the socket `1 - current`."""
+        """Return the share, in ten-thousandths, of a listener's new clients at the other socket.
+
+        The other socket has the number `1 - current`.
+        """
         share, other = self.share, 1 - self.current
         if share is None or listener.index not in share.listeners or not listener.has_sibling:
             return 0
@@ -120,16 +122,16 @@ class Turns:
         if not there:
             # No generation accepts from this socket.  If none accepts from any socket, the next
             # generation gets the clients of all sockets.  Otherwise the next generation gets only
-            # the clients of the socket number_for().  Exception: for the clients of a listener in
-            # `lost` no generation is about to start, so a rescue (socket_watch.py) must start one.
-            is_next = number == self.number_for(listener) and listener.index not in self.lost
+            # the clients of the socket number_for().  Exception: for clients of `passed_on` no
+            # generation is about to start, so a rescue (socket_watch.py) must start one.
+            is_next = number == self.number_for(listener) and listener.index not in self.passed_on
             return not self.accepting or is_next
         return any((generation, listener.index) not in self.unserved for generation in there)
 
     def is_accepted(self, listener: Listener, number: int, left_since: float) -> bool:
         """Return whether workers might still accept from the listener's socket of this number.
 
-        left_since: workers that were ordered to finish before this time accept no more clients.
+        left_since: workers that were ordered to finish before this time accept no more.
         """
         if self.takers(listener, number):
             return True
@@ -200,35 +202,34 @@ class Turns:
             for index, place in self.expected.items()
             if index in indices and not (knows and knows(index))
         }
-        self.lost = frozenset() if number != self.current else self.lost & set(indices)
+        self.passed_on = frozenset() if number != self.current else self.passed_on & set(indices)
         self.current, self.share = number, share
 
-    def lacks(self, listener: Listener) -> bool:
+    def lacks_workers(self, listener: Listener) -> bool:
         """Return whether a UNIX path's clients go to a socket that no generation fully serves.
 
         Either no worker has this socket, or only workers that started after the socket was bound
         have it (`partly_served`).
         """
-        if not listener.path or listener.index in self.lost:
+        if not listener.path or listener.index in self.passed_on:
             return False
         return not self.is_served(listener, self.number_for(listener))
 
-    def move_lost(self, listener: Listener) -> bool:
-        """If lacks() is true, add the listener to `lost`; return whether it was added.
+    def pass_on(self, listener: Listener) -> bool:
+        """If lacks_workers() is true, add the listener to `passed_on`; return whether it was added.
 
         The clients of an added listener wait for the next generation.
         """
-        moves = self.lacks(listener)
+        moves = self.lacks_workers(listener)
         if moves:
-            self.lost |= {listener.index}
+            self.passed_on |= {listener.index}
         return moves
 
     def note_replaced(self, listener: Listener, number: int | None) -> set[int]:
         """Note that a socket was replaced or dropped.
 
-        Returns the generations whose workers had this socket, and do not have the socket that now
-        gets its clients.  number: the socket's number; None: the socket is common to all
-        generations.
+        Returns the generations whose workers had this socket, and so lack the socket that now gets
+        its clients.  number: the socket's number; None: all generations share the socket.
         """
         lacking = {each for each, accepts in self.accepting.items() if number in (None, accepts)}
         pairs = {(generation, listener.index) for generation in lacking}

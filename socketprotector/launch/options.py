@@ -324,7 +324,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "0: no limit (stop-first: 30s).",
                "policy.drain_timeout_s", common=True, default="0"),
         Option("drain-spread", TIME,
-               "Let old workers end their connections evenly over this time; 0: not at all.\n"
+               "Let old workers end their connections evenly over this time; 0: no spread.\n"
                "For workers on the Python client library. See docs/long-lived.md.",
                "policy.drain_spread_s", default="0"),
         Option("drain-signal", SIGNAL,

@@ -63,8 +63,13 @@ def main() -> None:
 
     # A life waits for processes most of the time.
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for ended in [pool.submit(run, each) for each in open_trials]:
-            ended.result()
+        running = [pool.submit(run, each) for each in open_trials]
+        try:
+            for each in running:
+                each.result()
+        except KeyboardInterrupt:
+            print("The lives that run now come to their end.", flush=True)
+            pool.shutdown(cancel_futures=True)
     print(report(sites, results))
 
 

@@ -1,9 +1,9 @@
 """Determines whether a worker got SIGKILL because memory ran out.
 
 The kernel counts such kills in our memory cgroup (system/memory_group.py), but does not report
-which process it killed.  The count rises before the process dies.  So a kill explains the end of a
-worker only if that end follows soon.  If no worker's end follows, the kernel has killed another
-process, such as a process that a worker has started.
+which process it killed.  The count rises before the process dies.  So a kill explains a worker's
+end only if that end follows soon.  Otherwise the kernel has killed another process, such as a
+process that a worker has started.
 """
 
 from __future__ import annotations

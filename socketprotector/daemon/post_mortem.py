@@ -89,7 +89,7 @@ class PostMortem:
         except ChildProcessError:
             return self._reported_end(worker, guarded=guarded)
         if end is None:
-            # A tracer (a debugger, strace) must reap the worker before we can.
+            # A tracer (a debugger, strace) must reap the worker first, and may be suspended.
             self.runtime.loop.unwatch(worker.process.pidfd)
             self.runtime.loop.call_after(
                 ("reap", number), _REAP_AGAIN_S, partial(self.ended, number)
@@ -123,7 +123,7 @@ class PostMortem:
         return None
 
     def close(self, worker: Worker, end: End, *, proved_ready: bool) -> WorkerExited:
-        """Log and return a worker's exit; watch the worker's process group, and close its sockets.
+        """Log and return a worker's exit; watch its process group, and close its sockets.
 
         proved_ready: whether any worker has become ready by other means than a timer.
         """

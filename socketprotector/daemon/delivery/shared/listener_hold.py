@@ -27,7 +27,7 @@ class ListenerHold:
     """The hold, and the time until which clients still retry after a hold has ended."""
 
     listeners: SharedListeners
-    #: What the next program (after an upgrade or a kill) needs.
+    #: What the next program needs.
     record: HoldRecord = field(default_factory=HoldRecord)
 
     @property

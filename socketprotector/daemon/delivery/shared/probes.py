@@ -87,7 +87,7 @@ class Probes:
     def reach_as_client(
         self, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> ProbeTarget | None:
-        """Return the target of probes that reach the serving generation as clients do.
+        """Return the target for probes that reach the serving generation as clients do.
 
         None: no such listener.  name: the name of the listener; "": the first listener.  knows:
         returns whether the serving generation knows a listener, by index.
@@ -140,7 +140,7 @@ class Probes:
     def reach_by_mark(
         self, generation: int, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> ProbeTarget | None:
-        """Return the target of probes that reach a generation by a mark, or by its socket's file.
+        """Return the target for probes that reach a generation by a mark, or by its socket's file.
 
         None: the generation does not accept, or has no such listener with two sockets.
         name: the name of the listener; "": the first listener that has two sockets.  knows: returns

@@ -88,7 +88,7 @@ class SocketSteering(Steering):
         for each in self._listeners.living:
             try:
                 self._repairs.make_ready(each, socket_number)
-            except OSError as error:  # if not raised, the listener keeps its present socket
+            except OSError as error:  # without `raise`, the listener keeps its socket
                 is_needed = self._repairs.must_be_reachable(each)
                 if fresh and is_needed and error.errno not in RESOURCE_ERRNOS:
                     self._watch.watch()
@@ -152,7 +152,6 @@ class SocketSteering(Steering):
         self._report_held_clients()
 
     def adopt_held(self) -> None:
-        """After a hold, pass held clients to the next generation; also clients of `passed_on`."""
         free = self.turns.free
         if self.hold.on:
             return
@@ -347,7 +346,6 @@ class SocketSteering(Steering):
             self.steer()
 
     def gets_no_client(self, generation: int) -> bool:
-        """Return whether no new client comes to a generation; always True during a stop."""
         turns = self.turns
         if turns.given_back or self._repairs.ended:
             return True
@@ -408,11 +406,9 @@ class SocketSteering(Steering):
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
 
     def repair(self, listener: Listener, socket_number: int) -> None:
-        """Repair a socket that was shut down."""
         self._repairs.repair(listener, socket_number)
 
     def replace(self, listener: Listener, socket_number: int) -> None:
-        """Replace a broken socket by a new socket."""
         self._repairs.replace(listener, socket_number)
 
     def _repair(self) -> None:

@@ -52,7 +52,7 @@ class _CommandLine(Answering, click.Command):
 @click.option(
     "--name",
     multiple=True,
-    shell_complete=lambda _, __, begun: discovery.running(begun),
+    shell_complete=lambda _, __, begun: discovery.names_with_prefix(begun),
     help="The instance with this name; repeatable.",
 )
 @click.option(

@@ -1,7 +1,7 @@
 """`socketprotectorctl` and `python -m socketprotector.ctl`.
 
-The import of ctl/main.py fails if memory is short.  So main() below imports that module late, and
-reports the failure in one line.
+If memory is short, the import of ctl/main.py fails.  So main() below imports ctl/main.py itself,
+and reports the failure in one line.
 """
 
 from __future__ import annotations

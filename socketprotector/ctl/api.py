@@ -1,8 +1,7 @@
-"""The public API for socketprotector-exporter, which imports only this module and `__version__`.
+"""The names that socketprotector-exporter imports from this distribution, besides `__version__`.
 
-Most functions find control sockets, request the status and read its fields.  The others help a
-program with its messages, files and exit statuses.  Nothing here needs a third-party package.
-If you change or remove a name, change the exporter in the same commit.
+Most are functions that find control sockets, request the status and read its fields.  None needs a
+third-party package.  If you change or remove a name, change the exporter in the same commit.
 """
 
 from __future__ import annotations

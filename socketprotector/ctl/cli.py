@@ -1,4 +1,4 @@
-"""What all commands share: --json, the options that choose an instance, and the output."""
+"""What all commands share: --json, the options that choose a protector, and the output."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from .client import ANSWER_S, Client, Message
 from .help_pages import GROUPS, HelpGroup, print_full_help
 
 NAME = "socketprotectorctl"
-#: Matches a command in a message, such as `status`; with_instance() adds the instance option.
-#: `list` and `completion` do not match, because they need no instance.
+#: Matches a command in a message, such as `status`, to which with_instance() adds the instance
+#: option.  `list` and `completion` take no such option.
 _COMMAND = re.compile(
     rf"`(?:{NAME} )?((?:{'|'.join({*sum(GROUPS.values(), ())} - {'list', 'completion'})})\b[^`]*)`"
 )
-#: The beginning of each line of a worker's last words (also in quoted() of reload.py).
+#: The beginning of each printed line of a worker's last words (also in quoted() of reload.py).
 _QUOTED = "  | "
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class OutputClosed(Exception):
-    """The reader of stdout, such as `head`, has exited.  We exit with 0, not with click's 1."""
+    """The reader of stdout, such as `head`, has exited.  We exit with 0; click would with 1."""
 
 
 class OutputFailed(Refusal):
@@ -50,23 +50,23 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """The instance option of a command.  Without it, path() finds the only running instance."""
+    """The instance option: at most one of --name, --control and --pid-file chooses the protector.
+
+    Without this option, path() finds the only running protector.
+    """
 
     name: str | None = None
     control: str | None = None
     pid_file: str | None = None
 
     def command_line(self, words: str) -> str:
-        """Return the command line that runs a command for this instance, to be pasted.
-
-        words: the command and its arguments.
-        """
+        """Return the complete command line for a command.  words: the command and its arguments."""
         options = {"--name": self.name, "--control": self.control, "--pid-file": self.pid_file}
         given = [word for name, value in options.items() if value for word in (name, value)]
         return " ".join((NAME, *map(shlex.quote, given), words))
 
     def path(self) -> str:
-        """Return the path of the protector's control socket.  Raises NoProtector, UsageError."""
+        """Return the path of the chosen protector's socket.  Raises NoProtector, UsageError."""
         if self.control is not None:
             return discovery.by_path(self.control)
         if self.name is not None:
@@ -78,7 +78,7 @@ class Instance:
     def client(
         self, answer_s: float = ANSWER_S, *, events: bool = False, until: float = math.inf
     ) -> Client:
-        """Return a new connection, which the caller closes.
+        """Return a new connection to the protector; the caller closes it.
 
         The arguments are those of Client.__init__() in client.py.
         Raises NoProtector, RequestRefused, UsageError.
@@ -95,10 +95,9 @@ class Instance:
 
 
 def _store_instance(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Store an instance option, given before or after the command.
+    """Store an instance option.  Raises UsageError if one is stored already.
 
-    value: None if this option was not given.  Raises UsageError if an instance option was stored
-    before.
+    The option can come before or after the command.  value: None if the option was not given.
     """
     if value is None:
         return
@@ -110,8 +109,8 @@ def _store_instance(ctx: click.Context, param: click.Parameter, value: str | Non
 
 
 def _complete_name(_: click.Context, __: click.Parameter, typed: str) -> list[str]:
-    """Return the instance names that begin with the typed text."""
-    return discovery.running(typed)
+    """Return the protectors' names that begin with the typed text."""
+    return discovery.names_with_prefix(typed)
 
 
 def _instance_options(function: Function, *, hidden: bool = False) -> Function:
@@ -124,8 +123,8 @@ def _instance_options(function: Function, *, hidden: bool = False) -> Function:
         function = click.option(
             f"--{name}",
             metavar=metavar,
-            # click.Path makes shells complete files.  With readable=False click does not check the
-            # permission, so the command itself reports a missing permission.
+            # click.Path makes shells complete files.  readable=False: the command itself, not
+            # click, reports a missing permission.
             type=None if name == "name" else click.Path(readable=False),
             shell_complete=_complete_name if name == "name" else None,
             hidden=hidden,
@@ -164,7 +163,7 @@ def program(ctx: click.Context) -> None:
 def command(name: str | None = None, **settings: Any) -> Callable[[Function], click.Command]:
     """Return a decorator that turns a function into a command.
 
-    The function's first argument is the Instance.  The function gets the flag --json as `as_json`.
+    The function's first argument is the Instance; its argument `as_json` is the flag --json.
     """
 
     def decorate(function: Function) -> click.Command:
@@ -197,7 +196,7 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
 
 
 def with_instance(text: str) -> str:
-    """Return a message in which each command, such as `status`, is complete and can be pasted.
+    """Return a message whose commands, such as `status`, can be pasted into a shell.
 
     Each command gets the name of this program and the instance option that the operator gave.
     Lines of a worker's last words stay unchanged.
@@ -206,11 +205,11 @@ def with_instance(text: str) -> str:
     instance = context.find_object(Instance) if context is not None else None
     instance = instance or Instance()
 
-    def whole(found: re.Match[str]) -> str:
+    def completed(found: re.Match[str]) -> str:
         return f"`{instance.command_line(found[1])}`"
 
     lines = text.split("\n")
-    return "\n".join(x if x.startswith(_QUOTED) else _COMMAND.sub(whole, x) for x in lines)
+    return "\n".join(x if x.startswith(_QUOTED) else _COMMAND.sub(completed, x) for x in lines)
 
 
 def say(text: str) -> None:
@@ -229,8 +228,8 @@ def plural(number: int, noun: str, plural_noun: str = "") -> str:
     return noun if number == 1 else plural_noun or f"{noun}s"
 
 
-def answer(as_json: bool, result: Message, words: str) -> None:
-    """Print the outcome of a command: `words`, or with --json the protector's result."""
+def say_result(as_json: bool, result: Message, words: str) -> None:
+    """Print a command's outcome: the words, or with --json the result that the protector sent."""
     if as_json:
         say_outcome(say_json, result)
     else:
@@ -238,9 +237,9 @@ def answer(as_json: bool, result: Message, words: str) -> None:
 
 
 def say_outcome(printer: Callable[[Any], None], outcome: Any) -> None:
-    """Print the outcome of a command.
+    """Call `printer` with a command's outcome.
 
-    A failure to print does not change the exit status, which still reports the outcome.
+    A failure to print does not change the exit status, which reports the outcome.
     """
     try:
         printer(outcome)
@@ -251,7 +250,7 @@ def say_outcome(printer: Callable[[Any], None], outcome: Any) -> None:
 
 
 def say_last_words(text: str) -> None:
-    """Print a worker's last words, indented below the preceding line."""
+    """Print a worker's last words, each line after _QUOTED."""
     for line in text.strip("\n").split("\n"):
         if line:
             say(f"{_QUOTED}{line}")

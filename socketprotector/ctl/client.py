@@ -3,8 +3,8 @@
 An upgrade, or a crash under --guard or systemd, ends the connection, but the control socket keeps
 listening.  So query() and reconnect() try for up to RETURN_S to connect to this socket again.
 
-This module needs no third-party package, and prints nothing.  Each call blocks for a limited
-time.  The module checks the form and length of everything that it receives.
+Each call blocks for a limited time.  The module checks the form and length of each message, because
+the peer may be another program.
 
 Source: docs/control.md; unix(7) for SO_PEERCRED and SO_PASSCRED.
 """
@@ -28,9 +28,10 @@ from .errors import ConnectionLost, NoProtector, RequestRefused
 from .fields import label, text_in
 from .message import message_in
 
+#: The version of the control protocol.
 VERSION = 1
-#: How long to wait for an answer.  A protector answers within milliseconds, or after a crash within
-#: a few hundred milliseconds.  On an overloaded machine the answer takes longer.
+#: How long to wait for an answer.  A protector answers within milliseconds, unless the machine is
+#: overloaded.
 ANSWER_S = 10.0
 #: How long to try to reconnect.  A guard restarts a killed protector within 0.3 s.  If the
 #: protector dies again and again, the guard waits longer before each further start.
@@ -38,13 +39,13 @@ RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
 #: A protector buffers at most 1 MiB for a client, so it never sends a longer line.
 LONGEST_LINE = 1024 * 1024
-#: How many events, and how many bytes of events, answer() buffers.
+#: The most events, and the most bytes of events, that answer() buffers.
 _MOST_EVENTS, _MOST_EVENT_BYTES = 10_000, 2 * 1024 * 1024
 #: The size of sun_path without the final zero byte (unix(7)).
 _LONGEST_PATH = 107
 #: Pid, uid and gid of SO_PEERCRED and SCM_CREDENTIALS, in our own namespaces.
 _CREDENTIALS = struct.Struct("3i")
-#: Room for credentials alone, so that the kernel drops descriptors in a message.
+#: Room for credentials only, so that the kernel drops descriptors that a peer sends.
 _CREDENTIALS_BYTES = socket.CMSG_SPACE(_CREDENTIALS.size)
 
 Message = dict[str, Any]
@@ -61,18 +62,18 @@ class Client:
         events: bool = False,
         until: float = math.inf,
     ) -> None:
-        """Connect, and follow events if `events` is true.  Raises NoProtector, RequestRefused.
+        """Connect to the control socket at `path`.  Raises NoProtector, RequestRefused.
 
         answer_s: how long to wait for an answer.
-        until: the deadline, by time.monotonic().  Connecting, reconnect(), request() and query()
-        give up at this time.
+        events: whether to request the events, which the protector then sends as they happen.
+        until: the deadline of connecting, reconnect(), request() and query(), by time.monotonic().
         """
         self.path = path
         self._answer_s = answer_s
         self._until = until
         self._follows = events
         self._last_id = 0
-        #: The commands of all requests so far.  The last request may have been sent in part only.
+        #: The commands of all requests so far; perhaps only a part of the last request was sent.
         self.requested: set[str] = set()
         self._connect(answer_s)
         if events:
@@ -80,13 +81,13 @@ class Client:
                 self._request("events", {}, answer_s)
 
     def _connect(self, within_s: float) -> None:
-        self._socket = connect(self.path, self._until_deadline(within_s))
-        # Set this only now: with SO_PASSCRED set, connect(2) would bind the socket to an abstract
+        self._socket = connect(self.path, self._limited_s(within_s))
+        # Set SO_PASSCRED after connect(2), which would otherwise bind the socket to an abstract
         # name.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._begin()
+        self._reset()
 
-    def _until_deadline(self, within_s: float) -> float:
+    def _limited_s(self, within_s: float) -> float:
         """Return a timeout, shortened so that the wait ends by the client's deadline.
 
         A timeout above 0 stays above 0 even after the deadline, because 0 would make the socket
@@ -95,8 +96,8 @@ class Client:
         left_s = self._until - time.monotonic()
         return min(within_s, max(0.001, left_s)) if within_s else within_s
 
-    def _begin(self) -> None:
-        """Discard the buffers, which may contain messages of an earlier connection."""
+    def _reset(self) -> None:
+        """Forget everything that an earlier connection received."""
         self._buffer = bytearray()
         self._events: deque[Message] = deque()
         self._events_bytes = 0
@@ -105,16 +106,16 @@ class Client:
         self.protector_pid = 0
 
     def reconnect(self, within_s: float = math.inf, answer_s: float = 0.0) -> Message:
-        """Connect again, follow events if the client followed them, and return the status.
+        """Connect again and return the status; request the events again, if they were requested.
 
-        Tries for `within_s`, but no longer than RETURN_S.  Sends the requests for events and status
-        together: a protector that is about to exit answers only the requests that it has already
-        received.  Raises NoProtector if no protector answers, RequestRefused after a refusal.
+        Sends both requests together: a protector that is about to exit answers only the requests
+        that it has already received.
+        Raises NoProtector if no protector answers, RequestRefused after a refusal.
 
-        answer_s: once connected, the timeout for the answer is at least this long.  By default it
-        is the time that was left of `within_s` before the last try to connect, but at least 0.1 s.
+        within_s: how long to try, at most RETURN_S.
+        answer_s: how long to wait for the status at least, even if `within_s` ends earlier.
         """
-        limit_s = self._until_deadline(min(within_s, RETURN_S))
+        limit_s = self._limited_s(min(within_s, RETURN_S))
         until = time.monotonic() + limit_s
         while True:
             self.close()
@@ -142,10 +143,7 @@ class Client:
 
     @property
     def peer_pid(self) -> int:
-        """Return the pid of the process that last called listen() on the control socket.
-
-        This is the protector or one of its ancestors.
-        """
+        """The pid of the process that last called listen(): the protector or an ancestor of it."""
         credentials = self._socket.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
         )
@@ -154,8 +152,8 @@ class Client:
     def shares_pids(self, status: Message) -> bool:
         """Return True if the protector of this connection is in our own PID namespace.
 
-        Otherwise a pid in its status may be the pid of an unrelated process in our namespace.
-        status: an answer that came over this connection.
+        Otherwise a pid in the protector's status may be an unrelated process's pid here.
+        status: the protector's status, received over this connection.
         """
         return self.protector_pid == status.get("pid")
 
@@ -165,8 +163,8 @@ class Client:
         """Send a request once and return its result.
 
         Raises RequestRefused if the protector refuses.
-        Raises ConnectionLost if the connection ends before the answer.  It is then unknown whether
-        the protector has carried out the request.
+        Raises ConnectionLost if the connection ends before the answer; the protector may still have
+        carried out the request.
         Raises NoProtector if no answer comes in time.  Perhaps only a part of the request was sent,
         so the caller must call close() or reconnect().
         """
@@ -176,22 +174,23 @@ class Client:
         """Send a request that is safe to repeat, and return its result.
 
         If the connection ends before the answer, reconnect and send the request again, for up to
-        RETURN_S.  One new connection may not suffice: a protector may crash after an upgrade.
+        RETURN_S.  The new connection may end, too: a protector may crash after an upgrade.
+        Raises the errors of request().
         """
-        until = time.monotonic() + self._until_deadline(RETURN_S)
+        until = time.monotonic() + self._limited_s(RETURN_S)
         while True:
             try:
                 return self.request(command, **arguments)
             except ConnectionLost as error:
                 left_s = until - time.monotonic()
                 if left_s <= 0 and time.monotonic() >= self._until:
-                    raise NoProtector(str(error), "silent") from error  # the client's deadline
+                    raise NoProtector(str(error), "silent") from error  # after the deadline
                 if left_s <= 0:
                     raise
                 self.reconnect(left_s)
 
     def _request(self, command: str, arguments: Message, within_s: float) -> Message:
-        within_s = self._until_deadline(within_s)
+        within_s = self._limited_s(within_s)
         until = time.monotonic() + within_s
         self.send(command, arguments, until)
         result = self.answer(until)
@@ -206,7 +205,7 @@ class Client:
     def send(self, command: str, arguments: Message, until: float) -> None:
         """Send a request.  until: the deadline, by time.monotonic().
 
-        Raises NoProtector, but not if the connection has ended: then answer() raises an error.
+        Raises NoProtector.  If the connection has ended, answer() raises the error instead.
         """
         self._last_id += 1
         self._follows |= command == "events"
@@ -222,8 +221,8 @@ class Client:
             ) from None
         except OSError as error:
             # EPIPE, ECONNRESET: the protector has closed the connection, perhaps after a refusal.
-            # EBADF: we have closed the connection ourselves, after a failed reconnect().
-            # So raise nothing here: answer() reads the refusal, or raises ConnectionLost.
+            # EBADF: we closed the connection ourselves.
+            # In these cases answer() reads the refusal, or raises ConnectionLost.
             if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EBADF):
                 raise NoProtector(f"{self.path}: {error.strerror}") from error
 
@@ -246,9 +245,8 @@ class Client:
             elif message.get("id") in (self._last_id, None):
                 return _result(message)
             else:
-                # This message answers an earlier request.  reconnect() sends two requests; if the
-                # protector refuses the first, _result() raises RequestRefused here.
-                _result(message)
+                # The answer to an earlier request, such as the first of reconnect()'s two requests.
+                _result(message)  # raises RequestRefused after a refusal
                 self._late_answers += 1
                 if self._late_answers > self._last_id:
                     raise self.foreign_peer_error()
@@ -271,15 +269,15 @@ class Client:
                 return found[0]
             if self._has_run_out(until):
                 return None
-        # _MOST_EVENT_BYTES stops a peer that sends events endlessly while answer() waits.  Here the
-        # caller reads the events, so start a new count, although some are still buffered.
+        # _MOST_EVENT_BYTES stops a peer that sends events endlessly while answer() waits.  Now the
+        # caller is reading the events, so count from 0 again.
         self._events_bytes = 0
         return self._events.popleft()
 
     # -- lines -------------------------------------------------------------------
 
     def _has_run_out(self, until: float) -> bool:
-        """Return True if `until` has passed and no complete line is buffered."""
+        """Return True if the time `until` has passed and no complete line is buffered."""
         return time.monotonic() >= until and b"\n" not in self._buffer
 
     def _message(self, until: float) -> tuple[Message, int] | None:
@@ -296,7 +294,7 @@ class Client:
         """Return the next line; None if no complete line arrives in time."""
         searched = 0
         while (end := self._buffer.find(b"\n", searched)) < 0:
-            # Read at least once: with a timeout of 0 s, too, an event that has arrived is returned.
+            # Read at least once, so that a timeout of 0 s returns a line that has already arrived.
             left_s = max(0.0, until - time.monotonic())
             if searched and not left_s:
                 return None
@@ -324,10 +322,7 @@ class Client:
 
     @property
     def unread_bytes(self) -> int:
-        """The number of buffered bytes: unread lines, and events that answer() has buffered.
-
-        event() resets the count of the events' bytes whenever it returns a buffered event.
-        """
+        """The number of received bytes that are buffered.  Valid only before the first event()."""
         return len(self._buffer) + self._events_bytes
 
     def foreign_peer_error(self) -> NoProtector:
@@ -339,7 +334,7 @@ class Client:
     def close(self) -> None:
         """Close the connection and discard the buffers.  A second call changes nothing."""
         self._socket.close()
-        self._begin()
+        self._reset()
 
     def __enter__(self) -> Client:
         return self
@@ -349,11 +344,11 @@ class Client:
 
 
 def connect(path: str, timeout_s: float) -> socket.socket:
-    """Return a connected socket; the caller closes it.
+    """Return a socket that is connected to a control socket; the caller closes it.
 
-    Raises NoProtector.  Raises RequestRefused (denied) if the socket's mode forbids the connection.
-    timeout_s: how long to wait if the backlog is full.  0: do not wait, and return a non-blocking
-    socket.
+    timeout_s: how long to wait if the backlog is full; 0: not at all, and the returned socket is
+    non-blocking.
+    Raises NoProtector; RequestRefused (denied) if the socket's mode forbids the connection.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -367,7 +362,7 @@ def connect(path: str, timeout_s: float) -> socket.socket:
 
 
 def _connect_to_path(sock: socket.socket, path: str) -> None:
-    """Connect a socket.  A path that is too long for connect(2) is reached by its folder."""
+    """Connect a socket.  If the path is too long for connect(2), use a descriptor of its folder."""
     if len(os.fsencode(path)) <= _LONGEST_PATH:
         sock.connect(path)
         return
@@ -383,7 +378,7 @@ def _connect_to_path(sock: socket.socket, path: str) -> None:
 
 
 def _connect_error(path: str, error: OSError) -> NoProtector | RequestRefused:
-    """Return the error to raise, with advice, if a connection to this path has failed."""
+    """Return the error to raise if connect(2) to this path has failed, with advice."""
     match error:
         case PermissionError():
             why = (
@@ -409,7 +404,7 @@ def _connect_error(path: str, error: OSError) -> NoProtector | RequestRefused:
 def process_exists(pid: int) -> bool:
     """Return True if the process exists, even as a zombie.
 
-    This does not need /proc, which may be missing or hide other users' processes.
+    Uses kill(2), because /proc may be missing or hide other users' processes.
     """
     try:
         os.kill(pid, 0)

@@ -1,12 +1,12 @@
 """Reads the open connections of workers from /proc.
 
-The protector does not see when a worker closes a connection, so it cannot list the open ones.
-Only connections to a listener's address are shown.  Connections that a worker opens itself, such as
-to a database, are left out.  The worker's descendants are searched, too, because a server may fork
-a child for each connection.
+The protector does not see when a worker closes a connection, so it cannot list open connections.
+Connections that a worker opens itself, such as to a database, are left out: only connections to a
+listener's address are returned.  The worker's descendants are searched, too, because a server may
+fork a child for each connection.
 
-Source: proc(5).  The columns of `net/tcp`: local and remote address, state, tx_queue:rx_queue,
-inode.
+Source: proc(5).  The columns of `net/tcp` that are used: local and remote address, state,
+tx_queue:rx_queue, inode.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .fields import listed, number_in, text_in
 _LISTENING = "0A"
 #: SS_CONNECTED of linux/net.h, the state of both ends of a UNIX connection.
 _CONNECTED = "03"
+#: The values of Connection.bound.
 EXACT, AT_LEAST, AT_MOST = "exact", "at least", "at most"
 _HIDDEN = f"not in /proc (hidepid, or {procfs.MISSING}); run as root, with /proc mounted"
 _ELSEWHERE = "in another PID namespace; run this command in the same container"
@@ -49,7 +50,7 @@ class Connection:
     local: str
     peer: str
     age_s: float
-    bound: str  # whether age_s is EXACT, AT_LEAST or AT_MOST
+    bound: str  # whether age_s is the EXACT age, or the age is AT_LEAST or AT_MOST age_s
     waiting_bytes: int | None
 
 
@@ -64,7 +65,7 @@ class HiddenWorker:
 
 
 class _Socket(TypedDict):
-    """A connection in a table of /proc/PID/net; the names are those of Connection."""
+    """A connection in a table of /proc/PID/net; its fields are fields of Connection."""
 
     local: str
     peer: str
@@ -88,12 +89,13 @@ def find_connections(
     shares_pids: whether the workers' pids are of our own PID namespace (Client.shares_pids).
 
     Only some workers record when they accepted a connection (docs/protocol.md).  Without a record,
-    an age is a bound.  A draining generation's connection is at least as old as the drain, which
-    began at `since_at`.  Any other connection is at most as old as its worker, started at
-    `since_at`.
+    the worker's field `since_at` limits the age.  For a generation in `draining`, `since_at` is
+    when the drain began, and all its connections are older.  For any other generation, `since_at`
+    is when the worker started, and all its connections are younger.
     """
     addresses = tuple(listeners)
-    # Key: worker, network namespace, inode.  A parent and its forked child may share a socket.
+    # Key: worker, network namespace, inode.  A worker and its forked child have the same number;
+    # they may share a socket.
     found: dict[tuple[int, str, int], Connection] = {}
     hidden_workers: list[HiddenWorker] = []
     tables: dict[str, dict[int, _Socket]] = {}
@@ -108,7 +110,7 @@ def find_connections(
             continue
         pids = _session_members(pid) if worker.get("orphaned") is True else [pid]
         if not pids:
-            continue  # the last process that the dead worker left has ended meanwhile
+            continue  # the dead worker's last child has ended meanwhile
         try:
             namespace = os.readlink(f"/proc/{pids[0]}/ns/net")
             if namespace not in tables:
@@ -122,17 +124,17 @@ def find_connections(
             hidden_workers.append(HiddenWorker(generation, number, pid, why))
         times = worker.get("accepted_at_by_fd")
         for inode, fd in inodes.items():
-            if (seen := tables[namespace].get(inode)) is None:
+            if (entry := tables[namespace].get(inode)) is None:
                 continue
             begun, bound = worker.get("since_at"), AT_LEAST if generation in draining else AT_MOST
             at = times.get(str(fd)) if isinstance(times, dict) and fd is not None else None
             if isinstance(at, int | float):
                 begun, bound = at, EXACT
             age_s = max(0.0, now - begun) if isinstance(begun, int | float) else 0.0
-            # Of several entries for a shared socket, keep the exact age.
+            # If several processes share the socket, keep the connection with the exact age.
             if bound == EXACT or (number, namespace, inode) not in found:
-                each = Connection(generation, number, pid, **seen, age_s=age_s, bound=bound)
-                found[number, namespace, inode] = each
+                connection = Connection(generation, number, pid, **entry, age_s=age_s, bound=bound)
+                found[number, namespace, inode] = connection
     return [*found.values()], hidden_workers
 
 
@@ -142,9 +144,9 @@ def addresses_of(status: Message) -> list[str]:
 
 
 def _session_members(leader: int) -> list[int]:
-    """Return the living processes of a session whose leader has ended.
+    """Return the living processes of the session of a worker that has exited.
 
-    A worker in the state `orphaned` has exited; its pid is the number of this session.
+    leader: the pid of a worker in state `orphaned`, which is also the number of its session.
     """
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
@@ -173,8 +175,8 @@ def _inodes(pids: Sequence[int]) -> tuple[dict[int, int | None], str]:
     """Return the sockets of these processes and of their descendants, and why some are hidden.
 
     pids: the worker; if the worker has ended, the processes of its session instead.
-    The sockets: inode -> the socket's descriptor in the first of `pids`; None: not open there.
-    The reason says why we cannot read some of the processes; "": all were read, or have ended.
+    The sockets are a map: inode -> the descriptor in the process pids[0]; None if only another
+    process has the socket.  The reason is "" if no socket is hidden.
     """
     found: dict[int, int | None] = {}
     why = ""
@@ -182,10 +184,10 @@ def _inodes(pids: Sequence[int]) -> tuple[dict[int, int | None], str]:
     while todo:
         each = todo.pop()
         try:
-            for number, inode in procfs.sockets(each):
-                # Only the worker's own descriptors are in `accepted_at_by_fd`, where the caller
-                # looks for this number.
-                found.setdefault(inode, number if each == worker else None)
+            for fd, inode in procfs.sockets(each):
+                # `accepted_at_by_fd`, where the caller looks for fd, has only the worker's own
+                # descriptors.
+                found.setdefault(inode, fd if each == worker else None)
             todo += procfs.children_of(each)
         except OSError as error:
             hidden = _why_hidden(each, error)
@@ -226,7 +228,7 @@ def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
     waiting = unread_unix()
     for words in _lines(path):
         if len(words) < 7 or not words[6].isdecimal():
-            continue  # a part of a line: a socket's name may contain a line break
+            continue  # the rest of a socket's name that contains a line break
         state, inode = words[5], words[6]
         name = path_of(" ".join(words[7:]))  # a path may contain blanks
         if state == _CONNECTED and name in addresses:
@@ -235,10 +237,10 @@ def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
 
 
 def _lines(path: str) -> Iterator[list[str]]:
-    """Yield the words of each line in a table, without the headings."""
+    """Yield the words of each line in a table, without the line of headings."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as table:
-            next(table, None)  # the headings
+            next(table, None)
             for line in table:
                 yield line.split()
     except FileNotFoundError:  # the kernel has no IPv6, or the process has ended
@@ -246,7 +248,7 @@ def _lines(path: str) -> Iterator[list[str]]:
 
 
 def _readable(text: str) -> str:
-    """Return the readable form of an address such as `0100007F:10E1`.
+    """Return an address such as `0100007F:10E1` in readable form: `127.0.0.1:4321`.
 
     Each group of four bytes is in the host's byte order.
     """

@@ -1,6 +1,7 @@
 """The commands deploy, rollback and releases, for a protector with --releases.
 
-`current` is the symbolic link that the protector's option --current names.  It leads to a release.
+`current` is the symbolic link that the protector's option --current names; it leads to the release
+that a restart starts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .reload import OUTCOME, TIMEOUT, WAIT, await_success, read_status_before
 from .reload_progress import Awaited
 
 _OUTCOME = (*OUTCOME, "release", "from_release")
-#: Field of a release with a time -> the words to print before this time.
+#: Field of a release -> the words to print before the time in this field.
 _TIMES = {"served_at": "served since", "failed_at": "failed", "refused_at": "refused"}
 
 
@@ -30,7 +31,7 @@ def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 
 def _complete(ctx: click.Context, _: click.Parameter, typed: str) -> list[str]:
-    """Return the names of the instance's releases that begin with the typed text."""
+    """Return the names of releases that begin with the typed text."""
     try:
         found = listed((ctx.obj or Instance()).request("releases"), "releases")
     except Exception:  # an error is shown when the command is run, not while it is typed
@@ -78,17 +79,17 @@ def deploy(
 ) -> None:
     """Start a release from the --releases folder. The release takes over when it is ready.
 
-    The protector's option --current names a symbolic link. The link leads to the release that a
+    The protector's option --current names a symbolic link, which leads to the release that a
     restart starts. When the new release is ready, has settled and has passed all checks,
-    SocketProtector moves the link to it. If the release fails, the exit status is 3: the old
-    release is still serving, and the link is unchanged.
+    SocketProtector moves the link to the new release. If the new release fails, the exit status is
+    3: the old release is still serving, and the link is unchanged.
 
-    Exit status 2: nothing was tried. Either --expect or the link names a release that is not
-    serving, --current is no symbolic link, or this protector does not own the link. 5: the release
-    is serving, but the link or the history is not on disk yet. 6: another deploy, reload or dry run
-    is in progress.
+    Exit status 2: nothing was tried, because the release that --expect or the link names is not
+    serving, --current is no symbolic link, or another protector owns the link. 5: the release is
+    serving, but the link or the history is not on disk yet. 6: another deploy, reload or dry run is
+    in progress.
     """
-    arguments = _set_only(release=release, expect=expect, force=force, dry_run=dry_run)
+    arguments = _without_unset(release=release, expect=expect, force=force, dry_run=dry_run)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
         before = read_status_before(operation)
         operation.outcome["release"] = release
@@ -118,11 +119,11 @@ def rollback(
     During a reload or deploy, --expect is compared with the release that is starting, not with the
     serving release.
 
-    Exit status 2: nothing was tried. Either there is nothing to roll back, --expect names another
-    release, --current is no symbolic link, or this protector does not own the link. 6: a dry run,
-    or a reload that cannot be ended, is in progress.
+    Exit status 2: nothing was tried, because there is nothing to roll back, --expect names another
+    release, --current is no symbolic link, or another protector owns the link. 6: a dry run, or a
+    reload that cannot be ended, is in progress.
     """
-    arguments = _set_only(expect=expect)
+    arguments = _without_unset(expect=expect)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
         before = read_status_before(operation)
         operation.outcome["from_release"] = serving = _releases_in(before).get("serving")
@@ -138,8 +139,8 @@ def rollback(
         _await_deploy(operation, before, number, name, dry_run=False, wait=wait, old=serving)
 
 
-def _set_only(**arguments: Any) -> dict[str, Any]:
-    """Return the arguments without those that are False or None."""
+def _without_unset(**arguments: Any) -> dict[str, Any]:
+    """Return the arguments that are neither False nor None."""
     return {name: value for name, value in arguments.items() if value}
 
 
@@ -150,10 +151,10 @@ def _releases_in(status: Message) -> Message:
 
 
 def _is_unchanged(client: Client, before: Message, name: str, expect: str | None) -> bool:
-    """Return True if the release is serving, has not changed, and `current` names it.
+    """Return True if the release is serving and unchanged, and `current` leads to it.
 
-    Return False if `expect` names another release: then the deploy is requested, and the protector
-    refuses the request.
+    Returns False if `expect` names another release, so that the caller requests the deploy and the
+    protector refuses the request.
     """
     releases = _releases_in(before)
     if expect not in (None, name) or (releases.get("serving"), releases.get("current")) != (
@@ -168,7 +169,7 @@ def _is_unchanged(client: Client, before: Message, name: str, expect: str | None
 def _request_deploy(client: Client, before: Message, name: str, arguments: dict[str, Any]) -> int:
     """Request a deploy, and return the number of its generation.
 
-    If the connection is cut and the deploy has not begun, send the request again.
+    If the connection is cut before the deploy has begun, send the request again.
     before: the status before the request.
     """
     if "releases" not in before:
@@ -202,7 +203,7 @@ def _await_deploy(
     """Wait for the verdict on a release, and until `current` is on disk; print the outcome.
 
     before: the status before the request.
-    promised: the number of the release's generation, from the answer to the request.
+    promised: the release's generation, as in the answer to the request.
     wait: if false, only print that the deploy was requested.
     old: the release that was serving before, if known.
     """
@@ -228,9 +229,9 @@ def _await_deploy(
 
 
 class _CurrentSaved(Awaited):
-    """Waits until `current` and the history of releases are on disk, or a write has failed."""
+    """Waits until `current` and the history of releases are on disk, or writing has failed."""
 
-    cut = "the connection was cut: an upgrade or a crash; connecting again"
+    cut_line = "the connection was cut: an upgrade or a crash; connecting again"
 
     def __init__(self, name: str, tell: Any) -> None:
         super().__init__(tell)
@@ -242,11 +243,11 @@ class _CurrentSaved(Awaited):
         super().on_status(status)
         releases = _releases_in(status)
         self.error = text_in(releases, "error")
-        # If another release is serving by now, a later deploy moves `current`, so do not wait.
+        # If another release is serving by now, `current` need not lead to ours any more.
         self._done = releases.get("saved") is not False or releases.get("serving") != self._name
 
     def waits_for(self) -> str:
-        """Return what is missing; "" if nothing is missing, or a write has failed."""
+        """Return what is missing; "" if nothing is missing, or writing has failed."""
         return "" if self._done or self.error else "`current` and the history to be on disk"
 
 
@@ -254,10 +255,10 @@ class _CurrentSaved(Awaited):
 def releases(instance: Instance, as_json: bool) -> None:
     """List the tried releases, with times, and with reasons of failures.
 
-    The release that was tried last comes last. Only a current or serving release without a recorded
-    try follows it. A "failed" release was started and did not succeed; a "refused" release was
-    never started. A "changed" release had succeeded, and then its folder was replaced, or its
-    program was replaced or edited. Changes of other files are not detected.
+    The list is in the order of the last try, oldest first. A current or serving release without a
+    recorded try comes at the end. A "failed" release was started and did not succeed; a "refused"
+    release was not started. A "changed" release succeeded, and later its folder was replaced, or
+    its program was replaced or edited. Changes of other files are not detected.
     """
     result = instance.request("releases")
     if as_json:

@@ -1,4 +1,4 @@
-"""Finds a protector's control socket by path, name or pid file, or as the only one in use.
+"""Finds a protector's control socket: by path, name or pid file, or the only running protector's.
 
 A socket is "silent" if a process listens there but does not answer in time (errors.py).
 """
@@ -34,7 +34,7 @@ _SHELL_SAFE = frozenset(string.ascii_letters + string.digits + "@%+:,./_-")
 def sockets() -> list[str]:
     """Return the paths of all control sockets in the usual folders (system/control_path.py).
 
-    The sockets of protectors that have ended are included.
+    Includes sockets whose protector has ended.
     """
     return control_path.sockets(os.environ, os.geteuid())
 
@@ -54,10 +54,10 @@ def by_path(path: str) -> str:
 
 
 def by_name(name: str) -> str:
-    """Return the socket of the protector with this name.
+    """Return the path of the socket of the protector with this name.
 
-    If several protectors share a name, NAME:PORT or NAME:ADDRESS chooses a protector by its first
-    listener.  PORT alone is accepted, too, unless a protector has this text as its name.
+    name: NAME; or NAME:PORT or NAME:ADDRESS, of the first listener, if several protectors share
+    NAME; or PORT or ADDRESS alone, if no protector has this text as its name.
     If the only match is a socket where no process listens, returns its path; connect() then fails.
     Raises NoProtector if no socket matches, UsageError if several protectors match.
     """
@@ -78,8 +78,8 @@ def by_name(name: str) -> str:
             choices = [f"--control {path}" for path in matching]
         raise UsageError(f"--name {name}: several match; choose one of {_shortened(choices)}")
     if matching or with_key:
-        # Prefer a protector whose status has this name, then a listening socket with this key,
-        # then a socket with this key where no process listens.
+        # Prefer a protector whose status has this name, then a socket with this key where a process
+        # listens, then any other socket with this key.
         return (matching or listening or with_key)[0]
     if silent:
         raise NoProtector(
@@ -94,10 +94,10 @@ def by_name(name: str) -> str:
 
 
 def paths_by_name(names: Sequence[str]) -> list[str]:
-    """Return the path of each named protector's socket, as by_name() does; "": none, or several.
+    """Return the path of each named protector's socket; "" if no protector or several match.
 
-    Unlike by_name(), this queries all sockets at most once, and never waits for a silent protector
-    again: a single silent protector must not delay a scrape of the others.
+    Names are as in by_name().  Queries each socket at most once, for the exporter: a silent
+    protector must not delay the metrics of the others.
     """
     found = sockets()
     keyed = {name: _with_key(name, found) for name in names}
@@ -113,10 +113,10 @@ def paths_by_name(names: Sequence[str]) -> list[str]:
 
 
 def _with_key(name: str, found: Sequence[str]) -> tuple[list[str], list[str], str]:
-    """Return the sockets with a name's key, those of them where a process listens, and the choice.
+    """Return the sockets with a name's key; those where a process listens; the matching socket.
 
-    A socket's key is the protector's name as it is written in the socket's path.  The choice is
-    "" if it needs the names in the protectors' statuses.
+    A socket's key is the protector's name as it is written in the socket's path.
+    The matching socket is "" if the caller must request the statuses to find it.
     """
     key = control_path.key_of(name)
     with_key = [path for path in found if control_path.key(path) == key]
@@ -126,10 +126,9 @@ def _with_key(name: str, found: Sequence[str]) -> tuple[list[str], list[str], st
 
 
 def _with_status_name(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
-    """Return the paths of the sockets of protectors with this name.
+    """Return the paths of the sockets of protectors that have this name in their status.
 
-    If no protector has this name, `name` is a port: return the paths of protectors whose first
-    listener has this port.
+    If no protector has this name, `name` is the port or address of a protector's first listener.
     """
     return [each.path for each in alive if name in _names_of(each)] or [
         each.path for each in alive if f"{_names_of(each)[0]}:{name}" in _names_of(each)
@@ -137,9 +136,9 @@ def _with_status_name(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
 
 
 def _query_silent_again(found: Sequence[SocketAnswer]) -> tuple[list[SocketAnswer], list[str]]:
-    """Request the status from the silent sockets again, for up to ANSWER_S.
+    """Request the status from the silent sockets again, and wait for up to ANSWER_S.
 
-    Returns `found` with the new answers, and the paths of the sockets that are still silent.
+    Returns `found` with the new answers, and the paths of the sockets that are silent again.
     """
     again = query_all((each.path for each in found if each.why == "silent"), ANSWER_S)
     later = {each.path: each for each in again}
@@ -149,23 +148,23 @@ def _query_silent_again(found: Sequence[SocketAnswer]) -> tuple[list[SocketAnswe
     )
 
 
-def running(prefix: str) -> list[str]:
-    """Return the instance names that begin with a prefix, for completion in a shell.
+def names_with_prefix(prefix: str) -> list[str]:
+    """Return the protectors' names that begin with a prefix, for completion in a shell.
 
-    Names of protectors that have ended are included while their sockets exist.  Names with
-    characters that a shell treats specially are left out, because any process can choose any name.
+    Includes a name as long as the socket exists, even if the protector has ended.  Leaves out names
+    with characters that a shell treats specially, because any process can choose any name.
     """
-    found = names(everything())
+    found = names(query_all_sockets())
     return [each for each in found if each.startswith(prefix) and not set(each) - _SHELL_SAFE]
 
 
 def names(found: Sequence[SocketAnswer]) -> list[str]:
     """Return a name for each protector: NAME, or NAME:PORT or NAME:ADDRESS if several share NAME.
 
-    The name of a protector that does not answer is the name in its socket's path.  Any process can
-    claim any name in its status.  So of several protectors with one name, only a protector whose
-    socket is in the folder of this name (docs/control.md) is called NAME.  Only the folder's owner
-    can put a socket there.
+    If a protector does not answer, its name is the name in its socket's path.
+    Any process can claim any name in its status.  So if several protectors claim NAME, only the
+    protector whose socket is in NAME's folder (docs/control.md) is called NAME: only the folder's
+    owner can put a socket there.
     """
     candidates = [_names_of(each) for each in found]
     chosen = [shortest for shortest, *_ in candidates]
@@ -173,15 +172,15 @@ def names(found: Sequence[SocketAnswer]) -> list[str]:
         uses = Counter(chosen)
         chosen = [
             name
-            if uses[name] == 1 or each.path.endswith(_own_folder(name))
+            if uses[name] == 1 or each.path.endswith(_end_in_own_folder(name))
             else longer[min(length, len(longer) - 1)]
             for each, name, longer in zip(found, chosen, candidates, strict=True)
         ]
     return chosen
 
 
-def _own_folder(name: str) -> str:
-    """Return how a socket's path ends if the socket is in the instance's own folder."""
+def _end_in_own_folder(name: str) -> str:
+    """Return the end of a socket's path if the socket is in the protector's own folder."""
     return f"/{control_path.key_of(name)}/{control_path.IN_OWN_FOLDER}"
 
 
@@ -198,7 +197,10 @@ def _names_of(found: SocketAnswer) -> tuple[str, ...]:
 
 
 def by_pid_file(file: str) -> str:
-    """Return the socket of the protector whose pid is in this file.  Raises NoProtector."""
+    """Return the path of the socket of the protector whose pid is in this file.
+
+    Raises NoProtector, UsageError.
+    """
     pid = _living_pid(file)
     found = query_all(sockets())
     matching = _of_process(pid, found)
@@ -220,9 +222,9 @@ def by_pid_file(file: str) -> str:
 
 
 def _of_process(pid: int, found: Sequence[SocketAnswer]) -> list[SocketAnswer]:
-    """Return the answers whose status, or whose socket's process, has this pid.
+    """Return the answers with this pid: SocketAnswer.pid, or `pid` or `main_pid` in the status.
 
-    Under --guard the pid file contains the guard's pid, which is `main_pid` in the status.
+    Under --guard the pid file contains the guard's pid, which is `main_pid`.
     """
     matching = []
     for each in found:
@@ -233,7 +235,7 @@ def _of_process(pid: int, found: Sequence[SocketAnswer]) -> list[SocketAnswer]:
 
 
 def _living_pid(file: str) -> int:
-    """Return the pid in a pid file after checking that a process has this pid.
+    """Return the pid in a pid file, if a process has this pid.
 
     Tries for up to _RESTART_S, because a restarted protector may not have written the file yet.
     Raises NoProtector if the file is missing or no process has the pid, UsageError if the file
@@ -254,9 +256,9 @@ def _living_pid(file: str) -> int:
 
 
 def the_only_one() -> str:
-    """Return the socket of the only running protector.
+    """Return the path of the socket of the only running protector.
 
-    Raises NoProtector if none is running, UsageError if several are.
+    Raises NoProtector if no protector is running, UsageError if several are running.
     """
     listening = [path for path in sockets() if _is_listening(path)]
     if not listening:
@@ -270,24 +272,24 @@ def the_only_one() -> str:
     return listening[0]
 
 
-def everything() -> list[SocketAnswer]:
+def query_all_sockets() -> list[SocketAnswer]:
     """Request the status from all sockets that sockets() returns, and return the answers."""
     return query_all(sockets())
 
 
 def _is_listening(path: str) -> bool:
-    """Return True if a process listens at this socket, even if the process does not accept."""
+    """Return True if a process listens at this path, even if the process does not accept."""
     try:
         connect(path, 0).close()
     except NoProtector as error:
         return error.code == "silent"
     except RequestRefused:
-        pass  # a process listens; the later request reports the missing permission
+        pass  # a process listens; a later request reports the missing permission
     return True
 
 
 def _read_pid(file: str) -> int:
-    """Return the pid in a pid file.  Raises NoProtector, UsageError."""
+    """Return the pid in a pid file.  Raises NoProtector, UsageError as _living_pid() does."""
     try:
         # Without O_NONBLOCK, opening a FIFO waits for a writer.
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -321,9 +323,9 @@ def none_found() -> str:
 
 
 def _env_advice() -> str:
-    """Return advice to set XDG_RUNTIME_DIR; "" if it is set here, or if we are root.
+    """Return advice to set XDG_RUNTIME_DIR; "" if this variable is set, or if we are root.
 
-    If only the protector had the variable, its socket is in a folder that we do not search.
+    If the protector has this variable, its socket is in a folder that we do not search.
     """
     if os.geteuid() == 0 or os.environ.get("XDG_RUNTIME_DIR"):
         return ""
@@ -334,7 +336,7 @@ def _env_advice() -> str:
 
 
 def _shortened(names: list[str]) -> str:
-    """Return the first names of a list as text, and how many more there are."""
+    """Return the first names of a list as text, and how many more it has; "none" if empty."""
     shown = ", ".join(escape(name) for name in names[:_NAMES_SHOWN])
     more = len(names) - _NAMES_SHOWN
     return (shown + (f" and {more} more" if more > 0 else "")) or "none"

@@ -10,7 +10,7 @@ class ControlError(Refusal):
     """A request to a protector, or the operation that the request started, has failed."""
 
     #: The field `result` of the outcome that a waiting command prints with --json.
-    #: "lost" means that the command does not know how the operation ended.
+    #: "lost": the command does not know how the operation ended.
     result = "lost"
 
 
@@ -18,7 +18,7 @@ class NoProtector(ControlError):
     """No protector answers at the control socket, or the connection to the protector has ended.
 
     code: "silent": no answer came in time.  "no protector": another program answers.  "dead": no
-    process listens, the connection ended, or another error.
+    process listens, the connection ended, or any other failure.
     """
 
     status = 1
@@ -29,7 +29,7 @@ class NoProtector(ControlError):
 
 
 class ConnectionLost(NoProtector):
-    """The connection ended, usually by an upgrade, crash or stop.  A waiting command reconnects."""
+    """The connection ended, usually by an upgrade, crash or stop; a waiting command reconnects."""
 
 
 class NewVersionFailed(ControlError):
@@ -54,7 +54,7 @@ class TimedOut(ControlError):
 
 
 class NotRecorded(ControlError):
-    """The new release is serving, but the symbolic link or the history is not on disk yet."""
+    """The new release is serving, but the link --current or the history is not on disk yet."""
 
     status = 5
     result = "not recorded"
@@ -68,7 +68,7 @@ _STATUSES = {"invalid": UsageError.status, "unmet": UsageError.status, "deployin
 
 
 class RequestRefused(ControlError):
-    """The protector refused a request or is too old for it, or this user has no permission.
+    """The protector refused or does not know a request, or this user has no permission.
 
     code: a code of docs/control.md.
     """

@@ -1,6 +1,6 @@
-"""Reads fields of a status or an event, and treats fields of a wrong type as missing.
+"""Reads fields of messages, and treats a field of a wrong type as missing.
 
-The types are checked because the peer may be a newer protector, or another program.
+The peer may be a newer protector, or another program, so any type can arrive.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from ..model.share import percentage_text
 from ..model.text import in_units
 from ..model.wait_lines import IN_SECONDS, Wait
 
+#: A message, such as a status or an event, or an object in a message.
 Status = dict[str, Any]
 #: The most characters that label() returns: the exporter's metrics need short labels.
 _LABEL_CHARACTERS = 200
@@ -60,8 +61,8 @@ def serves(status: Status) -> bool:
 def why_not_ready(status: Status) -> str:
     """Return why a protector is not ready for a load balancer's clients; "" if it is ready.
 
-    During a hold the protector is ready, because waiting clients are served later.  Otherwise a
-    hold on all hosts would leave the load balancer without a host.
+    A protector on hold counts as ready, so that a hold on all hosts does not leave the load
+    balancer without a host.
     """
     if is_lame_duck(status):
         return "lame duck"
@@ -78,7 +79,7 @@ def standing_dry_run(status: Status) -> Status | None:
 
 
 def unhealthy(status: Status) -> str | None:
-    """Return why an instance is unhealthy; None if it is healthy or its health is unknown."""
+    """Return why a protector is unhealthy; None if it is healthy or its health is unknown."""
     health = status.get("health")
     if not isinstance(health, dict) or health.get("state") != "unhealthy":
         return None
@@ -86,7 +87,7 @@ def unhealthy(status: Status) -> str | None:
 
 
 def waits_of(status: Status) -> list[Wait]:
-    """Return what a protector waits for, in its order: an upgrade and a reload come first."""
+    """Return what a protector waits for, in the status's order: an upgrade and a reload first."""
     return [
         Wait(
             text_in(each, "kind"),
@@ -100,8 +101,7 @@ def waits_of(status: Status) -> list[Wait]:
 
 #: Kinds of waits that rollout_text() describes.
 _ROLLOUT_KINDS = ("canary", "rolling", "settle")
-#: In a rolling reload, rollout_text() names at most this many of the leaving workers.  One of them
-#: must end before the next worker can start.
+#: The most workers that rollout_text() names, of those that a rolling reload waits for.
 _NAMED = 3
 
 
@@ -114,7 +114,7 @@ def rollout_of(status: Status) -> Status | None:
 def share_of(status: Status, generation: int) -> float | None:
     """Return the percentage of new connections that a generation gets.
 
-    None if there is no rollout, or its share is unknown.
+    Returns None if there is no rollout, or if the status has no share.
     """
     rollout = rollout_of(status)
     share = measure(rollout, "share") if rollout is not None else None
@@ -133,7 +133,7 @@ def rollout_text(status: Status) -> str:
     rollout = rollout_of(status)
     stage = text_in(rollout, "stage") if rollout is not None else "starting"
     if rollout is None or stage == "starting":
-        return ""  # the status has an entry about the start in `waits_for`, with details
+        return ""  # the field `waits_for` of the status describes the start
     if text_in(rollout, "kind") == "rolling":
         return _rolling_text(rollout, stage)
     share = f"{percentage_text(measure(rollout, 'share') or 0.0)} of" if stage == "share" else "all"
@@ -149,9 +149,9 @@ def rollout_text(status: Status) -> str:
 
 
 def closing_text(generation: Status) -> str:
-    """Return how fast a draining generation closes its connections, and the time left.
+    """Return how fast a generation closes its connections, and the time left.
 
-    Returns "" if the generation does not close connections.
+    Returns "" if the generation does not close its connections evenly (docs/long-lived.md).
     """
     closing = generation.get("closing")
     rate = measure(closing, "per_s") if isinstance(closing, dict) else None
@@ -187,7 +187,7 @@ def _rolling_text(rollout: Status, stage: str) -> str:
 
 
 def _awaited(worker: Status) -> str:
-    """Return a text about a worker that a rolling reload waits for, and its connections."""
+    """Return a text about a worker that a rolling reload waits for, with its connections."""
     name, active = f"worker {number_in(worker, 'worker')}", measure(worker, "active")
     if active is None:
         return name
@@ -205,10 +205,9 @@ def other_waits_of(status: Status) -> list[Wait]:
 
 
 def failing(generation: Status) -> str:
-    """Return why a generation's first programs failed, with the last line of their output.
+    """Return why a generation's first programs failed, with the last line of their last words.
 
-    Returns "" if they did not fail.  Only --handoff stdio, which starts a program for each
-    connection, reports first programs (docs/stdio.md); in other modes the text is "", too.
+    Returns "" if they did not fail, and in every mode except --handoff stdio (docs/stdio.md).
     """
     found = generation.get("first_programs")
     if not isinstance(found, dict):
@@ -218,6 +217,6 @@ def failing(generation: Status) -> str:
 
 
 def label(message: Status, name: str) -> str | None:
-    """Return a field's text, cut for a metric's label; None if the field is not a text."""
+    """Return a field's text, cut to _LABEL_CHARACTERS; None if the field is not a text."""
     value = message.get(name)
     return value[:_LABEL_CHARACTERS] if isinstance(value, str) else None

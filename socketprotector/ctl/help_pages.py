@@ -1,4 +1,4 @@
-"""The texts of `socketprotectorctl --help`, which fits one screen, and of `--help-all`."""
+"""The pages of `socketprotectorctl --help`, at most 40 lines, and of `--help-all`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMON = (
 )
 _PURPOSE = """Inspect and control a running SocketProtector. If several instances run, choose one by
 --name, --control or --pid-file, before or after the command."""
-_STATUS_LINE = """Exit status of reload and upgrade: 0: the new version has taken over; 3: the new
+_MAIN_STATUSES = """Exit status of reload and upgrade: 0: the new version has taken over; 3: the new
 version failed, and the old version continues."""
 _MORE = """--help-all shows every command and exit status. COMMAND --help shows a command's
 options. Each command has --json."""
@@ -66,10 +66,10 @@ _ALL_STATUSES = (
 
 
 class HelpGroup(click.Group):
-    """The group of all commands; it prints --help and --help-all."""
+    """The group of all commands; it formats the pages of --help and --help-all."""
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the page of --help."""
+        """Write the page of --help to the formatter."""
         self.format_usage(ctx, formatter)
         _write_paragraphs(formatter, _PURPOSE)
         self._write_options(ctx, formatter)
@@ -77,7 +77,7 @@ class HelpGroup(click.Group):
         with formatter.section("Examples"):
             for line in EXAMPLES:
                 formatter.write(f"{'':{formatter.current_indent}}{line}\n")
-        _write_paragraphs(formatter, _STATUS_LINE, _MORE)
+        _write_paragraphs(formatter, _MAIN_STATUSES, _MORE)
 
     def full_help(self, ctx: click.Context) -> str:
         """Return the page of --help-all."""
@@ -105,7 +105,7 @@ class HelpGroup(click.Group):
 
 
 def print_full_help(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    """Print the page of --help-all and exit.  This is the callback of the option --help-all."""
+    """Print the page of --help-all and exit: the callback of the option --help-all."""
     if value and not ctx.resilient_parsing:
         assert isinstance(ctx.command, HelpGroup)
         click.echo(ctx.command.full_help(ctx))

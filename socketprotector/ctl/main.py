@@ -31,7 +31,7 @@ from .cli import (
     say_json,
 )
 
-#: When main.py imports these modules, their commands are added to the program.
+#: Each of these modules adds its commands to the program when it is imported.
 COMMANDS = (deploy, orders, queries, reload, top, upgrade)
 INTERRUPTED = 130
 #: The programs with shell completion.  A completion script calls its program, which computes the
@@ -50,13 +50,13 @@ def completion(instance: Instance, shell: str, programs: Sequence[str], as_json:
     Without PROGRAM, the script is for all four programs.
     """
     _ = instance
-    found = get_completion_class(shell)
-    assert found is not None
+    shell_class = get_completion_class(shell)
+    assert shell_class is not None
     scripts = []
     for name in programs or PROGRAMS:
         variable = f"_{name.replace('-', '_')}_COMPLETE".upper()
-        # Call the base class's source(): BashComplete.source() would run bash to read the version.
-        scripts.append(ShellComplete.source(found(program, {}, name, variable)))
+        # Call the base class's source(): BashComplete.source() would run bash to check its version.
+        scripts.append(ShellComplete.source(shell_class(program, {}, name, variable)))
     script = "\n".join(scripts)
     if as_json:
         say_json({"shell": shell, "script": script})
@@ -68,8 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.  arguments: if None, sys.argv[1:]."""
     open_missing_standard_streams()
     if isinstance(sys.stdout, TextIOWrapper):  # the locale may lack characters of a worker's output
-        # If Python opened stdout as a regular file, reconfigure() reads the position in this file.
-        # This read fails if descriptor 1 has become a pipe since then.
+        # reconfigure() fails if stdout was a regular file at the start and is a pipe now.
         with suppress(OSError):
             sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

@@ -10,23 +10,23 @@ import json
 from typing import Any
 
 #: The limit of values in a line, counted by commas, colons and brackets.  A value takes about 100
-#: bytes of memory.  The status of an instance with 1,000 workers has 20,000 values.
+#: bytes of memory.  The status of a protector with 1,000 workers has 20,000 values.
 _VALUES = 200_000
 #: The limit of nesting.  An answer with a status has 8 levels, down to a worker's forked child.
 _DEPTH = 16
-#: The limit of characters in a text; the rest of a longer text is cut.
+#: The limit of characters in a text; a longer text is cut.
 _CHARACTERS = 1 << 18
 #: The limit of members in a list or object.  A generation may have thousands of workers.
 _MEMBERS = 1 << 16
-#: A larger number becomes None; no count and no time is larger.
+#: A larger number becomes None; no valid count or time is larger.
 _GREATEST = 1 << 63
 
 
 def message_in(line: bytes) -> dict[str, Any] | None:
     """Return the message in a line; None if the line is not a message.
 
-    Long texts, lists and objects are cut.  NaN, numbers out of range and values nested too deep
-    become None.  A protector sends none of these three.
+    Long texts, lists and objects are cut.  NaN, numbers out of range and values nested too deep,
+    which no protector sends, become None.
     """
     if sum(map(line.count, (b",", b":", b"[", b"{"))) > _VALUES:
         return None
@@ -45,8 +45,7 @@ def _bounded(value: Any, depth: int) -> Any:
         return {_text(name): _bounded(each, depth - 1) for name, each in members}
     if kind is list and depth:
         return [
-            # Most values are counts.  So handle them here: a function call for each count would be
-            # the largest part of the parsing time.
+            # Most values are counts.  A function call for each would take most of the parsing time.
             each if type(each) is int and 0 <= each <= _GREATEST else _bounded(each, depth - 1)
             for each in value[:_MEMBERS]
         ]

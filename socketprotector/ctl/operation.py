@@ -1,4 +1,4 @@
-"""Waits for a command's outcome, for up to --timeout, and reconnects if the connection ends."""
+"""Waits for the outcome of a command, for up to --timeout; reconnects if the connection ends."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from .client import Client, Message
 from .errors import ConnectionLost, ControlError, NoProtector, TimedOut
 from .reload_progress import Awaited, Losses
 
-#: How long to wait for an event before the next request for the status.  The request also detects a
-#: stuck protector, which sends neither events nor answers.
+#: How long to wait for an event before requesting the status.  The request also detects a stuck
+#: protector, which sends neither events nor answers.
 _STATUS_EVERY_S = 1.0
-#: Commands that only read.  A waiting command sends them before the request that changes something.
-_READING = {"events", "status", "releases"}
-#: How long to try to reconnect during a stop.  This time is short: after the stop a guard may keep
-#: the socket open, although no protector will answer there.
+#: The requests that only read.  A command sends them before its request that changes something.
+_READ_ONLY = {"events", "status", "releases"}
+#: How long to try to reconnect during a stop.  This time is short, because after a stop the socket
+#: may stay open in the guard without any answer.
 _RECONNECT_IN_STOP_S = 0.2
 
 
 class Operation:
-    """One command that waits: its connection, its deadline and its outcome."""
+    """One waiting command: its connection, its deadline and its outcome."""
 
     client: Client
 
     def __init__(self, timeout_s: float, as_json: bool, fields: Sequence[str] = ()) -> None:
-        """fields: names of further fields of the outcome; their values are null until known."""
+        """fields: the outcome's fields besides `result`; their values are null until known."""
         self.outcome: Message = {"result": None, **dict.fromkeys(fields)}
-        #: Counts the connections lost during a reload; None for other commands.
+        #: Counts the connections lost during a reload or deploy; None for other commands.
         self.losses: Losses | None = None
         self._as_json = as_json
         self._timeout_s = timeout_s
@@ -40,7 +40,7 @@ class Operation:
     @property
     def is_requested(self) -> bool:
         """Whether the request that changes something was sent, completely or in part."""
-        return hasattr(self, "client") and not self.client.requested <= _READING
+        return hasattr(self, "client") and not self.client.requested <= _READ_ONLY
 
     def tell(self, step: str) -> None:
         """Print a line of progress to stderr, except with --json."""
@@ -48,7 +48,7 @@ class Operation:
             tell(with_instance(step))
 
     def finish(self, result: str, words: str) -> None:
-        """Set the result, and print the words.  With --json, begin() prints the outcome instead."""
+        """Set the result, and print the words; with --json, begin() prints the outcome instead."""
         self.outcome["result"] = result
         if not self._as_json:
             say_outcome(say, with_instance(words))
@@ -56,7 +56,7 @@ class Operation:
     def next_wait_s(self, waits_for: str) -> float:
         """Return how long to wait for the next event.  Raises TimedOut after the deadline.
 
-        waits_for: what the command still waits for, as text for the error.
+        waits_for: what the command waits for, as text for the error.
         """
         left_s = self.until - time.monotonic()
         if left_s <= 0:
@@ -76,7 +76,8 @@ class Operation:
 
         Requests a status if no event comes for _STATUS_EVERY_S, and after each event that
         `awaited.refresh_after` names.
-        status_first: request a status before the first wait.  Raises NoProtector, TimedOut.
+        status_first: whether to request a status before the first wait.
+        Raises NoProtector, TimedOut, and the errors of `awaited`.
         """
         status_due = status_first
         while waits_for := awaited.waits_for():
@@ -91,19 +92,19 @@ class Operation:
                 status_due = event is None or event.get("event") in awaited.refresh_after
             except ConnectionLost:
                 self._reconnect(awaited)
-            except NoProtector:  # no answer has come in time, or another program has answered
-                self.next_wait_s(waits_for)  # raises TimedOut instead if the deadline has passed
+            except NoProtector:
+                self.next_wait_s(waits_for)  # raises TimedOut if the deadline has passed
                 raise
 
     def _reconnect(self, awaited: Awaited) -> None:
-        """Process the events that came before the connection ended, then reconnect if necessary."""
+        """Process the events received before the connection ended; reconnect if more are needed."""
         with suppress(ConnectionLost):
             while event := self.next_event(0.0):
                 awaited.on_event(event)
         if not awaited.waits_for():
             return
-        if awaited.cut and not awaited.stopping:
-            self.tell(awaited.cut)
+        if awaited.cut_line and not awaited.stopping:
+            self.tell(awaited.cut_line)
         try:
             status = self.client.reconnect(_RECONNECT_IN_STOP_S if awaited.stopping else math.inf)
         except NoProtector:
@@ -114,9 +115,9 @@ class Operation:
 
 @contextmanager
 def begin(instance: Instance, timeout_s: float, as_json: bool, *fields: str) -> Iterator[Operation]:
-    """Connect, and yield an Operation; with --json, print its outcome, even after a failure.
+    """Connect, and yield an Operation; with --json, print the outcome, even after a failure.
 
-    fields: see Operation.
+    fields: see Operation.__init__().
     """
     operation, begun_s = Operation(timeout_s, as_json, fields), time.monotonic()
     outcome = operation.outcome
@@ -134,8 +135,8 @@ def begin(instance: Instance, timeout_s: float, as_json: bool, *fields: str) -> 
         raise
     except KeyboardInterrupt:
         outcome["result"] = "interrupted"
-        continues = "only the wait has ended; the operation continues"
-        tell(f"interrupted: {continues if operation.is_requested else 'nothing was requested'}")
+        only_wait = "only the wait has ended; the operation continues"
+        tell(f"interrupted: {only_wait if operation.is_requested else 'nothing was requested'}")
         raise
     finally:
         outcome["waited_s"] = round(time.monotonic() - begun_s, 3)

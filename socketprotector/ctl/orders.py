@@ -15,14 +15,14 @@ import click
 from ..model.duration import Duration
 from ..model.errors import UsageError
 from ..model.text import in_units
-from .cli import Instance, answer, command, plural, say, tell
+from .cli import Instance, command, plural, say, say_result, tell
 from .client import Client, Message
 from .errors import ControlError, RequestRefused
 from .fields import listed, number_in
 from .queries import GENERATION, known_generations
 
 #: Without --for, `hold` requests a hold of _HOLD_S, and renews this hold every _RENEW_HOLD_EVERY_S.
-#: So the hold ends soon after a KILL of the command.
+#: So the hold ends within _HOLD_S if KILL ends the command.
 _RENEW_HOLD_EVERY_S = 1.0
 _HOLD_S = 5.0
 _LEVELS = ("debug", "info", "warning", "error")
@@ -39,7 +39,7 @@ def scale(instance: Instance, workers: str, as_json: bool) -> None:
     how = "by" if workers[0] in "+-" else "to"
     result = instance.request("scale", **{how: int(workers)})
     wanted = number_in(result, "workers")
-    answer(as_json, result, f"{wanted} {plural(wanted, 'worker')} wanted")
+    say_result(as_json, result, f"{wanted} {plural(wanted, 'worker')} wanted")
 
 
 # -- for load balancers --------------------------------------------------------------------
@@ -58,7 +58,7 @@ def lame_duck(instance: Instance, state: str, as_json: bool) -> None:
         if state == "on"
         else "ready again"
     )
-    answer(as_json, instance.request("lame-duck", on=state == "on"), words)
+    say_result(as_json, instance.request("lame-duck", on=state == "on"), words)
 
 
 # -- hold --------------------------------------------------------------------------------
@@ -83,16 +83,17 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
     """
     if seconds is not None:
         result = instance.request("hold", seconds=seconds)
-        answer(as_json, result, f"on hold for {in_units(seconds)}; `release` ends the hold earlier")
+        words = f"on hold for {in_units(seconds)}; `release` ends the hold earlier"
+        say_result(as_json, result, words)
         return
     with instance.client() as client, _end_requested() as ended:
         result = client.query("hold", seconds=_HOLD_S)
-        answer(as_json, result, "on hold while this command runs; Ctrl-C ends the hold")
+        say_result(as_json, result, "on hold while this command runs; Ctrl-C ends the hold")
         try:
             while not ended(_RENEW_HOLD_EVERY_S):
                 client.query("hold", seconds=_HOLD_S)
         finally:
-            if client.fileno() >= 0:  # otherwise we are not connected; the hold ends within _HOLD_S
+            if client.fileno() >= 0:  # without a connection, the hold ends within _HOLD_S
                 _end_hold(client)
         if not as_json:
             say("released")
@@ -110,8 +111,8 @@ def _end_hold(client: Client) -> None:
 def _end_requested() -> Iterator[Callable[[float], bool]]:
     """Yield a function that waits for INT, TERM or HUP, and returns True if such a signal came.
 
-    The function's argument is the longest wait, in seconds.  Inside the context the signals are
-    blocked, so that no signal interrupts _end_hold().
+    The function's argument is the longest wait, in seconds.  These signals are blocked until the
+    context ends, so that none interrupts _end_hold().
     """
     numbers = {
         number
@@ -123,14 +124,14 @@ def _end_requested() -> Iterator[Callable[[float], bool]]:
         yield lambda seconds: signal.sigtimedwait(numbers, seconds) is not None
     finally:
         while signal.sigtimedwait(numbers, 0) is not None:
-            pass  # discard a second Ctrl-C: the hold has already ended
+            pass  # ignore a second Ctrl-C
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @command(short_help="End a hold.")
 def release(instance: Instance, as_json: bool) -> None:
     """End a hold: clients are accepted again."""
-    answer(as_json, instance.request("release"), "released")
+    say_result(as_json, instance.request("release"), "released")
 
 
 # -- rollouts ------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ def promote(instance: Instance, now: bool, as_json: bool) -> None:
     result = instance.request("promote", **({"now": True} if now else {}))
     number = number_in(result, "generation")
     what = "is serving" if now else "has left its stage; see `status`"
-    answer(as_json, result, f"promoted: generation {number} {what}")
+    say_result(as_json, result, f"promoted: generation {number} {what}")
 
 
 # -- generations and workers ------------------------------------------------------------
@@ -175,11 +176,14 @@ def replace(instance: Instance, which: str, as_json: bool) -> None:
         words = f"process {target['pid']} finishes; its parent, {parent}, forks another"
     else:
         words = f"worker {number_in(result, 'worker')} leaves when its replacement is ready"
-    answer(as_json, result, words)
+    say_result(as_json, result, words)
 
 
 def _generation_or_pid(which: str, status: Message) -> dict[str, int]:
-    """Return the argument of the request `replace`: a generation, or the pid of a process."""
+    """Return the argument of the request `replace`: a generation, or a pid.
+
+    which: the command's argument.
+    """
     found = re.fullmatch(r"(?:(generation|pid):)?(\d{1,9})", which, re.ASCII)
     if found is None:
         raise click.BadParameter(f"{which!r}: write a generation or a pid", param_hint="GEN|PID")
@@ -220,7 +224,7 @@ def kill(instance: Instance, generation: int, as_json: bool) -> None:
     """Send KILL to the workers of a draining or abandoned generation; their connections end."""
     result = instance.request("kill", generation=generation)
     killed = number_in(result, "workers")
-    answer(
+    say_result(
         as_json, result, f"killed {killed} {plural(killed, 'worker')} of generation {generation}"
     )
 
@@ -232,10 +236,10 @@ def kill(instance: Instance, generation: int, as_json: bool) -> None:
 @click.argument("level", type=click.Choice(_LEVELS))
 def log_level(instance: Instance, level: str, as_json: bool) -> None:
     """Set the log level until the protector stops, or a reload changes --log-level."""
-    answer(as_json, instance.request("log-level", level=level), f"log level {level}")
+    say_result(as_json, instance.request("log-level", level=level), f"log level {level}")
 
 
 @command()
 def reopen(instance: Instance, as_json: bool) -> None:
     """Reopen the log file, after a rotation."""
-    answer(as_json, instance.request("reopen"), "reopened")
+    say_result(as_json, instance.request("reopen"), "reopened")

@@ -35,24 +35,24 @@ from .fields import (
     why_not_ready,
 )
 from .query_all import SocketAnswer
-from .reload_progress import LEAVING
+from .reload_progress import ENDING
 from .server_children import children_of
 
-#: The time between two attempts of `events --follow` to connect for the first time.
+#: The pause between attempts of `events --follow` to connect, while no protector is running.
 _AGAIN_EVERY_S = 1.0
 #: How long to wait for the answer to `diff`: a new process reads the configuration and resolves the
 #: host names.
 _DIFF_S = 60.0
-#: How long `events` waits for one event.  If none comes, `events` prints nothing and waits again.
+#: How long `events` waits for an event before it waits again; nothing is printed in between.
 _LISTEN_S = 3600.0
-#: The most addresses of an instance, and characters of an address, that `list` shows.
+#: The most addresses of a protector, and characters of an address, that `list` shows.
 _ADDRESSES, _ADDRESS_CHARACTERS = 64, 200
-#: Kind of an age -> the sign before it.
+#: Connection.bound -> the sign before the age.
 _BOUNDS = {EXACT: "", AT_LEAST: ">=", AT_MOST: "<="}
 
 
 def known_generations(ctx: click.Context, _: click.Parameter, typed: str) -> list[str]:
-    """Return the numbers of the instance's generations that begin with the typed text."""
+    """Return the numbers of generations that begin with the typed text."""
     try:
         generations = listed((ctx.obj or Instance()).request("status"), "generations")
     except Exception:  # an error is shown when the command is run, not while it is typed
@@ -80,7 +80,7 @@ def status(instance: Instance, as_json: bool) -> None:
         *status_table.heading(found),
         status_table.totals(found),
         *status_table.listeners(found),
-        *status_table.last_reload(found),
+        *status_table.reload_lines(found),
         render.line(),
         status_table.generations(found),
     )
@@ -114,8 +114,8 @@ def ready(instance: Instance, health: bool, as_json: bool) -> None:
 def history(instance: Instance, as_json: bool) -> None:
     """List the last reloads, dry runs and changes of health, with result and reason.
 
-    The newest is last. The protector keeps 50 reloads, 20 dry runs and 50 changes of health, and
-    does not lose them by an upgrade or a crash. Only recent reloads and dry runs have last words.
+    The newest is last. The protector keeps 50 reloads, 20 dry runs and 50 changes of health, even
+    across an upgrade or a crash. Only recent reloads and dry runs have last words.
     """
     try:
         result = instance.request("history")
@@ -168,19 +168,19 @@ def connections(instance: Instance, generation: int | None, as_json: bool) -> No
     draining = {
         number_in(each, "number")
         for each in listed(state, "generations")
-        if each.get("phase") in LEAVING
+        if each.get("phase") in ENDING
     }
-    found, unseen = find_connections(
+    found, hidden = find_connections(
         workers, addresses_of(state), now, draining, shares_pids=shares_pids
     )
     found.sort(key=lambda each: (each.generation, -each.age_s))
     if as_json:
-        say_json({"connections": [asdict(c) for c in found], "unseen": [asdict(u) for u in unseen]})
+        say_json({"connections": [asdict(c) for c in found], "unseen": [asdict(w) for w in hidden]})
         return
-    _show_connections(state, found, unseen)
+    _show_connections(state, found, hidden)
 
 
-def _show_connections(state: Message, found: list[Connection], unseen: list[HiddenWorker]) -> None:
+def _show_connections(state: Message, found: list[Connection], hidden: list[HiddenWorker]) -> None:
     from . import render
 
     rows = [
@@ -200,16 +200,17 @@ def _show_connections(state: Message, found: list[Connection], unseen: list[Hidd
         words = f"{count} {plural(count, 'connection')}, oldest {oldest}"
         say(f"generation {number} {phases.get(number, '')}: {words}")
     if not found:
-        say("no connections" + (" that this user can see" if unseen else ""))
-    for each in unseen:
+        say("no connections" + (" that this user can see" if hidden else ""))
+    for worker in hidden:
         complain(
-            f"worker {each.worker} of generation {each.generation}, pid {each.pid}: {each.why}"
+            f"worker {worker.worker} of generation {worker.generation}, pid {worker.pid}: "
+            f"{worker.why}"
         )
 
 
 @command(short_help="List the last crashes of workers.")
 def crashes(instance: Instance, as_json: bool) -> None:
-    """List the workers that failed last, each with how, when, lost connections and last words."""
+    """List the workers that failed last, with cause, time, lost connections and last words."""
     result = instance.request("crashes")
     found = listed(result, "crashes")
     if as_json:
@@ -238,8 +239,7 @@ def crashes(instance: Instance, as_json: bool) -> None:
 @command()
 def diff(instance: Instance, as_json: bool) -> None:
     """Show what a reload would change."""
-    # The answer may take longer than 30 s.  The protector disconnects a client that sends no
-    # request for this time, unless the client follows events.
+    # events=True: otherwise the protector disconnects a client that sends no request for 30 s.
     with instance.client(_DIFF_S, events=True) as client:
         try:
             result = client.request("diff")
@@ -247,7 +247,7 @@ def diff(instance: Instance, as_json: bool) -> None:
             if error.code == "refused":
                 raise NewVersionFailed(f"a reload would fail: {error}") from None
             raise
-    changes, fixed = (result.get(each) for each in ("changes", "needs_restart"))
+    changes, needs_restart = (result.get(each) for each in ("changes", "needs_restart"))
     if as_json:
         say_json(result)
     else:
@@ -255,10 +255,10 @@ def diff(instance: Instance, as_json: bool) -> None:
             say(str(each))
         if not changes:
             say("no configuration change; a reload would only restart the command")
-    if fixed and isinstance(fixed, list):
+    if needs_restart and isinstance(needs_restart, list):
         raise NewVersionFailed(
-            f"a reload would be refused: {len(fixed)} of the changes above cannot take effect "
-            "without a restart"
+            f"a reload would be refused: {len(needs_restart)} of the changes above cannot take "
+            "effect without a restart"
         )
 
 
@@ -290,7 +290,7 @@ def events(instance: Instance, follow: bool, as_json: bool) -> None:
 def _events_client(path: str, follow: bool) -> Client:
     """Return a new connection that follows events.
 
-    follow: if no protector is running, wait for its start, as long as the socket's folder exists.
+    follow: if no protector is running, wait for its start while the socket's folder exists.
     """
     while True:
         try:
@@ -302,7 +302,7 @@ def _events_client(path: str, follow: bool) -> Client:
 
 
 def _reconnect(client: Client, follow: bool) -> None:
-    """Connect again.  Raises NoProtector after RETURN_S; with `follow`, tries without end."""
+    """Connect again; with `follow`, try without end.  Without it, raises NoProtector."""
     while True:
         try:
             client.reconnect()
@@ -318,11 +318,11 @@ def _show_event(event: Message, as_json: bool) -> None:
         return
     from . import render
 
-    shown = ("v", "event", "at", "level", "last_words")
+    excluded = ("v", "event", "at", "level", "last_words")
     level, name = text_in(event, "level"), text_in(event, "event")
     words = [render.time_text(event.get("at")), f"{level:7}", f"event={field(name)}"]
     for each, value in event.items():
-        if each not in shown and value is not None:
+        if each not in excluded and value is not None:
             words.append(f"{field(each)}={field(value)}")
     styled = render.line(" ".join(words))
     styled.stylize(str(render.cell(level).style))
@@ -344,7 +344,7 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
         raise click.UsageError(
             "list shows all protectors; it takes no --name, --control or --pid-file"
         )
-    found = [each for each in discovery.everything() if each.alive or not living]
+    found = [each for each in discovery.query_all_sockets() if each.alive or not living]
     names = discovery.names(found)
     if as_json:
         instances = [
@@ -368,14 +368,14 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
     for name, each in zip(names, found, strict=True):
         try:
             rows.append(_row(name, each))
-        except Exception:  # a malformed status must not hide the other instances
+        except Exception:  # a malformed status must not hide the other protectors
             rows.append(_row(name, SocketAnswer(each.path, pid=each.pid, why="no protector")))
     headings = "NAME PHASE PID GENERATION UP FORWARDED LISTENS CONTROL"
     render.show(render.columns(headings, rows))
 
 
 def _row(name: str, found: SocketAnswer) -> tuple[str | int | None, ...]:
-    """Return an instance's row in the table of `list`."""
+    """Return a protector's row in the table of `list`."""
     from . import render, status_table
 
     state = found.result or {}

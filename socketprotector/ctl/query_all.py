@@ -1,6 +1,7 @@
 """Requests the status from many control sockets at once, in one loop with one timeout.
 
-So querying a hundred instances takes as long as the slowest answer, but no longer than the timeout.
+So a hundred protectors together take as long as the slowest answer, but not longer than the
+timeout.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 from .client import Client, Message
 from .errors import NoProtector, RequestRefused
 
-#: The default timeout for all answers.  A protector without an answer by then counts as silent.
+#: The default timeout for all answers.  A socket without an answer by then counts as silent.
 _ALL_ANSWERS_S = 0.8
-#: The limit for all incomplete answers together.  Above it, the connection with the longest
-#: incomplete answer is closed.  The status of an instance with 1,000 workers takes 300 KB.
+#: The limit for all incomplete answers together.  Above this limit, the connection with the longest
+#: incomplete answer is closed.  The status of a protector with 1,000 workers takes 300 KB.
 _MOST_BYTES = 4 * 1024 * 1024
 
 
@@ -32,7 +33,7 @@ class SocketAnswer:
 
     @property
     def alive(self) -> bool:
-        """False if the error was `dead`: no process listens, or the connection failed or ended."""
+        """False if `why` is "dead": no process listens, or the connection failed or ended."""
         return self.why != "dead"
 
 
@@ -50,13 +51,13 @@ def query_all(paths: Iterable[str], within_s: float = _ALL_ANSWERS_S) -> list[So
                 found[path] = SocketAnswer(path, why=error.code)
                 continue
             selector.register(client, selectors.EVENT_READ, client)
-            # This entry stays if no answer comes in time.
+            # An answer replaces this entry.
             found[path] = SocketAnswer(path, pid=client.peer_pid, why="silent")
         while selector.get_map() and (left_s := until - time.monotonic()) > 0:
             for key, _ in selector.select(left_s):
                 client = key.data
                 if client.fileno() < 0:
-                    continue  # closed already, as the client with the longest incomplete answer
+                    continue  # this loop has closed it as _longest_if_too_much()
                 answer = _answer_of(client)
                 if answer is None and (longest := _longest_if_too_much(selector)) is not None:
                     client, code = longest, longest.foreign_peer_error().code
@@ -69,7 +70,7 @@ def query_all(paths: Iterable[str], within_s: float = _ALL_ANSWERS_S) -> list[So
 
 
 def _answer_of(client: Client) -> SocketAnswer | None:
-    """Return a client's answer or error; None while the answer is still incomplete."""
+    """Return a client's answer or error; None while the answer is incomplete."""
     try:
         result = client.answer(0.0)
     except (NoProtector, RequestRefused) as error:
@@ -79,9 +80,9 @@ def _answer_of(client: Client) -> SocketAnswer | None:
 
 
 def _longest_if_too_much(selector: selectors.BaseSelector) -> Client | None:
-    """Return the client with the longest incomplete answer.
+    """Return the client with the longest incomplete answer, if all together exceed _MOST_BYTES.
 
-    Return None if the incomplete answers together do not exceed _MOST_BYTES.
+    Returns None otherwise.
     """
     clients: list[Client] = [key.data for key in selector.get_map().values()]
     if sum(each.unread_bytes for each in clients) <= _MOST_BYTES:

@@ -1,7 +1,7 @@
 """The commands reload and stop, and what deploy.py and upgrade.py share with them.
 
-Without --no-wait each command waits, so that its exit status reports the outcome.  A reload is
-successful only if the protector reports its success.
+Without --no-wait each command waits, so that its exit status reports the outcome.  A reload
+succeeds only if the protector reports its success.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from .reload_progress import (
     Reload,
     Verdict,
     attempts_in,
-    draining,
+    ending_generations,
 )
 
-#: The fields of `reload --json` besides result and waited_s.  A field is null if it is unknown.
+#: The fields of `reload --json` besides result and waited_s; null if there is no value.
 OUTCOME = ("name", "from", "generation", "reason", "last_words", "lost")
 
 WAIT = click.option(
@@ -120,7 +120,7 @@ def reload(
 
 
 def read_status_before(operation: Operation) -> Message:
-    """Return the status before a request; copy its `name` and `route` to the outcome."""
+    """Return the status before a request; set `name` and `from` in the outcome, and the losses."""
     before = operation.client.query("status")
     operation.losses = Losses(before)
     operation.outcome["name"] = before.get("name")
@@ -139,12 +139,13 @@ def await_success(
 ) -> str:
     """Wait for the verdict on a generation; return a text about its success.
 
-    Raises NewVersionFailed if the generation fails.
     before: the status before the request.
-    promised: the number of the generation, from the answer to the request.
-    failed: the first words of the error.
+    promised: the generation's number in the answer to the request.  The verdict can be about a
+    later generation (reload_progress.py).
+    failed: the first words of the error if the generation fails.
     dry_run: also wait for the end of this generation.
     drained: after a success, also wait for the end of the older generations.
+    Raises NewVersionFailed if the generation fails.
     """
     old = before.get("route")
     operation.outcome["generation"] = promised
@@ -175,7 +176,7 @@ def await_success(
 def _first_programs(status: Message, generation: int) -> str:
     """Return a note that a generation's first programs failed, or that no program has run yet.
 
-    Return "" otherwise, and in every mode except stdio, which starts a program for each connection.
+    Returns "" in all other cases, and always if the mode is not --handoff stdio.
     """
     mode = MODES.get(text_in(status, "handoff"))
     if mode is None or not mode.pooled:
@@ -190,15 +191,15 @@ def _first_programs(status: Message, generation: int) -> str:
 
 
 def _count_losses(operation: Operation) -> Message:
-    """Store in the outcome how many connections were lost since the request.
+    """Store in the outcome how many connections were lost; return the present status.
 
-    Return the present status; an empty status if the protector does not answer.
+    The status is empty if the protector does not answer.
     """
     assert operation.losses is not None
     try:
         after = operation.client.request("status")
         while operation.next_event(0.0) is not None:
-            pass  # next_event() counts what workers lost; `after` has what the protector lost
+            pass  # next_event() counts connections that workers lost; `after` has the protector's
     except ControlError:
         return {}
     operation.outcome["lost"] = operation.losses.count(after)
@@ -208,7 +209,7 @@ def _count_losses(operation: Operation) -> Message:
 def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) -> int:
     """Request a reload or dry run, and return the number of its generation.
 
-    If the connection is cut and nothing has begun, send the request again.
+    If the connection is cut before the reload has begun, send the request again.
     """
     dry_run = "dry_run" in arguments
     if dry_run and "dry_run" not in before:
@@ -240,7 +241,7 @@ def _canary(share: str | None, for_s: float | None, at_least: int | None) -> dic
 def _request_arguments(dry_run: bool, canary: dict[str, Any] | None) -> dict[str, Any]:
     """Return the arguments of the request `reload`.
 
-    A plain reload has none, because older protectors refuse any argument.
+    A plain reload has no argument, because older protectors refuse all arguments.
     """
     if canary is not None:
         return {"canary": canary}
@@ -248,12 +249,12 @@ def _request_arguments(dry_run: bool, canary: dict[str, Any] | None) -> dict[str
 
 
 def _generations_tried(status: Message, *, dry_run: bool) -> list[int]:
-    """Return the numbers of the generations that reloads, or the last dry run, have started."""
+    """Return the numbers of the generations that reloads, or the last dry run, started."""
     return [number_in(each, "generation") for each in attempts_in(status, dry_run=dry_run)]
 
 
 def _await_verdict(operation: Operation, watched: Reload) -> Verdict:
-    """Return the verdict.  Raises NoProtector if the protector ends first."""
+    """Wait for the verdict, and return it.  Raises NoProtector if the protector ends first."""
     try:
         operation.wait(watched)
     except NoProtector as error:
@@ -273,7 +274,7 @@ def _await_verdict(operation: Operation, watched: Reload) -> Verdict:
 def _end_of_protector_suffices(when: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Suppress the error if the protector ends while the block waits, and when() is true.
 
-    The block waits for the end of the protector, or of generations, which end with the protector.
+    The block waits for the end of the protector, or of generations, which end with it.
     """
     try:
         yield
@@ -300,7 +301,7 @@ class _OlderGenerations(Awaited):
 
     def _missing_in(self, status: Message) -> str:
         self.waits.on_status(status, ("drain", "stop"), self._generation)
-        workers, words = draining(status, self._generation)
+        workers, words = ending_generations(status, self._generation)
         self._most_workers = most = max(self._most_workers, workers)
         step = f"drained {most - workers}/{most} workers"
         if most and self._throttle.should_show(workers, step):
@@ -343,7 +344,7 @@ def _raise_failed(operation: Operation, found: Verdict, failed: str) -> None:
 def _last_words(client: Client, generation: int) -> str:
     """Return the newest last words of a generation's failed workers; "" if there are none.
 
-    They are also in an event, but this event is lost if the connection was cut.
+    The failure's event has them, too, but an event is lost if the connection is cut.
     """
     try:
         crashes = listed(client.request("crashes"), "crashes")
@@ -372,8 +373,8 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
     """Stop gracefully: serve the connected clients, let the workers finish, then exit."""
     with begin(instance, timeout, as_json) as operation, ExitStack() as opened:
         before = operation.client.query("status")
-        # "stopped" is printed only when both the protector's and the guard's process are gone.
-        # From another PID namespace the guard's pid is unknown.
+        # Wait for the end of the protector's and the guard's process.  If they are in another PID
+        # namespace, the guard's pid is unknown here.
         pids = {operation.client.protector_pid}
         if operation.client.shares_pids(before):
             pids.add(number_in(before, "main_pid"))
@@ -410,22 +411,19 @@ def _request_stop(client: Client, quick: bool) -> None:
             if client.query("status").get("phase") != "stopping":  # the first request was lost
                 client.request("stop", quick=quick)
         except NoProtector:
-            pass  # the protector has ended; the caller now waits for its process
+            pass  # the protector has ended
 
 
 class _Stopped(Awaited):
-    """Waits until the protector has ended.
-
-    waits_for() never returns "".  The wait ends with the error NoProtector.
-    """
+    """Waits until the protector has ended: only the error NoProtector ends the wait."""
 
     refresh_after = ("lame-duck", "drained", "exited", "stopping")
     stopping = True
-    _unfinished = "the workers"  # what must still finish, as text
+    _unfinished = "the workers"  # what must finish before the stop is done, as text
     _lame_duck_shown = False
 
     def on_status(self, status: Message) -> None:
-        self._unfinished = draining(status)[1] or "the protector"
+        self._unfinished = ending_generations(status)[1] or "the protector"
         self.waits.on_status(status, STOP_WAITS)
         seconds = measure(status, "lame_duck_s")
         if seconds is not None and not self._lame_duck_shown:

@@ -1,9 +1,11 @@
 """Derives the verdict of a reload from the events and statuses that the caller passes in.
 
 Events report each step at once, but events are lost while the connection is cut.  A status reports
-the same facts later.  The answer to a `reload` request has the number of the generation to wait
-for.  The verdict is the first `reloaded` or `reload-failed` of this generation or a later one.  The
-generation is a later one if the protector had to restart the old version first (docs/control.md).
+the same facts later.
+
+The answer to a `reload` request has the number of the new generation.  The verdict is the first
+event `reloaded` or `reload-failed` of a generation with at least this number.  The number is higher
+if the protector had to restart the old version first (docs/control.md).
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from .cli import plural
 from .client import Message
 from .fields import listed, measure, number_in, text_in, waits_of
 
-#: The phases of generations that are ending.
-LEAVING = ("draining", "abandoned")
+#: The phases of ending generations.
+ENDING = ("draining", "abandoned")
 _STARTING = ("starting", "settling")
 #: Event that reports a verdict -> whether the verdict is a success.
 _VERDICTS = {"reloaded": True, "reload-failed": False}
 _DRY_RUN_VERDICTS = {"dry-run-passed": True, "dry-run-failed": False}
-#: The results in a status that mean success.
-_GOOD = ("reloaded", "passed")
+#: The results of a reload or dry run, in a status, that mean success.
+_SUCCESSES = ("reloaded", "passed")
 #: The kinds of waits (Wait.kind in model/wait_lines.py) that delay the verdict of a reload.
 _RELOAD_WAITS = (
     *("upgrade", "configuration", "start", "canary", "settle", "rolling", "back-off", "room"),
@@ -33,7 +35,7 @@ _RELOAD_WAITS = (
 )
 #: The kinds of waits to show during a stop.
 STOP_WAITS = ("stop",)
-#: For up to this many workers, show each count; for more workers, only about this many counts.
+#: With more workers than this, show only about this many counts of ready or drained workers.
 _STEPS = 10
 
 
@@ -55,7 +57,10 @@ class ProgressThrottle:
     _last: object = None
 
     def should_show(self, remaining: int, words: str) -> bool:
-        """Return True if this text should be shown.  remaining: how many workers are missing."""
+        """Return True if this text should be shown; then it counts as shown.
+
+        remaining: how many workers are missing.  words: the text with the count.
+        """
         self._total = max(self._total, remaining)
         step = words if self._total <= _STEPS else -(-remaining * _STEPS // self._total)
         before, self._last = self._last, step
@@ -76,12 +81,12 @@ class WaitsShown(WaitLines):
 
 
 @dataclass(slots=True)
-class _Generation:
-    """What has been shown of a starting generation."""
+class _Progress:
+    """The progress of a starting generation that has been shown."""
 
     number: int
     ready: set[int] = field(default_factory=set)  # the numbers of the ready workers
-    shown: ProgressThrottle = field(default_factory=ProgressThrottle)
+    throttle: ProgressThrottle = field(default_factory=ProgressThrottle)
     routed: bool = False  # the generation gets all new connections
     shares: bool = False  # the generation gets a share of the new connections
 
@@ -91,9 +96,9 @@ class Awaited:
 
     #: Names of events after which the command requests the status at once.
     refresh_after: tuple[str, ...] = ()
-    #: The line to show when the connection is cut, except during a stop.
-    cut = ""
-    #: Whether the protector is being stopped, and will not come back.
+    #: The line to show when the connection is cut, except during a stop; "": none.
+    cut_line = ""
+    #: Whether a stop of the protector has begun.
     stopping = False
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -124,7 +129,7 @@ class Awaited:
 class Reload(Awaited):
     """Waits for the verdict of one reload or dry run."""
 
-    cut = "the connection was cut: an upgrade or a crash; connecting again"
+    cut_line = "the connection was cut: an upgrade or a crash; connecting again"
 
     def __init__(
         self,
@@ -134,13 +139,13 @@ class Reload(Awaited):
         *,
         dry_run: bool = False,
     ) -> None:
-        """generation: the number in the answer to `reload`.  status: from before the request."""
+        """generation: the number in the answer to the request.  status: from before the request."""
         super().__init__(tell)
         self.generation = generation
         self.dry_run = dry_run
         self._events = _DRY_RUN_VERDICTS if dry_run else _VERDICTS
         self.verdict: Verdict | None = None
-        self._current: _Generation | None = None
+        self._current: _Progress | None = None
         self._wanted = number_in(status, "workers_wanted")
         self._has_earlier_reload = any(
             each.get("phase") in _STARTING and number_in(each, "number") < generation
@@ -152,11 +157,11 @@ class Reload(Awaited):
             tell("an earlier reload is still in progress")
 
     def on_event(self, event: Message) -> None:
-        """Process an event.  Ignore the progress and verdict of an earlier generation."""
+        """Process an event; ignore progress and verdicts of earlier generations."""
         super().on_event(event)
         name, number = event.get("event"), number_in(event, "generation")
         if name == "route" and number_in(event, "sharing") >= self.generation:
-            self._shared(number_in(event, "sharing"), text_in(event, "share"))
+            self._show_share(number_in(event, "sharing"), text_in(event, "share"))
         if self.verdict is not None or number < self.generation:
             return
         if name in self._events:
@@ -164,14 +169,14 @@ class Reload(Awaited):
             self.verdict = Verdict(self._events[name], number, reason, words)
         match name:
             case "spawned":
-                self._starting(number)
+                self._progress_of(number)
             case "worker-ready":
-                self._ready(number, {number_in(event, "worker")})
+                self._show_ready(number, {number_in(event, "worker")})
             case "route":
-                self._switched(number)
+                self._show_switch(number)
 
     def on_status(self, status: Message) -> None:
-        """Process a status, which reports what missed events would have reported."""
+        """Process a status, which also reports what missed events would have reported."""
         super().on_status(status)
         self._phase = str(status.get("phase"))
         if self.verdict is not None:
@@ -183,10 +188,10 @@ class Reload(Awaited):
             if number_in(each, "generation") >= self.generation
         ]
         for each in reloads:
-            if each.get("result") in (*_GOOD, "failed"):
+            if each.get("result") in (*_SUCCESSES, "failed"):
                 number, reason = number_in(each, "generation"), text_in(each, "reason")
                 last_words = reason.partition("\n")[2]
-                succeeded = each["result"] in _GOOD
+                succeeded = each["result"] in _SUCCESSES
                 self.verdict = Verdict(succeeded, number, headline(reason), last_words)
                 return
         starting = [
@@ -197,25 +202,24 @@ class Reload(Awaited):
         for each in starting:
             number, workers = number_in(each, "number"), listed(each, "workers")
             ready = {number_in(w, "number") for w in workers if w.get("state") == "ready"}
-            self._ready(number, ready)
+            self._show_ready(number, ready)
             if each.get("phase") == "settling":
                 if status.get("route") in (number, None):
-                    self._switched(number)
+                    self._show_switch(number)
                 else:
-                    self._shared(number)
-        # Once this reload has begun, a wait of the kind `earlier-reload` belongs to a later reload,
-        # which waits for this one.
+                    self._show_share(number)
+        # Once this reload has begun, only a later reload waits with the kind `earlier-reload`.
         kinds = [
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]
         self.waits.on_status(status, kinds)
-        # "waiting" means that no generation is serving, as during a reload under stop-first.
+        # "waiting" means that no generation is serving, as with --reload-order stop-first.
         under_way = self._phase in (*_STARTING, "reloading", "waiting")
         if reloads or starting or under_way or self.stopping or status.get("reload_wanted"):
             self._statuses_without = 0
             return
-        # Fail only after three statuses in a row without this reload.  A single status lacks this
-        # reload if an earlier reload has just ended and this reload has not begun yet.
+        # Fail only after three statuses in a row without this reload: one such status is normal
+        # between the end of an earlier reload and the beginning of this reload.
         self._statuses_without += 1
         if self._statuses_without > 2:
             reason = "the verdict is no longer known; see `history` and the log"
@@ -223,42 +227,42 @@ class Reload(Awaited):
 
     # -- progress -----------------------------------------------------------------
 
-    def _starting(self, number: int) -> _Generation:
+    def _progress_of(self, number: int) -> _Progress:
         """Return what has been shown of a generation; if nothing, show that it is starting."""
         if self._current is None or self._current.number != number:
-            self._current = _Generation(number)
+            self._current = _Progress(number)
             self.tell(f"generation {number} is starting")
         return self._current
 
-    def _ready(self, number: int, workers: set[int]) -> None:
-        """Note these workers as ready; if one of them is newly ready, show how many are by now."""
-        starting = self._starting(number)
-        if not workers <= starting.ready:
-            starting.ready |= workers
-            remaining, words = self._not_ready(starting), f"ready {self._ready_text(starting)}"
-            if starting.shown.should_show(remaining, words):
+    def _show_ready(self, number: int, workers: set[int]) -> None:
+        """Note these workers as ready; if one of them was not noted before, show the count."""
+        progress = self._progress_of(number)
+        if not workers <= progress.ready:
+            progress.ready |= workers
+            remaining, words = self._not_ready(progress), f"ready {self._ready_text(progress)}"
+            if progress.throttle.should_show(remaining, words):
                 self.tell(words)
 
-    def _not_ready(self, starting: _Generation) -> int:
+    def _not_ready(self, progress: _Progress) -> int:
         """Return how many of the wanted workers are not ready yet."""
-        return max(self._wanted - len(starting.ready), 0)
+        return max(self._wanted - len(progress.ready), 0)
 
-    def _ready_text(self, starting: _Generation) -> str:
+    def _ready_text(self, progress: _Progress) -> str:
         """Return the number of ready workers and of all workers, such as 1/4."""
-        return f"{len(starting.ready)}/{len(starting.ready) + self._not_ready(starting)}"
+        return f"{len(progress.ready)}/{len(progress.ready) + self._not_ready(progress)}"
 
-    def _switched(self, number: int) -> None:
+    def _show_switch(self, number: int) -> None:
         """Show, once, that a generation gets all new connections."""
-        starting = self._starting(number)
-        if not starting.routed:
-            starting.routed = True
+        progress = self._progress_of(number)
+        if not progress.routed:
+            progress.routed = True
             self.tell(f"switched: new connections go to generation {number}")
 
-    def _shared(self, number: int, share: str = "a share") -> None:
+    def _show_share(self, number: int, share: str = "a share") -> None:
         """Show, once, that a generation gets a share of the new connections."""
-        starting = self._starting(number)
-        if not starting.shares:
-            starting.shares = True
+        progress = self._progress_of(number)
+        if not progress.shares:
+            progress.shares = True
             self.tell(f"switched: {share} of new connections go to generation {number}")
 
     def waits_for(self) -> str:
@@ -294,10 +298,10 @@ class Losses:
             self._by_workers += number_in(event, "lost")
 
     def count(self, after: Message) -> int | None:
-        """Return how many connections were lost from the first status to this one.
+        """Return how many connections were lost from the first status to the status `after`.
 
-        None: unknown.  The protector was restarted, the workers do not count their connections, or
-        the mode is listener.
+        Returns None if the number is unknown: the protector was restarted, the workers do not count
+        their connections, or the mode is listener.
         """
         before = self._before
         by_protector = measure(before, "lost"), measure(after, "lost")
@@ -319,25 +323,25 @@ def attempts_in(status: Message, *, dry_run: bool) -> list[Message]:
     return [last] if isinstance(last, dict) else []
 
 
-def draining(status: Message, before: float = math.inf) -> tuple[int, str]:
-    """Return the number of workers in draining and abandoned generations, and a text about them.
+def ending_generations(status: Message, before: float = math.inf) -> tuple[int, str]:
+    """Return the number of workers in ending generations, and a text about these generations.
 
-    The text is "" if there is no such generation.  before: count only generations with a number
-    below this.
+    The text is "" if there is no such generation.
+    before: count only generations with a number below this.
     """
-    leaving = [
+    ending = [
         each
         for each in listed(status, "generations")
-        if number_in(each, "number") < before and each.get("phase") in LEAVING
+        if number_in(each, "number") < before and each.get("phase") in ENDING
     ]
-    if not leaving:
+    if not ending:
         return 0, ""
-    workers = [worker for each in leaving for worker in listed(each, "workers")]
+    workers = [worker for each in ending for worker in listed(each, "workers")]
     words = f"{len(workers)} {plural(len(workers), 'worker')}"
     if pids := [str(number_in(each, "pid")) for each in workers if number_in(each, "pid")]:
         words += f": pid {', '.join(pids[:5])}" + (", ..." if len(workers) > 5 else "")
-    active = [number for each in leaving if isinstance(number := each.get("active"), int)]
-    if len(active) == len(leaving):  # otherwise some generation's count is unknown
+    active = [number for each in ending if isinstance(number := each.get("active"), int)]
+    if len(active) == len(ending):  # otherwise some generation's count is unknown
         words += f", {sum(active)} {plural(sum(active), 'connection')}"
-    numbers = ", ".join(str(number_in(each, "number")) for each in leaving)
-    return len(workers), f"{plural(len(leaving), 'generation')} {numbers} ({words})"
+    numbers = ", ".join(str(number_in(each, "number")) for each in ending)
+    return len(workers), f"{plural(len(ending), 'generation')} {numbers} ({words})"

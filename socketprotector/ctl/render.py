@@ -20,7 +20,7 @@ from .client import Message
 
 #: The text for an unknown value.
 UNKNOWN = "-"
-#: The colours of phases, results and levels.
+#: Phase, state, result or level -> its colour.
 _STYLES = {
     **dict.fromkeys(("serving", "ready", "reloaded", "passed", "healthy"), "green"),
     **dict.fromkeys(
@@ -34,7 +34,7 @@ _STYLES = {
 }
 _BARS = " ▁▂▃▄▅▆▇█"
 _UNITS_S = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
-#: Headings of the columns that are aligned at the left: text.  Other columns have numbers.
+#: Headings of the columns with text, aligned at the left.  Other columns have numbers.
 _LEFT = {"NAME", "PHASE", "LISTENS", "CONTROL", "STATE", "CHILDREN", "SAYS", "PEER", "LOCAL"}
 
 Cell = str | int | float | None
@@ -55,7 +55,7 @@ def counts(message: Message, *names: str) -> list[str]:
 
 
 def duration_text(seconds: object) -> str:
-    """Return 90061 seconds as 1d1h, in one or two units; UNKNOWN if the value is not a number."""
+    """Return 90061 seconds as 1d1h, 60 as 1m; UNKNOWN if the value is not a number."""
     if not isinstance(seconds, int | float):
         return UNKNOWN
     span_s = max(0.0, float(seconds))
@@ -73,7 +73,7 @@ def duration_text(seconds: object) -> str:
 def age_text(now: object, at: object) -> str:
     """Return the time from `at` to `now`, formatted by duration_text().
 
-    UNKNOWN if either is not a number.
+    Returns UNKNOWN if `at` or `now` is not a number.
     """
     if isinstance(now, int | float) and isinstance(at, int | float):
         return duration_text(now - at)
@@ -101,7 +101,7 @@ def size(number: object) -> str:
 
 
 def time_text(at: object) -> str:
-    """Return a time, in seconds since the epoch, in the log's form; UNKNOWN if it is invalid."""
+    """Return 0 as 1970-01-01T00:00:00Z (seconds since the epoch); UNKNOWN if invalid."""
     if not isinstance(at, int | float):
         return UNKNOWN
     try:
@@ -126,8 +126,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 def columns(headings: str, rows: Iterable[Row]) -> Table:
     """Return a table without ruled lines.  headings: the titles, separated by blanks."""
-    # On a terminal only one blank separates columns, so that the row of a generation fits into 80
-    # characters.
+    # One blank separates columns, so that a generation's row fits into 80 characters.
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for heading in headings.split():
         table.add_column(heading, justify="left" if heading in _LEFT else "right", no_wrap=True)
@@ -148,7 +147,7 @@ def styled(text: str, style: str = "") -> Text:
 
 
 def line(*parts: Cell) -> Text:
-    """Return a line of several values, with no blank between the values."""
+    """Return a line of several values, without blanks between them."""
     return Text.assemble(*(cell(each) for each in parts))
 
 

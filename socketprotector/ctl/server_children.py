@@ -1,7 +1,7 @@
-"""Finds the child processes of an unmodified server, such as gunicorn's workers.
+"""Finds the child processes of an unmodified server, such as gunicorn's own workers.
 
 SocketProtector knows only the processes that it starts, so socketprotectorctl reads /proc.  It
-finds no children if /proc is missing, hides them, or shows the pids of another PID namespace.
+finds no child if /proc is missing, hides other users' processes, or is of another PID namespace.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from .fields import listed, number_in, text_in
 def children_of(status: Message) -> dict[int, list[int]]:
     """Return a map: a worker's pid -> the pids of its living children.
 
-    The pids in the status must be of our own PID namespace (Client.shares_pids).
+    status: its pids must be of our own PID namespace (Client.shares_pids).
     """
     mode = MODES.get(text_in(status, "handoff"))
-    # Under stdio and legacy each worker is an adapter, a process of SocketProtector that starts the
-    # operator's programs.  These children are not workers of a server.
+    # Under stdio and legacy each worker is an adapter of SocketProtector, whose children are the
+    # operator's programs, not a server's workers.
     if mode is None or mode.adapter or not procfs.is_ours():
         return {}
     found = {}
     for generation in listed(status, "generations"):
         for worker in listed(generation, "workers"):
             pid = number_in(worker, "pid")
-            # OSError: the worker has ended, or the kernel lacks CONFIG_PROC_CHILDREN.
+            # The worker has ended, or the kernel lacks CONFIG_PROC_CHILDREN.
             with suppress(OSError):
                 children = procfs.children_of(pid)
                 found[pid] = sorted(filter(procfs.is_alive, children))

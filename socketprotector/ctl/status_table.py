@@ -1,7 +1,4 @@
-"""Renders the heading and the tables of `status` and `top`.  (queries.py renders `list`.)
-
-_GENERATIONS and _WORKERS have the columns, which tests/unit/ctl/test_queries.py tests.
-"""
+"""Renders the heading and the tables of `status` and `top`.  (queries.py renders `list`.)"""
 
 from __future__ import annotations
 
@@ -29,6 +26,7 @@ from .fields import (
 )
 from .render import Row
 
+#: The columns of the tables of generations and of workers.
 _GENERATIONS = "GEN PHASE SHARE AGE READY QUEUE ACTIVE ACCEPTED ERRORS LOST WAIT-P50 P99"
 _WORKERS = "WORKER GEN PID STATE AGE ACTIVE ACCEPTED ERRORS CHILDREN SAYS"
 #: Column -> its field.  A column is omitted if its field is unknown in all rows.
@@ -76,7 +74,7 @@ def heading(status: Message) -> list[Text]:
         warnings.append("lame duck: /readyz answers 503; still serving")
     if says := _health_line(status):
         warnings.append(says)
-    # Leave out the waits for the end of a hold and of a lame duck: both have a warning above.
+    # Leave out the waits `hold` and `lame-duck`, which have a warning above.
     shown = [each for each in other_waits_of(status) if each.kind not in ("hold", "lame-duck")]
     warnings += [f"waiting: {each.text}" for each in shown]
     for each in listed(status, "generations"):
@@ -94,9 +92,9 @@ def heading(status: Message) -> list[Text]:
 
 
 def _health_line(status: Message) -> str:
-    """Return a line about --health; "" if the instance is healthy and the last check was good.
+    """Return a line about health checks; "" without --health.
 
-    Without --health, too, return "".
+    Returns "" also if the protector is healthy and the last check was good.
     """
     health = status.get("health")
     if not isinstance(health, dict):
@@ -110,9 +108,9 @@ def _health_line(status: Message) -> str:
 
 
 def stuck_generations(status: Message) -> list[tuple[int, float]]:
-    """Return the number of each generation whose workers take no waiting client.
+    """Return (generation, seconds) for each generation whose workers take no waiting client.
 
-    With each number, return for how many seconds no worker has taken a client.
+    seconds: how long clients have waited while no worker took a client.
     """
     found = []
     for each in listed(status, "generations"):
@@ -135,7 +133,7 @@ def listeners(status: Message) -> list[Text]:
 
 
 def totals(status: Message) -> Text:
-    """Return the line of connections forwarded and lost, queue limit, readiness and command."""
+    """Return the line with connections forwarded and lost, queue limit, --ready and command."""
     command = status.get("command")
     words = " ".join(map(str, command if isinstance(command, list) else []))
     named = {"forwarded": "forwarded", "lost": "lost", "queue_limit": "queue limit"}
@@ -206,14 +204,14 @@ def workers(status: Message, children: Mapping[int, Sequence[int]]) -> Table:
             )
             rows += [_child_row(each, generation, child) for child in forked]
     hidden = _unknown_columns(status, _workers_of(status))
-    # Forked children have rows of their own.
+    # The client library's forked children have rows of their own, not a text in CHILDREN.
     unforked = [each for each in _workers_of(status) if not listed(each, "processes")]
     has_children = any(children.get(number_in(each, "pid")) for each in unforked)
     return _table(_WORKERS, rows, hidden if has_children else {*hidden, "CHILDREN"})
 
 
 def _child_row(worker: Message, generation: Message, child: Message) -> Row:
-    """Return the row of a forked child.  In it, child 0 of worker 3 has the number 3.0."""
+    """Return the row of a forked child.  Child 0 of worker 3 is called 3.0."""
     return (
         f"{number_in(worker, 'number')}.{number_in(child, 'number')}",
         number_in(generation, "number"),
@@ -250,8 +248,9 @@ def _workers_of(status: Message) -> list[Message]:
 def _unknown_columns(status: Message, messages: Sequence[Message]) -> dict[str, None]:
     """Return the columns to omit, because their fields are missing or null in all `messages`.
 
-    If SocketProtector accepts, return no column before the first worker is ready: until then the
-    fields of all workers are unknown.
+    messages: the generations or workers of the rows.
+    If the protector accepts, no column is omitted until a worker is ready: before that, no worker's
+    fields are known.
     """
     begun = any(each.get("state") in ("ready", "retiring") for each in _workers_of(status))
     if not messages or not (begun or _workers_accept(status)):
@@ -267,13 +266,13 @@ def _table(headings: str, rows: Sequence[Row], hidden: Collection[str]) -> Table
 
 
 def _pids_text(pids: Sequence[int]) -> str:
-    """Return the number of pids, and the first _MOST_PIDS of them, such as `2: 4712 4713`."""
+    """Return the number of pids, and the first _MOST_PIDS pids, such as `2: 4712 4713`."""
     more = " ..." if len(pids) > _MOST_PIDS else ""
     return f"{len(pids)}: {' '.join(map(str, pids[:_MOST_PIDS]))}{more}" if pids else ""
 
 
-def last_reload(status: Message) -> list[Text]:
-    """Return lines about reloads (in progress, last), the last dry run and failed workers."""
+def reload_lines(status: Message) -> list[Text]:
+    """Return lines about the reload in progress, the last reload and dry run, and failures."""
     now = status.get("now")
     reloads = listed(status, "reloads")
     ended = [each for each in reloads if each.get("result") in ("reloaded", "failed")]
@@ -295,7 +294,7 @@ def last_reload(status: Message) -> list[Text]:
 
 
 def _reload_line(title: str, each: Message, now: object) -> Text:
-    """Return a line about a reload or dry run."""
+    """Return a line about a reload or dry run.  title: the beginning of the line."""
     at = each.get("ended_at") if each.get("ended_at") is not None else each.get("began_at")
     reason, result = headline(text_in(each, "reason")), text_in(each, "result")
     return Text.assemble(

@@ -1,4 +1,4 @@
-"""The command top: one screen, redrawn after each interval, on a terminal of at least 80 x 24.
+"""The command top: one screen, redrawn after each interval, for a terminal of at least 80 x 24.
 
 The rate and the wait times are computed from the last two statuses.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 #: How many rates are kept, each for one bar.
 _KEPT = 200
-#: How long to try to reconnect.  After that, the screen shows the error, and keys are read again.
+#: How long to try to reconnect before the screen shows the error, and keys are read again.
 _RECONNECT_S = 1.0
 #: The number of buckets in the field `wait_us` of a generation (docs/control.md).
 _BUCKETS = 32
@@ -42,7 +42,7 @@ class Rates:
     """The rates of the last _KEPT intervals, and the wait times of the last interval."""
 
     def __init__(self) -> None:
-        self.forwarded: deque[float] = deque(maxlen=_KEPT)
+        self.history: deque[float] = deque(maxlen=_KEPT)  # connections forwarded per second
         self.p50_us: float | None = None
         self.p99_us: float | None = None
         self._before: Message | None = None
@@ -57,9 +57,9 @@ class Rates:
             return
         total, earlier = status.get("forwarded"), before.get("forwarded")
         if isinstance(total, int) and isinstance(earlier, int):
-            self.forwarded.append(max(0, total - earlier) / span_s)
+            self.history.append(max(0, total - earlier) / span_s)
         else:
-            self.forwarded.clear()  # if workers accept, the number of connections is unknown
+            self.history.clear()  # if workers accept, the number of connections is unknown
         buckets = zip(_wait_buckets(status), _wait_buckets(before), strict=True)
         counts = [max(0, after - earlier) for after, earlier in buckets]
         self.p50_us, self.p99_us = quantile_us(counts, 0.5), quantile_us(counts, 0.99)
@@ -67,11 +67,11 @@ class Rates:
     @property
     def per_second(self) -> float | None:
         """Connections forwarded per second; None before the second status, or if workers accept."""
-        return self.forwarded[-1] if self.forwarded else None
+        return self.history[-1] if self.history else None
 
 
 def _wait_buckets(status: Message) -> list[int]:
-    """Return the counts in the buckets of wait times, each summed over all generations."""
+    """Return the count in each bucket of wait times, summed over all generations."""
     total = [0] * _BUCKETS
     for generation in listed(status, "generations"):
         wait_us = generation.get("wait_us")
@@ -110,7 +110,7 @@ def _screen(client: Client, interval: float) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     rates = Rates()
     with (
-        _keys() as pressed,
+        _keys() as quit_pressed,
         Live(Text("..."), console=console, screen=True, auto_refresh=False) as live,
     ):
         while True:
@@ -122,9 +122,9 @@ def _screen(client: Client, interval: float) -> None:
                 live.update(draw(status, children, rates, *size), refresh=True)
             except NoProtector as error:
                 live.update(render.styled(f"no answer: {error}", "red"), refresh=True)
-                # Otherwise the late answer would be read as the answer to the next request.
+                # Perhaps only a part of the request was sent, so the next needs a new connection.
                 client.close()
-            if pressed(interval):
+            if quit_pressed(interval):
                 return
 
 
@@ -138,14 +138,14 @@ def _status(client: Client) -> Message:
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], bool]]:
-    """Yield a function that waits for keys, and returns True after q or the end of the input.
+    """Yield a function that waits for keys, and returns True at q or the end of the input.
 
     The function's argument is the longest wait, in seconds.
     """
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
 
-    def pressed(seconds: float) -> bool:
+    def quit_pressed(seconds: float) -> bool:
         until = time.monotonic() + seconds
         while (left_s := until - time.monotonic()) > 0:
             if not select.select([fd], [], [], left_s)[0]:
@@ -157,7 +157,7 @@ def _keys() -> Iterator[Callable[[float], bool]]:
 
     try:
         tty.setcbreak(fd)
-        yield pressed
+        yield quit_pressed
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
@@ -177,7 +177,7 @@ def draw(
     forwarded, lost = render.counts(status, "forwarded", "lost")
     p50, p99 = render.latency_text(rates.p50_us), render.latency_text(rates.p99_us)
     rate = _rate(rates.per_second)
-    history = list(rates.forwarded)
+    history = list(rates.history)
     bars = max(1, width - 20)
     most = _rate(max(history[-bars:], default=None))
     return Group(
@@ -187,7 +187,7 @@ def draw(
         ),
         render.styled(f"{render.sparkline(history, bars):>{bars}}  most {most}", "green"),
         *status_table.listeners(status)[: max(1, height // 8)],
-        *status_table.last_reload(status),
+        *status_table.reload_lines(status),
         Text(),
         status_table.generations(status),
         Text(),

@@ -1,4 +1,4 @@
-"""The command `upgrade`: replaces the protector's running program by the installed program.
+"""The command `upgrade`: replaces the protector's running program with the installed program.
 
 With --check the command only checks whether the installed program can take over.
 """
@@ -17,8 +17,8 @@ from .operation import begin
 from .reload import TIMEOUT, WAIT, quoted
 from .reload_progress import Awaited
 
-#: How long to wait for the answer to `upgrade --check`.  The protector runs the installed program
-#: for the check.  It ends a program that takes too long before this time is over.
+#: How long to wait for the answer to `upgrade --check`.  The protector ends a check after 30 s
+#: (TRIAL_S of daemon/upgrade.py).
 _CHECK_S = 45.0
 
 
@@ -27,7 +27,7 @@ _CHECK_S = 45.0
 @click.option("--check", is_flag=True, help="Only check if the installed program can take over.")
 @TIMEOUT
 def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json: bool) -> None:
-    """Replace the protector's own program by the installed one. Pid and workers stay the same.
+    """Replace the protector's program with the installed program. Pid and workers stay the same.
 
     Clients notice nothing. The command waits until the installed program is running. If the
     installed program cannot take over, the exit status is 3, and the old program keeps running.
@@ -56,8 +56,7 @@ def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json
 
 def _check_upgrade(instance: Instance, as_json: bool) -> None:
     """Print whether the installed program can take over.  Raises NewVersionFailed."""
-    # A check may take longer than 30 s.  The protector disconnects a client that sends no request
-    # for this time, unless the client follows events.
+    # events=True: otherwise the protector disconnects a client that sends no request for 30 s.
     with instance.client(_CHECK_S, events=True) as client:
         try:
             result = client.request("upgrade", check=True)
@@ -77,7 +76,7 @@ def _check_upgrade(instance: Instance, as_json: bool) -> None:
 
 
 class _Upgraded(Awaited):
-    """Waits for a status of the new program: `restarts` is higher than in the status before."""
+    """Waits for a status of the new program: `restarts` is higher than in `before`."""
 
     def __init__(self, before: Message, tell: Callable[[str], None]) -> None:
         super().__init__(tell)

@@ -62,7 +62,7 @@ def choose(folder: Path, number: int) -> None:
 
 def free_name() -> str:
     """Return a name that no protector has, as far as socketprotectorctl finds them."""
-    names = discovery.names(discovery.everything())
+    names = discovery.names(discovery.query_all_sockets())
     taken = {
         each.partition(":")[0] for each in names
     }  # protectors that share a name have a listener's behind it

@@ -132,7 +132,7 @@ def test_events_that_come_as_fast_as_they_are_read_put_no_deadline_off(
     with Endless(socket.AF_UNIX) as endless:
         client = Client.__new__(Client)
         client.path, client._socket, client._follows, client._last_id = "x", endless, True, 1
-        client._begin()
+        client._reset()
         endless.until = time.monotonic() + 0.05
 
         assert client.answer(endless.until) is None
@@ -303,6 +303,6 @@ def test_the_tools_do_what_they_say(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["web;reboot", "$(reboot)", "a`b`", "a b", "a\nb", "a&b", "~x"])
 def test_no_name_is_completed_that_a_shell_would_run(fake: Fake, name: str) -> None:
     """Beside one that is good, and completed."""
-    assert discovery.running("") == ["web"]
+    assert discovery.names_with_prefix("") == ["web"]
     fake.status["name"] = name
-    assert discovery.running("") == []
+    assert discovery.names_with_prefix("") == []

@@ -94,7 +94,7 @@ def test_an_answer(tmp_path: Path, line: bytes) -> None:
     with ours, theirs:
         client = Client.__new__(Client)
         client.path, client._socket, client._last_id = "x", ours, 1
-        client._begin()
+        client._reset()
         theirs.sendall(line + b"\n" + b'{"id":1,"ok":true,"result":{"good":1}}\n')
         theirs.shutdown(socket.SHUT_WR)
         try:

@@ -18,7 +18,7 @@ from socketprotector_exporter.web_model import Instance
 from socketprotector.ctl import queries, status_table
 from socketprotector.ctl.message import message_in
 from socketprotector.ctl.query_all import SocketAnswer
-from socketprotector.ctl.status_table import heading, last_reload, listeners, totals
+from socketprotector.ctl.status_table import heading, listeners, reload_lines, totals
 from tests.rounds import rounds
 from tests.unit.ctl.fake import generation, health, reload, status, worker
 
@@ -138,7 +138,7 @@ def test_no_value_of_any_field_stops_who_shows_it(data: some.DataObject) -> None
         heading,
         totals,
         listeners,
-        last_reload,
+        reload_lines,
         status_table.generations,
     ):
         show(found)

@@ -192,7 +192,7 @@ def test_rates_and_waits_are_those_of_the_interval() -> None:
         if second == 2:
             assert (rates.per_second, rates.p50_us, rates.p99_us) == (100.0, 1.0, 3.0)
 
-    assert list(rates.forwarded) == [100.0, 0.0]
+    assert list(rates.history) == [100.0, 0.0]
     assert rates.p50_us is None
     draw({}, {}, rates, 80, 24)
 

@@ -223,7 +223,7 @@ def test_that_command_line_can_be_copied_from_a_terminal() -> None:
 
 def test_its_name_is_none_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    monkeypatch.setattr(discovery, "everything", list)
+    monkeypatch.setattr(discovery, "query_all_sockets", list)
     monkeypatch.setattr(discovery, "names", lambda _: names)
 
     assert free_name() == "demo"

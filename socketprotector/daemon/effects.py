@@ -161,7 +161,7 @@ class Effects(Host):
                 self._quiesce(number)
             case EndEvenly(number, worker, seconds) if number in self.generations:
                 opened, records = self.generations[number], self.pool.records()
-                spread.order(opened, records, seconds, self._log, only=worker)
+                spread.order(opened, records, seconds, self._log, worker=worker)
             case Drain(number) if number in self.generations:
                 self.generations[number].note_draining()
                 self.pool.drain(number)
@@ -415,7 +415,7 @@ class Effects(Host):
 
     def _start_advice(self, number: int) -> str:
         """Return the likely cause of a generation's start timeout; "": unknown."""
-        known = self.probing.last or self.pool.check_result(number)
+        known = self.probing.why_not_ready or self.pool.check_result(number)
         if self.pool.proved_ready:  # a worker has worked, so the program uses the socket
             return known
         more = self.pool.advice(number, ignores_socket=bool(known))

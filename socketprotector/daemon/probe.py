@@ -3,8 +3,8 @@
 The delivery knows how to reach the generation (`ProbeTarget` in delivery/probe_target.py).  There
 are three kinds of probe:
 
-- accept: a worker must accept a connection of ours;
-- HTTP: the prober process sends a request over a connection of ours (prober_client.py);
+- accept: we connect, and a worker must accept the connection;
+- HTTP: we connect, and the prober process sends a request over the connection (prober_client.py);
 - check: a command makes connections of its own.
 
 A probe is *late* if its limit has passed without a result.
@@ -34,10 +34,10 @@ from .generation import OpenGeneration
 from .prober_client import Prober
 from .verdicts import Verdict
 
-#: The pause between two looks at a connection that waits for a worker: a share of the connection's
-#: age, within these limits.
-_FIRST_LOOK_S, _LAST_LOOK_S, _LOOK_SHARE = 0.005, 1.0, 0.1
-#: How much longer than the probe's limit the prober may take: the prober may be starting.
+#: How long we wait before we check again whether a worker has accepted our connection: a tenth of
+#: the connection's age, within these limits.
+_FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.005, 1.0, 0.1
+#: How long after the probe's limit we kill a silent prober, which may have started late.
 _PROBER_S = 10.0
 #: The errors of connect() to an address where no process listens.
 _NOT_THERE = (errno.ECONNREFUSED, errno.ENOENT)
@@ -55,11 +55,10 @@ class Probe:
         addresses: CheckProbes | None = None,
         input_of: Callable[[int], bytes] = lambda number: b"",
     ) -> None:
-        """as_client: reach the serving generation as clients do, with a new target for each probe.
+        """as_client: reach the serving generation as clients do; each connection has a new target.
 
-        addresses: the addresses at which commands reach a generation (check_probe.py); None:
-        commands connect to the target itself.  input_of: returns a command's stdin; its argument is
-        the generation's number.
+        addresses: the probe addresses for check commands (check_probe.py); None: commands connect
+        to the target itself.  input_of: returns a command's stdin for a generation's number.
         """
         self._loop, self._reach, self._as_client = loop, reach, as_client
         self._addresses, self._input_of = addresses, input_of
@@ -70,15 +69,15 @@ class Probe:
         #: The connection of the present probe.  A connection that no worker has accepted is reused,
         #: so that connections do not pile up at a server that does not accept.
         self._connection: socket.socket | None = None
-        self._made_at = 0.0
-        self._was_reset = False  # the last look found the connection reset
+        self._connecting_since = 0.0
+        self._was_reset = False  # the last _check_accepted() found the connection reset
         self._prober: Prober | None = None
         #: The running command.  A late command may survive its kill if it runs as another user, or
         #: while it waits for a disk.
         self._command: CheckCommand | None = None
-        #: Why the last late probe failed.  Its connection may still wait, or its command may still
-        #: run.
-        self._late = ""
+        #: Why the last late probe failed.  While that probe's connection waits or its command runs,
+        #: later probes report the same reason.
+        self._late_why = ""
 
     def send(
         self,
@@ -89,8 +88,8 @@ class Probe:
     ) -> None:
         """Send a probe, and call `report` once: perhaps before send() returns, never after close().
 
-        One exception: if an earlier late command still runs, this probe starts no command.  Then
-        `report` is called at this probe's limit, but not if the earlier command ends first.
+        Exception: if the late command of an earlier probe is running, this probe starts no command.
+        Then `report` is called at this probe's limit, or never if that command ends earlier.
         """
         self._spec, self._report = spec, report
         self._sent_at = time.monotonic()
@@ -110,7 +109,7 @@ class Probe:
 
     @property
     def connection(self) -> socket.socket | None:
-        """The probe's TCP connection, also after the verdict until a worker accepts it; or None."""
+        """The probe's TCP connection, kept after the verdicts UNMADE and UNTAKEN; or None."""
         return self._connection if self._target is not None and not self._target.is_unix else None
 
     @property
@@ -119,7 +118,7 @@ class Probe:
         return self._target is not None and self._target.is_closed()
 
     def close(self) -> None:
-        """Abandon the probe of this generation."""
+        """Abandon the probe, so that another generation can be probed."""
         self._report = None
         self._loop.cancel(self)
         with suppress(OSError):
@@ -133,7 +132,7 @@ class Probe:
         self._was_reset = False
 
     def end(self) -> None:
-        """Abandon the probe, and end the prober process."""
+        """Do what close() does, and end the prober process."""
         self.close()
         if self._prober is not None:
             self._prober.close()
@@ -142,7 +141,7 @@ class Probe:
     # -- inside --------------------------------------------------------------------
 
     def _finish(self, kind: str, why: str = "") -> None:
-        """Report the verdict; MOVED if another generation may have answered."""
+        """Report this verdict, or MOVED if another generation may have answered."""
         self._loop.cancel(self)
         is_unchanged = self._target is None or self._target.is_unchanged()
         if not is_unchanged:
@@ -161,36 +160,36 @@ class Probe:
         self._target = self._target or self._reach(generation, spec.listener)
         target = self._target
         if target is None:
-            one_socket = "both generations share one socket"
-            none = "the probed listener does not exist"
-            self._finish(verdicts.NO_TARGET, none if self._as_client else one_socket)
+            shared = "both generations share one socket"
+            missing = "the probed listener does not exist"
+            self._finish(verdicts.NO_TARGET, missing if self._as_client else shared)
             return
         if spec.by_http and self._prober is None:
             try:
                 self._prober = Prober(
-                    self._loop, heard=self._on_answer, late=self._on_late, ended=self._on_ended
+                    self._loop, answered=self._on_answer, late=self._on_late, ended=self._on_ended
                 )
             except OSError as error:
                 error.strerror = f"the probe process cannot be started: {error.strerror}"
                 raise
         self._connection = client = target.connecting()
-        self._made_at = self._sent_at
-        failed = client.connect_ex(target.connect_address)
-        if failed == errno.EAGAIN and target.is_unix:  # the socket's backlog is full: try again
+        self._connecting_since = self._sent_at
+        code = client.connect_ex(target.connect_address)
+        if code == errno.EAGAIN and target.is_unix:  # the socket's backlog is full: try again
             self._disconnect()
             if self._left_s:
-                self._look_later(partial(self._connect_again, generation, limit_s))
+                self._call_later(partial(self._connect_again, generation, limit_s))
             else:
-                self._finish(verdicts.UNMADE, self._cannot_connect(failed))
-        elif failed not in (0, errno.EINPROGRESS):
-            kind = verdicts.REFUSED if failed in _NOT_THERE else verdicts.UNREACHED
-            self._finish(kind, self._cannot_connect(failed))
+                self._finish(verdicts.UNMADE, self._cannot_connect(code))
+        elif code not in (0, errno.EINPROGRESS):
+            kind = verdicts.REFUSED if code in _NOT_THERE else verdicts.UNREACHED
+            self._finish(kind, self._cannot_connect(code))
         elif spec.by_http:
             assert self._prober is not None
             self._prober.send(client, target, spec, limit_s, self._left_s)
             self._loop.call_after(self, self._left_s + _PROBER_S, self._prober.kill)
         else:
-            self._look_later(self._look)
+            self._call_later(self._check_accepted)
 
     def _connect_again(self, generation: OpenGeneration, limit_s: float) -> None:
         try:
@@ -202,10 +201,10 @@ class Probe:
     def _left_s(self) -> float:
         return max(0.0, self._until - time.monotonic())
 
-    def _cannot_connect(self, number: int) -> str:
-        why = "its backlog is full" if number == errno.EAGAIN else os.strerror(number)
+    def _cannot_connect(self, code: int) -> str:
+        why = "the socket's backlog is full" if code == errno.EAGAIN else os.strerror(code)
         if self._spec.by_http:
-            refused = number == errno.ECONNREFUSED
+            refused = code == errno.ECONNREFUSED
             return f"GET {self._spec.path}: {'refused' if refused else why}"
         where = self._target.in_words if self._target is not None else "it"
         return f"cannot connect to {where}: {why}"
@@ -231,7 +230,7 @@ class Probe:
         target, connection = self._target, self._connection
         assert target is not None
         assert connection is not None
-        # A connection that the kernel delays, because the backlog is full, waits for a worker, too.
+        # A full backlog delays a connection.  A delayed connection waits for a worker, too.
         return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
     def _continue_earlier(self) -> bool:
@@ -242,57 +241,58 @@ class Probe:
         with suppress(OSError):  # the connection is lost
             if not self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 waits = self._waits()
-        # If a worker has accepted an HTTP probe's connection meanwhile, the answer comes too late.
+        # If a worker has since accepted the earlier HTTP probe's connection, connect again: the
+        # worker's answer belongs to the earlier probe.
         if waits is None or (self._spec.by_http and not waits):
             self._disconnect()
             if self._as_client:
                 self._close_target()
             return False
         if self._spec.by_http:  # no worker has accepted the connection: send no second request
-            self._finish(self._not_accepted()[0], self._late)
+            self._finish(self._not_accepted()[0], self._late_why)
         else:
-            self._look()
+            self._check_accepted()
         return True
 
     def _not_accepted(self) -> tuple[str, str]:
         """Return the verdict, and the reason, for a connection that no worker has accepted."""
         assert self._connection is not None
-        made = events_of(self._connection, select.POLLOUT)
+        is_connected = events_of(self._connection, select.POLLOUT)
         where = self._target.in_words if self._target is not None else "it"
-        if not made:
+        if not is_connected:
             return verdicts.UNMADE, f"a connection to {where} could not be made"
         why = f"no worker accepted the probe at {where}"
         return verdicts.UNTAKEN, f"{why}; is the server listening on the socket it was given?"
 
-    def _look_later(self, look: Callable[[], None]) -> None:
-        waited_s = time.monotonic() - self._made_at
-        delay_s = min(max(_FIRST_LOOK_S, _LOOK_SHARE * waited_s), _LAST_LOOK_S)
-        self._loop.call_after(self, delay_s, look)
+    def _call_later(self, call: Callable[[], None]) -> None:
+        waited_s = time.monotonic() - self._connecting_since
+        delay_s = min(max(_FIRST_PAUSE_S, _PAUSE_SHARE * waited_s), _LAST_PAUSE_S)
+        self._loop.call_after(self, delay_s, call)
 
-    def _look(self) -> None:
+    def _check_accepted(self) -> None:
         target, connection = self._target, self._connection
         assert target is not None
         assert connection is not None
-        failed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        was_reset, self._was_reset = self._was_reset, failed == errno.ECONNRESET
+        code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        was_reset, self._was_reset = self._was_reset, code == errno.ECONNRESET
         try:
-            waits = not failed and self._waits()
+            waits = not code and self._waits()
         except OSError as error:
-            failed = error.errno or errno.EIO
+            code = error.errno or errno.EIO
         if not target.is_unchanged():
             self._finish(verdicts.MOVED, SHUT_DOWN)
-        elif failed and not (was_reset and self._was_reset):
-            # Perhaps the listening socket was shut down, which delivery/shared/socket_repair.py
-            # repairs.  So report REFUSED for a first reset.  If the next probe's first look finds a
-            # reset, too, a server has accepted and reset the connection: the next branch reports
-            # GOOD.
-            self._finish(verdicts.REFUSED, self._cannot_connect(failed))
-        elif failed or not waits:
+        elif code and not (was_reset and self._was_reset):
+            # A reset has one of two causes: the listening socket was shut down, or a server has
+            # accepted and reset the connection.  Report REFUSED for a first reset, because
+            # delivery/shared/socket_repair.py removes the first cause before the next probe.  If
+            # that probe is reset, too, a server accepts: the next branch reports GOOD.
+            self._finish(verdicts.REFUSED, self._cannot_connect(code))
+        elif code or not waits:
             self._finish(verdicts.GOOD)
         elif not self._left_s:
             self._finish(*self._not_accepted())
         else:
-            self._look_later(self._look)
+            self._call_later(self._check_accepted)
 
     # -- by HTTP ---------------------------------------------------------------------
 
@@ -301,7 +301,7 @@ class Probe:
             self._finish(verdicts.BAD if why else verdicts.GOOD, why)
 
     def _on_late(self, why: str) -> None:
-        self._late, kind = why, verdicts.BAD
+        self._late_why, kind = why, verdicts.BAD
         with suppress(OSError):
             if self._connection is not None and self._waits():
                 kind, _ = self._not_accepted()
@@ -317,8 +317,8 @@ class Probe:
 
     def _run(self, generation: OpenGeneration, limit_s: float) -> None:
         """Run the check command.  Raises OSError or ValueError."""
-        if self._command is not None:  # an earlier late command still runs: start no other
-            self._loop.call_after(self, limit_s, lambda: self._finish(verdicts.BAD, self._late))
+        if self._command is not None:  # the late command of an earlier probe is running
+            self._loop.call_after(self, limit_s, lambda: self._finish(verdicts.BAD, self._late_why))
             return
         if self._addresses is not None:
             address = self._addresses.address(generation)
@@ -333,9 +333,9 @@ class Probe:
         def ended(why: str) -> None:
             command, self._command = self._command, None
             if command is not None and command.is_late:
-                # late() has reported this command's verdict.  Forget a later probe that has waited
-                # for the end of this command: the timer of health.py sends another probe.  (A late
-                # command fails a settling generation, so no later probe waits there.)
+                # late() has reported this command's verdict.  If a later probe waits for the
+                # command's end, drop that probe: the timer of health.py sends another.  (No probe
+                # waits while a generation settles: the late command has failed the generation.)
                 self._loop.cancel(self)
                 self._report = None
                 return
@@ -345,7 +345,7 @@ class Probe:
             self._finish(kind, why)
 
         def late(why: str) -> None:
-            self._late = why
+            self._late_why = why
             self._finish(verdicts.BAD, why)
 
         self._command = CheckCommand(

@@ -1,7 +1,7 @@
 """Starts probers (programs/prober.py), and exchanges messages with them.
 
-A prober either sends HTTP probes over connections that we pass to it, or forwards the connections
-of a listening socket.  The prober exits when we exit or close our socket to it (the line).
+A prober either sends HTTP probes over our connections, or forwards the connections of a listening
+socket.  Our socket to the prober is called the line; when the line is closed, the prober exits.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ class Prober:
         self,
         loop: Loop,
         *,
-        heard: Callable[[str], None] = lambda why: None,
+        answered: Callable[[str], None] = lambda why: None,
         ended: Ended,
         late: Callable[[str], None] = lambda why: None,
         forwards: tuple[ProbeTarget, socket.socket] | None = None,
     ) -> None:
         """Start the process.  Raises OSError.
 
-        heard: called for each answer, with the reason why it is bad; "" for a good answer.
-        late: called instead of `heard`, with the reason, if no answer came in time.
-        ended: called with how the process exited, unless close() has ended it.
+        answered: called for an answer in time, with why the answer is bad; "": it is good.
+        late: called if no answer has come in time, with a text that says so.
+        ended: called with how the process exited, but not after close().
         forwards: (target, socket); the prober forwards the socket's connections to the target.
         """
-        self._heard, self._ended, self._late = heard, ended, late
+        self._answered, self._ended, self._late = answered, ended, late
         self._process: HelperProcess | None = None
         self._number = 0  # the number of the last probe
         arguments = [str(_LINE_FD)]
@@ -53,7 +53,7 @@ class Prober:
                 descriptors[_LISTENING_FD] = listening.fileno()
                 self._line.socket.send(_message(target, ProbeSpec("forward")), socket.MSG_DONTWAIT)
             self._process = HelperProcess.start_own(
-                "prober.py", arguments, descriptors, loop, self._has_ended
+                "prober.py", arguments, descriptors, loop, self._on_end
             )
 
     def send(
@@ -66,7 +66,7 @@ class Prober:
     ) -> None:
         """Send a probe over the caller's connection, which need not be established yet.
 
-        limit_s: how long a good answer may take.  left_s: how much of this time is left.  Answers
+        limit_s: the probe's limit, for messages.  left_s: the time left until the limit.  Answers
         to earlier probes are ignored from now on.  Raises OSError.
         """
         self._number += 1
@@ -82,18 +82,18 @@ class Prober:
             self._process = None
 
     def kill(self) -> None:
-        """Kill a prober that does not answer; `ended` is called as usual."""
+        """Kill a silent prober; `ended` is then called."""
         if self._process is not None:
             self._process.process.kill_group()
 
     def _on_message(self, text: str) -> None:
-        # The text has a sign, the probe's number, a space, and why the answer is bad.  The sign "~"
-        # means: no answer in time (programs/prober.py).
+        # programs/prober.py describes the text: a sign ("~": no answer in time), the probe's
+        # number, a space, and why the answer is bad.
         number, _, why = text[1:].partition(" ")
         if number == str(self._number):
-            (self._late if text[:1] == "~" else self._heard)(why)
+            (self._late if text[:1] == "~" else self._answered)(why)
 
-    def _has_ended(self, how: str) -> None:
+    def _on_end(self, how: str) -> None:
         self.close()
         self._ended(how)
 

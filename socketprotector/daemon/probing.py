@@ -1,6 +1,7 @@
-"""Probes generations while they start, settle and serve, each by a module of its own.
+"""Probes generations, with a module for each phase; each module is loaded at its first use.
 
-The modules are ready_probe.py, settle_check.py and health.py; each is loaded at its first use.
+ready_probe.py probes a starting generation, settle_check.py a settling generation, and health.py
+the serving generation.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Probing:
-    """The probes of starting, settling and serving generations, each made at its first use."""
+    """ReadyProbe, SettleCheck and Health, each made at its first use."""
 
     def __init__(
         self,
@@ -39,14 +40,14 @@ class Probing:
         answered: Callable[[int, str], bool],
         inconclusive: Callable[[int], None],
     ) -> None:
-        """addresses: where check commands reach a generation.
+        """addresses: the probe addresses for check commands.
 
         settings, remember: see Health.  answered, inconclusive: see ReadyProbe.
         """
         self._runtime, self._delivery, self._addresses = runtime, delivery, addresses
         self._settings, self._remember = settings, remember
         self._answered, self._inconclusive = answered, inconclusive
-        #: Returns the counts that `status` shows, by generation, for --settle-check commands.
+        #: Returns the counts of `status`, by generation, for --settle-check commands to read.
         self.counts: Callable[[], Mapping[int, Mapping[str, Any]]] = dict
         self.ready_probe: ReadyProbe | None = None
         self.settle_check: SettleCheck | None = None
@@ -69,9 +70,9 @@ class Probing:
             self.ready_probe.stop()
 
     @property
-    def last(self) -> str:
+    def why_not_ready(self) -> str:
         """Return why the starting generation is not ready, according to the last probe."""
-        return self.ready_probe.last if self.ready_probe is not None else ""
+        return self.ready_probe.why_not_ready if self.ready_probe is not None else ""
 
     def check_settling(self, generation: OpenGeneration) -> None:
         """Probe a settling generation until stop_checking()."""
@@ -87,12 +88,12 @@ class Probing:
             self.settle_check.stop()
 
     def note_settle_over(self, number: int) -> bool:
-        """Note that --settle is over for a generation; return whether a good answer must come."""
+        """Note that --settle is over; return whether a good answer must still come."""
         return self.settle_check is not None and self.settle_check.note_settle_over(number)
 
     @property
     def settle_check_due(self) -> bool:
-        """Return whether the --settle time is over, and a good answer is still awaited."""
+        """Return whether --settle is over, but a good answer must still come."""
         return self.settle_check is not None and self.settle_check.is_due
 
     def set_serving(self, generation: OpenGeneration | None) -> None:
@@ -117,7 +118,7 @@ class Probing:
 
     @property
     def tcp_connection(self) -> socket.socket | None:
-        """The TCP connection of the present health probe, if it has one."""
+        """The TCP connection of the present health probe, or None."""
         return self.health.tcp_connection if self.health is not None else None
 
     def suspend(self) -> None:

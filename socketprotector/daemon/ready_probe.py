@@ -1,13 +1,13 @@
 """Probes a starting generation under --ready accept, http: and https:, and without --ready.
 
-The generation gets no clients yet.  In listener mode a mark on the probe's connection selects the
-generation (system/reuseport.py); a probe of a UNIX socket connects to the generation's own socket.
-In other modes the probe connects to a loopback port, and connections to this port go into the
-generation's channel.
+The generation gets no clients yet.  Under --handoff listener a mark on the probe's connection
+selects the generation's socket (`ProbeTarget.mark`).  At a UNIX path each generation has a socket
+of its own, so no mark is necessary.  Under other values of --handoff the probe connects to
+a loopback port, and the protector sends the port's connections into the generation's channel.
 
-Without --ready, probes are sent only in listener mode.  Such a probe can fail although the
-generation is ready (_MAYBE_READY of verdicts.py).  Then a timer can make the generation
-ready (system/readiness.py).
+Without --ready, probes are sent only under --handoff listener.  Such a probe can fail although the
+generation is ready (_MAYBE_READY of verdicts.py).  Then a timer can make the generation ready
+(system/readiness.py).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .runtime import Runtime
 from .verdicts import Verdict
 
 _TIMER = "ready-probe"
-#: How long an accept probe waits for a worker; the next probe continues with the same connection.
-_ACCEPTED_S = 1.0
-_ANSWERED_S = 5.0  # how long an HTTP answer may take
+#: How long an accept probe waits for a worker.  The next probe then reuses the connection.
+_ACCEPT_LIMIT_S = 1.0
+_ANSWER_LIMIT_S = 5.0  # how long an HTTP answer may take
 
 
 class ReadyProbe:
@@ -45,7 +45,7 @@ class ReadyProbe:
 
         answered returns False if the generation must be probed again.
         inconclusive: called with the generation's number after a verdict that lets a timer make the
-        generation ready (time_tells() of verdicts.py).
+        generation ready (timer_may_decide() of verdicts.py).
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._answered, self._inconclusive = answered, inconclusive
@@ -54,23 +54,24 @@ class ReadyProbe:
         self._probe = Probe(runtime.loop, reach)
         self._began = 0.0
         #: Why the generation is not ready, according to the last probe.
-        self.last = ""
+        self.why_not_ready = ""
 
     def begin(self, generation: OpenGeneration) -> None:
         """Probe a generation until it answers, or until stop()."""
         self.stop()
         program = generation.program
         if program.ready == "any" and program.ready_fd >= 0:
-            return  # without --ready, but the command reports readiness by {fd:ready}
+            return  # the command reports readiness by {fd:ready}, so it needs no probe
         self._generation, self._began = generation, time.monotonic()
         self._spec = probe_spec.read(program.ready_question or "accept")
-        self.last = f"GET {self._spec.path}: not answered yet" if self._spec.by_http else ""
+        by_http, path = self._spec.by_http, self._spec.path
+        self.why_not_ready = f"GET {path}: not answered yet" if by_http else ""
         self._send_probe()
 
     def stop(self) -> None:
         """Stop the probes."""
         self.suspend()
-        self._generation, self.last = None, ""
+        self._generation, self.why_not_ready = None, ""
 
     def suspend(self) -> None:
         """Stop the probes; resume(), or the next program after an upgrade, starts them again."""
@@ -86,7 +87,7 @@ class ReadyProbe:
 
     def _send_probe(self) -> None:
         assert self._generation is not None
-        limit_s = _ANSWERED_S if self._spec.by_http else _ACCEPTED_S
+        limit_s = _ANSWER_LIMIT_S if self._spec.by_http else _ACCEPT_LIMIT_S
         self._probe.send(self._generation, self._spec, limit_s, self._on_verdict)
 
     def _send_later(self) -> None:
@@ -98,10 +99,10 @@ class ReadyProbe:
         assert generation is not None
         number = generation.record.number
         if verdict.kind == verdicts.GOOD:
-            done = self._answered(number, self._spec.kind)
+            is_done = self._answered(number, self._spec.kind)
             if self._generation is not generation:
-                return  # the answer let another reload begin: we now probe that reload's generation
-            if done:
+                return  # answered() has stopped this probe, and perhaps begun another
+            if is_done:
                 self.stop()
             else:
                 self._send_later()
@@ -109,11 +110,11 @@ class ReadyProbe:
         cannot = verdict.kind in (verdicts.CANNOT, verdicts.NO_TARGET)
         why = f"cannot be probed: {verdict.why}" if cannot else verdict.why
         waits = verdict.kind in (verdicts.UNMADE, verdicts.UNTAKEN) and not self._spec.by_http
-        if why != self.last and not waits:  # an accept probe that still waits has not failed
+        if why != self.why_not_ready and not waits:  # an accept probe that waits has not failed
             self._log.write("info", "probe-failed", generation=number, reason=why)
-        self.last = why
+        self.why_not_ready = why
         if verdict.kind != verdicts.NO_TARGET:
             self._send_later()
-        timer_may_tell = verdicts.time_tells(generation.program.ready, verdict)
-        if timer_may_tell and not self._probe.target_is_closed:
+        timer_may_decide = verdicts.timer_may_decide(generation.program.ready, verdict)
+        if timer_may_decide and not self._probe.target_is_closed:
             self._inconclusive(number)

@@ -1,12 +1,11 @@
 """--settle-check: probes the new generation during --settle, while a rollback is still possible.
 
 A probe is an HTTP request by the prober process (prober_client.py), or a check command.  The
-command gets the counts of the new and the old generation, and decides by its own criteria: the
-command can query the probe address, or the operator's metrics.
+command gets the counts of the new and the old generation.  It can also query the probe address, or
+the operator's metrics.
 
-The generation fails at the first verdict that is neither good nor inconclusive (verdicts.py).  It
-also fails if the verdicts stay inconclusive for UNKNOWN_S.  When the time of --settle has passed,
-the generation keeps settling until one more good answer comes.
+`Settling` in verdicts.py says when the generation fails.  When the time of --settle has passed, the
+generation keeps settling until one more good answer comes.
 
 Probes reach the generation during a hold, too.
 """
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     Counts = Callable[[], Mapping[int, Mapping[str, Any]]]
 
 _EVERY_S = 1.0  # from the start of one check command to the next
-_ANSWERED_S = 5.0  # how long an HTTP answer may take
+_ANSWER_LIMIT_S = 5.0  # how long an HTTP answer may take
 _TIMER = "settle-check"
 
 
@@ -47,7 +46,7 @@ class SettleCheck:
     def __init__(
         self, runtime: Runtime, reach: Reach, addresses: CheckProbes, counts: Counts
     ) -> None:
-        """addresses: where check commands reach a generation (check_probe.py).
+        """addresses: the probe addresses for check commands (check_probe.py).
 
         counts: returns the generations' counts, by number, for a command to read.
         """
@@ -87,9 +86,9 @@ class SettleCheck:
             self._send_probe()
 
     def note_settle_over(self, number: int) -> bool:
-        """Note that --settle is over for a generation; return whether a good answer must come.
+        """Note that --settle is over; return whether a good answer must still come.
 
-        Only answers after the first such call count.  Returns False for a generation that is not
+        Only answers after the first such call count.  Returns False if this generation is not
         checked.
         """
         generation = self._generation
@@ -100,7 +99,7 @@ class SettleCheck:
 
     @property
     def is_due(self) -> bool:
-        """Return whether --settle is over, and a good answer is still awaited."""
+        """Return whether --settle is over, but a good answer must still come."""
         return (
             self._generation is not None and self._settling.is_over and not self._settling.is_good
         )
@@ -114,7 +113,7 @@ class SettleCheck:
     def _send_probe(self) -> None:
         assert self._generation is not None
         self._sent_at = time.monotonic()
-        limit_s = LIMIT_S if self._is_command else _ANSWERED_S
+        limit_s = LIMIT_S if self._is_command else _ANSWER_LIMIT_S
         self._probe.send(self._generation, self._spec, limit_s, self._on_verdict)
 
     def _on_verdict(self, verdict: Verdict) -> None:
@@ -131,7 +130,7 @@ class SettleCheck:
         self._loop.call_after(_TIMER, self._settling.pause_s(usual_s), self._send_probe)
 
     def _input_of(self, number: int) -> bytes:
-        """Return the counts that a check command reads, of the new and the old generation."""
+        """Return the counts of the new and the old generation, for a check command's stdin."""
         counts = self._counts()
         serving = (each for each in counts.values() if each["phase"] == "serving")
         return json.dumps({"new": counts.get(number), "old": next(serving, None)}).encode()

@@ -3,7 +3,7 @@
 An order is a deadline in the worker's slot of the scoreboard (memory that the protector and the
 worker share): all connections should have ended at the deadline.  The order outlives an upgrade or
 kill of the protector, and the worker can read the order at any time.  A worker that follows orders
-notes that in its slot.  Of our client libraries, only the Python library follows orders.
+says so in its slot.  Of our client libraries, only the Python library follows orders.
 
 Source: docs/protocol.md, section "A spread".
 """
@@ -29,13 +29,13 @@ def order(
     seconds: float,
     log: Log,
     *,
-    only: int = 0,
+    worker: int = 0,
 ) -> None:
-    """Order the workers of a generation to end their connections evenly within some seconds.
+    """Order the workers of a generation to end their connections evenly within a time.
 
     An earlier order with an earlier deadline stays in force.
 
-    records: the records of all workers.  only: the number of one worker; 0: all workers.
+    records: the records of all workers.  worker: the number of the worker to order; 0: all workers.
     seconds: how long connections may stay open; 0: the workers end no connection.
     """
     board = generation.board
@@ -44,7 +44,7 @@ def order(
     until = time.monotonic_ns() + int(seconds * _NS) if seconds else wire.SPREAD_NEVER
     unable = 0
     for each in _workers_of(generation, records):
-        if only not in (0, each.number):
+        if worker not in (0, each.number):
             continue
         try:
             able, ordered = board.spread(each.slot)
@@ -104,7 +104,7 @@ def _spread_of(generation: OpenGeneration, slot: int) -> tuple[bool, int]:
 def closing_rate(
     generation: OpenGeneration, slots: Iterable[tuple[int, Counts | None]]
 ) -> dict[str, float] | None:
-    """Return how many connections a generation ends per second, and how long this still lasts.
+    """Return how many connections a generation ends per second, and the seconds left for that.
 
     None: no worker of the generation ends connections evenly now.
 

@@ -11,7 +11,7 @@ from ..model.lazy_dataclass import frozen, replace
 
 #: GOOD: a good answer.  BAD: a bad answer, or no answer in time.
 GOOD, BAD = "good", "bad"
-#: REFUSED: nothing listens, or the server reset the connection.  UNREACHED: connecting failed for
+#: REFUSED: no process listens, or the connection was reset.  UNREACHED: connecting failed for
 #: another reason.
 REFUSED, UNREACHED = "refused", "unreached"
 #: UNMADE: not connected in time, for example because the backlog is full.  UNTAKEN: connected, but
@@ -20,7 +20,7 @@ UNMADE, UNTAKEN = "unmade", "untaken"
 #: The probe could not be carried out, for example because we had no free descriptor.
 CANNOT = "cannot"
 #: No socket leads to this generation alone, or the probed listener does not exist.
-NO_TARGET = "no-way"
+NO_TARGET = "no-target"
 #: The probed socket was shut down, closed to clients or replaced during the probe, so another
 #: generation may have answered.
 MOVED = "moved"
@@ -46,13 +46,13 @@ def pause_s(since_first_s: float) -> float:
     return min(max(_FIRST_PAUSE_S, _PAUSE_SHARE * since_first_s), _LAST_PAUSE_S)
 
 
-# -- while it starts ---------------------------------------------------------------
+# -- a starting generation ---------------------------------------------------------
 
 #: The generation may be ready in spite of these verdicts.
 _MAYBE_READY = (REFUSED, UNREACHED, UNMADE, NO_TARGET)
 
 
-def time_tells(ready: str, verdict: Verdict) -> bool:
+def timer_may_decide(ready: str, verdict: Verdict) -> bool:
     """Return whether, after this verdict, a timer may make the generation ready.
 
     ready: the kind of --ready.
@@ -60,9 +60,9 @@ def time_tells(ready: str, verdict: Verdict) -> bool:
     return ready == "any" and verdict.kind in _MAYBE_READY
 
 
-# -- while it settles --------------------------------------------------------------
+# -- a settling generation ---------------------------------------------------------
 
-#: For a settling generation these verdicts are inconclusive: they say nothing about it.
+#: These verdicts say nothing about a settling generation: they are inconclusive.
 _UNKNOWN = (CANNOT, UNREACHED, MOVED)
 
 
@@ -71,13 +71,13 @@ class Settling:
     """The results of a settling generation's probes.
 
     The generation fails at the first verdict that is neither good nor inconclusive: if we waited
-    for a second verdict, more clients would fail meanwhile.  It also fails if verdicts stay
-    inconclusive for UNKNOWN_S.
+    for a second verdict, more clients would fail meanwhile.  The generation also fails if all
+    verdicts are inconclusive for UNKNOWN_S.
     """
 
     is_over: bool = False  # the time of --settle has passed
     is_good: bool = False  # a good answer has come; over() forgets it, so that another must come
-    #: When the first of the latest inconclusive verdicts' probes was sent; None: the last was GOOD.
+    #: When the first probe since the last GOOD verdict was sent; None: no verdict came since then.
     unknown_since: float | None = None
     bad: str = ""  # why the generation fails
 
@@ -86,7 +86,7 @@ class Settling:
         return self if self.is_over else replace(self, is_over=True, is_good=False)
 
     def after(self, verdict: Verdict, sent_at: float, now: float) -> Settling:
-        """Return the state after a verdict; sent_at: when its probe was sent."""
+        """Return the state after a verdict; sent_at: when the verdict's probe was sent."""
         if verdict.kind == GOOD:
             return replace(self, is_good=True, unknown_since=None)
         since = sent_at if self.unknown_since is None else self.unknown_since
@@ -99,7 +99,7 @@ class Settling:
         return usual_s if self.unknown_since is None else _AGAIN_S
 
 
-# -- while it serves ---------------------------------------------------------------
+# -- the serving generation --------------------------------------------------------
 
 UNKNOWN, UNHEALTHY = "unknown", "unhealthy"
 
@@ -121,10 +121,9 @@ class Serving:
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
         """Return the state after a verdict.
 
-        most: the number of verdicts that changes the state.  The state becomes UNHEALTHY after so
-        many verdicts BAD or REFUSED since the last GOOD verdict, and UNKNOWN after so many
-        inconclusive verdicts in a row.  For a serving generation CANNOT, UNREACHED, MOVED and
-        NO_TARGET are inconclusive (`case _`).
+        The state becomes UNHEALTHY after `most` verdicts BAD or REFUSED since the last GOOD
+        verdict.  It becomes UNKNOWN after `most` inconclusive verdicts in a row: CANNOT, UNREACHED,
+        MOVED or NO_TARGET (`case _`).
         """
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason

@@ -347,7 +347,7 @@ def test_what_is_said_of_an_earlier_question_is_not_heard_any_more(
             one.connect_ex(address)
             client.send(one, way, ProbeSpec("http", path="/p"), DEADLINE_S, DEADLINE_S)
 
-    client = prober_client.Prober(loop, heard=hear, ended=heard.append)
+    client = prober_client.Prober(loop, answered=hear, ended=heard.append)
     try:
         with serving(hangs) as old, serving(says(HTTP + b"200 OK\r\n\r\n")) as new:
             ask(old)

@@ -67,7 +67,7 @@ class Settling:
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settle_check, "LIMIT_S", 0.3)
-    monkeypatch.setattr(settle_check, "_ANSWERED_S", 0.3)
+    monkeypatch.setattr(settle_check, "_ANSWER_LIMIT_S", 0.3)
     monkeypatch.setattr(verdicts, "_AGAIN_S", 0.01)
     monkeypatch.setattr(verdicts, "UNKNOWN_S", 0.3)
     monkeypatch.setattr(probe, "_PROBER_S", 0.0)
@@ -95,12 +95,12 @@ class Probers:
         self._loop, self._why = loop, why
         self.started = 0
 
-    def __call__(self, loop: Loop, *, heard: Any, ended: Any, **_: object) -> object:
+    def __call__(self, loop: Loop, *, answered: Any, ended: Any, **_: object) -> object:
         self.started += 1
 
         def send(*_: object) -> None:
             if self._why is not None:
-                loop.call_after("answer", 0.0, lambda: heard(self._why))
+                loop.call_after("answer", 0.0, lambda: answered(self._why))
 
         return SimpleNamespace(
             send=send,
@@ -194,5 +194,5 @@ def test_a_full_backlog_at_a_unix_path_is_waited_for_as_long_as_over_tcp(
 
         said = Settling(loop, "http:/", lambda *_: way).fails()
 
-    assert said == ("GET /: 500, no text" if frees else "GET /: its backlog is full")
+    assert said == ("GET /: 500, no text" if frees else "GET /: the socket's backlog is full")
     assert next(tries) > 3

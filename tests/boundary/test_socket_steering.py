@@ -1249,9 +1249,9 @@ class Answers:
         self.ready.append(number)
         return not self.early
 
-    def _begin(self, loop: Loop, *, heard: Any, **_: object) -> object:
+    def _begin(self, loop: Loop, *, answered: Any, **_: object) -> object:
         def send(*_: object) -> None:
-            self.heard.append(heard)
+            self.heard.append(answered)
 
         return SimpleNamespace(send=send, kill=lambda: None, close=lambda: None)
 
@@ -1285,7 +1285,7 @@ def test_nor_what_was_answered_by_http_meanwhile(
         reloaded.pass_time(0.3)
     its.heard[0]("")
     assert its.ready == []
-    assert its.ready_probe.last == SHUT_DOWN
+    assert its.ready_probe.why_not_ready == SHUT_DOWN
 
     reloaded.pass_time(0.3)
     assert len(its.heard) == 2

@@ -139,7 +139,7 @@ def test_the_answer_of_a_release_that_is_asked(answer: bytes) -> None:
 def test_what_a_prober_says(text: str) -> None:
     heard: list[str] = []
     one = Prober.__new__(Prober)
-    one._number, one._heard, one._late = 3, heard.append, heard.append
+    one._number, one._answered, one._late = 3, heard.append, heard.append
     one._on_message(text)
     one._on_message("-2 of an earlier question")
     one._on_message("-3 why")

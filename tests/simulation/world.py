@@ -347,12 +347,12 @@ class FakeProber:
         self,
         world: World,
         loop: Loop,
-        heard: Callable[[str], None],
+        answered: Callable[[str], None],
         late: Callable[[str], None],
         ended: Callable[[str], None],
     ) -> None:
         self._world, self._loop = world, loop
-        self._heard, self._is_late, self._ended = heard, late, ended
+        self._answered, self._is_late, self._ended = answered, late, ended
         assert world._supervisor is not None
         its = (0.0, 0.15, 1.0) if world._supervisor.fleet.served else (0.0,)
         self._bad = world._random.choice(its)  # how many of its answers are
@@ -381,7 +381,7 @@ class FakeProber:
         elif question is not None and (question.over or question.taken):
             bad = not question.taken or (not world._calm and world._chance() < self._bad)
             world.events["answered-badly" if bad else "answered-well"] += 1
-            self._heard("GET /: 500" if bad else "")
+            self._answered("GET /: 500" if bad else "")
         elif world.kernel.clock_ns - self._sent_at > PROBE_LIMIT_NS:
             self._is_late("GET /: no answer")
         else:

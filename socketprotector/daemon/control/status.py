@@ -94,7 +94,7 @@ def of_waits_for(
     now, starting = time.monotonic(), fleet.of(Phase.STARTING)
     answer = ""
     if starting is not None:
-        answer = effects.probing.last or effects.pool.check_result(starting.number)
+        answer = effects.probing.why_not_ready or effects.pool.check_result(starting.number)
     settling = fleet.of(Phase.SETTLING)
     settles = effects.generations.get(settling.number) if settling is not None else None
     facts = Facts(

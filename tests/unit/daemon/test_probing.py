@@ -20,7 +20,7 @@ class Part:
     def __init__(self, world: World, name: str, given: tuple[object, ...]) -> None:
         self._calls, self._name = world.calls, name
         self.given = given
-        self.last, self.is_due, self.tcp_connection = "refused", True, "connection"
+        self.why_not_ready, self.is_due, self.tcp_connection = "refused", True, "connection"
 
     def __getattr__(self, name: str) -> Any:
         return lambda *values: self._calls.append((self._name, name, *values))
@@ -72,7 +72,7 @@ def test_nothing_is_made_before_it_is_needed(world: World) -> None:
     probing.set_serving(ONE)
     probing.apply_settings(ONE)
 
-    assert (probing.last, probing.settle_check_due, probing.note_settle_over(1)) == (
+    assert (probing.why_not_ready, probing.settle_check_due, probing.note_settle_over(1)) == (
         "",
         False,
         False,
@@ -98,7 +98,7 @@ def test_each_part_is_made_once_and_used_for_every_generation(world: World) -> N
         ("settle_check", "begin", TWO),
         ("settle_check", "stop"),
     ]
-    assert world.probing.last == "refused"
+    assert world.probing.why_not_ready == "refused"
     assert world.probing.settle_check_due
 
 

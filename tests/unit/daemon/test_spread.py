@@ -79,7 +79,7 @@ def test_each_worker_of_the_generation_is_ordered(generation: OpenGeneration) ->
 
 
 def test_an_earlier_end_counts_and_a_later_one_does_not(generation: OpenGeneration) -> None:
-    spread.order(generation, [FIRST, SECOND], 0.0, Said().log, only=2)
+    spread.order(generation, [FIRST, SECOND], 0.0, Said().log, worker=2)
     assert (until(generation, 0), until(generation, 1)) == (0, wire.SPREAD_NEVER)
 
     spread.order(generation, [FIRST, SECOND], 600.0, Said().log)

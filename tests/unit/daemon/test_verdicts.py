@@ -42,12 +42,15 @@ def serving(*kinds: str) -> Serving:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_time_tells_only_where_no_worker_can_have_caused_it_and_only_under_any(kind: str) -> None:
+def test_a_timer_may_decide_where_no_worker_can_have_caused_it_and_only_under_any(
+    kind: str,
+) -> None:
     verdict = Verdict(kind)
+    may_be_ready = kind in (REFUSED, UNREACHED, UNMADE, NO_TARGET)
 
-    assert verdicts.time_tells("any", verdict) == (kind in (REFUSED, UNREACHED, UNMADE, NO_TARGET))
+    assert verdicts.timer_may_decide("any", verdict) == may_be_ready
     for ready in ("accept", "http", "https"):
-        assert not verdicts.time_tells(ready, verdict)
+        assert not verdicts.timer_may_decide(ready, verdict)
 
 
 def test_the_pause_is_a_tenth_of_the_time_that_it_has_taken() -> None:

@@ -1,9 +1,9 @@
-"""Resumes, after an upgrade or a crash, where an earlier program stopped.
+"""Resumes, after an upgrade or a kill, where an earlier program stopped.
 
-Each part gets its record and its descriptors back.  adopt() restores all parts except the workers.
-Then the protector accepts clients again (under --handoff listener, workers have never stopped
-accepting).  adopt_workers() adopts one worker in each step, because clients must not wait until
-perhaps a thousand workers are adopted.
+adopt() gives each part of the protector, except the workers, its record and its descriptors.  After
+that the protector accepts clients again.  (Under --handoff listener, workers never stop accepting.)
+adopt_workers() adopts one worker in each step, so that clients need not wait until perhaps
+a thousand workers are adopted.
 
 The earlier program may have been killed before it stored descriptors, or before it wrote the state.
 If a descriptor that the state mentions is missing, an event reports the lost worker or generation.
@@ -40,7 +40,7 @@ _REQUIRED = {"process", "notify"}
 
 @mutable
 class Recovery:
-    """One recovery: it gives each part its record and descriptors when a program resumes."""
+    """Gives each part of the protector its record and its descriptors, once."""
 
     effects: Effects
     snapshot: Snapshot
@@ -51,11 +51,10 @@ class Recovery:
     )
 
     def adopt(self) -> list[Event]:
-        """Adopt everything except the workers.
+        """Adopt everything except the workers; after that a generation can get the route.
 
-        After that a generation can get the route; adopt_workers() follows.
         Returns an event for each generation of --handoff stdio whose first programs have failed
-        (first_programs.py).  The protector may have been killed before it handled that event.
+        (first_programs.py): the earlier program may not have handled that event.
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery
@@ -89,14 +88,14 @@ class Recovery:
     def dismiss_unknown(self) -> None:
         """Order workers to finish if the state does not mention them.
 
-        Such a worker was started just before the protector was killed.  We send the worker the
-        finish signal, if the program has one, and close its RETURN line.
+        Such a worker was started just before the protector was killed.  We send the finish signal,
+        if the worker's program has one, and close the worker's RETURN line.
 
-        Also close the descriptors of workers that the state mentions, but that cannot be adopted;
-        _report_missing() handles these workers.
+        Also close the descriptors of workers that the state mentions, but that adopt() has left
+        out; _report_missing() handles these workers.
         """
         fleet, programs = self.snapshot.fleet, self.snapshot.generations
-        # Most likely these workers belong to the newest generation, which a reload was starting.
+        # Most likely these workers belong to the newest generation, which was starting.
         newest = max(programs, key=lambda each: each.number, default=None)
         finish = (newest.program if newest else self.effects.live_settings.settings).finish_signal
         known = {each.number for each in self.snapshot.workers}
@@ -104,7 +103,7 @@ class Recovery:
         for number, descriptors in self.unclaimed.take_all(inherited.WORKER).items():
             process = descriptors.get("process", -1)
             if process >= 0 and finish and int(number) not in known:
-                with suppress(OSError):  # ESRCH: most of these workers have exited
+                with suppress(OSError):  # ESRCH: the worker has exited
                     signal.pidfd_send_signal(process, finish)
             for fd in descriptors.values():
                 os.close(fd)
@@ -115,41 +114,43 @@ class Recovery:
         for record in self.snapshot.generations:
             descriptors = self.unclaimed.take(inherited.GENERATION, record.number)
             each = OpenGeneration.adopt(record, descriptors.pop("board", None))
-            known = None if record.released else fleet.generation(record.number)
-            draining = known is not None and known.phase is Phase.DRAINING
+            in_fleet = None if record.released else fleet.generation(record.number)
+            draining = in_fleet is not None and in_fleet.phase is Phase.DRAINING
             if not effects.delivery.adopt_generation(each, descriptors, draining=draining):
                 each.forget_board()
-            elif known is None:
+            elif in_fleet is None:
                 effects.generations.released[record.number] = each
             else:
                 effects.generations[record.number] = each
                 if record.never_works and not record.ended:
-                    # A kill may have come before this event was handled: repeat the event.
                     failures.append(_first_programs_failed(record))
         return failures
 
     def adopt_workers(self) -> Iterator[tuple[Event, ...]]:
-        """Adopt the workers, and yield () after each; then yield the events about missing parts."""
+        """Adopt one worker in each step.
+
+        Yields () after each worker; then, once, the events about missing workers and generations.
+        """
         ended: list[WorkerExited] = []
         pool, fleet = self.effects.pool, self.snapshot.fleet
         for record, descriptors, generation in self._workers:
-            # Without a finish signal we need the RETURN line, to order a single worker to finish.
+            # Without a finish signal, only the RETURN line can order a single worker to finish.
             needed = _REQUIRED if generation.program.finish_signal else {*_REQUIRED, "line"}
             if descriptors.keys() >= needed and not record.orphaned:
                 pool.adopt(record, descriptors, generation)
             else:
-                # Either the worker had exited and is `orphaned`, or the fd store lacked room
-                # for its descriptors.  Treat its processes as the group of an exited worker.
+                # Either the worker had exited and is `orphaned`, or the fd store had no room for
+                # the worker's descriptors.  In both cases adopt the worker's process group.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
-                # Report a difference from the fleet here in two cases: the fleet counts a running
-                # worker, but we can adopt only its group; or the fleet counts an orphan, but its
-                # group is gone.  _report_missing() reports a running worker that left no group.
+                # Post an event if the fleet does not know yet that only the group is left, or that
+                # an orphan's group is gone.  _report_missing() reports a running worker that has
+                # left no group.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     waiting = self._waiting(record.generation)
-                    runs = has_group and not record.orphaned
-                    exit_ = _exit_of(record.number, record, waiting, orphans=has_group, lost=runs)
-                    ended.append(exit_)
+                    lost = has_group and not record.orphaned
+                    event = _exit_of(record.number, record, waiting, orphans=has_group, lost=lost)
+                    ended.append(event)
             yield ()
         yield (*ended, *self._report_missing({each.worker for each in ended}))
 
@@ -194,15 +195,15 @@ class Recovery:
     ) -> None:
         """Watch a worker that cannot be adopted: it was starting, or the fd store was full.
 
-        The worker's RETURN line has ended.  The fleet counts the worker as an orphan until a scan
-        of /proc (system/orphans.py) finds none of its processes.  The scans also carry out the
-        fleet's orders to these processes.
+        The worker's RETURN line is closed.  The fleet counts the worker as an orphan until a scan
+        of /proc (system/orphans.py) finds none of the worker's processes.  The scans also carry out
+        the fleet's orders to these processes.
         """
         pool, generation_number = self.effects.pool, generation.number
         programs = {each.number: each.program for each in self.snapshot.generations}
         retires = record is not None and record.retires
-        # Workers on the client library finish at the end of the line.  They need no signal, which
-        # would make them hurry.
+        # Workers on the client library finish when their RETURN line is closed.  A signal would
+        # shorten their time to finish.
         watches_line = retires or self.snapshot.fleet.policy.finish_alone
         program = programs.get(generation_number, self.effects.live_settings.settings)
         finish_signal = 0 if watches_line else program.finish_signal
@@ -230,7 +231,7 @@ def _exit_of(
 ) -> WorkerExited:
     """Return the event about a worker that cannot be adopted."""
     reason = _NOT_STORED
-    if record is None:  # the worker was starting: its record is written once its process runs
+    if record is None:  # the worker was starting: a record needs the worker's pid
         reason = _KILLED
     elif record.orphaned:
         reason = _ENDED
@@ -240,6 +241,6 @@ def _exit_of(
 
 
 def _first_programs_failed(record: GenerationRecord) -> SettleFailed:
-    """Return the event that first_programs.py posts for such a generation."""
+    """Return the event that first_programs.py posts when a generation's first programs fail."""
     words = f"{LAST_WORDS}\n{record.program_words}" if record.program_words else ""
     return SettleFailed(record.number, record.programs_fail + words)

@@ -2,10 +2,10 @@
 
 Our socket to the relay is called the line.
 
-The protector keeps the read end of every pipe, too.  So if the relay dies, workers can still write,
-and the next relay continues reading.  A worker's pipe is kept until its last writer has exited,
-even if the worker has exited earlier.  But we keep only LEFT_BEHIND (model/fd_budget.py) pipes of
-exited workers: with all descriptors in pipes we could accept no client.
+The protector keeps a copy of the read end of every pipe.  So if the relay dies, workers can still
+write, and the next relay continues reading.  We keep a pipe until its last writer has exited, which
+may be after the worker.  But we keep only LEFT_BEHIND (model/fd_budget.py) pipes of exited workers,
+because clients need descriptors, too.
 
 If the relay is suspended (SIGSTOP), each worker blocks once its pipe is full.  The kernel does not
 report a suspended relay, and we must not poll while idle.  So the first byte that a worker writes
@@ -41,17 +41,16 @@ _NOFILE = resource.RLIMIT_NOFILE
 _LINE_FD = 3
 _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-#: The limit of an answer: 4096 bytes (TAIL_BYTES of the relay) and a number.
+#: The longest answer: last words (TAIL_BYTES of programs/log_relay.py) and a number.
 _ANSWER_BYTES = 4096 + 64
-#: How long the relay may take to send last words; another relay may have to be started first.
+#: How long we wait for last words: long enough to start another relay first.
 _WORDS_S = 2.0
 #: How long the relay may take to read output before we check its state.
 _READS_S = 0.5
 #: The first and the longest wait before another relay is started.
 _RESTART_S = 0.1
 _LONGEST_S = 10.0
-#: The pause before another try: to send a message after the line was full, or to close a pipe that
-#: we could not watch, or could not close yet.
+#: The pause before we try again to send a message to a full line, or to close a pipe.
 _AGAIN_S = 0.1
 #: The pause before we repeat a message for which the relay had no free descriptor.
 _ROOM_S = 1.0
@@ -98,7 +97,7 @@ class LogRelay:
         self._shared = -1  # under syslog: the read end of the pipe that is our stderr; -1: none
         self._helper: HelperProcess | None = None
         self._line: socket.socket | None = None
-        self._workers: dict[int, WorkerPipe] = {}  # by the worker's number
+        self._pipes: dict[int, WorkerPipe] = {}  # by the worker's number
         self._back_off = BackOff(_RESTART_S, _LONGEST_S)
         self._unsent: deque[tuple[str, int]] = deque()  # kind and the worker's number
         #: Callbacks that wait for last words, by the worker's number, in the order of the requests.
@@ -140,7 +139,7 @@ class LogRelay:
         self._choose(found)
 
     def _choose(self, found: list[tuple[Process, int]]) -> None:
-        """Adopt one of the relays, and end the others.
+        """Adopt one of the relays, and end the others; start a relay if none is left.
 
         There are two relays if an earlier program was killed while it replaced a relay.
         """
@@ -269,15 +268,15 @@ class LogRelay:
     # -- workers -------------------------------------------------------------
 
     def read_from(self, number: int, pipe: WorkerPipe) -> None:
-        """Let the relay read a worker's output from now on; takes ownership of the read end."""
+        """Let the relay read a worker's output from now on.  Takes ownership of the read end."""
         self._keep(number, pipe)
         self._unsent.append((_PIPE, number))
         self._send_unsent()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
-        if number in self._workers:  # a killed protector used this number, but did not record it
+        if number in self._pipes:  # a killed protector used this number, but did not record it
             self._close_pipe(number)
-        self._workers[number] = pipe
+        self._pipes[number] = pipe
         self._named[pipe.name(number)] = pipe.read
         try:
             # With events 0, epoll still reports that the last writer has closed the pipe.
@@ -288,10 +287,10 @@ class LogRelay:
 
     def _close_if_done(self, number: int) -> None:
         """Close a pipe without writers, once it is read to its end."""
-        pipe = self._workers[number]
+        pipe = self._pipes[number]
         has_hung_up = events_of(pipe.read, 0)
-        # Always unwatch: under a descriptor limit of 0 events_of() sees nothing, and the watch
-        # would call back all the time.
+        # Unwatch first: under a descriptor limit of 0 events_of() sees nothing, and the loop would
+        # call this method again and again.
         self._loop.unwatch(pipe.read)
         # Check for hang-up first, then for output: a single call might miss the last output.
         if not has_hung_up or events_of(pipe.read, select.POLLIN) & select.POLLIN:
@@ -302,7 +301,7 @@ class LogRelay:
 
     def _close_pipe(self, number: int) -> None:
         """Close our copy of a worker's pipe; the relay reads its copy to the end."""
-        pipe = self._workers.pop(number)
+        pipe = self._pipes.pop(number)
         del self._named[pipe.name(number)]
         self._loop.cancel(("output", number))
         self._loop.unwatch(pipe.read)
@@ -313,16 +312,16 @@ class LogRelay:
         os.close(pipe.read)
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
-        """Close the oldest pipes of dead workers; keep LEFT_BEHIND of these pipes.
+        """Close the oldest pipes of exited workers; keep LEFT_BEHIND of these pipes.
 
         living, numbers: see Output.close_oldest().
         """
-        excess = len(self._workers) - living - LEFT_BEHIND
+        excess = len(self._pipes) - living - LEFT_BEHIND
         if excess <= 0:
             return
-        for number in sorted(self._workers.keys() - numbers())[:excess]:
-            pipe = self._workers[number]
-            if not events_of(pipe.read, 0):  # a writer is left: no end of file, so send _CLOSE
+        for number in sorted(self._pipes.keys() - numbers())[:excess]:
+            pipe = self._pipes[number]
+            if not events_of(pipe.read, 0):  # a writer is left, so the relay sees no end of file
                 self._log.write(
                     "warning",
                     "output-closed",
@@ -345,9 +344,9 @@ class LogRelay:
             self._send_unsent()
 
     def _send_all(self) -> None:
-        """Repeat all messages: a new relay has got none, an adopted relay may have missed some."""
+        """Repeat all messages: a new relay has had none, and an adopted relay may lack some."""
         self._unsent.clear()
-        self._unsent.extend((_PIPE, number) for number in self._workers)
+        self._unsent.extend((_PIPE, number) for number in self._pipes)
         if self._kind != "syslog":
             self._unsent.append((_NEW_STDERR, 0))
         self._unsent.extend(
@@ -356,10 +355,10 @@ class LogRelay:
         self._send_unsent()
 
     def _send_unsent(self) -> None:
-        """Send the relay all unsent messages, without ever blocking."""
+        """Send the relay all unsent messages, without blocking."""
         while self._unsent and self._line is not None:
             kind, number = self._unsent[0]
-            pipe = self._workers.get(number)
+            pipe = self._pipes.get(number)
             fd, text = _STDERR if kind == _NEW_STDERR else -1, f"{kind}{number}"
             if kind == _PIPE and pipe is not None:
                 fd, text = pipe.read, f"{text} {pipe.generation} {pipe.pid}"
@@ -369,7 +368,7 @@ class LogRelay:
                     self._line.sendmsg([text.encode()], rights if fd >= 0 else [], _FLAGS)
                 except (BrokenPipeError, ConnectionResetError):
                     return  # the relay has died: the next relay gets all messages
-                except OSError:  # no room: the relay, or the reader of its output, is behind
+                except OSError:  # the line is full: the relay is behind
                     self._loop.call_after("relay-line", _AGAIN_S, self._send_unsent)
                     return
             self._unsent.popleft()
@@ -377,7 +376,7 @@ class LogRelay:
     # -- last words ----------------------------------------------------------
 
     def request_last_words(self, number: int, done: Callable[[bytes], None]) -> None:
-        """Request a worker's last output; calls back once, with b"" if no answer comes in time."""
+        """Request a worker's last words; `done` gets them, or b"" if no answer comes in time."""
         self._word_requests.setdefault(number, []).append(done)
         self._loop.call_after(
             (_WORDS, number), _WORDS_S, lambda: self._finish_without_words(number)
@@ -433,14 +432,14 @@ class LogRelay:
         done(words)
 
     def _finish_without_words(self, number: int) -> None:
-        """Answer all pending requests for a worker's last words with b""."""
+        """Call each callback that waits for a worker's last words, with b""."""
         while number in self._word_requests:
             self._on_words(number, b"")
 
     # -- the end -------------------------------------------------------------
 
     def finish(self) -> None:
-        """Wait up to _END_S for the relay's exit; the relay stays if a process still writes."""
+        """Close the line, and wait up to _END_S for the relay; it stays while a process writes."""
         self._close_line()
         if self._helper is not None:
             self._helper.process.signal(signal.SIGCONT)

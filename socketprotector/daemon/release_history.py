@@ -1,8 +1,8 @@
 """The history of releases, and its file `current.history`, beside the link `current`.
 
-`current` stands for the link that the option --current names.  A separate process writes the file
-and waits for the disk (programs/release_writer.py).  A failed write is repeated.  A file that could
-not be read is renamed before the next write.
+The option --current names the link.  A process of its own, the writer
+(programs/release_writer.py), writes the file and waits for the disk.  A failed write is repeated.
+A file that could not be read is renamed before the next write.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..system.helper import BackOff, HelperProcess, last_line
 from ..system.loop import Loop
 from .runtime import Runtime
 
-_FIRST = 3  # the writer's first descriptor after stdin, stdout and stderr
+_FIRST_FD = 3  # the writer's first descriptor after stdin, stdout and stderr
 _AGAIN = "release-history"
 _FIRST_DELAY_S, _LAST_DELAY_S = 1.0, 60.0
 
@@ -33,7 +33,7 @@ class SavedHistory:
     def __init__(self, current: Callable[[], str], runtime: Runtime) -> None:
         """current: returns the path of the link `current`."""
         self.value = ReleaseHistory()
-        #: Why the file could not be written; "": the file is written, or will be soon.
+        #: Why the last finished write failed; "": it succeeded, or no write has finished.
         self.error = ""
         self._current, self._loop, self._log = current, runtime.loop, runtime.log
         # The next two attributes are compared with `value` by identity.
@@ -46,7 +46,7 @@ class SavedHistory:
         """Read the file; if that fails, keep the present history, and write it unless it is empty.
 
         is_owned: whether this protector holds the lock of `current` (current_link.py).  If so,
-        first withdraw the writer processes of earlier owners, so that they change the file no more.
+        withdraw_writers() first prevents the writers of earlier owners from changing the file.
         """
         current, self._is_unreadable = self._current(), False
         if is_owned:
@@ -84,10 +84,7 @@ class SavedHistory:
         self._save(release.added(self.value, entry))
 
     def sync(self) -> None:
-        """Write the file again.
-
-        The writer also syncs the folder, so an earlier move of `current` is then on disk, too.
-        """
+        """Write the file again; the writer also syncs the folder, so `current` is on disk, too."""
         # A write in progress may have synced the folder before the link changed, so that write must
         # not count.  A copy is another object, so is_saved is False until the copy is written.
         self._save(replace(self.value))
@@ -124,10 +121,7 @@ class SavedHistory:
 
 
 def write(current: str, history: ReleaseHistory, loop: Loop, done: Callable[[str], None]) -> None:
-    """Start the process that writes a history; `done` gets the reason of a failure, or "".
-
-    Raises OSError.
-    """
+    """Start a writer; at its end `done` gets the reason why it failed, or "".  Raises OSError."""
     folder, name = os.path.split(current)
     output = os.memfd_create("sp.writer", os.MFD_CLOEXEC)
     opened = list[int]()
@@ -137,7 +131,7 @@ def write(current: str, history: ReleaseHistory, loop: Loop, done: Callable[[str
             opened.append(inherited.memory_file("sp.history", release.dump(history)))
             file, temporary = release_store.new_history(current)
             opened.append(file)
-            given = dict(enumerate(opened, _FIRST))
+            given = dict(enumerate(opened, _FIRST_FD))
             with on_error(os.unlink, os.path.join(folder, temporary)):
                 HelperProcess.start_own(
                     "release_writer.py",

@@ -2,9 +2,8 @@
 
 `current` is the symbolic link that the option --current names.  A release is proved when its start
 or reload has succeeded.  If a deploy started the release, `current` is then moved to the release
-(current_link.py); a rollback to an earlier release is a deploy, too.  A move that fails is *due*,
-and is tried again.  A reload that is requested during the deploy reads the link only after the
-first try.
+(current_link.py); a rollback to an earlier release is a deploy, too.  A move that has failed is
+*due*, and is tried again.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ class Releases:
         self._settings, self._log = settings, runtime.log
         self.history = SavedHistory(lambda: settings().current, runtime)
         self.link = CurrentLink(settings, runtime, lock, self.history.sync)
-        #: The release that the last reload or dry run was to start; "": unknown, or a reload has
-        #: failed with a release other than the serving one.
+        #: The release that the last reload or dry run was to start; "": unknown, or the failure of
+        #: that release was reported.
         self._tried = ""
-        #: The release that `current` named when the last reload began; "": it led to no release.
+        #: The release that `current` named when the last reload began; "": `current` led to none.
         self.named_at_begin = ""
-        self._note = ""  # about a move of `current`; the report of the next success adds it
+        self._note = ""  # about a move of `current`, for the next report of a success
         self.history.read(is_owned=self.link.is_owned or self.link.take_lock())
 
     def own(self) -> bool:
@@ -107,14 +106,13 @@ class Releases:
     # -- a reload --------------------------------------------------------------------
 
     def begin(self, deployed: str) -> str:
-        """Note which release a reload or dry run starts; return it, or "" if `current` decides.
+        """Return the release that a reload or dry run must start; "": follow `current`.
 
-        deployed: the release of a deploy, which is returned even if `current` names it; "": no
-        deploy.
+        deployed: the release of a deploy; "": no deploy.
         """
         self.link.forget_due_if_moved()
-        # While a move is due, `current` still names an old release: start the release to which
-        # `current` is to be moved.
+        # While a move is due, `current` names an old release: start the release to which `current`
+        # is to be moved.
         wanted = deployed or self.link.due
         self.named_at_begin = self.link.named
         self._tried = wanted or self.named_at_begin
@@ -134,7 +132,7 @@ class Releases:
     def move(self, name: str) -> None:
         """Move `current` to a proved release; try again later if the move fails.
 
-        Only the owner of `current` moves it.
+        Do nothing unless we own `current`.
         """
         if not self.own():
             return
@@ -146,9 +144,9 @@ class Releases:
             self._log.write("warning", "current-moved-again", release=name, reason=self._note)
 
     def reported(self, report: Report, program: Program | None) -> Report:
-        """Record the outcome for a release; return the report, with a note about `current`.
+        """Record what a report says about a release; return the report, with a note on `current`.
 
-        program: the program of the report's generation; None: the generation could not be opened.
+        program: the program of the report's generation; None: no generation was opened.
         """
         name = program.release if program is not None else self._tried
         if report.news in _VERDICTS:
@@ -163,7 +161,7 @@ class Releases:
             if (
                 self.link.is_owned
                 and self._exists(name)
-                and self._is_own_failure(name, report, program)
+                and self._counts_against(name, report, program)
             ):
                 outcome = release.FAILED if program is not None else release.REFUSED
                 reason = headline(report.reason) or "it failed"
@@ -172,13 +170,13 @@ class Releases:
                 return replace(report, reason=added(report.reason, release.named_failed(name)))
         return report
 
-    def _is_own_failure(self, name: str, report: Report, program: Program | None) -> bool:
-        """Return whether the reported failure counts against the release.
+    def _counts_against(self, name: str, report: Report, program: Program | None) -> bool:
+        """Return whether a failure counts against a release, so that a rollback skips the release.
 
-        Only then does a rollback skip the release.  These failures do not count: a stop has ended
-        the reload; or no generation was opened, and the message names no path of the release, as
-        after a mistake in the configuration.  Once a generation is open, `rollback` by an operator
-        counts, because the operator has rejected the release.
+        A reload that a stop has ended does not count.  If a generation was opened, any other
+        failure counts, even an operator's `rollback`, which rejects the release.  If no generation
+        was opened, the failure counts only if its message names a path in the release's folder:
+        otherwise the configuration may be wrong.
         """
         if report.reason == stop.CALLED_OFF:
             return False
@@ -198,7 +196,7 @@ class Releases:
             self.history.add(Entry(name, time.time(), was=was))
 
     def resume(self, due: str, program: Program | None, named_at_begin: str) -> None:
-        """Complete what the protector may have left undone before an upgrade or a kill.
+        """Complete what an earlier program may have left undone.
 
         due: the release to which `current` must still be moved; "": no move is due.
         program: the workers' program that was proved last; None: no program was proved.

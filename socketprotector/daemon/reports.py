@@ -1,8 +1,8 @@
 """Carries out the action `Report`: informs the log, systemd and the launching process.
 
-The class Reports also keeps the history of reloads and crashes.  After an upgrade or a kill, the
-next program continues this history.  After STOPPING=1, a report of a reload sends neither READY=1
-nor RELOADING=1, which would contradict STOPPING=1.
+The class Reports also keeps the history of reloads, health and crashes, which outlives an upgrade
+or a kill.  After STOPPING=1, a report of a reload sends neither READY=1 nor RELOADING=1, which
+would contradict STOPPING=1.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Reports:
         self._systemd = systemd
         self._start_report = start_report
         self._policy = policy
-        # Whether we have sent STOPPING=1, or the start has failed (which our exit status reports).
+        # Whether we have sent STOPPING=1, or the start has failed.
         self._is_stopping = False
         self.run = RunRecord(started_at=time.time())
 
@@ -95,13 +95,13 @@ class Reports:
             self._stopping()
 
     def remember(self, change: Callable[[History], History]) -> None:
-        """Change the history; the next write of the state records it."""
+        """Change the history; the next write of the state includes the change."""
         self.run = replace(self.run, history=change(self.run.history))
 
     def reload_began(self, generation: int, listeners: Iterable[Listener]) -> None:
         """Record in the history that a reload has opened this generation.
 
-        Also report the listeners that get no clients, because their interface was removed.
+        Also report each listener whose interface was removed: it gets no clients.
         """
         for each in listeners:
             if each.lacks_interface:
@@ -136,7 +136,7 @@ class Reports:
             case ReportKind.RELOADED | ReportKind.RECOVERED:
                 self._systemd.send(READY="1", STATUS=serving)
             case ReportKind.RELOAD_FAILED:
-                # systemd has no word for "failed": send READY=1, and the reason as status.
+                # systemd has no message for a failed reload: send READY=1, with the reason.
                 self._systemd.send(READY="1", STATUS=f"reload failed: {first_line}")
             case ReportKind.START_FAILED:
                 self._systemd.send(STATUS=f"start failed: {first_line}")
@@ -153,7 +153,7 @@ class Reports:
 
     def listener_lost(self, address: str, reason: str) -> None:
         """Report that a listener gets no more clients."""
-        hint = "the socket was broken, or its file or interface removed; "
+        hint = "the socket was broken, or its file or interface was removed; "
         hint += "restart SocketProtector to restore the listener"
         self._log.write("error", "listener-lost", listen=address, error=reason, hint=hint)
         status = f"{address} no longer accepts connections; restart SocketProtector"
@@ -183,8 +183,8 @@ class Reports:
     def _stopping(self, reason: str = "", before_s: float = 0.0) -> None:
         """Send STOPPING=1; before_s: the time until the stop begins."""
         self._is_stopping = True
-        # Without EXTEND_TIMEOUT_USEC systemd would kill us after the unit's TimeoutStopSec, even if
-        # --stop-timeout is longer.
+        # EXTEND_TIMEOUT_USEC: --stop-timeout may be longer than the unit's TimeoutStopSec, after
+        # which systemd would kill us.
         policy = self._policy()
         status = f"stopping: {reason}" if reason else "stopping"
         seconds = before_s + policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S

@@ -1,14 +1,15 @@
 """The main program of the resident process.
 
-The launching process executes this program to get rid of its own larger memory, which a fork would
-keep.  The program inherits descriptors, each with a name (system/inherited.py):
+The launching process needs more memory than the resident process.  A fork would keep that memory,
+so the launching process executes this program.  The program inherits descriptors, each with a name
+(system/inherited.py):
 
 - at the first start: from the launching process, or from the guard;
 - after a crash: from systemd, or from the guard;
 - at an upgrade: from the earlier program.
 
-If the descriptors include a state, the program resumes where the earlier program stopped.  Do not
-import heavy modules: a test lists the allowed modules, and bench/ measures the memory.
+If the descriptors include a state, the program resumes where the earlier program stopped.  A test
+lists the modules that may be imported here, and bench/ measures the memory.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from . import checkpoint
 from .assembly import Resident
 from .delivery.choice import delivery_for
 
-#: How much more memory a start needs, for objects and buffers, than an upgrade's trial.
+#: How much memory a start needs beyond what an upgrade's trial needs.
 _SPARE_BYTES = 4 * 1024 * 1024
 
 
@@ -50,13 +51,13 @@ def _answer_as_trial(descriptors: dict[str, int]) -> int:
             descriptors, checkpoint.read(descriptors[inherited.STATE])
         )
         delivery_for(settings.mode)
-        late_modules.load_all()  # to find a fault in them before the exec
+        late_modules.load_all()  # to find a faulty module before the exec
         if inherited.CHECK in descriptors:
             from ..system import whole_package
 
             whole_package.load()
-        # A start needs more memory than this trial, and after the exec there is no way back.  So
-        # try whether that memory is available.
+        # A start needs more memory than this trial.  After the exec there is no way back, so try
+        # to get that memory now.
         bytearray(_SPARE_BYTES)
     except (StateError, SettingsError) as error:
         print(error, file=sys.stderr)
@@ -66,11 +67,11 @@ def _answer_as_trial(descriptors: dict[str, int]) -> int:
 
 
 def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
-    """Supervise with the inherited descriptors, taking ownership of them.  Returns the exit status.
+    """Supervise with the inherited descriptors, and own them.  Returns the exit status.
 
     command: executes this program again.
     """
-    os.chdir("/")  # only now: until here modules may have come from the caller's directory
+    os.chdir("/")  # not earlier: Python may have had to import modules from the caller's directory
     # Read the state only once, because the state of a thousand workers is large.
     earlier: Snapshot | StateError | None = None
     try:
@@ -92,11 +93,11 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
         # The traceback must reach a terminal that stops background output (`stty tostop`).
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
         if resident.is_resumable and resident.parents.store.keeps:
-            # The guard or systemd starts another program, which resumes.
+            # The guard or systemd starts the next program, which resumes.
             if resident.is_adopting and isinstance(error, OSError):
                 sys.exit(f"SocketProtector: cannot resume: {what_failed(error)}")
             raise
-        # No program can resume: finish() answers the launching process, and removes our files.
+        # No next program can resume: finish() reports the failure, and removes our files.
         reason = str(error)
         if isinstance(error, OSError) and not resident.is_resumable:
             reason = f"cannot start: {what_failed(error)}"  # the system's fault, so no traceback
@@ -113,7 +114,7 @@ def _settings_and_listeners(
 ) -> tuple[Settings, Sequence[ListenerSettings]]:
     """Return the settings in force, and all listeners.  Raises SettingsError.
 
-    If there is a candidate (settings that are not in force yet), its listeners are included.
+    Listeners that only the candidate (the settings of a reload in progress) has are included.
     """
     if snapshot is not None:
         found = snapshot.settings

@@ -19,10 +19,10 @@ class Runtime:
 
     loop: Loop
     log: Log
-    #: Adds an event to the queue, which the supervisor then handles (EventQueue.post).
+    #: Adds an event to the supervisor's queue (EventQueue.post).
     post: Callable[[Event], None]
     #: Gives new descriptors to the guard or systemd, and writes the state if it has changed
-    #: (Checkpoint.save); returns whether the write succeeded.  With neither guard nor fd store, it
-    #: writes nothing and returns True.  The supervisor calls this for each event; any other part
-    #: calls this after a change that comes without an event.
+    #: (Checkpoint.save); returns whether the write succeeded.  Without guard and fd store: writes
+    #: nothing, and returns True.  The supervisor calls persist() for each event; any other part
+    #: calls persist() after a change that comes without an event.
     persist: Callable[[], bool]

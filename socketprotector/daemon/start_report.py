@@ -1,9 +1,9 @@
-"""Reports to the launching process whether the first generation started.
+"""Reports to the launching process whether the first generation is serving.
 
-The launching process is the operator's command.  It waits for the report, and exits accordingly.
-Meanwhile it asks us what the start waits for, and shows our answer.  Each message to the launching
-process (launch/await_verdict.py) is one line with a JSON object.  In the foreground no process
-waits for the report, and the reason of a failure goes to the terminal.
+The launching process is the operator's command (launch/await_verdict.py).  It waits for the report,
+and exits with a matching status.  Meanwhile it asks us what the start waits for, and shows our
+answer.  Each of our messages is one line with a JSON object.  In the foreground no process waits
+for the report, and the reason of a failure goes to the terminal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..system.terminal import tell
 
 
 class StartReport:
-    """Sends the result of the first start, once; until then, tells what the start waits for."""
+    """Sends the result of the first start, once; until then, answers what the start waits for."""
 
     def __init__(self, line: int | None, terminal: int | None, pid: int) -> None:
         """Take ownership of the descriptors.
@@ -58,7 +58,7 @@ class StartReport:
             self._send(pid=self._pid)
 
     def _read_question(self) -> bool:
-        """Read what the launching process has sent; return False at end of file."""
+        """Read what the launching process has sent; return False at end of file or an error."""
         try:
             return self._socket is not None and bool(self._socket.recv(64, socket.MSG_DONTWAIT))
         except OSError:

@@ -1,8 +1,7 @@
 """Passes each event to core/decide.py, and the resulting actions to effects.py.
 
-Most signals, pidfds, timers and notify sockets act only by events on the queue.  This module
-itself decides two things: what a signal means, and whether an upgrade, a dry run or `scale` is
-possible.
+Two decisions are made here, not in core/: what a signal means, and whether an upgrade, a dry run or
+`scale` is possible.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .recovery import Recovery
 
-#: If messages to the guard or systemd are still unsent after the trial, an upgrade waits: the time
-#: between two checks, and the longest wait.  The guard and systemd usually need far less.
+#: After its trial, an upgrade waits until the guard or systemd has all descriptors.  The time
+#: between two checks, and the longest wait.
 _AGAIN_S = 0.05
-_BEHIND_S = 10.0
+_LONGEST_WAIT_S = 10.0
 #: The timer of an upgrade that waits for the guard or systemd.
 _HAND_OVER = "hand-over"
-#: How long we work before the delivery accepts waiting clients.  (A worker's start takes 1 ms.)
+#: How long we work before we let the delivery accept waiting clients.
 _YIELD_AFTER_S = 0.005
-#: waitid() returns the same ended child until it is reaped.  If this child belongs to a Process,
-#: which has not reaped it yet, we look for other ended children again after this pause.  The pause
-#: doubles each time, up to _LAST_REAP_S.
+#: waitid() returns the same ended child until the child is reaped.  While a `Process`
+#: (system/process.py) has not reaped its ended child, we cannot see other ended children.  So we
+#: look again after this pause, which doubles each time, up to _LAST_REAP_S.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
 #: Actions, and kinds of Report, after which the state is written at once.  Otherwise, after a kill,
@@ -79,9 +78,10 @@ class Supervisor:
     terminal: int | None
     #: Whether the protector was started to survive its terminal (nohup).
     outlives_terminal: bool
-    _unfinished: deque[Action] = field(default_factory=deque)  # decided, maybe not carried out
-    # The RECORDED actions of _unfinished, which every snapshot needs.  The state is written after
-    # each spawn, perhaps a thousand times, so a write must not search _unfinished for the actions.
+    _unfinished: deque[Action] = field(default_factory=deque)  # decided, not yet carried out
+    # The actions of _unfinished that are RECORDED (effects.py), which every snapshot needs.  The
+    # state is written after each spawn, perhaps a thousand times, so a write must not search
+    # _unfinished.
     _recorded: deque[Action] = field(default_factory=deque)
     _working: bool = False
     _handing_over: bool = False
@@ -91,16 +91,16 @@ class Supervisor:
         effects = self.effects
         self.checkpoint.begin(effects, lambda: effects.snapshot(self.fleet, self._recorded))
         self.queue.drain = self._work
-        # Catch SIGCHLD, too: if our caller ignored it, the kernel would discard the workers' exit
-        # status.  (A worker's pidfd, not SIGCHLD, tells us that the worker has exited.)
+        # Catch SIGCHLD, too: if our caller has ignored SIGCHLD, the kernel would otherwise discard
+        # the workers' exit statuses.
         self.runtime.loop.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD), self._signalled)
 
     def launch(self) -> None:
-        """Begin with the first generation."""
+        """Start the first generation."""
         self.runtime.post(Launched())
 
     def adopt(self, recovery: Recovery) -> None:
-        """Resume where an earlier program stopped, at an upgrade or a kill."""
+        """Resume where an earlier program stopped."""
         snapshot = recovery.snapshot
         self.fleet = snapshot.fleet
         self._working = True  # events wait until everything is restored
@@ -119,7 +119,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until the fleet has ended; return the exit status."""
-        self._reap_orphans()  # an upgrade may have come before we reaped all exited children
+        self._reap_orphans()  # an earlier program may not have reaped all ended children
         self.runtime.loop.run()
         self.upgrade.end()
         return self.effects.exit_status or 0
@@ -129,7 +129,7 @@ class Supervisor:
         if self._working:
             return
         self._working = True
-        acted = True  # without any event, too, adopt() has carried out actions: write the state
+        acted = True  # after adopt(), write the state even if there is no event
         try:
             for event in self.queue:
                 self.fleet, actions = decide(self.fleet, event)
@@ -152,9 +152,7 @@ class Supervisor:
                 self._recorded.append(each)
 
     def _act(self, *kinds: type[Action]) -> None:
-        """Carry out the decided actions.
-
-        After a kill, the next program repeats each action that the state still records.
+        """Carry out the unfinished actions.
 
         kinds: stop at the first action of another kind; none given: carry out all actions.
         """
@@ -170,7 +168,7 @@ class Supervisor:
             self.yield_to_accepts()
 
     def yield_to_accepts(self) -> None:
-        """Let the delivery accept waiting clients, and feed the watchdog, during long work.
+        """During long work, let the delivery accept waiting clients, and notify systemd's watchdog.
 
         Everything else waits, so that events are handled one after another.
         """
@@ -180,7 +178,7 @@ class Supervisor:
             self._yield_at = time.monotonic() + _YIELD_AFTER_S
 
     def begin_upgrade(self) -> None:
-        """Try the new program (upgrade.py); if the trial succeeds, execute the program."""
+        """Run a trial of the new program (upgrade.py); if that succeeds, execute the program."""
         if self._handing_over:
             return
         if self.runtime.loop.due(_HAND_OVER) is not None:
@@ -191,10 +189,10 @@ class Supervisor:
             self.upgrade.failed(_NOT_KEPT)
 
     def check_upgrade(self, answered: Answered) -> None:
-        """Try the new program with a copy of the state, and call back.
+        """Try the new program with a copy of the state, and call `answered`.
 
-        Raises OSError or StateError if the state cannot be copied.  No upgrade or other check may
-        be in progress.
+        Raises OSError or StateError if the state cannot be copied.  Call this only if no upgrade
+        and no other check is in progress.
         """
         copies = self.checkpoint.copies()
         self.upgrade.check(copies, answered)
@@ -222,7 +220,7 @@ class Supervisor:
             return
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._handing_over = True
-        # Handle all signals that this process has got: the new program cannot learn of them.
+        # Handle all pending signals: the new program cannot learn of them.
         self.runtime.loop.take_signals()
         if self.effects.exit_status is not None:
             pass  # the fleet has ended: there is nothing to hand over
@@ -238,10 +236,10 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _hand_over_later(self, give_up_at: float | None) -> None:
-        """Try again until the guard or systemd has the descriptors, for up to _BEHIND_S."""
+        """Try again until the guard or systemd has the descriptors, for up to _LONGEST_WAIT_S."""
         now = time.monotonic()
         if give_up_at is None:
-            give_up_at = now + _BEHIND_S
+            give_up_at = now + _LONGEST_WAIT_S
             self.runtime.log.write(
                 "warning",
                 "upgrade-waits",
@@ -249,13 +247,13 @@ class Supervisor:
             )
         elif now >= give_up_at:
             self.upgrade.failed(
-                f"the guard or systemd has not responded for {in_units(_BEHIND_S)}; try again"
+                f"the guard or systemd has not responded for {in_units(_LONGEST_WAIT_S)}; try again"
             )
             return
         self.runtime.loop.call_after(_HAND_OVER, _AGAIN_S, lambda: self._hand_over(give_up_at))
 
     def _reap_orphans(self, again_s: float = _FIRST_REAP_S) -> None:
-        """Reap children that no Process owns, and orphans that we get as PID 1 or sub-reaper."""
+        """Reap the ended children that no `Process` reaps, such as orphans that we have adopted."""
         reaped, more = reap_orphans()
         if reaped:
             self.effects.pool.groups.look()  # the reaped process may have been in a worker's group
@@ -266,8 +264,8 @@ class Supervisor:
 
     def _signalled(self, number: int) -> None:
         if number == signal.SIGCHLD:
-            # Workers and helpers are reaped when their pidfds report the exit.  So reap the other
-            # children only after this turn of the loop.
+            # First the pidfds of workers and helpers report their exits, so that each `Process`
+            # reaps its own.  Reap the other children after this turn of the loop.
             self.runtime.loop.call_after("reap", 0.0, self._reap_orphans)
             return
         # Report the signal first: if we die, the guard sends the unreported signals to the next
@@ -335,8 +333,8 @@ def terminal_of(foreground: bool) -> int | None:
 
     None: there is no terminal, or we do not run in the foreground.
 
-    Prefer the controlling terminal: the kernel sends HUP when this terminal is closed, but stdin,
-    stdout and stderr may lead to another place (nohup).
+    Prefer the controlling terminal, because the kernel sends HUP when this terminal is closed.
+    Under nohup, stdin, stdout and stderr may lead elsewhere.
     """
     if not foreground:
         return None

@@ -1,9 +1,9 @@
 """An upgrade: replaces the protector's program in place, if the new program can take over.
 
-First another process, the trial, runs the new program, which loads the state and answers.  Only
-then does this process execute the new program: its pid, children and descriptors stay the same.  If
-the installation is broken, the trial fails, and nothing changes.  A check (`upgrade --check`) only
-runs a trial, with a copy of the state.
+First another process, the trial, runs the new program, which loads the state and answers.  Then
+this process executes the new program, and keeps its pid, children and descriptors.  If the
+installation is broken, the trial fails, and nothing changes.  A check (`upgrade --check`) is
+a trial alone, with a copy of the state.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Upgrade:
     _check: Answered | None = None  # called with a check's result; None: no check is in progress
 
     def begin(self, descriptors: Mapping[str, int], ready: Callable[[], None]) -> None:
-        """Try the new program with the settings and the state; call `ready` if it can take over.
+        """Try the new program with the settings and the state; if that succeeds, call `ready`.
 
-        If an upgrade's trial is running, only log that.  A check in progress is called off, because
-        the exec would end it.
+        If another upgrade's trial is running, do nothing but log that.  Call off a check in
+        progress, because the exec would end the check.
         """
         if self.is_trying:
             self.log.write("info", "upgrade-under-way")
@@ -74,7 +74,7 @@ class Upgrade:
     def check(self, copies: Mapping[str, int], answered: Answered) -> None:
         """Try the new program with copies of the settings and the state, and call `answered`.
 
-        Neither a check nor an upgrade may be in progress.
+        Call this only if no check and no upgrade is in progress.
         """
 
         def done(version: str, failure: str) -> None:
@@ -109,7 +109,7 @@ class Upgrade:
         try:
             receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             opened.callback(os.close, receive)
-            with open(send, "wb", buffering=0):  # close our copy once the trial has its own
+            with open(send, "wb", buffering=0):  # closes our copy once the trial has its own
                 output = os.memfd_create("sp.trial", os.MFD_CLOEXEC)
                 opened.callback(os.close, output)
                 given = {**given, inherited.PROBE: send}
@@ -117,7 +117,7 @@ class Upgrade:
                     given[inherited.CHECK] = send
                 start = HelperProcess.start_protector
                 self._trial = start(self.command, given, output, self.loop, ended)
-        except OSError as error:  # such as too few descriptors: the old program keeps running
+        except OSError as error:
             opened.close()
             error.filename = error.filename or self.command[0]
             answered("", what_failed(error))
@@ -135,7 +135,7 @@ class Upgrade:
         return self._check is not None
 
     def end(self) -> None:
-        """Kill a running trial: this process is about to exit, and needs no new program."""
+        """Kill a running trial, because this process is about to exit."""
         if self._trial is not None:
             self._trial.discard()
 

@@ -1,8 +1,8 @@
 """--watch: reloads when files change.
 
-A watcher process (programs/file_watch.py, which lists its messages) reports changed files over a
-socket.  The watcher survives an upgrade and, with the guard or systemd's fd store, a kill of
-the protector.  It exits when our end of the socket is closed.
+A watcher process (programs/file_watch.py) reports changed files over a socket.  The watcher
+survives an upgrade and, with the guard or systemd's fd store, a kill of the protector.  It exits
+when our end of the socket is closed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .runtime import Runtime
 _LINE_FD = 3
 _FIRST_DELAY_S = 1.0
 _LAST_DELAY_S = 60.0
-_UNIX_PATH = "unix:/"  # begins the address of a socket that has a file
+_UNIX_PREFIX = "unix:/"  # begins the address of a socket that has a file
 
 
 class FileWatch:
@@ -37,7 +37,7 @@ class FileWatch:
         self._warned = False  # the first of several failures in a row was logged
 
     def start(self, watchers: Mapping[str, Mapping[str, int]]) -> None:
-        """Adopt the watcher that survived an upgrade or a kill, or start a watcher.
+        """Adopt a watcher that has survived an upgrade or a kill; without one, start a watcher.
 
         watchers: the surviving watchers' descriptors, by pid.  Takes ownership of the descriptors.
         """
@@ -47,14 +47,14 @@ class FileWatch:
                 self._process = HelperProcess(process, self._loop, self._ended)
                 line = socket.socket(fileno=descriptors["line"])
                 self._line = Line(self._loop, line, self._handle)
-            else:  # a descriptor was not stored, we have a watcher already, or --watch is off
+            else:  # --watch is off, we have a watcher already, or a descriptor was not stored
                 for fd in descriptors.values():
                     os.close(fd)
         if self._line is None and self._settings.watch:
             self._spawn()
 
     def descriptors(self) -> dict[str, int]:
-        """Return the watcher's descriptors by name, to keep the watcher at an upgrade or a kill."""
+        """Return the watcher's descriptors by name, so that the next program keeps the watcher."""
         if self._process is None or self._line is None:
             return {}
         process = self._process.process
@@ -70,8 +70,8 @@ class FileWatch:
         settings = self._settings
         files = [settings.log_file, settings.pid_file]
         sockets = [*settings.listeners, *([settings.control] if settings.control else [])]
-        unix = [s.address for s in sockets if s.address.startswith(_UNIX_PATH)]
-        files += [each[len(_UNIX_PATH) - 1 :] for each in unix]
+        unix = [s.address for s in sockets if s.address.startswith(_UNIX_PREFIX)]
+        files += [each[len(_UNIX_PREFIX) - 1 :] for each in unix]
         own_files = [file for file in files if file]
         arguments = (str(_LINE_FD), *settings.watch, "--", *own_files)
         try:
@@ -111,7 +111,7 @@ class FileWatch:
         self._spawn_later(how)
 
     def _forget(self) -> None:
-        """Close the watcher's pidfd, and our end of its socket, so that the watcher exits."""
+        """Close the watcher's pidfd and our end of the socket, so that the watcher exits."""
         if self._line is not None:
             self._line.close()
             self._line = None

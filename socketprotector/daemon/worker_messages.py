@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 #: How much of a STATUS= line is kept.
 _STATUS_CHARACTERS = 500
 #: The most messages that one read() handles: a worker that sends without end must not block us.
-#: A socket's queue holds fewer messages than this (net.unix.max_dgram_qlen, 10 to 512), so one
-#: read() after a worker's exit gets all of its messages.
+#: A socket's queue holds fewer messages than this (net.unix.max_dgram_qlen, 10 to 512).  So one
+#: read() after a worker's exit gets all messages of the worker.
 _READ_AT_ONCE = 1024
 #: How long to wait before reading again from a socket that could not be read.
 _READ_AGAIN_S = 0.1
@@ -50,7 +50,6 @@ class WorkerMessages:
         """workers: the running workers by number, always up to date.
 
         note: changes fields of a worker's record.  ready: called for a worker's READY=1.
-
         post_mortem: returns the object that handles failures of forked children.
         """
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
@@ -119,8 +118,8 @@ class WorkerMessages:
     def await_watchdog(self, number: int, worker: Worker) -> None:
         """Replace a worker if its next WATCHDOG=1 does not come in time.
 
-        Do nothing before the worker's first WATCHDOG=1.  Do nothing before the worker is ready,
-        either: --start-timeout limits its start.
+        Do nothing until the worker is ready and has sent a first WATCHDOG=1.  (--start-timeout
+        limits the worker's start.)
         """
         limit_s = worker.generation.program.watchdog_s
         if limit_s and worker.record.watched and worker.became_ready:
@@ -128,7 +127,7 @@ class WorkerMessages:
             def silent() -> None:
                 self.read(number)  # the message may have come while we were too busy to read
                 if self._loop.due(("watchdog", number)) is not None:
-                    return  # the message had come, and has set this timer again
+                    return  # the message has come, and has set this timer again
                 reason = f"no WATCHDOG=1 for {in_units(limit_s)}"
                 self._log.write("error", "worker-stuck", worker=number, reason=reason)
                 self._post(ReplaceRequested(number, reason, hung=True))

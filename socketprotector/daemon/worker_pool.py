@@ -52,16 +52,15 @@ class WorkerPool:
         delivery: Delivery,
         probes: CheckProbes,
     ) -> None:
-        """remember: changes the history by a function from the old to the new history."""
+        """remember: changes the history by a function, which gets the old and returns the new."""
         self._probes, self._output, self._delivery = probes, output, delivery
         self._runtime, self._remember = runtime, remember
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._workers: dict[int, Worker] = {}
-        #: The record of each worker, also before adopt(): each checkpoint needs all records.
+        #: The record of each worker, even before adopt(): each checkpoint needs all records.
         self._records: dict[int, WorkerRecord] = {}
         self._by_pid: dict[int, int] = {}
-        #: By name, the descriptors of workers and of their output; the program that replaces us
-        #: (upgrade, kill) needs them.
+        #: The descriptors of workers and of their output, by name; the next program needs them.
         self.descriptors = output.named
         #: Whether a guard reports the exits of workers that are not our children.
         self.guarded = settings.guarded
@@ -81,7 +80,7 @@ class WorkerPool:
 
     @cached_property
     def _post_mortem(self) -> post_mortem.PostMortem:
-        """The object that finds out how a worker ended; its module is loaded at the first exit."""
+        """The object that finds out how a worker ended.  Its module is loaded at its first use."""
         return post_mortem.PostMortem(
             self._runtime,
             self._output,
@@ -108,7 +107,7 @@ class WorkerPool:
         return () if self._limit_watch is None else self._limit_watch.warnings
 
     def advice(self, generation: int, *, ignores_socket: bool = False) -> str:
-        """Return what to do if a generation does not serve its clients; "": unknown.
+        """Return advice for a generation that does not serve its clients; "": there is none.
 
         ignores_socket: see known_servers.advice().
         """
@@ -156,7 +155,7 @@ class WorkerPool:
         self._log.write("info", "spawned", **fields, pid=worker.process.pid)
 
     def signal(self, number: int, kind: WorkerSignal) -> None:
-        """Signal a worker, or its group after its exit; KILL always goes to the whole group."""
+        """Signal a worker; after the worker's exit, or with KILL, signal its process group."""
         worker, sent = self._workers.get(number), signal.Signals[f"SIG{kind.value}"]
         if worker is None:
             self.groups.signal(number, sent)
@@ -171,7 +170,7 @@ class WorkerPool:
         self._note(worker, killed=killed, aborted=aborted, asked_to_exit=asked)
 
     def retire(self, number: int) -> None:
-        """Order a worker to finish: it sees end of file on its RETURN line, or gets a signal."""
+        """Order a worker to finish, by end of file on its RETURN line or by the finish signal."""
         worker = self._workers.get(number)
         if worker is None:
             self.groups.retire(number)
@@ -191,8 +190,8 @@ class WorkerPool:
     def all_retire(self, generation: int) -> bool:
         """Return whether all workers have sent X_SOCKETPROTECTOR_RETIRE=1, and no orphan is left.
 
-        A worker that has sent this exits at end of file on its RETURN line, but first reads from
-        all accepted clients.
+        At end of file on its RETURN line, such a worker first reads from all accepted clients, then
+        exits.  Returns False if the generation has no worker.
         """
         records = [each for each in self._records.values() if each.generation == generation]
         orphans = any(each.generation == generation for each in self.groups.records())
@@ -225,14 +224,14 @@ class WorkerPool:
         return True
 
     def suspend(self) -> None:
-        """Before an upgrade or the exit, end the --ready checks and the search for orphans."""
+        """End the --ready checks and the search for orphans, before an upgrade or our exit."""
         for worker in self._workers.values():
             worker.readiness.stop_check()
         self._probes.release_all()
         self.orphans.stop_looking()
 
     def resume(self) -> None:
-        """Restart, after a failed exec, what suspend() has ended."""
+        """Restart what suspend() has ended, after a failed exec."""
         for worker in self._workers.values():
             worker.readiness.check()
         self.orphans.schedule()
@@ -251,7 +250,7 @@ class WorkerPool:
         return (*self._records.values(), *self.groups.records())
 
     def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
-        """Keep a worker's record and descriptors for each checkpoint.py save before adopt()."""
+        """Keep a worker's record and descriptors until adopt(): each checkpoint needs them."""
         self._records[record.number] = record
         for name, fd in full_names(record.number, descriptors).items():
             self.descriptors[name] = fd
@@ -271,7 +270,7 @@ class WorkerPool:
     def adopt_group(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
     ) -> bool:
-        """Adopt the process group of an exited worker; takes ownership of its descriptors.
+        """Adopt an exited worker's process group; takes ownership of the worker's descriptors.
 
         Returns whether a process of the group is left.
         """
@@ -285,7 +284,7 @@ class WorkerPool:
         return self._spawner.addresses(number)
 
     def learn_status(self, pid: int, clean: bool, how: str) -> None:
-        """Note how a child of the guard exited, as the guard has reported."""
+        """Note how a child of the guard exited, according to the guard."""
         self.groups.look()
         number = self._by_pid.get(pid)
         if number is not None:
@@ -295,7 +294,7 @@ class WorkerPool:
                 self._ended(number)
 
     def acked(self, pid: int) -> None:
-        """Note that a worker has reported its readiness by model/einhorn.py's protocol."""
+        """Note that a worker has sent Einhorn's message that it is ready (model/einhorn.py)."""
         number = self._by_pid.get(pid)
         if number is not None and self._workers[number].readiness.by_ack:
             self._on_ready(number, "ack")
@@ -303,7 +302,7 @@ class WorkerPool:
     # -- readiness and exits -------------------------------------------------
 
     def _note_shared_output(self, worker: Worker) -> None:
-        """If other workers run, note for all workers that their output is mixed in the log."""
+        """If another worker runs, note for all workers that their output is mixed in the log."""
         for each in reversed(self._workers.values()):
             if each.record.output_start < 0:
                 break  # all workers that started earlier have -1, too
@@ -381,9 +380,9 @@ class WorkerPool:
     def answered(self, generation: int, by: str) -> bool:
         """Note that a generation has answered the probe, so its workers are ready.
 
-        If a worker has exited meanwhile, post no event: that exit ends the start.  by: the kind of
-        probe.  Returns False if the generation must be probed again later: in listener mode, while
-        only some of the workers have sent X_SOCKETPROTECTOR_RETIRE=1.
+        If a worker has exited meanwhile, post no event: the exit ends the generation's start.
+        by: the kind of probe.  Returns False if the generation must be probed again later: under
+        --handoff listener, while only some workers have sent X_SOCKETPROTECTOR_RETIRE=1.
         """
         workers = [w for w in self._workers.items() if w[1].record.generation == generation]
         for number, _ in workers:
@@ -411,14 +410,14 @@ class WorkerPool:
             self._post(WorkerReady(number, finishes, retires))
 
     def _note_ready(self, number: int, worker: Worker, by: str, *, retires: bool = False) -> bool:
-        """Note how a worker became ready; return False if it has exited and must not serve."""
+        """Note how a worker became ready; return False if it has exited meanwhile."""
         if worker.became_ready:
             return True
         self.proved_ready = self.proved_ready or by != ready_kinds.TIMER
         worker.readiness.is_known()
         self._release_probe_address(worker)
         if worker.process.has_ended():
-            self._note(worker, ready_by=by)  # its exit is handled next
+            self._note(worker, ready_by=by)  # _ended() handles the exit
             return False
         self._note(worker, ready_at=time.monotonic(), ready_by=by, retires=retires)
         shown_by = by if by != "notify" else None
@@ -429,7 +428,7 @@ class WorkerPool:
         return True
 
     def _ended(self, number: int) -> None:
-        """Handle a worker's last messages and, once it is known how the worker ended, its exit."""
+        """Handle a worker's last messages; once we know how the worker ended, handle its exit."""
         self._messages.read(number)
         worker = self._workers[number]
         end = self._post_mortem.end_of(worker, guarded=self.guarded)
@@ -437,7 +436,7 @@ class WorkerPool:
             return
         del self._workers[number], self._records[number]
         self._release_probe_address(worker)
-        # The parent of an adopted worker may have reaped it, and another worker may have its pid.
+        # If another process has reaped an adopted worker, a newer worker may have the same pid.
         if self._by_pid.get(worker.process.pid) == number:
             del self._by_pid[worker.process.pid]
         for name in worker.registered:

@@ -1,7 +1,6 @@
 """Replaces workers that have reached a limit: --retire-after, --max-memory, --max-age.
 
-So a worker that leaks memory is replaced without a reload.  If one of these options is set, we
-check the workers every second.
+If one of these options is set, we check the workers every second.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from .worker_spawn import Worker
 
 #: The time between two checks of the workers.
 EVERY_S = 1.0
-#: A worker that exceeds --max-memory within this time after it was ready counts as too large from
-#: the start.
+#: A worker that exceeds --max-memory within this time of being ready is *too large from the start*.
 _AT_ONCE_S = 5.0
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 _TIMER = "limits"
@@ -33,14 +31,13 @@ _TIMER = "limits"
 class BornTooLarge:
     """Delays the replacement of workers that are too large from the start.
 
-    The replacement of such a worker would be too large, too, so we would replace workers in a loop.
+    The replacement of such a worker would be too large, too: we would replace workers in a loop.
     """
 
     def __init__(self) -> None:
-        # For each running worker that was too large from the start, by number: whether it may be
-        # replaced.
+        # By number: whether a running worker that was too large from the start may be replaced.
         self._allowed: dict[int, bool] = {}
-        self._in_a_row = 0  # the replacements of such workers since the last end of a loop
+        self._in_a_row = 0  # how many such workers were replaced since workers last fitted
         self._next_at = 0.0  # when the next such worker may be replaced
 
     @property
@@ -49,13 +46,13 @@ class BornTooLarge:
         return self._in_a_row > FREE_DEATHS
 
     def next_s(self, now: float) -> float:
-        """Return the time until the next worker may be replaced."""
+        """Return the time until another worker that is too large from the start may be replaced."""
         return max(0.0, self._next_at - now)
 
     def may_replace(self, number: int, age_s: float, now: float) -> bool:
-        """Return whether a worker that is too large may be replaced now.
+        """Return whether a worker that exceeds --max-memory may be replaced now.
 
-        Counts the replacements of workers that were too large from the start.
+        If such a worker was too large from the start, count its replacement.
         """
         allowed = self._allowed.get(number)
         if allowed or (allowed is None and age_s >= _AT_ONCE_S):
@@ -69,8 +66,8 @@ class BornTooLarge:
     def forget(self, living: Container[int], *, grown_worker_fits: bool) -> None:
         """Forget exited workers, and end the loop if workers fit again.
 
-        grown_worker_fits: a worker has been ready for _AT_ONCE_S, and is within the limit.  Then
-        the loop ends, unless a living worker was too large from the start.
+        Workers fit if `grown_worker_fits` (a worker ready for _AT_ONCE_S is within the limit), and
+        no living worker was too large from the start.
         """
         self._allowed = {each: may for each, may in self._allowed.items() if each in living}
         if grown_worker_fits and not self._allowed:
@@ -133,7 +130,7 @@ class LimitWatch:
         """Retire a forked child once it has reached a limit of connections or memory.
 
         Returns {pid} if the child has reached a limit, now or at an earlier check; otherwise an
-        empty set.  --max-age is not checked for a child.
+        empty set.  --max-age does not apply to a child.
         """
         if child.pid in self._retired:
             return {child.pid}
@@ -150,7 +147,7 @@ class LimitWatch:
         return {child.pid}
 
     def _may_replace(self, number: int, age_s: float, now: float) -> bool:
-        """Return whether a worker that is too large may be replaced now; warn once of a loop."""
+        """Return what BornTooLarge.may_replace() returns; warn when a loop begins."""
         before = self._large.is_loop
         may = self._large.may_replace(number, age_s, now)
         if self._large.is_loop and not before:
@@ -159,7 +156,7 @@ class LimitWatch:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Return what an operator has to change if a limit replaces workers in a loop."""
+        """Return the warning to an operator if --max-memory replaces workers in a loop."""
         if not self._large.is_loop:
             return ()
         next_s = in_units(round(self._large.next_s(time.monotonic())))
@@ -196,7 +193,7 @@ class LimitWatch:
 def exceeded(limits: Limits, key: str, *, age_s: float, accepted: int | None) -> str | None:
     """Return, in words, the limit of age or connections that a process has reached; None: neither.
 
-    key: differs by process, so that workers that start together do not end together.
+    key: varies the limit of connections by process, so that not all workers end together.
     accepted: how many connections the process has accepted; None: unknown.
     """
     if limits.age_s and age_s >= limits.age_s:
@@ -211,7 +208,7 @@ def exceeded(limits: Limits, key: str, *, age_s: float, accepted: int | None) ->
 
 
 def too_large(limits: Limits, pid: int) -> str | None:
-    """Return a process's size, in words, if it exceeds the limit; None: within it, or unknown."""
+    """Return a process's size, in words, if it has reached --max-memory; otherwise None."""
     if limits.memory_bytes and (used := resident_bytes(pid) or 0) >= limits.memory_bytes:
         return f"{used >> 20} MiB resident, its limit is {limits.memory_bytes >> 20} MiB"
     return None

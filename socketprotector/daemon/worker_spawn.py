@@ -6,12 +6,11 @@ counts), and a RETURN line of its own.  End of file on this line orders the work
 read nothing from the line.  The worker's environment gives the numbers of the descriptors
 (docs/protocol.md; for listening sockets also sd_listen_fds(3)).
 
-We and all workers share the open file descriptions of the channel's read end and of the listening
-sockets.  File status flags belong to a description: a change would affect all of us.  So a spawn
-changes no flag.
+A spawn changes no file status flag of the channel's read end or of a listening socket: we and all
+workers share these flags (open(2), "open file description").
 
-Right after the spawn we close our copies of the worker's ends of its pipes and sockets.  Otherwise
-we would never see end of file on our ends.
+Right after the spawn we close our copies of the worker's ends of pipes and sockets.  Otherwise we
+would never see end of file on our ends.
 """
 
 from __future__ import annotations
@@ -52,9 +51,9 @@ class Worker:
     generation: OpenGeneration  # close() leaves the generation open
     process: Process
     notify: NotifySocket
-    #: Our end of the worker's RETURN line.  None: the worker has exited, or a kill of the protector
-    #: closed the line, because the fd store had no room.  After an exit, system/process_groups.py
-    #: keeps the line while the worker's process group exists.
+    #: Our end of the worker's RETURN line.  None: the worker has exited, or the protector was
+    #: killed while the fd store had no room for the line.  After the worker's exit,
+    #: system/process_groups.py keeps the line while the worker's process group exists.
     line: socket.socket | None
     readiness: Readiness
     #: The descriptors of this worker that are in WorkerPool.descriptors, by the same names.
@@ -99,8 +98,7 @@ def client_library_env(
     """Return the descriptors and the environment variables that the client library uses.
 
     The descriptors (number in the worker -> ours) are the scoreboard and `end`, the worker's end of
-    the RETURN line.  Workers with listening sockets get the same two: a client library in such
-    a worker counts the connections.  It makes the worker finish at end of file on the line.
+    the RETURN line.  The client library uses both under --handoff listener, too.
 
     free: descriptor numbers that are unused in the worker.
     """
@@ -141,7 +139,7 @@ class WorkerSpawner:
         self._uids = frozenset({0, os.getuid(), *(each.uid for each in users if each)})
 
     def start(self, number: int, slot: int, generation: OpenGeneration) -> Worker:
-        """Start a worker process.  On OSError or ValueError nothing is left open."""
+        """Start a worker process.  Raises OSError or ValueError; then nothing is left open."""
         program = generation.program
         with ExitStack() as ours:
             notify = self._notify_socket(number)
@@ -204,9 +202,9 @@ class WorkerSpawner:
     # -- notify sockets --------------------------------------------------------
 
     def addresses(self, number: int) -> tuple[str, ...]:
-        """Return the addresses that a worker's notify socket may have, the better address first."""
+        """Return the addresses that a worker's notify socket can have, the preferred one first."""
         name = f"{self.settings.secret}-{number}"
-        # A path is better: any process can find an abstract socket, and fill its queue.
+        # Prefer a path: any process can find an abstract socket, and fill its queue.
         abstract = f"@socketprotector-{name}"
         folder = self.settings.notify_folder
         return (f"{folder}/{name}", abstract) if folder else (abstract,)

@@ -284,7 +284,9 @@ def test_an_upgrade_waits_for_a_full_notify_socket_but_not_for_ever(
 ) -> None:
     gate = Gate(tmp_path / "gate")
     if not reads_on:
-        installation.change("one", "daemon/supervisor", r"_BEHIND_S = .*", "_BEHIND_S = 3.0")
+        installation.change(
+            "one", "daemon/supervisor", r"_LONGEST_WAIT_S = .*", "_LONGEST_WAIT_S = 3.0"
+        )
     installation.environment = {**installation.environment, "NOTIFY_SOCKET": manager.address}
     daemon = installation.start("127.0.0.1:0", "--", *ECHO).ready()
     manager.wait_for("READY")

@@ -117,7 +117,7 @@ def test_a_dry_run_is_not_called_off_for_an_upgrade_that_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It fails because no guard or systemd has read all that the protector sent."""
-    monkeypatch.setattr("socketprotector.daemon.supervisor._BEHIND_S", 0.0)
+    monkeypatch.setattr("socketprotector.daemon.supervisor._LONGEST_WAIT_S", 0.0)
     killed, upgrade = Killed(), Upgrading()
     protector = protector_of(
         killed,

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 #: If the guard's or systemd's socket is full, we send the message again after this pause.
 _RESEND_PAUSE_S = 0.1
-#: The descriptors that Resident itself owns, by name.
+#: The names of the descriptors that Resident itself owns.
 _OWN = (inherited.SETTINGS, inherited.STATE, inherited.PID_FILE, inherited.NOTIFY)
 _STDERR = 2
 
@@ -75,7 +75,7 @@ class Resident:
         has_copies = inherited.GUARD in descriptors or inherited.STATE in descriptors
         stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()
         if isinstance(earlier, Snapshot):
-            # The fd store had no room for these descriptors: we inherit them by an upgrade.
+            # We inherit some descriptors only by an upgrade: the fd store had no room for them.
             stored -= set(earlier.left_out)
         self.settings = settings
         self.unclaimed = unclaimed = Inherited(descriptors)
@@ -98,8 +98,7 @@ class Resident:
             if control is not None and settings.control is not None
             else None
         )
-        #: Whether the next program could resume from our state: True once we have an earlier state,
-        #: or are about to launch the first generation.
+        #: Whether the next program could resume from our state.
         self.is_resumable = False
         #: Whether this program is still adopting an earlier program's descriptors and state.
         self.is_adopting = False
@@ -124,7 +123,6 @@ class Resident:
             listener.claim(resumed=snapshot is not None)
         settings = self.settings
         log = Log(settings.log_level, prioritized=settings.to_syslog, form=settings.log_format)
-        # The event queue and the checkpoint come first, because all parts need both.
         queue = EventQueue()
         checkpoint = Checkpoint(
             StateFile(self.own[inherited.STATE]), self.parents.store, log, self._descriptors
@@ -160,7 +158,6 @@ class Resident:
             self.watcher.start(watchers)
 
         def pack() -> None:
-            """Compress the code that late_modules keeps in memory."""
             for _ in late_modules.pack():  # yields after each compressed part
                 supervisor.yield_to_accepts()
 
@@ -292,7 +289,7 @@ class Resident:
             # Remove the settings first: if we are killed after that, the next start finds no
             # settings, and so starts normally, with the stored listeners.
             store.forget(inherited.SETTINGS)
-            # systemd may remove its copy too late for that.  So also empty the settings, which
+            # systemd may still pass its copy to the next start.  So also empty the settings, which
             # inherited.is_ours() then ignores.
             os.ftruncate(self.own[inherited.SETTINGS], 0)
         # The relay exits only once all copies of its pipes are closed, also those in the fd store.
@@ -328,7 +325,6 @@ class Resident:
     def _make_supervisor(
         self, runtime: Runtime, queue: EventQueue, checkpoint: Checkpoint
     ) -> Supervisor:
-        """Create the supervisor with its effects."""
         settings = self.settings
         effects = Effects(
             settings,

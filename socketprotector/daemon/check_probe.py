@@ -48,12 +48,10 @@ class Forwarding:
 
     @property
     def address(self) -> tuple[str, int]:
-        """The address of the loopback socket."""
         host, port = self._listening.getsockname()
         return host, port
 
     def close(self) -> None:
-        """Stop the forwarding."""
         if self._prober is not None:
             self._prober.close()
         self._listening.close()
@@ -126,7 +124,6 @@ class CheckProbes:
         return SHUT_DOWN
 
     def release(self, number: int) -> None:
-        """Release the probe address of a generation."""
         target, forwarding = self._open.pop(number, (None, None))
         if forwarding is not None:
             forwarding.close()
@@ -134,6 +131,5 @@ class CheckProbes:
             target.close()
 
     def release_all(self) -> None:
-        """Release all probe addresses."""
         for number in tuple(self._open):
             self.release(number)

@@ -21,7 +21,7 @@ from ..system.loop import Loop
 
 #: The most bytes of a record's name.  An answer consists of records, each a name and a descriptor.
 _RECORD_BYTES = 64
-#: The size limit of a text in the answer; no configuration comes near it.
+#: The most bytes of a text in the answer.
 _MOST_BYTES = 16 * 1024 * 1024
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
@@ -113,7 +113,6 @@ class ConfigReader:
         self.loop.watch(self._line.fileno(), self._receive)
 
     def _receive(self) -> None:
-        """Read the records that the reader process has sent so far."""
         assert self._line is not None
         while True:
             try:
@@ -185,7 +184,6 @@ class ConfigReader:
         return {int(name.removeprefix(kind)): self._records.pop(name) for name in names}
 
     def _release(self) -> None:
-        """Discard the reader process; close our socket to it, and all received descriptors."""
         self.loop.cancel(self.key)
         for fd in self._records.values():
             os.close(fd)

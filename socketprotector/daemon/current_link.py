@@ -57,7 +57,6 @@ class CurrentLink:
 
     @property
     def path(self) -> str:
-        """The path of the link."""
         return self._settings().current
 
     @property
@@ -84,7 +83,6 @@ class CurrentLink:
 
     @property
     def is_owned(self) -> bool:
-        """Whether this protector has the lock."""
         return self._lock is not None
 
     def take_lock(self) -> bool:

@@ -352,7 +352,6 @@ class Effects(Host):
     # -- as the host of the delivery ---------------------------------------------
 
     def listener_lost(self, listener: Listener, reason: str) -> None:
-        """Report a lost listener; post ListenersLost when all listeners are lost."""
         self.reports.listener_lost(listener.settings.address, reason)
         if all(each.lost for each in self.delivery.listeners):
             self._post(ListenersLost())
@@ -363,13 +362,11 @@ class Effects(Host):
 
     @property
     def own_connection(self) -> socket.socket | None:
-        """The TCP connection of the present health probe, if it has one."""
         return self.probing.tcp_connection
 
     def report_untaken(
         self, seconds: float, waiting: int, ever: bool, listen: str | None = None
     ) -> None:
-        """Warn that the route's workers accept no connection, and post Untaken."""
         if (number := self._route) is None:
             return
         reason = untaken(seconds, ever=ever)

@@ -189,9 +189,9 @@ class CommandHandler:
         }
 
     def _compare(self, client: Client, request: Request) -> None:
-        """Begin a `diff`; the answer follows when a reader process has read the configuration.
+        """Begin a `diff`; the answer follows when a reader process (config_reader.py) has ended.
 
-        Reading can take seconds (config_reader.py).  Raises RequestError.
+        Raises RequestError.
         """
         if not self._effects.live_settings.settings.origin.configured:
             raise RequestError(

@@ -143,11 +143,7 @@ def of_status(effects: Effects, fleet: Fleet) -> dict[str, Any]:
 
 
 def warnings(effects: Effects) -> tuple[str, ...]:
-    """Return the warnings about releases.
-
-    One warning says that a restart would not start the serving release.  Another says why
-    `current` could not be locked or moved, or why the history could not be written.
-    """
+    """Return the warnings about releases: see Releases.warning and Releases.error."""
     releases = effects.live_settings.releases
     if releases is None:
         return ()

@@ -1,7 +1,7 @@
 """Collects the field `rollout` of `status`, and the connections of leaving workers.
 
 A worker is *leaving* if it retires, if its generation drains or was abandoned, or if it has exited
-and left orphans.  This module changes nothing.  docs/control.md has the names of the fields.
+and left orphans.  docs/control.md has the names of the fields.
 """
 
 from __future__ import annotations

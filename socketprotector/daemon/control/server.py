@@ -1,9 +1,9 @@
 """Accepts clients at the control socket, and reads and answers their lines within limits.
 
-commands.py carries out the commands.  A client of the control socket must not delay the clients of
-the workers.  So each turn of the loop answers at most one request of each client, and no call
-blocks.  We disconnect a client that sends too long a line, leaves too many answers unread, or stays
-idle.  If a client leaves too many events unread, we only drop further events.
+A client of the control socket must not delay the clients of the workers.  So each turn of the loop
+answers at most one request of each client, and no call blocks.  We disconnect a client that sends
+too long a line, leaves too many answers unread, or stays idle.  If a client leaves too many events
+unread, we only drop further events.
 
 Source: docs/control.md; model/einhorn.py; unix(7) for SO_PEERCRED and SO_PEERGROUPS.
 """
@@ -162,7 +162,6 @@ class Client:
             self.server.answer(self, line)
 
     def _send(self) -> None:
-        """Send as much as the client's socket has room for."""
         try:
             sent = self.sock.send(self._unsent, _FLAGS)
         except BlockingIOError:
@@ -252,7 +251,6 @@ class ControlServer:
         self._listen()
 
     def send_event(self, level: str, name: str, fields: Mapping[str, object]) -> None:
-        """Send an event to all clients that follow events."""
         at = time.time()
         for client in [each for each in self._clients.values() if each.follows]:
             client.send_event(
@@ -267,7 +265,6 @@ class ControlServer:
             client.finish()
 
     def close(self) -> None:
-        """Close all clients and the socket."""
         for client in list(self._clients.values()):
             client.close()
         self.loop.cancel(("control", "again"))

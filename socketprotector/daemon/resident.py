@@ -114,7 +114,7 @@ def _settings_and_listeners(
 ) -> tuple[Settings, Sequence[ListenerSettings]]:
     """Return the settings in force, and all listeners.  Raises SettingsError.
 
-    Listeners that only the candidate (the settings of a reload in progress) has are included.
+    The listeners include those of the candidate, the settings of a reload in progress.
     """
     if snapshot is not None:
         found = snapshot.settings

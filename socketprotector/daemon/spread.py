@@ -104,7 +104,7 @@ def _spread_of(generation: OpenGeneration, slot: int) -> tuple[bool, int]:
 def closing_rate(
     generation: OpenGeneration, slots: Iterable[tuple[int, Counts | None]]
 ) -> dict[str, float] | None:
-    """Return how many connections a generation ends per second, and the seconds left for that.
+    """Return how many connections a generation ends per second, and for how many more seconds.
 
     None: no worker of the generation ends connections evenly now.
 

@@ -21,7 +21,7 @@ from ..system.terminal import tell
 
 
 class StartReport:
-    """Sends the result of the first start, once; until then, answers what the start waits for."""
+    """Sends the result of the first start, once; until then, says what the start waits for."""
 
     def __init__(self, line: int | None, terminal: int | None, pid: int) -> None:
         """Take ownership of the descriptors.

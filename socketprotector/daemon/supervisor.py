@@ -36,8 +36,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .recovery import Recovery
 
-#: After its trial, an upgrade waits until the guard or systemd has all descriptors.  The time
-#: between two checks, and the longest wait.
+#: After its trial, an upgrade waits until the guard or systemd has all descriptors.  We check this
+#: every _AGAIN_S, for at most _LONGEST_WAIT_S.
 _AGAIN_S = 0.05
 _LONGEST_WAIT_S = 10.0
 #: The timer of an upgrade that waits for the guard or systemd.

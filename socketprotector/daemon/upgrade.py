@@ -31,7 +31,7 @@ _OUTPUT_BYTES = 4096
 #: The descriptors that a trial reads.
 _NEEDED = (inherited.SETTINGS, inherited.STATE)
 
-#: Called with the new program's version, and with the reason why it cannot take over.  One of the
+#: Called with the new program's version, and with why that program cannot take over.  One of the
 #: two is ""; both are "" if the check was called off.
 Answered = Callable[[str, str], None]
 

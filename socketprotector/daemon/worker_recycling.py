@@ -84,7 +84,7 @@ class LimitWatch:
         self._blind = False  # a worker's memory cannot be read, and the log says so
         self._warned_uncounted = False
         self._large = BornTooLarge()
-        self._retired: set[int] = set()  # pids of children that have reached a limit
+        self._retired: set[int] = set()  # pids of forked children that have reached a limit
         self.apply_settings(settings)
 
     def apply_settings(self, settings: Settings) -> None:

@@ -136,7 +136,7 @@ class Quiescing:
         self._look(generation)
 
     def end(self, generation: int) -> None:
-        """Stop waiting for a generation that accepts no more."""
+        """Stop waiting for a generation that was ordered to finish."""
         if self._generations.pop(generation, None) is not None:
             self._loop.cancel(("quiesce", generation))
 

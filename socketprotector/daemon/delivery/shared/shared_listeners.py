@@ -92,9 +92,9 @@ class Steering(ABC):
 
     @abstractmethod
     def adopt_held(self) -> None:
-        """After a hold, pass held clients to the next generation; also clients of `passed_on`.
+        """After a hold, pass held clients to the next generation.
 
-        `passed_on`: see Turns.
+        Also pass on the clients of the listeners in Turns.passed_on.
         """
 
     @abstractmethod

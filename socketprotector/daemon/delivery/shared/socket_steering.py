@@ -123,7 +123,7 @@ class SocketSteering(Steering):
         self._watch.look_again()
 
     def leave(self, generation: int) -> None:
-        """Note that a generation's workers were ordered to finish, so it accepts no more."""
+        """Note that a generation's workers were ordered to finish."""
         socket_number = self.turns.leave(generation, time.monotonic())
         if socket_number is not None:
             self._undo_changes(generation, socket_number, gone=False)

@@ -157,7 +157,7 @@ class Turns:
         ]
 
     def leave(self, generation: int, now: float) -> int | None:
-        """Note that a generation accepts no more; return the number of its socket.
+        """Note that a generation was ordered to finish; return the number of its socket.
 
         None: the generation did not accept.
         """
@@ -175,8 +175,8 @@ class Turns:
         clients.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
-        # With a single socket, or in a dry run, the clients wait at the current socket.  If we put
-        # the listener into `unserved`, a rescue (socket_watch.py) would start for these clients.
+        # With a single socket, or in a dry run, the clients wait at the current socket.  Do not add
+        # the listener to `unserved`: a rescue (socket_watch.py) would start for these clients.
         if listener.has_sibling and not dry_run:
             self.unserved |= {(generation, listener.index) for generation in self.accepting}
         return number

@@ -136,8 +136,8 @@ class OpenGeneration:
 class Generations(dict[int, OpenGeneration]):
     """The open generations by number, and the released generations (`released`).
 
-    The last worker of a released generation has exited, but clients that it has not taken may wait
-    for another generation.
+    The last worker of a released generation has exited, but clients that its workers did not take
+    may wait for another generation.
     """
 
     def __init__(self) -> None:
@@ -160,9 +160,9 @@ class Generations(dict[int, OpenGeneration]):
         self.released[number] = each
         return each
 
-    def forget_released(self, kept: Callable[[int], bool]) -> None:
-        """Forget the released generations, except those whose clients still wait."""
-        self.released = {number: each for number, each in self.released.items() if kept(number)}
+    def forget_released(self, clients_wait: Callable[[int], bool]) -> None:
+        """Forget the released generations, except those for which clients_wait returns True."""
+        self.released = {n: each for n, each in self.released.items() if clients_wait(n)}
 
     def records(self) -> tuple[GenerationRecord, ...]:
         """Return the records that the next program needs."""

@@ -31,9 +31,8 @@ def adopt(
         if _close_if_same(second, (first,)):
             second = -1
         if _close_if_same(third, (first, second)):
-            # A name in the fd store must never be reused, so the next reserved socket gets the next
-            # number.  A sibling does not: UnixListener._place() raises the number when it places a
-            # later sibling.
+            # A name in the fd store must never be reused, so raise the reserved socket's number.  A
+            # sibling's number is raised by UnixListener._place() when it places a later sibling.
             third, third_number = -1, third_number + 1
         if first >= 0:
             numbers = first_number, second_number, third_number

@@ -1,8 +1,8 @@
 """Directs our and the workers' output, reopens the log file, and obtains workers' last words.
 
 Workers write directly to a terminal, to /dev/null or, under `-f 2>FILE`, to FILE.  For any other
-log each worker has its own pipe.  Two options change this: with --log-prefix each worker always has
-a pipe; with --no-log-relay, but without --log-prefix, no worker has one.
+log each worker has its own pipe.  With --log-prefix each worker always has a pipe.  Otherwise
+--no-log-relay leaves workers without pipes.
 
 A relay process (programs/log_relay.py) reads the pipes and writes the log.  So running workers need
 not reopen a rotated log, and the relay knows which worker wrote a line.

@@ -114,8 +114,7 @@ class Delivery(ABC):
     ) -> Handles:
         """Return the handles for a worker that is about to start.  Raises OSError.
 
-        slot: the worker's number in its generation.  free: descriptor numbers that are unused in
-        the worker.
+        slot: the worker's number in its generation.  free: unused descriptor numbers of the worker.
         """
 
     @abstractmethod
@@ -183,10 +182,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def keeps(self, number: int) -> bool:
-        """Return whether clients of a released generation still wait for another generation.
-
-        number: the number of the released generation.
-        """
+        """Return whether clients of a released generation still wait for another generation."""
 
     # -- counts --------------------------------------------------------------------
 
@@ -199,10 +195,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def active(self, generation: OpenGeneration) -> int | None:
-        """Return the number of a generation's open connections; None: unknown, as in queue/.
-
-        The caller uses this number for workers that do not count their connections.
-        """
+        """Return the number of a generation's open connections; None: unknown, as in queue/."""
 
     @abstractmethod
     def untaken_s(self, generation: OpenGeneration) -> float | None:
@@ -216,7 +209,7 @@ class Delivery(ABC):
     def is_stuck(self, generation: OpenGeneration | None) -> bool:
         """Return whether clients wait for a generation, and its workers accept none.
 
-        generation: None means no generation; the result is then False.
+        Returns False for None.
         """
 
     @abstractmethod

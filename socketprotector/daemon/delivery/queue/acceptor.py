@@ -23,8 +23,9 @@ from .queue_watch import QueueWatch
 #: more Python call for each connection.
 Send = Callable[[list[bytes], list[tuple[int, int, bytes]], int], object]
 #: If we accept two connections within BUSY_NS, we assume that clients queue up.  From then on each
-#: wake-up accepts up to BURST connections, until a wake-up finds fewer than two.  Otherwise it
-#: accepts only one: a second accept() that finds no client costs 4 us, as much as another wake-up.
+#: wake-up accepts up to BURST connections, until a wake-up finds fewer than two.  Otherwise a
+#: wake-up accepts only one.  A second accept() that finds no client would cost as much as another
+#: wake-up (4 us).
 BUSY_NS = 25_000
 BURST = 32
 #: After this many single connections in quick succession, we busy-poll for the next connection
@@ -52,7 +53,7 @@ class Acceptor:
     def begin(self, listener: Listener, send: Send) -> None:
         """Accept from this listener, too.  Raises OSError.
 
-        send: sendmsg() of the route's channel, or a function of the CanaryQueue.
+        send: sendmsg() of the route's channel, or a function of the CanaryQueue (canary.py).
         """
         fd = listener.fileno()
         if fd not in self._watched:

@@ -8,8 +8,6 @@ connection at once.
 The route cannot get a connection to a listener that only the canary knows.  If sending such a
 connection fails, undelivered.py keeps it.  Until a timer has sent all kept connections, we accept
 nothing from listeners that only the canary knows.
-
-Without a canary, no connection passes through this module (Forwarder._sender()).
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 acceptor.py is the fast path.  This module handles failed accepts; outlet.py handles failed sends.
 We choose no worker: workers take connections from their queue (client_lib's intake.py).
-core/decide.py sets the route and orders drains, but handles no connection.
 
 We accept only connections that we can deliver.  If a send fails nevertheless, undelivered.py keeps
 the connection, and we send it before all others.  When a generation drains, or its workers have
@@ -125,7 +124,7 @@ class Forwarder:
         self._resume()
 
     def hold(self, on: bool) -> None:
-        """Begin or end a hold: accept nothing, so that new clients wait in the backlog."""
+        """Begin a hold: new clients wait in the backlog.  If `on` is False, end it."""
         self._holding = on
         self._acceptor.end_all()
         self._resume()

@@ -100,8 +100,8 @@ class DrainingListeners:
     def end(self, channel: Channel | None = None) -> None:
         """Close the listeners that drain to a channel, and lose their clients.
 
-        channel: None means that all draining listeners are closed.  The backlog of a
-        passed-in socket is not lost: see close().
+        channel: None means that all draining listeners are closed.  The backlog of a passed-in
+        socket is not lost: see close().
         """
         for each in self._draining_to(channel) if channel is not None else tuple(self._draining):
             self._end(each)

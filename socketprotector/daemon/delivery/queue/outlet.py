@@ -61,7 +61,7 @@ class Outlet:
             self._on_room()
 
     def send_kept(self) -> None:
-        """Send the undelivered connections whose listener the route knows."""
+        """Send the kept connections whose listener the route knows."""
         route = self.route
         while route is not None and self.route is route and not self.shortage.lasts:
             if self._full is not None:

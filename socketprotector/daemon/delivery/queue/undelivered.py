@@ -48,12 +48,11 @@ class Undelivered:
         self.persist()
 
     def keep_older(self, header: bytes, fd: int, last_number: int) -> None:
-        """Keep a connection that the caller has taken back from a queue, the oldest first.
+        """Keep a connection from a queue that the caller takes back, oldest connection first.
 
-        The connection goes behind those that the caller has taken back and kept before, and in
-        front of all others.
-        last_number: the value of `self.number` before the caller began to take back.  Takes
-        ownership of fd.
+        The connection goes behind those that were kept since the caller began, and in front of all
+        others.
+        last_number: the value of `self.number` when the caller began.  Takes ownership of fd.
         """
         before = tuple(self._waiting.items())
         place = next((n for n, (each, _) in enumerate(before) if each <= last_number), len(before))

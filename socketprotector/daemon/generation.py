@@ -40,7 +40,7 @@ class OpenGeneration:
     @classmethod
     def adopt(cls, record: GenerationRecord, board: int | None) -> OpenGeneration:
         """Adopt a generation that an earlier program opened; take ownership of its scoreboard."""
-        # None has two meanings: the workers got all listeners, or a version without this field
+        # `knows` is None if the workers got all listeners, or if a version without this field
         # wrote the record.  So compute the value again.
         if record.knows is None:
             record = replace(record, knows=known_to(record.program))

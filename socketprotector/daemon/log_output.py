@@ -137,7 +137,7 @@ class Output:
                 self._relay.reopened()
 
     def finish(self) -> None:
-        """Stop writing, and let the relay flush; the relay stays if a process still writes."""
+        """Let the relay write the rest and exit; the relay stays while a process still writes."""
         if self._relay is not None:
             if self._to_syslog:
                 self._redirect_to(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC))

@@ -5,8 +5,8 @@ We save after each decision of core/decide.py, before the decision's actions are
 Descriptors go to the fd store: to the guard or, if there is no guard, to systemd.  The state memfd
 says what each descriptor is for.  We first store new descriptors, then write the state, then remove
 old descriptors, then carry out the actions.  So whenever we are killed, the store has the
-descriptors that the state mentions, unless the store was full, the guard or systemd was slow to
-read, or no descriptor was free for a copy.
+descriptors that the state mentions.  There are three exceptions: the store was full, the guard or
+systemd was slow to read, or no descriptor was free for a copy.
 
 We store and write only changes, so the cost of a change does not grow with the number of workers.
 """

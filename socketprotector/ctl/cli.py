@@ -209,7 +209,9 @@ def with_instance(text: str) -> str:
         return f"`{instance.command_line(found[1])}`"
 
     lines = text.split("\n")
-    return "\n".join(x if x.startswith(_QUOTED) else _COMMAND.sub(completed, x) for x in lines)
+    return "\n".join(
+        line if line.startswith(_QUOTED) else _COMMAND.sub(completed, line) for line in lines
+    )
 
 
 def say(text: str) -> None:

@@ -108,7 +108,7 @@ class Client:
     def reconnect(self, within_s: float = math.inf, answer_s: float = 0.0) -> Message:
         """Connect again and return the status; request the events again, if they were requested.
 
-        Sends both requests together: a protector that is about to exit answers only the requests
+        Sends both requests at once: a protector that is about to exit answers only the requests
         that it has already received.
         Raises NoProtector if no protector answers, RequestRefused after a refusal.
 

@@ -76,7 +76,7 @@ def find_connections(
     workers: Iterable[Message],
     listeners: Iterable[str],
     now: float,
-    draining: Container[int] = (),
+    ending: Container[int] = (),
     *,
     shares_pids: bool = True,
 ) -> tuple[list[Connection], list[HiddenWorker]]:
@@ -85,13 +85,13 @@ def find_connections(
     workers: from the answer to the request `connections` (docs/control.md).
     listeners: the canonical addresses of the listeners.
     now: seconds since the epoch.
-    draining: the numbers of the draining and abandoned generations.
+    ending: the numbers of the draining and abandoned generations.
     shares_pids: whether the workers' pids are of our own PID namespace (Client.shares_pids).
 
     Only some workers record when they accepted a connection (docs/protocol.md).  Without a record,
-    the worker's field `since_at` limits the age.  For a generation in `draining`, `since_at` is
-    when the drain began, and all its connections are older.  For any other generation, `since_at`
-    is when the worker started, and all its connections are younger.
+    the worker's field `since_at` limits the age.  For a generation in `ending`, `since_at` is when
+    the drain began: all its connections began earlier.  For any other generation, `since_at` is
+    when the worker started: all its connections began later.
     """
     addresses = tuple(listeners)
     # Key: worker, network namespace, inode.  A worker and its forked child have the same number;
@@ -110,7 +110,7 @@ def find_connections(
             continue
         pids = _session_members(pid) if worker.get("orphaned") is True else [pid]
         if not pids:
-            continue  # the dead worker's last child has ended meanwhile
+            continue  # the dead worker's remaining processes have ended meanwhile
         try:
             namespace = os.readlink(f"/proc/{pids[0]}/ns/net")
             if namespace not in tables:
@@ -126,7 +126,7 @@ def find_connections(
         for inode, fd in inodes.items():
             if (entry := tables[namespace].get(inode)) is None:
                 continue
-            begun, bound = worker.get("since_at"), AT_LEAST if generation in draining else AT_MOST
+            begun, bound = worker.get("since_at"), AT_LEAST if generation in ending else AT_MOST
             at = times.get(str(fd)) if isinstance(times, dict) and fd is not None else None
             if isinstance(at, int | float):
                 begun, bound = at, EXACT

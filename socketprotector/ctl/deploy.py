@@ -203,7 +203,7 @@ def _await_deploy(
     """Wait for the verdict on a release, and until `current` is on disk; print the outcome.
 
     before: the status before the request.
-    promised: the release's generation, as in the answer to the request.
+    promised: the generation's number in the answer to the request.
     wait: if false, only print that the deploy was requested.
     old: the release that was serving before, if known.
     """
@@ -212,8 +212,8 @@ def _await_deploy(
         words = f"requested: generation {promised} will run release {name}; see `releases`"
         operation.finish("requested", words)
         return
-    failed = f"release {name} is not ready to deploy" if dry_run else f"release {name} not deployed"
-    success = await_success(operation, before, promised, failed, dry_run=dry_run)
+    failure = f"release {name} {'is not ready to deploy' if dry_run else 'not deployed'}"
+    success = await_success(operation, before, promised, failure, dry_run=dry_run)
     if dry_run:
         operation.finish("passed", f"would deploy release {name}: {success}")
         return

@@ -58,7 +58,7 @@ def by_name(name: str) -> str:
 
     name: NAME; or NAME:PORT or NAME:ADDRESS, of the first listener, if several protectors share
     NAME; or PORT or ADDRESS alone, if no protector has this text as its name.
-    If the only match is a socket where no process listens, returns its path; connect() then fails.
+    If the only match is a socket where no process listens, returns its path; connecting then fails.
     Raises NoProtector if no socket matches, UsageError if several protectors match.
     """
     found = sockets()
@@ -66,11 +66,11 @@ def by_name(name: str) -> str:
     if only:
         return only
     alive = [each for each in query_all(found) if each.alive]
-    matching = _with_status_name(name, alive)
+    matching = _with_name(name, alive)
     silent: list[str] = []
     if not (matching or with_key):
         alive, silent = _query_silent_again(alive)
-        matching = _with_status_name(name, alive)
+        matching = _with_name(name, alive)
     shown = dict(zip((each.path for each in alive), names(alive), strict=True))
     if len(matching) > 1:
         choices = [shown[path] for path in matching]
@@ -78,8 +78,8 @@ def by_name(name: str) -> str:
             choices = [f"--control {path}" for path in matching]
         raise UsageError(f"--name {name}: several match; choose one of {_shortened(choices)}")
     if matching or with_key:
-        # Prefer a protector whose status has this name, then a socket with this key where a process
-        # listens, then any other socket with this key.
+        # Prefer a protector with this name, then a socket with this name in its path where a
+        # process listens, then any other socket with this name in its path.
         return (matching or listening or with_key)[0]
     if silent:
         raise NoProtector(
@@ -96,8 +96,8 @@ def by_name(name: str) -> str:
 def paths_by_name(names: Sequence[str]) -> list[str]:
     """Return the path of each named protector's socket; "" if no protector or several match.
 
-    Names are as in by_name().  Queries each socket at most once, for the exporter: a silent
-    protector must not delay the metrics of the others.
+    names: as in by_name().  Queries each socket at most once, for the exporter: a silent protector
+    must not delay the metrics of the others.
     """
     found = sockets()
     keyed = {name: _with_key(name, found) for name in names}
@@ -106,7 +106,7 @@ def paths_by_name(names: Sequence[str]) -> list[str]:
         alive = [each for each in query_all(found) if each.alive]
         for name in (name for name in keyed if not paths[name]):
             with_key, listening, _ = keyed[name]
-            matching = _with_status_name(name, alive)
+            matching = _with_name(name, alive)
             if len(matching) < 2:
                 paths[name] = next(iter(matching or listening or with_key), "")
     return [paths[name] for name in names]
@@ -125,10 +125,11 @@ def _with_key(name: str, found: Sequence[str]) -> tuple[list[str], list[str], st
     return with_key, listening, listening[0] if len(listening) == 1 and not with_longer_key else ""
 
 
-def _with_status_name(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
-    """Return the paths of the sockets of protectors that have this name in their status.
+def _with_name(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
+    """Return the socket paths of the protectors for which _names_of() has this name.
 
-    If no protector has this name, `name` is the port or address of a protector's first listener.
+    If there is none, `name` is a port or an address: return the socket paths of the protectors
+    whose first listener has this port or address.
     """
     return [each.path for each in alive if name in _names_of(each)] or [
         each.path for each in alive if f"{_names_of(each)[0]}:{name}" in _names_of(each)

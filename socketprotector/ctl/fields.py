@@ -12,7 +12,7 @@ from ..model.share import percentage_text
 from ..model.text import in_units
 from ..model.wait_lines import IN_SECONDS, Wait
 
-#: A message, such as a status or an event, or an object in a message.
+#: A status, an event, or an object in them; the same type as Message in client.py.
 Status = dict[str, Any]
 #: The most characters that label() returns: the exporter's metrics need short labels.
 _LABEL_CHARACTERS = 200

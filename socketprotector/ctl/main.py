@@ -33,6 +33,7 @@ from .cli import (
 
 #: Each of these modules adds its commands to the program when it is imported.
 COMMANDS = (deploy, orders, queries, reload, top, upgrade)
+#: The exit status after INT or TERM.
 INTERRUPTED = 130
 #: The programs with shell completion.  A completion script calls its program, which computes the
 #: completions.

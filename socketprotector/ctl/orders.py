@@ -142,8 +142,8 @@ def release(instance: Instance, as_json: bool) -> None:
 def promote(instance: Instance, now: bool, as_json: bool) -> None:
     """End the current stage of a rollout.
 
-    After a canary's stage, the new generation gets all new clients. After --settle, the new
-    generation is serving; a rolling reload instead replaces the remaining workers.
+    After a canary's stage, the new generation gets all new clients. After the stage of --settle,
+    the new generation is serving, or a rolling reload replaces the remaining workers.
 
     With --now the new generation skips all stages and is serving at once.
     """

@@ -57,7 +57,7 @@ def query_all(paths: Iterable[str], within_s: float = _ALL_ANSWERS_S) -> list[So
             for key, _ in selector.select(left_s):
                 client = key.data
                 if client.fileno() < 0:
-                    continue  # this loop has closed it as _longest_if_too_much()
+                    continue  # closed earlier in this loop, as `longest`
                 answer = _answer_of(client)
                 if answer is None and (longest := _longest_if_too_much(selector)) is not None:
                     client, code = longest, longest.foreign_peer_error().code
@@ -80,9 +80,9 @@ def _answer_of(client: Client) -> SocketAnswer | None:
 
 
 def _longest_if_too_much(selector: selectors.BaseSelector) -> Client | None:
-    """Return the client with the longest incomplete answer, if all together exceed _MOST_BYTES.
+    """Return the client with the longest incomplete answer, so that the caller closes it.
 
-    Returns None otherwise.
+    Returns None unless all incomplete answers together exceed _MOST_BYTES.
     """
     clients: list[Client] = [key.data for key in selector.get_map().values()]
     if sum(each.unread_bytes for each in clients) <= _MOST_BYTES:

@@ -111,9 +111,9 @@ def reload(
             words = f"{requested} requested: generation {promised} will {will}; see `status`"
             operation.finish("requested", words)
             return
-        failed = "not ready to reload" if dry_run else "not reloaded"
+        failure = "not ready to reload" if dry_run else "not reloaded"
         success = await_success(
-            operation, before, promised, failed, dry_run=dry_run, drained=drained
+            operation, before, promised, failure, dry_run=dry_run, drained=drained
         )
         words = f"would reload: {success}" if dry_run else f"reloaded: {success}"
         operation.finish("passed" if dry_run else "reloaded", words)
@@ -132,7 +132,7 @@ def await_success(
     operation: Operation,
     before: Message,
     promised: int,
-    failed: str,
+    failure: str,
     *,
     dry_run: bool,
     drained: bool = False,
@@ -142,7 +142,7 @@ def await_success(
     before: the status before the request.
     promised: the generation's number in the answer to the request.  The verdict can be about a
     later generation (reload_progress.py).
-    failed: the first words of the error if the generation fails.
+    failure: the first words of the error if the generation fails.
     dry_run: also wait for the end of this generation.
     drained: after a success, also wait for the end of the older generations.
     Raises NewVersionFailed if the generation fails.
@@ -160,7 +160,7 @@ def await_success(
             protector_stays = not ending.stopping
     status_after = _count_losses(operation)
     if not found.succeeded:
-        _raise_failed(operation, found, failed)
+        _raise_failed(operation, found, failure)
     if dry_run:
         old_serves = protector_stays and old is not None
         words = f"generation {found.generation} became ready and was stopped"
@@ -272,9 +272,9 @@ def _await_verdict(operation: Operation, watched: Reload) -> Verdict:
 
 @contextmanager
 def _end_of_protector_suffices(when: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Suppress the error if the protector ends while the block waits, and when() is true.
+    """Suppress the error of the block's wait if the protector ends, and when() is true.
 
-    The block waits for the end of the protector, or of generations, which end with it.
+    The block waits for the end of the protector, or of generations, which end with the protector.
     """
     try:
         yield
@@ -320,15 +320,15 @@ class _DryRunGeneration(_OlderGenerations):
         return f"generation {self._generation} to end" if self._generation in numbers else ""
 
 
-def _raise_failed(operation: Operation, found: Verdict, failed: str) -> None:
+def _raise_failed(operation: Operation, found: Verdict, failure: str) -> None:
     """Raise NewVersionFailed with the reason and the failed worker's last words.
 
-    failed: the first words of the error.
+    failure: the first words of the error.
     """
     last_words = found.last_words or _last_words(operation.client, found.generation)
     operation.outcome["reason"] = found.reason or None
     operation.outcome["last_words"] = last_words or None
-    text = f"{failed}: generation {found.generation} failed"
+    text = f"{failure}: generation {found.generation} failed"
     if found.reason:
         text += f": {found.reason}"
     try:

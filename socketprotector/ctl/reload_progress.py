@@ -213,7 +213,7 @@ class Reload(Awaited):
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]
         self.waits.on_status(status, kinds)
-        # "waiting" means that no generation is serving, as with --reload-order stop-first.
+        # "waiting": no generation is serving, as during a reload with --reload-order stop-first.
         under_way = self._phase in (*_STARTING, "reloading", "waiting")
         if reloads or starting or under_way or self.stopping or status.get("reload_wanted"):
             self._statuses_without = 0
@@ -311,7 +311,7 @@ class Losses:
             return None
         counted = [*listed(before, "generations"), *listed(after, "generations")]
         if any(each.get("serving_since_at") and each.get("lost") is None for each in counted):
-            return None  # workers of this generation do not count their connections
+            return None  # a generation whose workers do not count their connections
         return number_in(after, "lost") - number_in(before, "lost") + self._by_workers
 
 

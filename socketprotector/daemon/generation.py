@@ -29,7 +29,6 @@ class OpenGeneration:
 
     @classmethod
     def make(cls, number: int, program: Program) -> OpenGeneration:
-        """Make a generation with a scoreboard."""
         try:
             board = Board.make()
         except OSError:
@@ -55,7 +54,6 @@ class OpenGeneration:
         self.record = replace(self.record, **changes)  # type: ignore[arg-type]
 
     def note_draining(self) -> None:
-        """Record the time at which the drain begins."""
         if self.record.drained_at is None:
             self.update_record(drained_at=time.time())
 

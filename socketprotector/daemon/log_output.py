@@ -30,7 +30,7 @@ _STDOUT, _STDERR = 1, 2
 LAST_LINES = 20
 _LAST_BYTES = 4096
 _WRITE = f"{inherited.RELAY}write"
-#: For where_to_look(): how the operator makes the next message include the worker's output.
+#: Advice of where_to_look(): the next message then includes the worker's output.
 _USE_PREFIX = "set --log-prefix to see the output here"
 _USE_RELAY = "remove --no-log-relay to see the output here"
 #: The mode of a worker's pipe: a worker that runs as another user must be able to open /dev/stdout.

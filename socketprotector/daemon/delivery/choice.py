@@ -20,9 +20,8 @@ def delivery_for(mode: HandoffMode) -> type[Delivery]:
 
         from .shared.shared_delivery import SharedDelivery
 
-        # `array` may be a stand-in, which loads the real module at its first use
-        # (system/late_stdlib.py).  So use the module now, while its file surely exists:
-        # system/bpf.py needs the module later.
+        # `array` may be a stand-in (system/late_stdlib.py).  Load the real module now, while its
+        # file surely exists: system/bpf.py needs the module later.
         array.array("B")
         return SharedDelivery
     from .queue.queue_delivery import QueueDelivery

@@ -14,8 +14,7 @@ from ..runtime import Runtime
 class Host(ABC):
     """The part of the resident process that a delivery can use, and to which it reports.
 
-    Effects (daemon/effects.py) implements this class.  The class has no settings: the delivery's
-    methods get settings as arguments.
+    Effects (daemon/effects.py) implements this class.
     """
 
     runtime: Runtime

@@ -12,8 +12,7 @@ from ..generation import OpenGeneration
 
 #: The environment variable with the address that a check command probes.
 PROBE = "SOCKETPROTECTOR_PROBE"
-#: The backlog of a socket for probes.  A small backlog suffices: probes come one after the other,
-#: and a check command makes few connections at once.
+#: The backlog of a socket for probes, which make few connections at once.
 BACKLOG = 16
 #: Why a probe fails if ProbeTarget.is_unchanged() returns False: perhaps another generation has
 #: answered.

@@ -28,7 +28,7 @@ from .undelivered import listener_of
 #: The canary fails if its workers take no connection from its queue for this time.  After the
 #: workers have taken a connection, the limit is UNTAKEN_S: workers may be busy.
 CANARY_NEVER_TAKEN_S = 2.0
-#: The longest pause between two looks of the QueueWatch at the canary's queue.
+#: The longest pause between two looks at the canary's queue.
 _LAST_LOOK_S = 0.5
 #: The pause before we try again to send the kept connections.
 _AGAIN_S = 0.05
@@ -144,7 +144,6 @@ class CanaryQueue:
     # -- failures --------------------------------------------------------------
 
     def _untaken(self, seconds: float, waiting: int, ever: bool) -> None:
-        """Report a canary whose workers take no client."""
         if self.channel is not None:
             reason = f"{untaken(seconds, ever=ever)}; clients waiting: {waiting}"
             self._post(Untaken(self.channel.generation.record.number, reason))

@@ -198,7 +198,6 @@ class Forwarder:
 
     @property
     def _accepting(self) -> list[Listener]:
-        """The listeners from which we accept now."""
         ended = self._ended_listeners
         return [each for each in self._listeners if each not in ended and not each.lost]
 
@@ -254,7 +253,6 @@ class Forwarder:
     # -- the next program: the process that replaces us after an upgrade or a kill -----
 
     def record(self) -> ForwarderRecord:
-        """Return the record that the next program needs."""
         kept, count = self.undelivered, self._canary.count if self._canary else self._canary_count
         return ForwarderRecord(self.forwarded, self.lost, None, kept.number, kept.waiting, count)
 
@@ -266,7 +264,6 @@ class Forwarder:
         self._lost += self.undelivered.adopt(record.number, (*first, *record.parked), unclaimed)
 
     def descriptors(self) -> dict[str, int]:
-        """Return the descriptors that the next program needs, by name."""
         listeners = (*self._listeners, *self._drains.listeners)
         found = {name: fd for each in listeners for name, fd in each.descriptors().items()}
         return found | self.undelivered.descriptors()
@@ -334,7 +331,7 @@ class Forwarder:
             taken = self._shortage.take_back(channel)
             if taken is None:
                 if self.outlet.is_free and channel.depth():
-                    # take_back() found nothing, although the channel is not empty: retry later.
+                    # The channel is not empty: retry later.
                     self._shortage.begin("recvmsg", BlockingIOError(errno.EAGAIN, "try again"))
                 return
             remaining -= 1

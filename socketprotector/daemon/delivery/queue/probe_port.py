@@ -58,12 +58,10 @@ class ProbePort:
 
     @property
     def target(self) -> ProbeTarget:
-        """The target to which a probe of the generation connects."""
         host, port = self._socket.getsockname()
         return ProbeTarget((host, port), None, self._waits, self.close)
 
     def close(self) -> None:
-        """Close the port, and stop sending."""
         self._loop.cancel(self)
         self._loop.unwatch(self._socket.fileno())
         self._socket.close()

@@ -40,8 +40,8 @@ class Shortage:
     #: The reserve descriptor; -1 while it is spent.
     reserve: int = -1
     _back_off: BackOff = field(default_factory=lambda: BackOff(FIRST_WAIT_S, LAST_WAIT_S))
-    _paused_at: float = 0.0  # when pause() was last called
-    _failed_at: float = 0.0  # when begin() was last called
+    _paused_at: float = 0.0
+    _failed_at: float = 0.0
 
     def __post_init__(self) -> None:
         self.open_reserve()
@@ -108,6 +108,5 @@ class Shortage:
         return taken
 
     def close(self) -> None:
-        """Cancel the retry, and close the reserve."""
         self.runtime.loop.cancel(_RETRY)
         self.spend_reserve()

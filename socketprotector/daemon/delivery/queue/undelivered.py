@@ -99,7 +99,6 @@ class Undelivered:
         return tuple((number, header) for number, (header, _) in self._waiting.items())
 
     def descriptors(self) -> dict[str, int]:
-        """Return all descriptors, by name."""
         return {f"{inherited.HAND}{number}": fd for number, (_, fd) in self._waiting.items()}
 
     def adopt(self, number: int, waiting: Iterable[tuple[int, bytes]], unclaimed: Inherited) -> int:

@@ -1,7 +1,7 @@
 """The names that socketprotector-exporter imports from this distribution, besides `__version__`.
 
-Most are functions that find control sockets, request the status and read its fields.  None needs a
-third-party package.  If you change or remove a name, change the exporter in the same commit.
+None needs a third-party package.  If you change or remove a name, change the exporter in the same
+commit.
 """
 
 from __future__ import annotations

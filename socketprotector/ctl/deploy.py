@@ -247,7 +247,6 @@ class _CurrentSaved(Awaited):
         self._done = releases.get("saved") is not False or releases.get("serving") != self._name
 
     def waits_for(self) -> str:
-        """Return what is missing; "" if nothing is missing, or writing has failed."""
         return "" if self._done or self.error else "`current` and the history to be on disk"
 
 

@@ -117,7 +117,7 @@ class Operation:
 def begin(instance: Instance, timeout_s: float, as_json: bool, *fields: str) -> Iterator[Operation]:
     """Connect, and yield an Operation; with --json, print the outcome, even after a failure.
 
-    fields: see Operation.__init__().
+    fields: as for Operation.
     """
     operation, begun_s = Operation(timeout_s, as_json, fields), time.monotonic()
     outcome = operation.outcome

@@ -300,8 +300,7 @@ class Losses:
     def count(self, after: Message) -> int | None:
         """Return how many connections were lost from the first status to the status `after`.
 
-        Returns None if the number is unknown: the protector was restarted, the workers do not count
-        their connections, or the mode is listener.
+        Returns None if the number is unknown.
         """
         before = self._before
         by_protector = measure(before, "lost"), measure(after, "lost")

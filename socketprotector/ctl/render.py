@@ -142,7 +142,7 @@ def cell(value: Cell) -> Text:
 
 
 def styled(text: str, style: str = "") -> Text:
-    """Return a text in one style, escaped, so that it cannot control the terminal."""
+    """Return a text in one style, escaped so that it cannot control the terminal."""
     return Text(escape(text), style=style)
 
 

@@ -92,9 +92,9 @@ def heading(status: Message) -> list[Text]:
 
 
 def _health_line(status: Message) -> str:
-    """Return a line about health checks; "" without --health.
+    """Return a line about health checks.
 
-    Returns "" also if the protector is healthy and the last check was good.
+    Returns "" without --health, or if the protector is healthy and the last check was good.
     """
     health = status.get("health")
     if not isinstance(health, dict):
@@ -294,7 +294,7 @@ def reload_lines(status: Message) -> list[Text]:
 
 
 def _reload_line(title: str, each: Message, now: object) -> Text:
-    """Return a line about a reload or dry run.  title: the beginning of the line."""
+    """Return a line about a reload or dry run."""
     at = each.get("ended_at") if each.get("ended_at") is not None else each.get("began_at")
     reason, result = headline(text_in(each, "reason")), text_in(each, "result")
     return Text.assemble(

@@ -1,7 +1,4 @@
-"""The command `upgrade`: replaces the protector's running program with the installed program.
-
-With --check the command only checks whether the installed program can take over.
-"""
+"""The command `upgrade`: replaces the protector's running program with the installed program."""
 
 from __future__ import annotations
 

@@ -47,11 +47,7 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Gauge, "up", "1 if the instance answered"),
     (Info, "build", "`version` of the protector."),
     (Gauge, "start_time_seconds", "When the instance was started, since the epoch."),
-    (
-        Total,
-        "restarts",
-        "How often SocketProtector has resumed its work: after a crash, or in an upgrade.",
-    ),
+    (Total, "restarts", "Restarts of SocketProtector, after a crash or by an upgrade."),
     (Gauge, "phase", "1 for the current phase.", "phase"),
     (Gauge, "serving", "1 if a generation gets new connections."),
     (Gauge, "held", "1 during a hold: no connection is accepted."),

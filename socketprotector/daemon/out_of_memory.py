@@ -76,9 +76,10 @@ class MemoryWatch:
                 yield child.pid
 
     def why_killed(self) -> str:
-        """Return, in words, how a worker or forked child ended by a SIGKILL that we did not send.
+        """Return, in words, why a SIGKILL ended a worker or forked child.
 
-        Each kill that the kernel has counted explains one such end.
+        Call this only for a SIGKILL that we did not send.  Each kill that the kernel has counted
+        explains one such SIGKILL.
         """
         now, before = memory_group.counts(), self._handled
         if now.kills <= before.kills:

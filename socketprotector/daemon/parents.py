@@ -100,7 +100,7 @@ class Parents:
         return {inherited.GUARD: self.line.fileno()}
 
     def keeps_after_exit(self, names: Iterable[str]) -> bool:
-        """Return whether systemd's fd store keeps the descriptors with these names after a stop.
+        """Return whether systemd's fd store keeps the descriptors with these names after our exit.
 
         systemd keeps these descriptors while a restart is pending, and otherwise drops them (tried
         with systemd 252).  Other service managers that receive sd_notify(3) messages keep none, and
@@ -119,5 +119,5 @@ class Parents:
             self.store.sync(dict.fromkeys(surviving, -1))
         self.systemd.send(EXIT_STATUS=str(status))
         self.guard.finish(_FAREWELL_S)
-        # Wait until the queued messages are sent: the next start needs descriptors that they store.
+        # Wait until the queued messages are sent: the next start needs the descriptors in them.
         self._manager.finish(_MANAGER_S)

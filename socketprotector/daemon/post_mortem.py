@@ -61,7 +61,7 @@ class PostMortem:
     ended: Callable[[int], None]
     #: Changes the history by a function, which gets the old history and returns the new history.
     remember: Callable[[Callable[[History], History]], None]
-    #: Returns, in words, how a process ended by a SIGKILL that we did not send.
+    #: Returns, in words, why a SIGKILL that we did not send ended a process.
     why_killed: Callable[[], str]
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:

@@ -10,18 +10,14 @@ from pathlib import Path
 import pytest
 
 from socketprotector.daemon.delivery import NEVER_TAKEN_S, UNTAKEN_S
-from socketprotector.daemon.delivery.shared.accept_watch import (
-    FIRST_LOOK_S,
-    LOOK_S,
-    AcceptWatch,
-    Backlogs,
-)
+from socketprotector.daemon.delivery.shared.accept_watch import AcceptWatch, Backlogs
 from socketprotector.system.loop import Loop
 from socketprotector.system.sock_diag import Line, stands, unaccepted
 from tests.boundary import ending
 from tests.boundary.listening import KINDS, listening
 
 A, B, C = (bytes([each]) for each in b"abc")
+FIRST_LOOK_S, LOOK_S = NEVER_TAKEN_S / 4, UNTAKEN_S / 2  # the pauses between two looks
 
 
 class World(Backlogs):

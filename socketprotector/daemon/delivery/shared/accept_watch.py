@@ -3,8 +3,8 @@
 In this mode no connection passes through the protector.  To wake the protector for each connection
 would be costly.  So the event loop watches the sockets only until a client comes.  From then on we
 *look* at intervals: a look reads the backlogs from the kernel (sock_diag).  accept() takes the
-oldest client first.  So if a look finds all clients of the previous look again, none of them was
-accepted.  When a look finds the backlogs empty, the event loop watches the sockets again.
+oldest client first.  So if a look finds all clients of the previous look again, no client was
+accepted in between.  When a look finds the backlogs empty, the event loop watches the sockets again.
 
 A *line* lists the clients that one look found in a backlog (Line of system/sock_diag.py).
 """
@@ -21,11 +21,6 @@ from ....system.loop import Loop
 from ....system.sock_diag import Line, stands, unaccepted
 from .. import NEVER_TAKEN_S, UNTAKEN_S
 
-#: The pauses between two looks.  FIRST_LOOK_S: clients wait at a listener of which the generation
-#: has never accepted a client, as far as we know.  LOOK_S: in all other cases.  A canary's limits,
-#: and so its pauses, are shorter (canary_watch.py).
-FIRST_LOOK_S = NEVER_TAKEN_S / 4
-LOOK_S = UNTAKEN_S / 2
 #: Queries to the kernel take at most this share of our time, however many connections there are.
 QUERY_SHARE = 0.1
 
@@ -137,7 +132,7 @@ class AcceptWatch:
         return max(self._overdue().values(), default=None)
 
     def is_stuck(self) -> bool:
-        """Look now; return whether, at any listener, clients wait and none was accepted lately.
+        """Look now; return whether clients wait, and none was accepted, at one of the listeners.
 
         True: all clients that the last look found at a listener still wait, or the last look found
         no client there and clients wait now.

@@ -2,7 +2,7 @@
 
 A canary is a new generation that at first gets only a share of the clients.  The canary's clients
 wait at other sockets than the route's clients.  If the canary's workers accept none of the clients
-at their sockets, the canary fails.
+at one of these sockets, the canary fails.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .turns import Turns
 
 #: The canary fails if, for this time, its workers accept none of the clients that wait at a
 #: listener.  After a first client is accepted at that listener, the limit is UNTAKEN_S: then the
-#: workers may only be busy.
+#: workers are perhaps just busy.
 CANARY_NEVER_TAKEN_S = 2.0
 
 

@@ -41,7 +41,7 @@ class ListenerFlags:
         return self._nonblocking
 
     def watch(self, after_s: float = _FIRST_S) -> None:
-        """Check the flags now and for a while: the kernel reports no change.
+        """Check the flags now and for a while, because the kernel does not report a change.
 
         after_s: the pause before the next check.
         """

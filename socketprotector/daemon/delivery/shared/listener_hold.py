@@ -27,7 +27,7 @@ class ListenerHold:
     """The hold, and the time until which clients still retry after a hold has ended."""
 
     listeners: SharedListeners
-    #: What the next program needs.
+    #: What the next program needs, after an upgrade or a kill.
     record: HoldRecord = field(default_factory=HoldRecord)
 
     @property
@@ -76,8 +76,7 @@ class ListenerHold:
         """Return which clients would be lost if a reload removed these listeners; None: no clients.
 
         During a hold, clients of a UNIX path wait at the reserved socket, which no worker has.  TCP
-        clients are not connected yet: like all later clients of a removed listener, they are
-        refused.
+        clients are not connected yet, so they are refused, not lost.
         """
         lost = [each.settings.address for each in listeners if each.is_reserved_for_clients]
         return f"the clients that wait at {' '.join(lost)} would be reset" if lost else None

@@ -63,13 +63,13 @@ class OpenCounts:
         listening = listener.socket_for(socket_number)
         if listening.family == socket.AF_UNIX:
             tag = socket_file.number_of(listening)
-            # Open connections of the socket belong to a generation whose tags we have lost.
+            # If the socket has open connections, they belong to a generation whose tags we lost.
             if (listener.index, tag) in taken or socket_file.connections(listener.path)[tag]:
                 raise OSError(errno.EBUSY, "another generation has accepted from the socket")
             return listener.index, tag
         used = {tag for index, tag in taken if index == listener.index} - {NO_TAG}
         if accept_tags.tag_of(listening) in used and listener.has_waiting(socket_number):
-            # Do not change the tag: after a kill, the next program must find this tag, too, and
+            # Do not change the tag: after a kill, the next program must also find this tag, and
             # refuse to count.
             raise OSError(errno.EBUSY, _OTHERS_WAIT)
         tag = NO_TAG
@@ -87,9 +87,9 @@ class OpenCounts:
         return listener.index, tag
 
     def _unused(self, listener: Listener, socket_number: int, used: Collection[int]) -> int:
-        """Return a tag that no accepted connection carries, preferably the socket's present tag.
+        """Return a tag that no accepted connection carries; NO_TAG: no tag is left.
 
-        Clients in the socket's backlog may carry the present tag.  NO_TAG: no tag is left.
+        Prefer the socket's present tag, because clients in its backlog may carry this tag.
 
         used: the tags of known generations.  Raises OSError.
         """

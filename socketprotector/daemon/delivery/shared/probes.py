@@ -49,7 +49,7 @@ def _waits(listening: socket.socket, address: tuple[str, int], client: socket.so
 
 
 def _waits_elsewhere(client: socket.socket) -> bool:
-    """Replace _waits() if another program has our connection: raise OSError."""
+    """Raise OSError, in place of _waits(), because another program has our connection."""
     raise OSError(errno.ENOTCONN, "another program's socket is at our path")
 
 
@@ -169,10 +169,7 @@ class Probes:
         closed, serving = closing(listening), found.socket_for(self._turns.number_for(found))
 
         def is_unchanged() -> bool:
-            """Return whether the address leads to the same socket, as open to clients as before.
-
-            That is: no option that can keep clients out has changed.
-            """
+            """Return whether address, socket and the options that keep clients out are unchanged."""
             with suppress(OSError):
                 is_same = found.identity(socket_number) == identity
                 return is_same and found.is_alive(socket_number) and closing(listening) == closed

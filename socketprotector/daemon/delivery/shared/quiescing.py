@@ -146,15 +146,14 @@ class Quiescing:
         return tuple(self._generations)
 
     def begin_again(self, generation: int) -> None:
-        """Start the waiting times again for a generation that got clients until now."""
+        """Start the waiting times of a generation again."""
         state = self._generations[generation]
         state.began, state.waited_s, state.unread = time.monotonic(), 0.0, None
         state.quiet_looks, state.quiet_s = 0, 0.0
 
     def _look(self, generation: int) -> None:
         state, now = self._generations[generation], time.monotonic()
-        # Call this before the queries, which miss later clients: no look counts as quiet while
-        # clients can come.
+        # Ask before the queries: they miss clients that come later.
         gets_clients = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
         pairs = [each for each in self._listeners.pairs if each.index not in state.leave_out]
@@ -208,7 +207,7 @@ class Quiescing:
     def _query(
         self, generation: int, pairs: Sequence[Listener], *, accepted: bool
     ) -> dict[tuple[int, bytes], bool] | None:
-        """Return the unread clients at these addresses, and whether each has sent nothing.
+        """Return the unread clients at these addresses, and whether each is silent.
 
         For a generation with `reads_on`, return instead the clients whose handshake is under way.
         Addresses that the kernel does not report are left out.  None: the system is short of

@@ -86,7 +86,7 @@ class SharedDelivery(Delivery):
     # -- a generation ----------------------------------------------------------------
 
     def can_probe(self, listener: str) -> bool:
-        # A UNIX path that lost one of its two sockets may get a new one for the next generation.
+        # A UNIX path that lost a socket may get a new socket for the next generation.
         named = [each for each in self._listeners if listener in ("", each.settings.name)]
         return self.steering.probes.can_probe(listener) or any(each.path for each in named)
 

@@ -18,7 +18,7 @@ class SharedListeners:
         """Take ownership of the listeners."""
         self.host = host
         self.all = list(listeners)
-        #: Address -> why its clients may come to the wrong socket; SocketSteering.steer() sets it.
+        #: Address -> why clients may come to the wrong socket; set by SocketSteering.steer().
         self.not_steered: dict[str, str] = {}
 
     @property
@@ -94,7 +94,7 @@ class Steering(ABC):
     def adopt_held(self) -> None:
         """After a hold, pass held clients to the next generation.
 
-        Also pass on the clients of the listeners in Turns.passed_on.
+        Also pass on the clients of listeners for which Turns.lacks_workers() is true.
         """
 
     @abstractmethod

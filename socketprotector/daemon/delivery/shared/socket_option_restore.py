@@ -14,8 +14,8 @@ If an option cannot be restored, we replace the socket.  Exception: if all gener
 socket, we replace it only if the option keeps clients out, and only if the socket can be dropped
 without a loss (Listener.can_do_without()).  We log an option that stays changed.
 
-The serving generation may lower a backlog.  We raise the backlog when another generation starts to
-accept from the socket, or when no generation accepts.  A longer backlog is harmless.
+The serving generation may shorten a backlog.  We restore its length when another generation starts
+to accept from the socket, or when no generation accepts.  A longer backlog is harmless.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class SocketOptionRestore:
     def end(
         self, generation: int, socket_number: int, remaining: Collection[int], *, gone: bool
     ) -> None:
-        """Undo the changes of an ended generation that has failed: all remaining ones are older.
+        """Undo an ended generation's changes if it has failed: all remaining generations are older.
 
         remaining: the generations that still accept.  gone: all workers of the ended generation
         have exited, so they cannot change an option any more.
@@ -114,8 +114,8 @@ class SocketOptionRestore:
         """
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         unrestored = socket_snapshot.restore(listening, before)
-        # Running workers do not get a new socket.  So if all generations share the socket, another
-        # generation must start for a new socket: replace only a socket that keeps clients out.
+        # Running workers do not get the new socket.  So if all generations share the socket, a
+        # replacement makes another generation start: replace only a socket that keeps clients out.
         if unrestored and (
             listener.has_sibling
             or (

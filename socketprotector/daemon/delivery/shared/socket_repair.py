@@ -76,7 +76,7 @@ class SocketRepair:
         """Return whether clients or probes need a socket whose network device or file is gone.
 
         Clients need the socket to which they are steered.  Probes need the socket of a starting
-        generation: without probes, only a timer could make this generation ready.
+        generation.
         """
         turns = self._turns
         if number == turns.number_for(listener):
@@ -151,8 +151,8 @@ class SocketRepair:
         """Replace a broken socket by a new socket.
 
         If no socket can be bound, use the listener's other or reserved socket instead.  Without
-        such a socket, the listener is lost.  Exception: keep the socket, for a later repair, if
-        another try may succeed (RETRY_ERRNOS) or if the socket is sound except for missing files.
+        such a socket, the listener is lost.  Exception: keep the broken socket, for a later repair,
+        if another try may succeed (RETRY_ERRNOS) or if only the socket's files are missing.
         """
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         address = listener.settings.address

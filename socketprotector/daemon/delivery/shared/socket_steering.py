@@ -95,7 +95,7 @@ class SocketSteering(Steering):
                     raise
             self._repairs.undo_earlier_changes(each, socket_number, generation)
         self.turns.accepting[generation] = socket_number
-        self.steer()  # during a hold: a path that has two sockets again can hold clients
+        self.steer()  # during a hold, a path with a new second socket can hold clients again
         self._watch.watch()
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
@@ -255,7 +255,7 @@ class SocketSteering(Steering):
 
     @property
     def _groups(self) -> tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]:
-        """Each listener's index and group_record (the order of its sockets), where it has one."""
+        """Index and group_record (order of sockets) of each listener that has a group_record."""
         records = ((each.index, each.group_record) for each in self._listeners.all)
         return tuple((index, *record) for index, record in records if record is not None)
 

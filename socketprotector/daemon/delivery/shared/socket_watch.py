@@ -176,7 +176,7 @@ class SocketWatch(Backlogs):
 
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Report the addresses at which workers do not accept."""
-        if self.canary is not None and not ever:  # the route may have been a canary
+        if self.canary is not None and not ever:  # the generation may have been a canary
             generation = max(self._turns.routed, default=0)
             self.canary.never_accepted = generation, at - self.accept_watch.accepted
         addresses = [each.settings.address for each in self._listeners.living if each.index in at]

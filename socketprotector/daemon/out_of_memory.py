@@ -23,7 +23,7 @@ _TIMER = "memory"
 
 
 class MemoryWatch:
-    """Attributes each counted kill to a worker's end, and logs the kills that explain no end."""
+    """Attributes counted kills to workers' ends, and logs the kills that explain no end."""
 
     def __init__(self, runtime: Runtime, workers: Mapping[int, Worker]) -> None:
         """workers: the running workers by number, always up to date."""

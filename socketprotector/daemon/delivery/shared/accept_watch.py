@@ -4,7 +4,7 @@ In this mode no connection passes through the protector.  To wake the protector 
 would be costly.  So the event loop watches the sockets only until a client comes.  From then on we
 *look* at intervals: a look reads the backlogs from the kernel (sock_diag).  accept() takes the
 oldest client first.  So if a look finds all clients of the previous look again, no client was
-accepted in between.  When a look finds the backlogs empty, the event loop watches the sockets again.
+accepted meanwhile.  When a look finds no client, the event loop watches the sockets again.
 
 A *line* lists the clients that one look found in a backlog (Line of system/sock_diag.py).
 """

@@ -36,7 +36,7 @@ class ListenerHold:
         return self.record.began_at > 0.0
 
     def turn(self, on: bool) -> None:
-        """Begin the hold, or end it if `on` is False; afterwards the caller must steer."""
+        """Begin the hold, or end it if `on` is False; afterwards the caller must call steer()."""
         now, tried_until = time.monotonic(), self.record.tried_until
         if on and not self.on:
             self.record = HoldRecord(now, tried_until)

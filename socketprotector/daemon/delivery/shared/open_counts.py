@@ -78,7 +78,7 @@ class OpenCounts:
         earlier = accept_tags.tag(listening, tag, used)
         if earlier and listener.has_waiting(socket_number):
             # Connections in the backlog may carry an earlier tag.  A count by the new tag would
-            # miss these connections, so use NO_TAG.  Fail if another generation uses an earlier
+            # miss these connections, so use NO_TAG.  Fail if another generation uses such a
             # tag.
             earlier |= accept_tags.tag(listening, NO_TAG, used)
             if not earlier.isdisjoint(used):

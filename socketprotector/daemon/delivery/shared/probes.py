@@ -169,7 +169,7 @@ class Probes:
         closed, serving = closing(listening), found.socket_for(self._turns.number_for(found))
 
         def is_unchanged() -> bool:
-            """Return whether address, socket and the options that keep clients out are unchanged."""
+            """Return whether address, socket and options that keep clients out are unchanged."""
             with suppress(OSError):
                 is_same = found.identity(socket_number) == identity
                 return is_same and found.is_alive(socket_number) and closing(listening) == closed

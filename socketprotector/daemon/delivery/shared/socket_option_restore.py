@@ -58,7 +58,9 @@ class SocketOptionRestore:
         """Prepare a socket's options before a generation accepts from the socket.
 
         If another generation accepts from it, record the present options, for end().  Otherwise
-        restore the initial options.  If the listener has no initial options yet, record them.
+        restore the initial options.  If the listener has none yet, record the present options as
+        its initial options.
+
         is_alone: returns whether no other generation accepts from the socket.
         """
         initial = self._before.get((_INITIAL, listener.index))
@@ -75,7 +77,7 @@ class SocketOptionRestore:
     def end(
         self, generation: int, socket_number: int, remaining: Collection[int], *, gone: bool
     ) -> None:
-        """Undo an ended generation's changes if it has failed: all remaining generations are older.
+        """If an ended generation is a failed release (see above), undo its changes.
 
         remaining: the generations that still accept.  gone: all workers of the ended generation
         have exited, so they cannot change an option any more.

@@ -75,7 +75,7 @@ class Resident:
         has_copies = inherited.GUARD in descriptors or inherited.STATE in descriptors
         stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()
         if isinstance(earlier, Snapshot):
-            # We inherit some descriptors only by an upgrade: the fd store had no room for them.
+            # The fd store had no room for these descriptors.  We got them by an upgrade.
             stored -= set(earlier.left_out)
         self.settings = settings
         self.unclaimed = unclaimed = Inherited(descriptors)
@@ -176,9 +176,8 @@ class Resident:
     def _snapshot_to_resume(self) -> Snapshot | None:
         """Return the snapshot of an earlier program; None: this is a first start.
 
-        Also make the state file, unless there is one.
-
-        Raises StateError if the state is unusable, SystemRefused if the file cannot be made.
+        Also make the state memfd, unless there is one.  Raises StateError if the state is unusable,
+        SystemRefused if the memfd cannot be made.
         """
         if isinstance(self.earlier, StateError):
             raise self.earlier
@@ -249,7 +248,7 @@ class Resident:
         log, pool = runtime.log, supervisor.effects.pool
 
         def on_guard_gone() -> None:
-            """Note that there is no guard; log an error if the guard has exited."""
+            """Record that no guard runs; if there was a guard, log its exit as an error."""
             if self.parents.line is not None:
                 hint = (
                     "the next crash of SocketProtector loses connections; restart SocketProtector"
@@ -261,7 +260,7 @@ class Resident:
 
         self.parents.watch(runtime.loop, pool.learn_status, on_guard_gone)
 
-        def start_waits() -> Sequence[object]:
+        def waits_of_start() -> Sequence[object]:
             """Return the field `waits_for` of `status`."""
             fleet, effects = supervisor.fleet, supervisor.effects
             found = status.of_generations(fleet, effects)
@@ -271,28 +270,28 @@ class Resident:
             return waits
 
         self.start_report.watch(
-            runtime.loop, lambda: runtime.post(StopRequested(quick=True)), start_waits
+            runtime.loop, lambda: runtime.post(StopRequested(quick=True)), waits_of_start
         )
 
     def fail(self, reason: str) -> None:
-        """Record why this program failed, and close the listeners: no other program needs them."""
+        """Record why this program failed, and close the listeners: no next program will resume."""
         self.start_report.failure = self.start_report.failure or reason
         self._close_listeners()
 
     def finish(self, status: int) -> None:
         """Remove our files, and report the exit to the launching process, the guard and systemd.
 
-        Only the surviving listeners stay in the fd store.
+        Only the surviving listeners stay in systemd's fd store.
         """
         store = self.parents.store
         if self.parents.line is None:
-            # Remove the settings first: if we are killed after that, the next start finds no
-            # settings, and so starts normally, with the stored listeners.
+            # Remove the settings from systemd's fd store first: if we are killed after that, the
+            # next start finds no settings, and so starts normally, with the stored listeners.
             store.forget(inherited.SETTINGS)
-            # systemd may still pass its copy to the next start.  So also empty the settings, which
-            # inherited.is_ours() then ignores.
+            # Perhaps systemd still passes its copy of the settings to the next start.  So also
+            # empty the settings: inherited.is_ours() ignores empty settings.
             os.ftruncate(self.own[inherited.SETTINGS], 0)
-        # The relay exits only once all copies of its pipes are closed, also those in the fd store.
+        # The relay exits only once all copies of its pipes are closed, also the store's copies.
         for name in self.output.descriptors():
             store.forget(name)
         self.output.finish()
@@ -377,8 +376,8 @@ class Resident:
         return found | {name: fd for each in parts for name, fd in each.descriptors().items()}
 
     def _send_later(self, resend: Callable[[], None]) -> None:
-        # Without a loop we only complete an earlier program's exit (_finish_exit), and
-        # Outbox.finish() sends the unsent messages.
+        # Without a loop we only complete an earlier program's exit (_finish_exit):
+        # Outbox.finish() (sd_notify.py) sends the unsent messages.
         if self._loop is not None:
             self._loop.call_after(resend, _RESEND_PAUSE_S, resend)
 

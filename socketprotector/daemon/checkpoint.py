@@ -2,11 +2,11 @@
 
 We save after each decision of core/decide.py, before the decision's actions are carried out.
 
-Descriptors go to the fd store: to the guard or, if there is no guard, to systemd.  The state memfd
-says what each descriptor is for.  We first store new descriptors, then write the state, then remove
-old descriptors, then carry out the actions.  So whenever we are killed, the store has the
-descriptors that the state mentions.  There are three exceptions: the store was full, the guard or
-systemd was slow to read, or no descriptor was free for a copy.
+Descriptors go to the store: the guard or, if there is no guard, systemd's fd store.  The state
+memfd says what each descriptor is for.  We first store new descriptors, then write the state, then
+remove old descriptors from the store.  So whenever we are killed, the store has the descriptors
+that the state mentions.  There are three exceptions: the store was full, the guard or systemd was
+slow to read, or no descriptor was free for a copy.
 
 We store and write only changes, so the cost of a change does not grow with the number of workers.
 """
@@ -34,7 +34,7 @@ _FULL = (
 
 @mutable
 class Checkpoint:
-    """Stores the descriptors and writes the state, after each decision."""
+    """Stores the descriptors and writes the state."""
 
     file: StateFile
     store: Store
@@ -47,7 +47,7 @@ class Checkpoint:
     _failing: bool = False  # the last write of the state has failed
     #: We have logged keeper-behind: the guard or systemd has not taken all descriptors yet.
     _behind: bool = False
-    _was_full: bool = False  # the fd store had no room for all descriptors at the last save
+    _was_full: bool = False  # the store had no room for all descriptors at the last save
 
     def begin(self, effects: Effects, snapshot: Callable[[], Snapshot]) -> None:
         """Enable save(), which does nothing before.  snapshot: returns the state to write."""
@@ -61,13 +61,13 @@ class Checkpoint:
     def save(self) -> bool:
         """Store the descriptors and write the state, so that the next program can resume.
 
-        Returns False if the state could not be written.  Without an fd store, writes nothing and
+        Returns False if the state could not be written.  Without a store, writes nothing and
         returns True: a kill closes all descriptors, so no program could resume from the state.
         """
         if self._effects is None:
             return True
         if not self.store.keeps:
-            # Without a store, sync() only empties Named.changed, which would otherwise grow.
+            # Without a store, sync() only empties Named.changed (inherited.py), which would grow.
             self.store.sync({}, self._effects.pool.descriptors)
             return True
         wanted = {**self.process_descriptors(), **self._effects.own_descriptors()}
@@ -93,7 +93,7 @@ class Checkpoint:
     def write(self) -> bool:
         """Write the state; return whether an upgrade may execute the next program now.
 
-        The next program does not store the descriptors that it inherits: it assumes that the fd
+        The next program does not store the descriptors that it inherits: it assumes that the
         store has them, unless the state lists them as left out.  So an upgrade must wait until
         all descriptors that are not left out have been sent to the store.
         """
@@ -101,7 +101,7 @@ class Checkpoint:
         return self._write() and self.store.has(wanted)
 
     def copies(self) -> dict[str, int]:
-        """Return copies of the settings and of the state, by name, for the caller to close.
+        """Return memfds with copies of the settings and the state, by name; the caller closes them.
 
         Raises OSError, and StateError if the state cannot be written.
         """

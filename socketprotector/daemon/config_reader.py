@@ -21,7 +21,7 @@ from ..system.loop import Loop
 
 #: The most bytes of a record's name.  An answer consists of records, each a name and a descriptor.
 _RECORD_BYTES = 64
-#: The most bytes of a text in the answer.
+#: The most bytes of a text: the content of a record's memfd.
 _MOST_BYTES = 16 * 1024 * 1024
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 

@@ -251,7 +251,7 @@ class Effects(Host):
         return {name: fd for each in owners for name, fd in each.descriptors().items()}
 
     def suspend(self) -> None:
-        """Stop all probes and checks, the reader processes and the search for orphans."""
+        """Stop all probes and checks, the search for orphans, and the reading of settings."""
         self.live_settings.stop_reading()
         for each in (self.pool, self.probing):
             each.suspend()
@@ -270,7 +270,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_dry_run()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            # snapshot() also does this, but perhaps never runs without a guard or an fd store.
+            # Forget here, too: without a guard or an fd store, snapshot() runs only for upgrades.
             self.generations.forget_released(self.delivery.keeps)
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:
@@ -286,7 +286,7 @@ class Effects(Host):
             self.reports.reload_began(number, self.delivery.listeners)
 
     def _refuse_unless_reachable(self, program: Program) -> None:
-        """Raise ValueError if readiness needs a probe, but no probe can reach the listener."""
+        """Raise ValueError if readiness needs a probe, but no probe can reach its listener."""
         if program.ready in ready_kinds.NEED_ANSWER:
             name = probe_spec.read(program.ready_question).listener
             if not self.delivery.can_probe(name):
@@ -349,7 +349,7 @@ class Effects(Host):
         stop_s = self.live_settings.settings.policy.stop_timeout_s
         return min(self.delivery.late_s, stop_s / 2 if stop_s else float("inf"))
 
-    # -- as the host of the delivery ---------------------------------------------
+    # -- the methods of Host ---------------------------------------------
 
     def listener_lost(self, listener: Listener, reason: str) -> None:
         self.reports.listener_lost(listener.settings.address, reason)
@@ -413,8 +413,8 @@ class Effects(Host):
     def _start_advice(self, number: int) -> str:
         """Return the likely cause of a generation's start timeout; "": unknown."""
         known = self.probing.why_not_ready or self.pool.check_result(number)
-        if self.pool.proved_ready:  # a worker has worked, so the program uses the socket
-            return known
+        if self.pool.proved_ready:
+            return known  # a worker became ready without a timer, so the program uses the socket
         more = self.pool.advice(number, ignores_socket=bool(known))
         return "; ".join(filter(None, (known, more)))
 

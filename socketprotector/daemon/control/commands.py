@@ -2,8 +2,8 @@
 
 Most commands either read values or post an event (core/events.py).
 
-A command that begins a long operation is answered at once.  Clients that follow events get the
-operation's result as an event (docs/control.md).  But `diff` and an upgrade check are answered
+A command that begins a long operation is answered at once.  Clients that have sent `events` get the
+operation's result as a log event (docs/control.md).  But `diff` and an upgrade check are answered
 only when their result is known.
 """
 

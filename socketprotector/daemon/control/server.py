@@ -2,8 +2,8 @@
 
 A client of the control socket must not delay the clients of the workers.  So each turn of the loop
 answers at most one request of each client, and no call blocks.  We disconnect a client that sends
-too long a line, leaves too many answers unread, or stays idle.  If a client leaves too many events
-unread, we only drop further events.
+too long a line, leaves too many answers unread, or stays idle.  If a client leaves too many log
+events unread, we only drop further events.
 
 Source: docs/control.md; model/einhorn.py; unix(7) for SO_PEERCRED and SO_PEERGROUPS.
 """
@@ -50,7 +50,7 @@ class Client:
     server: ControlServer
     loop: Loop
     allowed: Collection[str]  # the commands that the client may send
-    follows: bool = False  # the client gets events
+    follows: bool = False  # the client has sent `events`, so it gets our log events
     _awaited: int = 0  # the epoll events for which we watch the client's descriptor; 0: none
     _received: bytearray = field(default_factory=bytearray)
     _unsent: bytearray = field(default_factory=bytearray)
@@ -82,7 +82,7 @@ class Client:
     def send_event(self, line: Callable[[Mapping[str, object]], bytes]) -> None:
         """Send an event, or drop it if the client has too much unread data.
 
-        line(fields): returns the event's line, also with these fields.  After dropped events, the
+        line(fields): returns the event's line, with `fields` added.  After dropped events, the
         next sent event has their number in the field `dropped`.
         """
         data = b""
@@ -147,7 +147,7 @@ class Client:
         self._answer_one()
 
     def _answer_one(self) -> None:
-        """Answer the first received request, if complete; later requests wait for PAUSE_S."""
+        """Answer the first received request, if it is complete, and begin the client's pause."""
         line, remaining = b"", None
         with self.within_memory():
             found, end, after = self._received.partition(b"\n")
@@ -236,13 +236,13 @@ class ControlServer:
     #: Answers a request, by client.send_line() now or later.  Raises RequestError.
     handle: Callable[[Client, control_requests.Request], None]
     #: Called with the pid in an einhorn ACK: a worker's report that it is ready (model/einhorn.py).
-    #: The report gets no answer.
     acked: Callable[[int], None]
     _: KW_ONLY
-    #: These users, and the members of this group, may send all commands.
+    #: The users that may send all commands.
     uids: frozenset[int]
+    #: A group whose members may send all commands.
     group: int | None
-    #: A group whose members may send only the commands that read.
+    #: A group whose members may send only STATUS_COMMANDS (control_requests.py).
     status_group: int | None = None
     _clients: dict[int, Client] = field(default_factory=dict)
 

@@ -77,13 +77,18 @@ class Log:
         The log opens stderr again, because O_NONBLOCK on the inherited open file description would
         affect every worker's output.  A socket cannot be opened again, but allows MSG_DONTWAIT.
         """
-        self._close()
         self._coloured = _wants_colour()
-        mode = os.fstat(_STDERR).st_mode
+        # dup2 into the same number: without memory or a free descriptor, dup fails.
+        fd = self._release_fd()
+        if fd < 0:
+            fd = os.dup(_STDERR)
+        else:
+            os.dup2(_STDERR, fd, inheritable=False)
+        mode = os.fstat(fd).st_mode
         if stat.S_ISSOCK(mode):
-            self._socket = socket.socket(fileno=os.dup(_STDERR))
+            self._socket = socket.socket(fileno=fd)
             return
-        self._fd = os.dup(_STDERR)
+        self._fd = fd
         self._put = put if os.isatty(_STDERR) else os.write
         if stat.S_ISREG(mode):
             return  # O_NONBLOCK has no effect on a file; all processes must share one file offset
@@ -142,15 +147,14 @@ class Log:
     def close(self) -> None:
         """Write the withheld lines, then stop writing."""
         self.flush()
-        self._close()
+        if (fd := self._release_fd()) >= 0:
+            os.close(fd)
 
-    def _close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+    def _release_fd(self) -> int:
+        """Return the descriptor of the output, or -1, and leave it to the caller."""
+        fd = self._fd if self._socket is None else self._socket.detach()
+        self._socket, self._fd = None, -1
+        return fd
 
 
 def _wants_colour() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -134,6 +135,27 @@ def test_a_socket_is_written_to_without_blocking() -> None:
             log.write("info", "many", padding="x" * 50)
         assert ours.recv(4096).startswith(b"<6>event=many")
         assert theirs.getblocking()
+
+
+def test_a_rotation_takes_no_new_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(fd: int) -> int:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with (
+        (tmp_path / "old").open("wb") as old,
+        (tmp_path / "new").open("wb") as new,
+        log_to(old.fileno()) as log,
+    ):
+        os.dup2(new.fileno(), 2)
+        monkeypatch.setattr(os, "dup", no_memory)
+        log.reopen()
+        log.write("info", "reopened")
+        monkeypatch.undo()
+
+    assert (tmp_path / "old").read_bytes() == b""
+    assert b"event=reopened" in (tmp_path / "new").read_bytes()
 
 
 def test_lines_in_a_file_keep_step_with_other_writers(tmp_path: Path) -> None:

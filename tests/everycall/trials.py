@@ -44,6 +44,11 @@ EXCEPTIONS = (
         r"(?s)a traceback: .* in (open_intake|__enter__|share|ready)\n",
         "a worker that cannot begin to take connections ends; its traceback is its last words",
     ),
+    (
+        r"\S+ \w+ socketprotector_client/\S+ E[A-Z]+",
+        r"(?s)a traceback: .* in answer\n",
+        "the worker's own handler failed, and the library prints where",
+    ),
 )
 #: An operation, a site (CALL FILE:LINE), and an errno or KILL.
 Trial = tuple[str, str, int]

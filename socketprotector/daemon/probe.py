@@ -37,7 +37,7 @@ from .verdicts import Verdict
 #: How long we wait before we check again whether a worker has accepted our connection: a tenth of
 #: the connection's age, within these limits.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.005, 1.0, 0.1
-#: How long after the probe's limit we kill a silent prober, which may have started late.
+#: How long after the probe's limit we kill a silent prober, which may be slow to start.
 _PROBER_S = 10.0
 #: The errors of connect() to an address where no process listens.
 _NOT_THERE = (errno.ECONNREFUSED, errno.ENOENT)
@@ -55,7 +55,7 @@ class Probe:
         addresses: CheckProbes | None = None,
         input_of: Callable[[int], bytes] = lambda number: b"",
     ) -> None:
-        """as_client: reach the serving generation as clients do; each connection has a new target.
+        """as_client: reach the serving generation as clients do; get a target for each connection.
 
         addresses: the probe addresses for check commands (check_probe.py); None: commands connect
         to the target itself.  input_of: returns a command's stdin for a generation's number.

@@ -47,7 +47,7 @@ class Probing:
         self._runtime, self._delivery, self._addresses = runtime, delivery, addresses
         self._settings, self._remember = settings, remember
         self._answered, self._inconclusive = answered, inconclusive
-        #: Returns the counts of `status`, by generation, for --settle-check commands to read.
+        #: Returns the counts that `status` shows, by generation, for --settle-check commands.
         self.counts: Callable[[], Mapping[int, Mapping[str, Any]]] = dict
         self.ready_probe: ReadyProbe | None = None
         self.settle_check: SettleCheck | None = None

@@ -129,7 +129,8 @@ class Recovery:
     def adopt_workers(self) -> Iterator[tuple[Event, ...]]:
         """Adopt one worker in each step.
 
-        Yields () after each worker; then, once, the events about missing workers and generations.
+        Yields () after each worker; then, once, the events about workers and generations that
+        could not be adopted.
         """
         ended: list[WorkerExited] = []
         pool, fleet = self.effects.pool, self.snapshot.fleet
@@ -144,8 +145,8 @@ class Recovery:
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
                 # Post an event if the fleet does not know yet that only the group is left, or that
-                # an orphan's group is gone.  _report_missing() reports a running worker that has
-                # left no group.
+                # an orphan's group is gone.  _report_missing() reports a worker without a group
+                # that the fleet does not count as an orphan.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     waiting = self._waiting(record.generation)
                     lost = has_group and not record.orphaned

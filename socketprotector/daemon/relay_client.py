@@ -7,9 +7,9 @@ write, and the next relay continues reading.  We keep a pipe until its last writ
 may be after the worker.  But we keep only LEFT_BEHIND (model/fd_budget.py) pipes of exited workers,
 because clients need descriptors, too.
 
-If the relay is suspended (SIGSTOP), each worker blocks once its pipe is full.  The kernel does not
-report a suspended relay, and we must not poll while idle.  So the first byte that a worker writes
-starts a timer.  If a pipe is not empty when the timer fires, we check the relay's state.
+If the relay is suspended (SIGSTOP), each worker blocks once its pipe is full.  The relay's pidfd
+does not report the suspension, and we must not poll while idle.  So the first byte that a worker
+writes starts a timer.  If a pipe is not empty when the timer fires, we check the relay's state.
 
 Source: proc(5) for a process's state, pipe(7), epoll(7) for an epoll set in another set.
 """
@@ -286,11 +286,11 @@ class LogRelay:
             self._check_later(number)
 
     def _close_if_done(self, number: int) -> None:
-        """Close a pipe without writers, once it is read to its end."""
+        """Close a pipe that has no writer and no unread output."""
         pipe = self._pipes[number]
         has_hung_up = events_of(pipe.read, 0)
-        # Unwatch first: under a descriptor limit of 0 events_of() sees nothing, and the loop would
-        # call this method again and again.
+        # Unwatch the pipe even if it stays open: under a descriptor limit of 0 events_of() sees
+        # nothing, and the loop would call this method again and again.
         self._loop.unwatch(pipe.read)
         # Check for hang-up first, then for output: a single call might miss the last output.
         if not has_hung_up or events_of(pipe.read, select.POLLIN) & select.POLLIN:
@@ -300,7 +300,7 @@ class LogRelay:
         self._persist()
 
     def _close_pipe(self, number: int) -> None:
-        """Close our copy of a worker's pipe; the relay reads its copy to the end."""
+        """Close our copy of a worker's pipe; the relay keeps its own copy."""
         pipe = self._pipes.pop(number)
         del self._named[pipe.name(number)]
         self._loop.cancel(("output", number))
@@ -439,7 +439,7 @@ class LogRelay:
     # -- the end -------------------------------------------------------------
 
     def finish(self) -> None:
-        """Close the line, and wait up to _END_S for the relay; it stays while a process writes."""
+        """Close the line; wait up to _END_S for the relay, which stays while a process writes."""
         self._close_line()
         if self._helper is not None:
             self._helper.process.signal(signal.SIGCONT)

@@ -1,4 +1,6 @@
-"""Carries out the action `Report`: informs the log, systemd and the launching process.
+"""Carries out the action `Report` (core/actions.py).
+
+A report goes to the log, systemd (sd_notify(3)) and the launching process.
 
 The class Reports also keeps the history of reloads, health and crashes, which outlives an upgrade
 or a kill.  After STOPPING=1, a report of a reload sends neither READY=1 nor RELOADING=1, which

@@ -114,7 +114,8 @@ def _settings_and_listeners(
 ) -> tuple[Settings, Sequence[ListenerSettings]]:
     """Return the settings in force, and all listeners.  Raises SettingsError.
 
-    The listeners include those of the candidate, the settings of a reload in progress.
+    During a reload, return the listeners of the reload's new settings (the candidate), which
+    include all listeners in force.
     """
     if snapshot is not None:
         found = snapshot.settings

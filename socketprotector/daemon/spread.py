@@ -65,7 +65,7 @@ def check(generation: OpenGeneration, records: Iterable[WorkerRecord], log: Log)
     unable = 0
     for each in _workers_of(generation, records):
         # Skip workers that are not ready, or that a timer made ready: the client library may not
-        # have noted yet that it follows orders.
+        # have noted yet that the worker follows orders.
         if each.ready_by not in ("", TIMER):
             unable += not _spread_of(generation, each.slot)[0]
     if unable:

@@ -265,7 +265,7 @@ class Supervisor:
     def _signalled(self, number: int) -> None:
         if number == signal.SIGCHLD:
             # First the pidfds of workers and helpers report their exits, so that each `Process`
-            # reaps its own.  Reap the other children after this turn of the loop.
+            # reaps its child.  Reap the other children after this turn of the loop.
             self.runtime.loop.call_after("reap", 0.0, self._reap_orphans)
             return
         # Report the signal first: if we die, the guard sends the unreported signals to the next

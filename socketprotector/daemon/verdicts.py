@@ -77,7 +77,7 @@ class Settling:
 
     is_over: bool = False  # the time of --settle has passed
     is_good: bool = False  # a good answer has come; over() forgets it, so that another must come
-    #: When the first probe since the last GOOD verdict was sent; None: no verdict came since then.
+    #: When the first inconclusive probe since the last GOOD verdict was sent; None: no such probe.
     unknown_since: float | None = None
     bad: str = ""  # why the generation fails
 
@@ -116,7 +116,7 @@ class Serving:
     failures: int = 0
     reason: str = ""
     answered_at: float | None = None  # when the last verdict GOOD, BAD or REFUSED came
-    missed: int = 0  # how many verdicts in a row were inconclusive
+    missed: int = 0  # how many verdicts in a row were inconclusive (see after())
 
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
         """Return the state after a verdict.

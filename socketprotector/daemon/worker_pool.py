@@ -188,10 +188,10 @@ class WorkerPool:
         self.orphans.drain(generation)
 
     def all_retire(self, generation: int) -> bool:
-        """Return whether all workers have sent X_SOCKETPROTECTOR_RETIRE=1, and no orphan is left.
+        """Return whether all workers of a generation have sent X_SOCKETPROTECTOR_RETIRE=1.
 
         At end of file on its RETURN line, such a worker first reads from all accepted clients, then
-        exits.  Returns False if the generation has no worker.
+        exits.  Returns False if the generation has no worker, or has an orphan left.
         """
         records = [each for each in self._records.values() if each.generation == generation]
         orphans = any(each.generation == generation for each in self.groups.records())

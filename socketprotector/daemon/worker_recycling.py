@@ -31,13 +31,13 @@ _TIMER = "limits"
 class BornTooLarge:
     """Delays the replacement of workers that are too large from the start.
 
-    The replacement of such a worker would be too large, too: we would replace workers in a loop.
+    Without the delay we would replace workers in a loop: each new worker would be too large, too.
     """
 
     def __init__(self) -> None:
         # By number: whether a running worker that was too large from the start may be replaced.
         self._allowed: dict[int, bool] = {}
-        self._in_a_row = 0  # how many such workers were replaced since workers last fitted
+        self._in_a_row = 0  # replacements of such workers since forget() last set this to 0
         self._next_at = 0.0  # when the next such worker may be replaced
 
     @property

@@ -69,7 +69,6 @@ class ReadyProbe:
         self._send_probe()
 
     def stop(self) -> None:
-        """Stop the probes."""
         self.suspend()
         self._generation, self.why_not_ready = None, ""
 

@@ -355,7 +355,6 @@ class LogRelay:
         self._send_unsent()
 
     def _send_unsent(self) -> None:
-        """Send the relay all unsent messages, without blocking."""
         while self._unsent and self._line is not None:
             kind, number = self._unsent[0]
             pipe = self._pipes.get(number)

@@ -30,8 +30,6 @@ _VERDICTS = (*_PROVED, ReportKind.RELOAD_FAILED)
 
 
 class Releases:
-    """The releases of one protector."""
-
     def __init__(
         self, settings: Callable[[], Settings], runtime: Runtime, lock: int | None
     ) -> None:

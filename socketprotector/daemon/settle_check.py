@@ -67,7 +67,6 @@ class SettleCheck:
         self.resume()
 
     def stop(self) -> None:
-        """Stop the probes."""
         self.suspend()
         self._generation = None
 

@@ -145,7 +145,6 @@ class Supervisor:
             self.runtime.persist()
 
     def _order(self, actions: Iterable[Action]) -> None:
-        """Append actions to the unfinished actions."""
         for each in actions:
             self._unfinished.append(each)
             if isinstance(each, RECORDED):

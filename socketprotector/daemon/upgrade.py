@@ -131,7 +131,6 @@ class Upgrade:
 
     @property
     def is_checking(self) -> bool:
-        """Return whether a check is in progress."""
         return self._check is not None
 
     def end(self) -> None:

@@ -67,7 +67,6 @@ class WorkerMessages:
         self._loop.cancel(("watchdog", number))
 
     def read(self, number: int) -> None:
-        """Handle a worker's messages on its notify socket."""
         worker = self._workers[number]
         for _ in range(_READ_AT_ONCE):
             try:

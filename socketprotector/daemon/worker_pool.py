@@ -239,7 +239,6 @@ class WorkerPool:
     # -- from one program to the next ----------------------------------------
 
     def _note(self, worker: Worker, **changes: object) -> None:
-        """Change fields of a worker's record."""
         worker.record = replace(worker.record, **changes)  # type: ignore[arg-type]
         number = worker.record.number
         if number in self._workers:  # otherwise the worker has ended, or cannot be watched

@@ -88,7 +88,6 @@ class LimitWatch:
         self.apply_settings(settings)
 
     def apply_settings(self, settings: Settings) -> None:
-        """Apply the limits of these settings."""
         self._limits, self._secret = settings.worker_limits, settings.secret
         self._large = BornTooLarge()
         self._loop.cancel(_TIMER)

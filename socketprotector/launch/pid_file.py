@@ -97,9 +97,9 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
         stale: the descriptor of the file to be replaced.
         """
-        temporary = f"{self.path}.{os.getpid()}"
+        temporary = f"{self.path}.socketprotector"
         if os.path.lexists(temporary):
-            os.unlink(temporary)  # left by a killed process that had our pid
+            os.unlink(temporary)  # left by a start that was killed: we hold the folder's lock
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         with on_error(os.close, fd), on_error(os.unlink, temporary):
             os.fchmod(fd, 0o644)

@@ -15,11 +15,13 @@ from .delivery import Delivery
 def adopt(
     unclaimed: Inherited, settings: Sequence[ListenerSettings], delivery: type[Delivery]
 ) -> list[Listener]:
-    """Adopt the inherited listeners; take ownership of their descriptors.
+    """Return the inherited listeners; take ownership of their descriptors.
 
-    delivery: makes the listeners.  A listener has up to three sockets, each with a role: the first,
-    its sibling and the reserved socket (system/listener.py).  If several sockets are inherited for
-    one role, only the newest is in use: the socket whose name ends in the highest number.
+    delivery: makes the listeners.
+
+    A listener has up to three sockets, each with a role: the first, its sibling and the reserved
+    socket (system/listener.py).  If several sockets are inherited for one role, only the newest is
+    in use: the socket whose name ends in the highest number.
     """
     made = []
     for index, each in enumerate(settings):

@@ -4,7 +4,8 @@ A reload starts its generation with the candidate settings, which a reader proce
 (config_reader.py).  When this generation serves, the candidate settings become the settings in
 force.  If the generation fails, and after a dry run, the candidate settings are dropped.
 
-In prose, `current` means the symbolic link that the option --current names; it leads to a release.
+In docstrings and comments, `current` means the symbolic link that the option --current names.  The
+link leads to a release.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class LiveSettings:
                 self._put_in_force(replace(self.settings, listeners=(*kept, *removed)))
 
     def reported(self, report: Report, program: Program | None) -> tuple[Report, str]:
-        """Return the report, with a note about `current`, and the release's name.
+        """Return two values: the report, with a note about `current`, and the release's name.
 
         program: the program of the report's generation; None: the generation could not be opened.
         The name is "" without a program, or without --releases.

@@ -1,8 +1,11 @@
 """Directs our and the workers' output, reopens the log file, and obtains workers' last words.
 
-Workers write directly to a terminal, to /dev/null or, under `-f 2>FILE`, to FILE.  For any other
-log each worker has its own pipe.  With --log-prefix each worker always has a pipe.  Otherwise
---no-log-relay leaves workers without pipes.
+Each worker has its own pipe in two cases:
+
+* --log-prefix is set.
+* The log is syslog, the journal, a pipe or the file of --log-file, and --no-log-relay is not set.
+
+Otherwise workers write to our stdout and stderr, such as a terminal or, under `-f 2>FILE`, FILE.
 
 A relay process (programs/log_relay.py) reads the pipes and writes the log.  So running workers need
 not reopen a rotated log, and the relay knows which worker wrote a line.
@@ -123,8 +126,8 @@ class Output:
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
         """Close the oldest pipes of exited workers; keep LEFT_BEHIND (model/fd_budget.py) of them.
 
-        living: how many workers count as living: they run, or have left a process in their group.
-        numbers: returns the numbers of the living workers.
+        living: how many workers run, or have left a process in their group.
+        numbers: returns the numbers of these workers.
         """
         if self._relay is not None:
             self._relay.close_oldest(living, numbers)

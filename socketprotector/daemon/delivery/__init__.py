@@ -55,7 +55,7 @@ class Delivery(ABC):
     """Brings new clients to the workers of the generation that has the route.
 
     A generation knows a listener if the listener was configured when the generation was opened.
-    Only such a generation can get the listener's clients.  The simplest example is
+    Only such a generation can get the listener's clients.  The simplest delivery is
     tests/memory_delivery.py.
 
     If the protector is killed, the program that replaces it (the next program) may repeat calls,
@@ -89,7 +89,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def can_probe(self, listener: str) -> bool:
-        """Return whether a probe can reach a generation that has no clients.
+        """Return whether a probe can reach a generation that has no clients yet.
 
         listener: see reach().
         """
@@ -102,7 +102,7 @@ class Delivery(ABC):
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
         """Prepare the sockets from which a generation's workers will take connections.
 
-        Raises OSError on failure; the caller then forgets the generation, without release().
+        Raises OSError on failure; then the caller forgets the generation without calling release().
 
         queue: how many clients the generation's queue should hold (shared/ has no queue).
         fresh: True: the generation runs a new release; False: it runs the last good release again.
@@ -160,9 +160,9 @@ class Delivery(ABC):
     ) -> None:
         """Call on_quiet once a generation without the route can be ordered to finish.
 
-        queue/ calls on_quiet at once.  In shared/, only the generation's own workers can accept
-        some of the waiting clients.  So shared/ waits, for a limited time, until these workers have
-        accepted these clients and read from each of them.
+        queue/ calls on_quiet at once.  In shared/, some of the waiting clients can be accepted only
+        by the generation's own workers.  So shared/ waits, for a limited time, until these workers
+        have accepted these clients and read from each of them.
         reads_on: the workers read from accepted clients even after the order to finish.  So wait
         only until the clients are accepted.
         """
@@ -190,7 +190,7 @@ class Delivery(ABC):
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
         """Return how many connections wait for a generation's workers; None: unknown.
 
-        clients_only: return 0 if only our probes wait; a higher number may include probes.
+        clients_only: return 0 if surely no client waits; a number above 0 may include probes.
         """
 
     @abstractmethod
@@ -266,9 +266,10 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def is_silent(self) -> bool:
-        """Return whether a hold stops probes that connect as clients do (reach() with `as_client`).
+        """Return whether a hold now stops probes that connect as clients do.
 
-        queue/ returns False: its probes connect to their own port (queue/probe_port.py).
+        Such probes use reach() with `as_client`.  queue/ returns False: its probes connect to their
+        own port (queue/probe_port.py).
         """
 
     @property
@@ -288,8 +289,8 @@ class Delivery(ABC):
 
         If new clients cannot be refused, accept them for LAST_S at most.
         serving: the serving generation.  quick: close at once, and post nothing.
-        stay: do not refuse new clients, but keep open the listeners that were not passed in.  Later
-        clients wait there for the next start.
+        stay: do not refuse new clients.  The listeners that were not passed in (by systemd, for
+        example) stay open, and new clients wait there for the next start.
         """
 
     # -- the delivery as a whole ---------------------------------------------------------

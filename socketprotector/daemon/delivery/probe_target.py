@@ -14,8 +14,7 @@ from ..generation import OpenGeneration
 PROBE = "SOCKETPROTECTOR_PROBE"
 #: The backlog of a socket for probes, which make few connections at once.
 BACKLOG = 16
-#: Why a probe fails if ProbeTarget.is_unchanged() returns False: perhaps another generation has
-#: answered.
+#: The message about a probe if ProbeTarget.is_unchanged() returns False.
 SHUT_DOWN = "its listening socket was shut down or closed to clients during the probe"
 
 
@@ -38,9 +37,9 @@ class ProbeTarget:
     #: Returns whether all answers so far surely came from this generation.  If False, discard
     #: earlier and later answers.
     is_unchanged: Callable[[], bool] = lambda: True
-    #: Returns whether the probed socket may be closed to clients: its options that can keep clients
-    #: out differ from those of the serving generation's socket.  If True, a timer must not make the
-    #: probed generation ready (ready_probe.py).
+    #: Returns whether the probed socket may be closed to clients: an option that can keep clients
+    #: out differs from the same option of the serving generation's socket.  If True, a timer must
+    #: not decide that the probed generation is ready (ready_probe.py).
     is_closed: Callable[[], bool] = lambda: False
 
     @property

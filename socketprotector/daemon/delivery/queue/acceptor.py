@@ -82,11 +82,11 @@ class Acceptor:
         accept = accept_of(listener)
         now, close = time.monotonic_ns, os.close
         # All headers of a listener begin with the same bytes, so pack these bytes only once.
-        begin = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]
+        common = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]
         # Keep the packed descriptor.  The next connection's descriptor usually has the same number,
         # because the kernel takes the lowest free number.
         packed_fd, rights = -1, [rights_of(-1)]
-        most = 1  # how many connections on_readable() accepts in one call
+        most = 1  # how many connections on_readable() accepts at most in one call
 
         def on_readable() -> None:
             nonlocal packed_fd, rights, most
@@ -103,7 +103,7 @@ class Acceptor:
                     self.accept_failed(listener, error)
                     return
                 at = now()
-                header = begin + at.to_bytes(8, "little")
+                header = common + at.to_bytes(8, "little")
                 if fd != packed_fd:
                     packed_fd, rights = fd, [rights_of(fd)]
                 try:

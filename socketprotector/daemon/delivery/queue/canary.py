@@ -2,8 +2,8 @@
 
 A canary is a new generation that at first gets a share of the clients, not all.  We number the
 connections to listeners that both the canary and the route know.  The number decides whether the
-canary gets a connection (in_share()).  If sending to the canary fails, the route gets the
-connection at once.
+canary gets a connection (in_share() of model/share.py).  If sending to the canary fails, the route
+gets the connection at once.
 
 The route cannot get a connection to a listener that only the canary knows.  If sending such a
 connection fails, undelivered.py keeps it.  Until a timer has sent all kept connections, we accept
@@ -89,7 +89,7 @@ class CanaryQueue:
     def sender(self, index: int) -> Send | None:
         """Return the function that sends a listener's connections.
 
-        None: the canary gets none of these connections, or a timer must first send the kept ones.
+        None: the canary gets none of these connections, or must first get the kept connections.
         """
         channel, route = self.channel, self._outlet.route
         if channel is None or route is None or not channel.knows_of(index):

@@ -87,7 +87,7 @@ class Forwarder:
             send_failed=self._send_failed,
         )
         #: Channels whose connections go to the route, in this order, once the route has room.  The
-        #: value is True if the channel's workers have exited: we close the channel once empty.
+        #: value is True if the workers have exited: we close the channel once it is empty.
         self._leftovers: dict[GenerationChannel, bool] = {}
         self._holding = False  # True during a hold: accept nothing
         self._ended_listeners: list[Listener] = []  # we accept from these no more
@@ -317,7 +317,7 @@ class Forwarder:
         """Move a channel's connections to the route, the oldest first, while the route has room.
 
         If the route does not know a connection's listener, the connection goes back to the end of
-        its channel.  After the channel has ended, such a connection and all later ones stay there.
+        its channel.  If the channel has ended, the connection and all behind it stay in place.
 
         exited: the channel's workers have exited.  So connections that the route cannot get go to
         undelivered.py, or are lost if their listener was closed.
@@ -346,7 +346,10 @@ class Forwarder:
                 self.outlet.send(self.outlet.route, header, fd)
 
     def _head_must_stay(self, channel: GenerationChannel) -> bool:
-        """Return whether a channel has ended, and its oldest connection cannot go to the route."""
+        """Return whether a channel has ended, and its oldest connection cannot go to the route.
+
+        Also returns True if this connection cannot be read for lack of memory.
+        """
         try:
             header = channel.peek() if channel.write.fileno() < 0 else None
         except OSError as error:
@@ -357,7 +360,7 @@ class Forwarder:
         return not known
 
     def _put_back(self, channel: GenerationChannel, header: bytes, fd: int) -> None:
-        """Queue a connection again in its channel, or keep or lose it.  Takes ownership of fd."""
+        """Requeue a connection; if that fails, keep it or lose it.  Takes ownership of fd."""
         try:
             channel.send(header, fd)
         except OSError as error:

@@ -4,11 +4,13 @@ Connected clients go to the newest generation that knows the listener.  A timer 
 until two looks in a row find no client.  If new clients cannot be refused, the drain ends after
 LAST_S, but not before every accepted client is sent.  Clients in the backlog at the end are lost.
 
-All remaining clients, except those in the backlog of a passed-in socket, are lost in three cases:
+All remaining clients are lost in three cases:
 
 * No generation knows the listener.
 * The channel that gets the clients breaks or is closed.
 * A stop closes all listeners before the drain has ended.
+
+Exception: the owner of a passed-in socket, such as systemd, gets the clients in the backlog.
 
 We count and log lost clients.
 """
@@ -78,8 +80,7 @@ class DrainingListeners:
     def begin(self, listener: Listener, to: Channel) -> None:
         """Refuse new clients, send the backlog to a channel, then close the listener.
 
-        Exception: a socket that was passed in keeps its backlog.  The socket's owner, such as
-        systemd, gets these clients.  Takes ownership of the listener.
+        Exception: a socket that was passed in keeps its backlog.  Takes ownership of the listener.
         """
         each = _Draining(listener, to)
         self._draining.append(each)

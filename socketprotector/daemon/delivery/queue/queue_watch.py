@@ -8,8 +8,8 @@ head stays the same for too long, we report the workers.  When a look finds the 
 timer stops.
 
 If more connections were sent since the last save, a look starts a timer that saves the state after
-SAVE_S.  So if the protector is killed, the process that replaces it continues with nearly the same
-count.
+SAVE_S.  So if the protector is killed, the process that replaces it continues to count from
+nearly the same number.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class QueueWatch:
             return False
         try:
             head = channel.peek()
-        except OSError:  # out of memory: assume that they are stuck
+        except OSError:  # out of memory: assume that the connections are stuck
             return True
         return head is not None and self._head in (None, head)
 

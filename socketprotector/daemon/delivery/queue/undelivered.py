@@ -1,4 +1,4 @@
-"""Keeps accepted connections that are in no channel, so that no worker can take them.
+"""Keeps accepted connections that are in no channel.
 
 Kept connections are few, because we accept only what we can deliver.  We keep a connection if its
 send failed, or if no generation that knows its listener can get the connection now.
@@ -50,8 +50,8 @@ class Undelivered:
     def keep_older(self, header: bytes, fd: int, last_number: int) -> None:
         """Keep a connection from a queue that the caller takes back, oldest connection first.
 
-        The connection goes behind those that were kept since the caller began, and in front of all
-        others.
+        The connection goes behind all connections that were kept since the caller began, and in
+        front of all others.
         last_number: the value of `self.number` when the caller began.  Takes ownership of fd.
         """
         before = tuple(self._waiting.items())
@@ -121,8 +121,8 @@ class Undelivered:
         for each, fd in stored.items():
             os.close(fd)
             # A connection with a number up to `number` was removed from the state, to be sent or
-            # dropped: do not count it.  If its number is higher, the connection never reached the
-            # state: it is lost, so count it.
+            # dropped: do not count it.  A connection with a higher number never reached the state,
+            # so it is lost: count it.
             lost += each > number
         return lost
 

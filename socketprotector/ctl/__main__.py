@@ -1,7 +1,7 @@
 """`socketprotectorctl` and `python -m socketprotector.ctl`.
 
-If memory is short, the import of ctl/main.py fails.  So main() below imports ctl/main.py itself,
-and reports the failure in one line.
+If memory is short, the import of ctl/main.py fails.  So main() below does this import, and reports
+the failure in one line.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class OutputClosed(Exception):
-    """The reader of stdout, such as `head`, has exited.  We exit with 0; click would with 1."""
+    """The reader of stdout, such as `head`, has exited.  We exit with 0, not with click's 1."""
 
 
 class OutputFailed(Refusal):
@@ -215,7 +215,7 @@ def with_instance(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line of the answer, escaped so that the line cannot control the terminal."""
+    """Print a line to stdout, escaped so that the line cannot control the terminal."""
     print(escape(text), flush=True)
 
 
@@ -252,7 +252,7 @@ def say_outcome(printer: Callable[[Any], None], outcome: Any) -> None:
 
 
 def say_last_words(text: str) -> None:
-    """Print a worker's last words, each line after _QUOTED."""
+    """Print a worker's last words, with _QUOTED before each line."""
     for line in text.strip("\n").split("\n"):
         if line:
             say(f"{_QUOTED}{line}")

@@ -89,13 +89,13 @@ def find_connections(
     shares_pids: whether the workers' pids are of our own PID namespace (Client.shares_pids).
 
     Only some workers record when they accepted a connection (docs/protocol.md).  Without a record,
-    the worker's field `since_at` limits the age.  For a generation in `ending`, `since_at` is when
-    the drain began: all its connections began earlier.  For any other generation, `since_at` is
-    when the worker started: all its connections began later.
+    the worker's field `since_at` limits the age.  If the generation is in `ending`, `since_at` is
+    when the drain began: all connections of the worker began earlier.  Otherwise `since_at` is when
+    the worker started: all connections of the worker began later.
     """
     addresses = tuple(listeners)
-    # Key: worker, network namespace, inode.  A worker and its forked child have the same number;
-    # they may share a socket.
+    # Key: the worker's number, network namespace, inode.  A worker and its forked child have the
+    # same number, and may share a socket.
     found: dict[tuple[int, str, int], Connection] = {}
     hidden_workers: list[HiddenWorker] = []
     tables: dict[str, dict[int, _Socket]] = {}
@@ -174,7 +174,7 @@ def _why_hidden(pid: int, error: OSError) -> str:
 def _inodes(pids: Sequence[int]) -> tuple[dict[int, int | None], str]:
     """Return the sockets of these processes and of their descendants, and why some are hidden.
 
-    pids: the worker; if the worker has ended, the processes of its session instead.
+    pids: the worker's pid; if the worker has ended, the pids of the processes in its session.
     The sockets are a map: inode -> the descriptor in the process pids[0]; None if only another
     process has the socket.  The reason is "" if no socket is hidden.
     """

@@ -56,15 +56,15 @@ def by_path(path: str) -> str:
 def by_name(name: str) -> str:
     """Return the path of the socket of the protector with this name.
 
-    name: NAME; or NAME:PORT or NAME:ADDRESS, of the first listener, if several protectors share
-    NAME; or PORT or ADDRESS alone, if no protector has this text as its name.
+    name: NAME, NAME:PORT or NAME:ADDRESS.  If no protector has such a name, also PORT or ADDRESS
+    alone.  Port and address are those of the first listener.
     If the only match is a socket where no process listens, returns its path; connecting then fails.
     Raises NoProtector if no socket matches, UsageError if several protectors match.
     """
     found = sockets()
-    with_key, listening, only = _with_key(name, found)
-    if only:
-        return only
+    with_key, listening, certain = _with_key(name, found)
+    if certain:
+        return certain
     alive = [each for each in query_all(found) if each.alive]
     matching = _with_name(name, alive)
     silent: list[str] = []
@@ -78,8 +78,8 @@ def by_name(name: str) -> str:
             choices = [f"--control {path}" for path in matching]
         raise UsageError(f"--name {name}: several match; choose one of {_shortened(choices)}")
     if matching or with_key:
-        # Prefer a protector with this name, then a socket with this name in its path where a
-        # process listens, then any other socket with this name in its path.
+        # Prefer a protector with this name.  Otherwise take a socket with this name in its path; of
+        # several, prefer a socket where a process listens.
         return (matching or listening or with_key)[0]
     if silent:
         raise NoProtector(
@@ -101,7 +101,7 @@ def paths_by_name(names: Sequence[str]) -> list[str]:
     """
     found = sockets()
     keyed = {name: _with_key(name, found) for name in names}
-    paths = {name: only for name, (*_, only) in keyed.items()}
+    paths = {name: certain for name, (*_, certain) in keyed.items()}
     if not all(paths.values()):
         alive = [each for each in query_all(found) if each.alive]
         for name in (name for name in keyed if not paths[name]):
@@ -113,10 +113,10 @@ def paths_by_name(names: Sequence[str]) -> list[str]:
 
 
 def _with_key(name: str, found: Sequence[str]) -> tuple[list[str], list[str], str]:
-    """Return the sockets with a name's key; those where a process listens; the matching socket.
+    """Return the sockets with a name's key, those where a process listens, and the certain match.
 
     A socket's key is the protector's name as it is written in the socket's path.
-    The matching socket is "" if the caller must request the statuses to find it.
+    The certain match is one path; "" if the caller must request the statuses to find the socket.
     """
     key = control_path.key_of(name)
     with_key = [path for path in found if control_path.key(path) == key]
@@ -181,7 +181,7 @@ def names(found: Sequence[SocketAnswer]) -> list[str]:
 
 
 def _end_in_own_folder(name: str) -> str:
-    """Return the end of a socket's path if the socket is in the protector's own folder."""
+    """Return the end of the path of a socket that is in its protector's own folder."""
     return f"/{control_path.key_of(name)}/{control_path.IN_OWN_FOLDER}"
 
 
@@ -337,7 +337,7 @@ def _env_advice() -> str:
 
 
 def _shortened(names: list[str]) -> str:
-    """Return the first names of a list as text, and how many more it has; "none" if empty."""
+    """Return the first names as text, and how many more there are; "none" if there is no name."""
     shown = ", ".join(escape(name) for name in names[:_NAMES_SHOWN])
     more = len(names) - _NAMES_SHOWN
     return (shown + (f" and {more} more" if more > 0 else "")) or "none"

@@ -86,11 +86,11 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
         words = f"on hold for {in_units(seconds)}; `release` ends the hold earlier"
         say_result(as_json, result, words)
         return
-    with instance.client() as client, _end_requested() as ended:
+    with instance.client() as client, _end_requested() as end_requested:
         result = client.query("hold", seconds=_HOLD_S)
         say_result(as_json, result, "on hold while this command runs; Ctrl-C ends the hold")
         try:
-            while not ended(_RENEW_HOLD_EVERY_S):
+            while not end_requested(_RENEW_HOLD_EVERY_S):
                 client.query("hold", seconds=_HOLD_S)
         finally:
             if client.fileno() >= 0:  # without a connection, the hold ends within _HOLD_S

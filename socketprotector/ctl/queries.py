@@ -302,7 +302,7 @@ def _events_client(path: str, follow: bool) -> Client:
 
 
 def _reconnect(client: Client, follow: bool) -> None:
-    """Connect again; with `follow`, try without end.  Without it, raises NoProtector."""
+    """Connect again.  With `follow`, try without end; otherwise raise NoProtector on failure."""
     while True:
         try:
             client.reconnect()

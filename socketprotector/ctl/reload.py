@@ -1,7 +1,7 @@
 """The commands reload and stop, and what deploy.py and upgrade.py share with them.
 
-Without --no-wait each command waits, so that its exit status reports the outcome.  A reload
-succeeds only if the protector reports its success.
+Without --no-wait each command waits, so that its exit status reports the outcome.  If the
+outcome of a reload stays unknown, the command fails.
 """
 
 from __future__ import annotations
@@ -120,7 +120,10 @@ def reload(
 
 
 def read_status_before(operation: Operation) -> Message:
-    """Return the status before a request; set `name` and `from` in the outcome, and the losses."""
+    """Return the status before a request.
+
+    Sets operation.losses, and the fields `name` and `from` of the outcome.
+    """
     before = operation.client.query("status")
     operation.losses = Losses(before)
     operation.outcome["name"] = before.get("name")
@@ -199,7 +202,7 @@ def _count_losses(operation: Operation) -> Message:
     try:
         after = operation.client.request("status")
         while operation.next_event(0.0) is not None:
-            pass  # next_event() counts connections that workers lost; `after` has the protector's
+            pass  # next_event() counts the workers' losses; `after` has the protector's losses
     except ControlError:
         return {}
     operation.outcome["lost"] = operation.losses.count(after)
@@ -272,7 +275,7 @@ def _await_verdict(operation: Operation, watched: Reload) -> Verdict:
 
 @contextmanager
 def _end_of_protector_suffices(when: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Suppress the error of the block's wait if the protector ends, and when() is true.
+    """Suppress the block's NoProtector if the protector has ended and when() is true.
 
     The block waits for the end of the protector, or of generations, which end with the protector.
     """

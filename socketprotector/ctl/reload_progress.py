@@ -57,9 +57,9 @@ class ProgressThrottle:
     _last: object = None
 
     def should_show(self, remaining: int, words: str) -> bool:
-        """Return True if this text should be shown; then it counts as shown.
+        """Return True if the caller should show this text, and note this text as shown.
 
-        remaining: how many workers are missing.  words: the text with the count.
+        remaining: how many workers are not ready, or not drained, yet.  words: the text.
         """
         self._total = max(self._total, remaining)
         step = words if self._total <= _STEPS else -(-remaining * _STEPS // self._total)
@@ -82,7 +82,7 @@ class WaitsShown(WaitLines):
 
 @dataclass(slots=True)
 class _Progress:
-    """The progress of a starting generation that has been shown."""
+    """What has been shown of a starting generation's progress."""
 
     number: int
     ready: set[int] = field(default_factory=set)  # the numbers of the ready workers

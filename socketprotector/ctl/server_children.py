@@ -28,7 +28,7 @@ def children_of(status: Message) -> dict[int, list[int]]:
     for generation in listed(status, "generations"):
         for worker in listed(generation, "workers"):
             pid = number_in(worker, "pid")
-            # The worker has ended, or the kernel lacks CONFIG_PROC_CHILDREN.
+            # OSError: the worker has ended, or the kernel lacks CONFIG_PROC_CHILDREN.
             with suppress(OSError):
                 children = procfs.children_of(pid)
                 found[pid] = sorted(filter(procfs.is_alive, children))

@@ -44,7 +44,7 @@ _MOST_PIDS = 4
 
 
 def heading(status: Message) -> list[Text]:
-    """Return the lines above the tables: phase, uptime, rollout, closing connections, warnings."""
+    """Return the first lines: phase, uptime, rollout, closing connections, warnings."""
     up = render.age_text(status.get("now"), status.get("started_at"))
     words = [f" pid {status.get('pid')}, version {status.get('version')}, up {up}"]
     if restarts := number_in(status, "restarts"):

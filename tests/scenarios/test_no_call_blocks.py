@@ -420,6 +420,7 @@ ACTS = {
 }  # fmt: skip
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("mode", ["connection", "listener"])
 def test_no_call_of_the_resident_process_can_block_but_its_wait(
     protector: Callable[..., Protector],

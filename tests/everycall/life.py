@@ -75,13 +75,17 @@ class Life:
     lost: int = 0
     is_second: bool = False  # another start, to see whether it clears up
     problems: list[str] = field(default_factory=list)
+    _reserved: socket.socket = field(init=False)
     _over: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         if self.plan:
             (self.folder / "plan").write_text(self.plan)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        # While it is bound here, no process that asks for any port gets it: see conftest.free_port.
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind(("127.0.0.1", 0))
+        self.port = self._reserved.getsockname()[1]
         (self.folder / "run").mkdir()
         for name in ("1", "2", "bad"):
             release = self.folder / "releases" / name
@@ -197,6 +201,10 @@ class Life:
 
     def live(self) -> list[str]:
         """Start, act, stop, and look for leftovers; return the problems."""
+        with self._reserved:
+            return self._live()
+
+    def _live(self) -> list[str]:
         operation = self.operation
         starts = operation.act is start
         if starts:

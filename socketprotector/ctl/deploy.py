@@ -257,7 +257,7 @@ def releases(instance: Instance, as_json: bool) -> None:
     The list is in the order of the last try, oldest first. A current or serving release without a
     recorded try comes at the end. A "failed" release was started and did not succeed; a "refused"
     release was not started. A "changed" release succeeded, and later its folder was replaced, or
-    its program was replaced or edited. Changes of other files are not detected.
+    its program was replaced or edited. Changes to other files are not detected.
     """
     result = instance.request("releases")
     if as_json:

@@ -152,7 +152,7 @@ def _query_silent_again(found: Sequence[SocketAnswer]) -> tuple[list[SocketAnswe
 def names_with_prefix(prefix: str) -> list[str]:
     """Return the protectors' names that begin with a prefix, for completion in a shell.
 
-    Includes a name as long as the socket exists, even if the protector has ended.  Leaves out names
+    Includes a name while its socket exists, even if the protector has ended.  Leaves out names
     with characters that a shell treats specially, because any process can choose any name.
     """
     found = names(query_all_sockets())

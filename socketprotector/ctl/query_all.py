@@ -1,7 +1,6 @@
 """Requests the status from many control sockets at once, in one loop with one timeout.
 
-So a hundred protectors together take as long as the slowest answer, but not longer than the
-timeout.
+So a hundred protectors together take the time of the slowest answer, and at most the timeout.
 """
 
 from __future__ import annotations

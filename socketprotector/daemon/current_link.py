@@ -42,7 +42,7 @@ class CurrentLink:
     ) -> None:
         """settings: returns the settings in force.
 
-        lock: the lock's descriptor, if an earlier program had the lock; otherwise None.
+        lock: the lock's descriptor, if we had the lock before an upgrade or a kill; otherwise None.
 
         moved_late: called when a retry has moved the link.
         """
@@ -103,7 +103,7 @@ class CurrentLink:
             release_store.unlock(self._lock)
 
     def descriptors(self) -> dict[str, int]:
-        """Return the lock's descriptor, by name, so that the next program keeps the lock."""
+        """Return the lock's descriptor, by name: the lock must survive an upgrade or a kill."""
         return {inherited.CURRENT: self._lock} if self._lock is not None else {}
 
     # -- the moves ---------------------------------------------------------------

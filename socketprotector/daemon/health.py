@@ -79,7 +79,7 @@ class Health:
             self._begin()
 
     def suspend(self) -> None:
-        """Stop the probes; resume(), or the next program after an upgrade, starts them again."""
+        """Stop the probes; resume(), or the upgraded SocketProtector, starts them again."""
         self._loop.cancel(_TIMER)
         self._probe.end()
 

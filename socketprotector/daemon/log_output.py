@@ -59,8 +59,8 @@ class Output:
         ours = self._to_syslog or self._log_file is not None
         #: Whether each worker has a pipe of its own.
         self._relayed = settings.log_prefix or (settings.log_relay and (ours or _is_stream()))
-        #: The workers' descriptors that the next program needs.  LogRelay adds the workers' pipes;
-        #: WorkerPool adds all other descriptors.
+        #: The workers' descriptors that the next program needs after an upgrade or a kill.
+        #: LogRelay adds the workers' pipes; WorkerPool adds all other descriptors.
         self.named = inherited.Named()
         self._relay: relay_client.LogRelay | None = None
 

@@ -122,7 +122,7 @@ class Probing:
         return self.health.tcp_connection if self.health is not None else None
 
     def suspend(self) -> None:
-        """Stop all probes; resume(), or the next program after an upgrade, starts them again."""
+        """Stop all probes; resume(), or the upgraded SocketProtector, starts them again."""
         for each in self._used():
             each.suspend()
 

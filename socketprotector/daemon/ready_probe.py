@@ -73,7 +73,7 @@ class ReadyProbe:
         self._generation, self.why_not_ready = None, ""
 
     def suspend(self) -> None:
-        """Stop the probes; resume(), or the next program after an upgrade, starts them again."""
+        """Stop the probes; resume(), or the upgraded SocketProtector, starts them again."""
         self._loop.cancel(_TIMER)
         self._probe.end()
 

@@ -6,9 +6,9 @@ so the launching process executes this program.  The program inherits descriptor
 
 - at the first start: from the launching process, or from the guard;
 - after a crash: from systemd, or from the guard;
-- at an upgrade: from the earlier program.
+- at an upgrade: from the program that this program replaces.
 
-If the descriptors include a state, the program resumes where the earlier program stopped.  A test
+If the descriptors include a state, the program resumes where its predecessor stopped.  A test
 lists the modules that may be imported here, and bench/ measures the memory.
 """
 
@@ -93,11 +93,11 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
         # The traceback must reach a terminal that stops background output (`stty tostop`).
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
         if resident.is_resumable and resident.parents.store.keeps:
-            # The guard or systemd starts the next program, which resumes.
+            # The guard or systemd starts SocketProtector again, which resumes.
             if resident.is_adopting and isinstance(error, OSError):
                 sys.exit(f"SocketProtector: cannot resume: {what_failed(error)}")
             raise
-        # No next program can resume: finish() reports the failure, and removes our files.
+        # No program will resume our work: finish() reports the failure, and removes our files.
         reason = str(error)
         if isinstance(error, OSError) and not resident.is_resumable:
             reason = f"cannot start: {what_failed(error)}"  # the system's fault, so no traceback

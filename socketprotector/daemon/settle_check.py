@@ -71,7 +71,7 @@ class SettleCheck:
         self._generation = None
 
     def suspend(self) -> None:
-        """Stop the probes; resume(), or the next program after an upgrade, starts them again."""
+        """Stop the probes; resume(), or the upgraded SocketProtector, starts them again."""
         self._loop.cancel(_TIMER)
         self._probe.end()
         if self._generation is not None:

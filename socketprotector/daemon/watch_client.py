@@ -54,7 +54,7 @@ class FileWatch:
             self._spawn()
 
     def descriptors(self) -> dict[str, int]:
-        """Return the watcher's descriptors by name, so that the next program keeps the watcher."""
+        """Return the descriptors of the watcher, which survives an upgrade or a kill, by name."""
         if self._process is None or self._line is None:
             return {}
         process = self._process.process

@@ -60,7 +60,8 @@ class WorkerPool:
         #: The record of each worker, even before adopt(): each checkpoint needs all records.
         self._records: dict[int, WorkerRecord] = {}
         self._by_pid: dict[int, int] = {}
-        #: The descriptors of workers and of their output, by name; the next program needs them.
+        #: The descriptors of workers and of their output, by name; the next program needs them
+        #: after an upgrade or a kill.
         self.descriptors = output.named
         #: Whether a guard reports the exits of workers that are not our children.
         self.guarded = settings.guarded

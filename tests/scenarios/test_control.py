@@ -702,7 +702,7 @@ def test_what_is_left_of_a_draining_generation_is_killed(operated: Operating) ->
         client.hear()
         assert line.refused("kill", generation=1) == (
             "refused",
-            "generation 1 is serving; replace it first",
+            "generation 1 is serving; `replace` it first",
         )
         assert line.refused("kill", generation=5) == (
             "unknown",

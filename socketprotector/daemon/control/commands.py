@@ -96,7 +96,7 @@ class CommandHandler:
         except Exception as error:
             if not definition.reads:
                 # The command may be half done, so end this process.  With a guard or systemd's fd
-                # store, the next program resumes from the state.
+                # store, the protector is started again, and resumes from the state.
                 raise
             self.runtime.log.write(
                 "error", "command-failed", command=request.command, error=repr(error)
@@ -118,8 +118,8 @@ class CommandHandler:
         generations = status.of_generations(fleet, effects)
         connections = rollout.leaving_connections(fleet, effects)
         upgrade = self.supervisor.upgrade_waits_for()
-        # Save the counts that we are about to show: after a kill, the next program's `status` must
-        # not show smaller counts.
+        # Save the counts that we are about to show: if the protector is killed and started again,
+        # its `status` must not show smaller counts.
         self.runtime.persist()
         return {
             "version": __version__,
@@ -233,7 +233,8 @@ class CommandHandler:
             self.supervisor.check_upgrade(answered)
         except (OSError, StateError) as error:
             what = what_failed(error) if isinstance(error, OSError) else str(error)
-            raise RequestError("refused", f"cannot copy the state: {what}") from error
+            why = f"cannot check the upgrade: copying the protector's state failed: {what}"
+            raise RequestError("refused", why) from error
 
     # -- commands that change something ------------------------------------------
 
@@ -414,7 +415,8 @@ def _no_generation(number: int | None) -> RequestError:
 def _before_kill(fleet: Fleet, found: Generation) -> str:
     """Return what an operator must do before `kill` accepts a generation."""
     if found.phase is Phase.SERVING:
-        return "replace it first"
+        return "`replace` it first"
     if found.fresh and not cannot_call_off(fleet):
         return "`rollback` first"
-    return "wait: once it is abandoned or draining, kill it; once it is serving, replace it first"
+    then = "then `kill` it; if it is serving instead, `replace` it first"
+    return f"wait until it is abandoned or draining, {then}"

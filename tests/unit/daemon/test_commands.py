@@ -53,7 +53,7 @@ _SERVES = Generation(1, Phase.SERVING)
 @pytest.mark.parametrize(
     ("fleet", "killed", "advice"),
     [
-        (Fleet(Policy(), generations=(_SERVES,)), 1, "serving; replace it first"),
+        (Fleet(Policy(), generations=(_SERVES,)), 1, "serving; `replace` it first"),
         (Fleet(Policy(), generations=(_SERVES, Generation(2))), 2, "starting; `rollback` first"),
         (
             Fleet(Policy(), generations=(_SERVES, Generation(2, Phase.SETTLING))),
@@ -63,20 +63,20 @@ _SERVES = Generation(1, Phase.SERVING)
         (
             Fleet(Policy(), generations=(Generation(1),)),
             1,
-            "starting; wait: once it is abandoned or draining, kill it; once it is serving, "
-            "replace it first",
+            "starting; wait until it is abandoned or draining, then `kill` it; if it is serving "
+            "instead, `replace` it first",
         ),
         (
             Fleet(Policy(), generations=(_SERVES, Generation(2, fresh=False))),
             2,
-            "starting; wait: once it is abandoned or draining, kill it; once it is serving, "
-            "replace it first",
+            "starting; wait until it is abandoned or draining, then `kill` it; if it is serving "
+            "instead, `replace` it first",
         ),
         (
             Fleet(Policy(), generations=(_SERVES, Generation(2)), dry_run=True),
             2,
-            "starting; wait: once it is abandoned or draining, kill it; once it is serving, "
-            "replace it first",
+            "starting; wait until it is abandoned or draining, then `kill` it; if it is serving "
+            "instead, `replace` it first",
         ),
     ],
 )

@@ -53,6 +53,6 @@ class ListenerFlags:
                 self._runtime.loop.call_after(_TIMER, after_s, lambda: self.watch(next_s))
 
     def adopt(self, nonblocking: Collection[int]) -> None:
-        """Restore the flags.  nonblocking: the result of record() in the earlier program."""
+        """Restore the flags.  nonblocking: the result of record() before an upgrade or a kill."""
         for each in self._passed_in:
             each.socket.setblocking(each.index not in nonblocking)

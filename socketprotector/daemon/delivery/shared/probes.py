@@ -71,7 +71,7 @@ class Probes:
         self._listeners, self._turns, self._steering = listeners, turns, steering
         self._persist = listeners.host.runtime.persist
         #: Sockets, by listener index and number, that get probes and no clients.  Each connection
-        #: from ::1 or over UNIX that waits there is a probe: ours, or an earlier program's.
+        #: from ::1 or over UNIX that waits there is a probe, perhaps sent before an upgrade.
         self.probed: set[tuple[int, int]] = set()
         #: Sockets that get IPv4 probes: listener, number, and the source address of the probes.  No
         #: client has this address.

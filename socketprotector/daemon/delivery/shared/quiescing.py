@@ -54,7 +54,8 @@ class _Generation:
     common: Sequence[Listener]  # listeners with one socket, at which clients wait
     leave_out: Collection[int]  # indices of listeners whose clients we do not wait for
     reads_on: bool  # its workers read from all accepted clients before they exit
-    accept_until: float  # before this time, GENERATION_LAST_S restarts as long as clients wait
+    # Until this time, looks that find waiting clients restart the limit GENERATION_LAST_S: begin().
+    accept_until: float
     began: float  # when we began to wait (time.monotonic())
     delay_s: float = 0.0  # the planned pause before the next look
     # The sums of planned pauses.  Elapsed time would include a time in which the protector and its
@@ -63,8 +64,9 @@ class _Generation:
     quiet_s: float = 0.0
     quiet_looks: int = 0
     # The clients that every look has found unread -> whether the client is silent.  With
-    # `reads_on`: the clients in the handshake.  The key: the listener's index, and the client's
-    # port and address, or inode.  None: the next look starts afresh.
+    # `reads_on`: the clients in the handshake.  The key: the listener's index, and for TCP the
+    # client's port and address, for UNIX the connection's inode.  None: the next look starts
+    # afresh.
     unread: dict[tuple[int, bytes], bool] | None = None
 
 
@@ -119,17 +121,18 @@ class Quiescing:
     ) -> None:
         """Call back when a generation has accepted all its clients, and read from them.
 
-        The wait ends at the latest GENERATION_LAST_S after new clients can no longer come.  At that
-        moment clients may still wait or be unread.
+        The wait ends at the latest GENERATION_LAST_S after new clients can no longer come, unless
+        `accept_until` prolongs it.  At that moment clients may still wait or be unread.
 
         socket_number: the generation's socket.
         common: listeners with one socket for all generations, whose waiting clients must be
         accepted, too.
         leave_out: indices of listeners whose clients need not be accepted.
         reads_on: call back once all clients are accepted, without waiting for the reading.
-        accept_until: before this time, GENERATION_LAST_S starts again as long as clients wait at
-        the generation's own sockets, because no other generation would accept these clients.
-        Exception: listeners whose new clients can stray (SharedListeners.can_stray()).
+        accept_until: until this time, each look that finds clients waiting at the generation's own
+        sockets restarts the limit GENERATION_LAST_S, because no other generation would accept
+        these clients.  Exception: listeners whose new clients can stray
+        (SharedListeners.can_stray()).
         """
         given = socket_number, on_quiet, common, leave_out, reads_on, accept_until
         self._generations[generation] = _Generation(*given, began=time.monotonic())
@@ -153,7 +156,7 @@ class Quiescing:
 
     def _look(self, generation: int) -> None:
         state, now = self._generations[generation], time.monotonic()
-        # Ask before the queries: they miss clients that come later.
+        # Ask the steering before the queries: the queries miss clients that come later.
         gets_clients = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
         pairs = [each for each in self._listeners.pairs if each.index not in state.leave_out]
@@ -161,17 +164,18 @@ class Quiescing:
         # Unlike `own`, `queried` includes listeners whose socket was replaced since the generation
         # started: the generation has accepted clients from the earlier socket.
         queried = self._turns.own(pairs, state.socket_number)
-        full = [each for each in own if self._probes.clients_wait(each, state.socket_number)]
-        waiting = bool(full or state.common)
-        must_accept = now < state.accept_until and not all(map(self._listeners.can_stray, full))
+        number, can_stray = state.socket_number, self._listeners.can_stray
+        with_waiting = [each for each in own if self._probes.clients_wait(each, number)]
+        waiting = bool(with_waiting or state.common)
+        must_accept = now < state.accept_until and not all(map(can_stray, with_waiting))
         if gets_clients or must_accept:
             self.begin_again(generation)
         unread = state.unread
+        # If no client waits for this generation, all clients in the backlogs are the other
+        # generation's, so leave them out.  (sock_diag reports by port: it cannot tell apart the
+        # backlogs of an address's two sockets.)  While clients wait, the result is not used.
         query = partial(self._query, generation, queried, accepted=not waiting)
         if unread is None:
-            # sock_diag reports by port: it cannot tell apart the backlogs of an address's two
-            # sockets.  So include both backlogs while clients wait for this generation.  Otherwise
-            # leave out both: all clients in them are the other generation's.
             unread = query()
         elif unread and (found := query()) is not None:
             unread = {client: found[client] for client in unread if client in found}
@@ -210,8 +214,8 @@ class Quiescing:
         """Return the unread clients at these addresses, and whether each is silent.
 
         For a generation with `reads_on`, return instead the clients whose handshake is under way.
-        Addresses that the kernel does not report are left out.  None: the system is short of
-        memory or descriptors, so try again.  accepted: leave out clients that wait in a backlog.
+        None: the system is short of memory or descriptors, so try again.  After any other error,
+        the query's address family is left out.  accepted: leave out clients that wait in a backlog.
         """
         state, found = self._generations[generation], dict[tuple[int, bytes], bool]()
         for family in {each.socket.family for each in pairs}:

@@ -1,4 +1,4 @@
-"""The listeners from which workers accept, and the interface of SocketSteering for its parts."""
+"""The listeners from which workers accept, and the methods of SocketSteering for its parts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class SharedListeners:
     def to_steer(self, *, closing: bool) -> list[Listener]:
         """Return the listeners whose new clients must be steered.
 
-        closing: our own listeners refuse new clients, so return only passed-in listeners.
+        closing: our own listeners refuse new clients, so return only listeners whose socket a
+        service manager passed in (`foreign`).
         """
         return [each for each in self.all if each.settings.foreign or not closing]
 
@@ -44,7 +45,10 @@ class SharedListeners:
 
     @property
     def rights_record(self) -> tuple[RightsRecord, ...]:
-        """The rights of each socket file, for a next program that finds no file."""
+        """The rights of each socket file.
+
+        After an upgrade or a kill, the next program binds a removed file again with these rights.
+        """
         found = ((each.index, each.file_rights) for each in self.all)
         return tuple(
             (n, have.uid, have.gid, have.mode, (have.acl or b"").hex()) for n, have in found if have
@@ -92,7 +96,7 @@ class Steering(ABC):
 
     @abstractmethod
     def adopt_held(self) -> None:
-        """After a hold, pass held clients to the next generation.
+        """Unless a hold is on, give clients that a hold made wait to the next generation.
 
         Also pass on the clients of listeners for which Turns.lacks_workers() is true.
         """

@@ -42,7 +42,7 @@ class SocketOptionRestore:
 
     @property
     def record(self) -> tuple[tuple[int, int, str], ...]:
-        """The snapshots that the next program needs, with their keys."""
+        """The snapshots, by key, which the next program needs after an upgrade or a kill."""
         return tuple((*key, socket_snapshot.as_text(each)) for key, each in self._before.items())
 
     @record.setter

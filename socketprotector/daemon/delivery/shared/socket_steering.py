@@ -104,8 +104,8 @@ class SocketSteering(Steering):
         knows: returns whether the generation's workers have a listener, by index.
         """
         if self.turns.grow(generation, knows):
-            # Write the state before the worker accepts: a next program must know that the clients
-            # of these sockets have a worker.
+            # Write the state before the worker accepts: if we are killed, the next program must
+            # know that the clients of these sockets have a worker.
             self._persist()
 
     def reach(

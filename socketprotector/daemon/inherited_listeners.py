@@ -40,11 +40,11 @@ def adopt(
             numbers = first_number, second_number, third_number
             made.append(delivery.make_listener(index, each, (first, second, third), numbers))
             continue
-        # An earlier program had closed this listener's first socket: close the others, too.
+        # Before an upgrade or a kill, this listener's first socket was closed: close the others.
         for fd in (second, third):
             if fd >= 0:
                 os.close(fd)
-    # Close the listeners that an earlier program had begun to close.
+    # Close the listeners whose closing had begun before an upgrade or a kill.
     for listener in [each for each in made if each.is_ending]:
         made.remove(listener)
         listener.close()

@@ -254,8 +254,8 @@ class PostMortem:
     def _group_ended(self, record: WorkerRecord, generation: OpenGeneration, *, lost: bool) -> None:
         if lost:
             generation.take_counts(record.slot)  # only now: until its end the group used the slot
-        # This is the worker's second WorkerExited: the first said that the worker left orphans.
         waiting = self.delivery.waiting(generation, clients_only=True) or 0
+        # This is the worker's second WorkerExited: the first said that the worker left orphans.
         self.runtime.post(WorkerExited(record.number, "orphans gone", waiting=waiting))
 
     def adopt_group(

@@ -141,7 +141,7 @@ class LogRelay:
     def _choose(self, found: list[tuple[Process, int]]) -> None:
         """Adopt one of the relays, and end the others; start a relay if none is left.
 
-        There are two relays if an earlier program was killed while it replaced a relay.
+        There are two relays if the protector was killed while it replaced a relay.
         """
         if not found:
             self._spawn()

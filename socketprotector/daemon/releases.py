@@ -194,7 +194,7 @@ class Releases:
             self.history.add(Entry(name, time.time(), was=was))
 
     def resume(self, due: str, program: Program | None, named_at_begin: str) -> None:
-        """Complete what an earlier program may have left undone.
+        """Complete what an upgrade or a kill may have interrupted.
 
         due: the release to which `current` must still be moved; "": no move is due.
         program: the workers' program that was proved last; None: no program was proved.

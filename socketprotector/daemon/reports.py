@@ -71,7 +71,7 @@ class Reports:
         self.run = RunRecord(started_at=time.time())
 
     def adopt(self, record: RunRecord, log_level: str) -> None:
-        """Continue an earlier program's run record.
+        """After an upgrade or a kill, continue the earlier program's run record.
 
         log_level: the log level of that program; "": unknown.
         """
@@ -185,10 +185,10 @@ class Reports:
     def _stopping(self, reason: str = "", before_s: float = 0.0) -> None:
         """Send STOPPING=1; before_s: the time until the stop begins."""
         self._is_stopping = True
-        # EXTEND_TIMEOUT_USEC: --stop-timeout may be longer than the unit's TimeoutStopSec, after
-        # which systemd would kill us.
         policy = self._policy()
         status = f"stopping: {reason}" if reason else "stopping"
         seconds = before_s + policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S
         usec = str(int(seconds * 1_000_000))
+        # EXTEND_TIMEOUT_USEC: --stop-timeout may be longer than the unit's TimeoutStopSec, after
+        # which systemd would kill us.
         self._systemd.send(STOPPING="1", STATUS=status, EXTEND_TIMEOUT_USEC=usec)

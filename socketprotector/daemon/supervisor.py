@@ -100,7 +100,7 @@ class Supervisor:
         self.runtime.post(Launched())
 
     def adopt(self, recovery: Recovery) -> None:
-        """Resume where an earlier program stopped."""
+        """After an upgrade or a kill, resume where the earlier program stopped."""
         snapshot = recovery.snapshot
         self.fleet = snapshot.fleet
         self._working = True  # events wait until everything is restored

@@ -258,7 +258,7 @@ class WorkerPool:
     def adopt(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
     ) -> None:
-        """Adopt a worker that an earlier program started; takes ownership of its descriptors.
+        """Adopt a worker from before an upgrade or a kill; takes ownership of its descriptors.
 
         Raises KeyError if a descriptor is missing, OSError if the worker cannot be watched.
         """

@@ -55,7 +55,7 @@ class SharedListeners:
         )
 
     def adopt_rights(self, record: Iterable[RightsRecord]) -> None:
-        """Adopt the rights_record of an earlier program."""
+        """Adopt the rights_record from before an upgrade or a kill."""
         known = {
             n: socket_file.Rights(uid, gid, mode, bytes.fromhex(acl))
             for n, uid, gid, mode, acl in record

@@ -71,7 +71,7 @@ class Resident:
         first start.  command: the command line that executes this program again.
         """
         # A guard has copies of all descriptors.  systemd has copies only if an earlier program has
-        # stored them; then we also inherit that program's state.
+        # stored them.  If so, we have inherited that program's state, too.
         has_copies = inherited.GUARD in descriptors or inherited.STATE in descriptors
         stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()
         if isinstance(earlier, Snapshot):
@@ -148,6 +148,7 @@ class Resident:
             """Tell the guard that we handle signals, and which signal makes workers finish.
 
             The guard sends this signal to the workers when it stops restarting SocketProtector.
+            0: the workers need no signal, and the guard sends none.
             """
             self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={live.settings.finish_signal}")
 
@@ -203,8 +204,8 @@ class Resident:
         def has_spare_core() -> bool:
             """Return whether busy polling takes no time from clients and workers.
 
-            On a single core, no client could connect while we poll.  Under a quota of one core or
-            less (cpu.max), polling would use up the workers' time.
+            On a single core, workers and local clients could not run while we poll.  Under a quota
+            of one core or less, polling would use up the workers' time.
             """
             return processors() > 1 and quota.processors() > 1
 
@@ -376,7 +377,7 @@ class Resident:
         return found | {name: fd for each in parts for name, fd in each.descriptors().items()}
 
     def _send_later(self, resend: Callable[[], None]) -> None:
-        # Without a loop we only complete an earlier program's exit (_finish_exit):
+        # Without a loop, we only complete an earlier program's exit (_finish_exit).  In that case
         # Outbox.finish() (sd_notify.py) sends the unsent messages.
         if self._loop is not None:
             self._loop.call_after(resend, _RESEND_PAUSE_S, resend)

@@ -101,7 +101,8 @@ class ConfigReader:
             self._output = os.memfd_create("sp.reader", os.MFD_CLOEXEC)
             content = inherited.memory_file(inherited.SETTINGS, dump(settings))
             with open(content, "rb", buffering=0):  # closed once the reader process has its copy
-                # The umask with which SocketProtector was started decides the mode of UNIX sockets.
+                # Without `?mode=`, the umask with which SocketProtector was started decides the
+                # mode of a UNIX socket.
                 self._process = HelperProcess.start_protector(
                     self.command,
                     {inherited.SETTINGS: content, name: theirs.fileno()},

@@ -66,7 +66,7 @@ class CurrentLink:
 
     @property
     def in_the_way(self) -> str:
-        """Why `current` cannot be moved, if it is no symbolic link; otherwise ""."""
+        """If `current` is no symbolic link, why it cannot be moved; otherwise ""."""
         return release_store.in_the_way(self.path)
 
     @property

@@ -81,7 +81,7 @@ def roll_back(effects: Effects, fleet: Fleet, runtime: Runtime, expect: str) -> 
 
 
 def refuse_unexpected_incoming(effects: Effects, fleet: Fleet, expect: str) -> None:
-    """Raise RequestError if a rollback would call off a reload of another release than expected.
+    """Raise RequestError if a rollback would call off the reload of an unexpected release.
 
     expect: the expected release; "": any release.
     """

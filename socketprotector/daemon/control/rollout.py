@@ -1,7 +1,7 @@
 """Collects the field `rollout` of `status`, and the connections of leaving workers.
 
-A worker is *leaving* if it retires, if its generation drains or was abandoned, or if it has exited
-and left orphans.
+A worker is *leaving* if it retires, if its generation drains or was abandoned, or if its state is
+`orphaned`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _share(fleet: Fleet, new: Generation) -> int:
 def _stage_left_s(new: Generation, effects: Effects) -> float | None:
     """Return how many seconds are left of the stage.
 
-    None: no timer ends the stage, or its time is over and it ends when a settle check succeeds.
+    None: no timer ends the stage, or the stage only waits until a settle check succeeds.
     """
     if new.checked and effects.probing.settle_check_due:
         return None

@@ -114,7 +114,9 @@ def of_waits_for(
 
 
 def of_warnings(settings: Settings, listeners: Iterable[Listener]) -> list[str]:
-    """Return the settings' warnings that still apply, and one for each missing network interface.
+    """Return the settings' warnings that still apply, and the listeners' warnings.
+
+    A listener has a warning if its network interface is missing.
 
     A warning about a UNIX socket names the permissions of a file or folder.  If these permissions
     have changed since the warning, omit the warning.
@@ -171,15 +173,15 @@ def _of_generation(
 ) -> dict[str, Any]:
     opened = effects.generations[generation.number]
     slots = {worker.slot for worker in generation.workers if worker.state is not State.ORPHANED}
-    # Leave out an orphaned worker if another worker uses the slot.  Otherwise count it: after a
-    # kill of the protector, a running worker whose descriptors are lost is `orphaned`, too.
+    # Leave out an orphaned worker if another worker uses the slot.  Otherwise count the orphaned
+    # worker: after a kill of the protector it may still run, and only its descriptors are lost.
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive
         if worker.state is not State.ORPHANED or worker.slot not in slots
     }
     known = [each for each in (opened.record.past, *counts.values()) if each is not None]
-    # If one worker may have connections and does not count them, every sum is unknown.
+    # If one worker may have connections and does not count them, the sums of counts are unknown.
     is_incomplete = any(
         each.state in _WITH_CONNECTIONS and counts.get(each.number) is None
         for each in generation.alive

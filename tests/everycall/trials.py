@@ -35,7 +35,8 @@ EXCEPTIONS = (
         "no process is left that removes files after a kill of the last one",
     ),
     (
-        r"(listener-)?recovery \w+ socketprotector/(programs/guard|system/terminal).py:\d+ SIGKILL",
+        r"(listener-)?recovery \w+ socketprotector/"
+        r"(programs/guard|system/(terminal|polling)).py:\d+ SIGKILL",
         r"it does not serve|the next reload failed|\d+ connections lost",
         "the protector and its guard are both killed: the next start serves",
     ),

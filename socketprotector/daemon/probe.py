@@ -34,8 +34,8 @@ from .generation import OpenGeneration
 from .prober_client import Prober
 from .verdicts import Verdict
 
-#: How long we wait before we check again whether a worker has accepted our connection: a tenth of
-#: the connection's age, within these limits.
+#: How long we wait before we check again whether a worker has accepted our connection, or connect
+#: again to a full UNIX socket.  It is a tenth of the connection's age, within these limits.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.005, 1.0, 0.1
 #: How long after the probe's limit we kill a silent prober, which may be slow to start.
 _PROBER_S = 10.0
@@ -55,7 +55,7 @@ class Probe:
         addresses: CheckProbes | None = None,
         input_of: Callable[[int], bytes] = lambda number: b"",
     ) -> None:
-        """as_client: reach the serving generation as clients do; get a target for each connection.
+        """as_client: reach the serving generation as clients do, by a new target per connection.
 
         addresses: the probe addresses for check commands (check_probe.py); None: commands connect
         to the target itself.  input_of: returns a command's stdin for a generation's number.
@@ -75,8 +75,8 @@ class Probe:
         #: The running command.  A late command may survive its kill if it runs as another user, or
         #: while it waits for a disk.
         self._command: CheckCommand | None = None
-        #: Why the last late probe failed.  While that probe's connection waits or its command runs,
-        #: later probes report the same reason.
+        #: Why the last late HTTP probe or command failed.  While that probe's connection waits or
+        #: its command runs, later probes report the same reason.
         self._late_why = ""
 
     def send(
@@ -160,9 +160,9 @@ class Probe:
         self._target = self._target or self._reach(generation, spec.listener)
         target = self._target
         if target is None:
-            shared = "both generations share one socket"
             missing = "the probed listener does not exist"
-            self._finish(verdicts.NO_TARGET, missing if self._as_client else shared)
+            either = f"{missing}, or both generations share its socket"
+            self._finish(verdicts.NO_TARGET, missing if self._as_client else either)
             return
         if spec.by_http and self._prober is None:
             try:
@@ -334,8 +334,8 @@ class Probe:
             command, self._command = self._command, None
             if command is not None and command.is_late:
                 # late() has reported this command's verdict.  If a later probe waits for the
-                # command's end, drop that probe: the timer of health.py sends another.  (No probe
-                # waits while a generation settles: the late command has failed the generation.)
+                # command's end, drop that probe: the timer of health.py sends another.
+                # (settle_check.py sends none after a late command: the generation has failed.)
                 self._loop.cancel(self)
                 self._report = None
                 return

@@ -2,8 +2,7 @@
 
 adopt() gives each part of the protector, except the workers, its record and its descriptors.  After
 that the protector accepts clients again.  (Under --handoff listener, workers never stop accepting.)
-adopt_workers() adopts one worker in each step, so that clients need not wait until perhaps
-a thousand workers are adopted.
+adopt_workers() adopts one worker in each step.  Between steps the protector accepts clients.
 
 The earlier program may have been killed before it stored descriptors, or before it wrote the state.
 If a descriptor that the state mentions is missing, an event reports the lost worker or generation.
@@ -145,8 +144,8 @@ class Recovery:
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
                 # Post an event if the fleet does not know yet that only the group is left, or that
-                # an orphan's group is gone.  _report_missing() reports a worker without a group
-                # that the fleet does not count as an orphan.
+                # an orphan's group is gone.  If the group of any other worker is gone,
+                # _report_missing() reports the worker.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     waiting = self._waiting(record.generation)
                     lost = has_group and not record.orphaned

@@ -88,8 +88,8 @@ def _warn_unable(generation: OpenGeneration, unable: int, log: Log) -> None:
         "no-spread",
         generation=generation.record.number,
         workers=unable,
-        reason="these workers do not end their connections evenly: only workers on the Python "
-        "client library do; --drain-spread and --stop-spread have no effect on others",
+        reason="--drain-spread and --stop-spread have no effect on these workers: they do not end "
+        "their connections evenly, as workers on the Python client library do",
     )
 
 

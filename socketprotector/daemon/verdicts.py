@@ -9,10 +9,11 @@ from __future__ import annotations
 from ..model.history import HEALTHY
 from ..model.lazy_dataclass import frozen, replace
 
-#: GOOD: a good answer.  BAD: a bad answer, or no answer in time.
+#: GOOD: a good answer; for an accept probe, a worker has accepted.
+#: BAD: a bad answer, no answer in time, or an HTTP probe's connection failed after connect().
 GOOD, BAD = "good", "bad"
-#: REFUSED: no process listens, or the connection was reset.  UNREACHED: connecting failed for
-#: another reason.
+#: REFUSED: no process listens, or an accept probe's connection failed after connect().
+#: UNREACHED: connect() failed at once for another reason.
 REFUSED, UNREACHED = "refused", "unreached"
 #: UNMADE: not connected in time, for example because the backlog is full.  UNTAKEN: connected, but
 #: not accepted.
@@ -135,7 +136,8 @@ class Serving:
                 failures, reason = failures + 1, why
                 state = UNHEALTHY if failures >= most else state
             case "unmade" | "untaken":
-                # The next probe reuses this probe's connection, unless a UNIX backlog was full.
+                # Not a failure: the next probe reuses the connection, unless a UNIX backlog was
+                # full.
                 why, answered_at = "busy: no worker has accepted the probe yet", self.answered_at
             case _:
                 why, missed, answered_at = f"not probed: {why}", self.missed + 1, self.answered_at

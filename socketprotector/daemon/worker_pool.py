@@ -181,7 +181,10 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Send a generation's workers the finish signal, if any; the delivery ends the channel."""
+        """Order a generation's workers and orphaned groups to finish.
+
+        Running workers without a finish signal finish when the delivery ends the channel.
+        """
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
@@ -191,7 +194,7 @@ class WorkerPool:
     def all_retire(self, generation: int) -> bool:
         """Return whether all workers of a generation have sent X_SOCKETPROTECTOR_RETIRE=1.
 
-        At end of file on its RETURN line, such a worker first reads from all accepted clients, then
+        At end of file on its RETURN line, such a worker finishes its accepted connections, and
         exits.  Returns False if the generation has no worker, or has an orphan left.
         """
         records = [each for each in self._records.values() if each.generation == generation]
@@ -270,7 +273,7 @@ class WorkerPool:
     def adopt_group(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
     ) -> bool:
-        """Adopt an exited worker's process group; takes ownership of the worker's descriptors.
+        """Adopt the process group of a worker that adopt() cannot adopt; owns its descriptors.
 
         Returns whether a process of the group is left.
         """

@@ -39,8 +39,7 @@ class OpenGeneration:
     @classmethod
     def adopt(cls, record: GenerationRecord, board: int | None) -> OpenGeneration:
         """Adopt a generation that an earlier program opened; take ownership of its scoreboard."""
-        # `knows` is None if the workers got all listeners, or if a version without this field
-        # wrote the record.  So compute the value again.
+        # The record of an earlier version may lack `knows`.
         if record.knows is None:
             record = replace(record, knows=known_to(record.program))
         return cls(record, Board(board) if board is not None else None)
@@ -73,7 +72,7 @@ class OpenGeneration:
             self.update_record(ended=True)
 
     def knows(self, index: int) -> bool:
-        """Return whether the generation's workers got the listener with this index."""
+        """Return whether the generation knows the listener with this index (see Delivery)."""
         known = self.record.knows
         return known is None or index in known
 
@@ -172,7 +171,7 @@ class Generations(dict[int, OpenGeneration]):
 
 
 def known_to(program: Program) -> frozenset[int] | None:
-    """Return the indices of the listeners that a program's workers get; None: all listeners."""
+    """Return the indices of the listeners that a program's workers know; None: all listeners."""
     if not program.listeners:
         return None
     names = program.listeners.split()

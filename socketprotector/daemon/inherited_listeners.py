@@ -28,19 +28,20 @@ def adopt(
         first, first_number = _newest(unclaimed.take(inherited.LISTENER, index))
         second, second_number = _newest(unclaimed.take(inherited.SIBLING, index))
         third, third_number = _newest(unclaimed.take(inherited.RESERVED, index))
-        # A socket may change its role.  If the protector was killed during the change, the fd store
-        # may have the socket under two names.
+        # A socket may change its role.  If the protector was killed during the change, the guard
+        # or the fd store may have the socket under two names.
         if _close_if_same(second, (first,)):
             second = -1
         if _close_if_same(third, (first, second)):
-            # A name in the fd store must never be reused, so raise the reserved socket's number.  A
-            # sibling's number is raised by UnixListener._place() when it places a later sibling.
+            # A stored name must never be reused.  So raise the reserved socket's number here.  For
+            # a later sibling, UnixListener._place() raises the number.
             third, third_number = -1, third_number + 1
         if first >= 0:
             numbers = first_number, second_number, third_number
             made.append(delivery.make_listener(index, each, (first, second, third), numbers))
             continue
-        # Before an upgrade or a kill, this listener's first socket was closed: close the others.
+        # The first socket was closed before an upgrade or a kill, or the kill lost it: close the
+        # others.
         for fd in (second, third):
             if fd >= 0:
                 os.close(fd)

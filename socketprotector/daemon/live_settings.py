@@ -81,7 +81,10 @@ class LiveSettings:
         reader.read(replace(self.settings, release_wanted=release), done)
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
-        """Call `done` later with what a reload would change; return False if a comparison runs."""
+        """Call `done` with what a reload would change; return False if a comparison runs.
+
+        If the reader process cannot start, `done` gets the failure before this method returns.
+        """
         comparer = self._reader("comparer")
         if comparer.busy:
             return False
@@ -170,7 +173,7 @@ class LiveSettings:
         self._remove_listeners()
 
     def note_rebound(self, listener: Listener) -> None:
-        """Record a listener's new socket file, which we remove at our exit."""
+        """Record which socket file a listener has now (at a UNIX path)."""
         index, bound, candidate = listener.index, listener.settings, self.record.candidate
         self.record = SettingsRecord(
             _with_file(self.settings, index, bound),

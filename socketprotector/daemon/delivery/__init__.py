@@ -26,7 +26,7 @@ NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
 #: A stop, and the drain of a removed listener, check for new clients at this interval.  A client
 #: whose handshake is under way at one check has connected by the next check, unless the network
-#: loses a packet.
+#: loses or delays a packet.
 QUIET_S = 0.2
 #: If new clients cannot be refused, a stop and the drain of a removed listener accept clients for
 #: this time at most.
@@ -67,10 +67,10 @@ class Delivery(ABC):
     def make_listener(
         cls, index: int, settings: ListenerSettings, fds: Sequence[int], again: tuple[int, ...]
     ) -> Listener:
-        """Make a listener from its first, second and reserved socket.
+        """Make a listener from its first socket, its sibling and the reserved socket.
 
-        fds: the three descriptors (see Listener); -1: no such socket.  again: how many times each
-        socket was replaced by a newly bound socket.
+        fds: the three descriptors (see Listener); -1: no such socket.  again: the numbers at the
+        ends of the three sockets' names (see inherited_listeners.py).
         """
 
     @classmethod
@@ -123,8 +123,10 @@ class Delivery(ABC):
     ) -> ProbeTarget | None:
         """Return the target for probes of a generation; None: no probe is possible.
 
-        listener: the listener's name; "": the first listener.  as_client: connect as clients do;
-        the generation must have the route.  Raises OSError if the generation cannot be reached now.
+        listener: the listener's name; "": the first listener.  as_client: in shared/, connect as
+        clients do; the generation must have the route.
+
+        Raises OSError if the generation cannot be reached now.
         """
 
     @abstractmethod
@@ -247,7 +249,10 @@ class Delivery(ABC):
 
     @abstractmethod
     def remove(self, listener: Listener) -> None:
-        """Refuse a listener's new clients, but still bring its connected clients to workers."""
+        """Refuse a listener's new clients, but still bring its connected clients to workers.
+
+        Exception: the owner of a passed-in socket keeps listening, and may get these clients.
+        """
 
     @abstractmethod
     def cannot_hold(self) -> str | None:
@@ -288,6 +293,7 @@ class Delivery(ABC):
         """Refuse new clients, and post BacklogEmptied once all earlier clients are accepted.
 
         If new clients cannot be refused, accept them for LAST_S at most.
+        Exception: the owner of a passed-in socket keeps listening, and may get earlier clients.
         serving: the serving generation.  quick: close at once, and post nothing.
         stay: do not refuse new clients.  The listeners that were not passed in (by systemd, for
         example) stay open, and new clients wait there for the next start.
@@ -311,7 +317,10 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def idle_s(self) -> float:
-        """Return the time since the last client; 0: a client waits, or the time is unknown."""
+        """Return the time since the last client; 0: a client waits, or the time is unknown.
+
+        Until the first client after a start, an upgrade or a kill, queue/ returns a large number.
+        """
 
     @property
     @abstractmethod

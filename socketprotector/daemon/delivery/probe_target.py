@@ -37,9 +37,9 @@ class ProbeTarget:
     #: Returns whether all answers so far surely came from this generation.  If False, discard
     #: earlier and later answers.
     is_unchanged: Callable[[], bool] = lambda: True
-    #: Returns whether the probed socket may be closed to clients: an option that can keep clients
-    #: out differs from the same option of the serving generation's socket.  If True, a timer must
-    #: not decide that the probed generation is ready (ready_probe.py).
+    #: Returns whether the probed socket differs from the serving generation's socket in an option
+    #: that can keep clients out.  If True, a timer must not decide that the probed generation is
+    #: ready (ready_probe.py).
     is_closed: Callable[[], bool] = lambda: False
 
     @property

@@ -210,4 +210,4 @@ class CanaryQueue:
         elif self._outlet.is_free:
             self._outlet.send(route, header, fd)
         else:
-            self._outlet.undelivered.keep_last(header, fd)  # sent once the outlet is free
+            self._outlet.undelivered.keep_last(header, fd)  # Outlet.send_kept() sends it

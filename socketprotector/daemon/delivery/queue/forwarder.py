@@ -163,7 +163,7 @@ class Forwarder:
     def remove(self, listener: Listener, to: GenerationChannel | None) -> None:
         """Refuse a listener's new clients, and send its backlog to a channel.
 
-        to: the channel; None: the backlog is lost.
+        to: the channel; None: the backlog is lost, unless the socket was passed in.
         """
         self._listeners.remove(listener)
         self._acceptor.end(listener)
@@ -225,7 +225,7 @@ class Forwarder:
 
     @property
     def idle_s(self) -> float:
-        """Return the time since the last client came; 0: a client waits to be accepted."""
+        """Return the time since the last client (see Delivery.idle_s); 0: a client waits."""
         if any(each.has_waiting() for each in self._listeners):
             return 0.0
         return (time.monotonic_ns() - self._acceptor.last_ns) / 1e9
@@ -317,7 +317,8 @@ class Forwarder:
         """Move a channel's connections to the route, the oldest first, while the route has room.
 
         If the route does not know a connection's listener, the connection goes back to the end of
-        its channel.  If the channel has ended, the connection and all behind it stay in place.
+        its channel.  If the channel has ended but its workers live, the connection and all behind
+        it stay in place.
 
         exited: the channel's workers have exited.  So connections that the route cannot get go to
         undelivered.py, or are lost if their listener was closed.

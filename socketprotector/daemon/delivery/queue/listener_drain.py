@@ -1,12 +1,13 @@
 """Drains listeners that a reload has removed: refuses new clients, and delivers connected clients.
 
-Connected clients go to the newest generation that knows the listener.  A timer looks at the backlog
-until two looks in a row find no client.  If new clients cannot be refused, the drain ends after
-LAST_S, but not before every accepted client is sent.  Clients in the backlog at the end are lost.
+Connected clients go to the newest generation that knows the listener, has had clients and has not
+ended.  A timer looks at the backlog until two looks in a row find no client.  If new clients
+cannot be refused, the drain ends after LAST_S, but not before every accepted client is sent.
+Clients in the backlog at the end are lost.
 
 All remaining clients are lost in three cases:
 
-* No generation knows the listener.
+* No generation can get the clients.
 * The channel that gets the clients breaks or is closed.
 * A stop closes all listeners before the drain has ended.
 

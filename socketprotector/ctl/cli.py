@@ -29,7 +29,7 @@ NAME = "socketprotectorctl"
 _COMMAND = re.compile(
     rf"`(?:{NAME} )?((?:{'|'.join({*sum(GROUPS.values(), ())} - {'list', 'completion'})})\b[^`]*)`"
 )
-#: The beginning of each printed line of a worker's last words (also in quoted() of reload.py).
+#: The beginning of each printed line of a worker's last words.  quoted() of reload.py repeats it.
 _QUOTED = "  | "
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -143,7 +143,11 @@ class Client:
 
     @property
     def peer_pid(self) -> int:
-        """The pid of the process that last called listen(): the protector or an ancestor of it."""
+        """The pid of the process that last called listen().
+
+        Normally this is the protector.  While a protector starts, this can be the launching process
+        or a dead protector.
+        """
         credentials = self._socket.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
         )

@@ -50,7 +50,7 @@ class Connection:
     local: str
     peer: str
     age_s: float
-    bound: str  # whether age_s is the EXACT age, or the age is AT_LEAST or AT_MOST age_s
+    bound: str  # EXACT: the age is age_s; AT_LEAST, AT_MOST: age_s is a lower or an upper limit
     waiting_bytes: int | None
 
 
@@ -89,9 +89,9 @@ def find_connections(
     shares_pids: whether the workers' pids are of our own PID namespace (Client.shares_pids).
 
     Only some workers record when they accepted a connection (docs/protocol.md).  Without a record,
-    the worker's field `since_at` limits the age.  If the generation is in `ending`, `since_at` is
-    when the drain began: all connections of the worker began earlier.  Otherwise `since_at` is when
-    the worker started: all connections of the worker began later.
+    the worker's field `since_at` limits the age.  In a draining generation, `since_at` is when the
+    drain began: all connections of the worker began earlier.  Otherwise `since_at` is when the
+    worker started: all connections of the worker began later.
     """
     addresses = tuple(listeners)
     # Key: the worker's number, network namespace, inode.  A worker and its forked child have the
@@ -185,7 +185,7 @@ def _inodes(pids: Sequence[int]) -> tuple[dict[int, int | None], str]:
         each = todo.pop()
         try:
             for fd, inode in procfs.sockets(each):
-                # `accepted_at_by_fd`, where the caller looks for fd, has only the worker's own
+                # The caller looks for fd in `accepted_at_by_fd`, which has only the worker's own
                 # descriptors.
                 found.setdefault(inode, fd if each == worker else None)
             todo += procfs.children_of(each)

@@ -1,4 +1,7 @@
-"""The commands deploy, rollback and releases, for a protector with --releases.
+"""The commands deploy, rollback and releases.
+
+deploy and releases need a protector with --releases.  Without --releases, rollback only ends a
+reload.
 
 `current` is the symbolic link that the protector's option --current names; it leads to the release
 that a restart starts.
@@ -200,8 +203,9 @@ def _await_deploy(
     wait: bool,
     old: object,
 ) -> None:
-    """Wait for the verdict on a release, and until `current` is on disk; print the outcome.
+    """Wait for the verdict on a release, and print the outcome.
 
+    After a success without `dry_run`, first wait until `current` and the history are on disk.
     before: the status before the request.
     promised: the generation's number in the answer to the request.
     wait: if false, only print that the deploy was requested.

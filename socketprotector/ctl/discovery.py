@@ -163,9 +163,9 @@ def names(found: Sequence[SocketAnswer]) -> list[str]:
     """Return a name for each protector: NAME, or NAME:PORT or NAME:ADDRESS if several share NAME.
 
     If a protector does not answer, its name is the name in its socket's path.
-    Any process can claim any name in its status.  So if several protectors claim NAME, only the
-    protector whose socket is in NAME's folder (docs/control.md) is called NAME: only the folder's
-    owner can put a socket there.
+    Any process can claim any name in its status.  So if several protectors claim NAME, the
+    protector whose socket is in NAME's folder (docs/control.md) is still called NAME: only the
+    folder's owner can put a socket there.  A protector without a listener has only NAME.
     """
     candidates = [_names_of(each) for each in found]
     chosen = [shortest for shortest, *_ in candidates]

@@ -47,7 +47,7 @@ class NotReady(ControlError):
 
 
 class TimedOut(ControlError):
-    """--timeout has expired.  The operation continues, and may still succeed."""
+    """--timeout has expired.  Once requested, the operation continues, and may still succeed."""
 
     status = 4
     result = "timed out"

@@ -53,7 +53,7 @@ def is_lame_duck(status: Status) -> bool:
 
 
 def serves(status: Status) -> bool:
-    """Return True if a generation gets new connections."""
+    """Return True if a generation gets new connections, or will get them after a hold."""
     is_stopping = text_in(status, "phase") == "stopping" and not is_lame_duck(status)
     return measure(status, "route") is not None and not is_stopping
 

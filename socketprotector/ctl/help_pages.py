@@ -53,7 +53,10 @@ _ALL_STATUSES = (
         "reload, deploy, rollback, upgrade: the new version failed, and the old version continues; "
         "diff: a reload would fail; ready: not ready",
     ),
-    ("4", "not done within --timeout; the operation continues, and may still succeed"),
+    (
+        "4",
+        "not done within --timeout; once requested, the operation continues, and may still succeed",
+    ),
     (
         "5",
         "deploy, rollback: the new version is serving, but the link --current or the history is "

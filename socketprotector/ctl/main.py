@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.  arguments: if None, sys.argv[1:]."""
     open_missing_standard_streams()
     if isinstance(sys.stdout, TextIOWrapper):  # the locale may lack characters of a worker's output
-        # reconfigure() fails if stdout was a regular file at the start and is a pipe now.
+        # reconfigure() fails if the caller has replaced descriptor 1, a regular file, by a pipe.
         with suppress(OSError):
             sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

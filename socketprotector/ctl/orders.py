@@ -76,7 +76,7 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
     """Let new clients wait: they are neither accepted nor refused.
 
     Clients wait in the kernel's backlog. Under --handoff listener, a TCP client's own kernel tries
-    again every few seconds instead.
+    again instead, at growing intervals.
 
     Without --for the hold lasts while this command runs; Ctrl-C or TERM ends the command and the
     hold. If KILL ends the command, the hold ends within 5 s.
@@ -232,7 +232,7 @@ def kill(instance: Instance, generation: int, as_json: bool) -> None:
 # -- the log --------------------------------------------------------------------------------
 
 
-@command("log-level")
+@command("log-level", short_help="Set the log level.")
 @click.argument("level", type=click.Choice(_LEVELS))
 def log_level(instance: Instance, level: str, as_json: bool) -> None:
     """Set the log level until the protector stops, or a reload changes --log-level."""

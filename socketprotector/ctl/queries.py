@@ -114,8 +114,9 @@ def ready(instance: Instance, health: bool, as_json: bool) -> None:
 def history(instance: Instance, as_json: bool) -> None:
     """List the last reloads, dry runs and changes of health, with result and reason.
 
-    The newest is last. The protector keeps 50 reloads, 20 dry runs and 50 changes of health, even
-    across an upgrade or a crash. Only recent reloads and dry runs have last words.
+    The newest is last. The protector keeps 50 reloads, 20 dry runs and 50 changes of health. These
+    entries survive an upgrade, and a crash under --guard or systemd. Only recent reloads and dry
+    runs have last words.
     """
     try:
         result = instance.request("history")
@@ -154,7 +155,7 @@ def history(instance: Instance, as_json: bool) -> None:
 def connections(instance: Instance, generation: int | None, as_json: bool) -> None:
     """Show each open connection: its peer, age, worker, and bytes that the worker has not read.
 
-    A draining generation ends after its last connection has ended.
+    A draining generation ends after its last connection has ended, or after --drain-timeout.
 
     The command reads /proc, so run it as root or as the workers' user. An age with >= is a lower
     limit, an age with <= an upper limit.

@@ -1,11 +1,11 @@
-"""Derives the verdict of a reload from the events and statuses that the caller passes in.
+"""Derives the verdict of a reload or dry run from the events and statuses that are passed in.
 
 Events report each step at once, but events are lost while the connection is cut.  A status reports
 the same facts later.
 
-The answer to a `reload` request has the number of the new generation.  The verdict is the first
-event `reloaded` or `reload-failed` of a generation with at least this number.  The number is higher
-if the protector had to restart the old version first (docs/control.md).
+The answer to a `reload` request has the number of the new generation.  Reload takes the
+first verdict on a generation with this number or a higher number.  That generation's number is
+higher if the protector had to restart the old version first (docs/control.md).
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Reload(Awaited):
                     self._show_switch(number)
                 else:
                     self._show_share(number)
-        # Once this reload has begun, only a later reload waits with the kind `earlier-reload`.
+        # Once this reload has begun, a wait of the kind `earlier-reload` is a later reload's wait.
         kinds = [
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]

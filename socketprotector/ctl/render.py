@@ -126,7 +126,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 def columns(headings: str, rows: Iterable[Row]) -> Table:
     """Return a table without ruled lines.  headings: the titles, separated by blanks."""
-    # One blank separates columns, so that a generation's row fits into 80 characters.
+    # On a terminal one blank separates columns, so that a generation's row fits into 80 characters.
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for heading in headings.split():
         table.add_column(heading, justify="left" if heading in _LEFT else "right", no_wrap=True)

@@ -94,7 +94,8 @@ def heading(status: Message) -> list[Text]:
 def _health_line(status: Message) -> str:
     """Return a line about health checks.
 
-    Returns "" without --health, or if the protector is healthy and the last check was good.
+    Returns "" without --health, before the first check, or if the protector is healthy and the last
+    check was good.
     """
     health = status.get("health")
     if not isinstance(health, dict):

@@ -29,7 +29,7 @@ class MemoryWatch:
         """workers: the running workers by number, always up to date."""
         self._loop, self._log, self._workers = runtime.loop, runtime.log, workers
         # The kernel's counts of the kills that we have handled: each kill was named as the cause of
-        # a worker's end, or logged.  Kills before our first worker need neither.
+        # a worker's end, or logged.  Kills before this program's start count as handled.
         self._handled = memory_group.counts()
         # None: the kernel sends no events.  Then a counted kill explains the next SIGKILL of a
         # worker, however late that SIGKILL comes.
@@ -51,7 +51,7 @@ class MemoryWatch:
         self._loop.call_after(_TIMER, _LOOK_S, self._look)
 
     def _look(self) -> None:
-        """Log the kills that explain no worker's end; wait while a worker is still ending."""
+        """Log the kills that explain no end; wait while a worker or forked child is ending."""
         if self._events is not None:
             self._events.take()
         now, before = memory_group.counts(), self._handled

@@ -110,7 +110,7 @@ class Parents:
         return systemd and self.store.holds(names)
 
     def finish(self, status: int, surviving: Iterable[str]) -> None:
-        """Send our exit status, and wait until all messages are sent.
+        """Send our exit status; wait for a limited time until all messages are sent.
 
         surviving: the names of the descriptors that systemd's fd store keeps for the next start;
         a guard keeps none.

@@ -272,7 +272,7 @@ class PostMortem:
         try:
             process.reap()
         except ChildProcessError:
-            pass  # the worker is a child of another process
+            pass  # reaped by an earlier program, or the child of another process
         found = descriptors.get("line")
         line = socket.socket(fileno=found) if found is not None else None
         return self.keep_group(record, process, generation, line, lost=not record.orphaned)

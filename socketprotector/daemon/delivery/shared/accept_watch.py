@@ -55,7 +55,8 @@ def known_clients(
     """Return the clients known to wait at these sockets, by listener index.
 
     Where no client waits, the line is empty.  A listener is missing if clients wait there, but the
-    query fails or lists no client.
+    query fails or lists no client.  Over TCP, a line also has the clients at the listener's other
+    socket.
     """
     found: dict[int, Line] = {}
     for each, number in sockets:
@@ -66,7 +67,7 @@ def known_clients(
             line = unaccepted(each.socket_for(number))
         except OSError:
             continue
-        if line:  # empty: the socket belongs to another network namespace
+        if line:  # empty: accepted by now, or the socket belongs to another network namespace
             found[each.index] = line
     return found
 
@@ -77,8 +78,8 @@ class AcceptWatch:
 
     loop: Loop
     backlogs: Backlogs
-    #: How long clients may wait at a listener before we report the listener.  The first limit
-    #: applies until a client was accepted there, the second limit afterwards.
+    #: How long clients may wait at a listener before we report the listener.  The second limit
+    #: applies once a client may have been accepted there, the first limit before.
     limits_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     timer: str = "untaken"
     awaits: bool = False  # True: `backlogs` must call came() when a client comes
@@ -117,7 +118,7 @@ class AcceptWatch:
         self.awaits = False
 
     def came(self, index: int) -> None:
-        """Note that a client has come to a listener, and waits to be accepted."""
+        """Note that a client has come to a listener."""
         self._waiting[index] = frozenset(), time.monotonic()
         self.awaits = False
         self.backlogs.watch()
@@ -132,10 +133,9 @@ class AcceptWatch:
         return max(self._overdue().values(), default=None)
 
     def is_stuck(self) -> bool:
-        """Look now; return whether clients wait, and none was accepted, at one of the listeners.
+        """Look now; return whether clients wait where none was accepted since the last look.
 
-        True: all clients that the last look found at a listener still wait, or the last look found
-        no client there and clients wait now.
+        If the last look found no client at a listener, clients that wait there now are enough.
         """
         if not self._waiting:
             return False

@@ -39,7 +39,8 @@ class CanaryWatch(Backlogs):
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch
         self._canary = 0  # the generation's number; 0: no canary
-        #: The last canary that accepted no client at some listeners, and these listeners' indices.
+        #: The last generation that accepted no client at some listeners, and these listeners'
+        #: indices.  Usually this generation is or was a canary.
         self.never_accepted: tuple[int, Collection[int]] = (0, ())
         limits_s = CANARY_NEVER_TAKEN_S, UNTAKEN_S
         timer = "canary-untaken"

@@ -1,9 +1,11 @@
 """Brings probes to a generation, and distinguishes waiting probes from waiting clients.
 
-At a TCP address a probe has a mark (system/bpf.py), by which the kernel steers the probe.  At a
-UNIX path a probe connects to the file of the generation's own socket.  If no worker accepts from a
-socket, we discard the probes that wait there.  Otherwise socket_watch.py would take these probes
-for clients, and would start a generation.
+At a TCP address a probe has a mark (system/bpf.py), by which the kernel steers the probe, unless
+the probe connects as clients do.  At a UNIX path a probe connects to the file of the generation's
+own socket.
+
+If no worker accepts from a socket, we discard the probes that wait there.  Otherwise
+socket_watch.py would take these probes for clients, and would start a generation.
 """
 
 from __future__ import annotations
@@ -70,8 +72,9 @@ class Probes:
     def __init__(self, listeners: SharedListeners, turns: Turns, steering: Steering) -> None:
         self._listeners, self._turns, self._steering = listeners, turns, steering
         self._persist = listeners.host.runtime.persist
-        #: Sockets, by listener index and number, that get probes and no clients.  Each connection
-        #: from ::1 or over UNIX that waits there is a probe, perhaps sent before an upgrade.
+        #: Sockets, by listener index and number, that get probes and no clients.  If a connection
+        #: waits there over UNIX, or from the source address of IPv6 probes, it is a probe, perhaps
+        #: sent before an upgrade.
         self.probed: set[tuple[int, int]] = set()
         #: Sockets that get IPv4 probes: listener, number, and the source address of the probes.  No
         #: client has this address.
@@ -122,9 +125,9 @@ class Probes:
 
         After an upgrade or a kill, the next program uses this record to discard the probes.
 
-        IPv4 probes have a source address that no client has: record this address.  IPv6 probes
-        share ::1 with this machine's clients, and UNIX probes have no address: record their socket,
-        but only if the socket gets no clients (`no_clients`).
+        IPv4 probes have a source address that no client has: record this address.  IPv6 probes may
+        have the same address as this machine's clients, and UNIX probes have no address: record
+        their socket, but only if the socket gets no clients (`no_clients`).
         """
         if mark is not None and mark.family == socket.AF_INET:
             self.probe_sources.add((*place, mark.source))
@@ -169,7 +172,10 @@ class Probes:
         closed, serving = closing(listening), found.socket_for(self._turns.number_for(found))
 
         def is_unchanged() -> bool:
-            """Return whether address, socket and options that keep clients out are unchanged."""
+            """Return whether the address still leads to the socket, with the same options.
+
+            Only options that can keep clients out matter.
+            """
             with suppress(OSError):
                 is_same = found.identity(socket_number) == identity
                 return is_same and found.is_alive(socket_number) and closing(listening) == closed

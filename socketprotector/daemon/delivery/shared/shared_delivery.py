@@ -116,7 +116,7 @@ class SharedDelivery(Delivery):
         """Forget the accept tags (open_counts.py) of these generations.
 
         A newer generation's connections may carry one of these tags; we do not know which tag.  So
-        we could count neither of the two generations correctly.
+        we can count neither these generations nor the newer generation correctly.
         """
         for each in others:
             each.update_record(accept_tags=())
@@ -290,8 +290,8 @@ class SharedDelivery(Delivery):
             self._close_listeners()
             return
         # New clients wait for the next start (`stay`), go to the socket's owner (passed-in
-        # sockets), or are refused (other listeners).  In each case we wait only until the serving
-        # generation has accepted all earlier clients.
+        # sockets), or are refused (other listeners).  So we wait only until earlier clients are
+        # accepted.  If a listener cannot refuse new clients, we wait for LAST_S at most.
         latest = float("inf") if stay else self._refuse_new()
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
         if serving is not None and (stay or self.steering.has_passed_in_pair):

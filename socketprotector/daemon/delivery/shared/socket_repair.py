@@ -4,8 +4,8 @@ We make a broken socket listen again, or replace it by a new socket.  If we cann
 for a starting generation, SocketSteering.enter() decides whether the generation fails.
 
 A listening socket is an open file description that all workers share, so any worker can shut it
-down for all.  Running workers cannot get a new socket, so after a replacement another generation
-must start.
+down for all.  Running workers cannot get a new socket.  So if we replace a socket that workers
+have, another generation must start.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SocketRepair:
         self._watch.watch_later()
 
     def repair_all(self) -> None:
-        """Repair the sockets that clients or probes need and cannot reach.
+        """Repair sockets that no longer listen, or that clients or probes need and cannot reach.
 
         Epoll reports only sockets that were shut down.  This method also finds sockets on which a
         worker has called connect(), and sockets whose network device or file is missing.
@@ -151,8 +151,9 @@ class SocketRepair:
         """Replace a broken socket by a new socket.
 
         If no socket can be bound, use the listener's other or reserved socket instead.  Without
-        such a socket, the listener is lost.  Exception: keep the broken socket, for a later repair,
-        if another try may succeed (RETRY_ERRNOS) or if only the socket's files are missing.
+        such a socket, the listener is lost.  Exceptions: keep the socket, for a later repair, if
+        another try may succeed (RETRY_ERRNOS).  Also keep the socket if a path with two sockets
+        has lost only its files.
         """
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         address = listener.settings.address

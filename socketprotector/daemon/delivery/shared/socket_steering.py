@@ -41,7 +41,7 @@ class SocketSteering(Steering):
         runtime = listeners.host.runtime
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._post = runtime.persist, runtime.post
-        self._not_held = ""  # why workers accept new clients during a hold; "": no fault
+        self._not_held = ""  # why workers accept clients that we should hold; "": no fault
         self._written = self._groups  # the _groups of the last written state
         self.turns = Turns()
         self.hold = ListenerHold(listeners)
@@ -52,7 +52,7 @@ class SocketSteering(Steering):
 
     @property
     def is_steered(self) -> bool:
-        """Return whether the kernel sends all clients to the right socket."""
+        """Return whether all new clients go to the right socket."""
         return not self._listeners.not_steered
 
     @property
@@ -95,7 +95,7 @@ class SocketSteering(Steering):
                     raise
             self._repairs.undo_earlier_changes(each, socket_number, generation)
         self.turns.accepting[generation] = socket_number
-        self.steer()  # during a hold, a path with a new second socket can hold clients again
+        self.steer()  # a path may have got the second socket that a hold needs
         self._watch.watch()
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
@@ -173,7 +173,7 @@ class SocketSteering(Steering):
         self._watch.watch()
 
     def _report_held_clients(self) -> None:
-        """Post HeldClientsWait if held clients at a path wait for a generation that must start."""
+        """Post HeldClientsWait if held clients wait at a path's socket that no generation has."""
         free, living = self.turns.free, self._listeners.living
         is_idle = not self.hold.on and free not in self.turns.accepting.values()
         at_paths = (each for each in living if each.path and each.can_be_held)
@@ -201,7 +201,7 @@ class SocketSteering(Steering):
 
         again: the generation at `socket_number` has served before.  knows: returns whether this
         generation knows a listener, by index; None: there is no such generation yet.  Clients of
-        an unknown listener stay at their present socket until the listener is removed.
+        an unknown listener stay at their present socket.
         """
         listeners, turns, canary = self._listeners.all, self.turns, self._watch.canary
         if canary is not None and turns.share and socket_number != turns.current:
@@ -355,7 +355,7 @@ class SocketSteering(Steering):
     def _turn_away(self, generation: int) -> bool:
         """If a generation gets new clients, steer them to the other socket; return whether we did.
 
-        Do nothing during a stop, or if another generation accepts from the other socket.
+        Do nothing after end(), or if another generation accepts from the other socket.
         """
         number, turns, ended = self.turns.accepting[generation], self.turns, self._repairs.ended
         is_due = number == turns.current and not (ended or 1 - number in turns.accepting.values())
@@ -369,7 +369,7 @@ class SocketSteering(Steering):
         self._watch.end()
 
     def steer(self) -> bool:
-        """Update the steering in the kernel; return whether that succeeded.
+        """Update the steering of all listeners; return whether that succeeded.
 
         If steering fails, clients go to the same socket as before, whose workers keep accepting.
         """

@@ -183,10 +183,10 @@ class SocketWatch(Backlogs):
         self._listeners.host.report_untaken(seconds, waiting, ever, " ".join(addresses))
 
     def never_accepted(self, generation: int) -> Collection[int]:
-        """Return the listeners at which a generation accepted no client while it was a canary.
+        """Return the indices of listeners at which a generation surely has accepted no client.
 
-        Returns listeners only for the newest generation: an older generation may have got the
-        route back, and may have accepted clients there since.
+        We know this only if there was a canary, and only of the newest generation.  An older
+        generation may have got the route back, and may have accepted clients there since.
         """
         if self.canary is None or generation != max(self._turns.accepting, default=0):
             return ()

@@ -37,11 +37,11 @@ class Turns:
     accepting: dict[int, int] = field(default_factory=dict)
     #: Finishing generation -> the number of its socket, and when it was ordered to finish.
     leaving: dict[int, tuple[int, float]] = field(default_factory=dict)
-    #: Index of a listener that the current generation does not know -> the number of the socket at
-    #: which the listener's clients wait.
+    #: Index of a listener that the current generation does not know -> the number of the socket
+    #: that gets the listener's clients.
     expected: dict[int, int] = field(default_factory=dict)
-    #: Pairs of generation and listener index.  When the listener's present socket was bound,
-    #: workers of the generation were running already; these workers lack the socket.
+    #: Pairs of generation and listener index.  The listener's present socket was bound after
+    #: workers of the generation had started, so these workers lack the socket.
     unserved: frozenset[tuple[int, int]] = frozenset()
     #: The pairs of `unserved` where the generation's later workers have the socket.
     partly_served: frozenset[tuple[int, int]] = frozenset()
@@ -120,10 +120,9 @@ class Turns:
             return True  # the socket's owner accepts
         there = self.at(listener, number)
         if not there:
-            # No generation accepts from this socket.  If none accepts from any socket, the next
-            # generation gets the clients of all sockets.  Otherwise the next generation gets only
-            # the clients of the socket number_for().  Exception: for clients of `passed_on` no
-            # generation is about to start, so a rescue (socket_watch.py) must start one.
+            # If no generation accepts from any socket, the next generation starts without a rescue
+            # (socket_watch.py).  Otherwise the next generation gets only the clients of the socket
+            # number_for().  Exception: for clients of `passed_on`, a rescue must start it.
             is_next = number == self.number_for(listener) and listener.index not in self.passed_on
             return not self.accepting or is_next
         return any((generation, listener.index) not in self.unserved for generation in there)
@@ -142,10 +141,10 @@ class Turns:
         )
 
     def own(self, pairs: Iterable[Listener], number: int, generation: int = 0) -> list[Listener]:
-        """Return the listeners whose socket of this number was not given back to its owner.
+        """Return `pairs` without listeners whose socket of this number was given back.
 
-        pairs: the listeners with two sockets.  generation: also leave out a listener if all workers
-        of this generation lack its present socket; 0: leave out no other listener.
+        pairs: the listeners with two sockets.  generation: if it is not 0, also leave out the
+        listeners whose present socket all workers of this generation lack.
         """
         is_given_back = self.given_back and number == 0
         lacking = self.unserved - self.partly_served

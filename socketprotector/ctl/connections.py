@@ -76,7 +76,7 @@ def find_connections(
     workers: Iterable[Message],
     listeners: Iterable[str],
     now: float,
-    ending: Container[int] = (),
+    draining: Container[int] = (),
     *,
     shares_pids: bool = True,
 ) -> tuple[list[Connection], list[HiddenWorker]]:
@@ -85,7 +85,7 @@ def find_connections(
     workers: from the answer to the request `connections` (docs/control.md).
     listeners: the canonical addresses of the listeners.
     now: seconds since the epoch.
-    ending: the numbers of the draining and abandoned generations.
+    draining: the numbers of the draining generations.
     shares_pids: whether the workers' pids are of our own PID namespace (Client.shares_pids).
 
     Only some workers record when they accepted a connection (docs/protocol.md).  Without a record,
@@ -126,7 +126,7 @@ def find_connections(
         for inode, fd in inodes.items():
             if (entry := tables[namespace].get(inode)) is None:
                 continue
-            begun, bound = worker.get("since_at"), AT_LEAST if generation in ending else AT_MOST
+            begun, bound = worker.get("since_at"), AT_LEAST if generation in draining else AT_MOST
             at = times.get(str(fd)) if isinstance(times, dict) and fd is not None else None
             if isinstance(at, int | float):
                 begun, bound = at, EXACT

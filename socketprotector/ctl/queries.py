@@ -35,7 +35,6 @@ from .fields import (
     why_not_ready,
 )
 from .query_all import SocketAnswer
-from .reload_progress import ENDING
 from .server_children import children_of
 
 #: The pause between attempts of `events --follow` to connect, while no protector is running.
@@ -166,13 +165,13 @@ def connections(instance: Instance, generation: int | None, as_json: bool) -> No
         workers = listed(client.request("connections", **arguments), "workers")
         shares_pids = client.shares_pids(state)
     now = measure(state, "now") or time.time()
-    ending = {
+    draining = {
         number_in(each, "number")
         for each in listed(state, "generations")
-        if each.get("phase") in ENDING
+        if each.get("phase") == "draining"
     }
     found, hidden = find_connections(
-        workers, addresses_of(state), now, ending, shares_pids=shares_pids
+        workers, addresses_of(state), now, draining, shares_pids=shares_pids
     )
     found.sort(key=lambda each: (each.generation, -each.age_s))
     if as_json:

@@ -94,7 +94,7 @@ class GenerationRecord:
 
     number: int
     program: Program
-    knows: frozenset[int] | None = None  # the listeners that its workers get, by index; None: all
+    knows: frozenset[int] | None = None  # the listeners that its workers know, by index; None: all
     serving_since: float = 0.0
     ended: bool = False  # its workers get no more clients: they read end of file, or got a signal
     released: bool = False

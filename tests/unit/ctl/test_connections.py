@@ -310,11 +310,16 @@ def test_a_worker_of_another_user_is_reported(monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
-def test_the_command_shows_rows_and_sums(fake: Fake, ctl: Ctl, stack: ExitStack) -> None:
+@pytest.mark.parametrize(
+    ("phase", "age"), [("draining", ">=1h2m"), ("abandoned", "<=1h2m"), ("serving", "<=1h2m")]
+)
+def test_the_command_shows_rows_and_sums(
+    fake: Fake, ctl: Ctl, stack: ExitStack, phase: str, age: str
+) -> None:
     client, accepted = pair(stack, socket.AF_INET, ("127.0.0.1", 0))
     port = accepted.getsockname()[1]
     fake.status = status(
-        generation(8, "draining", worker(14)),
+        generation(8, phase, worker(14)),
         now=time.time(),
         listeners=[listener(f"tcp:127.0.0.1:{port}")],
     )
@@ -329,9 +334,9 @@ def test_the_command_shows_rows_and_sums(fake: Fake, ctl: Ctl, stack: ExitStack)
     assert lines[0] == ["GENERATION", "WORKER", "PID", "PEER", "LOCAL", "AGE", "WAITING"]
     assert lines[1] == [
         *("8", "14", str(os.getpid()), peer, f"127.0.0.1:{port}"),
-        *(">=1h2m", "0"),
+        *(age, "0"),
     ]
-    assert said.out.endswith("\ngeneration 8 draining: 1 connection, oldest 1h2m\n")
+    assert said.out.endswith(f"\ngeneration 8 {phase}: 1 connection, oldest 1h2m\n")
     assert fake.asked[-1] == {"command": "connections", "generation": 8}
     told = json.loads(ctl("connections", "--json").out)
     assert [each["peer"] for each in told["connections"]] == [peer]

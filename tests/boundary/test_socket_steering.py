@@ -2895,7 +2895,8 @@ def test_an_address_that_cannot_be_steered_limits_the_wait_for_its_own_clients_a
     if fault == "no memory":
         monkeypatch.setattr(pair, "steer", fail)
     else:
-        folder.rename(f"{folder}-renamed")
+        # The next case gets this folder's name again.
+        folder.rename(f"{folder}-renamed-{waits_at_path}")
     over: list[bool] = []
 
     world.steering.give_back()

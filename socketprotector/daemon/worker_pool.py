@@ -181,10 +181,7 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Order a generation's workers and orphaned groups to finish.
-
-        Running workers without a finish signal finish when the delivery ends the channel.
-        """
+        """Order a generation's workers with a finish signal, and its orphans, to finish."""
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
@@ -194,8 +191,8 @@ class WorkerPool:
     def all_retire(self, generation: int) -> bool:
         """Return whether all workers of a generation have sent X_SOCKETPROTECTOR_RETIRE=1.
 
-        At end of file on its RETURN line, such a worker finishes its accepted connections, and
-        exits.  Returns False if the generation has no worker, or has an orphan left.
+        Such a worker finishes its connections and exits at end of file on its RETURN line.
+        Returns False if the generation has no worker, or has an orphan left.
         """
         records = [each for each in self._records.values() if each.generation == generation]
         orphans = any(each.generation == generation for each in self.groups.records())

@@ -17,7 +17,6 @@ from ..core.events import StopRequested
 from ..core.fleet import Fleet
 from ..core.snapshot import Snapshot
 from ..model.errors import SystemRefused, what_failed
-from ..model.lazy_dataclass import replace
 from ..model.settings import ListenerSettings, Settings
 from ..system import inherited, late_modules, pid_file_removal, privileges, spawn
 from ..system.cpu_quota import Quota, processors
@@ -318,7 +317,7 @@ class Resident:
             if settings.to_syslog or purpose:
                 raise SystemRefused(why) from error
             # Without syslog and --log-prefix, workers can write to our stderr instead of a relay.
-            self.output = Output(replace(settings, log_relay=False))
+            self.output = Output(settings, relay_failed=True)
             runtime.log.reopen()
             runtime.log.write("warning", "notice", text=why)
 

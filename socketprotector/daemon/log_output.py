@@ -33,9 +33,11 @@ _STDOUT, _STDERR = 1, 2
 LAST_LINES = 20
 _LAST_BYTES = 4096
 _WRITE = f"{inherited.RELAY}write"
-#: Advice of where_to_look(): the next message then includes the worker's output.
+#: Advice that where_to_look() gives.  If the operator follows it, the message about the next
+#: failed worker includes that worker's output.
 _USE_PREFIX = "set --log-prefix to see the output here"
 _USE_RELAY = "remove --no-log-relay to see the output here"
+_USE_BOTH = "remove --no-log-relay and set --log-prefix to see the output here"
 #: The mode of a worker's pipe: a worker that runs as another user must be able to open /dev/stdout.
 #: No other process can reach the pipe.
 _PIPE_MODE = 0o622
@@ -53,12 +55,17 @@ class WorkerOutput:
 class Output:
     """The destination of stdout and stderr, for the protector and its workers."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, *, relay_failed: bool = False) -> None:
+        """relay_failed: the relay could not be started, so workers write to our stderr."""
+        self._settings, self._relay_failed = settings, relay_failed
         self._log_file, self._to_syslog = settings.log_file, settings.to_syslog
         ours = self._to_syslog or self._log_file is not None
+        #: Whether each worker has a pipe of its own without --log-prefix and --no-log-relay.
+        self._pipes_by_default = ours or _is_stream()
         #: Whether each worker has a pipe of its own.
-        self._relayed = settings.log_prefix or (settings.log_relay and (ours or _is_stream()))
+        self._relayed = not relay_failed and (
+            settings.log_prefix or (settings.log_relay and self._pipes_by_default)
+        )
         #: The workers' descriptors that the next program needs after an upgrade or a kill.
         #: LogRelay adds the workers' pipes; WorkerPool adds all other descriptors.
         self.named = inherited.Named()
@@ -124,10 +131,11 @@ class Output:
         self._relay.read_from(number, relay_client.WorkerPipe(read, generation, given.pid))
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
-        """Close the oldest pipes of exited workers; keep LEFT_BEHIND (model/fd_budget.py) of them.
+        """Close the oldest pipes of exited workers without orphans.
 
-        living: how many workers run, or have left a process in their group.
-        numbers: returns the numbers of these workers.
+        LEFT_BEHIND (model/fd_budget.py) of these pipes stay open.
+        living: the number of all other workers: those that run, and exited workers with orphans.
+        numbers: returns the numbers of these other workers.
         """
         if self._relay is not None:
             self._relay.close_oldest(living, numbers)
@@ -140,7 +148,10 @@ class Output:
                 self._relay.reopened()
 
     def finish(self) -> None:
-        """Let the relay write the rest and exit; the relay stays while a process still writes."""
+        """Close our line to the relay.
+
+        The relay writes the rest, and exits once no process has a worker's pipe open for writing.
+        """
         if self._relay is not None:
             if self._to_syslog:
                 self._redirect_to(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC))
@@ -159,8 +170,10 @@ class Output:
     def last_words(self, number: int, start: int, done: Callable[[str], None]) -> None:
         """Call `done` with a worker's last lines, escaped, or with "" if none are known.
 
-        The call comes at once, or when the relay has answered.  start: what position() returned at
-        the worker's start; -1 if other workers have written to the log file since then.
+        If the relay must answer, the call comes after its answer, or after 2 s without an answer
+        (_WORDS_S of relay_client.py); otherwise the call comes at once.
+        start: what position() returned at the worker's start; -1 if other workers have written to
+        the log file since then.
         """
         if self._relay is not None and self._relayed:
             self._relay.request_last_words(number, lambda data: done(_lines(data)))
@@ -173,7 +186,8 @@ class Output:
     def where_to_look(self) -> str:
         """Return where to find the output of a worker without last words, and which option helps.
 
-        The text names SocketProtector -f, because the operator may be at another terminal.
+        For other logs than --log-file, syslog and the journal, the text names SocketProtector -f:
+        the operator who reads the text may be at another terminal.
         """
         if self._log_file is not None:
             where = f"see {text.escape(self._log_file)}"
@@ -184,9 +198,14 @@ class Output:
         else:
             place = "the terminal" if os.isatty(_STDERR) else "stderr"
             where = f"see {place} of SocketProtector -f"
-        if self._relayed:
+        if self._relayed or self._relay_failed:
             return where
-        return f"{where}; {_USE_PREFIX if self._settings.log_relay else _USE_RELAY}"
+        return f"{where}; {self._advice()}"
+
+    def _advice(self) -> str:
+        if self._settings.log_relay:
+            return _USE_PREFIX
+        return _USE_RELAY if self._pipes_by_default else _USE_BOTH
 
     @property
     def keeps_words(self) -> bool:

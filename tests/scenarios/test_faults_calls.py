@@ -173,6 +173,16 @@ def test_without_a_process_for_a_relay_that_was_not_asked_for_it_starts_and_says
     assert start.left() == []
 
 
+def test_without_a_process_for_a_relay_a_failed_start_blames_no_option(start: Start) -> None:
+    environment = injected(start.folder / "fault.py", RELAY_FAILS)
+    command = ("sh", "-c", "exit 1")
+
+    ended = start("--log-file", "log", "unix:s", "--", *command, environment=environment)
+
+    assert ended.status == 3, ended
+    assert ended.lines[-1].endswith(f"; see {start.folder}/log")
+
+
 @pytest.mark.parametrize(
     ("call", "code", "reason"),
     [

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import shutil
 import signal
 import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -140,14 +142,44 @@ def test_a_worker_that_exits_at_once_is_reported_with_its_last_words(
     assert start.left() == []
 
 
-def test_a_start_without_the_log_relay_says_where_the_workers_output_is(start: Start) -> None:
-    ended = start("-f", "--no-log-relay", "127.0.0.1:0", "--", *worker("dies_before_ready"))
+@pytest.mark.parametrize(
+    ("stderr", "words"),
+    [
+        ("pipe", "stderr of SocketProtector -f; remove --no-log-relay to see"),
+        ("file", "stderr of SocketProtector -f; remove --no-log-relay and set --log-prefix to see"),
+        (
+            "terminal",
+            "the terminal of SocketProtector -f; remove --no-log-relay and set --log-prefix to see",
+        ),
+    ],
+)
+def test_a_start_without_the_log_relay_says_where_the_workers_output_is(
+    start: Start, stderr: str, words: str
+) -> None:
+    if stderr == "terminal":
+        ours, theirs = pty.openpty()
+    else:
+        ours, theirs = os.pipe()
+    if stderr == "file":
+        os.close(theirs)
+        theirs = os.open(start.folder / "stderr.sh", os.O_WRONLY | os.O_CREAT)
 
+    ended = start("-f", "--no-log-relay", "unix:s", "--", "sh", "-c", "exit 1", stderr=theirs)
+
+    os.close(theirs)
+    written = (start.folder / "stderr.sh").read_text() if stderr == "file" else _read_all(ours)
+    os.close(ours)
     assert ended.status == 3
-    assert "exited with status 1 before it was ready" in ended.lines[-1]
-    assert ended.lines[-1].endswith(
-        "; see stderr of SocketProtector -f; remove --no-log-relay to see the output here"
-    )
+    assert "exited with status 1 before it was ready; " in written
+    assert f"; see {words} the output here" in written
+
+
+def _read_all(fd: int) -> str:
+    data = b""
+    with suppress(OSError):  # a terminal without another end
+        while part := os.read(fd, 65536):
+            data += part
+    return data.decode()
 
 
 def test_control_characters_in_last_words_are_escaped(start: Start) -> None:

@@ -307,9 +307,10 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "as JSON on stdin; its exit status is the answer. http:/PATH, https:/PATH are as "
                "with --ready. See docs/probes.md.", unset="no probe"),
         Option("health", HEALTH, "Probe the serving workers, and report the result.\n"
-               "http:/PATH, https:/PATH, accept and check:CMD are as with --ready. The result is "
-               "in status, metrics, log and the exporter's /readyz. A bad result restarts nothing "
-               "and rolls nothing back. See docs/probes.md.", unset="no probe"),
+               "http:/PATH, https:/PATH and accept are as with --ready. check:CMD runs once for "
+               "all workers. The result is in status, metrics, log and the exporter's /readyz. A "
+               "bad result restarts nothing and rolls nothing back. See docs/probes.md.",
+               unset="no probe"),
         Option("health-every", TIME_EACH, "Wait this long between health probes; 100ms or more.",
                "health_every_s", default="5s"),
         Option("health-failures", click.IntRange(1, _MANY),
@@ -369,8 +370,9 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "(docs/log.md).",
                "log_prefix", STAYS, common=True),
         Option("no-log-relay", FLAG, "Let workers write to the log themselves.\n"
-               "This saves 10.5 MB of memory. But after a rotation running workers keep the old "
-               "file, and a failed worker's last words may be unknown (docs/log.md).",
+               "This saves 10.5 MB of memory, unless the log is syslog. But after a rotation "
+               "running workers keep the old file, and a failed worker's last words may be "
+               "unknown (docs/log.md).",
                "log_relay", STAYS, show=lambda relay: "false" if relay else "true"),
     ),
     "Security": (

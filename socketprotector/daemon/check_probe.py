@@ -4,8 +4,9 @@ The options `--ready check:CMD` and `--settle-check CMD` set the check commands.
 is checked, its probe address is a loopback port, to which any client program can connect.
 
 In listener mode a helper process, the prober (programs/prober.py), forwards the port's connections
-to the generation's socket.  The kernel recognizes a TCP probe by a mark (SO_MARK).  The check
-command's connections have no mark, so the prober sets the mark on the connections that it makes.
+to the generation's socket.  The kernel recognizes a TCP probe by a mark (`Mark` in system/bpf.py).
+The check command's connections have no mark, so the prober sets the mark on the connections that
+it makes.
 
 In other modes the protector itself accepts the port's connections, and sends them into the
 generation's channel (delivery/queue/probe_port.py).

@@ -4,8 +4,9 @@ The steps have a fixed order:
 
 1. The last words of a worker that exited before it was ready, or as soon as it was ready: they tell
    why the start failed.  If the relay (relay_client.py) has to send the words, we reap the worker
-   only after the relay's answer.  So if the protector is upgraded or killed meanwhile, the next
-   program still finds the exited worker, and requests the words again.
+   only after the relay's answer, or after 2 s without an answer.  So if the protector is upgraded
+   or killed meanwhile, the next program still finds the exited worker, and requests the words
+   again.
 2. The exit status, from waitid(2).  A worker that was started before a crash of the protector is no
    child of this process.  Then waitid(2) fails with ECHILD, and only the guard can report the
    status.

@@ -1,4 +1,4 @@
-"""Probes generations, with a module for each phase; each module is loaded at its first use.
+"""Probes generations, with a late module (system/late_modules.py) for each phase.
 
 ready_probe.py probes a starting generation, settle_check.py a settling generation, and health.py
 the serving generation.
@@ -54,7 +54,7 @@ class Probing:
         self.health: Health | None = None
 
     def probe_starting(self, generation: OpenGeneration) -> None:
-        """Probe a starting generation until it answers."""
+        """Probe a starting generation: see ReadyProbe.begin()."""
         if self.ready_probe is None:
             self.ready_probe = ready_probe.ReadyProbe(
                 self._runtime,
@@ -75,7 +75,7 @@ class Probing:
         return self.ready_probe.why_not_ready if self.ready_probe is not None else ""
 
     def check_settling(self, generation: OpenGeneration) -> None:
-        """Probe a settling generation until stop_checking()."""
+        """Probe a settling generation until it fails, or until stop_checking()."""
         if self.settle_check is None:
             self.settle_check = settle_check.SettleCheck(
                 self._runtime, self._delivery.reach, self._addresses, lambda: self.counts()

@@ -57,7 +57,10 @@ class ReadyProbe:
         self.why_not_ready = ""
 
     def begin(self, generation: OpenGeneration) -> None:
-        """Probe a generation until it answers, or until stop()."""
+        """Probe a generation until `answered` returns True, until NO_TARGET, or until stop().
+
+        Exception: without --ready, a generation whose command has {fd:ready} is not probed.
+        """
         self.stop()
         program = generation.program
         if program.ready == "any" and program.ready_fd >= 0:

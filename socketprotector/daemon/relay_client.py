@@ -4,8 +4,8 @@ Our socket to the relay is called the line.
 
 The protector keeps a copy of the read end of every pipe.  So if the relay dies, workers can still
 write, and the next relay continues reading.  We keep a pipe until its last writer has exited, which
-may be after the worker.  But we keep only LEFT_BEHIND (model/fd_budget.py) pipes of exited workers,
-because clients need descriptors, too.
+may be after the worker.  But of exited workers without orphans we keep only LEFT_BEHIND pipes
+(model/fd_budget.py), because clients need descriptors, too.
 
 If the relay is suspended (SIGSTOP), each worker blocks once its pipe is full.  The relay's pidfd
 does not report the suspension, and we must not poll while idle.  So the first byte that a worker
@@ -312,7 +312,7 @@ class LogRelay:
         os.close(pipe.read)
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
-        """Close the oldest pipes of exited workers; keep LEFT_BEHIND of these pipes.
+        """Close the oldest pipes of exited workers without orphans; keep LEFT_BEHIND of these.
 
         living, numbers: see Output.close_oldest().
         """

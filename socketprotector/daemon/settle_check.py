@@ -59,7 +59,7 @@ class SettleCheck:
         self._settling = Settling()
 
     def begin(self, generation: OpenGeneration) -> None:
-        """Probe a generation until stop()."""
+        """Probe a generation until it fails, or until stop()."""
         self.stop()
         self._generation = generation
         self._spec = probe_spec.read_settle_check(generation.program.settle_check)

@@ -12,7 +12,8 @@ from .settings import Settings
 #: Descriptors that do not depend on the workers: standard files, listeners, state, channels, guard,
 #: relay, and those for starting a process.
 _OTHERS = 32
-#: How many output pipes of ended workers are kept, because child processes still write to them.
+#: How many output pipes of exited workers without orphans are kept, because other processes still
+#: write to these pipes.
 LEFT_BEHIND = 32
 _RAISE = "raise that (ulimit -Hn, LimitNOFILE= of a unit)"
 

@@ -1,8 +1,9 @@
-"""The delivery in which the protector accepts connections; each generation's queue is a channel.
+"""The delivery in which the protector accepts connections, and sends them into channels.
 
-All workers of a generation take connections from its queue.  The protector keeps both ends of the
-queue, so the queue outlives the workers.  When a generation drains, or its workers have exited, the
-connections that its workers have not taken go to the route.
+Each generation has one channel, from which all its workers take connections.  The protector keeps
+both ends of the channel, so the queue in the channel survives the death of all workers.  When a
+generation drains, or is released after its last worker has exited, the connections that no worker
+has taken go to the route.
 """
 
 from __future__ import annotations
@@ -221,10 +222,11 @@ class QueueDelivery(Delivery):
         self.forwarder.add(listener)
 
     def remove(self, listener: Listener) -> None:
-        """Send a listener's backlog to the newest generation that knows the listener.
+        """Refuse a listener's new clients, and send its backlog to a generation.
 
-        Generations that have ended, or that never had the route or a share of the clients, do not
-        get the backlog.
+        The newest generation that meets three conditions gets the backlog: it knows the listener,
+        it has had the route or a share of the clients, and it may still get clients (not `ended`).
+        Without such a generation the backlog is lost.
         """
         served = [
             number

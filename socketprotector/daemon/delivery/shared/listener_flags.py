@@ -3,8 +3,8 @@
 Workers may change the flag.  The flag belongs to the open file description, so a change affects all
 processes that share the socket.  When systemd starts the protector again after a crash, systemd
 sets the flag to the unit's NonBlocking=.  The workers that changed the flag may still run.  So we
-record the flag, and restore it after such a start.  Sockets that we bound need no record: systemd
-does not change the flags of sockets in its fd store.
+record the flag, and restore it after such a start.  Sockets that we bound need no record: after a
+crash they come from systemd's fd store, and systemd does not change the flags of those sockets.
 
 Source: systemd.service(5), fcntl(2).
 """

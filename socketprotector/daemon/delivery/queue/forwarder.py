@@ -5,8 +5,7 @@ We choose no worker: workers take connections from their queue (client_lib's int
 
 We accept only connections that we can deliver.  If a send fails nevertheless, undelivered.py keeps
 the connection, and we send it before all others.  When a generation drains, or is released after
-its last worker has exited, we take back the connections in its channel (leftovers), and send them
-to the route.
+its last worker's exit, we send the connections in its channel (leftovers) to the route.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Client:
     ) -> None:
         """Connect to the control socket at `path`.  Raises NoProtector, RequestRefused.
 
-        answer_s: how long to wait for an answer.
+        answer_s: how long to wait for the connection, and for each answer.
         events: whether to request the events, which the protector then sends as they happen.
         until: the deadline of connecting, reconnect(), request() and query(), by time.monotonic().
         """
@@ -113,7 +113,7 @@ class Client:
         Raises NoProtector if no protector answers, RequestRefused after a refusal.
 
         within_s: how long to try, at most RETURN_S.
-        answer_s: how long to wait for the status at least, even if `within_s` ends earlier.
+        answer_s: wait at least this long for the status, even if `within_s` ends earlier.
         """
         limit_s = self._limited_s(min(within_s, RETURN_S))
         until = time.monotonic() + limit_s
@@ -188,7 +188,8 @@ class Client:
             except ConnectionLost as error:
                 left_s = until - time.monotonic()
                 if left_s <= 0 and time.monotonic() >= self._until:
-                    raise NoProtector(str(error), "silent") from error  # after the deadline
+                    # The client's deadline, not RETURN_S, ended the tries.
+                    raise NoProtector(str(error), "silent") from error
                 if left_s <= 0:
                     raise
                 self.reconnect(left_s)
@@ -273,8 +274,8 @@ class Client:
                 return found[0]
             if self._has_run_out(until):
                 return None
-        # _MOST_EVENT_BYTES stops a peer that sends events endlessly while answer() waits.  Now the
-        # caller is reading the events, so count from 0 again.
+        # _MOST_EVENT_BYTES stops a peer that sends events endlessly while answer() waits.  The
+        # caller is reading the buffered events now, so answer() may buffer as many bytes again.
         self._events_bytes = 0
         return self._events.popleft()
 
@@ -352,7 +353,7 @@ def connect(path: str, timeout_s: float) -> socket.socket:
 
     timeout_s: how long to wait if the backlog is full; 0: not at all, and the returned socket is
     non-blocking.
-    Raises NoProtector; RequestRefused (denied) if the socket's mode forbids the connection.
+    Raises NoProtector; RequestRefused (denied) if this user may not connect.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

@@ -1,5 +1,6 @@
-"""Finds a protector's control socket: by path, name or pid file, or the only running protector's.
+"""Finds a protector's control socket by path, name or pid file.
 
+Without these, finds the socket of the only running protector.
 A socket is "silent" if a process listens there but does not answer in time (errors.py).
 """
 
@@ -94,7 +95,7 @@ def by_name(name: str) -> str:
 
 
 def paths_by_name(names: Sequence[str]) -> list[str]:
-    """Return the path of each named protector's socket; "" if no protector or several match.
+    """Return the path of the socket for each name; "" if no socket or several protectors match.
 
     names: as in by_name().  Queries each socket at most once, for the exporter: a silent protector
     must not delay the metrics of the others.
@@ -113,10 +114,11 @@ def paths_by_name(names: Sequence[str]) -> list[str]:
 
 
 def _with_key(name: str, found: Sequence[str]) -> tuple[list[str], list[str], str]:
-    """Return the sockets with a name's key, those where a process listens, and the certain match.
+    """Return all sockets with a name's key, the listening ones, and the certain match.
 
     A socket's key is the protector's name as it is written in the socket's path.
     The certain match is one path; "" if the caller must request the statuses to find the socket.
+    With a socket of a longer key (NAME:PORT) no match is certain: its protector may be NAME, too.
     """
     key = control_path.key_of(name)
     with_key = [path for path in found if control_path.key(path) == key]
@@ -139,7 +141,7 @@ def _with_name(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
 def _query_silent_again(found: Sequence[SocketAnswer]) -> tuple[list[SocketAnswer], list[str]]:
     """Request the status from the silent sockets again, and wait for up to ANSWER_S.
 
-    Returns `found` with the new answers, and the paths of the sockets that are silent again.
+    Returns `found` with the new answers, and the paths of the sockets that are still silent.
     """
     again = query_all((each.path for each in found if each.why == "silent"), ANSWER_S)
     later = {each.path: each for each in again}
@@ -181,7 +183,7 @@ def names(found: Sequence[SocketAnswer]) -> list[str]:
 
 
 def _end_in_own_folder(name: str) -> str:
-    """Return the end of the path of a socket that is in its protector's own folder."""
+    """Return the end of the path of a socket in a protector's own folder: /KEY/control."""
     return f"/{control_path.key_of(name)}/{control_path.IN_OWN_FOLDER}"
 
 

@@ -47,7 +47,10 @@ class NotReady(ControlError):
 
 
 class TimedOut(ControlError):
-    """--timeout has expired.  Once requested, the operation continues, and may still succeed."""
+    """--timeout has expired.
+
+    If the operation was already requested, it continues, and may still succeed.
+    """
 
     status = 4
     result = "timed out"
@@ -68,7 +71,7 @@ _STATUSES = {"invalid": UsageError.status, "unmet": UsageError.status, "deployin
 
 
 class RequestRefused(ControlError):
-    """The protector refused or does not know a request, or this user has no permission.
+    """The protector or this program refuses a request, or this user has no permission.
 
     code: a code of docs/control.md.
     """

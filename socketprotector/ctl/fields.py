@@ -101,7 +101,7 @@ def waits_of(status: Status) -> list[Wait]:
 
 #: Kinds of waits that rollout_text() describes.
 _ROLLOUT_KINDS = ("canary", "rolling", "settle")
-#: The most workers that rollout_text() names, of those that a rolling reload waits for.
+#: A rolling reload can wait for many workers; rollout_text() names at most this number.
 _NAMED = 3
 
 
@@ -126,7 +126,7 @@ def share_of(status: Status, generation: int) -> float | None:
 
 
 def rollout_text(status: Status) -> str:
-    """Return a text about the progress of a rollout, and the time left in its current stage.
+    """Return a text about the progress of a rollout, and, if known, when its current stage ends.
 
     Returns "" if there is no rollout, or while the new generation starts.
     """

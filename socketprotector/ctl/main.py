@@ -68,9 +68,10 @@ def completion(instance: Instance, shell: str, programs: Sequence[str], as_json:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.  arguments: if None, sys.argv[1:]."""
     open_missing_standard_streams()
-    if isinstance(sys.stdout, TextIOWrapper):  # the locale may lack characters of a worker's output
+    if isinstance(sys.stdout, TextIOWrapper):
         # reconfigure() fails if the caller has replaced descriptor 1, a regular file, by a pipe.
         with suppress(OSError):
+            # A worker's output may have characters that the locale's encoding lacks.
             sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # TERM interrupts, as INT does

@@ -18,8 +18,8 @@ from .reload_progress import Awaited, Losses
 _STATUS_EVERY_S = 1.0
 #: The requests that only read.  A command sends them before its request that changes something.
 _READ_ONLY = {"events", "status", "releases"}
-#: How long to try to reconnect during a stop.  This time is short, because after a stop the socket
-#: may stay open in the guard without any answer.
+#: How long to try to reconnect during a stop.  This time is short, because after the protector's
+#: end the guard may still have the socket open, but the guard never answers.
 _RECONNECT_IN_STOP_S = 0.2
 
 
@@ -97,7 +97,11 @@ class Operation:
                 raise
 
     def _reconnect(self, awaited: Awaited) -> None:
-        """Process the events received before the connection ended; reconnect if more are needed."""
+        """Reconnect after the connection has ended, and pass the status to `awaited`.
+
+        First process the events received before the end; if the wait is then over, do not
+        reconnect.
+        """
         with suppress(ConnectionLost):
             while event := self.next_event(0.0):
                 awaited.on_event(event)

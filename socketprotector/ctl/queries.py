@@ -44,7 +44,7 @@ _AGAIN_EVERY_S = 1.0
 _DIFF_S = 60.0
 #: How long `events` waits for an event before it waits again; nothing is printed in between.
 _LISTEN_S = 3600.0
-#: The most addresses of a protector, and characters of an address, that `list` shows.
+#: The limits of `list`: addresses of a protector, and characters of an address.
 _ADDRESSES, _ADDRESS_CHARACTERS = 64, 200
 #: Connection.bound -> the sign before the age.
 _BOUNDS = {EXACT: "", AT_LEAST: ">=", AT_MOST: "<="}
@@ -290,7 +290,7 @@ def events(instance: Instance, follow: bool, as_json: bool) -> None:
 def _events_client(path: str, follow: bool) -> Client:
     """Return a new connection that follows events.
 
-    follow: if no protector is running, wait for its start while the socket's folder exists.
+    follow: if no protector answers, try again, as long as the socket's folder exists.
     """
     while True:
         try:

@@ -88,7 +88,8 @@ def reload(
     """Start the new version beside the old one, and switch when the new version is ready.
 
     The command waits until the new generation is serving and --settle is over. If the new
-    generation fails, the command prints the reason and exits with 3; the old generation serves on.
+    generation fails, the command prints the reason and exits with 3. The old generation keeps
+    serving; with --reload-order stop-first, SocketProtector starts the old version again.
 
     With --dry-run the new generation gets no clients, and is stopped when it is ready. The exit
     status is 0 if the generation became ready, and 3 if it failed.
@@ -143,8 +144,8 @@ def await_success(
     """Wait for the verdict on a generation; return a text about its success.
 
     before: the status before the request.
-    promised: the generation's number in the answer to the request.  The verdict can be about a
-    later generation (reload_progress.py).
+    promised: the generation's number in the answer to the request.  If the protector must
+    restart the old version before the new version, the verdict is about a later generation.
     failure: the first words of the error if the generation fails.
     dry_run: also wait for the end of this generation.
     drained: after a success, also wait for the end of the older generations.
@@ -202,7 +203,7 @@ def _count_losses(operation: Operation) -> Message:
     try:
         after = operation.client.request("status")
         while operation.next_event(0.0) is not None:
-            pass  # next_event() counts the workers' losses; `after` has the protector's losses
+            pass  # next_event() has counted what a worker lost; `after` has the protector's losses
     except ControlError:
         return {}
     operation.outcome["lost"] = operation.losses.count(after)
@@ -212,7 +213,8 @@ def _count_losses(operation: Operation) -> Message:
 def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) -> int:
     """Request a reload or dry run, and return the number of its generation.
 
-    If the connection is cut before the reload has begun, send the request again.
+    If the connection is cut before the reload or dry run has begun, send the request again.
+    before: the status before the request.
     """
     dry_run = "dry_run" in arguments
     if dry_run and "dry_run" not in before:
@@ -252,7 +254,7 @@ def _request_arguments(dry_run: bool, canary: dict[str, Any] | None) -> dict[str
 
 
 def _generations_tried(status: Message, *, dry_run: bool) -> list[int]:
-    """Return the numbers of the generations that reloads, or the last dry run, started."""
+    """Return the number of each reload's generation; with `dry_run`, of the last dry run's."""
     return [number_in(each, "generation") for each in attempts_in(status, dry_run=dry_run)]
 
 
@@ -277,7 +279,8 @@ def _await_verdict(operation: Operation, watched: Reload) -> Verdict:
 def _end_of_protector_suffices(when: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Suppress the block's NoProtector if the protector has ended and when() is true.
 
-    The block waits for the end of the protector, or of generations, which end with the protector.
+    The block waits until generations, or the protector itself, have ended.
+    when: returns True if the wait is over once the protector has ended.
     """
     try:
         yield
@@ -295,7 +298,7 @@ class _OlderGenerations(Awaited):
         super().__init__(watched.tell)
         self.stopping = watched.stopping
         self._generation = generation
-        self._missing = "status"
+        self._missing = "status"  # until the first status has arrived
         self._most_workers, self._throttle = 0, ProgressThrottle()
 
     def on_status(self, status: Message) -> None:
@@ -345,7 +348,7 @@ def _raise_failed(operation: Operation, found: Verdict, failure: str) -> None:
 
 
 def _last_words(client: Client, generation: int) -> str:
-    """Return the newest last words of a generation's failed workers; "" if there are none.
+    """Return the newest last words of a generation's failed workers; "" if none are known.
 
     The failure's event has them, too, but an event is lost if the connection is cut.
     """
@@ -376,8 +379,9 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
     """Stop gracefully: serve the connected clients, let the workers finish, then exit."""
     with begin(instance, timeout, as_json) as operation, ExitStack() as opened:
         before = operation.client.query("status")
-        # Wait for the end of the protector's and the guard's process.  If they are in another PID
-        # namespace, the guard's pid is unknown here.
+        # Open pidfds of the protector and the guard before the stop: afterwards their pids may
+        # belong to other processes.  If the protector and the guard are in another PID namespace,
+        # the guard's pid is unknown here.
         pids = {operation.client.protector_pid}
         if operation.client.shares_pids(before):
             pids.add(number_in(before, "main_pid"))
@@ -418,7 +422,7 @@ def _request_stop(client: Client, quick: bool) -> None:
 
 
 class _Stopped(Awaited):
-    """Waits until the protector has ended: only the error NoProtector ends the wait."""
+    """Waits until the protector has ended.  An error ends the wait: NoProtector or TimedOut."""
 
     refresh_after = ("lame-duck", "drained", "exited", "stopping")
     stopping = True

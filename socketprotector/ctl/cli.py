@@ -29,7 +29,8 @@ NAME = "socketprotectorctl"
 _COMMAND = re.compile(
     rf"`(?:{NAME} )?((?:{'|'.join({*sum(GROUPS.values(), ())} - {'list', 'completion'})})\b[^`]*)`"
 )
-#: The beginning of each printed line of a worker's last words.  quoted() of reload.py repeats it.
+#: The beginning of each printed line of a worker's last words.  quoted() of reload.py must use the
+#: same text, by which with_instance() recognizes these lines.
 _QUOTED = "  | "
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -95,7 +96,7 @@ class Instance:
 
 
 def _store_instance(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Store an instance option.  Raises UsageError if one is stored already.
+    """Store an instance option.  Raises UsageError if an instance option is stored already.
 
     The option can come before or after the command.  value: None if the option was not given.
     """
@@ -114,7 +115,10 @@ def _complete_name(_: click.Context, __: click.Parameter, typed: str) -> list[st
 
 
 def _instance_options(function: Function, *, hidden: bool = False) -> Function:
-    """Return the program, or one of its commands, with the instance options added."""
+    """Return the program, or one of its commands, with the instance options added.
+
+    hidden: whether the page of --help leaves these options out.
+    """
     for name, metavar, text in (
         ("pid-file", "FILE", "Choose the protector with this pid file."),
         ("control", "PATH", "Choose the protector with this control socket."),
@@ -164,6 +168,7 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
     """Return a decorator that turns a function into a command.
 
     The function's first argument is the Instance; its argument `as_json` is the flag --json.
+    name, settings: as for click.Group.command().
     """
 
     def decorate(function: Function) -> click.Command:

@@ -56,7 +56,7 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class HiddenWorker:
-    """A worker whose connections we cannot read, and the reason."""
+    """A worker of which we cannot read all connections, and the reason."""
 
     generation: int
     worker: int
@@ -80,9 +80,9 @@ def find_connections(
     *,
     shares_pids: bool = True,
 ) -> tuple[list[Connection], list[HiddenWorker]]:
-    """Return the workers' connections, and the workers whose connections we cannot read.
+    """Return the workers' connections, and the workers of which we cannot read all connections.
 
-    workers: from the answer to the request `connections` (docs/control.md).
+    workers: the workers and their forked children, from the answer to the request `connections`.
     listeners: the canonical addresses of the listeners.
     now: seconds since the epoch.
     draining: the numbers of the draining generations.
@@ -115,7 +115,9 @@ def find_connections(
             namespace = os.readlink(f"/proc/{pids[0]}/ns/net")
             if namespace not in tables:
                 table = dict(_sockets(pids[0], addresses))
-                os.readlink(f"/proc/{pids[0]}/ns/net")  # raises if the process has ended meanwhile
+                # If the process has ended meanwhile, the table may be incomplete.  Then readlink()
+                # raises, and the table is not kept.
+                os.readlink(f"/proc/{pids[0]}/ns/net")
                 tables[namespace] = table
             inodes, why = _inodes(pids)
         except OSError as error:
@@ -180,18 +182,18 @@ def _inodes(pids: Sequence[int]) -> tuple[dict[int, int | None], str]:
     """
     found: dict[int, int | None] = {}
     why = ""
-    worker, todo = pids[0], list(reversed(pids))
+    first, todo = pids[0], list(reversed(pids))
     while todo:
         each = todo.pop()
         try:
             for fd, inode in procfs.sockets(each):
                 # The caller looks for fd in `accepted_at_by_fd`, which has only the worker's own
                 # descriptors.
-                found.setdefault(inode, fd if each == worker else None)
+                found.setdefault(inode, fd if each == first else None)
             todo += procfs.children_of(each)
         except OSError as error:
             hidden = _why_hidden(each, error)
-            why = why or (hidden if each == worker else hidden and f"its child {each}: {hidden}")
+            why = why or (hidden if each == first else hidden and f"its child {each}: {hidden}")
     return found, why
 
 
@@ -228,7 +230,7 @@ def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
     waiting = unread_unix()
     for words in _lines(path):
         if len(words) < 7 or not words[6].isdecimal():
-            continue  # the rest of a socket's name that contains a line break
+            continue  # the name of the previous line's socket contains a line break
         state, inode = words[5], words[6]
         name = path_of(" ".join(words[7:]))  # a path may contain blanks
         if state == _CONNECTED and name in addresses:

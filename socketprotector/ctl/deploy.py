@@ -3,8 +3,8 @@
 deploy and releases need a protector with --releases.  Without --releases, rollback only ends a
 reload.
 
-`current` is the symbolic link that the protector's option --current names; it leads to the release
-that a restart starts.
+`current` is the symbolic link that the protector's option --current names.  The link leads to the
+release that a restart starts.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def rollback(
 
     If neither is in progress, deploy the release that served successfully before the serving
     release. Each further rollback goes further back. A rollback skips missing releases, and
-    releases that failed when last tried. After you return to a release, rollbacks skip the
-    releases that followed it.
+    releases that failed or were refused when last tried. After you return to a release, rollbacks
+    skip the releases that followed it.
 
     During a reload or deploy, --expect is compared with the release that is starting, not with the
     serving release.
@@ -156,8 +156,8 @@ def _releases_in(status: Message) -> Message:
 def _is_unchanged(client: Client, before: Message, name: str, expect: str | None) -> bool:
     """Return True if the release is serving and unchanged, and `current` leads to it.
 
-    Returns False if `expect` names another release, so that the caller requests the deploy and the
-    protector refuses the request.
+    Returns False if `expect` names a release other than `name`.  The caller then requests the
+    deploy, and the protector compares `expect` with the serving release.
     """
     releases = _releases_in(before)
     if expect not in (None, name) or (releases.get("serving"), releases.get("current")) != (
@@ -172,7 +172,8 @@ def _is_unchanged(client: Client, before: Message, name: str, expect: str | None
 def _request_deploy(client: Client, before: Message, name: str, arguments: dict[str, Any]) -> int:
     """Request a deploy, and return the number of its generation.
 
-    If the connection is cut before the deploy has begun, send the request again.
+    If the connection is cut before the answer, and the status then does not show the deploy, send
+    the request again.
     before: the status before the request.
     """
     if "releases" not in before:
@@ -188,7 +189,7 @@ def _request_deploy(client: Client, before: Message, name: str, arguments: dict[
     now = _releases_in(client.query("status"))
     if now.get("deploying") == name or (
         now.get("serving") == name and _releases_in(before).get("serving") != name
-    ):
+    ):  # the deploy is in progress, or has succeeded
         return number_in(now, "generation")
     return number_in(client.query("deploy", **arguments), "generation")
 

@@ -55,7 +55,8 @@ _ALL_STATUSES = (
     ),
     (
         "4",
-        "not done within --timeout; once requested, the operation continues, and may still succeed",
+        "not done within --timeout; if already requested, the operation continues, and may still "
+        "succeed",
     ),
     (
         "5",
@@ -63,7 +64,7 @@ _ALL_STATUSES = (
         "not on disk yet",
     ),
     ("6", "deploy, rollback: another deploy, reload or dry run is in progress"),
-    ("100", "the protector refused, or this user has no permission"),
+    ("100", "the command was refused for another reason, or this user has no permission"),
     ("130", "interrupted"),
 )
 

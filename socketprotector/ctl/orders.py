@@ -159,7 +159,9 @@ def promote(instance: Instance, now: bool, as_json: bool) -> None:
 @command(short_help="Replace the serving generation, or a worker.")
 @click.argument("which", metavar="GEN|PID", shell_complete=known_generations)
 def replace(instance: Instance, which: str, as_json: bool) -> None:
-    """Replace the serving generation, or one worker. The replacement runs the same command.
+    """Replace the serving generation, one worker, or a worker's forked child.
+
+    The replacement runs the same command.
 
     If a number is both a generation and a pid, write generation:N or pid:N.
     """

@@ -27,7 +27,7 @@ class SocketAnswer:
 
     path: str
     result: Message | None = None
-    pid: int = 0  # Client.peer_pid; 0: no process listens, or the connection failed
+    pid: int = 0  # Client.peer_pid; 0: no process listens, or the connection failed or ended
     why: str = ""  # why there is no answer: the code of NoProtector or RequestRefused
 
     @property
@@ -71,7 +71,7 @@ def query_all(paths: Iterable[str], within_s: float = _ALL_ANSWERS_S) -> list[So
 def _answer_of(client: Client) -> SocketAnswer | None:
     """Return a client's answer or error; None while the answer is incomplete."""
     try:
-        result = client.answer(0.0)
+        result = client.answer(0.0)  # 0.0: only read what has arrived
     except (NoProtector, RequestRefused) as error:
         pid = 0 if error.code == "dead" else client.peer_pid
         return SocketAnswer(client.path, None, pid, error.code)

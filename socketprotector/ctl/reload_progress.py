@@ -3,9 +3,9 @@
 Events report each step at once, but events are lost while the connection is cut.  A status reports
 the same facts later.
 
-The answer to a `reload` request has the number of the new generation.  Reload takes the
-first verdict on a generation with this number or a higher number.  That generation's number is
-higher if the protector had to restart the old version first (docs/control.md).
+The answer to a `reload` request has the number of the new generation.  The class Reload takes the
+first verdict on a generation with this number or a higher number.  The verdict's generation has a
+higher number if the protector had to restart the old version first (docs/control.md).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _RELOAD_WAITS = (
 )
 #: The kinds of waits to show during a stop.
 STOP_WAITS = ("stop",)
-#: With more workers than this, show only about this many counts of ready or drained workers.
+#: If there are more workers than _STEPS, show only about _STEPS counts of ready or drained workers.
 _STEPS = 10
 
 
@@ -84,7 +84,7 @@ class WaitsShown(WaitLines):
 class _Progress:
     """What has been shown of a starting generation's progress."""
 
-    number: int
+    number: int  # the generation's number
     ready: set[int] = field(default_factory=set)  # the numbers of the ready workers
     throttle: ProgressThrottle = field(default_factory=ProgressThrottle)
     routed: bool = False  # the generation gets all new connections
@@ -160,6 +160,8 @@ class Reload(Awaited):
         """Process an event; ignore progress and verdicts of earlier generations."""
         super().on_event(event)
         name, number = event.get("event"), number_in(event, "generation")
+        # While generations share the new connections, `generation` is the old generation, and
+        # `sharing` the new generation.
         if name == "route" and number_in(event, "sharing") >= self.generation:
             self._show_share(number_in(event, "sharing"), text_in(event, "share"))
         if self.verdict is not None or number < self.generation:
@@ -305,12 +307,12 @@ class Losses:
         before = self._before
         by_protector = measure(before, "lost"), measure(after, "lost")
         # Under --handoff listener, a status does not say how many connections the protector lost.
-        # During a restart, events may have been missed.
+        # If the protector has restarted, events may have been missed.
         if None in by_protector or before.get("restarts") != after.get("restarts"):
             return None
         counted = [*listed(before, "generations"), *listed(after, "generations")]
         if any(each.get("serving_since_at") and each.get("lost") is None for each in counted):
-            return None  # a generation whose workers do not count their connections
+            return None  # some generation's workers do not count their connections
         return number_in(after, "lost") - number_in(before, "lost") + self._by_workers
 
 

@@ -39,7 +39,7 @@ _FIELDS = {
     "WAIT-P50": "wait_us",
     "P99": "wait_us",
 }
-#: The most pids of a worker's children that are shown.
+#: How many pids of a worker's children are shown at most.
 _MOST_PIDS = 4
 
 
@@ -74,7 +74,7 @@ def heading(status: Message) -> list[Text]:
         warnings.append("lame duck: /readyz answers 503; still serving")
     if says := _health_line(status):
         warnings.append(says)
-    # Leave out the waits `hold` and `lame-duck`, which have a warning above.
+    # Leave out the waits `hold` and `lame-duck`: the warnings above report them.
     shown = [each for each in other_waits_of(status) if each.kind not in ("hold", "lame-duck")]
     warnings += [f"waiting: {each.text}" for each in shown]
     for each in listed(status, "generations"):
@@ -122,7 +122,7 @@ def stuck_generations(status: Message) -> list[tuple[int, float]]:
 
 
 def listeners(status: Message) -> list[Text]:
-    """Return a line for each listener, with the clients that wait there."""
+    """Return a line for each listener, with the number of clients that wait there."""
     found = []
     for each in listed(status, "listeners"):
         words = f"listens on {text_in(each, 'address')}"
@@ -273,7 +273,7 @@ def _pids_text(pids: Sequence[int]) -> str:
 
 
 def reload_lines(status: Message) -> list[Text]:
-    """Return lines about the reload in progress, the last reload and dry run, and failures."""
+    """Return lines about the current and last reload, the last dry run, and failed workers."""
     now = status.get("now")
     reloads = listed(status, "reloads")
     ended = [each for each in reloads if each.get("result") in ("reloaded", "failed")]

@@ -122,8 +122,8 @@ def _screen(client: Client, interval: float) -> None:
                 live.update(draw(status, children, rates, *size), refresh=True)
             except NoProtector as error:
                 live.update(render.styled(f"no answer: {error}", "red"), refresh=True)
-                # Perhaps only a part of the request was sent: the next request needs a new
-                # connection.
+                # Perhaps only a part of the request was sent.  Close the connection, so that
+                # _status() reconnects.
                 client.close()
             if quit_pressed(interval):
                 return

@@ -73,7 +73,7 @@ def _check_upgrade(instance: Instance, as_json: bool) -> None:
 
 
 class _Upgraded(Awaited):
-    """Waits for a status of the new program: `restarts` is higher than in `before`."""
+    """Waits for a status of the new program, in which `restarts` is higher than before."""
 
     def __init__(self, before: Message, tell: Callable[[str], None]) -> None:
         super().__init__(tell)

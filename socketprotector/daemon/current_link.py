@@ -50,7 +50,8 @@ class CurrentLink:
         self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
         self._lock = lock
         self._moved_late = moved_late
-        #: Why the last try to take the lock failed; "": it did not fail, or there was no try.
+        #: The error of the last try to take the lock; "": no error (perhaps another protector has
+        #: the lock), or no try.
         self.lock_error = ""
         self.not_moved: NotMoved | None = None
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
@@ -66,7 +67,7 @@ class CurrentLink:
 
     @property
     def in_the_way(self) -> str:
-        """If `current` is no symbolic link, why it cannot be moved; otherwise ""."""
+        """If `current` exists and is no symbolic link, why it cannot be moved; otherwise ""."""
         return release_store.in_the_way(self.path)
 
     @property
@@ -76,7 +77,10 @@ class CurrentLink:
 
     @property
     def error(self) -> str:
-        """Why `current` could not be locked or moved; "": no failure."""
+        """Why `current` could not be locked or moved.
+
+        "": no error, also if another protector has the lock.
+        """
         return self.lock_error or (self.not_moved.why if self.not_moved is not None else "")
 
     # -- the owner ---------------------------------------------------------------

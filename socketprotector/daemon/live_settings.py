@@ -40,8 +40,7 @@ class LiveSettings:
         command: tuple[str, ...],
     ) -> None:
         """command: the command line that executes SocketProtector again."""
-        #: The record that the next program (after an upgrade or a kill) needs; always replaced as a
-        #: whole.
+        #: The record that the next program (after an upgrade or a kill) needs.
         self.record = SettingsRecord(settings)
         self._pool = pool
         self._delivery = delivery
@@ -58,7 +57,10 @@ class LiveSettings:
         return self.record.current
 
     def next_settings(self, *, fresh: bool) -> Settings:
-        """Return the settings for the next generation; fresh: the candidate, if there is one."""
+        """Return the settings for the next generation.
+
+        fresh: use the candidate settings, if there are any; otherwise use the settings in force.
+        """
         return (self.record.candidate if fresh else None) or self.settings
 
     def read(self, *, dry_run: bool, canary: bool = False, release: str = "") -> None:
@@ -84,6 +86,7 @@ class LiveSettings:
         """Call `done` with what a reload would change; return False if a comparison runs.
 
         If the reader process cannot start, `done` gets the failure before this method returns.
+        Raises MemoryError: see _reader().
         """
         comparer = self._reader("comparer")
         if comparer.busy:

@@ -5,7 +5,8 @@ Each worker has its own pipe in two cases:
 * --log-prefix is set.
 * The log is syslog, the journal, a pipe or the file of --log-file, and --no-log-relay is not set.
 
-Otherwise workers write to our stdout and stderr, such as a terminal or, under `-f 2>FILE`, FILE.
+Otherwise workers write to our stdout and stderr: for example a terminal, or FILE under
+`-f 2>FILE`.
 
 A relay process (programs/log_relay.py) reads the pipes and writes the log.  So running workers need
 not reopen a rotated log, and the relay knows which worker wrote a line.
@@ -60,7 +61,8 @@ class Output:
         self._settings, self._relay_failed = settings, relay_failed
         self._log_file, self._to_syslog = settings.log_file, settings.to_syslog
         ours = self._to_syslog or self._log_file is not None
-        #: Whether each worker has a pipe of its own without --log-prefix and --no-log-relay.
+        #: Whether each worker has a pipe of its own if neither --log-prefix nor --no-log-relay is
+        #: set.
         self._pipes_by_default = ours or _is_stream()
         #: Whether each worker has a pipe of its own.
         self._relayed = not relay_failed and (
@@ -134,8 +136,8 @@ class Output:
         """Close the oldest pipes of exited workers without orphans.
 
         LEFT_BEHIND (model/fd_budget.py) of these pipes stay open.
-        living: the number of all other workers: those that run, and exited workers with orphans.
-        numbers: returns the numbers of these other workers.
+        living: how many workers run, or have exited and left orphans.
+        numbers: returns these workers' numbers.
         """
         if self._relay is not None:
             self._relay.close_oldest(living, numbers)
@@ -148,7 +150,7 @@ class Output:
                 self._relay.reopened()
 
     def finish(self) -> None:
-        """Close our line to the relay.
+        """Close our line to the relay; wait up to 3 s (_END_S of relay_client.py) for its exit.
 
         The relay writes the rest, and exits once no process has a worker's pipe open for writing.
         """

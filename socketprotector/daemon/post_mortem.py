@@ -11,8 +11,8 @@ The steps have a fixed order:
    child of this process.  Then waitid(2) fails with ECHILD, and only the guard can report the
    status.
 3. Whether the kernel killed the worker because memory ran out.
-4. The processes that the worker left.  We find them by the pid of the reaped worker: the kernel
-   does not reuse this pid while the worker's process group exists.
+4. The processes that the worker left in its process group.  We find them by the pid of the reaped
+   worker: the kernel does not reuse this pid while the process group exists.
 """
 
 from __future__ import annotations
@@ -148,6 +148,7 @@ class PostMortem:
         )
         last_words, was_ready = worker.last_words or "", record.ready_by or worker.became_ready
         # A failed start, or the worker called daemon(3): end the processes that the worker left.
+        # Those outside its process group are found by their notify address.
         if not was_ready:
             self.orphans.end(worker.notify.address)
         detached = end.clean and not was_ready
@@ -168,7 +169,8 @@ class PostMortem:
         """Log a forked child's failure that its worker reports, and add it to the history.
 
         text: the report, in the form that CHILD of socketprotector_client/wire.py describes.
-        Ignore a malformed report, and the report of a worker that was ordered to exit.
+        Ignore a malformed report, and the report of a worker that was ordered to exit or gets no
+        more clients.
         """
         words = text.split()
         if len(words) != 4 or not all(_is_number(each) for each in words[:3]):
@@ -240,7 +242,8 @@ class PostMortem:
         """Watch the processes left in a worker's process group; return whether there are any.
 
         Takes ownership of the process and the line.
-        lost: see WorkerExited (core/events.py).
+        lost: the worker itself may still run, but some of its descriptors were lost when the
+        protector was killed.
         """
         has_group = process.has_group()
         if has_group:
@@ -256,15 +259,15 @@ class PostMortem:
         if lost:
             generation.take_counts(record.slot)  # only now: until its end the group used the slot
         waiting = self.delivery.waiting(generation, clients_only=True) or 0
-        # This is the worker's second WorkerExited: the first said that the worker left orphans.
+        # This is the worker's second WorkerExited; the first had the flag `orphans`.
         self.runtime.post(WorkerExited(record.number, "orphans gone", waiting=waiting))
 
     def adopt_group(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
     ) -> bool:
-        """Adopt the process group of an exited worker; takes ownership of its descriptors.
+        """Adopt the process group of a worker that has exited, or lacks some of its descriptors.
 
-        Returns whether a process of the group is left.
+        Takes ownership of the descriptors.  Returns whether a process of the group is left.
         """
         for name, fd in descriptors.items():
             if name not in ("process", "line"):

@@ -34,8 +34,9 @@ from .generation import OpenGeneration
 from .prober_client import Prober
 from .verdicts import Verdict
 
-#: How long we wait before we check again whether a worker has accepted our connection, or connect
-#: again to a full UNIX socket.  It is a tenth of the connection's age, within these limits.
+#: The pause before we check again whether a worker has accepted our connection, or before we try
+#: again to connect to a full UNIX socket.  It is a tenth of the time since the connection's first
+#: probe was sent, within these limits.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.005, 1.0, 0.1
 #: How long after the probe's limit we kill a silent prober, which may be slow to start.
 _PROBER_S = 10.0
@@ -155,7 +156,10 @@ class Probe:
             report(Verdict(kind, why))
 
     def _connect(self, generation: OpenGeneration, limit_s: float) -> None:
-        """Connect to the generation.  Raises OSError if the generation cannot be reached now."""
+        """Connect to the generation, and begin the probe.
+
+        Raises OSError if we cannot even try, for example because no descriptor is free.
+        """
         spec = self._spec
         self._target = self._target or self._reach(generation, spec.listener)
         target = self._target
@@ -283,9 +287,9 @@ class Probe:
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif code and not (was_reset and self._was_reset):
             # A reset has one of two causes: the listening socket was shut down, or a server has
-            # accepted and reset the connection.  Report REFUSED for a first reset, because
-            # delivery/shared/socket_repair.py removes the first cause before the next probe.  If
-            # that probe is reset, too, a server accepts: the next branch reports GOOD.
+            # accepted and reset the connection.  One reset does not tell which, so report REFUSED.
+            # Before the next probe, delivery/shared/socket_repair.py repairs a socket that was shut
+            # down.  If that probe is reset, too, a server accepts: the branch below reports GOOD.
             self._finish(verdicts.REFUSED, self._cannot_connect(code))
         elif code or not waits:
             self._finish(verdicts.GOOD)

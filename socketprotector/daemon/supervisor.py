@@ -213,13 +213,15 @@ class Supervisor:
         if self.fleet.dry_run and store.flushed:
             # HandingOver ends the dry run, so post HandingOver only when the upgrade need not wait.
             self.runtime.post(HandingOver())
+        # The end of the dry run may have sent the store more messages, so look again.
         if not store.flushed:
             # The new program assumes that the store already has the descriptors that it inherits.
             self._hand_over_later(give_up_at)
             return
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._handing_over = True
-        # Handle all pending signals: the new program cannot learn of them.
+        # Handle the signals that have arrived: the new program gets only later signals, which are
+        # blocked now.
         self.runtime.loop.take_signals()
         if self.effects.exit_status is not None:
             pass  # the fleet has ended: there is nothing to hand over
@@ -263,8 +265,8 @@ class Supervisor:
 
     def _signalled(self, number: int) -> None:
         if number == signal.SIGCHLD:
-            # First the pidfds of workers and helpers report their exits, so that each `Process`
-            # reaps its child.  Reap the other children after this turn of the loop.
+            # Wait for the end of this turn of the loop: in this turn the pidfds of workers and
+            # helpers report exits, and each `Process` reaps its own child.
             self.runtime.loop.call_after("reap", 0.0, self._reap_orphans)
             return
         # Report the signal first: if we die, the guard sends the unreported signals to the next

@@ -295,6 +295,7 @@ class CommandHandler:
             raise RequestError("refused", f"no dry run: {cannot}")
 
     def do_upgrade(self, check: bool = False) -> Mapping[str, Any]:
+        # `check` is False here: handle() passes an upgrade check to _check_upgrade().
         # Upgrade later, so that the client gets the answer before the exec.
         self.runtime.loop.call_after("upgrade-asked", 0.0, self.supervisor.begin_upgrade)
         return {"from": __version__, "starts": self._effects.reports.run.restarts + 1}

@@ -326,7 +326,7 @@ class ControlServer:
             client.begin()
             return
         client.send_last(control_requests.refusal(wrong))
-        client.close()
+        client.close()  # even if the client has not read the refusal
 
     def _commands_for(self, sock: socket.socket) -> Collection[str]:
         """Return the commands that a new client may send; empty: permission denied."""
@@ -335,7 +335,8 @@ class ControlServer:
         except OSError:
             return ()
         _, uid, gid = _CREDENTIALS.unpack(found)
-        # In a user namespace, one uid may stand for several users (peer_credentials.py).
+        # In a user namespace, one uid may stand for several users.  Then trust the client only if
+        # we may signal its process (peer_credentials.py).
         if uid in peer_credentials.unmistakable_users(self.uids):
             return control_requests.COMMANDS
         if uid in self.uids and peer_credentials.may_be_signalled(sock):

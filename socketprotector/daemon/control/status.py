@@ -173,8 +173,9 @@ def _of_generation(
 ) -> dict[str, Any]:
     opened = effects.generations[generation.number]
     slots = {worker.slot for worker in generation.workers if worker.state is not State.ORPHANED}
-    # Leave out an orphaned worker if another worker uses the slot.  Otherwise count the orphaned
-    # worker: after a kill of the protector it may still run, and only its descriptors are lost.
+    # Leave out an orphaned worker if another worker uses the slot.  Otherwise count it: after a
+    # kill of the protector, a worker whose descriptors were not stored is ORPHANED, too, although
+    # its process may still run.
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive

@@ -20,8 +20,8 @@ from .host import Host
 from .probe_target import ProbeTarget
 
 #: We report workers that accept none of the waiting clients: after NEVER_TAKEN_S if they have never
-#: accepted a client, otherwise after UNTAKEN_S.  In shared/, each listener is timed separately.  A
-#: canary's first limit is shorter (queue/canary.py, shared/canary_watch.py).
+#: accepted a client, otherwise after UNTAKEN_S.  In shared/, each listener is timed separately.
+#: For a canary, a shorter time replaces NEVER_TAKEN_S (queue/canary.py, shared/canary_watch.py).
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
 #: A stop, and the drain of a removed listener, check for new clients at this interval.  A client
@@ -69,8 +69,8 @@ class Delivery(ABC):
     ) -> Listener:
         """Make a listener from its first socket, its sibling and the reserved socket.
 
-        fds: the three descriptors (see Listener); -1: no such socket.  again: the numbers at the
-        ends of the three sockets' names (see inherited_listeners.py).
+        fds: the three descriptors (see Listener); -1: no such socket.  again: the three numbers in
+        the sockets' names; a socket's number grows when another socket replaces it.
         """
 
     @classmethod
@@ -144,8 +144,9 @@ class Delivery(ABC):
     ) -> None:
         """Bring new clients to this generation; None: let new clients wait.
 
-        again: the generation has had the route before.  sharing: another generation, which gets
-        `share` ten-thousandths of the new clients at listeners that both generations know.
+        again: the generation has had the route or a share of the clients before.
+        sharing: another generation, which gets `share` ten-thousandths of the new clients at
+        listeners that both generations know.
         """
 
     @abstractmethod
@@ -162,9 +163,9 @@ class Delivery(ABC):
     ) -> None:
         """Call on_quiet once a generation without the route can be ordered to finish.
 
-        queue/ calls on_quiet at once.  In shared/, some of the waiting clients can be accepted only
-        by the generation's own workers.  So shared/ waits, for a limited time, until these workers
-        have accepted these clients and read from each of them.
+        queue/ calls on_quiet at once.  In shared/, clients may wait at a socket that only this
+        generation's workers have.  So shared/ waits, for a limited time, until the workers have
+        accepted these clients, and read from all accepted clients.
         reads_on: the workers read from accepted clients even after the order to finish.  So wait
         only until the clients are accepted.
         """
@@ -329,7 +330,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def accept_waiting(self) -> None:
-        """Accept the waiting clients; do nothing if workers accept.
+        """Accept the waiting clients; shared/ does nothing, because there workers accept.
 
         Called repeatedly during long work that blocks the loop.
         """

@@ -25,8 +25,8 @@ from .probe_port import is_probe
 from .queue_watch import QueueWatch
 from .undelivered import listener_of
 
-#: The canary fails if its workers take no connection from its queue for this time.  After the
-#: workers have taken a connection, the limit is UNTAKEN_S: workers may be busy.
+#: The canary fails if, for this time, connections wait in its queue and its workers take none.
+#: After the workers have taken a connection, the limit is UNTAKEN_S: workers may be busy.
 CANARY_NEVER_TAKEN_S = 2.0
 #: The longest pause between two looks at the canary's queue.
 _LAST_LOOK_S = 0.5

@@ -8,7 +8,7 @@ Clients in the backlog at the end are lost.
 All remaining clients are lost in three cases:
 
 * No generation can get the clients.
-* The channel that gets the clients breaks or is closed.
+* The channel that gets the clients breaks, or its generation's last worker exits.
 * A stop closes all listeners before the drain has ended.
 
 Exception: the owner of a passed-in socket, such as systemd, gets the clients in the backlog.
@@ -45,9 +45,10 @@ class _Draining:
     """A listener, and the channel to which its backlog goes."""
 
     listener: Listener
-    channel: Channel  # the channel of the generation that knows the listener
+    channel: Channel
     until: float = 0.0  # when to close at the latest; 0: no limit, because no new client comes
-    #: Whether the last _look() sent no client, though the channel had room.
+    #: Whether the last _look() found no client.  False if the channel was full: then a client may
+    #: wait.
     quiet: bool = False
 
     @property
@@ -81,7 +82,10 @@ class DrainingListeners:
     def begin(self, listener: Listener, to: Channel) -> None:
         """Refuse new clients, send the backlog to a channel, then close the listener.
 
-        Exception: a socket that was passed in keeps its backlog.  Takes ownership of the listener.
+        Exception: the owner of a passed-in socket keeps listening, and gets the backlog.  We send
+        only the connections that we accepted from it earlier and kept (undelivered.py).
+
+        Takes ownership of the listener.
         """
         each = _Draining(listener, to)
         self._draining.append(each)

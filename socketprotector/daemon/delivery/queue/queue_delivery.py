@@ -226,7 +226,8 @@ class QueueDelivery(Delivery):
 
         The newest generation that meets three conditions gets the backlog: it knows the listener,
         it has had the route or a share of the clients, and it may still get clients (not `ended`).
-        Without such a generation the backlog is lost.
+        Without such a generation the backlog is lost.  Exception: the owner of a passed-in socket
+        keeps listening, and gets the backlog.
         """
         served = [
             number

@@ -1,11 +1,11 @@
 """Brings probes to a generation, and distinguishes waiting probes from waiting clients.
 
-At a TCP address a probe has a mark (system/bpf.py), by which the kernel steers the probe, unless
-the probe connects as clients do.  At a UNIX path a probe connects to the file of the generation's
-own socket.
+At a TCP address each probe has a mark (system/bpf.py).  The kernel steers probes by their mark,
+except probes that connect as clients do.  At a UNIX path a probe connects to the file of the
+generation's own socket.
 
-If no worker accepts from a socket, we discard the probes that wait there.  Otherwise
-socket_watch.py would take these probes for clients, and would start a generation.
+If no worker accepts from a socket, we discard the probes that wait there.  If we kept them,
+socket_watch.py would take them for clients, and start a generation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .turns import Turns
 #: How long workers may still accept after they were ordered to finish.  gunicorn's threads, for
 #: example, check for this order once a second.
 LATE_ACCEPT_S = 2.0
-#: The errors after which another try to make a socket may succeed.
+#: The errors after which another try may succeed.
 RETRY_ERRNOS = RESOURCE_ERRNOS | {errno.EBUSY}
 
 
@@ -72,14 +72,14 @@ class Probes:
     def __init__(self, listeners: SharedListeners, turns: Turns, steering: Steering) -> None:
         self._listeners, self._turns, self._steering = listeners, turns, steering
         self._persist = listeners.host.runtime.persist
-        #: Sockets, by listener index and number, that get probes and no clients.  If a connection
-        #: waits there over UNIX, or from the source address of IPv6 probes, it is a probe, perhaps
-        #: sent before an upgrade.
+        #: Sockets, by listener index and number, that get probes and no clients.  At such a UNIX
+        #: socket, all waiting connections are probes.  Over TCP, all waiting connections from the
+        #: source address of IPv6 probes are probes.
         self.probed: set[tuple[int, int]] = set()
         #: Sockets that get IPv4 probes: listener, number, and the source address of the probes.  No
         #: client has this address.
         self.probe_sources: set[tuple[int, int, str]] = set()
-        #: The mark of the serving generation's probes, by listener index and socket number.
+        #: The mark of probes that connect as clients do, by listener index and socket number.
         self._marks: dict[tuple[int, int], bpf.Mark] = {}
         #: Probe mark -> the number of the socket to which connections with this mark go.
         self.socket_by_mark: dict[bpf.Mark, int] = {}
@@ -123,7 +123,7 @@ class Probes:
     ) -> None:
         """Record how to recognize a socket's probes.
 
-        After an upgrade or a kill, the next program uses this record to discard the probes.
+        waiting_at() uses this record.  So does the next program, after an upgrade or a kill.
 
         IPv4 probes have a source address that no client has: record this address.  IPv6 probes may
         have the same address as this machine's clients, and UNIX probes have no address: record
@@ -161,7 +161,7 @@ class Probes:
             return None
         for left_number, ordered_at in self._turns.leaving.values():
             if found.is_fresh[socket_number]:
-                break
+                break  # old workers do not have this socket
             if left_number == socket_number and time.monotonic() < ordered_at + LATE_ACCEPT_S:
                 why = "old workers, which were ordered to finish, may still accept the probe"
                 raise OSError(errno.EAGAIN, why)
@@ -169,7 +169,7 @@ class Probes:
         place = found.index, socket_number
         waits = partial(_waits, listening, address)
         identity, closing = found.identity(socket_number), socket_snapshot.closing
-        closed, serving = closing(listening), found.socket_for(self._turns.number_for(found))
+        options, serving = closing(listening), found.socket_for(self._turns.number_for(found))
 
         def is_unchanged() -> bool:
             """Return whether the address still leads to the socket, with the same options.
@@ -178,7 +178,7 @@ class Probes:
             """
             with suppress(OSError):
                 is_same = found.identity(socket_number) == identity
-                return is_same and found.is_alive(socket_number) and closing(listening) == closed
+                return is_same and found.is_alive(socket_number) and closing(listening) == options
             return False
 
         if listening.family == socket.AF_UNIX:  # the socket has its own file: no mark is needed
@@ -189,21 +189,24 @@ class Probes:
             pass  # draw again: IPv6 has few marks
         self.socket_by_mark[mark] = socket_number
         with on_error(self.socket_by_mark.pop, mark):
-            if not self._steering.steer():  # the probe would reach the old generation
+            if not self._steering.steer():  # the probe might reach the old generation
                 raise OSError(errno.EAGAIN, "new clients cannot be steered now")
             no_clients = self._is_for_probes(found, socket_number)
         self._record_source(place, mark, no_clients=no_clients)
         close = partial(self._release_mark, mark)
 
         def is_closed() -> bool:
-            return closed != closing(serving)
+            return options != closing(serving)
 
         return ProbeTarget(
             address, mark, waits, close, is_unchanged=is_unchanged, is_closed=is_closed
         )
 
     def _is_for_probes(self, listener: Listener, number: int) -> bool:
-        """Return whether a socket gets only probes; call this only after Steering.steer()."""
+        """Return whether a socket gets only probes, and nothing waits there yet.
+
+        Call this only after Steering.steer(): before, new clients might still come.
+        """
         gets_clients = self._turns.gets_clients(listener, number)
         return not gets_clients and not _has_waiting(listener.socket_for(number))
 
@@ -287,7 +290,7 @@ class Probes:
             if clients_only and not self.clients_wait(each, number):
                 continue
             if len(self._turns.at(each, number)) > 1:
-                return None
+                return None  # another generation accepts from this socket, too
             listening = each.socket_for(number)
             try:
                 unix = listening.family == socket.AF_UNIX

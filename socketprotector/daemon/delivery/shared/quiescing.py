@@ -1,13 +1,14 @@
-"""Finds out when a replaced generation has accepted all its clients, and read from them.
+"""Finds out when a generation without new clients has accepted all clients, and read from them.
 
-A replaced generation gets no new clients.  But some of its clients may be unaccepted or unread, and
-a server that is ordered to finish might close their connections.  So we repeatedly query the kernel
-(sock_diag) for such clients; each round of queries is a look.  The queries take at most QUERY_SHARE
-(accept_watch.py) of our time.  If the kernel cannot answer, we wait for a fixed time.
+Another generation has replaced this generation, or a stop has begun.  Some clients of this
+generation may be unaccepted or unread.  A server that is ordered to finish might close their
+connections.  So we repeatedly query the kernel (sock_diag) for such clients; each round of queries
+is a look.  The queries take at most QUERY_SHARE (accept_watch.py) of our time.  If the kernel has
+no sock_diag, no client counts as unread.
 
-An unread client has sent bytes that its worker has not read.  Over TCP, two other kinds of clients
-count as unread: clients in the handshake, and silent clients, which were accepted and have sent
-nothing.  We wait for silent clients for SILENT_S at most.
+A TCP client is unread until its worker has read its first bytes.  So clients in the handshake are
+unread, and so are silent clients, which were accepted and have sent nothing.  We wait for silent
+clients for SILENT_S at most.  A UNIX client is unread while its worker has not read all its bytes.
 
 Workers on the client library read from all their accepted clients even after the order to finish.
 For a generation of such workers (`reads_on`) we do not wait until the workers have read.  We wait
@@ -41,7 +42,7 @@ _SOON_LOOKS = 2
 GENERATION_QUIET_S = 1.0
 #: How long to wait for silent clients.
 SILENT_S = 3.0
-#: After this time a generation is ordered to finish even if it has not read from all its clients.
+#: After this time a generation is ordered to finish even if clients are unaccepted or unread.
 GENERATION_LAST_S = 10.0
 
 
@@ -58,11 +59,11 @@ class _Generation:
     accept_until: float
     began: float  # when we began to wait (time.monotonic())
     delay_s: float = 0.0  # the planned pause before the next look
-    # The sums of planned pauses.  Elapsed time would include a time in which the protector and its
+    # Sums of planned pauses.  Elapsed time would include a time in which the protector and its
     # workers were frozen, so that no worker could read.
-    waited_s: float = 0.0
-    quiet_s: float = 0.0
-    quiet_looks: int = 0
+    waited_s: float = 0.0  # since `began`
+    quiet_s: float = 0.0  # since the first of the `quiet_looks` looks
+    quiet_looks: int = 0  # how many looks in a row found nothing to wait for but silent clients
     # The clients that every look has found unread -> whether the client is silent.  With
     # `reads_on`: the clients in the handshake.  The key: the listener's index, and for TCP the
     # client's port and address, for UNIX the connection's inode.  None: the next look starts
@@ -80,8 +81,8 @@ def _unread_unix(
 
     replaced: listeners whose socket was replaced after the generation's start.  The path is a link
     to one of several socket files (socket_file.py), and a connection keeps the name of its file.
-    We no longer know the old file's name.  So we count the unread clients under all of the path's
-    names, except the names of its present files.
+    We no longer know the old file's name.  So we count the unread clients of all files of the
+    path, except its present files.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}
@@ -122,12 +123,13 @@ class Quiescing:
         """Call back when a generation has accepted all its clients, and read from them.
 
         The wait ends at the latest GENERATION_LAST_S after new clients can no longer come, unless
-        `accept_until` prolongs it.  At that moment clients may still wait or be unread.
+        `accept_until` prolongs it.  If this limit ends the wait, clients may still be unaccepted
+        or unread.
 
         socket_number: the generation's socket.
         common: listeners with one socket for all generations, whose waiting clients must be
         accepted, too.
-        leave_out: indices of listeners whose clients need not be accepted.
+        leave_out: indices of listeners whose clients we do not wait for.
         reads_on: call back once all clients are accepted, without waiting for the reading.
         accept_until: until this time, each look that finds clients waiting at the generation's own
         sockets restarts the limit GENERATION_LAST_S, because no other generation would accept
@@ -243,7 +245,7 @@ class Quiescing:
             except OSError as error:
                 if error.errno in RESOURCE_ERRNOS:
                     return None
-                continue  # without sock_diag, wait for a fixed time: most workers read sooner
+                continue  # no sock_diag: most workers read within GENERATION_QUIET_S
             for each in mine:
                 clients = known[each.port].items()
                 found.update(((each.index, client), silent) for client, silent in clients)

@@ -294,6 +294,8 @@ class SharedDelivery(Delivery):
         # accepted.  If a listener cannot refuse new clients, we wait for LAST_S at most.
         latest = float("inf") if stay else self._refuse_new()
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
+        # With `stay`, _close_when_empty() is not called; otherwise it ignores passed-in listeners.
+        # So in both cases first wait until the serving generation has accepted its own clients.
         if serving is not None and (stay or self.steering.has_passed_in_pair):
             self.steering.quiesce_last(serving.record.number, on_quiet, latest)
         else:
@@ -349,8 +351,8 @@ class SharedDelivery(Delivery):
                 if waiting <= ours:
                     left_out.add(number)
                 elif listener.socket.family != socket.AF_UNIX:
-                    # backlog() counts waiting probes at a TCP address.  At a UNIX path it omits
-                    # disconnected clients, and so our probes, which have ended.
+                    # backlog() counts waiting probes at a TCP address.  At a UNIX socket it omits
+                    # disconnected clients, and our probes have disconnected by now.
                     probes += ours
         found = listener.backlog(0, left_out)
         lost = found[0] - probes if found else 0

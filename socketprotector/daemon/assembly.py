@@ -316,7 +316,7 @@ class Resident:
             why = f"cannot start the relay {target}{purpose}: {what_failed(error)}"
             if settings.to_syslog or purpose:
                 raise SystemRefused(why) from error
-            # Without syslog and --log-prefix, workers can write to our stderr instead of a relay.
+            # Without syslog and --log-prefix, workers can write to our stderr, without a relay.
             self.output = Output(settings, relay_failed=True)
             runtime.log.reopen()
             runtime.log.write("warning", "notice", text=why)
@@ -376,8 +376,8 @@ class Resident:
         return found | {name: fd for each in parts for name, fd in each.descriptors().items()}
 
     def _send_later(self, resend: Callable[[], None]) -> None:
-        # Without a loop, we only complete an earlier program's exit (_finish_exit).  In that case
-        # Outbox.finish() (sd_notify.py) sends the unsent messages.
+        # Without a loop, the start has failed, or we only complete an earlier program's exit.  In
+        # both cases Outbox.finish() (sd_notify.py) sends the unsent messages.
         if self._loop is not None:
             self._loop.call_after(resend, _RESEND_PAUSE_S, resend)
 

@@ -1,7 +1,7 @@
 """Carries out the actions that package core orders, and turns their results into events.
 
-After a kill the next program (assembly.py) repeats the actions that the state does not record as
-done.  So the supervisor writes the state right after each action that must not be repeated.
+After a kill the next program (assembly.py) carries out each action that, by the state, may not
+be done yet.  So the supervisor writes the state right after an action that must not be repeated.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
 #: After the time of --settle, we check at this interval whether --settle-check has succeeded.
 _SETTLE_AGAIN_S = 0.1
-_LATE_TIMER = "late"  # until it ends, a stop accepts late clients, which waited during a hold
+#: Until this timer runs out, a stop accepts late clients: TCP clients that waited during a hold
+#: under --handoff listener, and may still retry.
+_LATE_TIMER = "late"
 
 
 class Effects(Host):
@@ -258,6 +260,7 @@ class Effects(Host):
 
     def resume(self) -> None:
         """Restart the probes, the checks and the search for orphans after a failed exec."""
+        # The supervisor restarts the reading of settings.
         for each in (self.pool, self.probing):
             each.resume()
 
@@ -270,7 +273,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_dry_run()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            # Forget here, too: without a guard or an fd store, snapshot() runs only for upgrades.
+            # snapshot() does this, too, but without a guard or fd store only upgrades call it.
             self.generations.forget_released(self.delivery.keeps)
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:
@@ -286,7 +289,7 @@ class Effects(Host):
             self.reports.reload_began(number, self.delivery.listeners)
 
     def _refuse_unless_reachable(self, program: Program) -> None:
-        """Raise ValueError if readiness needs a probe, but no probe can reach its listener."""
+        """Raise ValueError if --ready needs a probe of a listener that no probe can reach."""
         if program.ready in ready_kinds.NEED_ANSWER:
             name = probe_spec.read(program.ready_question).listener
             if not self.delivery.can_probe(name):
@@ -414,7 +417,7 @@ class Effects(Host):
         """Return the likely cause of a generation's start timeout; "": unknown."""
         known = self.probing.why_not_ready or self.pool.check_result(number)
         if self.pool.proved_ready:
-            return known  # a worker became ready without a timer, so the program uses the socket
+            return known  # a worker was ready before: the daemon needs no advice about our socket
         more = self.pool.advice(number, ignores_socket=bool(known))
         return "; ".join(filter(None, (known, more)))
 
@@ -440,7 +443,7 @@ class Effects(Host):
         self._loop.running = False
 
     def close(self) -> tuple[str, ...]:
-        """Close everything; return the names of the sockets that survive for the next start."""
+        """Stop the probes, close the delivery; return the names of the sockets that survive."""
         self.suspend()
         surviving, forwarded = self.delivery.close(), self.delivery.forwarded
         self._log.write("info", "stopped", connections=forwarded, lost=self.delivery.lost or None)

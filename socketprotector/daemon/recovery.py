@@ -33,13 +33,13 @@ from .generation import OpenGeneration
 _KILLED = "the protector was killed during this start"
 _ENDED = "ended while no protector was running"
 _NOT_STORED = "the protector was killed, and this worker's descriptors were not stored"
-#: The descriptors without which a worker cannot be adopted.
+#: The descriptors without which a worker cannot be adopted.  Some workers also need `line`.
 _REQUIRED = {"process", "notify"}
 
 
 @mutable
 class Recovery:
-    """Gives each part of the protector its record and its descriptors, once."""
+    """Gives each part of the protector its record and its descriptors."""
 
     effects: Effects
     snapshot: Snapshot
@@ -139,11 +139,11 @@ class Recovery:
             if descriptors.keys() >= needed and not record.orphaned:
                 pool.adopt(record, descriptors, generation)
             else:
-                # Either the worker had exited and is `orphaned`, or the fd store had no room for
-                # the worker's descriptors.  In both cases adopt the worker's process group.
+                # Either the worker had exited and is `orphaned`, or not all of its descriptors
+                # were stored.  In both cases adopt the worker's process group.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
-                # Post an event if the fleet does not know yet that only the group is left, or that
+                # Post an event if the fleet does not know yet that we only watch the group, or that
                 # an orphan's group is gone.  If the group of any other worker is gone,
                 # _report_missing() reports the worker.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
@@ -193,7 +193,7 @@ class Recovery:
     def _watch_unadopted(
         self, generation: Generation, worker: Worker, record: WorkerRecord | None
     ) -> None:
-        """Watch a worker that cannot be adopted: it was starting, or the fd store was full.
+        """Watch a worker that cannot be adopted: it was starting, or descriptors are missing.
 
         The worker's RETURN line is closed.  The fleet counts the worker as an orphan until a scan
         of /proc (system/orphans.py) finds none of the worker's processes.  The scans also carry out
@@ -203,7 +203,7 @@ class Recovery:
         programs = {each.number: each.program for each in self.snapshot.generations}
         retires = record is not None and record.retires
         # Workers on the client library finish when their RETURN line is closed.  A signal would
-        # shorten their time to finish.
+        # shorten their time to finish.  With finish_alone, all workers use the library.
         watches_line = retires or self.snapshot.fleet.policy.finish_alone
         program = programs.get(generation_number, self.effects.live_settings.settings)
         finish_signal = 0 if watches_line else program.finish_signal

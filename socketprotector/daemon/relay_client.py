@@ -3,13 +3,13 @@
 Our socket to the relay is called the line.
 
 The protector keeps a copy of the read end of every pipe.  So if the relay dies, workers can still
-write, and the next relay continues reading.  We keep a pipe until its last writer has exited, which
-may be after the worker.  But of exited workers without orphans we keep only LEFT_BEHIND pipes
-(model/fd_budget.py), because clients need descriptors, too.
+write, and the next relay continues reading.  We keep a pipe until its last writer has exited.  A
+process that has left the worker's process group may write long after the worker's exit.  Of the
+pipes with only such writers we keep LEFT_BEHIND (model/fd_budget.py): clients need descriptors.
 
 If the relay is suspended (SIGSTOP), each worker blocks once its pipe is full.  The relay's pidfd
-does not report the suspension, and we must not poll while idle.  So the first byte that a worker
-writes starts a timer.  If a pipe is not empty when the timer fires, we check the relay's state.
+does not report the suspension, and we must not poll while idle.  So we start a timer when a worker
+writes.  If a pipe is not empty when the timer fires, we check the relay's state.
 
 Source: proc(5) for a process's state, pipe(7), epoll(7) for an epoll set in another set.
 """
@@ -43,11 +43,12 @@ _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 #: The longest answer: last words (TAIL_BYTES of programs/log_relay.py) and a number.
 _ANSWER_BYTES = 4096 + 64
-#: How long we wait for last words: long enough to start another relay first.
+#: How long we wait for last words.  If the relay has just died, a new relay can still send them.
 _WORDS_S = 2.0
 #: How long the relay may take to read output before we check its state.
 _READS_S = 0.5
-#: The first and the longest wait before another relay is started.
+#: The first and the longest wait before another relay is started.  A relay that ignores _END is
+#: killed after _LONGEST_S.
 _RESTART_S = 0.1
 _LONGEST_S = 10.0
 #: The pause before we try again to send a message to a full line, or to close a pipe.
@@ -274,7 +275,7 @@ class LogRelay:
         self._send_unsent()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
-        if number in self._pipes:  # a killed protector used this number, but did not record it
+        if number in self._pipes:  # an earlier program was killed before it recorded this number
             self._close_pipe(number)
         self._pipes[number] = pipe
         self._named[pipe.name(number)] = pipe.read

@@ -52,12 +52,12 @@ class WorkerPool:
         delivery: Delivery,
         probes: CheckProbes,
     ) -> None:
-        """remember: changes the history by a function, which gets the old and returns the new."""
+        """remember: changes the history by a function from the old history to the new history."""
         self._probes, self._output, self._delivery = probes, output, delivery
         self._runtime, self._remember = runtime, remember
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._workers: dict[int, Worker] = {}
-        #: The record of each worker, even before adopt(): each checkpoint needs all records.
+        #: The record of each worker, adopted yet or not: each checkpoint needs all records.
         self._records: dict[int, WorkerRecord] = {}
         self._by_pid: dict[int, int] = {}
         #: The descriptors of workers and of their output, by name; the next program needs them
@@ -81,7 +81,7 @@ class WorkerPool:
 
     @cached_property
     def _post_mortem(self) -> post_mortem.PostMortem:
-        """The object that finds out how a worker ended.  Its module is loaded at its first use."""
+        """The object that finds out how a worker ended.  Its module is loaded at the first use."""
         return post_mortem.PostMortem(
             self._runtime,
             self._output,
@@ -158,7 +158,7 @@ class WorkerPool:
     def signal(self, number: int, kind: WorkerSignal) -> None:
         """Signal a worker; after the worker's exit, or with KILL, signal its process group."""
         worker, sent = self._workers.get(number), signal.Signals[f"SIG{kind.value}"]
-        if worker is None:
+        if worker is None:  # the worker has exited, or could not be adopted (recovery.py)
             self.groups.signal(number, sent)
             self.orphans.order(self.addresses(number), sent)
             return
@@ -173,7 +173,7 @@ class WorkerPool:
     def retire(self, number: int) -> None:
         """Order a worker to finish, by end of file on its RETURN line or by the finish signal."""
         worker = self._workers.get(number)
-        if worker is None:
+        if worker is None:  # see signal()
             self.groups.retire(number)
             self.orphans.retire(self.addresses(number))
             return
@@ -181,7 +181,8 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Order a generation's workers with a finish signal, and its orphans, to finish."""
+        """Order a generation's workers that have a finish signal, and its orphans, to finish."""
+        # Other workers read end of file from the channel (Delivery.drain()).
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
@@ -250,7 +251,7 @@ class WorkerPool:
         return (*self._records.values(), *self.groups.records())
 
     def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
-        """Keep a worker's record and descriptors until adopt(): each checkpoint needs them."""
+        """Keep a worker's record and descriptors until its adoption, for each checkpoint."""
         self._records[record.number] = record
         for name, fd in full_names(record.number, descriptors).items():
             self.descriptors[name] = fd
@@ -270,9 +271,9 @@ class WorkerPool:
     def adopt_group(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
     ) -> bool:
-        """Adopt the process group of a worker that adopt() cannot adopt; owns its descriptors.
+        """Adopt the process group of a worker that adopt() cannot adopt.
 
-        Returns whether a process of the group is left.
+        Takes ownership of the descriptors.  Returns whether a process of the group is left.
         """
         del self._records[record.number]  # the group has a record of its own
         for name in full_names(record.number, descriptors):
@@ -284,8 +285,8 @@ class WorkerPool:
         return self._spawner.addresses(number)
 
     def learn_status(self, pid: int, clean: bool, how: str) -> None:
-        """Note how a child of the guard exited, according to the guard."""
-        self.groups.look()
+        """Note how a process exited that the guard has reaped."""
+        self.groups.look()  # the process may have been in a worker's group
         number = self._by_pid.get(pid)
         if number is not None:
             worker = self._workers[number]

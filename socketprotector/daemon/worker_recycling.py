@@ -31,7 +31,8 @@ _TIMER = "limits"
 class BornTooLarge:
     """Delays the replacement of workers that are too large from the start.
 
-    Without the delay we would replace workers in a loop: each new worker would be too large, too.
+    Each new worker may be too large, too.  So without the delay we would replace workers all the
+    time.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,7 @@ class BornTooLarge:
 
     @property
     def is_loop(self) -> bool:
-        """Return whether replacements follow each other in a loop."""
+        """Return whether more than FREE_DEATHS such workers in a row were replaced."""
         return self._in_a_row > FREE_DEATHS
 
     def next_s(self, now: float) -> float:
@@ -53,6 +54,7 @@ class BornTooLarge:
         """Return whether a worker that exceeds --max-memory may be replaced now.
 
         If such a worker was too large from the start, count its replacement.
+        age_s: the time since the worker became ready.
         """
         allowed = self._allowed.get(number)
         if allowed or (allowed is None and age_s >= _AT_ONCE_S):
@@ -198,7 +200,7 @@ def exceeded(limits: Limits, key: str, *, age_s: float, accepted: int | None) ->
     if limits.age_s and age_s >= limits.age_s:
         return f"older than {in_units(limits.age_s)}"
     if limits.connections and accepted is not None:
-        # Not hash(): a text's hash differs between two processes.
+        # Not hash(), whose result changes at an upgrade: a worker's limit must stay the same.
         offset = zlib.crc32(key.encode()) % (2 * limits.spread + 1)
         most = limits.connections - limits.spread + offset
         if accepted >= most:

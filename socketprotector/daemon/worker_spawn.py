@@ -52,13 +52,13 @@ class Worker:
     process: Process
     notify: NotifySocket
     #: Our end of the worker's RETURN line.  None: the worker has exited, or the protector was
-    #: killed while the fd store had no room for the line.  After the worker's exit,
+    #: killed and the line was not stored.  After the worker's exit,
     #: system/process_groups.py keeps the line while the worker's process group exists.
     line: socket.socket | None
     readiness: Readiness
     #: The descriptors of this worker that are in WorkerPool.descriptors, by the same names.
     registered: dict[str, int] = field(default_factory=dict)
-    ended: bool = False
+    ended: bool = False  # PostMortem.end_of() has noticed the worker's exit
     last_words: str | None = None  # of an ended worker; None: not requested, or not received yet
     end_from_guard: End | None = None  # the worker's end, as the guard reported it
     awaits_end: bool = False  # we wait, or have waited, for the guard's report
@@ -132,7 +132,7 @@ class WorkerSpawner:
     output: Output
     delivery: Delivery
 
-    _uids: frozenset[int] = frozenset()
+    _uids: frozenset[int] = frozenset()  # the users that may send to the notify sockets
 
     def __post_init__(self) -> None:
         users = (self.settings.identity, self.settings.worker_identity)

@@ -310,7 +310,8 @@ def of_connections(
                     "accepted_at_by_fd": times,
                     "orphaned": record.orphaned,
                     # In a draining generation, connections of unknown accept time began before this
-                    # time; in any other generation, they began after this time.
+                    # time.  (Under --handoff listener with one socket, some may begin a little
+                    # later.)  In any other generation, they began after this time.
                     "since_at": opened.record.drained_at or record.started_at,
                 }
             )

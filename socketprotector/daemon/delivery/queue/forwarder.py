@@ -40,7 +40,7 @@ _QUIET = "forwarder-quiet"
 class _Closing:
     """The state of a graceful close: connected clients go to workers, later clients do not."""
 
-    stay: bool  # listeners that were not passed in survive; later clients wait there
+    stay: bool  # our own listeners (not passed in) stay open, and later clients wait there
     latest: float = 0.0  # when to close at the latest; 0: no limit, because no new client comes
     forwarded: int = -1  # Forwarder.forwarded at the last check; -1: no check yet
 
@@ -62,9 +62,8 @@ class Forwarder:
         broken: called when the route's channel was shut down.
         repair: repairs a listener that was shut down, or marks the listener lost.  Raises OSError
         if the system is short of descriptors or memory.
-        untaken: called, at most once for each channel, if the route's workers take nothing.
-        Its arguments: for how many seconds, how many connections wait, whether a worker ever took
-        a connection.
+        untaken: called, at most once for each channel, if the route's workers take no connection.
+        Arguments: for how many seconds, how many wait, whether any may have been taken before.
         """
         self._loop = loop = runtime.loop
         self._post = runtime.post
@@ -156,14 +155,14 @@ class Forwarder:
             channel.close()  # _resume() would not close it while there is no route
 
     def add(self, listener: Listener) -> None:
-        """Add a listener, for the generations that know it; takes ownership."""
+        """Take ownership of a new listener; generations that know the listener get its clients."""
         self._listeners.append(listener)
         self._resume()
 
     def remove(self, listener: Listener, to: GenerationChannel | None) -> None:
         """Refuse a listener's new clients, and send its backlog to a channel.
 
-        to: the channel; None: the backlog is lost, unless the socket was passed in.
+        to: the channel; None: the backlog is lost.  A passed-in socket's owner gets the backlog.
         """
         self._listeners.remove(listener)
         self._acceptor.end(listener)
@@ -175,7 +174,8 @@ class Forwarder:
     def close_listeners(self, *, quick: bool, stay: bool = False) -> None:
         """Refuse new clients, send the backlog to workers, and close; quick: close at once.
 
-        stay: listeners that were not passed in survive close(), and later clients wait there.
+        stay: refuse no new client.  Listeners that were not passed in stay open: close() leaves
+        them to the fd store, and later clients wait there for the next start.
         """
         self._closing = _Closing(stay)
         if quick:
@@ -276,7 +276,7 @@ class Forwarder:
     # -- accepting and sending ------------------------------------------------------------
 
     def accept_waiting(self) -> None:
-        """Accept the waiting clients while long work blocks the loop."""
+        """Accept the waiting clients; called repeatedly during long work that blocks the loop."""
         self.outlet.resume_if_room()
         for _ in range(ROUNDS):
             before = self.forwarded
@@ -325,7 +325,7 @@ class Forwarder:
         """
         route = self.outlet.route
         has_unknown = route is not None and _may_have_unknown(channel, route)
-        remaining = channel.depth() if has_unknown else -1  # -1: no limit
+        remaining = channel.depth() if has_unknown else -1  # -1: no limit, as none is put back
         while self.outlet.is_free and self.outlet.route not in (None, channel):
             if not remaining or (has_unknown and not exited and self._head_must_stay(channel)):
                 return
@@ -337,7 +337,7 @@ class Forwarder:
                 return
             remaining -= 1
             header, fd = taken
-            if fd < 0:
+            if fd < 0:  # the kernel has dropped the connection
                 self._lost += not probe_port.is_probe(header)
             elif probe_port.is_probe(header):
                 self.outlet.let_go(fd)  # a probe is only for this channel's generation
@@ -366,7 +366,7 @@ class Forwarder:
             channel.send(header, fd)
         except OSError as error:
             if channel.write.fileno() >= 0 and error.errno not in BROKEN:
-                # The channel is full, or memory is short.  Pause: _reclaim() takes back no more.
+                # A full channel, or a lack of memory: end the loop in _reclaim(), and retry later.
                 self._shortage.begin("sendmsg", error)
             listeners = (*self._listeners, *self._drains.listeners)
             if listener_of(header) in {each.index for each in listeners}:
@@ -416,7 +416,7 @@ class Forwarder:
         """Close the listeners if no client came since the last check; otherwise check later."""
         if self.outlet.is_free and not any(self._leftovers.values()):
             self._acceptor.accept_now(lambda: self.outlet.is_free)
-            if closing.stay:  # later clients stay in the backlogs
+            if closing.stay:  # once a backlog is empty, leave later clients in it
                 for each in self._accepting:
                     if not each.has_waiting():
                         self._accept_no_more(each)

@@ -78,8 +78,8 @@ class OpenCounts:
         earlier = accept_tags.tag(listening, tag, used)
         if earlier and listener.has_waiting(socket_number):
             # Connections in the backlog may carry an earlier tag.  A count by the new tag would
-            # miss these connections, so use NO_TAG.  Fail if another generation uses such a
-            # tag.
+            # miss these connections, so use NO_TAG.  Fail if another generation uses one of the
+            # earlier tags.
             earlier |= accept_tags.tag(listening, NO_TAG, used)
             if not earlier.isdisjoint(used):
                 raise OSError(errno.EBUSY, _OTHERS_WAIT)
@@ -91,7 +91,7 @@ class OpenCounts:
 
         Prefer the socket's present tag, because clients in its backlog may carry this tag.
 
-        used: the tags of known generations.  Raises OSError.
+        used: the tags of other generations.  Raises OSError.
         """
         listening, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
         # Open connections may carry the tag of a generation whose workers have all exited: another

@@ -6,7 +6,8 @@ path leads to the file of one socket (system/path_group.py).
 
 When the new generation is ready, we steer new clients to its socket.  The old generation then gets
 no new clients.  Before we order the old generation to finish, we wait until it has accepted its
-waiting clients, and read from them (quiescing.py).  Otherwise a server might close them unread.
+waiting clients, and read from them.  Otherwise a server might close their connections unread.
+quiescing.py limits the wait.
 
 If an address has only one socket, both generations accept from it.
 """
@@ -69,7 +70,7 @@ class SocketSteering(Steering):
     def adopt(self, generation: int, socket_number: int) -> None:
         """Note from which socket an adopted generation accepts."""
         self.turns.accepting[generation] = socket_number
-        # If we restart after a kill, the kill may have come during a repair.
+        # The earlier program may have been killed during a repair.
         for each in self._listeners.living:
             if each.is_alive(socket_number) and not each.is_sound(socket_number):
                 self._repairs.repair(each, socket_number)
@@ -80,7 +81,7 @@ class SocketSteering(Steering):
         """Prepare a socket for a generation whose workers will start soon.
 
         fresh: the generation is a new release, so the back-off of rescues (socket_watch.py) ends.
-        Raises OSError if clients could not reach a new release at a listener where this is required
+        Raises OSError if a new release must fail because clients could not reach it at a listener
         (SocketRepair.must_be_reachable()).
         """
         if fresh:
@@ -88,7 +89,7 @@ class SocketSteering(Steering):
         for each in self._listeners.living:
             try:
                 self._repairs.make_ready(each, socket_number)
-            except OSError as error:  # without `raise`, the listener keeps its socket
+            except OSError as error:  # unless we raise, the generation gets the present socket
                 is_needed = self._repairs.must_be_reachable(each)
                 if fresh and is_needed and error.errno not in RESOURCE_ERRNOS:
                     self._watch.watch()
@@ -119,7 +120,7 @@ class SocketSteering(Steering):
         self.leave(generation)
         socket_number, _ = self.turns.leaving.pop(generation, (0, 0.0))
         self._undo_changes(generation, socket_number, gone=True)
-        self._report_held_clients()  # perhaps a failed generation has left held clients
+        self._report_held_clients()  # perhaps a generation failed before it accepted held clients
         self._watch.look_again()
 
     def leave(self, generation: int) -> None:
@@ -136,7 +137,10 @@ class SocketSteering(Steering):
         self._watch.watch()
 
     def _undo_changes(self, generation: int, socket_number: int, *, gone: bool) -> None:
-        """Undo a generation's changes to sockets; gone: all its workers have exited."""
+        """Undo a failed release's changes to sockets; if no generation accepts, restore backlogs.
+
+        gone: all workers of the generation have exited.
+        """
         if not self._repairs.ended:  # during a close, new clients must stay refused
             self._repairs.options.end(generation, socket_number, self.turns.accepting, gone=gone)
         if self.turns.accepting and max(self.turns.accepting) < generation:  # a release has failed
@@ -186,7 +190,7 @@ class SocketSteering(Steering):
         dry_run: steer to the current socket, because the next generation gets no clients.
         """
         if self.turns.expect(listener, dry_run=dry_run) == 1:
-            listener.swap()  # until now, the first socket got the clients
+            listener.swap()  # clients may already wait at the first socket: make it socket 1
         self.steer()
 
     def turn_to(
@@ -200,8 +204,8 @@ class SocketSteering(Steering):
         """Steer new clients to socket `socket_number`, and a share of them to the other socket.
 
         again: the generation at `socket_number` has served before.  knows: returns whether this
-        generation knows a listener, by index; None: there is no such generation yet.  Clients of
-        an unknown listener stay at their present socket.
+        generation knows a listener, by index; None: no generation has this socket yet.  Clients of
+        an unknown listener stay at their present socket.  share: None: there is no share.
         """
         listeners, turns, canary = self._listeners.all, self.turns, self._watch.canary
         if canary is not None and turns.share and socket_number != turns.current:
@@ -220,7 +224,7 @@ class SocketSteering(Steering):
         self.probes.discard()  # a kill may have prevented the earlier discard()
         self._repairs.repair_all()
         self.steer()
-        self.adopt_held()  # clients may have waited at both sockets until now
+        self.adopt_held()  # clients at the formerly free socket may have prevented this
         self._report_held_clients()  # a kill may have prevented the earlier report
         self._watch.follow_canary()
         self._watch.watch()
@@ -280,9 +284,11 @@ class SocketSteering(Steering):
     def quiesce(
         self, generation: int, on_quiet: Callable[[], None], *, reads_on: bool = False
     ) -> None:
-        """Call back when a replaced generation has accepted, and read from, all its clients.
+        """Call back when a replaced generation has accepted all its clients, and read from them.
 
-        reads_on: do not wait for the reading.  The wait is limited: see Quiescing.begin().
+        The wait is limited: see Quiescing.begin().
+        reads_on: the workers read from accepted clients even after the order to finish.  So wait
+        only until the clients are accepted.
         """
         leave_out = self._watch.never_accepted(generation)
         awaited = [each for each in self._listeners.pairs if each.index not in leave_out]
@@ -294,11 +300,11 @@ class SocketSteering(Steering):
         self._quiescing.begin(generation, number, on_quiet, leave_out=leave_out, reads_on=reads_on)
 
     def quiesce_last(self, generation: int, on_quiet: Callable[[], None], latest: float) -> None:
-        """Call back when the last generation has accepted, and read from, all earlier clients.
+        """Call back at a stop once the last generation has accepted and read from earlier clients.
 
         Earlier clients came before this call.  Later clients are refused, or wait for the next
-        start or the socket's owner.  Exception: at a listener with only one socket, the generation
-        may accept later clients.  latest: see `accept_until` of Quiescing.begin().
+        start or the socket's owner.  Exception: the generation may accept later clients at a
+        listener's only socket.  Quiescing.begin() limits the wait; `latest` is its `accept_until`.
         """
         number = self.turns.accepting.get(generation, 0)
         common = [each for each in self._listeners.living if not each.has_sibling]
@@ -340,7 +346,7 @@ class SocketSteering(Steering):
         return any(each.settings.foreign for each in self._listeners.pairs)
 
     def give_back(self) -> None:
-        """Steer new clients to passed-in sockets, whose owner keeps listening."""
+        """Steer an address's new clients to its passed-in socket, whose owner keeps listening."""
         self.turns.given_back = True
         if self.has_passed_in_pair:
             self.steer()

@@ -1,8 +1,8 @@
 """Watches for sockets that were shut down, and for stranded clients.
 
 A client is stranded if no generation accepts, or is about to accept, from the socket where the
-client waits.  Then another generation starts (event `stranded`), and accepts from this socket: a
-rescue.
+client waits.  A generation counts here only if all its workers have the socket.  A rescue starts
+another generation (event `stranded`), which accepts from the client's socket.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class SocketWatch(Backlogs):
         self._loop.call_after(_REPAIR, _REPAIR_AGAIN_S, self.watch)
 
     def _without_worker(self) -> list[tuple[Listener, int]]:
-        """Return the sockets from which no generation accepts or is about to accept."""
+        """Return the sockets at which a waiting client is stranded (see the module docstring)."""
         return [
             (each, number)
             for each in self._listeners.living
@@ -128,14 +128,14 @@ class SocketWatch(Backlogs):
         ]
         try:
             for each in self._listeners.living:
-                each.note()
+                each.note()  # for later repairs, and for is_passed_by()
                 for number, listening in enumerate(each.sockets):
                     self._loop.unwatch(listening.fileno())
                     reads = (each, number) in stranding or (each, number) in awaited
                     events = SHUT | READ if reads else SHUT
                     look = partial(self._look_at, each, number)
                     self._loop.watch(listening.fileno(), look, events)
-        except OSError:  # epoll is out of memory
+        except OSError:  # max_user_watches is reached, or no memory is left
             for each in self._listeners.living:
                 self.unwatch(each)  # a socket left in epoll would wake us all the time
             self._loop.call_after(_REPAIR, _REPAIR_AGAIN_S, self.watch)
@@ -148,14 +148,17 @@ class SocketWatch(Backlogs):
         elif (listener, number) in self._without_worker():
             self._rescue_later()
         for watch, sockets in self._watches():
-            # came() plans a look at the backlog: perhaps a worker has accepted the client by now.
+            # Perhaps a worker has accepted the client already, so came() only plans a look.
             if watch.awaits and (listener, number) in sockets:
                 watch.came(listener.index)
 
     def _watches(
         self, without_worker: Sequence[tuple[Listener, int]] = ()
     ) -> list[tuple[AcceptWatch, list[tuple[Listener, int]]]]:
-        """Return the watches of the route and of a canary, each with its sockets."""
+        """Return the watches of the route and of a canary, each with its sockets.
+
+        without_worker: the sockets that the route's watch must leave out.
+        """
         found = [(self.accept_watch, self._served_sockets(without_worker))]
         if self.canary is not None:
             found.append((self.canary.accept_watch, self.canary.sockets))

@@ -48,7 +48,8 @@ class Turns:
     #: Indices of listeners whose socket the current generation lost, so that their clients go to
     #: the next generation's socket.
     passed_on: frozenset[int] = frozenset()
-    given_back: bool = False  # True: new clients go to passed-in sockets, whose owner accepts them
+    #: True: an address's new clients go to its passed-in socket, whose owner accepts them.
+    given_back: bool = False
     #: Not recorded: after an upgrade or a kill, the next program repeats the action RouteTo, which
     #: has the share.
     share: Share | None = None
@@ -115,14 +116,14 @@ class Turns:
         return {each for each in there if (each, listener.index) not in lacking}
 
     def is_served(self, listener: Listener, number: int) -> bool:
-        """Return whether a generation accepts, or will accept, from this socket."""
+        """Return whether all workers of a generation accept, or will accept, from this socket."""
         if self.given_back and listener.settings.foreign:
             return True  # the socket's owner accepts
         there = self.at(listener, number)
         if not there:
-            # If no generation accepts from any socket, the next generation starts without a rescue
-            # (socket_watch.py).  Otherwise the next generation gets only the clients of the socket
-            # number_for().  Exception: for clients of `passed_on`, a rescue must start it.
+            # The next generation will accept here without a rescue (socket_watch.py) in two cases:
+            # no generation accepts from any socket, or new clients come to this socket.  Exception
+            # in the second case: for listeners in `passed_on`, a rescue must start the generation.
             is_next = number == self.number_for(listener) and listener.index not in self.passed_on
             return not self.accepting or is_next
         return any((generation, listener.index) not in self.unserved for generation in there)
@@ -190,8 +191,8 @@ class Turns:
         """Assign new clients to socket `number`, and a share of them to the other socket.
 
         indices: the indices of all listeners.  knows: returns whether the generation at socket
-        `number` knows a listener; None: no generation is there yet.  Clients of an unknown
-        listener stay at their present socket.
+        `number` knows a listener; None: no generation has this socket yet.  Clients of an
+        unknown listener stay at their present socket.
         """
         if knows is not None and number != self.current:
             unknown = {index: self.current for index in indices if not knows(index)}
@@ -205,10 +206,9 @@ class Turns:
         self.current, self.share = number, share
 
     def lacks_workers(self, listener: Listener) -> bool:
-        """Return whether a UNIX path's clients go to a socket that no generation fully serves.
+        """Return whether a UNIX path's clients go to a socket that workers of its generation lack.
 
-        Either no worker has this socket, or only workers that started after the socket was bound
-        have it (`partly_served`).
+        The generation's later workers may have the socket (`partly_served`).
         """
         if not listener.path or listener.index in self.passed_on:
             return False

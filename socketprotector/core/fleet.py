@@ -56,7 +56,9 @@ class State(Enum):
     STARTING = "starting"
     READY = "ready"
     RETIRING = "retiring"  # finishes its connections and leaves; no worker replaces it
-    ORPHANED = "orphaned"  # its process has ended, but processes that it started are running
+    #: Its process has ended, but processes that it started are running; or its descriptors were
+    #: lost in a kill of the protector, and it may still run.
+    ORPHANED = "orphaned"
 
 
 #: States of workers that no longer count.  A retiring worker's slot is dropped; an orphan's slot

@@ -46,8 +46,8 @@ EXCEPTIONS = (
         "a worker that cannot begin to take connections ends; its traceback is its last words",
     ),
     (
-        r"\S+ \w+ socketprotector_client/\S+ E[A-Z]+",
-        r"(?s)a traceback: .* in answer\n",
+        r"\S+ (recv|send) socketprotector_client/serving.py:\d+ E[A-Z]+",
+        r"(?s)a traceback: .* in answer\n|1 connections lost",
         "the worker's own handler failed, and the library prints where",
     ),
 )

@@ -8,8 +8,8 @@ one line, and closes the connection:
     up drain        the instance is a lame duck: no new clients, but present ones stay
     down #WORD      the instance does not serve; the word is its phase
 
-If the instance is missing or does not answer, the agent sends nothing.  HAProxy then changes
-nothing, and its own check (`check`) decides.
+If the instance is missing or does not answer, the agent sends nothing.  HAProxy then keeps the last
+answer: a server that is drained or down stays so, and otherwise HAProxy's own check decides.
 
 After an agent has answered `drain`, only `ready` ends the drain in HAProxy.  But `ready` also
 undoes an operator's `set server ... state maint`.  So the agent sends `ready` for a minute only.

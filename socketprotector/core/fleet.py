@@ -32,16 +32,22 @@ class Phase(Enum):
 PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
         Phase.SERVING: "every worker is ready, or the generation passed its probe",
-        Phase.SETTLING: "the same, with --settle or a rollout; or a worker accepted the probe, but "
+        Phase.SETTLING: "the same, with --settle or a rollout, or a worker accepted the probe, but "
         "sent no READY",
-        Phase.ABANDONED: "a worker exited, was not ready in time or broke the channel, a dry run "
-        "ended, clients of a hold must be served first, or a stop began",
+        Phase.ABANDONED: "it could not be opened, a worker exited, was not ready in time, broke "
+        "the channel or lacks the required client library, a listening socket was lost, an "
+        "operator called it off, a dry run ended, it must make room for a generation that serves "
+        "clients of a hold (--handoff listener), or a stop began",
     },
     Phase.SETTLING: {
-        Phase.SERVING: "--settle or its rollout is over, a stop began, or it runs the last good "
-        "command and clients of a hold wait",
-        Phase.DRAINING: "a worker exited, --settle-check failed, clients of a hold must be served "
-        "first, an operator called it off, a stop began during its rollout, or a quick stop began",
+        Phase.SERVING: "--settle or its rollout is over, an operator promoted it, a stop began, or "
+        "clients of a hold wait and it runs the last good command (that of the last generation "
+        "that served)",
+        Phase.DRAINING: "a worker exited or broke the channel, --settle-check failed, its rollout "
+        "failed (a lost socket, a canary with too few clients, workers that are late, stuck, do "
+        "not accept or lack the client library), an operator called it off, it must make room for "
+        "a generation that serves clients of a hold (--handoff listener), a stop began during its "
+        "rollout, or a quick stop began",
     },
     Phase.SERVING: {Phase.DRAINING: "replaced, channel broken, or a stop began"},
     Phase.DRAINING: {None: "last worker gone"},

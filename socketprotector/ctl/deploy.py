@@ -85,12 +85,13 @@ def deploy(
     The protector's option --current names a symbolic link, which leads to the release that a
     restart starts. When the new release is ready, has settled and has passed all checks,
     SocketProtector moves the link to the new release. If the new release fails, the exit status is
-    3: the old release is still serving, and the link is unchanged.
+    3, and the link is unchanged. The old release keeps serving; with --reload-order stop-first,
+    SocketProtector starts it again. A stop that calls the deploy off also causes exit status 3.
 
-    Exit status 2: nothing was tried, because the release that --expect or the link names is not
-    serving, --current is no symbolic link, or another protector owns the link. 5: the release is
-    serving, but the link or the history is not on disk yet. 6: another deploy, reload or dry run is
-    in progress.
+    Exit status 2: nothing was tried, because the protector has no --releases, the release that
+    --expect or the link names is not serving, --current is no symbolic link, or another protector
+    owns the link. 5: the release is serving, but the link or the history is not on disk yet.
+    6: another deploy, reload or dry run is in progress.
     """
     arguments = _without_unset(release=release, expect=expect, force=force, dry_run=dry_run)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:

@@ -144,8 +144,9 @@ def await_success(
     """Wait for the verdict on a generation; return a text about its success.
 
     before: the status before the request.
-    promised: the generation's number in the answer to the request.  If the protector must
-    restart the old version before the new version, the verdict is about a later generation.
+    promised: the generation's number in the answer to the request.  If the protector must first
+    start the old version again, the new version gets a higher number, and the verdict is about
+    the generation with that number.
     failure: the first words of the error if the generation fails.
     dry_run: also wait for the end of this generation.
     drained: after a success, also wait for the end of the older generations.
@@ -254,7 +255,10 @@ def _request_arguments(dry_run: bool, canary: dict[str, Any] | None) -> dict[str
 
 
 def _generations_tried(status: Message, *, dry_run: bool) -> list[int]:
-    """Return the number of each reload's generation; with `dry_run`, of the last dry run's."""
+    """Return the generation numbers of the reloads in a status.
+
+    With `dry_run`, return only the number of the last dry run's generation.
+    """
     return [number_in(each, "generation") for each in attempts_in(status, dry_run=dry_run)]
 
 
@@ -279,8 +283,8 @@ def _await_verdict(operation: Operation, watched: Reload) -> Verdict:
 def _end_of_protector_suffices(when: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Suppress the block's NoProtector if the protector has ended and when() is true.
 
-    The block waits until generations, or the protector itself, have ended.
-    when: returns True if the wait is over once the protector has ended.
+    The block waits for the end of generations, or of the protector.
+    when: called after the protector has ended; returns True if this end is enough for the block.
     """
     try:
         yield
@@ -422,7 +426,11 @@ def _request_stop(client: Client, quick: bool) -> None:
 
 
 class _Stopped(Awaited):
-    """Waits until the protector has ended.  An error ends the wait: NoProtector or TimedOut."""
+    """Waits until the protector has ended.
+
+    waits_for() never returns "", so the wait always ends with an exception: NoProtector (the
+    protector has ended) or TimedOut.
+    """
 
     refresh_after = ("lame-duck", "drained", "exited", "stopping")
     stopping = True

@@ -63,11 +63,11 @@ class OpenGeneration:
 
     @property
     def ended(self) -> bool:
-        """Return whether the generation's workers get no more clients."""
+        """Return whether the generation's workers are sent no more clients."""
         return self.record.ended
 
     def note_ended(self) -> None:
-        """Note that the generation's workers get no more clients."""
+        """Note that the generation's workers are sent no more clients."""
         if not self.record.ended:
             self.update_record(ended=True)
 

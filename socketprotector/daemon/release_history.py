@@ -80,12 +80,12 @@ class SavedHistory:
         return self._on_disk is self.value
 
     def add(self, entry: Entry) -> None:
-        """Add an entry, and begin to write the file."""
+        """Add an entry, and see that the file is written."""
         self._save(release.added(self.value, entry))
 
     def sync(self) -> None:
         """Write the file again; the writer also syncs the folder, so `current` is on disk, too."""
-        # A write in progress may have synced the folder before the link changed, so that write must
+        # A write in progress may have synced the folder before the link changed.  Such a write must
         # not count.  A copy is another object, so is_saved is False until the copy is written.
         self._save(replace(self.value))
 

@@ -96,7 +96,7 @@ class GenerationRecord:
     program: Program
     knows: frozenset[int] | None = None  # the listeners that its workers know, by index; None: all
     serving_since: float = 0.0
-    ended: bool = False  # its workers get no more clients: they read end of file, or got a signal
+    ended: bool = False  # no more clients are sent: its workers read end of file or got a signal
     released: bool = False
     opened_at: float = 0.0  # this and the next two: seconds since the epoch, for people
     served_at: float | None = None

@@ -4,8 +4,8 @@ acceptor.py is the fast path.  This module handles failed accepts; outlet.py han
 We choose no worker: workers take connections from their queue (client_lib's intake.py).
 
 We accept only connections that we can deliver.  If a send fails nevertheless, undelivered.py keeps
-the connection, and we send it before all others.  When a generation drains, or is released after
-its last worker's exit, we send the connections in its channel (leftovers) to the route.
+the connection, and we send it before all others.  What becomes of the connections in the channel of
+an ending generation: see drain() and release().
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """The delivery in which the protector accepts connections, and sends them into channels.
 
 Each generation has one channel, from which all its workers take connections.  The protector keeps
-both ends of the channel, so the queue in the channel survives the death of all workers.  When a
-generation drains, or is released after its last worker has exited, the connections that no worker
-has taken go to the route.
+both ends of the channel, so the queue in the channel survives the death of all workers.
+
+When a generation drains, the connections that no worker has taken go to the route, while the route
+has room and knows their listener.  The draining workers take the other connections.  When a
+generation is released after its last worker has exited, the connections that remain in its channel
+also go to the route, at once or later.
 """
 
 from __future__ import annotations
@@ -136,7 +139,7 @@ class QueueDelivery(Delivery):
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
     ) -> None:
-        on_quiet()  # at once: another generation gets the connections that no worker has taken
+        on_quiet()  # at once: drain() moves untaken connections, or leaves them to the workers
 
     def drain(self, generation: OpenGeneration) -> None:
         channel = self._channel_of(generation)
@@ -226,8 +229,8 @@ class QueueDelivery(Delivery):
 
         The newest generation that meets three conditions gets the backlog: it knows the listener,
         it has had the route or a share of the clients, and it may still get clients (not `ended`).
-        Without such a generation the backlog is lost.  Exception: the owner of a passed-in socket
-        keeps listening, and gets the backlog.
+        Without such a generation the backlog is lost.  Exception in both cases: the owner of a
+        passed-in socket keeps listening, and gets the backlog.
         """
         served = [
             number

@@ -14,8 +14,9 @@ If an option cannot be restored, we replace the socket.  Exception: if all gener
 socket, we replace it only if the option keeps clients out, and only if the socket can be dropped
 without a loss (Listener.can_do_without()).  We log an option that stays changed.
 
-The serving generation may shorten a backlog.  We restore its length when another generation starts
-to accept from the socket, or when no generation accepts.  A longer backlog is harmless.
+We let the serving generation shorten a backlog while it accepts alone.  When another generation
+starts to accept from the socket, or when no generation accepts, we raise the backlog to its initial
+length.  If the backlog is longer, we leave it, because a longer backlog is harmless.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class SocketOptionRestore:
         """Prepare a socket's options before a generation accepts from the socket.
 
         If another generation accepts from it, record the present options, for end().  Otherwise
-        restore the initial options.  If the listener has none yet, record the present options as
-        its initial options.
+        restore the initial options or, if none are recorded yet, record the present options as the
+        initial options.
 
         is_alone: returns whether no other generation accepts from the socket.
         """
@@ -116,8 +117,9 @@ class SocketOptionRestore:
         """
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         unrestored = socket_snapshot.restore(listening, before)
-        # Running workers do not get the new socket.  So if all generations share the socket, a
-        # replacement makes another generation start: replace only a socket that keeps clients out.
+        # Running workers do not get the new socket.  If all generations share the socket, no worker
+        # accepts from the replacement until a new generation has started.  So replace only a socket
+        # that keeps clients out.
         if unrestored and (
             listener.has_sibling
             or (

@@ -181,7 +181,7 @@ rivals: $(INSTALLED) ## measure and test other supervisors beside it (root; two 
 	-tools/install-packages gcc libc6-dev nginx-light
 	@$(BIN)/python -m bench.rivals $(ONLY) --round $(ROUND_S)
 
-everycall: $(INSTALLED) ## let each system call of each line fail once, or kill there, in each operation (hours; continues where it was stopped) [ONLY="reload,stop" FOR=480]
+everycall: $(INSTALLED) ## let each system call of each line fail once, or kill there, in each operation (two hours; continues where it was stopped) [ONLY="reload,stop" FOR=480]
 	-tools/install-packages gcc libc6-dev
 	$(BIN)/python -m tests.everycall $(if $(ONLY),--only $(ONLY)) $(if $(FOR),--minutes $(FOR))
 

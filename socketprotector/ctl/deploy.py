@@ -88,9 +88,9 @@ def deploy(
     3, and the link is unchanged. The old release keeps serving; with --reload-order stop-first,
     SocketProtector starts it again. A stop that calls the deploy off also causes exit status 3.
 
-    Exit status 2: nothing was tried, because the protector has no --releases, the release that
-    --expect or the link names is not serving, --current is no symbolic link, or another protector
-    owns the link. 5: the release is serving, but the link or the history is not on disk yet.
+    Exit status 2: nothing was tried. Either the protector has no --releases; or the release that
+    --expect or the link names is not serving; or --current is no symbolic link; or another
+    protector owns the link. 5: the release is serving, but the link or the history is not on disk yet.
     6: another deploy, reload or dry run is in progress.
     """
     arguments = _without_unset(release=release, expect=expect, force=force, dry_run=dry_run)

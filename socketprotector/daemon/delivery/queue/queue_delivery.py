@@ -229,8 +229,8 @@ class QueueDelivery(Delivery):
 
         The newest generation that meets three conditions gets the backlog: it knows the listener,
         it has had the route or a share of the clients, and it may still get clients (not `ended`).
-        Without such a generation the backlog is lost.  Exception in both cases: the owner of a
-        passed-in socket keeps listening, and gets the backlog.
+        Without such a generation the backlog is lost.  The backlog of a passed-in socket always
+        goes to its owner, which keeps listening.
         """
         served = [
             number

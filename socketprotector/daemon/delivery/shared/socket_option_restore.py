@@ -16,7 +16,7 @@ without a loss (Listener.can_do_without()).  We log an option that stays changed
 
 We let the serving generation shorten a backlog while it accepts alone.  When another generation
 starts to accept from the socket, or when no generation accepts, we raise the backlog to its initial
-length.  If the backlog is longer, we leave it, because a longer backlog is harmless.
+length.  Only a restore of all options, as above, also shortens a backlog.
 """
 
 from __future__ import annotations

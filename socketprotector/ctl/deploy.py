@@ -90,8 +90,8 @@ def deploy(
 
     Exit status 2: nothing was tried. Either the protector has no --releases; or the release that
     --expect or the link names is not serving; or --current is no symbolic link; or another
-    protector owns the link. 5: the release is serving, but the link or the history is not on disk yet.
-    6: another deploy, reload or dry run is in progress.
+    protector owns the link. 5: the release is serving, but the link or the history is not on disk
+    yet. 6: another deploy, reload or dry run is in progress.
     """
     arguments = _without_unset(release=release, expect=expect, force=force, dry_run=dry_run)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:

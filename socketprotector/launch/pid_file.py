@@ -97,9 +97,10 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
         stale: the descriptor of the file to be replaced.
         """
-        temporary = f"{self.path}.socketprotector"
+        # Without the pid, the name could be that of another program's file.
+        temporary = f"{self.path}.{os.getpid()}"
         if os.path.lexists(temporary):
-            os.unlink(temporary)  # left by a start that was killed: we hold the folder's lock
+            os.unlink(temporary)  # left by a killed process that had our pid
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         with on_error(os.close, fd), on_error(os.unlink, temporary):
             os.fchmod(fd, 0o644)

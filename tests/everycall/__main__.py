@@ -11,7 +11,7 @@ import hashlib
 import json
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tests.everycall.trials import Trial, found_sites, report, trials, try_one
@@ -50,12 +50,14 @@ def main() -> None:
         for each in trials(sites, arguments.seed)
         if each not in done and arguments.site in each[1]
     ]
-    writing = threading.Lock()
+    writing, interrupted = threading.Lock(), threading.Event()
 
     def run(trial: Trial) -> None:
         if time.monotonic() > until:
             return
         outcome = try_one(folder, trial)
+        if interrupted.is_set():
+            return  # a terminal's Ctrl-C reaches the processes of this life, too
         with writing, results.open("a") as file:
             file.write(json.dumps(outcome) + "\n")
         if outcome["problems"]:
@@ -65,10 +67,12 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         running = [pool.submit(run, each) for each in open_trials]
         try:
-            for each in running:
+            for each in as_completed(running):
                 each.result()
         except KeyboardInterrupt:
+            interrupted.set()
             print("The lives that run now come to their end.", flush=True)
+        finally:
             pool.shutdown(cancel_futures=True)
     print(report(sites, results))
 

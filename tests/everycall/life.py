@@ -72,6 +72,7 @@ class Life:
     plan: str = ""
     mark: dict[str, str] = field(default_factory=dict)
     port: int = 0
+    guard: int = 0  # its pid, once the start has succeeded
     lost: int = 0
     is_second: bool = False  # another start, to see whether it clears up
     problems: list[str] = field(default_factory=list)
@@ -199,6 +200,10 @@ class Life:
     def fired(self) -> bool:
         return (self.folder / "fired").exists()
 
+    @property
+    def fired_in_guard(self) -> bool:
+        return self.fired and int((self.folder / "fired").read_text()) == self.guard
+
     def live(self) -> list[str]:
         """Start, act, stop, and look for leftovers; return the problems."""
         with self._reserved:
@@ -217,6 +222,7 @@ class Life:
         if begun.returncode != 0:
             self._start_failed(begun)
             return self.problems
+        self.guard = self.pid
         clients = threading.Thread(target=self._clients)
         if operation.load:
             clients.start()

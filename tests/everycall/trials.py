@@ -30,13 +30,12 @@ EXCEPTIONS = (
         "a file that cannot be looked at or removed stays; the next start replaces it",
     ),
     (
-        r"\S+ \w+ \S+ SIGKILL",
+        r"\S+ \w+ \S+ SIGKILL( of the guard)?",
         FILES_UNTIL_NEXT,
         "no process is left that removes files after a kill of the last one",
     ),
     (
-        r"(listener-)?recovery \w+ socketprotector/"
-        r"(programs/guard|system/(terminal|polling)).py:\d+ SIGKILL",
+        r"(listener-)?recovery \w+ \S+ SIGKILL of the guard",
         r"it does not serve|the next reload failed|\d+ connections lost",
         "the protector and its guard are both killed: the next start serves",
     ),
@@ -44,6 +43,11 @@ EXCEPTIONS = (
         r"\S+ \w+ socketprotector_client/\S+ E[A-Z]+",
         r"(?s)a traceback: .* in (open_intake|__enter__|share|ready)\n",
         "a worker that cannot begin to take connections ends; its traceback is its last words",
+    ),
+    (
+        r"start \w+ socketprotector/launch/pid_file.py:\d+ SIGKILL",
+        r"files are left: \['pid\.\d+'\]",
+        "the name has the pid of the start: a fixed name could be another program's file",
     ),
     (
         r"\S+ (recv|send) socketprotector_client/serving.py:\d+ E[A-Z]+",
@@ -175,9 +179,9 @@ def trials(sites: dict[str, dict[str, str]], seed: int = 36) -> list[Trial]:
     return [each[at] for at in range(turns) for each in by_operation if at < len(each)]
 
 
-def excuse(name: str, site: str, code: int, problem: str) -> str:
+def excuse(name: str, site: str, code: int, problem: str, *, in_guard: bool) -> str:
     """Return why this may be so; "": it may not."""
-    fault = f"{name} {site} {errno.errorcode.get(code, 'SIGKILL')}"
+    fault = f"{name} {site} {errno.errorcode.get(code, 'SIGKILL')}{' of the guard' * in_guard}"
     found = (
         reason
         for where, what, reason in EXCEPTIONS
@@ -196,7 +200,8 @@ def try_one(folder: Path, trial: Trial) -> dict[str, Any]:
         problems = [repr(error)]
         life._end()
     fired = life.fired
-    excused = [each for each in problems if excuse(name, site, code, each)]
+    in_guard = life.fired_in_guard
+    excused = [each for each in problems if excuse(name, site, code, each, in_guard=in_guard)]
     problems = [each for each in problems if each not in excused]
     if not problems:
         life.forget()

@@ -220,11 +220,11 @@ def test_what_a_failed_worker_said_is_not_read_from_another_file(
 def test_a_pid_file_in_a_shared_folder_goes_around_what_others_have_put_there(
     start: Start, shared: Path, victim: Path
 ) -> None:
-    """The name of the temporary file is known: what is there is replaced, not written to."""
+    """The name of the temporary file can be guessed: what is there is replaced, not written to."""
     start.pid_file = shared / "pid"
     script = (
         "import os, sys\n"
-        f"os.symlink({str(victim)!r}, {str(shared / 'pid.socketprotector')!r})\n"
+        f"os.symlink({str(victim)!r}, {str(shared / 'pid')!r} + f'.{{os.getpid()}}')\n"
         "os.execv(sys.argv[1], sys.argv[1:])\n"
     )
     before = (sys.executable, "-c", script)

@@ -106,6 +106,7 @@ def test_another_processs_pid_file_in_our_place_is_not_removed(start: Start) -> 
 
 
 def test_the_rest_of_a_writer_that_was_killed_is_not_in_the_way(start: Start) -> None:
+    """In a container the same pid comes again: the temporary file has its number."""
     words = ("unix:s", "--", *MINIMAL)
     first = start.popen("-f", "--pid-file", "pid", *words, before=("sh", "-c", PLANT, "-"))
     with first as process:
@@ -118,7 +119,7 @@ def test_the_rest_of_a_writer_that_was_killed_is_not_in_the_way(start: Start) ->
     assert start.left() == []
 
 
-PLANT = 'echo rest > pid.socketprotector; exec "$@"'
+PLANT = 'echo rest > "pid.$$"; exec "$@"'
 
 
 @pytest.mark.parametrize("stale", [None, f"{dead_pid()}\n", ""], ids=["none", "dead", "empty"])

@@ -206,12 +206,7 @@ class CommandHandler:
                 result = {"changes": list(answer.changes), "needs_restart": list(answer.fixed)}
                 client.send_line(control_requests.answer(request.id, result))
 
-        try:
-            has_begun = self._effects.live_settings.compare(done)
-        except MemoryError:
-            text = "cannot read the configuration: out of memory"
-            raise RequestError("failed", text) from None
-        if not has_begun:
+        if not self._effects.live_settings.compare(done):
             raise RequestError("busy", "another diff is in progress; try again after it")
 
     def _check_upgrade(self, client: Client, request: Request) -> None:

@@ -107,17 +107,3 @@ def test_a_refused_deploy_advises_a_rollback_only_where_it_works(
         releases.deploy(effects, fleet, cast("Any", None), "3")
 
     assert str(caught.value) == refused
-
-
-def test_a_diff_without_memory_is_refused_and_ends_nothing() -> None:
-    def compare(_: object) -> bool:
-        raise MemoryError
-
-    settings = SimpleNamespace(origin=SimpleNamespace(configured=True))
-    live = SimpleNamespace(settings=settings, compare=compare)
-    effects = SimpleNamespace(live_settings=live)
-    supervisor = cast("Any", SimpleNamespace(fleet=Fleet(Policy()), effects=effects))
-    handler = CommandHandler(supervisor, cast("Any", None))
-
-    with pytest.raises(RequestError, match="cannot read the configuration: out of memory"):
-        handler.handle(cast("Any", None), Request("diff"))

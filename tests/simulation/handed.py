@@ -320,6 +320,14 @@ class Handed(World):
     def _reason(self) -> str:
         return super()._reason() or ("an earlier stop" if self._has_stopped else "")
 
+    def _connection_lost(self, connection: Connection) -> None:
+        # A client that connects while its socket is shut down is lost when a stop closes that.
+        kept = self._why_lost
+        if connection.excuse == MISCHIEF:
+            self._why_lost = kept or MISCHIEF
+        super()._connection_lost(connection)
+        self._why_lost = kept
+
     def _carrying(self, addresses: Collection[str]) -> list[tuple[str, int]]:
         leaders = [each for each in self.workers if each.address in addresses]
         return [(leader.address, each.pid) for leader in leaders for each in leader.living]

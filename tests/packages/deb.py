@@ -173,7 +173,7 @@ def test_fish_completes(built: Path, tmp_path: Path) -> None:
 
     for begun, word in COMPLETED.items():
         assert completed(begun) == [word]
-    assert completed("socketprotectorctl rel") == ["release", "reload"]
+    assert completed("socketprotectorctl rel") == ["release", "releases", "reload"]
     assert completed(f"SocketProtector --config {tmp_path}/ro") == [f"{tmp_path}/root/"]
     assert "--dry-run" in completed("socketprotectorctl reload --d")
 
@@ -211,7 +211,7 @@ def test_a_whole_life_on(suite: str, root_of: Callable[..., Path], packages: Pat
 
 
 @needs_a_root
-def test_three_commands_from_a_clean_debian_to_a_broken_release(
+def test_the_commands_from_a_clean_debian_to_a_broken_release(
     root_of: Callable[..., Path], built: Path
 ) -> None:
     """Those of docs/install.md; apt-get takes what they need from where this machine does."""

@@ -1,14 +1,15 @@
-"""The three commands of docs/install.md on a Debian that has nothing yet.
+"""The commands of docs/install.md on a Debian that has nothing yet.
 
     unshare --mount --pid --fork --mount-proc python -m tests.packages.start clean ROOT FOLDER
 
 ROOT is a Debian without anything that the packages need; nothing is written into it.  FOLDER has
-the packages.  Each command is the page's own; says how long the first three took.
+the packages.  Each command is the page's own; says how long those up to the broken release took.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import shutil
 import subprocess
@@ -20,15 +21,16 @@ from tests.pages import page
 from tests.running import ROOT as SOURCES
 
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
-_COMMANDS = 3
+#: The numbers of the commands that start the protector, and that reload the broken release.
+_START, _BROKEN = 3, 5
 
 
 class Command:
     """A line of the page: what is run, its exit status, and what is said by its block."""
 
-    def __init__(self, line: str) -> None:
-        self.line, _, remark = (each.strip() for each in line.partition("  # "))
-        status = re.match(r"exit status (\d+)", remark)
+    def __init__(self, line: str, remark: str) -> None:
+        self.line = line
+        status = re.match(r"# exit status (\d+)", remark)
         self.status = int(status[1]) if status else 0
         self.shown: list[str] = []
 
@@ -54,7 +56,12 @@ def commands() -> list[Command]:
         if block.is_text:
             told[-1].shown += block.text.strip().splitlines()
         else:
-            told = [Command(line) for line in block.text.splitlines()]
+            lines = ["", *block.text.splitlines()]
+            told = [
+                Command(line, before)
+                for before, line in itertools.pairwise(lines)
+                if not line.startswith("#")
+            ]
             found += told
     return found
 
@@ -80,7 +87,7 @@ def main() -> None:
         shutil.copy(each, life.ROOT / "root")
     life.inside("apt-get", "update", "-qq")  # as it is where somebody works
     found = commands()
-    assert len(found) > _COMMANDS, found
+    assert len(found) > _BROKEN, found
     begun_s, heard = time.monotonic(), list[str]()
     for number, command in enumerate(found, 1):
         if number == 2:  # the network was for apt-get: no port is taken from others
@@ -90,12 +97,12 @@ def main() -> None:
         heard += said.splitlines()
         for shown in command.shown:
             assert any(page.is_like(shown, line) for line in heard), shown
-        if number == _COMMANDS:
+        if number == _BROKEN:
             took_s = time.monotonic() - begun_s
             print(f"a clean Debian, and a broken release not taken: {took_s:.0f} s", flush=True)
-        if 2 <= number < len(found):
+        if _START <= number < len(found):
             life.ask(8000)
-        if number == _COMMANDS:
+        if number == _BROKEN:
             demo()
     print("LIVED", flush=True)
 

@@ -20,7 +20,7 @@ from tests import forked, needs, once, rounds, summary, world
 from tests.channel import Channel
 from tests.own_folder import OwnFolder
 from tests.procfs import GONE, children_of, descriptors, threads_of
-from tests.running import LISTENER, ROOT, Client, Protector, eventually, mark
+from tests.running import LISTENER, ROOT, Client, Protector, eventually, mark, reserved_port
 
 # An ordinary user's PATH may lack where ip(8), nginx and others are.
 os.environ["PATH"] += ":/usr/sbin:/sbin"
@@ -126,18 +126,11 @@ def protector(
 
 @pytest.fixture
 def free_port() -> Iterator[Callable[[], int]]:
-    """Choose ports of 127.0.0.1 that no other process gets before the test has ended.
-
-    A bound socket that does not listen keeps each: the system does not give it to a
-    process that asks for any port, and lets one that names it have it, as SO_REUSEADDR is set
-    on both sides.
-    """
+    """Choose ports of 127.0.0.1 that no other process gets before the test has ended."""
     kept: list[socket.socket] = []
 
     def choose() -> int:
-        kept.append(socket.socket())
-        kept[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        kept[-1].bind(("127.0.0.1", 0))
+        kept.append(reserved_port())
         return int(kept[-1].getsockname()[1])
 
     yield choose

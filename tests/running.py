@@ -280,6 +280,18 @@ def _processes() -> set[str]:
     return {name for name in os.listdir("/proc") if name.isdigit()}
 
 
+def reserved_port() -> socket.socket:
+    """Bind a port of 127.0.0.1 that no other process gets until the socket is closed.
+
+    The socket does not listen.  The kernel gives its port to no process that asks for any port, but
+    to one that names it, as SO_REUSEADDR is set on both sides.
+    """
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind(("127.0.0.1", 0))
+    return made
+
+
 def marked(mark: str) -> list[int]:
     """The living processes that carry a test's mark in their environment."""
     wanted = f"{MARK}={mark}".encode()

@@ -77,6 +77,7 @@ class Log:
         The log opens stderr again, because O_NONBLOCK on the inherited open file description would
         affect every worker's output.  A socket cannot be opened again, but allows MSG_DONTWAIT.
         """
+        mode = os.fstat(_STDERR).st_mode
         self._coloured = _wants_colour()
         # dup2 into the same number: without memory or a free descriptor, dup fails.
         fd = self._release_fd()
@@ -84,7 +85,6 @@ class Log:
             fd = os.dup(_STDERR)
         else:
             os.dup2(_STDERR, fd, inheritable=False)
-        mode = os.fstat(fd).st_mode
         if stat.S_ISSOCK(mode):
             self._socket = socket.socket(fileno=fd)
             return

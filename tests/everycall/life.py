@@ -16,7 +16,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.running import COMMAND, LISTENER, MARK, WORKERS, Client, eventually, marked, wait_gone
+from tests.running import (
+    COMMAND,
+    LISTENER,
+    MARK,
+    WORKERS,
+    Client,
+    eventually,
+    marked,
+    reserved_port,
+    wait_gone,
+)
 
 HERE = Path(__file__).parent
 PYTHON = sys.executable
@@ -82,10 +92,7 @@ class Life:
     def __post_init__(self) -> None:
         if self.plan:
             (self.folder / "plan").write_text(self.plan)
-        # While it is bound here, no process that asks for any port gets it: see conftest.free_port.
-        self._reserved = socket.socket()
-        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._reserved.bind(("127.0.0.1", 0))
+        self._reserved = reserved_port()
         self.port = self._reserved.getsockname()[1]
         (self.folder / "run").mkdir()
         for name in ("1", "2", "bad"):

@@ -181,7 +181,9 @@ def trials(sites: dict[str, dict[str, str]], seed: int = 36) -> list[Trial]:
 
 def excuse(name: str, site: str, code: int, problem: str, *, in_guard: bool) -> str:
     """Return why this may be so; "": it may not."""
-    fault = f"{name} {site} {errno.errorcode.get(code, 'SIGKILL')}{' of the guard' * in_guard}"
+    fault = f"{name} {site} {errno.errorcode.get(code, 'SIGKILL')}"
+    if in_guard:
+        fault += " of the guard"
     found = (
         reason
         for where, what, reason in EXCEPTIONS

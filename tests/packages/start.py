@@ -37,8 +37,8 @@ class Command:
 
 def say_of_apt(root: Path) -> None:
     """Let apt-get there reach what it reaches here."""
-    told = subprocess.run(["apt-config", "dump", "Acquire"], capture_output=True, check=True)
-    (root / "etc/apt/apt.conf.d/99here").write_bytes(told.stdout)
+    dumped = subprocess.run(["apt-config", "dump", "Acquire"], capture_output=True, check=True)
+    (root / "etc/apt/apt.conf.d/99here").write_bytes(dumped.stdout)
     for name in ("resolv.conf", "hosts"):
         shutil.copy(f"/etc/{name}", root / "etc")
 
@@ -49,20 +49,20 @@ def commands() -> list[Command]:
     text = path.read_text(encoding="utf-8")
     at = text.index("### From a clean Debian")
     begins, ends = (text[:each].count("\n") for each in (at, text.index("\n## ", at)))
-    found, told = list[Command](), list[Command]()
+    found, latest = list[Command](), list[Command]()
     for block in page.blocks(path):
         if not begins < block.line < ends:
             continue
         if block.is_text:
-            told[-1].shown += block.text.strip().splitlines()
+            latest[-1].shown += block.text.strip().splitlines()
         else:
             lines = ["", *block.text.splitlines()]
-            told = [
+            latest = [
                 Command(line, before)
                 for before, line in itertools.pairwise(lines)
                 if not line.startswith("#")
             ]
-            found += told
+            found += latest
     return found
 
 

@@ -60,7 +60,7 @@ def load_of(web: Operated, program: str) -> Load:
 
 @contextmanager
 def taken(web: Operated, program: str) -> Iterator[tuple[int, int, Callable[[], bool]]]:
-    """Keep a connection that a process has answered: yield its pid, our port, and if it has ended.
+    """Keep a connection that a process has answered: yield its pid, our port, and whether it ended.
 
     So whichever process is killed has taken one connection at least.
     """

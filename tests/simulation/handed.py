@@ -320,13 +320,9 @@ class Handed(World):
     def _reason(self) -> str:
         return super()._reason() or ("an earlier stop" if self._has_stopped else "")
 
-    def _connection_lost(self, connection: Connection) -> None:
+    def _blame(self, connection: Connection) -> str:
         # A client that connects while its socket is shut down is lost when a stop closes that.
-        kept = self._why_lost
-        if connection.excuse == MISCHIEF:
-            self._why_lost = kept or MISCHIEF
-        super()._connection_lost(connection)
-        self._why_lost = kept
+        return MISCHIEF if connection.excuse == MISCHIEF else super()._blame(connection)
 
     def _carrying(self, addresses: Collection[str]) -> list[tuple[str, int]]:
         leaders = [each for each in self.workers if each.address in addresses]

@@ -1016,7 +1016,7 @@ class World:
         source.sent[came_by] = connection.place
 
     def _connection_lost(self, connection: Connection) -> None:
-        other = self._reason() or connection.excuse or self._of_reading(connection)
+        other = self._blame(connection)
         why = self._why_lost or other
         if why == BY_KILL and connection not in self._held:
             why = other or why  # the fd store has dropped what had been closed before
@@ -1027,6 +1027,10 @@ class World:
             self._lost_by_kill += connection in self._held or not connection.excuse
         self._say(f"  {connection} is lost: {why}")
         self.lost[why] = self.lost.get(why, 0) + 1
+
+    def _blame(self, connection: Connection) -> str:
+        """Return why a connection may be lost without a kill; empty: for no known reason."""
+        return self._reason() or connection.excuse or self._of_reading(connection)
 
     def _of_reading(self, connection: Connection) -> str:
         """Say why one is lost by another configuration; empty: for none of that."""

@@ -40,8 +40,8 @@ _ALL_STATUSES = (
     ("0", "done"),
     (
         "1",
-        "no protector is running, a lost connection could not be restored, or the output could not "
-        "be written",
+        "no protector is running, the connection to the protector was lost and could not be "
+        "restored, or the output could not be written",
     ),
     (
         "2",
@@ -50,18 +50,19 @@ _ALL_STATUSES = (
     ),
     (
         "3",
-        "reload, deploy, rollback, upgrade: the new version failed, and the old version continues; "
+        "reload, deploy, rollback, upgrade: the requested version failed, and the running version "
+        "continues; "
         "diff: a reload would fail; ready: not ready",
     ),
     (
         "4",
-        "not done within --timeout; if already requested, the operation continues, and may still "
-        "succeed",
+        "not done within --timeout; if the request was already sent, the operation continues, and "
+        "may still succeed",
     ),
     (
         "5",
-        "deploy, rollback: the new version is serving, but the link --current or the history is "
-        "not on disk yet",
+        "deploy, rollback: the requested version is serving, but the link --current or the history "
+        "is not on disk yet",
     ),
     ("6", "deploy, rollback: another deploy, reload or dry run is in progress"),
     ("100", "the command was refused for another reason, or this user has no permission"),

@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.  arguments: if None, sys.argv[1:]."""
     open_missing_standard_streams()
     if isinstance(sys.stdout, TextIOWrapper):
-        # reconfigure() fails if the caller has replaced descriptor 1, a regular file, by a pipe.
+        # reconfigure() fails if descriptor 1 was a regular file when Python started, and main()'s
+        # caller has since put a pipe in its place.
         with suppress(OSError):
             # A worker's output may have characters that the locale's encoding lacks.
             sys.stdout.reconfigure(errors="backslashreplace")

@@ -79,7 +79,7 @@ class OpenGeneration:
     def counts(self, slot: int) -> Counts | None:
         """Return the sum of the counts of the worker in a slot and of its forked children.
 
-        None: the worker does not count, or the scoreboard is missing or cannot be read.
+        None: the worker does not count its connections, or the scoreboard is missing or unreadable.
         """
         try:
             found = self.board.read(slot) if self.board is not None else None
@@ -92,7 +92,7 @@ class OpenGeneration:
 
     @property
     def accepted(self) -> int | None:
-        """Return how many connections the workers have accepted so far; None: no worker counts."""
+        """Return how many connections the workers have accepted so far; None: none has counted."""
         slots = range(SLOTS) if self.board is not None else ()
         found = [self.record.past, *map(self.counts, slots)]
         counted = [each.accepted for each in found if each is not None]
@@ -118,7 +118,7 @@ class OpenGeneration:
         return lost
 
     def scoreboard_slot(self, slot: int) -> tuple[int, int] | None:
-        """Return the scoreboard's descriptor and a slot's offset; None: there is no such slot."""
+        """Return the scoreboard's descriptor and a slot's offset; None: it is not counted."""
         if self.board is None or self.board.offset(slot) < 0:
             return None
         return self.board.fd, self.board.offset(slot)

@@ -6,8 +6,8 @@ of its own, so no mark is necessary.  Under other values of --handoff the probe 
 a loopback port, and the protector sends the port's connections into the generation's channel.
 
 Without --ready, probes are sent only under --handoff listener.  Such a probe can fail although the
-generation is ready (_MAYBE_READY of verdicts.py).  Then a timer can make the generation ready
-(system/readiness.py).
+workers can already serve (_MAYBE_READY of verdicts.py).  After such a failure the generation counts
+as ready when a timer ends (system/readiness.py).
 """
 
 from __future__ import annotations

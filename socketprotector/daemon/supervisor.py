@@ -108,7 +108,7 @@ class Supervisor:
         left_s = {each: due - now for each, due in snapshot.timers}
         self._order(resume(self.fleet, left_s, (*snapshot.unfinished, *snapshot.unsaid)))
         self.queue.add(recovery.adopt())
-        self._act(Hold, RouteTo)  # clients must not wait until all workers are adopted
+        self._act(Hold, RouteTo)  # first: clients need not wait until all workers are adopted
         for events in recovery.adopt_workers():
             self.queue.add(events)
             self.yield_to_accepts()
@@ -220,8 +220,8 @@ class Supervisor:
             return
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._handing_over = True
-        # Handle the signals that have arrived: the new program gets only later signals, which are
-        # blocked now.
+        # Handle the signals that have already arrived, because the exec would lose them.  Later
+        # signals are blocked, stay pending across the exec, and reach the new program.
         self.runtime.loop.take_signals()
         if self.effects.exit_status is not None:
             pass  # the fleet has ended: there is nothing to hand over
@@ -269,8 +269,9 @@ class Supervisor:
             # helpers report exits, and each `Process` reaps its own child.
             self.runtime.loop.call_after("reap", 0.0, self._reap_orphans)
             return
-        # Report the signal first: if we die, the guard sends the unreported signals to the next
-        # program.  A stop signal counts as unreported until we report that the stop has begun.
+        # First report to the guard that we have the signal: if we die, the guard sends the next
+        # program each signal that we have not reported.  After a stop signal, the guard also waits
+        # for our report that the stop has begun.
         self.on_signal(number)
         self.runtime.log.write("info", "signal", signal=signal.Signals(number).name)
         match number:

@@ -66,10 +66,10 @@ class BornTooLarge:
         return self._allowed[number]
 
     def forget(self, living: Container[int], *, grown_worker_fits: bool) -> None:
-        """Forget exited workers, and end the loop if workers fit again.
+        """Forget exited workers, and end the series of replacements if workers fit again.
 
-        Workers fit if `grown_worker_fits` (a worker ready for _AT_ONCE_S is within the limit), and
-        no living worker was too large from the start.
+        Workers fit if `grown_worker_fits` (a worker that became ready at least _AT_ONCE_S ago is
+        within the limit), and no living worker was too large from the start.
         """
         self._allowed = {each: may for each, may in self._allowed.items() if each in living}
         if grown_worker_fits and not self._allowed:
@@ -83,7 +83,7 @@ class LimitWatch:
         """workers: the running workers by number, always up to date."""
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._workers = workers
-        self._blind = False  # a worker's memory cannot be read, and the log says so
+        self._blind = False  # a worker's memory could not be read, and that was logged
         self._warned_uncounted = False
         self._large = BornTooLarge()
         self._retired: set[int] = set()  # pids of forked children that have reached a limit

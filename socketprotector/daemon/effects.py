@@ -78,7 +78,7 @@ RECORDED = Undone | Report | StartTimer
 #: Reports after which a generation's program counts as the last good program.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
-#: After the time of --settle, we check at this interval whether --settle-check has succeeded.
+#: How often we check, once SETTLE has run out, for the good answer that --settle-check awaits.
 _SETTLE_AGAIN_S = 0.1
 #: Until this timer runs out, a stop accepts late clients: TCP clients that waited during a hold
 #: under --handoff listener, and may still retry.
@@ -198,7 +198,7 @@ class Effects(Host):
             case Exit(status):
                 self.exit_status = status
                 self.pool.orphans.when_ended(self._stop_running)
-            case _:  # the action's generation could not be opened, or was released already
+            case _:  # the generation was not opened, was lost in a kill, or is released already
                 pass
 
     def _report(self, report: Report) -> None:
@@ -241,7 +241,7 @@ class Effects(Host):
         )
 
     def descriptors(self) -> dict[str, int]:
-        """Return all descriptors that are needed after an upgrade or a crash, by name."""
+        """Return the descriptors of Effects that the next program needs, by name."""
         return {**self.own_descriptors(), **self.pool.descriptors}
 
     def own_descriptors(self) -> dict[str, int]:
@@ -273,7 +273,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_dry_run()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            # snapshot() does this, too, but without a guard or fd store only upgrades call it.
+            # snapshot() makes this call, too, but is rarely called without a guard or fd store.
             self.generations.forget_released(self.delivery.keeps)
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:
@@ -417,7 +417,7 @@ class Effects(Host):
         """Return the likely cause of a generation's start timeout; "": unknown."""
         known = self.probing.why_not_ready or self.pool.check_result(number)
         if self.pool.proved_ready:
-            return known  # a worker was ready before: the daemon needs no advice about our socket
+            return known  # a worker was ready before, so the program can take our connections
         more = self.pool.advice(number, ignores_socket=bool(known))
         return "; ".join(filter(None, (known, more)))
 

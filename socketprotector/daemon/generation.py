@@ -23,7 +23,7 @@ class OpenGeneration:
     """One open generation.  It owns its scoreboard; its sockets belong to the delivery."""
 
     record: GenerationRecord
-    board: Board | None = None  # None: there is no scoreboard, so nothing is counted
+    board: Board | None = None  # None: there is no scoreboard, so workers count nothing
     #: Whether spread.py has logged no-spread: some workers cannot end their connections evenly.
     warned_unable: bool = False
 
@@ -63,11 +63,11 @@ class OpenGeneration:
 
     @property
     def ended(self) -> bool:
-        """Return whether the generation's workers are sent no more clients."""
+        """Return whether no more clients go to the generation's workers."""
         return self.record.ended
 
     def note_ended(self) -> None:
-        """Note that the generation's workers are sent no more clients."""
+        """Note that no more clients go to the generation's workers."""
         if not self.record.ended:
             self.update_record(ended=True)
 
@@ -124,7 +124,7 @@ class OpenGeneration:
         return self.board.fd, self.board.offset(slot)
 
     def forget_board(self) -> None:
-        """Close the scoreboard; nothing is counted any more."""
+        """Close the scoreboard; from now on the counts of running workers are unknown."""
         if self.board is not None:
             self.board.close()
             self.board = None

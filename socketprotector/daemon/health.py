@@ -64,7 +64,7 @@ class Health:
 
     @property
     def tcp_connection(self) -> socket.socket | None:
-        """The TCP connection of the probe under way; None: there is none."""
+        """The open TCP connection of the last probe; None: there is none."""
         return self._probe.connection
 
     def set_serving(self, generation: OpenGeneration | None) -> None:
@@ -109,7 +109,7 @@ class Health:
         settings, generation = self._settings(), self._generation
         assert generation is not None
         self._loop.call_after(_TIMER, settings.health_every_s, self._send_probe)
-        # During some holds no connection gets an answer (is_silent), so a probe would fail.
+        # is_silent: under --handoff listener, a probe gets no answer during a hold.
         if not self._delivery.is_silent and not self._probe.is_pending:
             self._probe.send(generation, self._spec, settings.health_timeout_s, self._on_verdict)
 

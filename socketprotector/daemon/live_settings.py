@@ -1,8 +1,9 @@
 """The settings in force, and the candidate settings of a reload.
 
-A reload starts its generation with the candidate settings, which a reader process has read
-(config_reader.py).  When this generation serves, the candidate settings become the settings in
-force.  If the generation fails, and after a dry run, the candidate settings are dropped.
+With --config or --releases, a reload starts its generation with candidate settings, which a
+reader process has read (config_reader.py).  When this generation serves, the candidate settings
+become the settings in force.  If the generation fails, and after a dry run, the candidate settings
+are dropped.
 
 In docstrings and comments, `current` means the symbolic link that the option --current names.  The
 link leads to a release.
@@ -70,7 +71,7 @@ class LiveSettings:
 
         dry_run: the new generation and added listeners get no clients.
         canary: the reload was requested with a canary.
-        release: the release to start; "": the release to which `current` leads.
+        release: the release that the request names; "": it names none.
         """
         try:
             reader = self._reader("reader")
@@ -83,8 +84,9 @@ class LiveSettings:
         reader.read(replace(self.settings, release_wanted=release), done)
 
     def compare(self, done: Callable[[config_reader.ConfigAnswer], None]) -> bool:
-        """Call `done` with what a reload would change; return False if a comparison runs.
+        """Call `done` with what a reload would change.
 
+        Returns False, without a call of `done`, if an earlier comparison is still running.
         If the reader process cannot start, `done` gets the failure before this method returns.
         Raises MemoryError: see _reader().
         """
@@ -132,9 +134,10 @@ class LiveSettings:
                 self._put_in_force(replace(self.settings, listeners=(*kept, *removed)))
 
     def reported(self, report: Report, program: Program | None) -> tuple[Report, str]:
-        """Return two values: the report, with a note about `current`, and the release's name.
+        """Record what a report says about a release; return two values.
 
-        program: the program of the report's generation; None: the generation could not be opened.
+        The values are the report, perhaps with a note about `current`, and the release's name.
+        program: the program of the report's generation; None: the report has no open generation.
         The name is "" without a program, or without --releases.
         """
         if self.releases is None:
@@ -153,7 +156,7 @@ class LiveSettings:
         return self.releases.named_at_begin if self.releases is not None else ""
 
     def stop_reading(self) -> None:
-        """End the reader processes, before an upgrade or our exit: only we can use their answers.
+        """End the reader processes, before an upgrade or our exit, after which they cannot answer.
 
         If a reload waits for its settings, the next program reads the configuration again.
         `done` of compare() gets an answer at once: the comparison was called off.
@@ -238,7 +241,7 @@ class LiveSettings:
     def _cannot_roll_out(
         self, new: Settings, added: Collection[Listener], canary: bool
     ) -> str | None:
-        """Return why the new settings rule out a canary or a rolling reload; None: they do not.
+        """Return why the reload cannot have its canary or its rolling order; None: it can.
 
         canary: the reload was requested with a canary; the `reload` command has checked only the
         settings in force.

@@ -5,8 +5,8 @@ Each worker has its own pipe in two cases:
 * --log-prefix is set.
 * The log is syslog, the journal, a pipe or the file of --log-file, and --no-log-relay is not set.
 
-Otherwise workers write to our stdout and stderr: for example a terminal, or FILE under
-`-f 2>FILE`.
+Otherwise, or if the relay cannot start, workers write to our stdout and stderr: for example a
+terminal, or FILE under `-f 2>FILE`.
 
 A relay process (programs/log_relay.py) reads the pipes and writes the log.  So running workers need
 not reopen a rotated log, and the relay knows which worker wrote a line.
@@ -40,7 +40,7 @@ _USE_PREFIX = "set --log-prefix to see the output here"
 _USE_RELAY = "remove --no-log-relay to see the output here"
 _USE_BOTH = "remove --no-log-relay and set --log-prefix to see the output here"
 #: The mode of a worker's pipe: a worker that runs as another user must be able to open /dev/stdout.
-#: No other process can reach the pipe.
+#: So all users may write.  That is safe: other users' processes cannot reach the pipe.
 _PIPE_MODE = 0o622
 
 
@@ -57,7 +57,7 @@ class Output:
     """The destination of stdout and stderr, for the protector and its workers."""
 
     def __init__(self, settings: Settings, *, relay_failed: bool = False) -> None:
-        """relay_failed: the relay could not be started, so workers write to our stderr."""
+        """relay_failed: the relay could not be started, so workers get no pipes."""
         self._settings, self._relay_failed = settings, relay_failed
         self._log_file, self._to_syslog = settings.log_file, settings.to_syslog
         ours = self._to_syslog or self._log_file is not None
@@ -133,9 +133,9 @@ class Output:
         self._relay.read_from(number, relay_client.WorkerPipe(read, generation, given.pid))
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
-        """Close the oldest pipes of exited workers without orphans.
+        """Close the pipes of exited workers without orphans, except the newest.
 
-        LEFT_BEHIND (model/fd_budget.py) of these pipes stay open.
+        The newest LEFT_BEHIND (model/fd_budget.py) of these pipes stay open.
         living: how many workers run, or have exited and left orphans.
         numbers: returns these workers' numbers.
         """
@@ -152,7 +152,8 @@ class Output:
     def finish(self) -> None:
         """Close our line to the relay; wait up to 3 s (_END_S of relay_client.py) for its exit.
 
-        The relay writes the rest, and exits once no process has a worker's pipe open for writing.
+        The relay writes the rest of the output.  It exits once no process has one of its pipes open
+        for writing: a worker's pipe or, under syslog, the pipe that is our stderr.
         """
         if self._relay is not None:
             if self._to_syslog:

@@ -152,8 +152,8 @@ class Output:
     def finish(self) -> None:
         """Close our line to the relay; wait up to 3 s (_END_S of relay_client.py) for its exit.
 
-        The relay writes the rest of the output.  It exits once no process has one of its pipes open
-        for writing: a worker's pipe or, under syslog, the pipe that is our stderr.
+        The relay writes the rest of the output.  It exits once no process has one of its pipes
+        open for writing: a worker's pipe or, under syslog, the pipe that is our stderr.
         """
         if self._relay is not None:
             if self._to_syslog:

@@ -31,8 +31,8 @@ class MemoryWatch:
         # The kernel's counts of the kills that we have handled: each kill was named as the cause of
         # a worker's end, or logged.  Kills before this program's start count as handled.
         self._handled = memory_group.counts()
-        # None: the kernel sends no events.  Then a counted kill explains the next SIGKILL of a
-        # worker, however late that SIGKILL comes.
+        # None: the kernel sends no events.  Then we attribute a counted kill to the next SIGKILL
+        # of a worker, however late that SIGKILL comes.
         self._events = memory_group.Events.open()
         self._wait()
 

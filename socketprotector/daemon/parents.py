@@ -100,10 +100,10 @@ class Parents:
         return {inherited.GUARD: self.line.fileno()}
 
     def keeps_after_exit(self, names: Iterable[str]) -> bool:
-        """Return whether systemd's fd store keeps the descriptors with these names after our exit.
+        """Return whether systemd's fd store keeps the descriptors with these names for a restart.
 
-        systemd keeps these descriptors while a restart is pending, and otherwise drops them (tried
-        with systemd 252).  Other service managers that receive sd_notify(3) messages keep none, and
+        After our exit systemd keeps these descriptors only while a restart is pending (tried with
+        systemd 252).  Other service managers that receive sd_notify(3) messages keep none, and
         set no $INVOCATION_ID.
         """
         systemd = self.line is None and bool(os.environ.get("INVOCATION_ID"))

@@ -68,8 +68,8 @@ class PostMortem:
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
         """Reap an exited worker and return its end; None: the end is not known yet.
 
-        After None, `ended` is called when it is time to call end_of() again, perhaps before
-        end_of() returns.
+        If the end is not known, `ended` is called when it is time to call end_of() again: perhaps
+        even before this call returns None.
 
         guarded: whether there is a guard, which reports the exits of workers that are not our
         children.
@@ -147,8 +147,8 @@ class PostMortem:
             lost=lost or None,
         )
         last_words, was_ready = worker.last_words or "", record.ready_by or worker.became_ready
-        # A failed start, or the worker called daemon(3): end the processes that the worker left.
-        # Those outside its process group are found by their notify address.
+        # A failed start, or the worker called daemon(3): end the processes that have left the
+        # worker's group.  A scan finds them by the worker's notify address in their environment.
         if not was_ready:
             self.orphans.end(worker.notify.address)
         detached = end.clean and not was_ready
@@ -241,7 +241,7 @@ class PostMortem:
     ) -> bool:
         """Watch the processes left in a worker's process group; return whether there are any.
 
-        Takes ownership of the process and the line.
+        Takes ownership of the process and the RETURN line.
         lost: the worker itself may still run, but some of its descriptors were lost when the
         protector was killed.
         """
@@ -257,7 +257,8 @@ class PostMortem:
 
     def _group_ended(self, record: WorkerRecord, generation: OpenGeneration, *, lost: bool) -> None:
         if lost:
-            generation.take_counts(record.slot)  # only now: until its end the group used the slot
+            # Not earlier: until now the lost worker may have used the slot.
+            generation.take_counts(record.slot)
         waiting = self.delivery.waiting(generation, clients_only=True) or 0
         # This is the worker's second WorkerExited; the first had the flag `orphans`.
         self.runtime.post(WorkerExited(record.number, "orphans gone", waiting=waiting))

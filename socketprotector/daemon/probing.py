@@ -1,4 +1,4 @@
-"""Probes generations, with a late module (system/late_modules.py) for each phase.
+"""Probes generations: each phase has a module, loaded at its first use (system/late_modules.py).
 
 ready_probe.py probes a starting generation, settle_check.py a settling generation, and health.py
 the serving generation.

@@ -144,8 +144,8 @@ class Recovery:
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
                 # Post an event if the fleet does not know yet that we only watch the group, or that
-                # an orphan's group is gone.  If the group of any other worker is gone,
-                # _report_missing() reports the worker.
+                # an orphan's group is gone.  If the group of a worker that is not ORPHANED
+                # is gone, _report_missing() reports the worker.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     waiting = self._waiting(record.generation)
                     lost = has_group and not record.orphaned

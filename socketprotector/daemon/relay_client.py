@@ -3,9 +3,9 @@
 Our socket to the relay is called the line.
 
 The protector keeps a copy of the read end of every pipe.  So if the relay dies, workers can still
-write, and the next relay continues reading.  We keep a pipe until its last writer has exited.  A
-process that has left the worker's process group may write long after the worker's exit.  Of the
-pipes with only such writers we keep LEFT_BEHIND (model/fd_budget.py): clients need descriptors.
+write, and the next relay continues reading.  We keep a pipe until its last writer has exited.
+Exception: a process that has left the worker's process group may write long after the worker's
+exit.  We keep at most LEFT_BEHIND (model/fd_budget.py) pipes with only such writers.
 
 If the relay is suspended (SIGSTOP), each worker blocks once its pipe is full.  The relay's pidfd
 does not report the suspension, and we must not poll while idle.  So we start a timer when a worker
@@ -85,7 +85,7 @@ class LogRelay:
     def __init__(
         self, name: str, kind: str, runtime: Runtime, named: inherited.Named, *, prefixed: bool
     ) -> None:
-        """name: the name of the output in syslog.  kind: KIND of programs/log_relay.py.
+        """name: the name of the output in syslog.  kind: "syslog", "journal" or "lines".
 
         named: gets the workers' pipes, by the names that WorkerPipe.name() returns.
         prefixed: whether --log-prefix is set.
@@ -339,7 +339,7 @@ class LogRelay:
         self._loop.call_after(("output", number), _AGAIN_S, lambda: self._close_if_done(number))
 
     def reopened(self) -> None:
-        """Send the new stderr to a relay that writes its output to stderr."""
+        """Send our new stderr, the reopened log, to the relay; do nothing under syslog."""
         if self._kind != "syslog":
             self._unsent.append((_NEW_STDERR, 0))
             self._send_unsent()

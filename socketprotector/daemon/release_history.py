@@ -1,8 +1,8 @@
 """The history of releases, and its file `current.history`, beside the link `current`.
 
-The option --current names the link.  A process of its own, the writer
-(programs/release_writer.py), writes the file and waits for the disk.  A failed write is repeated.
-A file that could not be read is renamed before the next write.
+The option --current names the link.  A separate process, the writer (programs/release_writer.py),
+writes the file and waits for the disk.  A failed write is repeated.  A file that could not be read
+is renamed before the next write.
 """
 
 from __future__ import annotations

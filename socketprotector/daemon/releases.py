@@ -119,8 +119,9 @@ class Releases:
     def prepare(self, candidate: Settings, *, dry_run: bool) -> str:
         """Prepare to move `current` to the release of a deploy; return why that is impossible.
 
-        Returns "" if the move is possible, or if this deploy does not move `current`.  If a disk is
-        full or a permission is missing, the deploy fails here, before anything changes for clients.
+        Returns "" if the move is possible, or if this reload does not move `current`.  If a disk
+        is full or a permission is missing, the deploy fails here, before anything changes for
+        clients.
         """
         name = self._tried = candidate.release
         if dry_run or not candidate.release_wanted or not self.own() or self.link.named == name:

@@ -87,8 +87,8 @@ class SettleCheck:
     def note_settle_over(self, number: int) -> bool:
         """Note that --settle is over; return whether a good answer must still come.
 
-        Only answers after the first such call count.  Returns False if this generation is not
-        checked.
+        Answers that came before the first such call do not count.  Returns False if this
+        generation is not checked.
         """
         generation = self._generation
         if generation is None or generation.record.number != number:

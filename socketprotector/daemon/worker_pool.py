@@ -110,7 +110,7 @@ class WorkerPool:
     def advice(self, generation: int, *, ignores_socket: bool = False) -> str:
         """Return advice for a generation that does not serve its clients; "": there is none.
 
-        ignores_socket: see known_servers.advice().
+        ignores_socket: whether the workers seem to accept no connection from our socket.
         """
         workers = self._workers_of(generation)
         if not workers:

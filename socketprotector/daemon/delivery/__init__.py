@@ -28,8 +28,8 @@ UNTAKEN_S = 30.0
 #: whose handshake is under way at one check has connected by the next check, unless the network
 #: loses or delays a packet.
 QUIET_S = 0.2
-#: If new clients cannot be refused, a stop and the drain of a removed listener accept clients for
-#: this time at most.
+#: If new clients cannot be refused, a stop and the drain of a removed listener end after this
+#: time.  But queue/ first sends all connections that it has accepted.
 LAST_S = 10.0
 
 
@@ -105,7 +105,7 @@ class Delivery(ABC):
         Raises OSError on failure; then the caller forgets the generation without calling release().
 
         queue: how many clients the generation's queue should hold (shared/ has no queue).
-        fresh: True: the generation runs a new release; False: it runs the last good release again.
+        fresh: True: the generation runs the command as it is now; False: the last good command.
         """
 
     @abstractmethod
@@ -165,7 +165,7 @@ class Delivery(ABC):
 
         queue/ calls on_quiet at once.  In shared/, clients may wait at a socket that only this
         generation's workers have.  So shared/ waits, for a limited time, until the workers have
-        accepted these clients, and read from all accepted clients.
+        accepted these clients and have read from all accepted clients.
         reads_on: the workers read from accepted clients even after the order to finish.  So wait
         only until the clients are accepted.
         """
@@ -293,7 +293,7 @@ class Delivery(ABC):
     ) -> None:
         """Refuse new clients, and post BacklogEmptied once all earlier clients are accepted.
 
-        If new clients cannot be refused, accept them for LAST_S at most.
+        If new clients cannot be refused, accept them, too (see LAST_S).
         Exception: the owner of a passed-in socket keeps listening, and may get earlier clients.
         serving: the serving generation.  quick: close at once, and post nothing.
         stay: do not refuse new clients.  The listeners that were not passed in (by systemd, for

@@ -38,7 +38,7 @@ _QUIET = "forwarder-quiet"
 
 @mutable
 class _Closing:
-    """The state of a graceful close: connected clients go to workers, later clients do not."""
+    """How close_listeners() was called, and the result of the last check for new clients."""
 
     stay: bool  # our own listeners (not passed in) stay open, and later clients wait there
     latest: float = 0.0  # when to close at the latest; 0: no limit, because no new client comes
@@ -250,14 +250,14 @@ class Forwarder:
     def listeners(self) -> tuple[Listener, ...]:
         return tuple(self._listeners)
 
-    # -- the next program: the process that replaces us after an upgrade or a kill -----
+    # -- for the next program, which replaces us after an upgrade or a kill ------------
 
     def record(self) -> ForwarderRecord:
         kept, count = self.undelivered, self._canary.count if self._canary else self._canary_count
         return ForwarderRecord(self.forwarded, self.lost, None, kept.number, kept.waiting, count)
 
     def adopt(self, record: ForwarderRecord, unclaimed: Inherited) -> None:
-        """Adopt an earlier program's record, and its kept connections."""
+        """Adopt an earlier program's record and kept connections; old versions wrote `pending`."""
         self._forwarded, self._lost = record.forwarded, record.lost
         self._canary_count = record.shared
         first = ((record.number, record.pending),) if record.pending is not None else ()
@@ -269,8 +269,8 @@ class Forwarder:
         return found | self.undelivered.descriptors()
 
     def adopt_drained(self, channel: GenerationChannel) -> None:
-        """Note that the connections in a draining generation's channel must go to the route."""
-        if channel.depth():
+        """Note that a draining channel's connections go to the route, once the route has room."""
+        if channel.depth():  # perhaps the earlier program did not move all connections
             self._leftovers[channel] = False
 
     # -- accepting and sending ------------------------------------------------------------
@@ -332,7 +332,7 @@ class Forwarder:
             taken = self._shortage.take_back(channel)
             if taken is None:
                 if self.outlet.is_free and channel.depth():
-                    # The channel is not empty: retry later.
+                    # recvmsg() has found nothing, but the channel is not empty: retry later.
                     self._shortage.begin("recvmsg", BlockingIOError(errno.EAGAIN, "try again"))
                 return
             remaining -= 1

@@ -83,7 +83,7 @@ class ProbePort:
     def _accept_later(self) -> None:
         """Accept or send again after a pause.
 
-        The socket stays readable, so it is not watched during the pause.
+        The socket may stay readable, so it is not watched during the pause.
         """
         self._loop.unwatch(self._socket.fileno())
         self._loop.call_after(self, _ACCEPT_AGAIN_S, self._accept_again)

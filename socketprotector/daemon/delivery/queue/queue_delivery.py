@@ -4,9 +4,10 @@ Each generation has one channel, from which all its workers take connections.  T
 both ends of the channel, so the queue in the channel survives the death of all workers.
 
 When a generation drains, the connections that no worker has taken go to the route, while the route
-has room and knows their listener.  The draining workers take the other connections.  When a
-generation is released after its last worker has exited, the connections that remain in its channel
-also go to the route, at once or later.
+has room and knows their listener.  The draining workers take the other connections.
+
+A generation is released after its last worker has exited.  Then the connections that remain in its
+channel go to the route, or to a later route that knows their listener.
 """
 
 from __future__ import annotations

@@ -362,8 +362,7 @@ def test_while_clients_cannot_be_steered_none_can_be_shared(
         world.draw()
     [listener] = world.delivery.listeners
     assert world.delivery.cannot_share([listener]) == (
-        f"{listener.settings.address}: new clients do not reach the newest generation: "
-        "not supported"
+        f"{listener.settings.address}: new clients may reach the wrong generation: not supported"
     )
 
 

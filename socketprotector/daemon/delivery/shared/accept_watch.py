@@ -78,8 +78,9 @@ class AcceptWatch:
 
     loop: Loop
     backlogs: Backlogs
-    #: How long clients may wait at a listener before we report the listener.  The second limit
-    #: applies once a client may have been accepted there, the first limit before.
+    #: How long workers may accept none of a listener's waiting clients before we report the
+    #: listener.  The second limit applies once a client may have been accepted there, the first
+    #: limit before.
     limits_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     timer: str = "untaken"
     awaits: bool = False  # True: `backlogs` must call came() when a client comes
@@ -135,7 +136,7 @@ class AcceptWatch:
     def is_stuck(self) -> bool:
         """Look now; return whether clients wait where none was accepted since the last look.
 
-        If the last look found no client at a listener, clients that wait there now are enough.
+        Also return True if clients wait at a listener where the last look found no client.
         """
         if not self._waiting:
             return False
@@ -162,7 +163,7 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                # A client was accepted, or the backlog is unknown.  In both cases look less often.
+                # A client was accepted or has gone, or the backlog is unknown: look less often.
                 self.accepted.add(index)
                 del self._waiting[index]
             else:

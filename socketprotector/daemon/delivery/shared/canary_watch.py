@@ -77,7 +77,7 @@ class CanaryWatch(Backlogs):
         self._watch()
 
     def waiting_clients(self) -> dict[int, Line]:
-        """Return the clients known to wait for the canary, by listener index."""
+        """Return known_clients() of the canary's sockets."""
         return known_clients(self.sockets, self._probes.clients_wait)
 
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:

@@ -4,7 +4,7 @@ Workers may change the flag.  The flag belongs to the open file description, so 
 processes that share the socket.  When systemd starts the protector again after a crash, systemd
 sets the flag to the unit's NonBlocking=.  The workers that changed the flag may still run.  So we
 record the flag, and restore it after such a start.  Sockets that we bound need no record: after a
-crash they come from systemd's fd store, and systemd does not change the flags of those sockets.
+crash they come from the guard or systemd's fd store, which do not change flags.
 
 Source: systemd.service(5), fcntl(2).
 """

@@ -36,7 +36,7 @@ class ListenerHold:
         return self.record.began_at > 0.0
 
     def turn(self, on: bool) -> None:
-        """Begin the hold, or end it if `on` is False; afterwards the caller must call steer()."""
+        """Begin the hold, or end it if `on` is False; Steering.steer() must follow."""
         now, tried_until = time.monotonic(), self.record.tried_until
         if on and not self.on:
             self.record = HoldRecord(now, tried_until)
@@ -63,8 +63,9 @@ class ListenerHold:
                     each.reserve()
             except OSError as error:
                 why = f"{each.settings.address}: {error.strerror}"
+                # EEXIST: another program's file is at the path, and `why` says what to do.
                 if error.errno in RESOURCE_ERRNOS or error.errno == errno.EEXIST:
-                    return why  # EEXIST: a file that is not ours is at the path
+                    return why
                 # TCP: perhaps we no longer have the privilege that binding the address needs.
                 when = "after a restart"
                 if each.path:

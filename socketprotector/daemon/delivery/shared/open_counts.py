@@ -43,8 +43,9 @@ class OpenCounts:
     ) -> tuple[tuple[int, int], ...]:
         """Tag the sockets of a generation that will start; return pairs of listener index and tag.
 
-        socket_number: 0 or 1.  taken: the pairs of other generations.  The result is empty if the
-        kernel's data cannot tell this generation's connections from another generation's.
+        socket_number: the number, 0 or 1, of the generation's socket at each listener.  taken: the
+        pairs of other generations.  The result is empty if the kernel's data cannot tell this
+        generation's connections from another generation's.
         """
         try:
             return tuple(self._tag(each, socket_number, taken) for each in self.listeners.living)

@@ -104,7 +104,7 @@ class Probes:
         waits: Callable[[socket.socket], bool] = partial(_waits, listening, address)
         if each.path_fault:  # connect by the path, as clients do, not to the socket's file
             address, waits = each.local_address, _waits_elsewhere
-        # The mark keeps the probe on this machine, as in reach_by_mark().
+        # The mark's source address keeps the probe on this machine, as in reach_by_mark().
         mark = None if unix else self._mark_for(each, address)
         target = ProbeTarget(address, mark, waits, lambda: None)
         if each.has_sibling:  # otherwise the next generation's workers accept an abandoned probe

@@ -42,7 +42,7 @@ _SOON_LOOKS = 2
 GENERATION_QUIET_S = 1.0
 #: How long to wait for silent clients.
 SILENT_S = 3.0
-#: After this time a generation is ordered to finish even if clients are unaccepted or unread.
+#: After this time we stop waiting for a generation, even if clients are unaccepted or unread.
 GENERATION_LAST_S = 10.0
 
 
@@ -55,7 +55,8 @@ class _Generation:
     common: Sequence[Listener]  # listeners with one socket, at which clients wait
     leave_out: Collection[int]  # indices of listeners whose clients we do not wait for
     reads_on: bool  # its workers read from all accepted clients before they exit
-    # Until this time, looks that find waiting clients restart the limit GENERATION_LAST_S: begin().
+    # Until this time, looks that find waiting clients restart the limit GENERATION_LAST_S (see
+    # begin()).
     accept_until: float
     began: float  # when we began to wait (time.monotonic())
     delay_s: float = 0.0  # the planned pause before the next look
@@ -81,8 +82,8 @@ def _unread_unix(
 
     replaced: listeners whose socket was replaced after the generation's start.  The path is a link
     to one of several socket files (socket_file.py), and a connection keeps the name of its file.
-    We no longer know the old file's name.  So we count the unread clients of all files of the
-    path, except its present files.
+    We no longer know the old file's name.  So we also count the unread clients of all former files
+    of the path.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}

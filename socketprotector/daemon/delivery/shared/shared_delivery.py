@@ -256,7 +256,6 @@ class SharedDelivery(Delivery):
         self.steering.expect(listener, dry_run=dry_run)
 
     def remove(self, listener: Listener) -> None:
-        """Refuse a listener's new clients; workers accept the backlog."""
         self._listeners.remove(listener)
         listener.refuse_new()
         turns, generations = self.steering.turns, self._host.generations.items()
@@ -294,8 +293,9 @@ class SharedDelivery(Delivery):
         # accepted.  If a listener cannot refuse new clients, we wait for LAST_S at most.
         latest = float("inf") if stay else self._refuse_new()
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
-        # With `stay`, _close_when_empty() is not called; otherwise it ignores passed-in listeners.
-        # So in both cases first wait until the serving generation has accepted its own clients.
+        # _close_when_empty() is not called with `stay`, and ignores passed-in listeners.  So with
+        # `stay`, or if a passed-in socket has a sibling, first wait until the serving generation
+        # has accepted its own clients.
         if serving is not None and (stay or self.steering.has_passed_in_pair):
             self.steering.quiesce_last(serving.record.number, on_quiet, latest)
         else:
@@ -312,7 +312,7 @@ class SharedDelivery(Delivery):
         return float("inf") if all(refused) else time.monotonic() + LAST_S
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
-        """Finish closing once no client waits, at the second look at the earliest.
+        """Finish closing once no client waits, at the second look at the earliest (see QUIET_S).
 
         latest: the deadline, by time.monotonic().  again: this is not the first look.
         """

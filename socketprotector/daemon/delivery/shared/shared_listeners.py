@@ -64,7 +64,7 @@ class SharedListeners:
             each.file_rights = known.get(each.index)
 
     def note_bound(self, listener: Listener) -> None:
-        """Note that a listener got another socket, or that its second socket was dropped."""
+        """Note that a listener got another socket, or that one of its two sockets was dropped."""
         if not listener.has_sibling:
             # All generations share one socket, and connections inherit its accept tag
             # (open_counts.py).  So no tag shows any more which generation accepted a connection:
@@ -84,7 +84,7 @@ class Steering(ABC):
 
     @abstractmethod
     def steer(self) -> bool:
-        """Update the steering in the kernel; return whether that succeeded."""
+        """Update the steering of all listeners; return whether that succeeded."""
 
     @abstractmethod
     def repair(self, listener: Listener, socket_number: int) -> None:
@@ -96,9 +96,10 @@ class Steering(ABC):
 
     @abstractmethod
     def adopt_held(self) -> None:
-        """Unless a hold is on, give clients that a hold made wait to the next generation.
+        """Unless a hold is on, give the held clients of UNIX paths to the next generation.
 
-        Also pass on the clients of listeners for which Turns.lacks_workers() is true.
+        Also pass on the clients of listeners for which Turns.lacks_workers() is true.  If
+        generations have both sockets, do neither: post HeldClientsWait if held clients wait.
         """
 
     @abstractmethod

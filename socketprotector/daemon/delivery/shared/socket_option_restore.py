@@ -4,8 +4,8 @@ Generations may share a listening socket.  A release that fails may have shorten
 listen(), or set TCP_DEFER_ACCEPT, and such changes remain after its exit.  So we restore the
 options (system/socket_snapshot.py) in two cases:
 
-* Before a generation accepts from a socket that no other generation uses, we restore the options
-  that the socket had when it was new.
+* Before a generation accepts from a socket that no other generation uses, we restore the initial
+  options: those of the listener before its first generation.
 * When a release fails, we restore the options that the socket had when the release started.  So
   earlier changes by the serving generation remain.  A release has failed if its generation ends
   while all generations that still accept are older.
@@ -16,7 +16,7 @@ without a loss (Listener.can_do_without()).  We log an option that stays changed
 
 We let the serving generation shorten a backlog while it accepts alone.  When another generation
 starts to accept from the socket, or when no generation accepts, we raise the backlog to its initial
-length.  Only a restore of all options, as above, also shortens a backlog.
+length.  We leave a longer backlog as it is, except in the two cases above.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ....system.listener import Listener
 from ....system.socket_snapshot import Snapshot
 from .shared_listeners import SharedListeners, Steering
 
-#: The generation number under which we keep the options that a socket had when it was new.
+#: The generation number under which we keep a listener's initial options.
 _INITIAL = 0
 
 

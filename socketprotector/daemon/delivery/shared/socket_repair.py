@@ -73,16 +73,19 @@ class SocketRepair:
                     self.replace(each, number)
 
     def _is_out_of_reach(self, listener: Listener, number: int) -> bool:
-        """Return whether clients or probes need a socket whose network device or file is gone.
+        """Return whether clients or probes need a socket and cannot reach it.
 
-        Clients need the socket to which they are steered.  Probes need the socket of a starting
-        generation.
+        Clients cannot reach the socket to which they are steered if its file is gone (at a UNIX
+        path).  Probes cannot reach a starting generation's socket if its file or network device is
+        gone.
         """
         turns = self._turns
         if number == turns.number_for(listener):
             return listener.is_out_of_reach(number)
         if turns.accepting.get(turns.starting or 0) != number or listener.lacks_interface:
-            return False  # without the listener's interface no new socket can be bound
+            # Neither clients nor probes need the socket.  Or the listener's interface is gone, and
+            # so no new socket can be bound.
+            return False
         device_is_gone = socket_copy.device_is_gone(listener.socket_for(number))
         return device_is_gone or listener.is_out_of_reach(number)
 

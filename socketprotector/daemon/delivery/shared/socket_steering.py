@@ -224,7 +224,7 @@ class SocketSteering(Steering):
         self.probes.discard()  # a kill may have prevented the earlier discard()
         self._repairs.repair_all()
         self.steer()
-        self.adopt_held()  # clients at the formerly free socket may have prevented this
+        self.adopt_held()  # clients at the formerly free socket may have prevented an adoption
         self._report_held_clients()  # a kill may have prevented the earlier report
         self._watch.follow_canary()
         self._watch.watch()
@@ -333,7 +333,7 @@ class SocketSteering(Steering):
             if each.lost
         ]
         unsteered = [
-            f"{address}: new clients do not reach the newest generation: {why}"
+            f"{address}: new clients may reach the wrong generation: {why}"
             for address, why in self._listeners.not_steered.items()
         ]
         if self._not_held and self.hold.on:

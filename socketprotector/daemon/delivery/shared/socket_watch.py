@@ -173,7 +173,7 @@ class SocketWatch(Backlogs):
         return [each for each in found if each not in without_worker]
 
     def waiting_clients(self) -> dict[int, Line]:
-        """Return the clients known to wait for the current generation, by listener index."""
+        """Return known_clients() of the current generation's sockets."""
         served = self._served_sockets(self._without_worker())
         return known_clients(served, lambda each, number: each.has_waiting(number))
 

@@ -40,8 +40,9 @@ class Turns:
     #: Index of a listener that the current generation does not know -> the number of the socket
     #: that gets the listener's clients.
     expected: dict[int, int] = field(default_factory=dict)
-    #: Pairs of generation and listener index.  The listener's present socket was bound after
-    #: workers of the generation had started, so these workers lack the socket.
+    #: Pairs of generation and listener index.  Workers of the generation lack the listener's
+    #: present socket: after they had started, the listener was added, or their socket was replaced
+    #: or dropped.
     unserved: frozenset[tuple[int, int]] = frozenset()
     #: The pairs of `unserved` where the generation's later workers have the socket.
     partly_served: frozenset[tuple[int, int]] = frozenset()
@@ -85,9 +86,9 @@ class Turns:
         return self.expected.get(listener.index, self.current)
 
     def share_of(self, listener: Listener) -> int:
-        """Return the share, in ten-thousandths, of a listener's new clients at the other socket.
+        """Return which share of a listener's new clients goes to socket number `1 - current`.
 
-        The other socket has the number `1 - current`.
+        The share is in ten-thousandths.
         """
         share, other = self.share, 1 - self.current
         if share is None or listener.index not in share.listeners or not listener.has_sibling:

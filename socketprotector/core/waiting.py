@@ -188,8 +188,8 @@ def _operator(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
 
 def _stop(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
     if fleet.exiting:
-        ends = "stopped: ending processes that failed workers left behind"
-        looks = "stopped: looking for processes that workers left behind"
+        ends = "all workers have stopped; ending processes that failed workers left behind"
+        looks = "all workers have stopped; looking for processes that workers left behind"
         yield Wait("stop", ends if facts.leftovers_end else looks)
         return
     if fleet.stop_awaits_rescue:

@@ -25,7 +25,7 @@ from .help_pages import GROUPS, HelpGroup, print_full_help
 
 NAME = "socketprotectorctl"
 #: Matches a command in a message, such as `status`, to which with_instance() adds the instance
-#: option.  `list` and `completion` take no such option.
+#: option.  `list` refuses this option, and `completion` ignores it.
 _COMMAND = re.compile(
     rf"`(?:{NAME} )?((?:{'|'.join({*sum(GROUPS.values(), ())} - {'list', 'completion'})})\b[^`]*)`"
 )
@@ -167,7 +167,7 @@ def program(ctx: click.Context) -> None:
 def command(name: str | None = None, **settings: Any) -> Callable[[Function], click.Command]:
     """Return a decorator that turns a function into a command.
 
-    The function's first argument is the Instance; its argument `as_json` is the flag --json.
+    The function gets the Instance as its first argument, and the flag --json as `as_json`.
     name, settings: as for click.Group.command().
     """
 

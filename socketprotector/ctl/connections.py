@@ -90,8 +90,9 @@ def find_connections(
 
     Only some workers record when they accepted a connection (docs/protocol.md).  Without a record,
     the worker's field `since_at` limits the age.  In a draining generation, `since_at` is when the
-    drain began: all connections of the worker began earlier.  Otherwise `since_at` is when the
-    worker started: all connections of the worker began later.
+    drain began: all connections of the worker began earlier.  (Under --handoff listener, if two
+    generations share one socket, some may begin a little later.)  In any other generation,
+    `since_at` is when the worker started: all connections of the worker began later.
     """
     addresses = tuple(listeners)
     # Key: the worker's number, network namespace, inode.  A worker and its forked child have the
@@ -110,7 +111,7 @@ def find_connections(
             continue
         pids = _session_members(pid) if worker.get("orphaned") is True else [pid]
         if not pids:
-            continue  # the dead worker's remaining processes have ended meanwhile
+            continue  # the orphaned worker's processes have ended meanwhile
         try:
             namespace = os.readlink(f"/proc/{pids[0]}/ns/net")
             if namespace not in tables:
@@ -146,9 +147,9 @@ def addresses_of(status: Message) -> list[str]:
 
 
 def _session_members(leader: int) -> list[int]:
-    """Return the living processes of the session of a worker that has exited.
+    """Return the living processes in the session of a worker in state `orphaned`.
 
-    leader: the pid of a worker in state `orphaned`, which is also the number of its session.
+    leader: the worker's pid, which is also the number of its session.
     """
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
@@ -176,7 +177,7 @@ def _why_hidden(pid: int, error: OSError) -> str:
 def _inodes(pids: Sequence[int]) -> tuple[dict[int, int | None], str]:
     """Return the sockets of these processes and of their descendants, and why some are hidden.
 
-    pids: the worker's pid; if the worker has ended, the pids of the processes in its session.
+    pids: the worker's pid; if the worker is orphaned, the pids of the processes in its session.
     The sockets are a map: inode -> the descriptor in the process pids[0]; None if only another
     process has the socket.  The reason is "" if no socket is hidden.
     """

@@ -58,7 +58,7 @@ def by_name(name: str) -> str:
     """Return the path of the socket of the protector with this name.
 
     name: NAME, NAME:PORT or NAME:ADDRESS.  If no protector has such a name, also PORT or ADDRESS
-    alone.  Port and address are those of the first listener.
+    alone.  PORT (of a UNIX socket: its file name) and ADDRESS are those of the first listener.
     If the only match is a socket where no process listens, returns its path; connecting then fails.
     Raises NoProtector if no socket matches, UsageError if several protectors match.
     """
@@ -97,8 +97,8 @@ def by_name(name: str) -> str:
 def paths_by_name(names: Sequence[str]) -> list[str]:
     """Return the path of the socket for each name; "" if no socket or several protectors match.
 
-    names: as in by_name().  Queries each socket at most once, for the exporter: a silent protector
-    must not delay the metrics of the others.
+    names: as in by_name().  Unlike by_name(), this function requests no status twice: in the
+    exporter, a silent protector must not delay the metrics of the others.
     """
     found = sockets()
     keyed = {name: _with_key(name, found) for name in names}
@@ -118,7 +118,8 @@ def _with_key(name: str, found: Sequence[str]) -> tuple[list[str], list[str], st
 
     A socket's key is the protector's name as it is written in the socket's path.
     The certain match is one path; "" if the caller must request the statuses to find the socket.
-    With a socket of a longer key (NAME:PORT) no match is certain: its protector may be NAME, too.
+    No match is certain if a socket has a longer key (NAME:PORT), because the protector of that
+    socket may be called NAME, too.
     """
     key = control_path.key_of(name)
     with_key = [path for path in found if control_path.key(path) == key]
@@ -130,8 +131,8 @@ def _with_key(name: str, found: Sequence[str]) -> tuple[list[str], list[str], st
 def _with_name(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
     """Return the socket paths of the protectors for which _names_of() has this name.
 
-    If there is none, `name` is a port or an address: return the socket paths of the protectors
-    whose first listener has this port or address.
+    If there is none, `name` is PORT or ADDRESS (see by_name()): return the socket paths of the
+    protectors whose first listener has this port, file name or address.
     """
     return [each.path for each in alive if name in _names_of(each)] or [
         each.path for each in alive if f"{_names_of(each)[0]}:{name}" in _names_of(each)

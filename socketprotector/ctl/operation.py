@@ -31,7 +31,7 @@ class Operation:
     def __init__(self, timeout_s: float, as_json: bool, fields: Sequence[str] = ()) -> None:
         """fields: the outcome's fields besides `result`; their values are null until known."""
         self.outcome: Message = {"result": None, **dict.fromkeys(fields)}
-        #: Counts the connections lost during a reload or deploy; None for other commands.
+        #: Counts lost connections for reload, deploy and rollback; None for other commands.
         self.losses: Losses | None = None
         self._as_json = as_json
         self._timeout_s = timeout_s

@@ -1,4 +1,4 @@
-"""Finds the child processes of an unmodified server, such as gunicorn's own workers.
+"""Finds the child processes of workers, such as the processes that gunicorn forks.
 
 SocketProtector knows only the processes that it starts, so socketprotectorctl reads /proc.  It
 finds no child if /proc is missing, hides other users' processes, or is of another PID namespace.

@@ -343,9 +343,10 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("kill-timeout", TIME, "Send KILL this long after TERM.",
                "policy.kill_timeout_s", default="5s"),
         Option("lame-duck", TIME,
-               "Serve this long after a stop was requested, while /readyz answers 503; 0: none.\n"
+               "Serve this long after a stop was requested, while the exporter's /readyz answers "
+               "503; 0: none.\n"
                "So load balancers send clients elsewhere before any client is refused. "
-               "A second TERM ends the lame duck; INT stops quickly. See docs/fleet.md.",
+               "A second TERM ends the lame duck. See docs/fleet.md.",
                "policy.lame_duck_s", default="0"),
         Option("lame-duck-idle", TIME,
                "End --lame-duck earlier, when no client has come for this time; 0: never.\n"

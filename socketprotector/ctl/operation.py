@@ -16,7 +16,8 @@ from .reload_progress import Awaited, Losses
 #: How long to wait for an event before requesting the status.  The request also detects a stuck
 #: protector, which sends neither events nor answers.
 _STATUS_EVERY_S = 1.0
-#: The requests that only read.  A command sends them before its request that changes something.
+#: The requests that only read.  A waiting command sends these, and then one request that changes
+#: something.
 _READ_ONLY = {"events", "status", "releases"}
 #: How long to try to reconnect during a stop.  This time is short, because after the protector's
 #: end the guard may still have the socket open, but the guard never answers.
@@ -39,7 +40,7 @@ class Operation:
 
     @property
     def is_requested(self) -> bool:
-        """Whether the request that changes something was sent, completely or in part."""
+        """Whether the command has begun to send the request that changes something."""
         return hasattr(self, "client") and not self.client.requested <= _READ_ONLY
 
     def tell(self, step: str) -> None:
@@ -65,7 +66,7 @@ class Operation:
         return min(left_s, _STATUS_EVERY_S)
 
     def next_event(self, timeout_s: float) -> Message | None:
-        """Return the next event; None if no event arrives in time.  Raises ConnectionLost."""
+        """Return the next event; None if no event arrives in time.  Raises NoProtector."""
         event = self.client.event(timeout_s)
         if event is not None and self.losses is not None:
             self.losses.on_event(event)
@@ -77,7 +78,7 @@ class Operation:
         Requests a status if no event comes for _STATUS_EVERY_S, and after each event that
         `awaited.refresh_after` names.
         status_first: whether to request a status before the first wait.
-        Raises NoProtector, TimedOut, and the errors of `awaited`.
+        Raises NoProtector, RequestRefused, TimedOut, and the errors of `awaited`.
         """
         status_due = status_first
         while waits_for := awaited.waits_for():

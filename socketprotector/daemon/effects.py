@@ -1,7 +1,7 @@
 """Carries out the actions that package core orders, and turns their results into events.
 
-After a kill the next program (assembly.py) carries out each action that, by the state, may not
-be done yet.  So the supervisor writes the state right after an action that must not be repeated.
+After a kill, the next program (assembly.py) carries out each action that the state does not show
+as done.  So the supervisor writes the state right after an action that must not be repeated.
 """
 
 from __future__ import annotations

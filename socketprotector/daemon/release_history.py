@@ -75,7 +75,7 @@ class SavedHistory:
     def is_saved(self) -> bool:
         """Whether the disk has the history, with all entries.
 
-        The disk then also has each move of `current` that came before the last add() or sync().
+        If so, each move of `current` before the last add() or sync() is on disk, too.
         """
         return self._on_disk is self.value
 

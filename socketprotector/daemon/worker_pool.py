@@ -52,12 +52,12 @@ class WorkerPool:
         delivery: Delivery,
         probes: CheckProbes,
     ) -> None:
-        """remember: changes the history by a function from the old history to the new history."""
+        """remember: replaces the history by the result of a function of the old history."""
         self._probes, self._output, self._delivery = probes, output, delivery
         self._runtime, self._remember = runtime, remember
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._workers: dict[int, Worker] = {}
-        #: The record of each worker, adopted yet or not: each checkpoint needs all records.
+        #: Also the records of workers to be adopted (expect()): each checkpoint needs all records.
         self._records: dict[int, WorkerRecord] = {}
         self._by_pid: dict[int, int] = {}
         #: The descriptors of workers and of their output, by name; the next program needs them
@@ -251,7 +251,7 @@ class WorkerPool:
         return (*self._records.values(), *self.groups.records())
 
     def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
-        """Keep a worker's record and descriptors until its adoption, for each checkpoint."""
+        """Keep a worker's record and descriptors for checkpoints until the worker is adopted."""
         self._records[record.number] = record
         for name, fd in full_names(record.number, descriptors).items():
             self.descriptors[name] = fd
@@ -285,7 +285,7 @@ class WorkerPool:
         return self._spawner.addresses(number)
 
     def learn_status(self, pid: int, clean: bool, how: str) -> None:
-        """Note how a process exited that the guard has reaped."""
+        """Note how a process ended; the guard has reaped it."""
         self.groups.look()  # the process may have been in a worker's group
         number = self._by_pid.get(pid)
         if number is not None:

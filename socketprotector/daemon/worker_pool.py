@@ -233,7 +233,7 @@ class WorkerPool:
         self.orphans.stop_looking()
 
     def resume(self) -> None:
-        """Restart what suspend() has ended, after a failed exec."""
+        """After a failed exec, restart what suspend() has ended."""
         for worker in self._workers.values():
             worker.readiness.check()
         self.orphans.schedule()
@@ -369,7 +369,7 @@ class WorkerPool:
             self._probes.release(generation)
 
     def _keep_descriptors(self, worker: Worker) -> None:
-        """Bring a worker's descriptors in self.descriptors up to date."""
+        """Update a worker's descriptors in self.descriptors."""
         if worker.record.number not in self._workers:
             return  # the worker has ended, or cannot be watched
         before, worker.registered = worker.registered, worker.descriptors()
@@ -382,8 +382,8 @@ class WorkerPool:
         """Note that a generation has answered the probe, so its workers are ready.
 
         If a worker has exited meanwhile, post no event: the exit ends the generation's start.
-        by: the kind of probe.  Returns False if the generation must be probed again later: under
-        --handoff listener, while only some workers have sent X_SOCKETPROTECTOR_RETIRE=1.
+        by: the kind of probe.  Returns False under --handoff listener while only some workers have
+        sent X_SOCKETPROTECTOR_RETIRE=1: the generation must be probed again later.
         """
         workers = [w for w in self._workers.items() if w[1].record.generation == generation]
         for number, _ in workers:

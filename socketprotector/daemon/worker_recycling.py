@@ -142,7 +142,7 @@ class LimitWatch:
         if reason is None:
             return set()
         number = worker.record.number
-        with suppress(OSError):  # EPERM: the child has become another user, so we cannot signal it
+        with suppress(OSError):  # EPERM: the child has changed its user, so we cannot signal it
             if forked_children.retire(child.pid, worker.process.pid):
                 self._log.write("info", "retired", worker=number, child=child.pid, reason=reason)
         return {child.pid}

@@ -1,4 +1,4 @@
-"""Finds out when a generation without new clients has accepted all clients, and read from them.
+"""Finds out when a generation without new clients has accepted and read from all clients.
 
 Another generation has replaced this generation, or a stop has begun.  Some clients of this
 generation may be unaccepted or unread.  A server that is ordered to finish might close their
@@ -121,7 +121,7 @@ class Quiescing:
         reads_on: bool = False,
         accept_until: float = 0.0,
     ) -> None:
-        """Call back when a generation has accepted all its clients, and read from them.
+        """Call back when a generation has accepted and read from all its clients.
 
         The wait ends at the latest GENERATION_LAST_S after new clients can no longer come, unless
         `accept_until` prolongs it.  If this limit ends the wait, clients may still be unaccepted

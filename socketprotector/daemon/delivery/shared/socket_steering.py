@@ -5,8 +5,8 @@ A TCP address leads to the socket that a filter in the kernel selects (system/re
 path leads to the file of one socket (system/path_group.py).
 
 When the new generation is ready, we steer new clients to its socket.  The old generation then gets
-no new clients.  Before we order the old generation to finish, we wait until it has accepted its
-waiting clients, and read from them.  Otherwise a server might close their connections unread.
+no new clients.  Before we order the old generation to finish, we wait until it has accepted and
+read from its waiting clients.  Otherwise a worker might close their connections unread.
 quiescing.py limits the wait.
 
 If an address has only one socket, both generations accept from it.
@@ -284,7 +284,7 @@ class SocketSteering(Steering):
     def quiesce(
         self, generation: int, on_quiet: Callable[[], None], *, reads_on: bool = False
     ) -> None:
-        """Call back when a replaced generation has accepted all its clients, and read from them.
+        """Call back when a replaced generation has accepted and read from all its clients.
 
         The wait is limited: see Quiescing.begin().
         reads_on: the workers read from accepted clients even after the order to finish.  So wait
@@ -304,7 +304,7 @@ class SocketSteering(Steering):
 
         Earlier clients came before this call.  Later clients are refused, or wait for the next
         start or the socket's owner.  Exception: the generation may accept later clients at a
-        listener's only socket.  Quiescing.begin() limits the wait; `latest` is its `accept_until`.
+        listener's only socket.  Quiescing.begin() limits the wait; `latest` is `accept_until` there.
         """
         number = self.turns.accepting.get(generation, 0)
         common = [each for each in self._listeners.living if not each.has_sibling]

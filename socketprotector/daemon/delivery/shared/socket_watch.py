@@ -22,8 +22,8 @@ from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
 #: Workers that were ordered to finish may accept clients for a moment more.  So if such workers
-#: have the socket, a rescue starts only after FIRST_RESCUE_S.  The pause between two rescues (the
-#: back-off) doubles from FIRST_RESCUE_S to LAST_RESCUE_S.
+#: have a stranded client's socket, a rescue starts only after FIRST_RESCUE_S.  The pause between
+#: two rescues (the back-off) doubles from FIRST_RESCUE_S to LAST_RESCUE_S.
 FIRST_RESCUE_S = 1.0
 LAST_RESCUE_S = 600.0
 
@@ -98,7 +98,7 @@ class SocketWatch(Backlogs):
         self._loop.call_after(_REPAIR, _REPAIR_AGAIN_S, self.watch)
 
     def _without_worker(self) -> list[tuple[Listener, int]]:
-        """Return the sockets at which a waiting client is stranded (see the module docstring)."""
+        """Return the sockets at which a client would be stranded (see the module docstring)."""
         return [
             (each, number)
             for each in self._listeners.living
@@ -167,7 +167,7 @@ class SocketWatch(Backlogs):
     def _served_sockets(
         self, without_worker: Sequence[tuple[Listener, int]]
     ) -> list[tuple[Listener, int]]:
-        """Return the sockets that get new clients, if workers accept from them."""
+        """Return the current generation's sockets, but none of `without_worker`."""
         known = [each for each in self._listeners.living if each.index not in self._turns.expected]
         found = [(each, self._turns.current % len(each.sockets)) for each in known]
         return [each for each in found if each not in without_worker]
@@ -189,7 +189,7 @@ class SocketWatch(Backlogs):
         """Return the indices of listeners at which a generation surely has accepted no client.
 
         We know this only if there was a canary, and only of the newest generation.  An older
-        generation may have got the route back, and may have accepted clients there since.
+        generation may have got the route back, and may have accepted clients since.
         """
         if self.canary is None or generation != max(self._turns.accepting, default=0):
             return ()

@@ -41,8 +41,8 @@ class Turns:
     #: that gets the listener's clients.
     expected: dict[int, int] = field(default_factory=dict)
     #: Pairs of generation and listener index.  Workers of the generation lack the listener's
-    #: present socket: after they had started, the listener was added, or their socket was replaced
-    #: or dropped.
+    #: present socket: after the workers had started, the listener was added, or their socket was
+    #: replaced or dropped.
     unserved: frozenset[tuple[int, int]] = frozenset()
     #: The pairs of `unserved` where the generation's later workers have the socket.
     partly_served: frozenset[tuple[int, int]] = frozenset()
@@ -146,7 +146,7 @@ class Turns:
         """Return `pairs` without listeners whose socket of this number was given back.
 
         pairs: the listeners with two sockets.  generation: if it is not 0, also leave out the
-        listeners whose present socket all workers of this generation lack.
+        listeners whose present socket no worker of this generation has.
         """
         is_given_back = self.given_back and number == 0
         lacking = self.unserved - self.partly_served
@@ -160,7 +160,7 @@ class Turns:
     def leave(self, generation: int, now: float) -> int | None:
         """Note that a generation was ordered to finish; return the number of its socket.
 
-        None: the generation did not accept.
+        None: the generation was not in `accepting`.
         """
         number = self.accepting.pop(generation, None)
         if number is not None:
@@ -176,8 +176,8 @@ class Turns:
         clients.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
-        # With a single socket, or in a dry run, the clients wait at the current socket.  Do not add
-        # the listener to `unserved`: a rescue (socket_watch.py) would start for these clients.
+        # With a single socket, or in a dry run, the clients wait at the current socket.  If the
+        # listener were in `unserved`, a rescue (socket_watch.py) would start for these clients.
         if listener.has_sibling and not dry_run:
             self.unserved |= {(generation, listener.index) for generation in self.accepting}
         return number
@@ -228,8 +228,8 @@ class Turns:
     def note_replaced(self, listener: Listener, number: int | None) -> set[int]:
         """Note that a socket was replaced or dropped.
 
-        Returns the generations whose workers had this socket, and so lack the socket that now gets
-        its clients.  number: the socket's number; None: all generations share the socket.
+        Returns the generations whose workers had this socket, and so lack the listener's present
+        socket.  number: the socket's number; None: all generations share the socket.
         """
         lacking = {each for each, accepts in self.accepting.items() if number in (None, accepts)}
         pairs = {(generation, listener.index) for generation in lacking}

@@ -66,15 +66,15 @@ class Resident:
     ) -> None:
         """Take ownership of the descriptors.
 
-        earlier: the state of an earlier program; StateError: why that state is unusable; None: a
-        first start.  command: the command line that executes this program again.
+        earlier: the state of an earlier program; StateError: why that state is unusable; None: no
+        state.  command: the command line that executes this program again.
         """
         # A guard has copies of all descriptors.  systemd has copies only if an earlier program has
         # stored them.  If so, we have inherited that program's state, too.
         has_copies = inherited.GUARD in descriptors or inherited.STATE in descriptors
         stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()
         if isinstance(earlier, Snapshot):
-            # The fd store had no room for these descriptors.  We got them by an upgrade.
+            # The store had no room for these descriptors.  We got them by an upgrade.
             stored -= set(earlier.left_out)
         self.settings = settings
         self.unclaimed = unclaimed = Inherited(descriptors)
@@ -174,7 +174,7 @@ class Resident:
         return status
 
     def _snapshot_to_resume(self) -> Snapshot | None:
-        """Return the snapshot of an earlier program; None: this is a first start.
+        """Return the snapshot of an earlier program; None: there is none.
 
         Also make the state memfd, unless there is one.  Raises StateError if the state is unusable,
         SystemRefused if the memfd cannot be made.
@@ -288,8 +288,8 @@ class Resident:
             # Remove the settings from systemd's fd store first: if we are killed after that, the
             # next start finds no settings, and so starts normally, with the stored listeners.
             store.forget(inherited.SETTINGS)
-            # Perhaps systemd still passes its copy of the settings to the next start.  So also
-            # empty the settings: inherited.is_ours() ignores empty settings.
+            # Perhaps systemd still passes its descriptor of the settings to the next start.  So
+            # also empty the settings' memfd: inherited.is_ours() ignores empty settings.
             os.ftruncate(self.own[inherited.SETTINGS], 0)
         # The relay exits only once all copies of its pipes are closed, also the store's copies.
         for name in self.output.descriptors():

@@ -79,7 +79,7 @@ class CurrentLink:
     def error(self) -> str:
         """Why `current` could not be locked or moved.
 
-        "": no error, also if another protector has the lock.
+        "": no error.  Another protector's lock is no error.
         """
         return self.lock_error or (self.not_moved.why if self.not_moved is not None else "")
 

@@ -362,7 +362,7 @@ class CommandHandler:
         found = fleet.find(number) if number is not None else None
         if found is None:
             name = self._effects.live_settings.settings.name
-            why = f"process {pid} is not a worker of {name}; `status` lists its workers"
+            why = f"process {pid} is not a worker of {name}; `status` lists the workers"
             raise RequestError("unknown", why)
         generation, worker = found
         if generation.phase is not Phase.SERVING or worker.state is not State.READY:

@@ -73,8 +73,9 @@ def roll_back(effects: Effects, fleet: Fleet, runtime: Runtime, expect: str) -> 
     if not name:
         raise RequestError(
             "unmet",
-            f"nothing to roll back to: no release was proved before {releases.serving}, or its "
-            "folder is gone; see `releases`",
+            f"nothing to roll back to: no release was proved before {releases.serving}, or "
+            "every earlier release has since failed, been refused or lost its folder; see "
+            "`releases`",
         )
     runtime.post(ReloadRequested(release=name))
     return {"generation": fleet.next_generation, "release": name, "from": releases.serving}

@@ -163,5 +163,5 @@ def _oldest_s(
         # The scoreboard also keeps the times of ended connections, so look only at open sockets.
         times = [accepted_at[fd] for fd, _ in sockets(record.pid) if fd in accepted_at]
     if len(times) != active:
-        return None  # some times are missing, or belong to ended connections
+        return None  # a time is missing, or another socket reuses an ended connection's descriptor
     return max(0.0, time.monotonic() - min(times) / 1e9)

@@ -258,7 +258,7 @@ class ControlServer:
             )
 
     def finish(self) -> None:
-        """Before a close: accept the waiting clients, and answer the requests received so far."""
+        """Before close(): accept the waiting clients, and answer the requests received so far."""
         for _ in range(CLIENTS):
             self._accept()
         for client in list(self._clients.values()):
@@ -310,7 +310,7 @@ class ControlServer:
             sock, _ = self.listener.socket.accept()
         except OSError as error:
             if error.errno not in TRANSIENT_ERRNOS:
-                # Descriptors or memory ran out.  The socket stays readable, so stop watching it.
+                # Descriptors or memory ran out.  Stop watching: a readable socket keeps us busy.
                 self.loop.unwatch(self.listener.fileno())
                 self._listen_later()
             return
@@ -335,8 +335,8 @@ class ControlServer:
         except OSError:
             return ()
         _, uid, gid = _CREDENTIALS.unpack(found)
-        # In a user namespace, one uid may stand for several users.  Then trust the client only if
-        # we may signal its process (peer_credentials.py).
+        # In a user namespace, one uid may stand for several users.  Trust a client with such a
+        # uid only if we may signal its process (peer_credentials.py).
         if uid in peer_credentials.unmistakable_users(self.uids):
             return control_requests.COMMANDS
         if uid in self.uids and peer_credentials.may_be_signalled(sock):

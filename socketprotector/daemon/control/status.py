@@ -173,7 +173,7 @@ def _of_generation(
 ) -> dict[str, Any]:
     opened = effects.generations[generation.number]
     slots = {worker.slot for worker in generation.workers if worker.state is not State.ORPHANED}
-    # Leave out an orphaned worker if another worker uses the slot.  Otherwise count it: after a
+    # Leave out an orphaned worker if another worker uses its slot.  Otherwise count it: after a
     # kill of the protector, a worker whose descriptors were not stored is ORPHANED, too, although
     # its process may still run.
     counts = {
@@ -311,7 +311,7 @@ def of_connections(
                     "orphaned": record.orphaned,
                     # In a draining generation, connections of unknown accept time began before this
                     # time.  (Under --handoff listener with one socket, some may begin a little
-                    # later.)  In any other generation, they began after this time.
+                    # later.)  In any other generation, such connections began after this time.
                     "since_at": opened.record.drained_at or record.started_at,
                 }
             )

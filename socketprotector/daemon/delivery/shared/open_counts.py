@@ -64,7 +64,7 @@ class OpenCounts:
         listening = listener.socket_for(socket_number)
         if listening.family == socket.AF_UNIX:
             tag = socket_file.number_of(listening)
-            # If the socket has open connections, they belong to a generation whose tags we lost.
+            # If `taken` lacks the tag, open connections still show that a generation used it.
             if (listener.index, tag) in taken or socket_file.connections(listener.path)[tag]:
                 raise OSError(errno.EBUSY, "another generation has accepted from the socket")
             return listener.index, tag
@@ -121,7 +121,7 @@ class OpenCounts:
         """Count the open connections of the listeners with two sockets."""
         began = time.monotonic()
         self._found.clear()
-        ours = self.listeners.host.own_connection  # over TCP, our probe does not count
+        ours = self.listeners.host.own_connection  # over TCP, leave out our health probe
         for each in self.listeners.pairs:
             try:
                 if each.path:

@@ -73,8 +73,8 @@ class Probes:
         self._listeners, self._turns, self._steering = listeners, turns, steering
         self._persist = listeners.host.runtime.persist
         #: Sockets, by listener index and number, that get probes and no clients.  At such a UNIX
-        #: socket, all waiting connections are probes.  Over TCP, all waiting connections from the
-        #: source address of IPv6 probes are probes.
+        #: socket, all waiting connections are probes.  At such an IPv6 socket, all waiting
+        #: connections from the probes' source address are probes.
         self.probed: set[tuple[int, int]] = set()
         #: Sockets that get IPv4 probes: listener, number, and the source address of the probes.  No
         #: client has this address.
@@ -107,7 +107,7 @@ class Probes:
         # The mark's source address keeps the probe on this machine, as in reach_by_mark().
         mark = None if unix else self._mark_for(each, address)
         target = ProbeTarget(address, mark, waits, lambda: None)
-        if each.has_sibling:  # otherwise the next generation's workers accept an abandoned probe
+        if each.has_sibling:  # at a single socket, the next generation accepts abandoned probes
             target.abandon = partial(self._note_abandoned, listening)
         return target
 
@@ -256,8 +256,8 @@ class Probes:
             sources.add(bpf.source_of_ipv6(listener.local_address[0]))
         if not (abandoned or sources):
             return 1, 0
-        # Count first: discard() removes this many connections from the head of the queue.  So
-        # connections that come later stay.
+        # Count, then list: discard() removes only the counted connections, from the queue's
+        # head.  So later connections stay.
         waiting, _ = reuseport.queue(listening)
         if listening.family == socket.AF_UNIX and place in self.probed:
             return waiting, waiting

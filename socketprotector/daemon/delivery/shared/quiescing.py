@@ -6,9 +6,9 @@ connections.  So we repeatedly query the kernel (sock_diag) for such clients; ea
 is a look.  The queries take at most QUERY_SHARE (accept_watch.py) of our time.  If the kernel has
 no sock_diag, no client counts as unread.
 
-A TCP client is unread until its worker has read its first bytes.  So clients in the handshake are
-unread, and so are silent clients, which were accepted and have sent nothing.  We wait for silent
-clients for SILENT_S at most.  A UNIX client is unread while its worker has not read all its bytes.
+A TCP client is unread until its worker has read from it.  So clients in the handshake are unread,
+as are silent clients, which were accepted and have sent nothing.  We wait for silent clients for
+SILENT_S at most.  A UNIX client is unread while its worker has not read all its bytes.
 
 Workers on the client library read from all their accepted clients even after the order to finish.
 For a generation of such workers (`reads_on`) we do not wait until the workers have read.  We wait
@@ -64,7 +64,7 @@ class _Generation:
     # workers were frozen, so that no worker could read.
     waited_s: float = 0.0  # since `began`
     quiet_s: float = 0.0  # since the first of the `quiet_looks` looks
-    quiet_looks: int = 0  # how many looks in a row found nothing to wait for but silent clients
+    quiet_looks: int = 0  # how many looks in a row found no client to await except silent ones
     # The clients that every look has found unread -> whether the client is silent.  With
     # `reads_on`: the clients in the handshake.  The key: the listener's index, and for TCP the
     # client's port and address, for UNIX the connection's inode.  None: the next look starts
@@ -123,12 +123,12 @@ class Quiescing:
     ) -> None:
         """Call back when a generation has accepted and read from all its clients.
 
-        The wait ends at the latest GENERATION_LAST_S after new clients can no longer come, unless
+        The wait ends no later than GENERATION_LAST_S after new clients can no longer come, unless
         `accept_until` prolongs it.  If this limit ends the wait, clients may still be unaccepted
         or unread.
 
         socket_number: the generation's socket.
-        common: listeners with one socket for all generations, whose waiting clients must be
+        common: listeners with one socket for all generations.  Clients waiting there must be
         accepted, too.
         leave_out: indices of listeners whose clients we do not wait for.
         reads_on: call back once all clients are accepted, without waiting for the reading.
@@ -246,7 +246,7 @@ class Quiescing:
             except OSError as error:
                 if error.errno in RESOURCE_ERRNOS:
                     return None
-                continue  # no sock_diag: most workers read within GENERATION_QUIET_S
+                continue  # no sock_diag: GENERATION_QUIET_S is enough for most workers
             for each in mine:
                 clients = known[each.port].items()
                 found.update(((each.index, client), silent) for client, silent in clients)

@@ -116,7 +116,7 @@ class SharedDelivery(Delivery):
         """Forget the accept tags (open_counts.py) of these generations.
 
         A newer generation's connections may carry one of these tags; we do not know which tag.  So
-        we can count neither these generations nor the newer generation correctly.
+        neither these generations' counts nor the newer generation's would be right.
         """
         for each in others:
             each.update_record(accept_tags=())
@@ -294,8 +294,8 @@ class SharedDelivery(Delivery):
         latest = float("inf") if stay else self._refuse_new()
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
         # _close_when_empty() is not called with `stay`, and ignores passed-in listeners.  So with
-        # `stay`, or if a passed-in socket has a sibling, first wait until the serving generation
-        # has accepted its own clients.
+        # `stay`, or if a passed-in socket has a sibling, quiesce_last() waits until the serving
+        # generation has accepted its own clients.
         if serving is not None and (stay or self.steering.has_passed_in_pair):
             self.steering.quiesce_last(serving.record.number, on_quiet, latest)
         else:

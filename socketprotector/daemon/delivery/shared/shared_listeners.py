@@ -1,4 +1,4 @@
-"""The listeners from which workers accept, and the methods of SocketSteering for its parts."""
+"""The listeners from which workers accept, and the SocketSteering methods that its parts call."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SharedListeners:
 
     @property
     def pairs(self) -> list[Listener]:
-        """The listeners with two sockets, so that two generations have one each."""
+        """The listeners with two sockets, one for each of two generations."""
         return [each for each in self.all if each.has_sibling]
 
     @property
@@ -96,10 +96,11 @@ class Steering(ABC):
 
     @abstractmethod
     def adopt_held(self) -> None:
-        """Unless a hold is on, give the held clients of UNIX paths to the next generation.
+        """Give the held clients of UNIX paths to the next generation.
 
-        Also pass on the clients of listeners for which Turns.lacks_workers() is true.  If
-        generations have both sockets, do neither: post HeldClientsWait if held clients wait.
+        Also pass on the clients of listeners for which Turns.lacks_workers() is true.  During a
+        hold, do nothing.  If both sockets have generations, only post HeldClientsWait, if held
+        clients wait.
         """
 
     @abstractmethod

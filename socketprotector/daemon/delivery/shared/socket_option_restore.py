@@ -43,7 +43,7 @@ class SocketOptionRestore:
 
     @property
     def record(self) -> tuple[tuple[int, int, str], ...]:
-        """The snapshots, by key, which the next program needs after an upgrade or a kill."""
+        """The snapshots with keys, for the next program after an upgrade or a kill."""
         return tuple((*key, socket_snapshot.as_text(each)) for key, each in self._before.items())
 
     @record.setter
@@ -118,8 +118,8 @@ class SocketOptionRestore:
         listening, count = listener.socket_for(socket_number), len(listener.sockets)
         unrestored = socket_snapshot.restore(listening, before)
         # Running workers do not get the new socket.  If all generations share the socket, no worker
-        # accepts from the replacement until a new generation has started.  So replace only a socket
-        # that keeps clients out.
+        # accepts from the replacement until a new generation starts.  So replace such a socket
+        # only if it keeps clients out.
         if unrestored and (
             listener.has_sibling
             or (

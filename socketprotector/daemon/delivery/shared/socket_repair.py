@@ -75,8 +75,8 @@ class SocketRepair:
     def _is_out_of_reach(self, listener: Listener, number: int) -> bool:
         """Return whether clients or probes need a socket and cannot reach it.
 
-        Clients cannot reach the socket to which they are steered if its file is gone (at a UNIX
-        path).  Probes cannot reach a starting generation's socket if its file or network device is
+        At a UNIX path, clients cannot reach the socket for new clients if its file is gone.
+        Probes cannot reach a starting generation's socket if its file or network device is
         gone.
         """
         turns = self._turns

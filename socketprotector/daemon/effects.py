@@ -78,7 +78,7 @@ RECORDED = Undone | Report | StartTimer
 #: Reports after which a generation's program counts as the last good program.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
-#: How often we check, once SETTLE has run out, for the good answer that --settle-check awaits.
+#: The pause between checks, once SETTLE has run out, for a good answer of --settle-check.
 _SETTLE_AGAIN_S = 0.1
 #: Until this timer runs out, a stop accepts late clients: TCP clients that waited during a hold
 #: under --handoff listener, and may still retry.
@@ -102,7 +102,7 @@ class Effects(Host):
     ) -> None:
         """build: makes the delivery.  command: the command line that executes this program again.
 
-        survive_exit: returns whether the next start gets the descriptors with these names.
+        survive_exit: returns whether the next start gets the descriptors with given names.
         """
         self.runtime = runtime
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
@@ -273,7 +273,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_dry_run()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            # snapshot() makes this call, too, but is rarely called without a guard or fd store.
+            # Without a guard or fd store, snapshot(), which does the same, rarely runs.
             self.generations.forget_released(self.delivery.keeps)
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:
@@ -396,7 +396,7 @@ class Effects(Host):
             self._note_due(deadline)
 
         def passed() -> None:
-            # The time of --lame-duck-idle begins again at each client.
+            # Each new client restarts the time of --lame-duck-idle.
             idle_s = self.delivery.idle_s if deadline.wait is TimerKind.LAME_DUCK_IDLE else seconds
             if idle_s < seconds:
                 set_timer(seconds - idle_s)

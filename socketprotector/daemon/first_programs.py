@@ -105,7 +105,7 @@ class FirstPrograms:
 
 
 def _without_repeats(last_words: str, most: int) -> str:
-    """Return the last words; if they are the same lines several times, return these lines once.
+    """Return the last words; if they repeat one block of lines, return the block once.
 
     most: the most repetitions to look for.
     """

@@ -1,4 +1,4 @@
-"""The children that a worker has forked to share its memory (the client library's SocketServer).
+"""Children that a worker with the client library's SocketServer has forked to share its memory.
 
 Only the worker starts, reaps and replaces its children.  We read the children's pids and counts
 from the scoreboard (system/scoreboard.py).  A worker could write any pid into the scoreboard, so we

@@ -92,14 +92,14 @@ class OpenGeneration:
 
     @property
     def accepted(self) -> int | None:
-        """Return how many connections the workers have accepted so far; None: none has counted."""
+        """Return how many connections the workers have accepted; None: no worker has counted."""
         slots = range(SLOTS) if self.board is not None else ()
         found = [self.record.past, *map(self.counts, slots)]
         counted = [each.accepted for each in found if each is not None]
         return sum(counted) if counted else None
 
     def take_counts(self, slot: int, kept: int = 0) -> int | None:
-        """Move an exited worker's counts from its slot to the record, and clear the slot.
+        """Move an exited worker's counts from its slot to the generation's record; clear the slot.
 
         Returns how many connections the worker's exit has lost; None: the worker did not count.
         kept: how many connections the worker's forked children keep open.
@@ -118,7 +118,7 @@ class OpenGeneration:
         return lost
 
     def scoreboard_slot(self, slot: int) -> tuple[int, int] | None:
-        """Return the scoreboard's descriptor and a slot's offset; None: it is not counted."""
+        """Return the scoreboard's descriptor and a slot's offset; None: the slot is not counted."""
         if self.board is None or self.board.offset(slot) < 0:
             return None
         return self.board.fd, self.board.offset(slot)

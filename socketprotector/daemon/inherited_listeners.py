@@ -33,8 +33,8 @@ def adopt(
         if _close_if_same(second, (first,)):
             second = -1
         if _close_if_same(third, (first, second)):
-            # A stored name must never be reused.  So raise the reserved socket's number here.  For
-            # a later sibling, UnixListener._place() raises the number.
+            # A stored name must never be reused.  So raise the next reserved socket's number here.
+            # UnixListener._place() raises the next sibling's number.
             third, third_number = -1, third_number + 1
         if first >= 0:
             numbers = first_number, second_number, third_number
@@ -53,7 +53,7 @@ def adopt(
 
 
 def _close_if_same(fd: int, kept: Sequence[int]) -> bool:
-    """Close a descriptor if a kept descriptor has the same socket; return whether it was closed."""
+    """Close `fd` if a kept descriptor has the same socket; return whether `fd` was closed."""
     inodes = {os.fstat(each).st_ino for each in kept if each >= 0}
     same = fd >= 0 and os.fstat(fd).st_ino in inodes
     if same:

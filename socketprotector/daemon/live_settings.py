@@ -60,7 +60,7 @@ class LiveSettings:
     def next_settings(self, *, fresh: bool) -> Settings:
         """Return the settings for the next generation.
 
-        fresh: use the candidate settings, if there are any; otherwise use the settings in force.
+        fresh: prefer the candidate settings, if any, to the settings in force.
         """
         return (self.record.candidate if fresh else None) or self.settings
 
@@ -136,9 +136,10 @@ class LiveSettings:
     def reported(self, report: Report, program: Program | None) -> tuple[Report, str]:
         """Record what a report says about a release; return two values.
 
-        The values are the report, perhaps with a note about `current`, and the release's name.
+        The first is the report, perhaps with a note about `current`; the second is the release's
+        name.
         program: the program of the report's generation; None: the report has no open generation.
-        The name is "" without a program, or without --releases.
+        The name is "" without a program or --releases.
         """
         if self.releases is None:
             return report, ""
@@ -156,7 +157,7 @@ class LiveSettings:
         return self.releases.named_at_begin if self.releases is not None else ""
 
     def stop_reading(self) -> None:
-        """End the reader processes, before an upgrade or our exit, after which they cannot answer.
+        """End the reader processes, because they cannot answer after an upgrade or our exit.
 
         If a reload waits for its settings, the next program reads the configuration again.
         `done` of compare() gets an answer at once: the comparison was called off.
@@ -243,8 +244,8 @@ class LiveSettings:
     ) -> str | None:
         """Return why the reload cannot have its canary or its rolling order; None: it can.
 
-        canary: the reload was requested with a canary; the `reload` command has checked only the
-        settings in force.
+        canary: the reload was requested with a canary, which the `reload` command has checked only
+        against the settings in force.
         """
         policy = new.policy
         cannot = no_canary_under(policy) if canary else None

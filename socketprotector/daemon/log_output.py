@@ -40,7 +40,7 @@ _USE_PREFIX = "set --log-prefix to see the output here"
 _USE_RELAY = "remove --no-log-relay to see the output here"
 _USE_BOTH = "remove --no-log-relay and set --log-prefix to see the output here"
 #: The mode of a worker's pipe: a worker that runs as another user must be able to open /dev/stdout.
-#: So all users may write.  That is safe: other users' processes cannot reach the pipe.
+#: So all users may write.  That is safe: no third user can reach the pipe.
 _PIPE_MODE = 0o622
 
 

@@ -1,4 +1,4 @@
-"""The guard and the service manager: they start us, keep our descriptors, and get our status.
+"""The guard and the service manager: they start us, keep our descriptors, and get our messages.
 
 A guard (programs/guard.py) keeps the descriptors, and its pid is the service's main pid.  Without a
 guard, systemd keeps the descriptors if the unit has an fd store.
@@ -42,7 +42,7 @@ class Parents:
         self.line = socket.socket(fileno=line) if line is not None else None
         self.guard = Outbox(later, self.line)
         self._manager = Outbox(later, address=os.environ.get("NOTIFY_SOCKET", ""))
-        # The service's main pid, for systemd: a service with a guard ends when the guard exits.
+        # A guard's pid is the service's main pid: the service ends when the guard exits.
         pid = os.getppid() if self.line is not None else os.getpid()
         self.systemd = Systemd(os.environ, pid, self._manager, self.guard)
         room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])

@@ -1,8 +1,8 @@
 """The interface of a delivery, which brings clients to workers.
 
 In queue/, the protector accepts connections and hands them to workers.  In shared/, workers accept
-from sockets that they share with the protector.  Neither folder imports from the other.  choice.py
-selects the delivery; no other module imports from these two folders.
+from sockets that they share with the protector.  Neither folder imports from the other.  Outside
+these folders only choice.py, which selects the delivery, imports from them.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Delivery(ABC):
     ) -> Listener:
         """Make a listener from its first socket, its sibling and the reserved socket.
 
-        fds: the three descriptors (see Listener); -1: no such socket.  again: the three numbers in
-        the sockets' names; a socket's number grows when another socket replaces it.
+        fds: the three descriptors (see Listener); -1: no such socket.  again: how often each of
+        the three sockets was replaced; the sockets' names contain this number.
         """
 
     @classmethod
@@ -161,7 +161,7 @@ class Delivery(ABC):
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
     ) -> None:
-        """Call on_quiet once a generation without the route can be ordered to finish.
+        """Call on_quiet when a generation without the route can be ordered to finish.
 
         queue/ calls on_quiet at once.  In shared/, clients may wait at a socket that only this
         generation's workers have.  So shared/ waits, for a limited time, until the workers have
@@ -212,7 +212,7 @@ class Delivery(ABC):
     def is_stuck(self, generation: OpenGeneration | None) -> bool:
         """Return whether clients wait for a generation, and its workers accept none.
 
-        Returns False for None.
+        Returns False if `generation` is None.
         """
 
     @abstractmethod
@@ -259,7 +259,7 @@ class Delivery(ABC):
     def cannot_hold(self) -> str | None:
         """Return why a hold is impossible; None: it is possible.
 
-        In shared/, this call also makes the sockets at which held clients will wait.
+        In shared/, this call also makes the sockets where held clients will wait.
         """
 
     @abstractmethod
@@ -318,9 +318,10 @@ class Delivery(ABC):
     @property
     @abstractmethod
     def idle_s(self) -> float:
-        """Return the time since the last client; 0: a client waits, or the time is unknown.
+        """Return the time since the last client; 0: a client waits.
 
         Until the first client after a start, an upgrade or a kill, queue/ returns a large number.
+        shared/ always returns 0 (unknown).
         """
 
     @property

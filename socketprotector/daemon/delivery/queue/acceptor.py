@@ -23,9 +23,9 @@ from .queue_watch import QueueWatch
 #: more Python call for each connection.
 Send = Callable[[list[bytes], list[tuple[int, int, bytes]], int], object]
 #: If we accept two connections within BUSY_NS, we assume that clients queue up.  From then on each
-#: wake-up accepts up to BURST connections, until a wake-up finds fewer than two.  Otherwise a
-#: wake-up accepts only one.  A second accept() that finds no client would cost as much as another
-#: wake-up (4 us).
+#: wake-up accepts up to BURST connections, until a wake-up finds fewer than two.  Before and
+#: after, a wake-up accepts only one: a second accept() that finds no client would cost as much as
+#: another wake-up (4 us).
 BUSY_NS = 25_000
 BURST = 32
 #: After this many single connections in quick succession, we busy-poll for the next connection
@@ -81,12 +81,12 @@ class Acceptor:
         """Return the callback for a readable listener: a closure, which is the fastest kind."""
         accept = accept_of(listener)
         now, close = time.monotonic_ns, os.close
-        # All headers of a listener begin with the same bytes, so pack these bytes only once.
+        # All headers of a listener begin with the same bytes, so pack these bytes once.
         common = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]
         # Keep the packed descriptor.  The next connection's descriptor usually has the same number,
         # because the kernel takes the lowest free number.
         packed_fd, rights = -1, [rights_of(-1)]
-        most = 1  # how many connections on_readable() accepts at most in one call
+        most = 1  # how many connections one on_readable() call accepts at most
 
         def on_readable() -> None:
             nonlocal packed_fd, rights, most

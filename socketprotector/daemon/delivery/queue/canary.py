@@ -204,7 +204,7 @@ class CanaryQueue:
         if is_probe(header):
             self._outlet.let_go(fd)
         elif route is None or not route.knows_of(listener_of(header)):
-            # Connections that were kept before _send_again() are younger than this connection.
+            # This connection is older than the connections kept before _send_again() began.
             self._outlet.undelivered.keep_older(header, fd, last_number)
             self._send_later()
         elif self._outlet.is_free:

@@ -4,8 +4,8 @@ acceptor.py is the fast path.  This module handles failed accepts; outlet.py han
 We choose no worker: workers take connections from their queue (client_lib's intake.py).
 
 We accept only connections that we can deliver.  If a send fails nevertheless, undelivered.py keeps
-the connection, and we send it before all others.  What becomes of the connections in the channel of
-an ending generation: see drain() and release().
+the connection, and we send it before all others.  drain() and release() say what becomes of the
+connections in an ending generation's channel.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Forwarder:
             send_failed=self._send_failed,
         )
         #: Channels whose connections go to the route, in this order, once the route has room.  The
-        #: value is True if the workers have exited: we close the channel once it is empty.
+        #: value is True if the workers have exited; then we close the channel once it is empty.
         self._leftovers: dict[GenerationChannel, bool] = {}
         self._holding = False  # True during a hold: accept nothing
         self._ended_listeners: list[Listener] = []  # we accept from these no more
@@ -123,7 +123,7 @@ class Forwarder:
         self._resume()
 
     def hold(self, on: bool) -> None:
-        """Begin a hold: new clients wait in the backlog.  If `on` is False, end it."""
+        """Begin a hold: new clients wait in the backlog.  If `on` is False, end the hold."""
         self._holding = on
         self._acceptor.end_all()
         self._resume()
@@ -162,7 +162,7 @@ class Forwarder:
     def remove(self, listener: Listener, to: GenerationChannel | None) -> None:
         """Refuse a listener's new clients, and send its backlog to a channel.
 
-        to: the channel; None: the backlog is lost.  A passed-in socket's owner gets the backlog.
+        to: the channel; None: lose the backlog.  Exception: a passed-in socket's owner gets it.
         """
         self._listeners.remove(listener)
         self._acceptor.end(listener)
@@ -174,8 +174,8 @@ class Forwarder:
     def close_listeners(self, *, quick: bool, stay: bool = False) -> None:
         """Refuse new clients, send the backlog to workers, and close; quick: close at once.
 
-        stay: refuse no new client.  Listeners that were not passed in stay open: close() leaves
-        them to the fd store, and later clients wait there for the next start.
+        stay: refuse no new client.  Listeners that were not passed in stay open, so later
+        clients wait there for the next start; close() leaves these listeners to the fd store.
         """
         self._closing = _Closing(stay)
         if quick:
@@ -220,7 +220,7 @@ class Forwarder:
 
     @property
     def forwarded(self) -> int:
-        """Return how many connections we have accepted for the workers."""
+        """Return how many connections we have accepted for workers."""
         return self._forwarded + self._acceptor.accepted + self._drains.accepted
 
     @property
@@ -257,7 +257,7 @@ class Forwarder:
         return ForwarderRecord(self.forwarded, self.lost, None, kept.number, kept.waiting, count)
 
     def adopt(self, record: ForwarderRecord, unclaimed: Inherited) -> None:
-        """Adopt an earlier program's record and kept connections; old versions wrote `pending`."""
+        """Adopt an earlier program's record and kept connections (in an old record: `pending`)."""
         self._forwarded, self._lost = record.forwarded, record.lost
         self._canary_count = record.shared
         first = ((record.number, record.pending),) if record.pending is not None else ()

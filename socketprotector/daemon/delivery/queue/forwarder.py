@@ -41,7 +41,7 @@ class _Closing:
     """How close_listeners() was called, and the result of the last check for new clients."""
 
     stay: bool  # our own listeners (not passed in) stay open, and later clients wait there
-    latest: float = 0.0  # when to close at the latest; 0: no limit, because no new client comes
+    latest: float = 0.0  # when to close at the latest; 0: no limit: we get no new client
     forwarded: int = -1  # Forwarder.forwarded at the last check; -1: no check yet
 
 

@@ -46,7 +46,7 @@ class _Draining:
 
     listener: Listener
     channel: Channel
-    until: float = 0.0  # when to close at the latest; 0: no limit, because no new client comes
+    until: float = 0.0  # when to close at the latest; 0: no limit: we get no new client
     #: Whether the last _look() found no client.  False if the channel was full: then a client may
     #: wait.
     quiet: bool = False
@@ -83,7 +83,7 @@ class DrainingListeners:
         """Refuse new clients, send the backlog to a channel, then close the listener.
 
         Exception: the owner of a passed-in socket keeps listening, and gets the backlog.  We send
-        only the connections that we accepted from it earlier and kept (undelivered.py).
+        only the connections that we kept (undelivered.py) after accepting them earlier.
 
         Takes ownership of the listener.
         """

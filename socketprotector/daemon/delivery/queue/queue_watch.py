@@ -2,14 +2,13 @@
 
 The kernel may wake only one worker for a connection (EPOLLEXCLUSIVE).  If that worker is killed or
 suspended before it reads, the other workers stay asleep while a client waits.  So while the queue
-is not empty, a timer calls _look(), which reads the head of the queue.  If two looks in a row find
-the same head, we send the whole queue again in the same order, which wakes another worker.  If the
-head stays the same for too long, we report the workers.  When a look finds the queue empty, the
-timer stops.
+is not empty, a timer calls _look(), which peeks at the oldest connection (the head).  If two looks
+in a row find the same head, we take back the whole queue and send it again in the same order.
+That wakes another worker.  If the head stays the same for too long, we report the workers.  When a
+look finds the queue empty, the timer stops.
 
-If more connections were sent since the last save, a look starts a timer that saves the state after
-SAVE_S.  So if the protector is killed, the process that replaces it continues to count from
-nearly the same number.
+If we accepted connections since the last save, a look starts a timer that saves the state after
+SAVE_S.  So if the protector is killed, its replacement counts from nearly the same number.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ class QueueWatch:
 
     loop: Loop
     _: KW_ONLY
-    #: Returns how many new connections were sent so far, to all routes.  For the watch of a canary:
-    #: returns how many were sent to all canaries.
+    #: Returns how many connections we accepted so far for all routes, sent or not.  For the watch
+    #: of a canary: for all canaries.
     forwarded: Callable[[], int]
     #: Sends all queued connections again.
     send_again: Callable[[GenerationChannel], None]
@@ -73,7 +72,7 @@ class QueueWatch:
         queued = channel.depth() if channel is not None else 0
         self._extra = max(queued, channel.sent if channel is not None else 0) - forwarded
         self._forwarded_before = forwarded
-        if queued:  # sent before an upgrade or a kill, or when we last followed this channel
+        if queued:  # sent before an upgrade or a kill, or while we followed this channel before
             self.start()
 
     def new_in(self, channel: GenerationChannel) -> int:
@@ -116,9 +115,9 @@ class QueueWatch:
         return seconds if seconds >= self.limits_s[channel.taken_from] else None
 
     def is_stuck(self, channel: GenerationChannel) -> bool:
-        """Return whether connections are queued, and the head is the same as at the last look.
+        """Return whether connections are queued, and the last look found the same head or no head.
 
-        Also returns True if no look has seen the head yet.
+        No head: the queue was empty, or there was no look yet.
         """
         if channel is not self._channel or not self.runs:
             return False

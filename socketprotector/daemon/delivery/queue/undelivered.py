@@ -120,9 +120,9 @@ class Undelivered:
                 lost += 1
         for each, fd in stored.items():
             os.close(fd)
-            # A connection with a number up to `number` was removed from the state, to be sent or
-            # dropped: do not count it.  A connection with a higher number never reached the state,
-            # so it is lost: count it.
+            # The state has no header for this descriptor.  If its number is at most `number`, the
+            # connection was removed from the state, to be sent or dropped.  Otherwise the
+            # connection never reached the state, so it is lost.
             lost += each > number
         return lost
 

@@ -79,8 +79,8 @@ class AcceptWatch:
     loop: Loop
     backlogs: Backlogs
     #: How long workers may accept none of a listener's waiting clients before we report the
-    #: listener.  The second limit applies once a client may have been accepted there, the first
-    #: limit before.
+    #: listener.  The first limit applies until a client may have been accepted there, the second
+    #: afterwards.
     limits_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     timer: str = "untaken"
     awaits: bool = False  # True: `backlogs` must call came() when a client comes
@@ -163,7 +163,7 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                # A client was accepted or has gone, or the backlog is unknown: look less often.
+                # A client was accepted or left, or the backlog is unknown: use the second limit.
                 self.accepted.add(index)
                 del self._waiting[index]
             else:

@@ -1,8 +1,8 @@
 """Detects a canary whose workers do not accept their share of the new clients.
 
 A canary is a new generation that at first gets only a share of the clients.  The canary's clients
-wait at other sockets than the route's clients.  If the canary's workers accept none of the clients
-at one of these sockets, the canary fails.
+wait at other sockets than the route's clients.  The canary fails if its workers accept none of
+the clients at one of its sockets.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class CanaryWatch(Backlogs):
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch
         self._canary = 0  # the generation's number; 0: no canary
-        #: The last generation that accepted no client at some listeners, and these listeners'
-        #: indices.  Usually this generation is or was a canary.
+        #: The generation last reported for accepting no client at some listeners, and these
+        #: listeners' indices.  Usually this generation is or was a canary.
         self.never_accepted: tuple[int, Collection[int]] = (0, ())
         limits_s = CANARY_NEVER_TAKEN_S, UNTAKEN_S
         timer = "canary-untaken"

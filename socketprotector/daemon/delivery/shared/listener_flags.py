@@ -1,9 +1,9 @@
-"""Keeps the O_NONBLOCK flag of listening sockets that systemd passed to the protector.
+"""Records and restores the O_NONBLOCK flag of listening sockets that systemd passed in.
 
 Workers may change the flag.  The flag belongs to the open file description, so a change affects all
 processes that share the socket.  When systemd starts the protector again after a crash, systemd
 sets the flag to the unit's NonBlocking=.  The workers that changed the flag may still run.  So we
-record the flag, and restore it after such a start.  Sockets that we bound need no record: after a
+restore the recorded flag after such a start.  Sockets that we bound need no record: after a
 crash they come from the guard or systemd's fd store, which do not change flags.
 
 Source: systemd.service(5), fcntl(2).
@@ -16,8 +16,8 @@ from collections.abc import Collection
 from ....system.listener import Listener
 from .shared_listeners import SharedListeners
 
-#: A server sets up its sockets soon after its start.  So we check the flags after _FIRST_S, then
-#: after pauses that double, up to _LAST_S.
+#: A worker sets up its sockets soon after its start.  So we check the flags after _FIRST_S, then
+#: after pauses that double; the last is _LAST_S.
 _FIRST_S = 1.0
 _LAST_S = 64.0
 _TIMER = "listener-flags"

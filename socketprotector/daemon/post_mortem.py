@@ -44,7 +44,7 @@ from .worker_spawn import Worker
 _REAP_AGAIN_S = 0.1
 #: How long the guard may take to report how a worker exited.
 _STATUS_S = 1.0
-#: The most digits of a number in a report about a forked child; a pid has at most seven.
+#: The most digits of a pid, a status or a count in a report about a forked child.
 _DIGITS = 9
 
 
@@ -69,7 +69,7 @@ class PostMortem:
         """Reap an exited worker and return its end; None: the end is not known yet.
 
         If the end is not known, `ended` is called when it is time to call end_of() again: perhaps
-        even before this call returns None.
+        even before end_of() returns None.
 
         guarded: whether there is a guard, which reports the exits of workers that are not our
         children.
@@ -126,7 +126,7 @@ class PostMortem:
     def close(self, worker: Worker, end: End, *, proved_ready: bool) -> WorkerExited:
         """Log and return a worker's exit; watch its process group, and close its sockets.
 
-        proved_ready: whether any worker has become ready by other means than a timer.
+        proved_ready: whether any generation's worker became ready, not by a timer.
         """
         record, number = worker.record, worker.record.number
         if end.how == exit_text.KILLED and not record.killed:
@@ -147,7 +147,7 @@ class PostMortem:
             lost=lost or None,
         )
         last_words, was_ready = worker.last_words or "", record.ready_by or worker.became_ready
-        # A failed start, or the worker called daemon(3): end the processes that have left the
+        # If the start failed, or the worker called daemon(3), end the processes that have left the
         # worker's group.  A scan finds them by the worker's notify address in their environment.
         if not was_ready:
             self.orphans.end(worker.notify.address)
@@ -211,7 +211,7 @@ class PostMortem:
     def _why(
         self, worker: Worker, how: str, last_words: str, detached: bool, *, proved_ready: bool
     ) -> str:
-        """Return, as far as is known, why a worker exited before or as soon as it was ready."""
+        """Return, as far as is known, why a worker exited before, or as soon as, it was ready."""
         when = "as soon as it was ready" if worker.record.ready_by else "before it was ready"
         program = worker.generation.program
         reason = f"{escape(program.argv[0])} {how} {when}"
@@ -257,7 +257,7 @@ class PostMortem:
 
     def _group_ended(self, record: WorkerRecord, generation: OpenGeneration, *, lost: bool) -> None:
         if lost:
-            # Not earlier: until now the lost worker may have used the slot.
+            # Only now: the lost worker may have used the slot until its group ended.
             generation.take_counts(record.slot)
         waiting = self.delivery.waiting(generation, clients_only=True) or 0
         # This is the worker's second WorkerExited; the first had the flag `orphans`.
@@ -266,7 +266,7 @@ class PostMortem:
     def adopt_group(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
     ) -> bool:
-        """Adopt the process group of a worker that has exited, or lacks some of its descriptors.
+        """Adopt the process group of a worker that has exited, or whose descriptors are incomplete.
 
         Takes ownership of the descriptors.  Returns whether a process of the group is left.
         """

@@ -59,7 +59,7 @@ class Probe:
         """as_client: reach the serving generation as clients do, by a new target per connection.
 
         addresses: the probe addresses for check commands (check_probe.py); None: commands connect
-        to the target itself.  input_of: returns a command's stdin for a generation's number.
+        to the target itself.  input_of: takes a generation's number, returns a command's stdin.
         """
         self._loop, self._reach, self._as_client = loop, reach, as_client
         self._addresses, self._input_of = addresses, input_of

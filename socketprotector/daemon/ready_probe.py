@@ -1,8 +1,8 @@
 """Probes a starting generation under --ready accept, http: and https:, and without --ready.
 
-The generation gets no clients yet.  Under --handoff listener a mark on the probe's connection
-selects the generation's socket (`ProbeTarget.mark`).  At a UNIX path each generation has a socket
-of its own, so no mark is necessary.  Under other values of --handoff the probe connects to
+The generation gets no clients yet.  Under --handoff listener over TCP a mark on the probe's
+connection selects the generation's socket (`ProbeTarget.mark`).  At a UNIX path each generation has
+its own socket, and needs no mark.  Under other values of --handoff the probe connects to
 a loopback port, and the protector sends the port's connections into the generation's channel.
 
 Without --ready, probes are sent only under --handoff listener.  Such a probe can fail although the
@@ -44,8 +44,8 @@ class ReadyProbe:
         """answered: called after a good answer, with the generation's number and the kind of probe.
 
         answered returns False if the generation must be probed again.
-        inconclusive: called with the generation's number after a verdict that lets a timer make the
-        generation ready (timer_may_decide() of verdicts.py).
+        inconclusive: called with the generation's number if a timer may make the generation ready
+        (timer_may_decide() of verdicts.py, ProbeTarget.is_closed).
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._answered, self._inconclusive = answered, inconclusive

@@ -1,7 +1,7 @@
 """Resumes, after an upgrade or a kill, where an earlier program stopped.
 
-adopt() gives each part of the protector, except the workers, its record and its descriptors.  After
-that the protector accepts clients again.  (Under --handoff listener, workers never stop accepting.)
+adopt() gives each part of the protector its record and its descriptors, but adopts no worker.  Then
+the protector accepts clients again.  (Under --handoff listener, workers never stop accepting.)
 adopt_workers() adopts one worker in each step.  Between steps the protector accepts clients.
 
 The earlier program may have been killed before it stored descriptors, or before it wrote the state.
@@ -143,9 +143,9 @@ class Recovery:
                 # were stored.  In both cases adopt the worker's process group.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
-                # Post an event if the fleet does not know yet that we only watch the group, or that
-                # an orphan's group is gone.  If the group of a worker that is not ORPHANED
-                # is gone, _report_missing() reports the worker.
+                # The fleet must learn that we watch only the group of a worker not yet ORPHANED, or
+                # that an ORPHANED worker's group is gone.  _report_missing() reports a worker not
+                # yet ORPHANED whose group is gone.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     waiting = self._waiting(record.generation)
                     lost = has_group and not record.orphaned
@@ -231,7 +231,7 @@ def _exit_of(
 ) -> WorkerExited:
     """Return the event about a worker that cannot be adopted."""
     reason = _NOT_STORED
-    if record is None:  # the worker was starting: a record needs the worker's pid
+    if record is None:  # the protector was killed before it recorded the worker's pid
         reason = _KILLED
     elif record.orphaned:
         reason = _ENDED

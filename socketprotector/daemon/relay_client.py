@@ -43,7 +43,7 @@ _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 #: The longest answer: last words (TAIL_BYTES of programs/log_relay.py) and a number.
 _ANSWER_BYTES = 4096 + 64
-#: How long we wait for last words.  If the relay has just died, a new relay can still send them.
+#: How long we wait for last words: a new relay can still send them if the relay has just died.
 _WORDS_S = 2.0
 #: How long the relay may take to read output before we check its state.
 _READS_S = 0.5
@@ -61,7 +61,7 @@ _END_S = 3.0
 _PIPE, _CLOSE, _WORDS, _NEW_STDERR, _END = "+", "-", "?", "=", "!"
 _LACKS_HINT = "the relay's nofile limit has fallen; SocketProtector raises it or restarts the relay"
 _CLOSED_HINT = (
-    "a process that writes to the pipe gets SIGPIPE; find it: "
+    "a process that writes to the pipe gets SIGPIPE; find the process: "
     "ls -l /proc/*/fd/* | grep pipe:.{pipe}"
 )
 
@@ -275,7 +275,7 @@ class LogRelay:
         self._send_unsent()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
-        if number in self._pipes:  # an earlier program was killed before it recorded this number
+        if number in self._pipes:  # a killed program used this number, but had not recorded it
             self._close_pipe(number)
         self._pipes[number] = pipe
         self._named[pipe.name(number)] = pipe.read
@@ -309,7 +309,7 @@ class LogRelay:
         try:
             self._output_ready.unregister(pipe.read)
         except FileNotFoundError:
-            pass  # _keep() had no memory to register it
+            pass  # _keep() could not register it
         os.close(pipe.read)
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:

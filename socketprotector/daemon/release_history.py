@@ -33,7 +33,7 @@ class SavedHistory:
     def __init__(self, current: Callable[[], str], runtime: Runtime) -> None:
         """current: returns the path of the link `current`."""
         self.value = ReleaseHistory()
-        #: Why the last finished write failed; "": it succeeded, or no write has finished.
+        #: Why a write failed; kept until a write of the newest history succeeds.  "": none failed.
         self.error = ""
         self._current, self._loop, self._log = current, runtime.loop, runtime.log
         # The next two attributes are compared with `value` by identity.

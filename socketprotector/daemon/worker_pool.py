@@ -192,7 +192,7 @@ class WorkerPool:
     def all_retire(self, generation: int) -> bool:
         """Return whether all workers of a generation have sent X_SOCKETPROTECTOR_RETIRE=1.
 
-        Such a worker finishes its connections and exits at end of file on its RETURN line.
+        At end of file on its RETURN line, such a worker finishes its connections and then exits.
         Returns False if the generation has no worker, or has an orphan left.
         """
         records = [each for each in self._records.values() if each.generation == generation]

@@ -1,6 +1,6 @@
 """`socketprotectorctl` and `python -m socketprotector.ctl`.
 
-If memory is short, the import of ctl/main.py fails.  So main() below does this import, and reports
+If memory is short, the import of ctl/main.py fails.  So the import is inside main(), which reports
 the failure in one line.
 """
 

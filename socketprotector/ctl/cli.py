@@ -24,12 +24,12 @@ from .client import ANSWER_S, Client, Message
 from .help_pages import GROUPS, HelpGroup, print_full_help
 
 NAME = "socketprotectorctl"
-#: Matches a command in a message, such as `status`, to which with_instance() adds the instance
-#: option.  `list` refuses this option, and `completion` ignores it.
+#: Matches a command, such as `status`, in a message; with_instance() adds the instance option.
+#: Not `list`, which refuses this option; nor `completion`, which ignores it.
 _COMMAND = re.compile(
     rf"`(?:{NAME} )?((?:{'|'.join({*sum(GROUPS.values(), ())} - {'list', 'completion'})})\b[^`]*)`"
 )
-#: The beginning of each printed line of a worker's last words.  quoted() of reload.py must use the
+#: The beginning of each line of a worker's last words.  quoted() of reload.py must use the
 #: same text, by which with_instance() recognizes these lines.
 _QUOTED = "  | "
 Function = TypeVar("Function", bound=Callable[..., Any])

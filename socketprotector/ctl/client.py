@@ -82,8 +82,8 @@ class Client:
 
     def _connect(self, within_s: float) -> None:
         self._socket = connect(self.path, self._limited_s(within_s))
-        # Set SO_PASSCRED after connect(2), which would otherwise bind the socket to an abstract
-        # name.
+        # Set SO_PASSCRED after connect(2): on a socket with SO_PASSCRED, connect(2) binds an
+        # abstract name.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._reset()
 
@@ -108,8 +108,8 @@ class Client:
     def reconnect(self, within_s: float = math.inf, answer_s: float = 0.0) -> Message:
         """Connect again and return the status; request the events again, if they were requested.
 
-        Sends both requests at once: a protector that is about to exit answers only the requests
-        that it has already received.
+        Sends the requests before reading an answer: a protector that is about to exit answers
+        only requests that it has already received.
         Raises NoProtector if no protector answers, RequestRefused after a refusal.
 
         within_s: how long to try, at most RETURN_S.
@@ -327,7 +327,7 @@ class Client:
 
     @property
     def unread_bytes(self) -> int:
-        """The number of received bytes that are buffered.  Valid only before the first event()."""
+        """The number of bytes in the buffers.  Valid until event() resets _events_bytes."""
         return len(self._buffer) + self._events_bytes
 
     def foreign_peer_error(self) -> NoProtector:

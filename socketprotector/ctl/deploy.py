@@ -23,7 +23,7 @@ from .reload import OUTCOME, TIMEOUT, WAIT, await_success, read_status_before
 from .reload_progress import Awaited
 
 _OUTCOME = (*OUTCOME, "release", "from_release")
-#: Field of a release -> the words to print before the time in this field.
+#: Field of a release -> words to print before the time in this field.
 _TIMES = {"served_at": "served since", "failed_at": "failed", "refused_at": "refused"}
 
 
@@ -47,7 +47,7 @@ _EXPECT = click.option(
     metavar="NAME",
     callback=_check_name,
     shell_complete=_complete,
-    help="Require this release to be serving (rollback during a reload: to be starting).",
+    help="Require this release to be serving (rollback during a reload: to be the new one).",
 )
 
 
@@ -120,12 +120,11 @@ def rollback(
     releases that failed or were refused when last tried. After you return to a release, rollbacks
     skip the releases that followed it.
 
-    During a reload or deploy, --expect is compared with the release that is starting, not with the
-    serving release.
+    During a reload or deploy, --expect is compared with the new release, not the serving release.
 
-    Exit status 2: nothing was tried, because there is nothing to roll back, --expect names another
-    release, --current is no symbolic link, or another protector owns the link. 6: a dry run, or a
-    reload that cannot be ended, is in progress.
+    Exit status 2: nothing was tried. Either there is nothing to roll back; or --expect names
+    another release; or --current is no symbolic link; or another protector owns the link. 6: a dry
+    run, or a reload that cannot be ended, is in progress.
     """
     arguments = _without_unset(expect=expect)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:

@@ -57,7 +57,7 @@ def by_path(path: str) -> str:
 def by_name(name: str) -> str:
     """Return the path of the socket of the protector with this name.
 
-    name: NAME, NAME:PORT or NAME:ADDRESS.  If no protector has such a name, also PORT or ADDRESS
+    name: NAME, NAME:PORT or NAME:ADDRESS; if no protector has this name, it is PORT or ADDRESS
     alone.  PORT (of a UNIX socket: its file name) and ADDRESS are those of the first listener.
     If the only match is a socket where no process listens, returns its path; connecting then fails.
     Raises NoProtector if no socket matches, UsageError if several protectors match.
@@ -75,7 +75,7 @@ def by_name(name: str) -> str:
     shown = dict(zip((each.path for each in alive), names(alive), strict=True))
     if len(matching) > 1:
         choices = [shown[path] for path in matching]
-        if len(set(choices)) < len(choices):  # some protectors share the first listener, too
+        if len(set(choices)) < len(choices):  # some share NAME and first listener
             choices = [f"--control {path}" for path in matching]
         raise UsageError(f"--name {name}: several match; choose one of {_shortened(choices)}")
     if matching or with_key:
@@ -118,7 +118,7 @@ def _with_key(name: str, found: Sequence[str]) -> tuple[list[str], list[str], st
 
     A socket's key is the protector's name as it is written in the socket's path.
     The certain match is one path; "" if the caller must request the statuses to find the socket.
-    No match is certain if a socket has a longer key (NAME:PORT), because the protector of that
+    A match is uncertain if a socket has a longer key (NAME:PORT), because the protector of that
     socket may be called NAME, too.
     """
     key = control_path.key_of(name)
@@ -163,7 +163,7 @@ def names_with_prefix(prefix: str) -> list[str]:
 
 
 def names(found: Sequence[SocketAnswer]) -> list[str]:
-    """Return a name for each protector: NAME, or NAME:PORT or NAME:ADDRESS if several share NAME.
+    """Return a name for each protector: NAME; if several share NAME, NAME:PORT or NAME:ADDRESS.
 
     If a protector does not answer, its name is the name in its socket's path.
     Any process can claim any name in its status.  So if several protectors claim NAME, the
@@ -329,7 +329,7 @@ def none_found() -> str:
 def _env_advice() -> str:
     """Return advice to set XDG_RUNTIME_DIR; "" if this variable is set, or if we are root.
 
-    If the protector has this variable, its socket is in a folder that we do not search.
+    If only the protector has this variable, its socket may be in a folder that we do not search.
     """
     if os.geteuid() == 0 or os.environ.get("XDG_RUNTIME_DIR"):
         return ""

@@ -187,7 +187,7 @@ def _rolling_text(rollout: Status, stage: str) -> str:
 
 
 def _awaited(worker: Status) -> str:
-    """Return a text about a worker that a rolling reload waits for, with its connections."""
+    """Return, as text, number and connections of a worker that a rolling reload waits for."""
     name, active = f"worker {number_in(worker, 'worker')}", measure(worker, "active")
     if active is None:
         return name

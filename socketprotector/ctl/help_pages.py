@@ -1,4 +1,4 @@
-"""The pages of `socketprotectorctl --help`, at most 40 lines, and of `--help-all`."""
+"""The page of `socketprotectorctl --help` (at most 40 lines), and the page of `--help-all`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _ALL_STATUSES = (
     ("0", "done"),
     (
         "1",
-        "no protector is running, the connection to the protector was lost and could not be "
+        "no protector answers, the connection to the protector was lost and could not be "
         "restored, or the output could not be written",
     ),
     (

@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refusal as error:
         if isinstance(error, OutputFailed):
             discard_output()
-        # Escape the line break of a path that a usage error quotes.  Other errors may quote a
+        # Escape any line break in a path that a usage error quotes.  Other errors may quote a
         # worker's last words, whose line breaks must stay.
         complain(escape(str(error)) if isinstance(error, UsageError) else str(error))
         return error.status

@@ -25,8 +25,8 @@ _GREATEST = 1 << 63
 def message_in(line: bytes) -> dict[str, Any] | None:
     """Return the message in a line; None if the line is not a message.
 
-    Long texts, lists and objects are cut.  NaN, numbers out of range and values nested too deep,
-    which no protector sends, become None.
+    Long texts, lists and objects are cut.  No protector sends NaN, numbers out of range or values
+    nested too deep; these become None.
     """
     if sum(map(line.count, (b",", b":", b"[", b"{"))) > _VALUES:
         return None

@@ -32,7 +32,7 @@ class Operation:
     def __init__(self, timeout_s: float, as_json: bool, fields: Sequence[str] = ()) -> None:
         """fields: the outcome's fields besides `result`; their values are null until known."""
         self.outcome: Message = {"result": None, **dict.fromkeys(fields)}
-        #: Counts lost connections for reload, deploy and rollback; None for other commands.
+        #: Counts clients' lost connections for reload, deploy, rollback; None for other commands.
         self.losses: Losses | None = None
         self._as_json = as_json
         self._timeout_s = timeout_s

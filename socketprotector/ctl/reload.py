@@ -112,7 +112,7 @@ def reload(
             words = f"{requested} requested: generation {promised} will {will}; see `status`"
             operation.finish("requested", words)
             return
-        failure = "not ready to reload" if dry_run else "not reloaded"
+        failure = "a reload would fail" if dry_run else "not reloaded"
         success = await_success(
             operation, before, promised, failure, dry_run=dry_run, drained=drained
         )
@@ -385,7 +385,7 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
         before = operation.client.query("status")
         # Open pidfds of the protector and the guard before the stop: afterwards their pids may
         # belong to other processes.  If the protector and the guard are in another PID namespace,
-        # the guard's pid is unknown here.
+        # the guard's pid in the status is not valid here.
         pids = {operation.client.protector_pid}
         if operation.client.shares_pids(before):
             pids.add(number_in(before, "main_pid"))

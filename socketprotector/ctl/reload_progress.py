@@ -139,7 +139,7 @@ class Reload(Awaited):
         *,
         dry_run: bool = False,
     ) -> None:
-        """generation: the number in the answer to the request.  status: from before the request."""
+        """generation: the number in the answer.  status: the status before the request."""
         super().__init__(tell)
         self.generation = generation
         self.dry_run = dry_run
@@ -277,7 +277,7 @@ class Reload(Awaited):
         if self._current is None:
             if self._has_earlier_reload:
                 return "an earlier reload to end"
-            return f"generation {self.generation} to start (now: {self._phase})"
+            return f"generation {self.generation} to start (the protector is {self._phase})"
         if self._current.routed:
             return f"generation {self._current.number} to survive --settle"
         if self._current.shares:

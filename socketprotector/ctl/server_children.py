@@ -1,7 +1,8 @@
 """Finds the child processes of workers, such as the processes that gunicorn forks.
 
-SocketProtector knows only the processes that it starts, so socketprotectorctl reads /proc.  It
-finds no child if /proc is missing, hides other users' processes, or is of another PID namespace.
+SocketProtector knows only processes that it starts or the client library reports, so this module
+reads /proc.  It finds no child if /proc is missing, hides other users' processes, or is of another
+PID namespace.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ def children_of(status: Message) -> dict[int, list[int]]:
     status: its pids must be of our own PID namespace (Client.shares_pids).
     """
     mode = MODES.get(text_in(status, "handoff"))
-    # Under stdio and legacy each worker is an adapter of SocketProtector, whose children are the
-    # operator's programs, not a server's workers.
+    # Under stdio and legacy each worker is an adapter of SocketProtector.  An adapter's children
+    # are the operator's programs, not a server's workers.
     if mode is None or mode.adapter or not procfs.is_ours():
         return {}
     found = {}

@@ -205,7 +205,7 @@ def workers(status: Message, children: Mapping[int, Sequence[int]]) -> Table:
             )
             rows += [_child_row(each, generation, child) for child in forked]
     hidden = _unknown_columns(status, _workers_of(status))
-    # The client library's forked children have rows of their own, not a text in CHILDREN.
+    # Forked children that the client library reports have their own rows, not a text in CHILDREN.
     unforked = [each for each in _workers_of(status) if not listed(each, "processes")]
     has_children = any(children.get(number_in(each, "pid")) for each in unforked)
     return _table(_WORKERS, rows, hidden if has_children else {*hidden, "CHILDREN"})

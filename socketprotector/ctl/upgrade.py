@@ -21,7 +21,9 @@ _CHECK_S = 45.0
 
 @command(short_help="Replace the protector's own program in place.")
 @WAIT
-@click.option("--check", is_flag=True, help="Only check if the installed program can take over.")
+@click.option(
+    "--check", is_flag=True, help="Only check whether the installed program can take over."
+)
 @TIMEOUT
 def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json: bool) -> None:
     """Replace the protector's program with the installed program. Pid and workers stay the same.
@@ -73,7 +75,7 @@ def _check_upgrade(instance: Instance, as_json: bool) -> None:
 
 
 class _Upgraded(Awaited):
-    """Waits for a status of the new program, in which `restarts` is higher than before."""
+    """Waits for the new program's status, in which `restarts` is higher than before."""
 
     def __init__(self, before: Message, tell: Callable[[str], None]) -> None:
         super().__init__(tell)

@@ -1,9 +1,9 @@
 """The releases of a protector: which one a reload starts, and what the reload's result changes.
 
 `current` is the symbolic link that the option --current names.  A release is proved when its start
-or reload has succeeded.  If a deploy started the release, `current` is then moved to the release
-(current_link.py); a rollback to an earlier release is a deploy, too.  A move that has failed is
-*due*, and is tried again.
+or reload has succeeded.  A deploy that succeeds also moves `current` to its release
+(current_link.py); a rollback to an earlier release is a deploy, too.  A failed move is *due*, and
+is tried again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Releases:
     ) -> None:
         """settings: returns the settings in force.
 
-        lock: the inherited descriptor that holds the lock of `current`; None: nothing is inherited.
+        lock: the inherited descriptor that holds the lock of `current`; None: no lock is inherited.
         """
         self._settings, self._log = settings, runtime.log
         self.history = SavedHistory(lambda: settings().current, runtime)
@@ -51,7 +51,7 @@ class Releases:
     def own(self) -> bool:
         """Become the owner of `current` if it has no owner; return whether we are the owner."""
         if not self.link.is_owned and self.link.take_lock():
-            # The previous owner may have added entries, and our next write replaces the whole file.
+            # Our next write replaces the whole file, so first read the previous owner's entries.
             self.history.read(is_owned=True)
         return self.link.is_owned
 
@@ -149,7 +149,7 @@ class Releases:
         """
         name = program.release if program is not None else self._tried
         if report.news in _VERDICTS:
-            self.link.discard()  # a failed deploy has left current.next, which prepare() made
+            self.link.discard()  # if a deploy failed, this removes prepare()'s current.next
         if report.news in _PROVED and program is not None:
             self._prove(program)
             return replace(report, reason=self._with_note(report.reason))
@@ -170,9 +170,9 @@ class Releases:
         return report
 
     def _counts_against(self, name: str, report: Report, program: Program | None) -> bool:
-        """Return whether a failure counts against a release, so that a rollback skips the release.
+        """Return whether a failure counts against a release; if so, a rollback skips the release.
 
-        A reload that a stop has ended does not count.  If a generation was opened, any other
+        A reload called off by a stop does not count.  If a generation was opened, any other
         failure counts, even an operator's `rollback`, which rejects the release.  If no generation
         was opened, the failure counts only if its message names a path in the release's folder:
         otherwise the configuration may be wrong.

@@ -66,7 +66,7 @@ class Reports:
         self._systemd = systemd
         self._start_report = start_report
         self._policy = policy
-        # Whether we have sent STOPPING=1, or the start has failed.
+        # True after STOPPING=1, and after a failed start.
         self._is_stopping = False
         self.run = RunRecord(started_at=time.time())
 

@@ -8,8 +8,8 @@ so the launching process executes this program.  The program inherits descriptor
 - after a crash: from systemd, or from the guard;
 - at an upgrade: from the program that this program replaces.
 
-If the descriptors include a state, the program resumes where its predecessor stopped.  A test
-lists the modules that may be imported here, and bench/ measures the memory.
+If the descriptors include a state, the program resumes where its predecessor stopped.
+tests/test_imports.py lists modules that the start must not load; bench/ measures the memory.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class SettleCheck:
     def note_settle_over(self, number: int) -> bool:
         """Note that --settle is over; return whether a good answer must still come.
 
-        Answers that came before the first such call do not count.  Returns False if this
+        Only good answers after the first call for a generation count.  Returns False if the
         generation is not checked.
         """
         generation = self._generation

@@ -1,9 +1,9 @@
 """Orders workers to end their connections evenly within a time, and reports their progress.
 
 An order is a deadline in the worker's slot of the scoreboard (memory that the protector and the
-worker share): all connections should have ended at the deadline.  The order outlives an upgrade or
-kill of the protector, and the worker can read the order at any time.  A worker that follows orders
-says so in its slot.  Of our client libraries, only the Python library follows orders.
+worker share): the worker is to end all its connections by the deadline.  The order outlives an
+upgrade or kill of the protector; the worker can always read the order.  A worker that follows
+orders says so in its slot.  Of our client libraries, only the Python library follows orders.
 
 Source: docs/protocol.md, section "A spread".
 """
@@ -35,8 +35,9 @@ def order(
 
     An earlier order with an earlier deadline stays in force.
 
-    records: the records of all workers.  worker: the number of the worker to order; 0: all workers.
-    seconds: how long connections may stay open; 0: the workers end no connection.
+    records: the records of all workers.  worker: the number of the worker to order; 0: all in
+    the generation.
+    seconds: how long connections may stay open; 0: the workers end none.
     """
     board = generation.board
     if board is None or not generation.program.spreads:
@@ -58,7 +59,7 @@ def order(
 
 
 def check(generation: OpenGeneration, records: Iterable[WorkerRecord], log: Log) -> None:
-    """Warn once if workers of this generation, which gets new clients, follow no orders."""
+    """Warn once if workers of a generation that gets new clients follow no orders."""
     board = generation.board
     if board is None or not generation.program.spreads:
         return
@@ -88,8 +89,8 @@ def _warn_unable(generation: OpenGeneration, unable: int, log: Log) -> None:
         "no-spread",
         generation=generation.record.number,
         workers=unable,
-        reason="--drain-spread and --stop-spread have no effect on these workers: they do not end "
-        "their connections evenly, as workers on the Python client library do",
+        reason="--drain-spread and --stop-spread have no effect on these workers: unlike workers "
+        "on the Python client library, they do not end their connections evenly",
     )
 
 

@@ -103,4 +103,4 @@ class StartReport:
                 data = json.dumps(fields).encode() + b"\n"
                 self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except OSError:
-                pass  # the launching process has exited: the loop will report the closed socket
+                pass  # the launching process has exited: on_readable() will read end of file

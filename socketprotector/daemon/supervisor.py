@@ -167,7 +167,7 @@ class Supervisor:
             self.yield_to_accepts()
 
     def yield_to_accepts(self) -> None:
-        """During long work, let the delivery accept waiting clients, and notify systemd's watchdog.
+        """During long work, notify systemd's watchdog, and let the delivery accept waiting clients.
 
         Everything else waits, so that events are handled one after another.
         """
@@ -215,7 +215,7 @@ class Supervisor:
             self.runtime.post(HandingOver())
         # The end of the dry run may have sent the store more messages, so look again.
         if not store.flushed:
-            # The new program assumes that the store already has the descriptors that it inherits.
+            # The new program assumes that the store already has all inherited descriptors.
             self._hand_over_later(give_up_at)
             return
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())

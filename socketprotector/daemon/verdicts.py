@@ -18,7 +18,7 @@ REFUSED, UNREACHED = "refused", "unreached"
 #: UNMADE: not connected in time, for example because the backlog is full.  UNTAKEN: connected, but
 #: not accepted.
 UNMADE, UNTAKEN = "unmade", "untaken"
-#: The probe could not be carried out, for example because we had no free descriptor.
+#: The probe could not be carried out, for example because no descriptor was free.
 CANNOT = "cannot"
 #: No socket leads to this generation alone, or the probed listener does not exist.
 NO_TARGET = "no-target"
@@ -43,7 +43,7 @@ class Verdict:
 
 
 def pause_s(since_first_s: float) -> float:
-    """Return how long to wait before the next probe."""
+    """Return the pause before the next probe."""
     return min(max(_FIRST_PAUSE_S, _PAUSE_SHARE * since_first_s), _LAST_PAUSE_S)
 
 
@@ -96,7 +96,7 @@ class Settling:
         return replace(self, bad=verdict.why)
 
     def pause_s(self, usual_s: float) -> float:
-        """Return how long to wait before the next probe; usual_s: the pause after a good answer."""
+        """Return the pause before the next probe; usual_s: the pause after a good answer."""
         return usual_s if self.unknown_since is None else _AGAIN_S
 
 
@@ -111,7 +111,7 @@ class Serving:
 
     since_at: float  # when `state` changed last
     state: str = UNKNOWN
-    #: The result of the last probe, in words; "": a good answer, or no probe yet.
+    #: The last probe's result, in words; "": a good answer, or no probe yet.
     last: str = ""
     #: How many verdicts were BAD or REFUSED since the last GOOD verdict, and the latest reason.
     failures: int = 0
@@ -122,9 +122,9 @@ class Serving:
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
         """Return the state after a verdict.
 
-        The state becomes UNHEALTHY after `most` verdicts BAD or REFUSED since the last GOOD
-        verdict.  It becomes UNKNOWN after `most` inconclusive verdicts in a row: CANNOT, UNREACHED,
-        MOVED or NO_TARGET (`case _`).
+        most: this many verdicts BAD or REFUSED since the last GOOD verdict make the state
+        UNHEALTHY.  This many inconclusive verdicts in a row (`case _`: CANNOT, UNREACHED, MOVED or
+        NO_TARGET) make it UNKNOWN.
         """
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason
@@ -136,8 +136,8 @@ class Serving:
                 failures, reason = failures + 1, why
                 state = UNHEALTHY if failures >= most else state
             case "unmade" | "untaken":
-                # Not a failure: the next probe reuses the connection, unless a UNIX backlog was
-                # full.
+                # Not a failure: workers may be busy.  The next probe reuses the connection, unless
+                # a full UNIX backlog prevented it.
                 why, answered_at = "busy: no worker has accepted the probe yet", self.answered_at
             case _:
                 why, missed, answered_at = f"not probed: {why}", self.missed + 1, self.answered_at

@@ -54,7 +54,7 @@ class FileWatch:
             self._spawn()
 
     def descriptors(self) -> dict[str, int]:
-        """Return the descriptors of the watcher, which survives an upgrade or a kill, by name."""
+        """Return, by name, the descriptors of the watcher, which survives an upgrade or a kill."""
         if self._process is None or self._line is None:
             return {}
         process = self._process.process

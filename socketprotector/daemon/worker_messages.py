@@ -1,7 +1,7 @@
 """Reads the workers' notify sockets (sd_notify(3)), and detects workers whose WATCHDOG=1 is late.
 
 If a message causes an event, the message is removed from its socket only after the event is handled
-and the state is written.  So if the protector is killed in between, the next program reads the
+and the state is written.  If the protector is killed before the removal, the next program reads the
 message again.
 """
 

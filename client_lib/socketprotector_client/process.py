@@ -34,9 +34,9 @@ def draining(connection: Optional[Union[HasFileno, HasExtraInfo]] = None) -> boo
 def on_drain(callback: Callable[[], object]) -> None:
     """Call callback() once when the drain begins, or now if the drain has already begun.
 
-    The callback runs in the library's own thread, or now in yours; in asyncio, use
-    loop.call_soon_threadsafe to reach the event loop.  `serve`, `aserve` and `connections` return
-    after the callback has ended.  An exception in the callback is logged.
+    The callback runs in the library's own thread, which logs an exception, or now in yours; in
+    asyncio, use loop.call_soon_threadsafe to reach the event loop.  `serve`, `aserve` and
+    `connections` return after the callback has ended.
     """
     current().drain.on_begin(callback)
 

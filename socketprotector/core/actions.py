@@ -176,7 +176,7 @@ class ReadSettings(Action):
 
     dry_run: this generation will get no client, not even from added listeners.
     canary: the reload was requested with a canary, which the new settings must allow.
-    release: the release to start; "": the release that `current` names.
+    release: the release to start; "": the release that `current` names, or is to name.
     """
 
     dry_run: bool = False

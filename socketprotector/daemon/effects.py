@@ -417,7 +417,7 @@ class Effects(Host):
         """Return the likely cause of a generation's start timeout; "": unknown."""
         known = self.probing.why_not_ready or self.pool.check_result(number)
         if self.pool.proved_ready:
-            return known  # a worker was ready before, so the program can take our connections
+            return known  # a worker was ready before, so advice about our socket would mislead
         more = self.pool.advice(number, ignores_socket=bool(known))
         return "; ".join(filter(None, (known, more)))
 

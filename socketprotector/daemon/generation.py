@@ -23,7 +23,7 @@ class OpenGeneration:
     """One open generation.  It owns its scoreboard; its sockets belong to the delivery."""
 
     record: GenerationRecord
-    board: Board | None = None  # None: there is no scoreboard, so workers count nothing
+    board: Board | None = None  # None: there is no scoreboard, so we know no counts
     #: Whether spread.py has logged no-spread: some workers cannot end their connections evenly.
     warned_unable: bool = False
 
@@ -79,7 +79,7 @@ class OpenGeneration:
     def counts(self, slot: int) -> Counts | None:
         """Return the sum of the counts of the worker in a slot and of its forked children.
 
-        None: the worker does not count its connections, or the scoreboard is missing or unreadable.
+        None: the worker does not count connections, or the scoreboard is missing or unreadable.
         """
         try:
             found = self.board.read(slot) if self.board is not None else None
@@ -118,7 +118,7 @@ class OpenGeneration:
         return lost
 
     def scoreboard_slot(self, slot: int) -> tuple[int, int] | None:
-        """Return the scoreboard's descriptor and a slot's offset; None: the slot is not counted."""
+        """Return the scoreboard's descriptor and a slot's offset; None: nothing counts it."""
         if self.board is None or self.board.offset(slot) < 0:
             return None
         return self.board.fd, self.board.offset(slot)

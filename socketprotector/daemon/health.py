@@ -109,7 +109,7 @@ class Health:
         settings, generation = self._settings(), self._generation
         assert generation is not None
         self._loop.call_after(_TIMER, settings.health_every_s, self._send_probe)
-        # is_silent: under --handoff listener, a probe gets no answer during a hold.
+        # is_silent: during a hold under --handoff listener, TCP probes get no answer.
         if not self._delivery.is_silent and not self._probe.is_pending:
             self._probe.send(generation, self._spec, settings.health_timeout_s, self._on_verdict)
 

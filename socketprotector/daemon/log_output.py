@@ -5,11 +5,14 @@ Each worker has its own pipe in two cases:
 * --log-prefix is set.
 * The log is syslog, the journal, a pipe or the file of --log-file, and --no-log-relay is not set.
 
-Otherwise, or if the relay cannot start, workers write to our stdout and stderr: for example a
-terminal, or FILE under `-f 2>FILE`.
+Otherwise workers write to our stdout and stderr: for example a terminal, or FILE under
+`-f 2>FILE`.
 
 A relay process (programs/log_relay.py) reads the pipes and writes the log.  So running workers need
 not reopen a rotated log, and the relay knows which worker wrote a line.
+
+If the relay cannot start, we exit under --log-prefix or syslog; otherwise workers write to our
+stdout and stderr.
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ class Parents:
         """Return whether systemd's fd store keeps the descriptors with these names for a restart.
 
         After our exit systemd keeps these descriptors only while a restart is pending (tried with
-        systemd 252).  Other service managers that receive sd_notify(3) messages keep none, and
-        set no $INVOCATION_ID.
+        systemd 252), or with FileDescriptorStorePreserve=yes.  Other service managers that
+        receive sd_notify(3) messages keep none, and set no $INVOCATION_ID.
         """
         systemd = self.line is None and bool(os.environ.get("INVOCATION_ID"))
         return systemd and self.store.holds(names)

@@ -118,7 +118,7 @@ class Probing:
 
     @property
     def tcp_connection(self) -> socket.socket | None:
-        """The TCP connection of the present health probe, or None."""
+        """The open TCP connection of the last health probe; None: there is none."""
         return self.health.tcp_connection if self.health is not None else None
 
     def suspend(self) -> None:

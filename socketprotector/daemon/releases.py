@@ -145,7 +145,7 @@ class Releases:
     def reported(self, report: Report, program: Program | None) -> Report:
         """Record what a report says about a release; return the report, with a note on `current`.
 
-        program: the program of the report's generation; None: no generation was opened.
+        program: the program of the report's generation; None: the report has no open generation.
         """
         name = program.release if program is not None else self._tried
         if report.news in _VERDICTS:

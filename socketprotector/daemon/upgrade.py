@@ -40,8 +40,8 @@ Answered = Callable[[str, str], None]
 class Upgrade:
     """Runs one trial at a time, for an upgrade or a check, and executes the new program."""
 
-    #: The command that executes the protector.  The installation of a new version replaces the
-    #: file command[0], so the same command then runs the new version.
+    #: The command that executes the protector.  Once a new version is installed, the same command
+    #: runs the new version.
     command: tuple[str, ...]
     loop: Loop
     log: Log

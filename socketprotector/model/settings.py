@@ -49,7 +49,7 @@ class Origin:
     words: tuple[str, ...] = ()  # the command line
     directory: str = "/"
     umask: int = 0o022
-    configured: bool = False  # there is a configuration file
+    configured: bool = False  # a reload reads the options again (--config or --releases)
 
 
 @frozen

@@ -28,8 +28,8 @@ UNTAKEN_S = 30.0
 #: whose handshake is under way at one check has connected by the next check, unless the network
 #: loses or delays a packet.
 QUIET_S = 0.2
-#: If new clients cannot be refused, a stop and the drain of a removed listener end after this
-#: time.  But queue/ first sends all connections that it has accepted.
+#: If new clients cannot be refused, a stop closes the listeners after this time, and the drain of
+#: a removed listener ends.  But queue/ first sends all connections that it has accepted.
 LAST_S = 10.0
 
 

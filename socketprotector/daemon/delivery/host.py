@@ -41,7 +41,7 @@ class Host(ABC):
     @property
     @abstractmethod
     def own_connection(self) -> socket.socket | None:
-        """The TCP connection of the health probe under way; None: there is none.
+        """The open TCP connection of the last health probe; None: there is none.
 
         A delivery does not count this connection.
         """

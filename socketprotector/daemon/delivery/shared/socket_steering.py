@@ -80,7 +80,7 @@ class SocketSteering(Steering):
     def enter(self, generation: int, socket_number: int, *, fresh: bool = False) -> None:
         """Prepare a socket for a generation whose workers will start soon.
 
-        fresh: the generation is a new release, so the back-off of rescues (socket_watch.py) ends.
+        fresh: see Delivery.open(); if True, the back-off of rescues (socket_watch.py) ends.
         Raises OSError if a new release must fail because clients could not reach it at a listener
         (SocketRepair.must_be_reachable()).
         """

@@ -206,7 +206,7 @@ def _await_deploy(
 ) -> None:
     """Wait for the verdict on a release, and print the outcome.
 
-    After a success without `dry_run`, wait until `current` and the history are on disk, then print.
+    After a success without `dry_run`, first wait until `current` and the history are on disk.
     before: the status before the request.
     promised: the generation's number in the answer to the request.
     wait: if false, only print that the deploy was requested.

@@ -412,8 +412,8 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
 def _request_stop(client: Client, quick: bool) -> None:
     """Request a stop.
 
-    If the connection is cut, repeat the request only if no stop has begun.  A second stop would cut
-    the lame-duck time short, or make a graceful stop quick.
+    If the connection is cut, repeat the request only if no stop has begun.  A second stop would
+    cut the lame-duck time short, or make a graceful stop quick.
     """
     try:
         client.request("stop", quick=quick)

@@ -1,4 +1,4 @@
-"""Finds the child processes of workers, such as the processes that gunicorn forks.
+"""Finds the child processes of workers (not of adapters), such as those that gunicorn forks.
 
 SocketProtector knows only processes that it starts or the client library reports, so this module
 reads /proc.  It finds no child if /proc is missing, hides other users' processes, or is of another

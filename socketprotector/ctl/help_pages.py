@@ -26,8 +26,8 @@ COMMON = (
 )
 _PURPOSE = """Inspect and control a running SocketProtector. If several instances run, choose one by
 --name, --control or --pid-file, before or after the command."""
-_MAIN_STATUSES = """Exit status of reload, upgrade: 0: the new version took over; 3: the new version
-failed or was called off; unless stopped, the old version continues."""
+_MAIN_STATUSES = """Exit status of reload, upgrade: 0: the new version took over; 3: the new
+version failed or was called off; unless stopped, the old version continues."""
 _MORE = """--help-all shows every command and exit status. COMMAND --help shows a command's
 options. Each command has --json."""
 EXAMPLES = (

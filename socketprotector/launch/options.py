@@ -211,11 +211,11 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("foreground", FLAG, "Do not detach; log to the terminal unless --log-file.",
                "foreground", STAYS, short="f", common=True),
         Option("guard", FLAG, "Restart SocketProtector if it dies; sockets stay open.\n"
-               "A small parent process holds the descriptors meanwhile.",
+               "A small parent process also holds the descriptors.",
                "guarded", STAYS, common=True),
         Option("pid-file", TEXT, "Write the protector's process ID, or with --guard the guard's, "
                "to this file.\n"
-               "The protector locks the file while it lives: a second start is refused, "
+               "While the protector runs, the file is locked: a second start is refused, "
                "and a stale file is replaced.", "pid_file", STAYS, metavar="FILE"),
         Option("ready", READY, "Choose what shows that a worker is ready: notify, ack, fd:N, "
                "accept, http:PATH, check:CMD or after:TIME.\n"
@@ -223,12 +223,12 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "line to descriptor N. accept: it accepts a connection. http:/PATH, https:/PATH: "
                "it answers 200 to 399. check:CMD: the command succeeds. after:TIME: the worker "
                "has run for TIME. See docs/probes.md.", placeholder="HOW", common=True,
-               unset="notify; with --handoff listener the first of notify, ack, fd and accept"),
+               unset="notify; with --handoff listener the earliest of notify, ack, fd and accept"),
         Option("start-timeout", TIME_ABOVE_0, "Allow workers this long to become ready.",
                "policy.start_timeout_s", default="60s"),
         Option("start-tries", click.IntRange(1, _MANY),
                "Try the first start this many times, if workers exit before they are ready.",
-               "policy.start_tries", "changes; used only at the first start", default=3),
+               "policy.start_tries", "no effect: used only at the first start", default=3),
     ),
     "Reload": (
         Option("reload-order", click.Choice([each.name for each in ORDERS]),
@@ -240,7 +240,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "P%: this percentage of the workers, rounded up.", default="1"),
         Option("canary", CANARY,
                "Give each new generation only this share of new connections at first, such as 5%.\n"
-               "SHARE is 0.01% to 99.99% of the connections, not of the requests. All clients "
+               "SHARE is 0.01% to 99.99% of the connections, not of requests. All clients "
                "follow after --canary-for. See docs/rollout.md.", unset="all"),
         Option("canary-for", TIME_ABOVE_0, "Keep the canary at its share for this time.",
                default="60s"),
@@ -267,7 +267,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     "Workers": (
         Option("workers", click.IntRange(1, _MANY), "Run this many workers.\n"
                "With --handoff stdio: run at most this many programs at a time. In other modes "
-               "TTIN and TTOU change the number until a reload reads another number.",
+               "TTIN and TTOU change the number until a reload finds N changed.",
                "workers", common=True, unset="1; 4 with stdio"),
         Option("shell", FLAG, "With --handoff stdio: run COMMAND by /bin/sh -c.", "shell"),
         Option("watchdog", TIME,
@@ -292,7 +292,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("env", PAIR, "Set an environment variable. Repeatable.\n"
                "ps shows arguments: put secrets into --env-file.", multiple=True),
         Option("env-file", TEXT, "Read NAME=VALUE lines from this file, again at each reload.",
-               "env_file", "changes, and is read again", metavar="FILE"),
+               "env_file", metavar="FILE"),
         Option("clear-env", FLAG,
                "Pass on none of the caller's variables; PATH is systemd's default."),
         Option("keep-env", NAMES, "Pass on only these variables of the caller's environment.\n"
@@ -303,13 +303,13 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("settle-check", SETTLE_CHECK,
                "Probe the new generation during --settle; after a bad answer the old one serves "
                "again.\n"
-               "check:CMD, or only CMD, runs every second. CMD gets the counts of both generations "
-               "as JSON on stdin; its exit status is the answer. http:/PATH, https:/PATH are as "
-               "with --ready. See docs/probes.md.", unset="no probe"),
+               "check:CMD, or CMD alone, runs every second. CMD gets the counts of both "
+               "generations as JSON on stdin; its exit status is the answer. http:/PATH, "
+               "https:/PATH are as with --ready. See docs/probes.md.", unset="no probe"),
         Option("health", HEALTH, "Probe the serving workers, and report the result.\n"
-               "http:/PATH, https:/PATH and accept are as with --ready. check:CMD runs once for "
-               "all workers. The result is in status, metrics, log and the exporter's /readyz. A "
-               "bad result restarts nothing and rolls nothing back. See docs/probes.md.",
+               "http:/PATH, https:/PATH and accept are as with --ready. check:CMD runs once per "
+               "probe, not per worker. The result is in status, metrics, log and the exporter's "
+               "/readyz. A bad result restarts nothing and rolls nothing back. See docs/probes.md.",
                unset="no probe"),
         Option("health-every", TIME_EACH, "Wait this long between health probes; 100ms or more.",
                "health_every_s", default="5s"),
@@ -343,14 +343,14 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("kill-timeout", TIME, "Send KILL this long after TERM.",
                "policy.kill_timeout_s", default="5s"),
         Option("lame-duck", TIME,
-               "Serve this long after a stop was requested, while the exporter's /readyz answers "
-               "503; 0: none.\n"
-               "So load balancers send clients elsewhere before any client is refused. "
+               "Serve this long after a stop request, while the exporter's /readyz answers 503; "
+               "0: none.\n"
+               "The 503 makes load balancers send clients elsewhere before any client is refused. "
                "A second TERM ends the lame duck. See docs/fleet.md.",
                "policy.lame_duck_s", default="0"),
         Option("lame-duck-idle", TIME,
                "End --lame-duck earlier, when no client has come for this time; 0: never.\n"
-               "A balancer with rare checks may still send a client after that.",
+               "A balancer with rare checks may send a client after this early end.",
                "policy.lame_duck_idle_s", default="0"),
     ),
     "Log": (

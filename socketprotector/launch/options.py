@@ -309,7 +309,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("health", HEALTH, "Probe the serving workers, and report the result.\n"
                "http:/PATH, https:/PATH and accept are as with --ready. check:CMD runs once per "
                "probe, not per worker. The result is in status, metrics, log and the exporter's "
-               "/readyz. A bad result restarts nothing and rolls nothing back. See docs/probes.md.",
+               "/readyz. A bad result restarts nothing and rolls nothing back. See "
+               "docs/probes.md.",
                unset="no probe"),
         Option("health-every", TIME_EACH, "Wait this long between health probes; 100ms or more.",
                "health_every_s", default="5s"),

@@ -32,21 +32,21 @@ class Phase(Enum):
 PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
         Phase.SERVING: "every worker is ready, or the generation passed its probe",
-        Phase.SETTLING: "the same, with --settle or a rollout, or a worker accepted the probe, but "
-        "sent no READY",
+        Phase.SETTLING: "the same, and --settle or a rollout is set, or without these a worker "
+        "accepted the probe, but sent no READY",
         Phase.ABANDONED: "it could not be opened, a worker exited, was not ready in time, broke "
-        "the channel or lacks the required client library, a listening socket was lost, an "
+        "the channel or lacks the client library, a listening socket was lost, an "
         "operator called it off, a dry run ended, it must make room for a generation that serves "
-        "clients of a hold (--handoff listener), or a stop began",
+        "clients left by a hold (--handoff listener), or a stop began",
     },
     Phase.SETTLING: {
         Phase.SERVING: "--settle or its rollout is over, an operator promoted it, a stop began, or "
-        "clients of a hold wait and it runs the last good command (that of the last generation "
+        "a hold has left clients, and it runs the last good command (that of the last generation "
         "that served)",
         Phase.DRAINING: "a worker exited or broke the channel, --settle-check failed, its rollout "
-        "failed (a lost socket, a canary with too few clients, workers that are late, stuck, do "
-        "not accept or lack the client library), an operator called it off, it must make room for "
-        "a generation that serves clients of a hold (--handoff listener), a stop began during its "
+        "failed (a lost socket, a canary with too few clients, or workers that are late or stuck, "
+        "accept nothing, or lack the client library), an operator called it off, it must make "
+        "room for a generation that serves clients left by a hold, a stop began during its "
         "rollout, or a quick stop began",
     },
     Phase.SERVING: {Phase.DRAINING: "replaced, channel broken, or a stop began"},
@@ -261,7 +261,7 @@ class Fleet:
 
     @property
     def is_releasing(self) -> bool:
-        """Whether a reload, a deploy or a dry run is under way or queued.
+        """Whether a start, reload, deploy or dry run is under way or queued.
 
         A replacement by the last good command does not count: a release may end its crash loop.
         """

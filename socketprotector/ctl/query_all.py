@@ -32,7 +32,7 @@ class SocketAnswer:
 
     @property
     def alive(self) -> bool:
-        """False if `why` is "dead": no process listens, or the connection failed or ended."""
+        """Whether a protector may run here: `why` is not "dead"."""
         return self.why != "dead"
 
 

@@ -71,7 +71,7 @@ TIMEOUT = click.option(
     "--at-least",
     metavar="N",
     type=click.IntRange(0),
-    help="Fail if the canary gets fewer than N clients in twice the time of --for.",
+    help="Fail if the canary gets fewer than N connections, even if it lasts twice --for.",
 )
 @TIMEOUT
 def reload(
@@ -145,8 +145,8 @@ def await_success(
 
     before: the status before the request.
     promised: the generation's number in the answer to the request.  If the protector must first
-    start the old version again, the new version gets a higher number, and the verdict is about
-    the generation with that number.
+    start the old version again, the old version gets this number.  The new version then gets a
+    higher one, and the verdict is about that generation.
     failure: the first words of the error if the generation fails.
     dry_run: also wait for the end of this generation.
     drained: after a success, also wait for the end of the older generations.
@@ -429,8 +429,8 @@ def _request_stop(client: Client, quick: bool) -> None:
 class _Stopped(Awaited):
     """Waits until the protector has ended.
 
-    waits_for() never returns "", so the wait always ends with an exception: NoProtector (the
-    protector has ended) or TimedOut.
+    waits_for() never returns "", so the wait always ends with an exception, such as NoProtector
+    (with the code "dead": the protector has ended) or TimedOut.
     """
 
     refresh_after = ("lame-duck", "drained", "exited", "stopping")

@@ -88,12 +88,12 @@ class Probing:
             self.settle_check.stop()
 
     def note_settle_over(self, number: int) -> bool:
-        """Note that --settle is over; return whether a good answer must still come."""
+        """End --settle; return whether the generation still waits for a good answer."""
         return self.settle_check is not None and self.settle_check.note_settle_over(number)
 
     @property
     def settle_check_due(self) -> bool:
-        """Return whether --settle is over, but a good answer must still come."""
+        """Return whether --settle is over, but the generation still waits for a good answer."""
         return self.settle_check is not None and self.settle_check.is_due
 
     def set_serving(self, generation: OpenGeneration | None) -> None:

@@ -7,7 +7,7 @@ A release is *proved* when its start or reload has succeeded, even if a stop or 
 from __future__ import annotations
 
 from ...core.events import DryRunRequested, ReloadRequested
-from ...core.fleet import Fleet, Generation
+from ...core.fleet import Fleet, Generation, Phase
 from ...core.reload import cannot_call_off
 from ...model import release
 from ...model.control_requests import RequestError
@@ -158,7 +158,7 @@ def _releases_of(effects: Effects) -> Releases:
 
 
 def _incoming(effects: Effects, fleet: Fleet) -> tuple[Generation | None, str]:
-    """Return the generation and the release of the reload, deploy or dry run in progress.
+    """Return the generation and the release of the start, reload, deploy or dry run in progress.
 
     The generation is None until it is opened; the release is "" if it is unknown.
     """
@@ -168,11 +168,12 @@ def _incoming(effects: Effects, fleet: Fleet) -> tuple[Generation | None, str]:
 
 
 def _refuse_second(fleet: Fleet, effects: Effects) -> None:
-    """Raise RequestError while a reload, a deploy or a dry run is in progress."""
+    """Raise RequestError while a start, reload, deploy or dry run is in progress."""
     if not fleet.is_releasing:
         return
     incoming, name = _incoming(effects, fleet)
-    kind = "a dry run" if fleet.dry_run else "a deploy" if fleet.release else "a reload"
+    begun = "a reload" if fleet.of(Phase.SERVING) else "a start"
+    kind = "a dry run" if fleet.dry_run else "a deploy" if fleet.release else begun
     number = incoming.number if incoming else fleet.next_generation
     what = f"{kind} of {name}" if name else kind
     advice = "wait for it" if cannot_call_off(fleet) else "wait for it, or `rollback`"

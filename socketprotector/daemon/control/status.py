@@ -173,9 +173,9 @@ def _of_generation(
 ) -> dict[str, Any]:
     opened = effects.generations[generation.number]
     slots = {worker.slot for worker in generation.workers if worker.state is not State.ORPHANED}
-    # Leave out an orphaned worker if another worker uses its slot.  Otherwise count it: after a
-    # kill of the protector, a worker whose descriptors were not stored is ORPHANED, too, although
-    # its process may still run.
+    # Leave out an orphaned worker if another worker uses its slot.  Otherwise count it, because
+    # it may still serve: ORPHANED also stands for a worker whose descriptors were lost when the
+    # protector was killed.
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive
@@ -219,7 +219,7 @@ def _of_generation(
 def _of_closing(
     opened: OpenGeneration, slots: Sequence[tuple[int, Counts | None]]
 ) -> dict[str, Any]:
-    """Return the field `closing`; an empty result if no worker ends connections evenly."""
+    """Return the field `closing`; empty if no worker spreads the end of its connections."""
     found = spread.closing_rate(opened, slots) if opened.program.spreads else None
     return {"closing": found} if found else {}
 
@@ -309,9 +309,9 @@ def of_connections(
                     "pid": pid,
                     "accepted_at_by_fd": times,
                     "orphaned": record.orphaned,
-                    # In a draining generation, connections of unknown accept time began before this
-                    # time.  (Under --handoff listener with one socket, some may begin a little
-                    # later.)  In any other generation, such connections began after this time.
+                    # Connections of unknown accept time began before `drained_at` in a draining
+                    # generation (some a little later under --handoff listener with one socket),
+                    # and after `started_at` in any other.
                     "since_at": opened.record.drained_at or record.started_at,
                 }
             )

@@ -140,7 +140,7 @@ class QueueDelivery(Delivery):
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
     ) -> None:
-        on_quiet()  # at once: drain() moves untaken connections, or leaves them to the workers
+        on_quiet()  # at once: no client waits at a socket of this generation alone
 
     def drain(self, generation: OpenGeneration) -> None:
         channel = self._channel_of(generation)
@@ -230,8 +230,8 @@ class QueueDelivery(Delivery):
 
         The newest generation that meets three conditions gets the backlog: it knows the listener,
         it has had the route or a share of the clients, and it may still get clients (not `ended`).
-        Without such a generation the backlog is lost.  The backlog of a passed-in socket always
-        goes to its owner, which keeps listening.
+        Without such a generation the backlog is lost.  Exception: a service manager keeps
+        listening on a socket that it passed in, and gets the backlog.
         """
         served = [
             number

@@ -32,21 +32,21 @@ class Phase(Enum):
 PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
         Phase.SERVING: "every worker is ready, or the generation passed its probe",
-        Phase.SETTLING: "the same, and --settle or a rollout is set, or without these a worker "
-        "accepted the probe, but sent no READY",
+        Phase.SETTLING: "as for serving, if --settle or a rollout is set, or if neither is, and a "
+        "worker accepted the probe without READY",
         Phase.ABANDONED: "it could not be opened, a worker exited, was not ready in time, broke "
         "the channel or lacks the client library, a listening socket was lost, an "
         "operator called it off, a dry run ended, it must make room for a generation that serves "
-        "clients left by a hold (--handoff listener), or a stop began",
+        "clients still waiting after a hold (--handoff listener), or a stop began",
     },
     Phase.SETTLING: {
         Phase.SERVING: "--settle or its rollout is over, an operator promoted it, a stop began, or "
-        "a hold has left clients, and it runs the last good command (that of the last generation "
-        "that served)",
+        "clients still wait after a hold and this generation runs the last good command (of the "
+        "last generation that served)",
         Phase.DRAINING: "a worker exited or broke the channel, --settle-check failed, its rollout "
-        "failed (a lost socket, a canary with too few clients, or workers that are late or stuck, "
-        "accept nothing, or lack the client library), an operator called it off, it must make "
-        "room for a generation that serves clients left by a hold, a stop began during its "
+        "failed (a lost socket, too few clients, or workers that are late or stuck, accept "
+        "nothing, or lack the client library), an operator called it off, it must make room for a "
+        "generation that serves clients still waiting after a hold, a stop began during its "
         "rollout, or a quick stop began",
     },
     Phase.SERVING: {Phase.DRAINING: "replaced, channel broken, or a stop began"},

@@ -71,7 +71,7 @@ TIMEOUT = click.option(
     "--at-least",
     metavar="N",
     type=click.IntRange(0),
-    help="Fail if the canary gets fewer than N connections, even if it lasts twice --for.",
+    help="With fewer than N connections the canary lasts twice --for; if still too few, it fails.",
 )
 @TIMEOUT
 def reload(

@@ -173,9 +173,9 @@ def _of_generation(
 ) -> dict[str, Any]:
     opened = effects.generations[generation.number]
     slots = {worker.slot for worker in generation.workers if worker.state is not State.ORPHANED}
-    # Leave out an orphaned worker if another worker uses its slot.  Otherwise count it, because
-    # it may still serve: ORPHANED also stands for a worker whose descriptors were lost when the
-    # protector was killed.
+    # An orphaned worker whose slot another worker uses has no counts of its own; then sums are
+    # unknown.  Otherwise count it, because it may still serve: ORPHANED also stands for a worker
+    # whose descriptors were lost when the protector was killed.
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive
@@ -309,9 +309,9 @@ def of_connections(
                     "pid": pid,
                     "accepted_at_by_fd": times,
                     "orphaned": record.orphaned,
-                    # Connections of unknown accept time began before `drained_at` in a draining
-                    # generation (some a little later under --handoff listener with one socket),
-                    # and after `started_at` in any other.
+                    # A limit for connections of unknown accept time.  In a draining generation
+                    # they began before it (some a little later, under --handoff listener with one
+                    # socket), in any other generation after it.
                     "since_at": opened.record.drained_at or record.started_at,
                 }
             )

@@ -140,7 +140,7 @@ class QueueDelivery(Delivery):
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
     ) -> None:
-        on_quiet()  # at once: no client waits at a socket of this generation alone
+        on_quiet()  # at once: no generation has sockets at which clients wait
 
     def drain(self, generation: OpenGeneration) -> None:
         channel = self._channel_of(generation)

@@ -346,7 +346,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("lame-duck", TIME,
                "Serve this long after a stop request, while the exporter's /readyz answers 503; "
                "0: none.\n"
-               "The 503 makes load balancers send clients elsewhere before any client is refused. "
+               "So load balancers send clients elsewhere before any client is refused. "
                "A second TERM ends the lame duck. See docs/fleet.md.",
                "policy.lame_duck_s", default="0"),
         Option("lame-duck-idle", TIME,

@@ -129,7 +129,7 @@ def test_scaling_is_refused_in_words(operated: Operating) -> None:
     told = daemon.daemon.log.wait_for("event=refused", after=mark)
 
     assert code == "refused"
-    assert "change it and reload" in said
+    assert "change `workers` in the configuration file and reload" in said
     assert said in told
 
 

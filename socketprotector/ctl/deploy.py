@@ -91,7 +91,7 @@ def deploy(
     Exit status 2: nothing was tried. Either the protector has no --releases; or the release that
     --expect or the link names is not serving; or --current is no symbolic link; or another
     protector owns the link. 5: the release is serving, but the link or the history is not on disk
-    yet. 6: another deploy, reload or dry run is in progress.
+    yet. 6: a start, reload, dry run or other deploy is in progress.
     """
     arguments = _without_unset(release=release, expect=expect, force=force, dry_run=dry_run)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
@@ -123,8 +123,8 @@ def rollback(
     During a reload or deploy, --expect is compared with the new release, not the serving release.
 
     Exit status 2: nothing was tried. Either there is nothing to roll back; or --expect names
-    another release; or --current is no symbolic link; or another protector owns the link. 6: a dry
-    run, or a reload that cannot be ended, is in progress.
+    another release; or --current is no symbolic link; or another protector owns the link. 6: a
+    start, a dry run, or a reload that cannot be ended, is in progress.
     """
     arguments = _without_unset(expect=expect)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:

@@ -66,7 +66,7 @@ class NotRecorded(ControlError):
 #: Code of a refusal (docs/control.md) -> exit status, if it differs from RequestRefused.status.
 #: invalid: a mistake in the command line, such as a number out of range.
 #: unmet: a condition of deploy, rollback or releases is not met.
-#: deploying: another deploy, reload or dry run is in progress.
+#: deploying: a start, reload, dry run or other deploy is in progress.
 _STATUSES = {"invalid": UsageError.status, "unmet": UsageError.status, "deploying": 6}
 
 

@@ -27,7 +27,7 @@ COMMON = (
 _PURPOSE = """Inspect and control a running SocketProtector. If several instances run, choose one by
 --name, --control or --pid-file, before or after the command."""
 _MAIN_STATUSES = """Exit status of reload, upgrade: 0: the new version took over; 3: the new
-version failed or was called off; unless stopped, the old version continues."""
+version failed or was called off; except at a stop, the old version serves."""
 _MORE = """--help-all shows every command and exit status. COMMAND --help shows a command's
 options. Each command has --json."""
 EXAMPLES = (
@@ -50,8 +50,8 @@ _ALL_STATUSES = (
     ),
     (
         "3",
-        "reload, deploy, rollback, upgrade: the new version failed or was called off; unless "
-        "stopped, the old version continues; diff: a reload would fail; ready: not ready",
+        "reload, deploy, rollback, upgrade: the new version failed or was called off; except "
+        "at a stop, the old version serves; diff: a reload would fail; ready: not ready",
     ),
     (
         "4",
@@ -63,7 +63,7 @@ _ALL_STATUSES = (
         "deploy, rollback: the requested version is serving, but the link --current or the "
         "history is not on disk yet",
     ),
-    ("6", "deploy, rollback: another deploy, reload or dry run is in progress"),
+    ("6", "deploy, rollback: a start, reload, dry run or other deploy is in progress"),
     ("100", "the command was refused for another reason, or this user has no permission"),
     ("130", "interrupted"),
 )

@@ -7,7 +7,7 @@ A release is *proved* when its start or reload has succeeded, even if a stop or 
 from __future__ import annotations
 
 from ...core.events import DryRunRequested, ReloadRequested
-from ...core.fleet import Fleet, Generation, Phase
+from ...core.fleet import Fleet, Generation
 from ...core.reload import cannot_call_off
 from ...model import release
 from ...model.control_requests import RequestError
@@ -172,7 +172,7 @@ def _refuse_second(fleet: Fleet, effects: Effects) -> None:
     if not fleet.is_releasing:
         return
     incoming, name = _incoming(effects, fleet)
-    begun = "a reload" if fleet.of(Phase.SERVING) else "a start"
+    begun = "a reload" if fleet.served else "a start"
     kind = "a dry run" if fleet.dry_run else "a deploy" if fleet.release else begun
     number = incoming.number if incoming else fleet.next_generation
     what = f"{kind} of {name}" if name else kind

@@ -48,6 +48,7 @@ def test_a_fault_of_ours_while_something_is_changed_is_not_hidden() -> None:
 
 
 _SERVES = Generation(1, Phase.SERVING)
+_DRAINS = Generation(1, Phase.DRAINING)
 
 
 @pytest.mark.parametrize(
@@ -90,16 +91,29 @@ def test_a_refused_kill_names_what_is_possible(fleet: Fleet, killed: int, advice
 
 
 @pytest.mark.parametrize(
-    ("dry_run", "refused"),
+    ("fleet", "refused"),
     [
-        (False, "a reload is in progress (generation 2); wait for it, or `rollback`"),
-        (True, "a dry run is in progress (generation 2); wait for it"),
+        (
+            Fleet(Policy(), generations=(_SERVES, Generation(2)), served=True),
+            "a reload is in progress (generation 2); wait for it, or `rollback`",
+        ),
+        (
+            Fleet(Policy(), generations=(_SERVES, Generation(2)), served=True, dry_run=True),
+            "a dry run is in progress (generation 2); wait for it",
+        ),
+        (  # stop-first
+            Fleet(Policy(), generations=(_DRAINS, Generation(2)), served=True),
+            "a reload is in progress (generation 2); wait for it",
+        ),
+        (
+            Fleet(Policy(), generations=(Generation(2),)),
+            "a start is in progress (generation 2); wait for it",
+        ),
     ],
 )
 def test_a_refused_deploy_advises_a_rollback_only_where_it_works(
-    dry_run: bool, refused: str
+    fleet: Fleet, refused: str
 ) -> None:
-    fleet = Fleet(Policy(), generations=(_SERVES, Generation(2)), dry_run=dry_run)
     live = SimpleNamespace(releases=SimpleNamespace(serving="1"))
     effects = cast("Any", SimpleNamespace(live_settings=live, generations={}))
 

@@ -56,7 +56,7 @@ class Listener(Socket):
         limit: while this number of accepted connections is open, others stay in the queue.
         take: after so many connections in a row, accept fails once with BlockingIOError.  Without
         that error an event loop would take the whole queue before it serves.  0 adapts the row: 1
-        connection, or, while the queue is never empty, about 32 divided by the number of workers.
+        connection, or, while the queue is never empty, up to about 32 divided by the workers.
         None: no such errors, for loops that accept once for each wake-up.  A blocking listener
         ignores `take`.
 

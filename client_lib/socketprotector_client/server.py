@@ -165,8 +165,8 @@ class SocketServer:
     def close(self, timeout_s: Optional[float] = None) -> None:
         """Refuse new clients; the children serve the connected ones, then the queue ends.
 
-        In the parent: returns once the backlog is empty and the address is free.  While the queue
-        is full, this waits; clients that are still in the backlog after timeout_s are
+        In the parent: returns once all connected clients are in the queue and the address is free.
+        While the queue is full, this waits; clients that are not in the queue after timeout_s are
         disconnected.  In a child: only that child's `client` returns, after its current
         connection.  Under a protector the queue stays: it belongs to the protector.
         """

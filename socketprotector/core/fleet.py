@@ -32,10 +32,10 @@ class Phase(Enum):
 PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
         Phase.SERVING: "every worker is ready, or the generation passed its probe",
-        Phase.SETTLING: "as for serving, if --settle or a rollout is set, or if neither is, and a "
-        "worker accepted the probe without READY",
+        Phase.SETTLING: "as for serving, if another generation serves (with --settle or a "
+        "rollout, or if a worker accepted the probe without READY)",
         Phase.ABANDONED: "it could not be opened, a worker exited, was not ready in time, broke "
-        "the channel or lacks the client library, a listening socket was lost, an "
+        "the channel or lacks the required client library, a listening socket was lost, an "
         "operator called it off, a dry run ended, it must make room for a generation that serves "
         "clients still waiting after a hold (--handoff listener), or a stop began",
     },
@@ -245,7 +245,7 @@ class Fleet:
 
     @property
     def is_opening(self) -> bool:
-        """Whether a reload, a dry run or a replacement is under way."""
+        """Whether a start, a reload, a dry run or a replacement is under way."""
         return bool(self.incoming or self.to_open or self.candidate or self.reading)
 
     @property
@@ -256,7 +256,7 @@ class Fleet:
 
     @property
     def is_changing(self) -> bool:
-        """Whether a reload, a dry run or a replacement is under way or queued."""
+        """Whether a start, a reload, a dry run or a replacement is under way or queued."""
         return self.is_opening or self.reload_wanted
 
     @property

@@ -29,8 +29,8 @@ NAME = "socketprotectorctl"
 _COMMAND = re.compile(
     rf"`(?:{NAME} )?((?:{'|'.join({*sum(GROUPS.values(), ())} - {'list', 'completion'})})\b[^`]*)`"
 )
-#: The beginning of each line of a worker's last words.  quoted() of reload.py must use the
-#: same text, by which with_instance() recognizes these lines.
+#: The beginning of each printed line of a worker's last words.  quoted() of reload.py must use
+#: the same text, by which with_instance() recognizes these lines.
 _QUOTED = "  | "
 Function = TypeVar("Function", bound=Callable[..., Any])
 

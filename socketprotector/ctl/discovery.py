@@ -75,7 +75,7 @@ def by_name(name: str) -> str:
     shown = dict(zip((each.path for each in alive), names(alive), strict=True))
     if len(matching) > 1:
         choices = [shown[path] for path in matching]
-        if len(set(choices)) < len(choices):  # some share NAME and first listener
+        if len(set(choices)) < len(choices):  # some have the same name
             choices = [f"--control {path}" for path in matching]
         raise UsageError(f"--name {name}: several match; choose one of {_shortened(choices)}")
     if matching or with_key:

@@ -187,7 +187,7 @@ def _rolling_text(rollout: Status, stage: str) -> str:
 
 
 def _awaited(worker: Status) -> str:
-    """Return, as text, number and connections of a worker that a rolling reload waits for."""
+    """Return the number and connections of a worker that a rolling reload waits for, as text."""
     name, active = f"worker {number_in(worker, 'worker')}", measure(worker, "active")
     if active is None:
         return name

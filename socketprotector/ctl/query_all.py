@@ -32,7 +32,7 @@ class SocketAnswer:
 
     @property
     def alive(self) -> bool:
-        """Whether a protector may run here: `why` is not "dead"."""
+        """Whether a process may listen here: `why` is not "dead"."""
         return self.why != "dead"
 
 

@@ -112,7 +112,7 @@ def reload(
             words = f"{requested} requested: generation {promised} will {will}; see `status`"
             operation.finish("requested", words)
             return
-        failure = "a reload would fail" if dry_run else "not reloaded"
+        failure = "not ready to reload" if dry_run else "not reloaded"
         success = await_success(
             operation, before, promised, failure, dry_run=dry_run, drained=drained
         )
@@ -145,8 +145,8 @@ def await_success(
 
     before: the status before the request.
     promised: the generation's number in the answer to the request.  If the protector must first
-    start the old version again, the old version gets this number.  The new version then gets a
-    higher one, and the verdict is about that generation.
+    start the old version again, the new version gets a higher number, and the verdict is about
+    that generation.
     failure: the first words of the error if the generation fails.
     dry_run: also wait for the end of this generation.
     drained: after a success, also wait for the end of the older generations.

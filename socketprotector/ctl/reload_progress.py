@@ -277,7 +277,7 @@ class Reload(Awaited):
         if self._current is None:
             if self._has_earlier_reload:
                 return "an earlier reload to end"
-            return f"generation {self.generation} to start (the protector is {self._phase})"
+            return f"generation {self.generation} to start (phase: {self._phase})"
         if self._current.routed:
             return f"generation {self._current.number} to survive --settle"
         if self._current.shares:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 #: How many rates are kept, each for one bar.
 _KEPT = 200
-#: How long to try to reconnect.  After this time the screen shows the error, and reads keys again.
+#: How long to try to reconnect; then the screen shows the error, and keys are read again.
 _RECONNECT_S = 1.0
 #: The number of buckets in the field `wait_us` of a generation (docs/control.md).
 _BUCKETS = 32

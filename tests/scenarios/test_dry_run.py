@@ -127,7 +127,7 @@ def test_a_release_that_would_not_serve_is_what_a_failed_reload_is(
 
     assert said.status == 3
     last = said.err.splitlines()[-1]
-    assert last.startswith("socketprotectorctl: a reload would fail: generation 2 failed: ")
+    assert last.startswith("socketprotectorctl: not ready to reload: generation 2 failed: ")
     assert why in said.err
     assert "generation 1 is still serving" in said.err
     assert what_serves(one) == before
@@ -396,7 +396,7 @@ def test_a_stop_ends_it(waiting: Waiting, beside: Callable[..., Running]) -> Non
     assert trying.wait() == 3
     said = trying.err.text().splitlines()[-1]
     assert said.endswith(
-        "a reload would fail: generation 2 failed: called off: the protector is stopping"
+        "not ready to reload: generation 2 failed: called off: the protector is stopping"
     )
     one.daemon.log.wait_for("event=dry-run-failed generation=2 reason=.called off")
     assert wait_gone(tried) == []

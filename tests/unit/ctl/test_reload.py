@@ -173,7 +173,7 @@ def test_one_that_fails_is_status_3_as_its_reload_would_be(fake: Fake, ctl: Ctl)
 
     assert (said.status, said.out) == (3, "")
     assert said.err == (
-        "socketprotectorctl: a reload would fail: generation 9 failed: exited with status 1; "
+        "socketprotectorctl: not ready to reload: generation 9 failed: exited with status 1; "
         "generation 8 is still serving\n  | no database\n"
     )
 
@@ -201,7 +201,7 @@ def test_its_last_words_are_in_that_too(fake: Fake, ctl: Ctl) -> None:
     reloading(fake, then)
 
     assert ctl("reload", "--dry-run").err.endswith(
-        "a reload would fail: generation 9 failed: exited with status 1; "
+        "not ready to reload: generation 9 failed: exited with status 1; "
         "generation 8 is still serving\n"
         "  | no database\n"
     )

@@ -43,7 +43,7 @@ _USE_PREFIX = "set --log-prefix to see the output here"
 _USE_RELAY = "remove --no-log-relay to see the output here"
 _USE_BOTH = "remove --no-log-relay and set --log-prefix to see the output here"
 #: The mode of a worker's pipe: a worker that runs as another user must be able to open /dev/stdout.
-#: So all users may write.  That is safe: no third user can reach the pipe.
+#: So all users may write.  That is safe: only the worker's user, ours and root can reach it.
 _PIPE_MODE = 0o622
 
 
@@ -138,7 +138,7 @@ class Output:
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
         """Close the pipes of exited workers without orphans, except the newest.
 
-        The newest LEFT_BEHIND (model/fd_budget.py) of these pipes stay open.
+        About LEFT_BEHIND (model/fd_budget.py) of these pipes stay open.
         living: how many workers run, or have exited and left orphans.
         numbers: returns these workers' numbers.
         """

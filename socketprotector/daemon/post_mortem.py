@@ -44,7 +44,7 @@ from .worker_spawn import Worker
 _REAP_AGAIN_S = 0.1
 #: How long the guard may take to report how a worker exited.
 _STATUS_S = 1.0
-#: The most digits of a pid, a status or a count in a report about a forked child.
+#: The most digits of a number in a report about a forked child.
 _DIGITS = 9
 
 

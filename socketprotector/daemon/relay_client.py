@@ -313,7 +313,7 @@ class LogRelay:
         os.close(pipe.read)
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
-        """Close the oldest pipes of exited workers without orphans; keep LEFT_BEHIND of these.
+        """Close the oldest pipes of exited workers without orphans; keep about LEFT_BEHIND.
 
         living, numbers: see Output.close_oldest().
         """

@@ -87,7 +87,7 @@ class SettleCheck:
     def note_settle_over(self, number: int) -> bool:
         """Note that --settle is over; return whether a good answer must still come.
 
-        Only good answers after the first call for a generation count.  Returns False if the
+        A good answer counts only if it comes after the first call.  Returns False if this
         generation is not checked.
         """
         generation = self._generation

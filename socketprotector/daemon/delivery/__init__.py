@@ -69,8 +69,8 @@ class Delivery(ABC):
     ) -> Listener:
         """Make a listener from its first socket, its sibling and the reserved socket.
 
-        fds: the three descriptors (see Listener); -1: no such socket.  again: how often each of
-        the three sockets was replaced; the sockets' names contain this number.
+        fds: the three descriptors (see Listener); -1: no such socket.  again: the number in
+        each socket's name, which grows, so that no name is used twice.
         """
 
     @classmethod
@@ -153,7 +153,7 @@ class Delivery(ABC):
     def met(self, generation: OpenGeneration) -> int | None:
         """Return how many new clients a generation has got so far; None: unknown.
 
-        queue/ counts a client when its connection is sent to the generation's queue.  shared/
+        queue/ counts a client when its connection is accepted for the generation's queue.  shared/
         counts a client when a worker has accepted the connection.
         """
 

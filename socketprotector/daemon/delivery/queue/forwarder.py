@@ -162,7 +162,7 @@ class Forwarder:
     def remove(self, listener: Listener, to: GenerationChannel | None) -> None:
         """Refuse a listener's new clients, and send its backlog to a channel.
 
-        to: the channel; None: lose the backlog.  Exception: a passed-in socket's owner gets it.
+        to: the channel; None: lose the backlog.  A passed-in socket's owner always gets it.
         """
         self._listeners.remove(listener)
         self._acceptor.end(listener)
@@ -242,7 +242,7 @@ class Forwarder:
         return self.queue_watch if channel is self.outlet.route else None
 
     def met(self, channel: GenerationChannel) -> int:
-        """Return how many new connections were sent to a channel."""
+        """Return how many new connections we accepted for a channel."""
         of_canary = self._canary.watch.new_in(channel) if self._canary is not None else 0
         return channel.met + self.queue_watch.new_in(channel) + of_canary
 
@@ -257,7 +257,7 @@ class Forwarder:
         return ForwarderRecord(self.forwarded, self.lost, None, kept.number, kept.waiting, count)
 
     def adopt(self, record: ForwarderRecord, unclaimed: Inherited) -> None:
-        """Adopt an earlier program's record and kept connections (in an old record: `pending`)."""
+        """Adopt an earlier program's record and kept connections; old versions wrote `pending`."""
         self._forwarded, self._lost = record.forwarded, record.lost
         self._canary_count = record.shared
         first = ((record.number, record.pending),) if record.pending is not None else ()

@@ -137,7 +137,7 @@ class AcceptWatch:
         """Look now; return whether clients wait where none was accepted since the last look.
 
         Also return True if clients wait at a listener where the last look found no client.  But if
-        the last look found no client at any listener, return False without a look.
+        no client has come since a look that found no client, return False without a look.
         """
         if not self._waiting:
             return False

@@ -304,7 +304,7 @@ class SocketSteering(Steering):
 
         Earlier clients came before this call.  Later clients are refused, or wait for the next
         start or the socket's owner.  Exception: the generation may accept later clients at a
-        listener's only socket.  Quiescing.begin(accept_until=latest) limits the wait.
+        listener's only socket.  Quiescing.begin() limits the wait; `latest` is its `accept_until`.
         """
         number = self.turns.accepting.get(generation, 0)
         common = [each for each in self._listeners.living if not each.has_sibling]

@@ -36,7 +36,7 @@ from socketprotector.core.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.core.fleet import Next, Policy
+from socketprotector.core.fleet import Next, Phase, Policy
 from socketprotector.model.ready_kinds import KINDS
 from tests.unit.conftest import Story
 
@@ -572,6 +572,18 @@ def test_the_oldest_draining_generation_is_ended_when_there_would_be_too_many(
         StartTimer(Deadline(TimerKind.KILL, 1), 5.0),
         Report(ReportKind.RELOADED, 3),
     ]
+
+
+def test_fewer_draining_generations_than_the_limit_are_not_ended(story: Story) -> None:
+    story.given_serving(Policy(max_draining=3))
+    story.and_also(ReloadRequested(), WorkerReady(2), ReloadRequested(), WorkerReady(3))
+
+    assert [g.phase for g in story.fleet.generations] == [
+        Phase.DRAINING,
+        Phase.DRAINING,
+        Phase.SERVING,
+    ]
+    assert story.fleet.timers == frozenset()
 
 
 def test_from_the_fourth_draining_generation_on_there_is_a_warning(story: Story) -> None:

@@ -527,3 +527,12 @@ def test_listeners_that_are_lost_during_a_stop_are_no_failure(
     story.given_serving(Policy(lame_duck_s=lame_duck_s)).and_also(StopRequested(), ListenersLost())
 
     assert story.fleet.exit_status == 0
+
+
+def test_only_the_stop_limits_a_drain_that_a_stop_began(story: Story) -> None:
+    story.given_serving(Policy(drain_timeout_s=9.0))
+
+    story.when(StopRequested())
+    story.when(BacklogEmptied())
+
+    assert story.fleet.timers == {Deadline(TimerKind.STOP)}

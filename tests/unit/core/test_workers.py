@@ -348,6 +348,14 @@ def test_so_many_in_all_may_be_asked_for_too(story: Story) -> None:
     assert story.when(ScaleRequested(to=3)) == []
 
 
+def test_of_too_many_workers_those_with_the_highest_slots_leave(story: Story) -> None:
+    story.given(Policy(), workers=5).and_also(Launched())
+    for number in range(1, 6):
+        story.and_also(WorkerReady(number, retires=True))
+
+    assert scaled(story, -3) == [Retire(5), Retire(4), Retire(3)]
+
+
 # -- one that makes room for another ----------------------------------------------
 
 

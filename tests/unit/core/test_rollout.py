@@ -564,6 +564,9 @@ def test_all_workers_are_replaced_within_the_bound(story: Story, workers: int, s
     assert len([w for w in story.fleet[2].workers if w.state is State.READY]) == workers
     assert shares[:-1] == sorted(shares[:-1]), "the share only grows"
     assert shares[-1] == 0  # the last order names one generation alone
+    assert max(shares) < WHOLE
+    if workers == 8:
+        assert max(shares) > WHOLE // 2
 
 
 def test_the_share_is_that_of_the_ready_workers(story: Story) -> None:

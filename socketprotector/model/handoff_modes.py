@@ -79,7 +79,7 @@ STDIO = HandoffMode(
     refuses={**_COUNTS, **_DRAIN_SIGNAL, **_READY, **_SPREAD},
     cannot={
         "scale": "under --handoff stdio --workers limits how many programs run at once: "
-        "change `workers` in the configuration file and reload",
+        "change `workers` in the configuration file and reload, or restart with another --workers",
         "dry-run": "under --handoff stdio the first client starts the release, so nothing can be "
         "probed before",
     },

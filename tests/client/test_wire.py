@@ -1,7 +1,8 @@
 """The worker protocol, version 1 (docs/protocol.md): values that later versions must not change.
 
 A worker that was built for version 1 has these values in its own code, so a test that takes both
-sides from wire.py would not notice a change.
+sides from wire.py would not notice a change.  RECORD_CHARGE_BYTES and SMALLEST_QUEUE are measured:
+they may change with the kernel.
 """
 
 from __future__ import annotations

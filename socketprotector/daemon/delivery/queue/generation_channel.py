@@ -20,8 +20,8 @@ class GenerationChannel(Channel):
         self.taken_from = adopted
         #: Whether it was reported that no worker takes connections.
         self.untaken_reported = False
-        #: How many new connections were sent here before the present QueueWatch (queue_watch.py)
-        #: began to follow the channel.  Forwarder.met() adds the later connections.
+        #: How many new connections were accepted for this channel before the present QueueWatch
+        #: (queue_watch.py) began to follow it.  Forwarder.met() adds the later connections.
         self.met = 0
         #: The value of QueueWatch.sent when a QueueWatch last stopped following this channel.
         self.sent = 0

@@ -76,7 +76,7 @@ class QueueWatch:
             self.start()
 
     def new_in(self, channel: GenerationChannel) -> int:
-        """Return how many new connections we accepted for a channel since we followed it.
+        """Return how many new connections we accepted for a channel since follow().
 
         0: we follow another channel.
         """

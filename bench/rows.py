@@ -179,7 +179,7 @@ def latency(scale: Scale) -> list[Figure]:
                 f"the other {longer_us - handed_us:+.1f} us: the protector's loop, and accept "
                 "there in place of accept in the worker; the close of the copy and the accept that "
                 "finds nothing come after the handing over",
-                "each step by itself: "
+                "each step alone: "
                 + "; ".join(f"{name} {us:.1f} us" for name, us in steps.items()),
                 calls,
             ],

@@ -283,8 +283,8 @@ def _processes() -> set[str]:
 def reserved_port() -> socket.socket:
     """Bind a port of 127.0.0.1 that no other process gets until the socket is closed.
 
-    The socket does not listen.  The kernel gives its port to no process that asks for any port, but
-    to one that names it, as SO_REUSEADDR is set on both sides.
+    The socket does not listen.  The kernel gives its port to no process that asks for any port.  A
+    process that names the port gets it, because both sides set SO_REUSEADDR.
     """
     made = socket.socket()
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -565,8 +565,14 @@ def test_all_workers_are_replaced_within_the_bound(story: Story, workers: int, s
     assert shares[:-1] == sorted(shares[:-1]), "the share only grows"
     assert shares[-1] == 0  # the last order names one generation alone
     assert max(shares) < WHOLE
-    if workers == 8:
-        assert max(shares) > WHOLE // 2
+
+
+def test_the_share_passes_one_half(story: Story) -> None:
+    story.given_serving(rolling(), workers=8)
+
+    _, shares = roll(story)
+
+    assert max(shares) > WHOLE // 2
 
 
 def test_the_share_is_that_of_the_ready_workers(story: Story) -> None:

@@ -128,7 +128,7 @@ def listeners(status: Message) -> list[Text]:
         words = f"listens on {text_in(each, 'address')}"
         if each.get("backlog") is not None:  # otherwise the kernel does not report the backlog
             waiting, limit = render.counts(each, "backlog", "backlog_limit")
-            words += f", {waiting} of {limit} waiting"
+            words += f", {waiting} of {limit} in the backlog"
         found.append(render.line(words))
     return found
 

@@ -74,7 +74,8 @@ def change_of(record: GenerationRecord) -> str:
         return ""
     if record.program.mode.pooled:
         return f"generation {record.number} runs the same changed file: {file}"
-    return f"if a worker of generation {record.number} crashes, its replacement runs {file}"
+    crash = f"if a worker of generation {record.number} crashes"
+    return f"{crash}, its replacement runs {file} as it is then"
 
 
 def changed_file(program: Program, since: float) -> str:

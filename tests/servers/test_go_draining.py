@@ -1,4 +1,4 @@
-"""The Go program of docs/inherited-socket.md with the page's lines for keep-alive clients."""
+"""The Go program of docs/inherited-socket.md, and clients that keep their connections."""
 
 from __future__ import annotations
 
@@ -17,21 +17,11 @@ from tests.web import Connection
 
 Start = Callable[..., Protector]
 
-PROGRAM, LINES = (
+PROGRAM = next(
     each.text
     for each in page.blocks(ROOT / "docs" / "inherited-socket.md")
-    if "server.Shutdown" in each.text
+    if each.file == "web.go"
 )
-SHUTDOWN = "server.Shutdown(context.Background())\n"
-
-
-def program() -> str:
-    """Return the program, changed as the page says; it waits for a shorter time."""
-    text = PROGRAM.replace(SHUTDOWN, LINES.replace("5 * time.Second", "time.Second"))
-    text = text.replace('"syscall"\n', '"syscall"\n"sync/atomic"\n"time"\n')
-    text = text.replace("answer := func", "var draining atomic.Bool\nanswer := func")
-    header = 'if draining.Load() {\nw.Header().Set("Connection", "close")\n}\n'
-    return text.replace("fmt.Fprintln", f"{header}fmt.Fprintln")
 
 
 @pytest.mark.slow
@@ -41,7 +31,7 @@ def test_a_kept_connection_is_told_to_close_and_the_old_program_ends(
 ) -> None:
     if shutil.which("go") is None:
         needs.skip("go")
-    (tmp_path / "web.go").write_text(program())
+    (tmp_path / "web.go").write_text(PROGRAM)
     subprocess.run(["go", "build", "-o", "web", "web.go"], cwd=tmp_path, check=True)
     daemon = protector("--handoff", "listener", "127.0.0.1:0", "--", str(tmp_path / "web")).ready()
     with Connection(("127.0.0.1", daemon.port)) as client:

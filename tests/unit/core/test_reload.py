@@ -498,13 +498,14 @@ def test_a_release_that_breaks_each_channel_is_started_with_a_growing_delay(
     ]
 
 
+@pytest.mark.parametrize("served_s", [10.0, 60.0])
 def test_a_channel_that_breaks_after_ten_seconds_of_service_starts_a_new_count(
-    story: Story,
+    story: Story, served_s: float
 ) -> None:
     story.given_serving()
     story.and_also(ChannelBroken(1), WorkerReady(2), ChannelBroken(2), WorkerReady(3))
 
-    assert story.when(ChannelBroken(3, served_s=10.0))[3:] == opened(4, worker=4, fresh=False)
+    assert story.when(ChannelBroken(3, served_s=served_s))[3:] == opened(4, worker=4, fresh=False)
 
 
 def test_a_broken_channel_during_a_reload_leaves_it_to_the_new_generation(story: Story) -> None:

@@ -47,7 +47,7 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Next, Phase, Policy, Rollout, State
-from socketprotector.core.rollout import NO_COUNTS, NO_LIBRARY
+from socketprotector.core.rollout import NO_COUNTS, NO_LIBRARY, no_canary_under
 from socketprotector.core.stop import CALLED_OFF
 from socketprotector.model.policy import STANDBY_S
 from socketprotector.model.share import WHOLE, Canary
@@ -147,6 +147,14 @@ def test_the_first_start_and_the_last_good_command_get_all_clients(story: Story)
     assert RouteTo(2) in story.when(WorkerReady(2))
 
 
+def test_a_canary_is_possible_under_start_first_only() -> None:
+    assert no_canary_under(Policy()) is None
+
+    for policy, order in ((Policy(stop_first=True), "stop-first"), (rolling(), "rolling")):
+        why = f"it does not work with --reload-order {order}; reload without it"
+        assert no_canary_under(policy) == why
+
+
 def test_a_queued_reload_keeps_its_share(story: Story) -> None:
     story.given_serving().and_also(ReloadRequested(), ReloadRequested(FIVE), ReloadRequested())
 
@@ -200,6 +208,12 @@ def test_only_a_canary_with_at_least_needs_counts(story: Story) -> None:
     assert RouteTo(1, 2, 500) in other.when(WorkerReady(2, alone=False))
 
 
+def test_a_canary_that_needs_one_connection_gets_more_time_without_any(story: Story) -> None:
+    with_canary(story, canary=replace(FIVE, at_least=1))
+
+    assert story.when(passed(met=0)) == [StartTimer(SETTLE_2, 60.0)]
+
+
 def test_enough_connections_in_the_second_time_promote_it(story: Story) -> None:
     with_canary(story, canary=replace(FIVE, at_least=100)).and_also(passed(met=99))
 
@@ -250,6 +264,36 @@ def test_promote_begins_the_next_stage_and_now_ends_all(story: Story) -> None:
     actions = story.when(PromoteRequested(now=True, met=3))
     assert RouteTo(2) in actions
     assert ReportKind.RELOADED in dict(news(actions))
+
+
+def in_the_last_stage(story: Story) -> Story:
+    """An operator ended the canary's share early, and the next program took over."""
+    with_canary(story, canary=replace(FIVE, at_least=100)).and_also(PromoteRequested(met=3))
+    rollout = story.fleet.rollout
+    assert rollout
+    share = int(str(rollout.share))  # the next program reads it from the state's text
+    story.fleet = replace(story.fleet, rollout=replace(rollout, share=share))
+    return story
+
+
+def test_the_next_program_leaves_all_clients_to_a_canary_in_its_last_stage(story: Story) -> None:
+    in_the_last_stage(story)
+
+    assert resume(story.fleet, {})[0] == RouteTo(2)
+
+
+def test_the_last_stage_of_a_canary_needs_no_connections(story: Story) -> None:
+    in_the_last_stage(story)
+
+    assert (ReportKind.RELOADED, "the canary had 3 connections at 5%") in news(
+        story.when(passed(met=9))
+    )
+
+
+def test_the_last_stage_of_a_canary_takes_the_time_of_settle_after_a_hold(story: Story) -> None:
+    in_the_last_stage(story).and_also(HoldRequested(9.0))
+
+    assert story.when(HoldReleased())[-1] == StartTimer(SETTLE_2, 5.0)
 
 
 def test_promote_ends_a_plain_settling_too(story: Story) -> None:
@@ -583,6 +627,20 @@ def test_the_share_is_that_of_the_ready_workers(story: Story) -> None:
     assert route_of(story.fleet) == RouteTo(1, 2, WHOLE // 4), "one old worker is retiring"
 
 
+def test_the_share_is_that_of_several_ready_workers(story: Story) -> None:
+    story.given_serving(rolling(2), workers=4)
+    story.and_also(ReloadRequested(), WorkerReady(5))
+
+    assert RouteTo(1, 2, WHOLE // 3) in story.when(WorkerReady(6))
+
+
+def test_the_old_generation_keeps_a_share_while_none_of_its_workers_is_ready(story: Story) -> None:
+    """Its next worker is starting, and a rollback must remain possible."""
+    story.given_serving(rolling(1, settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
+
+    assert RouteTo(1, 2, WHOLE - 1) in story.when(WorkerExited(1, DIED, served_s=20.0))
+
+
 def test_a_percentage_is_rounded_up() -> None:
     policy = Policy(surge=25, surge_is_percent=True)
 
@@ -680,6 +738,15 @@ def test_the_start_timeout_does_not_count_waiting_for_room(story: Story) -> None
 
     assert story.starting == {2}
     assert [each for each in actions if isinstance(each, StartTimer)]
+
+
+def test_a_worker_that_starts_too_slowly_fails_a_reload_without_room(story: Story) -> None:
+    story.given_serving(rolling()).and_also(ReloadRequested())
+    assert sum(1 for _ in story.fleet.alive()) == story.fleet.most_processes == 2
+
+    actions = story.when_over(TimerKind.START, 2)
+
+    assert ReportKind.RELOAD_FAILED in dict(news(actions))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
@@ -828,6 +895,19 @@ def test_when_no_generation_serves_the_next_starts_all_that_there_is_room_for(
 
     story.and_also(WorkerExited(1, "exited with status 0"), WorkerExited(2, "exited with status 0"))
     assert len(story.fleet[2].workers) == 3
+
+
+def test_when_no_generation_serves_the_next_waits_for_room_for_its_first_worker(
+    story: Story,
+) -> None:
+    story.given_serving(rolling()).and_also(WorkerExited(1, DIED, served_s=20.0, orphans=True))
+    assert sum(1 for _ in story.fleet.alive()) == story.fleet.most_processes == 2
+
+    assert spawned(story.when(ChannelBroken(1, served_s=20.0))) == []
+    assert spawned(story.when_over(TimerKind.DRAIN, 1)) == []
+    assert (story.starting, story.serving) == ({2}, set()), "no worker, so it cannot serve"
+
+    assert spawned(story.when(WorkerExited(1, "orphans gone"))) == [3]
 
 
 def test_all_start_where_the_broken_generation_has_ended(story: Story) -> None:

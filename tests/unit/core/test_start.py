@@ -220,3 +220,13 @@ def test_a_generation_that_serves_is_neither_opened_again_nor_fails_to_open(stor
 
     assert story.when(Launched()) == []
     assert story.when(OpenFailed(1, "too late")) == []
+
+
+def test_news_of_the_whole_fleet_name_no_generation(story: Story) -> None:
+    """The log shows a generation's number unless it is 0."""
+    story.given_serving()
+
+    for event in (ReloadRequested(), StopRequested()):
+        report = story.when(event)[0]
+        assert isinstance(report, Report)
+        assert report.generation == 0

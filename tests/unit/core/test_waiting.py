@@ -51,6 +51,15 @@ def test_a_start_tells_how_many_workers_are_ready_and_what_the_last_answer_was(
     ]
 
 
+def test_a_start_with_room_for_its_next_worker_waits_for_no_other(story: Story) -> None:
+    """The next worker starts when the loop turns."""
+    story.given(Policy(), workers=9)
+    for event in (Launched(), *map(WorkerReady, range(1, 9))):
+        story.when_at_once(event)
+
+    assert reasons(story) == ["generation 1 starts: 8 of 9 workers ready"]
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -7,6 +7,9 @@ it: the state was written before the first action of a step, so what is made in 
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
+
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
@@ -38,6 +41,7 @@ from socketprotector.core.events import (
     Launched,
     OpenFailed,
     ReloadRequested,
+    ReplaceRequested,
     SettingsFailed,
     SettingsRead,
     StopRequested,
@@ -329,3 +333,42 @@ def test_a_generation_that_accepts_its_last_clients_is_not_drained_yet(story: St
     story.given_serving(spreads).and_also(ReloadRequested(), WorkerReady(2))
 
     assert resume(story.fleet, {}) == (RouteTo(2), Quiesce(1))
+
+
+class ReadBack(Story):
+    """Another program goes on before each event, after many generations and workers.
+
+    It reads all numbers anew, so no two of them are the same object in memory.
+    """
+
+    def given_serving(self, policy: Policy | None = None, *, workers: int = 1) -> Story:
+        super().given_serving(policy, workers=workers)
+        self.fleet = replace(self.fleet, next_generation=1000, next_worker=5000)
+        return self
+
+    def when_at_once(self, event: Event) -> list[Action]:
+        self.fleet, event = pickle.loads(pickle.dumps((self.fleet, event)))
+        return super().when_at_once(event)
+
+
+def test_the_next_program_knows_a_generation_by_its_number() -> None:
+    story = ReadBack().given_serving(Policy(settle_s=5.0))
+
+    story.and_also(ReloadRequested(), WorkerReady(5000))
+    assert story.numbers(Phase.SETTLING) == {1000}
+    story.when_over(TimerKind.SETTLE, 1000)
+    assert (story.serving, story.draining) == ({1000}, {1})
+
+    story.and_also(ReloadRequested())
+    assert Signal(5001, WorkerSignal.TERM) in story.when_over(TimerKind.START, 1001)
+    assert Signal(5001, WorkerSignal.KILL) in story.when_over(TimerKind.KILL, 1001)
+
+
+def test_the_next_program_knows_a_worker_by_its_number() -> None:
+    story = ReadBack().given_serving().and_also(WorkerExited(1, "exited", served_s=20.0))
+
+    story.and_also(WorkerReady(5000), ReplaceRequested(5000, "too old"))
+    assert Signal(5000, WorkerSignal.TERM) in story.when(WorkerReady(5001))
+    story.and_also(WorkerExited(5000, "exited", served_s=20.0))
+
+    assert [worker.number for worker in story.fleet[1].workers] == [5001]

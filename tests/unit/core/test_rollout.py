@@ -46,7 +46,7 @@ from socketprotector.core.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.core.fleet import Next, Phase, Policy, Rollout, State
+from socketprotector.core.fleet import Next, Phase, Policy, Rollout, State, Worker
 from socketprotector.core.rollout import NO_COUNTS, NO_LIBRARY, no_canary_under
 from socketprotector.core.stop import CALLED_OFF
 from socketprotector.model.policy import STANDBY_S
@@ -641,6 +641,16 @@ def test_the_old_generation_keeps_a_share_while_none_of_its_workers_is_ready(sto
     assert RouteTo(1, 2, WHOLE - 1) in story.when(WorkerExited(1, DIED, served_s=20.0))
 
 
+def test_the_first_worker_beside_ten_thousand_gets_the_smallest_share(story: Story) -> None:
+    story.given_serving(rolling())
+    old = tuple(Worker(number, number, State.READY) for number in range(WHOLE))
+    fleet = story.fleet.with_generation(replace(story.fleet[1], workers=old))
+    story.fleet = replace(fleet, workers_wanted=WHOLE, next_worker=WHOLE)
+    story.when_at_once(ReloadRequested())
+
+    assert RouteTo(1, 2, 1) in story.when_at_once(WorkerReady(WHOLE))
+
+
 def test_a_percentage_is_rounded_up() -> None:
     policy = Policy(surge=25, surge_is_percent=True)
 
@@ -749,6 +759,18 @@ def test_a_worker_that_starts_too_slowly_fails_a_reload_without_room(story: Stor
     assert ReportKind.RELOAD_FAILED in dict(news(actions))
 
 
+def test_a_release_with_workers_enough_does_not_wait_for_room(story: Story) -> None:
+    """It fails: only its probe's answer is missing."""
+    story.given(replace(rolling(2), ready="http"), workers=2)
+    story.and_also(Launched(), WorkerReady(1), WorkerReady(2), Answered(1), ReloadRequested())
+    story.and_also(WorkerReady(3), WorkerReady(4), ScaleRequested(to=1))
+    assert sum(1 for _ in story.fleet.alive()) > story.fleet.most_processes
+
+    actions = story.when_over(TimerKind.START, 2)
+
+    assert ReportKind.RELOAD_FAILED in dict(news(actions))
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
 def test_a_failure_in_any_batch_brings_the_old_workers_back(story: Story, batch: int) -> None:
     story.given_serving(rolling(), workers=4).and_also(ReloadRequested())
@@ -821,6 +843,14 @@ def test_scaling_changes_the_target(story: Story) -> None:
             break
     assert story.serving == {2}
     assert len(story.fleet[2].workers) == 3
+
+
+def test_scaling_below_the_new_workers_completes_the_reload(story: Story) -> None:
+    story.given_serving(rolling(3), workers=4).and_also(ReloadRequested())
+    story.and_also(WorkerReady(5), WorkerReady(6), WorkerReady(7))
+    assert story.settling == {2}
+
+    assert ReportKind.RELOADED in dict(news(story.when(ScaleRequested(to=2))))
 
 
 def test_replacements_of_single_workers_wait(story: Story) -> None:

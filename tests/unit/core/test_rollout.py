@@ -117,6 +117,12 @@ def test_then_it_gets_all_clients_for_settle_and_is_promoted(story: Story) -> No
     assert story.fleet.rollout is None
 
 
+def test_a_canary_gets_all_clients_for_a_settle_of_less_than_a_second(story: Story) -> None:
+    with_canary(story, Policy(settle_s=0.5))
+
+    assert story.when(passed(met=41)) == [RouteTo(2), StartTimer(SETTLE_2, 0.5)]
+
+
 def test_without_settle_all_clients_and_the_verdict_come_at_once(story: Story) -> None:
     with_canary(story, Policy())
 

@@ -82,5 +82,6 @@ def install(rival: Rival) -> None:
         flips, source = HERE / "flips", PROGRAMS / "flips.go"
         if not flips.exists() or flips.stat().st_mtime < source.stat().st_mtime:
             run(f"go build -o {flips} {source}", GO111MODULE="off", GOPATH="/usr/share/gocode")
-    if "{built}/answer" in rival.at_path:
-        built("answer")
+    for name in ("answer", "serve"):
+        if f"{{built}}/{name}" in rival.at_path:
+            built(name)

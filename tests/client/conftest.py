@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -35,3 +36,26 @@ def make_intake() -> Iterator[Callable[[], Intake]]:
 @pytest.fixture
 def intake(make_intake: Callable[[], Intake]) -> Intake:
     return make_intake()
+
+
+@pytest.fixture
+def source() -> Iterator[ListenSource]:
+    one = ListenSource(listen("127.0.0.1:0", 16), handed=False)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def timers(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """Hold timers back; return the list of what they would call."""
+    held: list[Callable[[], None]] = []
+
+    class Timer:
+        def __init__(self, interval: float, function: Callable[[], None]) -> None:
+            self._function = function
+
+        def start(self) -> None:
+            held.append(self._function)
+
+    monkeypatch.setattr(threading, "Timer", Timer)
+    return held

@@ -7,10 +7,15 @@ import resource
 import select
 import signal
 import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from socketprotector_client.address import family_of, sockname_of
 from socketprotector_client.connection import Connection
+from socketprotector_client.drain_state import Drain
 from socketprotector_client.intake import Intake
+from socketprotector_client.scoreboard import Scoreboard
+from socketprotector_client.source import ListenSource
 
 from tests.channel import Channel, Worker
 from tests.procfs import children_of, command_line_of, descriptors, running, state_of
@@ -103,3 +108,26 @@ def taken(intake: Intake) -> Connection:
         connection = intake.get(10)
     assert connection is not None
     return connection
+
+
+def in_child(act: Callable[[], bool]) -> None:
+    """Fork, and check what act returns there."""
+    pid = os.fork()
+    if not pid:
+        try:
+            os._exit(not act())
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@contextmanager
+def serving(source: ListenSource, limit: int = 8) -> Iterator[Intake]:
+    intake = Intake(source, Drain(()), limit, {}, Scoreboard(-1, 0))
+    yield intake
+    intake.close()
+
+
+def connect(intake: Intake, listener: int = 0) -> socket.socket:
+    assert isinstance(intake.source, ListenSource)
+    return socket.create_connection(intake.source.listeners[listener].getsockname())

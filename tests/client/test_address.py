@@ -101,6 +101,18 @@ def test_a_port_in_use_is_named_and_nothing_stays_bound() -> None:
     assert caught.value.errno == errno.EADDRINUSE
 
 
+def test_a_restarted_program_listens_at_once_though_clients_were_connected() -> None:
+    """A connection that this side closes first keeps its port for a minute (TIME_WAIT)."""
+    (listener,) = listen("127.0.0.1:0", 16)
+    address = listener.getsockname()
+    with socket.create_connection(address) as client:
+        listener.accept()[0].close()
+        assert client.recv(1) == b""
+    close_all([listener])
+
+    close_all(listen(address, 16))
+
+
 def test_an_address_that_cannot_be_bound_at_all_says_why() -> None:
     with pytest.raises(OSError, match=r"cannot listen on unix:/x+: AF_UNIX path too long"):
         listen("unix:/" + "x" * 200, 16)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 
 import pytest
+from socketprotector_client import children, wire
 from socketprotector_client.children import Children
+from socketprotector_client.scoreboard import Scoreboard
 from socketprotector_client.seat import MOST, Seats
+from socketprotector_client.worker import current
+
+from .sharing import in_child
 
 
 def test_more_children_than_there_are_seats_are_refused() -> None:
@@ -17,12 +23,45 @@ def test_more_children_than_there_are_seats_are_refused() -> None:
 
 def test_forks_that_fail_wait_ever_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)
-    children = Children()
+    failing = Children()
     waits = []
     for _ in range(12):
-        children._failed()
-        waits.append(children._fork_at)
+        failing._failed()
+        waits.append(failing._fork_at)
     assert waits == [0, 0, 0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5]
+
+
+def test_a_child_counts_while_the_one_that_it_replaces_still_finishes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fd = os.memfd_create("board")
+    os.ftruncate(fd, wire.BOARD_BYTES * (wire.BOARD_WORKER_SLOTS + 2))
+    board = Scoreboard(fd, 0)
+    monkeypatch.setattr(current(), "board", board)
+    monkeypatch.setattr(children, "_exit", os._exit)
+    monkeypatch.setattr("gc.freeze", lambda: None)
+    with pytest.raises(ChildProcessError, match="before all children were ready"):
+        Children().run(lambda: None, 1, lambda: None, lambda: False, allow_threads=True)
+
+    def counts() -> bool:
+        board.begin_child(1)  # child 0 still finishes
+        board.count_taken(5, 1)
+        return True
+
+    in_child(counts)
+    assert board.end_child(1) is not None
+
+
+def test_threads_that_python_does_not_know_are_logged_at_the_fork(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gc.freeze", lambda: None)
+    monkeypatch.setattr("os.listdir", lambda path: ["1", "2", "3", "4", "5"])
+    monkeypatch.setattr(threading, "active_count", lambda: 3)
+
+    children._prepare(allow_threads=True)
+
+    assert caplog.messages[0].startswith("2 native threads run at the fork")
 
 
 def test_a_child_whose_parent_died_at_the_fork_knows_that_it_is_an_orphan() -> None:

@@ -154,6 +154,8 @@ def test_its_family_is_asked_of_the_kernel_where_it_is_unknown() -> None:
     one, other = socket.socketpair()
     with other, Connection(fileno=one.detach()) as made:
         assert (made.family, made.type) == (socket.AF_UNIX, socket.SOCK_STREAM)
+    with Connection(fileno=socket.socket(socket.AF_INET6).detach()) as made:
+        assert (made.family, made.type) == (socket.AF_INET6, socket.SOCK_STREAM)
 
 
 def test_a_socket_of_another_origin_has_no_listener() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import resource
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from socketprotector_client import intake as intake_module
 from socketprotector_client.address import listen
 from socketprotector_client.connection import Connection
 from socketprotector_client.descriptors import has_room
@@ -23,6 +28,8 @@ from socketprotector_client.worker import Worker
 from tests.channel import Channel
 from tests.procfs import descriptors
 from tests.running import eventually
+
+from .sharing import connect, in_child, serving
 
 
 @pytest.mark.parametrize(
@@ -88,11 +95,10 @@ def test_where_the_number_of_descriptors_is_unknown_there_is_no_room_for_a_row(
             return SimpleNamespace(st_size=answer)  # before Linux 6.2
         raise answer
 
-    monkeypatch.setattr("socketprotector_client.descriptors.os.stat", stat)
+    with monkeypatch.context() as patch:  # pytest itself needs stat() for the report of a failure
+        patch.setattr("socketprotector_client.descriptors.os.stat", stat)
+        has = has_room(1)
 
-    has = has_room(1)
-
-    monkeypatch.undo()
     assert not has
 
 
@@ -158,3 +164,188 @@ def test_every_descriptor_named_in_the_environment_is_close_on_exec(channel: Cha
     }
 
     assert [fd for fd, flag in flags.items() if not flag & os.O_CLOEXEC] == [0, 1, 2]
+
+
+# -- an intake that lacks descriptors ------------------------------------------------------------
+
+
+@contextmanager
+def free_descriptors(count: int) -> Iterator[None]:
+    """Let so many descriptors be free, besides the one that an intake keeps."""
+
+    def is_free(fd: int) -> bool:
+        try:
+            os.fstat(fd)
+        except OSError:
+            return True
+        return False
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = filter(is_free, itertools.count())
+    first = next(itertools.islice(free, count, None))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.fixture
+def takes_if_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a descriptor is free before each connection, which the kernel would drop."""
+    take = ListenSource.take
+
+    def checked(self: ListenSource, fd: int) -> Connection | None:
+        try:
+            os.close(os.dup(fd))
+        except OSError:
+            pytest.fail("no descriptor is free")
+        return take(self, fd)
+
+    monkeypatch.setattr(ListenSource, "take", checked)
+
+
+@pytest.mark.usefixtures("takes_if_free")
+@pytest.mark.parametrize(
+    ("get", "pooled"), [(Intake.get, False), (Intake.get, True), (Intake.get_now, False)]
+)
+def test_the_kept_descriptor_is_given_up_for_a_connection(
+    intake: Intake, get: Callable[[Intake], Connection | None], pooled: bool
+) -> None:
+    if pooled:
+        intake.share()
+    with connect(intake), free_descriptors(0):
+        connection = get(intake)
+
+        assert connection is not None
+        connection.close()
+
+
+@pytest.mark.usefixtures("takes_if_free")
+def test_without_a_descriptor_clients_wait_and_so_does_the_worker(
+    intake: Intake, timers: list[Callable[[], None]]
+) -> None:
+    with connect(intake), connect(intake):
+        with free_descriptors(0):
+            first = intake.get_now()
+            assert first is not None
+            assert not intake.has_more()
+            timers.pop()()
+            assert intake.has_more()
+            assert intake.get_now() is None
+            assert not intake.has_more()
+
+        timers.pop()()
+        second = intake.get_now()
+        assert second is not None
+    first.close()
+    second.close()
+    assert timers == []
+
+
+@pytest.mark.usefixtures("takes_if_free", "timers")
+@pytest.mark.parametrize(
+    ("free", "later", "in_all"),
+    [(1, 0, 2), (100, 0, 3), (1 + 32 + 256, 31, 34)],
+    ids=["too few", "few", "many"],
+)
+def test_a_row_takes_no_more_than_there_are_descriptors_for(
+    free: int, later: int, in_all: int
+) -> None:
+    """Other threads may open 256 files meanwhile."""
+    source = ListenSource(listen("127.0.0.1:0", 64), handed=False)
+    with serving(source, limit=64) as intake, ExitStack() as clients, ExitStack() as row:
+        for _ in range(40):
+            clients.enter_context(connect(intake))
+        with free_descriptors(free):
+            for get in (intake.get_now, intake.get_next):
+                connection = get()
+                assert connection is not None
+                row.enter_context(connection)
+
+        count = 2
+        with free_descriptors(later):
+            while (connection := intake.get_next()) is not None:
+                row.enter_context(connection)
+                count += 1
+
+        assert count == in_all
+
+
+def test_the_free_descriptors_are_counted_once_in_a_row(
+    source: ListenSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check for each connection would cost two system calls more."""
+    checks: list[str] = []
+
+    def is_enough(count: int) -> bool:
+        checks.append(f"are {count} free?")
+        return count <= 1000
+
+    monkeypatch.setattr(intake_module, "has_room", is_enough)
+    with serving(source) as intake, ExitStack() as row:
+        for _ in range(4):
+            row.enter_context(connect(intake))
+        first = intake.get_now()
+        assert first is not None
+        row.enter_context(first)
+        monkeypatch.setattr(intake._spare, "release", lambda: checks.append("is one free?"))
+        for _ in range(3):
+            connection = intake.get_next()
+            assert connection is not None
+            row.enter_context(connection)
+        monkeypatch.undo()
+
+    assert len(checks) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+def test_a_client_that_the_system_has_no_resource_for_waits(
+    intake: Intake,
+    timers: list[Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+) -> None:
+    def fails(fd: int) -> Connection:
+        raise OSError(number, "no resource")
+
+    with connect(intake):
+        with monkeypatch.context() as patch:
+            patch.setattr(intake.source, "take", fails)
+            assert intake.get_now() is None
+        assert caplog.messages == [f"[Errno {number}] no resource; trying again in 0.05 s"]
+        assert not intake.has_more()
+
+        timers.pop()()
+        connection = intake.get_now()
+        assert connection is not None
+        connection.close()
+
+
+def test_another_error_of_a_listener_is_not_hidden(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(fd: int) -> Connection:
+        raise OSError(errno.EINVAL, "not a listener")
+
+    monkeypatch.setattr(intake.source, "take", fails)
+    with connect(intake), pytest.raises(OSError, match="not a listener"):
+        intake.get_now()
+
+
+@pytest.mark.usefixtures("takes_if_free")
+def test_a_forked_child_keeps_a_descriptor_for_its_first_connection(intake: Intake) -> None:
+    def serves() -> bool:
+        with free_descriptors(0):
+            return intake.get_now() is not None
+
+    with connect(intake):
+        in_child(serves)
+
+
+def test_a_child_that_is_forked_after_the_end_keeps_no_descriptor(intake: Intake) -> None:
+    intake.end()
+    before = len(os.listdir("/proc/self/fd"))
+
+    in_child(lambda: len(os.listdir("/proc/self/fd")) == before)

@@ -16,7 +16,7 @@ from socketprotector_client.errors import Drained
 from socketprotector_client.intake import Intake
 from socketprotector_client.wait_set import WaitSet
 
-from .sharing import taken
+from .sharing import connect, in_child, taken
 
 
 class Scarce:
@@ -121,6 +121,21 @@ def test_a_refused_wait_loses_no_connection_and_is_tried_again(
     assert caplog.messages == ["cannot wait for connections: No space left on device; trying again"]
 
 
+def test_waits_that_are_refused_again_later_are_logged_again(
+    intake: Intake, timers: list[Callable[[], None]], caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        taken(intake).close()
+        scarce = Scarce(intake.waits, 2)
+        assert intake.sleep(0) == (False, False)
+        for _ in range(2):
+            timers.pop()()
+        assert scarce.times == 0
+        intake.waits._epoll = scarce._epoll
+
+    assert len(caplog.messages) == 2
+
+
 def test_a_wait_that_a_loop_is_refused_is_tried_again_there(
     intake: Intake, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -141,6 +156,13 @@ def test_a_wait_that_a_loop_is_refused_is_tried_again_there(
     assert caplog.messages == ["cannot wait for connections: No space left on device; trying again"]
 
 
+def test_a_worker_that_sleeps_outside_the_loop_that_it_joined_still_waits(intake: Intake) -> None:
+    intake.queue.join(WaitSet())
+
+    with connect(intake):
+        assert intake.sleep(10) == (True, False)
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_thread_that_ends_wakes_the_others_as_soon_as_the_kernel_has_room(
     intake: Intake, interrupted: bool
@@ -159,17 +181,6 @@ def test_a_thread_that_ends_wakes_the_others_as_soon_as_the_kernel_has_room(
 
 
 # -- a forked child -----------------------------------------------------------------------------
-
-
-def in_child(act: Callable[[], bool]) -> None:
-    """Fork, and check what act returns there."""
-    pid = os.fork()
-    if not pid:
-        try:
-            os._exit(not act())
-        finally:
-            os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_a_child_that_is_refused_the_wait_tries_again(

@@ -16,7 +16,7 @@ import pytest
 
 from tests import needs
 from tests.frameworks.asking import PATH, port_of
-from tests.procfs import children_of, ports_of, running
+from tests.procfs import children_of, ports_of, running, threads_of
 from tests.rounds import rounds
 from tests.running import Protector, eventually
 from tests.scenarios.tools import spawned
@@ -175,10 +175,14 @@ def test_it_finds_out_by_itself_what_kind_an_application_is(
 
 
 @needs_both
-@pytest.mark.parametrize("mode", [(), LISTENER], ids=["connection", "listener"])
+@pytest.mark.parametrize(
+    ("mode", "by_signal"),
+    [((), False), (LISTENER, False), (LISTENER, True)],
+    ids=["connection", "listener", "SIGTERM"],
+)
 @pytest.mark.costly
 def test_a_client_that_has_just_connected_is_answered_by_a_draining_worker(
-    protector: Callable[..., Protector], mode: tuple[str, ...], tmp_path: Path
+    protector: Callable[..., Protector], mode: tuple[str, ...], by_signal: bool, tmp_path: Path
 ) -> None:
     """Of waitress, too, but that counts a second."""
     (tmp_path / "patient.py").write_text(PATIENT)
@@ -188,9 +192,14 @@ def test_a_client_that_has_just_connected_is_answered_by_a_draining_worker(
 
     with Connection(address) as fresh:
         old = ask_once(address)  # a later client, so the first one was taken, too
-        daemon.reload()
-        for _ in range(50):  # so long it looks again and again
-            ask_once(address)
+        if by_signal:
+            count = len(threads_of(old))
+            os.kill(old, signal.SIGTERM)
+            eventually(lambda: len(threads_of(old)) > count, "a thread looks for unread requests")
+        else:
+            daemon.reload()
+            for _ in range(50):  # so long it looks again and again
+                ask_once(address)
         assert fresh.ask(last=True) == old
     daemon.log.wait_for(r'event=exited generation=1 .*how="exited with status 0"$')
     daemon.stop()

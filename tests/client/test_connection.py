@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from socketprotector_client import Connection, Listener, listener_of
+from socketprotector_client.intake import Intake
+
+from .sharing import taken
 
 
 @pytest.fixture
@@ -172,3 +175,21 @@ def test_one_whose_number_was_closed_already_gives_it_up_all_the_same(listener: 
 
     assert one.fileno() == -1
     accept(listener).close()
+
+
+def test_the_end_of_a_detached_connection_is_looked_for_by_one_timer_at_a_time(
+    intake: Intake, timers: list[Callable[[], None]]
+) -> None:
+    number, other = taken(intake).detach(), taken(intake)
+    intake.end()
+    intake.await_last()
+    other.close()
+    assert len(timers) == 1
+
+    timers.pop()()
+    assert len(timers) == 1
+    assert not intake.has_more()
+
+    os.close(number)
+    timers.pop()()
+    assert intake.has_more()

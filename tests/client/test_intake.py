@@ -218,6 +218,17 @@ def test_a_worker_at_its_limit_sleeps_until_a_connection_is_closed(
     assert timers == []
 
 
+def test_a_worker_that_reaches_a_high_limit_pauses_at_once(source: ListenSource) -> None:
+    with serving(source, limit=300) as intake, ExitStack() as opened:
+        first = opened.enter_context(taken(intake))
+        for _ in range(298):
+            opened.enter_context(first.dup())
+        opened.enter_context(taken(intake))
+
+        with connect(intake):
+            assert not intake.has_more()
+
+
 def test_a_row_goes_on_once_a_connection_is_closed_at_the_limit() -> None:
     with Listener("127.0.0.1:0", limit=1, take=3) as listener:
         listener.listen()
@@ -368,6 +379,7 @@ def test_a_wait_that_finds_nothing_goes_on_for_the_rest_of_the_time(
 
     def wait(timeout_s: float) -> list[int]:
         nonlocal now_s
+        assert now_s < 1050, "it waits for ever"
         waited_s.append(timeout_s)
         now_s += 3
         return []

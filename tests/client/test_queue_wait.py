@@ -121,6 +121,15 @@ def test_a_refused_wait_loses_no_connection_and_is_tried_again(
     assert caplog.messages == ["cannot wait for connections: No space left on device; trying again"]
 
 
+def test_a_wait_is_tried_again_though_a_thread_was_refused_earlier(intake: Intake) -> None:
+    intake.waits._epoll = without_a_thread(intake)._epoll
+    scarce = when_asked(intake)
+
+    taken(intake).close()
+
+    assert scarce.times == 0
+
+
 def test_waits_that_are_refused_again_later_are_logged_again(
     intake: Intake, timers: list[Callable[[], None]], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -251,7 +251,16 @@ def test_a_listener_that_ceases_to_block_begins_a_row() -> None:
             listener.accept()[0].close()
 
 
-@pytest.mark.parametrize("end", [Intake.request_drain, Intake.drained])
+def end_channel(intake: Intake) -> None:
+    """Let the source find the end of its channel."""
+
+    def take(fd: int) -> Connection:
+        raise Drained
+
+    intake.source.take = take  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("end", [Intake.request_drain, Intake.drained, end_channel])
 def test_the_drain_ends_a_row(source: ListenSource, end: Callable[[Intake], None]) -> None:
     with serving(source) as intake, connect(intake), connect(intake):
         connection = intake.get_now()
@@ -288,13 +297,9 @@ def test_a_pool_leaves_a_channel_alone_that_has_ended(
     intake: Intake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The channel stays open, and readable for ever."""
-
-    def at_its_end(fd: int) -> Connection:
-        raise Drained
-
     intake.share()
+    end_channel(intake)
     with monkeypatch.context() as patch, connect(intake):
-        patch.setattr(intake.source, "take", at_its_end)
         patch.setattr(intake.source, "close", lambda: None)
         with pytest.raises(Drained):
             intake.get()
@@ -304,12 +309,13 @@ def test_a_pool_leaves_a_channel_alone_that_has_ended(
     intake.source.close()
 
 
+@pytest.mark.parametrize("stale", [0, 99])
 def test_a_thread_of_a_pool_does_not_wait_again_with_its_turn(
-    intake: Intake, monkeypatch: pytest.MonkeyPatch
+    intake: Intake, monkeypatch: pytest.MonkeyPatch, stale: int
 ) -> None:
     """Another thread may have carried out the action for which this one woke."""
     (channel,) = intake.source.fds
-    woken = iter([[99], [], [channel]])
+    woken = iter([[stale], [], [channel]])
     waited_s: list[float | None] = []
 
     def wait(timeout_s: float | None) -> list[int]:

@@ -172,6 +172,16 @@ def test_a_worker_that_sleeps_outside_the_loop_that_it_joined_still_waits(intake
         assert intake.sleep(10) == (True, False)
 
 
+def test_a_worker_in_a_loop_has_more_to_take_unless_it_pauses(intake: Intake) -> None:
+    intake.queue.join(WaitSet())
+    assert not intake.has_more()
+    with connect(intake):
+        assert intake.has_more()
+
+        intake.queue.pause()
+        assert not intake.has_more()
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_thread_that_ends_wakes_the_others_as_soon_as_the_kernel_has_room(
     intake: Intake, interrupted: bool

@@ -17,7 +17,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,6 +133,7 @@ class World:
         self.files = files
         self.said: list[str] = []
         self.asked: dict[str, int] = {}
+        self.told = 0  # how often it was told of hosts: once in each round of questions
         self.looked = asyncio.Event()
         self._lines: dict[str, str] = {}
         self._servers: dict[str, asyncio.Server] = {}
@@ -184,6 +187,7 @@ class World:
         self._tasks.add(asyncio.create_task(what))
 
     def _tell(self, hosts: Iterable[Host]) -> None:
+        self.told += 1
         self._news.set()
 
     @property
@@ -327,6 +331,32 @@ def test_each_that_gives_no_metrics_is_told_why_and_waits_for_no_other(
         assert world.seen == wanted
         # Who is not believed has seen no token.
         assert not world.asked.keys() & {"not-ours", "misnamed"}
+
+    inside(test)
+
+
+def test_a_host_is_asked_again_once_its_time_has_come_and_not_before(
+    inside: Inside, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(peers, "EVERY_S", 5.0)
+    monkeypatch.setattr(
+        peers, "time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: 1_000_000_000.0)
+    )
+
+    async def test(world: World) -> None:
+        await world.serve("web", wants_token, tls)
+        world.look()
+        await world.until(lambda: world.seen == {"web": "serving"})
+
+        def is_asked(rounds: int, times: int) -> bool:
+            return world.told >= rounds and world.asked["web"] >= times
+
+        for at, asked in ((1004.9, 1), (1005.0, 2), (1009.9, 2), (1010.0, 3)):
+            now[0] = at
+            rounds = world.told + 3
+            await world.until(partial(is_asked, rounds, asked))
+            assert world.asked == {"web": asked}, at
 
     inside(test)
 

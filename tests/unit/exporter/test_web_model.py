@@ -119,6 +119,14 @@ def test_rates_are_what_was_counted_within_the_window(seen: Seen) -> None:
     assert (seen.shown["rate"], seen.lane(8)["rate"]) == (0, 0)
 
 
+def test_rates_do_not_depend_on_how_long_the_machine_runs(seen: Seen) -> None:
+    seen.at = 1_000_000.0
+    for second in range(3):
+        seen.see(status(generation(8, accepted=5 * second), forwarded=10 * second))
+
+    assert (seen.shown["rate"], seen.lane(8)["rate"]) == (10, 5)
+
+
 def test_where_the_protector_does_not_count_workers_do(seen: Seen) -> None:
     for second in range(3):
         seen.see(status(generation(8, accepted=30 * second), forwarded=None))
@@ -334,6 +342,10 @@ def test_while_one_has_a_share_the_other_has_the_rest(seen: Seen) -> None:
     assert seen.lane(9)["note"] == "5% of new connections; --settle-check probes http:/"
     text = "rollout: generation 9 gets 5% of new connections (1,230 so far); it gets all in 41s"
     assert shown["waits_for"] == [text, "generation 7"]
+
+    seen.see(status(*both, route=8, rollout=canary(share=0.5)))
+    assert seen.lane(8)["phase"] == "serving"
+    assert seen.lane(8)["note"] == "99.5% of new connections"
 
     shown = seen.see(status(*both, route=9, rollout=canary("all", left_s=None)))
     assert seen.lane(8)["phase"] == "standby"

@@ -236,3 +236,16 @@ def test_its_folder_is_not_too_deep_for_a_control_socket(monkeypatch: pytest.Mon
     assert cli._place() == "/" + "x" * 39
     monkeypatch.setattr(tempfile, "gettempdir", lambda: "/" + "x" * 40)
     assert cli._place() == "/tmp"
+
+
+def test_a_protector_that_has_a_lower_pid_than_the_killed_one_is_back(told: io.StringIO) -> None:
+    """Pids begin again from below once the highest was given."""
+    found = {"phase": "serving", "pid": 30_000}
+    story = of(told)
+    story._protected = cast("Protected", SimpleNamespace(status=lambda: found))
+    back = story._back_from(30_000)
+    assert back() is None
+
+    found["pid"] = 400
+
+    assert back() == found

@@ -276,6 +276,15 @@ def test_workers_that_cannot_be_spawned_have_one_limit_for_each_generation(story
     assert story.events() == ["exited"]
 
 
+def test_what_is_no_death_is_logged_however_often_it_is_said(story: Story) -> None:
+    for _ in range(SHOWN * 3):
+        story.say("check-unreachable", generation=1, reason="no route to host")
+        story.say("command-failed", command="status", error="KeyError")
+
+    assert story.events() == ["check-unreachable", "command-failed"] * SHOWN * 3
+    assert story.loop.timers == {}
+
+
 def test_workers_of_an_earlier_program_are_logged_as_they_are(story: Story) -> None:
     for worker in range(1, SHOWN * 3):
         story.say("exited", generation=1, worker=worker, how="exited with status 1")

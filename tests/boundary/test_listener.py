@@ -211,6 +211,20 @@ def test_one_that_was_shut_down_twice_accepts_connections_that_are_not() -> None
     listener.close()
 
 
+def test_a_socket_has_another_identity_each_time_that_it_has_listened_again() -> None:
+    """Otherwise a probe could miss that its connection went to the other socket meanwhile."""
+    listener = shared("127.0.0.1:0")
+    other, seen = listener.identity(1), [listener.identity(0)]
+    for _ in range(3):
+        listener.socket.shutdown(socket.SHUT_RDWR)
+        assert listener.listen_again(0)
+        seen.append(listener.identity(0))
+
+    assert len(set(seen)) == 4
+    assert listener.identity(1) == other
+    listener.close()
+
+
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0"])
 def test_clients_come_to_the_side_that_is_meant_whichever_has_listened_last(listen: str) -> None:
     listener = shared(listen)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from socketprotector.model.settings import Identity
+from socketprotector.system import procfs
 from socketprotector.system.executable import resolve
 from socketprotector.system.loop import Loop
 from socketprotector.system.privileges import become
@@ -466,3 +467,32 @@ if sys.argv[1:]:  # as the next program in our process, which is smaller
 @pytest.mark.parametrize("how", [(), ("adopted",)], ids=["own", "adopted"])
 def test_the_memory_of_a_process_is_never_what_we_had_before_its_exec(how: tuple[str, ...]) -> None:
     subprocess.run([sys.executable, "-c", MEMORY, *how], cwd=ROOT, timeout=DEADLINE_S, check=True)
+
+
+@together(
+    ("ours_kib", "peak_kib", "known"),
+    [
+        (10_240, 10_000, None),
+        (10_240, 11_264, None),
+        (10_240, 11_265, 11_265),
+        (11_264, 11_265, None),
+        (11_264, 12_288, None),
+        (11_264, 12_289, 12_289),
+    ],
+)
+def test_a_peak_is_known_if_it_is_clearly_above_ours(
+    monkeypatch: pytest.MonkeyPatch, ours_kib: int, peak_kib: int, known: int | None
+) -> None:
+    """The kernel's count has an error of up to 1 MiB."""
+    process = spawn(running(":"), {}, {})
+    eventually(process.has_ended, "its end")
+    used = SimpleNamespace(ru_utime=0.0, ru_stime=0.0, ru_maxrss=peak_kib)
+    wait4 = os.wait4
+    monkeypatch.setattr(procfs, "peak_kib", lambda: ours_kib)
+    monkeypatch.setattr(os, "wait4", lambda *asked: (*wait4(*asked)[:2], used))
+
+    ended = process.reap()
+
+    assert ended is not None
+    assert ended.max_rss_kib == known
+    process.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 
 import pytest
 
@@ -20,6 +21,18 @@ def test_an_address_is_known_on_which_one_of_several_processes_listens() -> None
         assert found is not None
         inode = os.fstat(server.fileno()).st_ino
         assert address_of({inode}) == f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_the_sockets_of_each_process_are_found() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, subprocess.Popen(["cat"], stdin=theirs.fileno()) as other:
+        wanted = {os.fstat(each.fileno()).st_ino for each in (ours, theirs)}
+        theirs.close()
+
+        found = sockets_of([os.getpid(), other.pid])
+
+        ours.close()
+    assert wanted <= found
 
 
 def test_of_processes_with_many_descriptors_so_many_are_looked_at_in_all(

@@ -331,6 +331,18 @@ def test_one_whose_file_was_removed_is_found_by_the_kernel(sockets: Sockets) -> 
     assert sockets.reached() == 0
 
 
+def test_where_the_kernel_does_not_tell_the_file_of_a_socket_its_name_is_believed(
+    sockets: Sockets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    known = socket_file.identity_of(sockets.path, sockets.made[0])
+    monkeypatch.setattr(socket_file, "file_of", fail)
+
+    assert socket_file.identity_of(sockets.path, sockets.made[0]) == known
+
+
 def test_a_socket_has_the_rights_of_the_path(sockets: Sockets) -> None:
     os.chmod(sockets.path, 0o600)
     one = sockets.add(socket_file.rights_of(sockets.path))

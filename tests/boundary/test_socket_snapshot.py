@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -113,6 +114,25 @@ def test_a_segment_size_is_unset_not_set_to_what_it_read_as() -> None:
             with one.accept()[0] as accepted:
                 size = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
         assert size > 1000, "that of the network, not 536"
+
+
+def test_a_unix_socket_lets_descriptors_pass_again() -> None:
+    with socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as client:
+        one.bind("")
+        one.listen()
+        before = socket_snapshot.take(one)
+        with suppress(OSError):  # before Linux 6.16
+            one.setsockopt(socket.SOL_SOCKET, 83, 0)  # SO_PASSRIGHTS
+
+        assert socket_snapshot.restore(one, before) == []
+
+        client.connect(one.getsockname())
+        with one.accept()[0] as accepted:
+            socket.send_fds(client, [b"x"], [client.fileno()])
+            _, received, _, _ = socket.recv_fds(accepted, 1, 1)
+    for each in received:
+        os.close(each)
+    assert len(received) == 1
 
 
 def test_it_outlives_the_program_as_text(listening: socket.socket) -> None:

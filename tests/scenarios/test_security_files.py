@@ -166,6 +166,18 @@ def test_a_link_that_only_we_can_have_made_is_followed(start: Start) -> None:
     start.stop()
 
 
+def test_a_link_of_ours_for_the_folder_of_a_log_that_is_yet_to_be_made_is_followed(
+    tmp_path: Path,
+) -> None:
+    """The first start after an operator has moved the logs to another disk."""
+    (tmp_path / "real").mkdir(0o755)
+    (tmp_path / "logs").symlink_to(tmp_path / "real")
+
+    os.close(log_file.open_log(str(tmp_path / "logs" / "log")))
+
+    assert (tmp_path / "real" / "log").read_text() == ""
+
+
 @pytest.mark.parametrize("folder", ["mine", "theirs.sh"])
 def test_a_fifo_without_a_reader_does_not_hold_the_start_up(start: Start, folder: str) -> None:
     log = start.folder / ("fifo.sh" if folder == "mine" else f"{folder}/fifo")

@@ -14,7 +14,16 @@ from socketprotector.ctl import client as module
 from socketprotector.ctl.client import Client
 from socketprotector.ctl.errors import ConnectionLost, NoProtector, RequestRefused
 from socketprotector.ctl.query_all import query_all
-from tests.unit.ctl.fake import Connection, Fake, Message, Refusing
+from tests.running import DEADLINE_S
+from tests.unit.ctl.fake import (
+    Connection,
+    Fake,
+    Message,
+    Refusing,
+    generation,
+    status,
+    worker,
+)
 
 Says = Callable[[bytes], str]
 
@@ -243,3 +252,12 @@ def test_a_survey_asks_all_at_once(tmp_path: Path) -> None:
             each.end()
 
     assert [each.why for each in found] == ["silent"] * 10 + [""] * 10
+
+
+def test_an_answer_in_a_survey_may_come_in_parts(fake: Fake) -> None:
+    """An answer of 300 KB is more than a socket holds, so its first part is read alone."""
+    fake.status = status(generation(1, "serving", *(worker(number) for number in range(1000))))
+
+    [found] = query_all([str(fake.path)], DEADLINE_S)
+
+    assert (found.why, found.result) == ("", fake.status)

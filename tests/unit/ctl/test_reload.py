@@ -766,6 +766,14 @@ def test_each_wait_has_its_reason_in_the_progress_and_is_repeated_now_and_then()
     assert reload.waits_for().endswith(": so many that change at once")
 
 
+def test_a_reload_whose_generation_got_a_higher_number_has_its_verdict() -> None:
+    succeeded = Reload(9, {"phase": "serving"}, lambda _: None)
+    succeeded.on_status(status(reloads=[reload(8, "failed", "no table"), reload(10, "reloaded")]))
+
+    assert succeeded.verdict is not None
+    assert (succeeded.verdict.succeeded, succeeded.verdict.generation) == (True, 10)
+
+
 def test_a_wait_that_is_soon_over_is_no_line() -> None:
     said: list[str] = []
     waits = WaitsShown(said.append)

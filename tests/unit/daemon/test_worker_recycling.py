@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 
+from socketprotector.daemon import worker_recycling
 from socketprotector.daemon.worker_recycling import (
     BornTooLarge,
     exceeded,
@@ -66,9 +67,16 @@ def test_memory() -> None:
     assert used > MIB
 
     assert too_large(Limits(memory_bytes=used * 2), os.getpid()) is None
-    reason = too_large(Limits(memory_bytes=MIB), os.getpid())
-    assert reason is not None
-    assert reason.endswith(" MiB resident, its limit is 1 MiB")
+    assert too_large(Limits(memory_bytes=MIB), os.getpid()) is not None
+
+
+def test_a_size_and_its_limit_are_shown_in_mib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_recycling, "resident_bytes", lambda pid: {1: 300 * MIB}.get(pid))
+
+    assert too_large(Limits(memory_bytes=300 * MIB + 1), 1) is None
+    for limit, shown in ((300 * MIB, 300), (200 * MIB, 200)):
+        reason = too_large(Limits(memory_bytes=limit), 1)
+        assert reason == f"300 MiB resident, its limit is {shown} MiB"
 
 
 def test_of_a_process_that_is_gone_nothing_is_known() -> None:
@@ -100,6 +108,16 @@ def test_workers_that_are_too_large_at_once_are_replaced_ever_more_seldom() -> N
     gaps = [later - earlier for earlier, later in pairwise(at)]
     assert gaps == sorted(gaps)
     assert gaps[-1] == MAX_DELAY_S
+
+
+def test_it_is_known_when_the_next_one_may_be_replaced() -> None:
+    large = BornTooLarge()
+    assert large.next_s(1000.0) == 0.0
+    *_, last = replaced_at(large, 1000)
+
+    assert large.next_s(last + 0.0) == MAX_DELAY_S
+    assert large.next_s(last + MAX_DELAY_S - 1.0) == 1.0
+    assert large.next_s(last + MAX_DELAY_S + 1.0) == 0.0
 
 
 def test_a_worker_is_counted_once_however_long_its_replacement_takes() -> None:

@@ -336,6 +336,7 @@ def test_a_worker_that_exits_as_soon_as_it_was_ready_has_not_detached(world: Wor
     assert not event.detached
     assert "as soon as it was ready" in event.reason
     assert world.ended_orphans == []
+    assert world.history.crashes[0].when == "serving"
 
 
 def test_the_processes_that_a_worker_left_are_watched_before_its_sockets_close(

@@ -132,6 +132,16 @@ def test_workers_may_still_accept_shortly_after_their_order_to_finish() -> None:
     assert turns.is_accepted(ONE, 1, 4.9)
 
 
+def test_workers_of_the_second_socket_may_still_accept_from_it_after_their_order() -> None:
+    turns = Turns(current=1)
+    enter(turns, 1)
+    turns.leave(1, 5.0)
+
+    assert turns.is_accepted(PAIR, 1, 4.9)
+    assert not turns.is_accepted(PAIR, 0, 4.9)
+    assert turns.is_accepted(ONE, 0, 4.9)
+
+
 def test_workers_accept_from_no_socket_that_was_bound_after_their_start() -> None:
     turns = Turns()
     enter(turns, 1)

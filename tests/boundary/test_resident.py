@@ -1,0 +1,98 @@
+"""How the resident process ends on an error: for the next program, or for good."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+
+from socketprotector.daemon import resident
+from socketprotector.model.settings import Settings, dump
+from socketprotector.system import inherited
+
+pytestmark = pytest.mark.usefixtures("in_root_directory", "_signals")
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+FAULT = LookupError("a fault of ours")
+
+
+@pytest.fixture
+def _signals() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Failing:
+    """Stands for Resident: supervise() fails."""
+
+    def __init__(self, error: Exception, *, adopts: bool, has_next: bool = True) -> None:
+        self.error = error
+        self.is_resumable, self.is_adopting = has_next, adopts
+        self.parents = SimpleNamespace(store=SimpleNamespace(keeps=has_next))
+        self.ended: list[object] = []
+
+    def supervise(self) -> int:
+        raise self.error
+
+    def fail(self, reason: str) -> None:
+        self.ended.append(reason)
+
+    def finish(self, status: int) -> None:
+        self.ended.append(status)
+
+
+def run(patch: pytest.MonkeyPatch, failing: Failing) -> int:
+    """Run it with the settings of a first start."""
+    patch.setattr(resident, "Resident", lambda *_: failing)
+    patch.setattr(resident, "_name_process", lambda: None)
+    fd = os.memfd_create("settings")
+    try:
+        os.write(fd, dump(Settings(name="web", command=("x",), directory="/")))
+        return resident.run({inherited.SETTINGS: fd}, ("socketprotector",))
+    finally:
+        os.close(fd)
+
+
+def test_what_the_system_lacks_to_resume_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The guard or systemd tries again; a traceback at each try would hide the cause."""
+    failing = Failing(NO_SPACE, adopts=True)
+
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, failing)
+
+    assert ended.value.code == "SocketProtector: cannot resume: No space left on device"
+    assert failing.ended == []
+
+
+@pytest.mark.parametrize(("error", "adopts"), [(FAULT, True), (FAULT, False), (NO_SPACE, False)])
+def test_an_error_that_nobody_has_foreseen_has_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, adopts: bool
+) -> None:
+    failing = Failing(error, adopts=adopts)
+
+    with pytest.raises(type(error)) as raised:
+        run(monkeypatch, failing)
+
+    assert raised.value is error
+    assert failing.ended == []
+
+
+def test_without_a_next_program_an_error_ends_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Failing(NO_SPACE, adopts=False, has_next=False)
+
+    assert run(monkeypatch, first) == 111
+    assert first.ended == ["cannot start: No space left on device", 111]
+    assert capsys.readouterr().err == ""
+
+    faulty = Failing(FAULT, adopts=False, has_next=False)
+    assert run(monkeypatch, faulty) == 111
+    assert faulty.ended == ["a fault of ours", 111]
+    assert "LookupError: a fault of ours" in capsys.readouterr().err

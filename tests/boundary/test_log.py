@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,11 @@ from typing import Any
 
 import pytest
 
+from socketprotector.daemon.log_output import Output
 from socketprotector.model.log_format import is_own
+from socketprotector.model.settings import Settings
 from socketprotector.system.log import Log
+from tests.running import DEADLINE_S
 from tests.together import together
 
 
@@ -281,3 +285,54 @@ def test_without_colour_if_the_user_wants_none(
 )
 def test_its_own_lines_can_be_told_from_those_of_workers(line: str, own: bool) -> None:
     assert is_own(line) is own
+
+
+# -- the end of the log file, as a failed worker's last words ---------------------
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The file of --log-file."""
+    path = tmp_path / "log"
+    path.write_text("before\nno such table\n")
+    return path
+
+
+def last_words(fd: int, path: Path, start: int = len("before\n")) -> list[str]:
+    """Return what is known of a worker without a pipe of its own; fd: our stderr."""
+    said: list[str] = []
+    with stderr_is(fd):
+        output = Output(Settings("web", ("x",), "/", log_file=str(path), log_relay=False))
+        output.last_words(1, start, said.append)
+    return said
+
+
+def test_last_words_are_what_was_written_since_the_workers_start(file: Path) -> None:
+    with file.open() as log:
+        assert last_words(log.fileno(), file) == ["no such table"]
+        assert last_words(log.fileno(), file, -1) == [""]
+
+
+def test_last_words_are_not_read_from_another_file_of_that_name(file: Path) -> None:
+    with file.open() as log:
+        file.rename(file.with_name("log.1"))
+        file.write_text("before\nprivate\n")
+
+        assert last_words(log.fileno(), file) == [""]
+
+
+def test_a_fifo_in_the_place_of_the_log_file_is_not_waited_for(file: Path) -> None:
+    """Without a writer, its open() could block for ever."""
+    said: list[str] = []
+    with file.open() as log:
+        file.unlink()
+        os.mkfifo(file)
+        fd = log.fileno()
+        thread = threading.Thread(target=lambda: said.extend(last_words(fd, file)))
+        thread.start()
+        thread.join(DEADLINE_S)
+        returned = not thread.is_alive()
+        os.close(os.open(file, os.O_RDWR))  # ends the wait
+        thread.join()
+
+    assert (returned, said) == (True, [""])

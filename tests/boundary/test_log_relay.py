@@ -308,6 +308,23 @@ def test_a_place_that_takes_nothing_does_not_end_it(start: Start) -> None:
     assert told.end() == 0
 
 
+def test_after_a_line_that_was_cut_the_next_one_begins_a_new_line(start: Start, file: int) -> None:
+    """As on a full disk that has room again later."""
+    told = start("lines", file)
+    assert told.ask(0) == b""  # so it runs
+    limits = resource.prlimit(told.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(told.process.pid, resource.RLIMIT_FSIZE, (4, limits[1]))
+    pipe = told.pipe(1, 1, 11)
+    os.write(pipe, b"one line\n")
+    assert told.ask(1) == b"one line\n"
+    resource.prlimit(told.process.pid, resource.RLIMIT_FSIZE, limits)
+    os.write(pipe, b"two\nthree\n")
+    os.close(pipe)
+
+    assert told.end() == 0
+    assert written(file) == b"one \ntwo\nthree\n"
+
+
 def test_a_client_that_asks_and_does_not_read_does_not_hold_it_up(start: Start) -> None:
     receive, send = os.pipe()
     out = Lines(receive)

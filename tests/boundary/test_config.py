@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,6 +127,16 @@ def test_a_file_alone_is_enough(read: Reader, tmp_path: Path) -> None:
     assert settings.environment == (("MODE", "x=y"), ("PORT", "80"))
     assert settings.limits == (("nofile", 100),)
     assert settings.name == Path(sys.executable).name
+
+
+def test_workers_get_the_umask_of_the_caller_who_keeps_it(read: Reader) -> None:
+    before = os.umask(0o077)
+    try:
+        asked = read(COMMAND + 'listen = "127.0.0.1:0"\n')
+    finally:
+        after = os.umask(before)
+
+    assert (asked.settings.umask, after) == (0o077, 0o077)
 
 
 def test_the_command_line_wins(read: Reader) -> None:

@@ -270,6 +270,24 @@ def test_a_path_that_leaves_no_room_for_names_is_not_used(nowhere: Path) -> None
     assert "File name too long" in refused(settings(long / "control"))
 
 
+def test_the_longest_path_that_is_used_has_room_for_the_longest_name(nowhere: Path) -> None:
+    name = f"{SECRET}-{10**10 - 1}"
+    length = 107 - len(f"/{PREFIX}01234567/{name}")  # a longer path cannot be connected to
+    longest = nowhere / "x".ljust(length - len(f"{nowhere}/"), "x")
+    longer = Path(f"{longest}x")
+    for each in (longest, longer):
+        each.mkdir()
+
+    folder = made(settings(longest / "control"))
+    notify = NotifySocket.make(f"{folder.path}/{name}", OURS)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as worker:
+        worker.connect(notify.address)
+    notify.close()
+    folder.discard()
+
+    assert "File name too long" in refused(settings(longer / "control"))
+
+
 def test_check_makes_nothing(place: Path) -> None:
     notices: list[str] = []
     notify_dir.make(settings(), notices.append, dry=True)

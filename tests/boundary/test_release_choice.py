@@ -180,6 +180,12 @@ def test_a_configuration_file_of_a_release_is_refused(web: Web) -> None:
         assert said in web.refused(text + COMMAND)
 
 
+def test_another_file_may_be_inside_a_release_because_a_deploy_does_not_change_it(web: Web) -> None:
+    read = web.read(KEYS + COMMAND + 'env-file = "releases/1/vars"\n')
+
+    assert read.settings.env_file == f"{web.folder}/releases/1/vars"
+
+
 @pytest.mark.parametrize("target", ["live/current", "{folder}/live/../live/current", "again"])
 def test_a_file_that_other_links_lead_through_current_is_refused(web: Web, target: str) -> None:
     (web.folder / "releases" / "1" / "vars").touch()

@@ -173,6 +173,13 @@ def start(path: str) -> socket.socket:
     return made
 
 
+def test_without_owner_and_group_in_its_argument_a_socket_has_ours(tmp_path: Path) -> None:
+    with start(str(tmp_path / "s")):
+        found = (tmp_path / "s").stat()
+
+    assert (found.st_uid, found.st_gid) == (os.geteuid(), os.getegid())
+
+
 def bind_and_lead(sockets: Sockets) -> None:
     sockets.add()
     sockets.lead_to(-1)

@@ -170,11 +170,19 @@ def test_whatever_number_is_allowed_is_understood(asked: str, backlog: int) -> N
     assert parse(f"1?backlog={asked}", "/").backlog(7) == backlog
 
 
-def test_what_the_kernel_does_not_have_is_refused_with_where_to_look() -> None:
+@pytest.mark.parametrize(
+    "said",
+    [
+        "congestion=none: No such file or directory; see the sysctl",
+        "keepalive=7:3:999: Invalid argument; see the manual page tcp(7)",
+    ],
+)
+def test_what_the_kernel_does_not_have_is_refused_with_where_to_look(said: str) -> None:
+    asked = said.partition(": ")[0]
     with pytest.raises(SystemRefused) as refused:
-        bind_all([parse("127.0.0.1:0?congestion=none", "/")], 16, notice=lambda text: None)
+        bind_all([parse(f"127.0.0.1:0?{asked}", "/")], 16, notice=lambda text: None)
 
-    assert "congestion=none: No such file or directory; see the sysctl" in str(refused.value)
+    assert said in str(refused.value)
 
 
 @pytest.mark.parametrize("asked", [each[0] for each in NEEDS_RIGHTS])

@@ -135,6 +135,16 @@ def test_addresses_that_do_not_meet_may_have_one_port(
         each.discard()
 
 
+def test_all_addresses_and_one_of_them_may_have_different_ports(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    ports = sorted(str(free_port()) for _ in range(2))
+
+    for port, other in (ports, reversed(ports)):
+        for each in bound(f"0.0.0.0:{port}", f"127.0.0.1:{other}", folder=tmp_path):
+            each.discard()
+
+
 def test_the_path_of_a_unix_socket_is_no_port(tmp_path: Path, free_port: Callable[[], int]) -> None:
     port = free_port()
 

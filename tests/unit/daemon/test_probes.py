@@ -177,13 +177,17 @@ def test_workers_that_are_finishing_might_answer_from_the_same_socket(
     assert world.reach(2) is not None
 
 
-@pytest.mark.parametrize("how", ["other socket", "fresh"])
+@pytest.mark.parametrize(
+    ("generation", "left", "is_fresh"),
+    [(2, 0, False), (1, 1, False), (2, 1, True)],
+    ids=["socket 0", "socket 1", "fresh"],
+)
 def test_workers_that_are_finishing_elsewhere_are_no_obstacle(
-    world: World, pair: MemoryListener, how: str
+    world: World, pair: MemoryListener, generation: int, left: int, is_fresh: bool
 ) -> None:
-    world.turns.leaving[9] = 0 if how == "other socket" else 1, world.clock.now
-    pair.is_fresh[1] = how == "fresh"
-    assert world.reach(2) is not None
+    world.turns.leaving[9] = left, world.clock.now
+    pair.is_fresh[1] = is_fresh
+    assert world.reach(generation) is not None
 
 
 def test_only_a_listener_that_the_generation_knows_is_probed(

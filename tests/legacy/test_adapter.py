@@ -162,6 +162,16 @@ def test_a_process_that_the_child_has_started_may_connect(legacy: Legacy, who: s
     worker.wait()
 
 
+def test_without_pidfds_of_peers_a_grandchild_may_connect_too(legacy: Legacy) -> None:
+    """Before Linux 6.5 the kernel knows no such option; here none has this number."""
+    worker = legacy.spawn(*legacy.command("grandchild"), adapter=patched(_SO_PEERPIDFD=9999))
+    legacy.channel.wait_ready(worker)
+
+    assert legacy.log == ""
+    worker.term()
+    assert worker.wait() == 0
+
+
 CONNECT = """
 import socket, sys
 one = socket.socket(socket.AF_UNIX)
@@ -170,11 +180,11 @@ print(one.recv(1))
 """
 
 
-@pytest.mark.parametrize("user", ["the same", "nobody"])
+@pytest.mark.parametrize("user", ["the same", "the same, in a later session", "nobody"])
 def test_a_stranger_that_connects_first_gets_nothing(
     legacy: Legacy, tmp_path: Path, user: str
 ) -> None:
-    through = []
+    through = ["setsid", "--wait"] if "session" in user else []
     if user == "nobody":
         if not is_root():
             needs.another_user()

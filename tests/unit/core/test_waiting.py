@@ -9,6 +9,7 @@ import pytest
 from socketprotector.core.events import (
     Answered,
     BacklogEmptied,
+    ChannelBroken,
     Deadline,
     DeadlinePassed,
     DryRunRequested,
@@ -16,15 +17,17 @@ from socketprotector.core.events import (
     Launched,
     ReloadRequested,
     ReplaceRequested,
+    SettingsRead,
     StopRequested,
     TimerKind,
     WorkerExited,
     WorkerReady,
 )
 from socketprotector.core.fleet import Policy, State
+from socketprotector.core.rollout import room
 from socketprotector.core.waiting import Facts, Wait, waits
 from socketprotector.model.share import Canary
-from tests.unit.conftest import Story
+from tests.unit.conftest import TURN, Story
 
 ANSWER = 'GET /healthz: 500, "database gone"'
 DIED = "exited with status 1"
@@ -116,6 +119,13 @@ def test_an_older_generation_that_drains_is_a_wait_of_its_own(story: Story) -> N
     )
 
 
+def test_a_draining_generation_says_how_many_workers_have_not_exited(story: Story) -> None:
+    story.given_serving(workers=2).and_also(ReloadRequested(), WorkerReady(3), WorkerReady(4))
+    assert reasons(story) == ["generation 1 is draining; 2 workers have not exited"]
+    story.when(WorkerExited(1, DIED))
+    assert reasons(story) == ["generation 1 is draining; 1 worker has not exited"]
+
+
 def test_a_reload_that_is_remembered_waits_for_the_one_under_way(story: Story) -> None:
     story.given_serving().and_also(ReloadRequested(), ReloadRequested())
     assert reasons(story)[-1] == "a requested reload begins after the one under way"
@@ -126,6 +136,25 @@ def test_the_configuration_is_read_first(story: Story) -> None:
     story.fleet = replace(story.fleet, configured=True)
     story.when(ReloadRequested())
     assert reasons(story) == ["the configuration is being read"]
+
+
+def test_a_reload_whose_configuration_was_read_waits_for_no_other(story: Story) -> None:
+    story.given_serving()
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(ReloadRequested(), SettingsRead(Policy()))
+    assert reasons(story) == ["generation 2 starts: 0 of 1 worker ready"]
+
+
+def test_a_reload_whose_configuration_was_read_waits_for_the_last_good_command(
+    story: Story,
+) -> None:
+    story.given_serving()
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(ReloadRequested(), ChannelBroken(1, served_s=20.0), SettingsRead(Policy()))
+    assert reasons(story)[:2] == [
+        "generation 2 starts: 0 of 1 worker ready",
+        "a requested reload begins after the one under way",
+    ]
 
 
 def test_back_offs_say_after_what(story: Story) -> None:
@@ -149,6 +178,21 @@ def test_what_an_operator_has_requested_is_a_wait_too(story: Story) -> None:
     story.when(StopRequested())
     assert reasons(story) == ["lame duck: the stop begins later"]
     story.when(DeadlinePassed(next(iter(story.fleet.timers))))
+
+
+def test_the_waits_of_the_whole_fleet_have_their_limits(story: Story) -> None:
+    story.given_serving(Policy(lame_duck_s=9.0)).and_also(HoldRequested(3.0))
+    limits = {Deadline(TimerKind.HOLD): 3.0, Deadline(TimerKind.LAME_DUCK): 9.0}
+    limits[Deadline(TimerKind.STOP)] = 30.0
+    found = [waits(story.fleet, Facts(limits))]
+    for _ in range(2):
+        story.when(StopRequested())
+        found.append(waits(story.fleet, Facts(limits)))
+    assert [(each.kind, each.left_s) for [each] in found] == [
+        ("hold", 3.0),
+        ("lame-duck", 9.0),
+        ("stop", 30.0),
+    ]
 
 
 def test_a_stop_says_which_generation_keeps_it(story: Story) -> None:
@@ -213,7 +257,7 @@ def test_a_canary_that_has_met_too_few_says_so_and_has_its_time_again(story: Sto
 def test_a_canary_that_is_checked_says_by_what(story: Story) -> None:
     story.given_serving(Policy(settle_s=5.0, settle_check="check:./good"))
     story.and_also(ReloadRequested(Canary(500, 60.0)), WorkerReady(2))
-    assert reasons(story, met=0, settle_check="check:./good") == [
+    assert reasons(story, settle_check="check:./good") == [
         "5% of new connections for 1m: 0 so far, checked by check:./good"
     ]
 
@@ -261,3 +305,63 @@ def test_a_rolling_reload_without_room_says_which_workers_leave(story: Story) ->
     assert found == [
         "generation 2 starts: 0 of 1 worker ready; waiting for processes of worker 1 and 1 more"
     ]
+
+
+def test_a_rolling_reload_without_room_names_the_generation_that_drains(story: Story) -> None:
+    story.given_serving(Policy(surge=1, drain_timeout_s=9.0), workers=2)
+    story.and_also(ReloadRequested(), WorkerReady(3), WorkerExited(2, DIED), WorkerReady(4))
+    assert (story.serving, story.draining) == ({2}, {1})
+    story.when(ReloadRequested())
+
+    assert reasons(story, active={1: 7})[0] == (
+        "generation 3 starts: 0 of 1 worker ready; waiting for room: "
+        "generation 1 still has 7 connections"
+    )
+
+
+def test_a_rolling_reload_without_room_may_wait_for_single_replacements(story: Story) -> None:
+    """They began before the configuration limited the processes."""
+    story.given_serving(workers=2)
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(ReplaceRequested(1, "too old"), ReplaceRequested(2, "too old"))
+    story.and_also(ReloadRequested(), SettingsRead(Policy(surge=1, drain_timeout_s=9.0)))
+
+    assert reasons(story)[0] == (
+        "generation 2 starts: 0 of 1 worker ready; "
+        "waiting for room: more workers are running than wanted"
+    )
+
+
+def test_a_start_that_has_all_its_workers_does_not_wait_for_room(story: Story) -> None:
+    rolling(story)
+    assert room(story.fleet, 1) == 0
+
+    assert reasons(story)[0] == "generation 2 starts: 0 of 1 worker ready"
+
+
+def test_a_rolling_reload_with_room_does_not_wait_for_it_until_the_loop_turns(
+    story: Story,
+) -> None:
+    rolling(story).when_at_once(WorkerReady(4, retires=True))
+    story.when_at_once(WorkerExited(3, DIED, served_s=20.0))
+    assert TURN in story.fleet.timers
+
+    assert reasons(story)[0] == "1 of 3 workers replaced"
+
+
+def test_a_worker_that_cannot_start_for_lack_of_room_is_a_wait(story: Story) -> None:
+    story.given_serving(Policy(surge=1, drain_timeout_s=9.0), workers=2)
+    for number in (1, 2):
+        story.when(WorkerExited(number, DIED, served_s=20.0, orphans=True))
+
+    assert reasons(story)[-1] == (
+        "1 worker of generation 1: waiting for processes of worker 1 and 1 more"
+    )
+
+
+def test_a_replacement_says_that_it_waits_for_the_end_of_a_rolling_reload(story: Story) -> None:
+    story.given_serving(Policy(surge=2, drain_timeout_s=9.0))
+    story.and_also(ReloadRequested(), ReplaceRequested(1, "too old"))
+    assert room(story.fleet, 1) == 1
+
+    assert reasons(story)[-1] == ("1 worker of generation 1: waiting for the end of the reload")

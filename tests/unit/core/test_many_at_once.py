@@ -25,6 +25,7 @@ from socketprotector.core.events import (
 )
 from socketprotector.core.fleet import Policy
 from socketprotector.core.workers import AT_ONCE
+from socketprotector.model.share import Canary
 from tests.unit.conftest import TURN, Story
 
 THOUSANDS = 99_999
@@ -200,6 +201,16 @@ def test_time_that_a_worker_asks_for_is_not_shortened_by_those_that_come_after_i
     ]
     later = [a for a in turned(story) if isinstance(a, StartTimer) and a.deadline != TURN]
     assert later == [StartTimer(Deadline(TimerKind.START, 1), 7.0, extend=True)]
+
+
+def test_both_generations_of_a_canary_share_the_starts_of_a_turn(story: Story) -> None:
+    served_by(story, 1)
+    story.and_also(ReloadRequested(Canary(500, 60.0)), WorkerReady(2))
+
+    more = AT_ONCE - 2
+    actions = story.when_at_once(ScaleRequested(more))
+
+    assert [a.generation for a in actions if isinstance(a, Spawn)] == [1] * more + [2, 2]
 
 
 def test_nothing_is_left_running_when_all_are_there(story: Story) -> None:

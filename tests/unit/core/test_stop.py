@@ -133,6 +133,16 @@ def test_the_last_worker_of_a_stop_is_replaced_while_connections_wait(story: Sto
     ]
 
 
+def test_processes_that_the_last_worker_of_a_stop_left_do_not_take_what_waits(
+    story: Story,
+) -> None:
+    story.given_serving().and_also(StopRequested(), BacklogEmptied())
+
+    actions = story.when(WorkerExited(1, CRASHED, served_s=60.0, waiting=3, orphans=True))
+
+    assert Spawn(1, worker=2, slot=0) in actions
+
+
 def test_a_worker_of_a_stop_is_not_replaced_while_another_takes_what_waits(story: Story) -> None:
     story.given_serving(workers=2).and_also(StopRequested(), BacklogEmptied())
 

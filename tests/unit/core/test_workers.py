@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from socketprotector.core.actions import (
@@ -29,7 +31,8 @@ from socketprotector.core.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.core.fleet import Policy
+from socketprotector.core.fleet import Fleet, Policy, State
+from socketprotector.core.snapshot import CODEC
 from socketprotector.core.workers import MOST_ORPHANS
 from socketprotector.model.backoff import backoff_s
 from tests.together import together
@@ -91,6 +94,18 @@ def test_twice_as_many_groups_as_workers_may_live_on(story: Story) -> None:
         done = story.when(WorkerExited(number, CRASHED, served_s=60.0, orphans=True))
         assert not any(isinstance(each, Signal) for each in done)
         story.when(WorkerReady(number + MOST_ORPHANS))
+
+
+def test_one_group_more_than_twice_the_workers_ends_the_oldest(story: Story) -> None:
+    workers = MOST_ORPHANS // 2 + 1
+    story.given_serving(workers=workers)
+    for number in range(1, 1 + 2 * workers):
+        story.and_also(WorkerExited(number, CRASHED, served_s=60.0, orphans=True))
+        story.and_also(WorkerReady(number + workers))
+
+    done = story.when(WorkerExited(1 + 2 * workers, CRASHED, served_s=60.0, orphans=True))
+
+    assert [each for each in done if isinstance(each, Signal)] == [Signal(1, WorkerSignal.TERM)]
 
 
 def test_from_the_third_quick_death_on_the_next_worker_waits(story: Story) -> None:
@@ -397,6 +412,17 @@ def test_to_ask_again_starts_no_second_replacement(story: Story) -> None:
     assert replaced(story) == []
 
 
+def test_a_worker_with_a_high_number_gets_one_replacement(story: Story) -> None:
+    """The number of each request is read from another message."""
+    story.given(Policy())
+    story.fleet = replace(story.fleet, next_worker=1000)
+    story.and_also(Launched(), WorkerReady(1000))
+    first, second = (ReplaceRequested(int(text), OLD) for text in ("1000", "1000"))
+    assert Spawn(1, worker=1001, slot=1) in story.when(first)
+
+    assert story.when(second) == []
+
+
 def test_one_that_dies_before_its_replacement_is_ready_has_it_already(story: Story) -> None:
     story.given_serving()
     replaced(story)
@@ -405,6 +431,15 @@ def test_one_that_dies_before_its_replacement_is_ready_has_it_already(story: Sto
         Report(ReportKind.EXITED, 1, CRASHED)
     ]
     assert story.when(WorkerReady(2)) == [CancelTimer(Deadline(TimerKind.WORKER_START, 2))]
+
+
+def test_a_worker_that_dies_leaves_the_replacement_of_another_as_it_is(story: Story) -> None:
+    story.given_serving(workers=2)
+    story.and_also(ReplaceRequested(2, OLD), ReplaceRequested(1, OLD))
+
+    story.and_also(WorkerExited(1, CRASHED, served_s=60.0))
+
+    assert Signal(2, WorkerSignal.TERM) in story.when(WorkerReady(3))
 
 
 def test_a_replacement_that_dies_is_tried_again_while_the_old_one_serves(story: Story) -> None:
@@ -547,6 +582,33 @@ def test_a_lost_worker_keeps_its_slot_in_which_it_still_counts(story: Story) -> 
     assert Spawn(1, worker=4, slot=0) in story.when(lost(3))
 
 
+def test_no_worker_gets_the_slot_of_a_lost_worker_that_still_runs(story: Story) -> None:
+    story.given_serving(workers=2).and_also(lost(1))
+
+    assert Spawn(1, worker=4, slot=3) in scaled(story, +1)
+
+
+def test_orphans_do_not_wait_for_a_worker_in_another_slot(story: Story) -> None:
+    """No worker follows in the slot of a retired worker."""
+    story.given_serving(Policy(surge=1, drain_timeout_s=9.0), workers=3)
+    story.and_also(ScaleRequested(-1), WorkerExited(1, CRASHED, served_s=60.0))
+    assert [each.slot for each in story.fleet[1].workers if each.state is State.STARTING] == [0]
+
+    assert Retire(3) in story.when(WorkerExited(3, CRASHED, served_s=60.0, orphans=True))
+
+
+@pytest.mark.parametrize(("left", "other"), [(1, 2), (2, 1)])
+def test_orphans_serve_on_when_a_worker_of_another_slot_is_ready(
+    story: Story, left: int, other: int
+) -> None:
+    story.given_serving(Policy(surge=2, drain_timeout_s=9.0), workers=2)
+    story.and_also(WorkerExited(left, CRASHED, served_s=60.0, orphans=True))
+    story.and_also(WorkerExited(other, CRASHED, served_s=60.0))
+
+    assert Retire(left) not in story.when(WorkerReady(4, retires=True))
+    assert Retire(left) in story.when(WorkerReady(3, retires=True))
+
+
 def test_orphans_wait_for_the_successor_of_a_lost_worker_in_their_slot(story: Story) -> None:
     """They serve until it is ready."""
     story.given_serving(Policy(surge=1, drain_timeout_s=9.0), workers=2)
@@ -555,6 +617,29 @@ def test_orphans_wait_for_the_successor_of_a_lost_worker_in_their_slot(story: St
     assert Retire(1) not in story.when(lost(3))
     story.and_also(WorkerExited(3, "orphans gone"))
     assert Retire(1) in story.when(WorkerReady(4))
+
+
+@pytest.fixture
+def resumed(story: Story) -> Story:
+    """Worker 300 has left processes in slot 299; the next program has read the state."""
+    story.given_serving(Policy(surge=1, drain_timeout_s=9.0), workers=300)
+    story.and_also(WorkerExited(300, CRASHED, served_s=60.0, orphans=True))
+    fleet = CODEC.decode(CODEC.encode(story.fleet))
+    assert isinstance(fleet, Fleet)
+    story.fleet = fleet
+    return story
+
+
+def test_the_next_program_knows_whose_successor_is_ready(resumed: Story) -> None:
+    assert Retire(300) in resumed.when(WorkerReady(301, retires=True))
+
+
+def test_the_next_program_knows_which_orphans_move_with_the_slot_of_a_lost_worker(
+    resumed: Story,
+) -> None:
+    resumed.and_also(lost(301), WorkerExited(301, "orphans gone"))
+
+    assert Retire(300) in resumed.when(WorkerReady(302, retires=True))
 
 
 def test_what_a_worker_left_that_was_signalled_is_ended(story: Story) -> None:

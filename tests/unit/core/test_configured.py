@@ -108,6 +108,14 @@ def test_a_file_with_a_mistake_is_a_failed_reload_with_a_number(configured: Stor
     assert story.fleet == replace(before, reading=False, next_generation=3)
 
 
+def test_each_reload_with_a_mistake_has_the_next_number(configured: Story) -> None:
+    verdicts = [
+        configured.and_also(ReloadRequested()).when(SettingsFailed(MISTAKE)) for _ in range(3)
+    ]
+
+    assert verdicts == [[Report(ReportKind.RELOAD_FAILED, n, MISTAKE)] for n in (2, 3, 4)]
+
+
 def test_what_was_read_is_forgotten_when_it_never_serves(configured: Story) -> None:
     story = configured
     story.and_also(ReloadRequested(), SettingsRead(SLOW, 2))
@@ -254,7 +262,8 @@ def test_a_number_of_workers_that_the_file_leaves_out_stays_so(configured: Story
 
 
 @pytest.mark.parametrize(
-    ("scaled", "workers"), [(ScaleRequested(to=3), 3), (ScaleRequested(-1), 1)]
+    ("scaled", "workers"),
+    [(ScaleRequested(to=3), 3), (ScaleRequested(+3), 4), (ScaleRequested(-1), 1)],
 )
 def test_scaling_changes_what_the_file_says(
     story: Story, scaled: ScaleRequested, workers: int

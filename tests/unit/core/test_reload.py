@@ -575,6 +575,17 @@ def test_the_oldest_draining_generation_is_ended_when_there_would_be_too_many(
     ]
 
 
+def test_only_draining_generations_above_the_limit_are_ended(story: Story) -> None:
+    story.given_serving(Policy(max_draining=2))
+    for number in (2, 3):
+        story.and_also(ReloadRequested(), WorkerReady(number))
+
+    actions = story.and_also(ReloadRequested()).when(WorkerReady(4))
+
+    assert story.draining == {1, 2, 3}
+    assert [each.worker for each in actions if isinstance(each, Signal)] == [1]
+
+
 def test_fewer_draining_generations_than_the_limit_are_not_ended(story: Story) -> None:
     story.given_serving(Policy(max_draining=3))
     story.and_also(ReloadRequested(), WorkerReady(2), ReloadRequested(), WorkerReady(3))

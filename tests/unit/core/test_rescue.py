@@ -25,6 +25,7 @@ from socketprotector.core.actions import (
 from socketprotector.core.events import (
     ChannelBroken,
     Deadline,
+    DeadlinePassed,
     DryRunRequested,
     Event,
     HeldClientsWait,
@@ -44,7 +45,7 @@ from socketprotector.core.rescue import HELD_FIRST, SETTLED_BY_HOLD, STRANDED_FI
 from socketprotector.core.stop import CALLED_OFF, SETTLED_BY_STOP
 from socketprotector.core.waiting import Facts, waits
 from socketprotector.model.share import Canary
-from tests.unit.conftest import Story
+from tests.unit.conftest import TURN, Story
 
 ACCEPT = Policy(workers_accept=True)
 DIED = "exited with status 3"
@@ -232,6 +233,15 @@ def test_a_stop_waits_for_the_clients_of_a_hold_up_to_its_own_limit(story: Story
     stop_while_clients_wait(held(story))
 
     assert CloseListeners(quick=True) in story.when_over(TimerKind.STOP)
+
+
+def test_a_stop_goes_on_as_soon_as_the_loop_has_turned(story: Story) -> None:
+    stop_while_clients_wait(held(story))
+
+    actions = story.when_at_once(WorkerReady(2))
+
+    assert StartTimer(TURN, 0.0) in actions
+    assert CloseListeners(quick=False) in story.when_at_once(DeadlinePassed(TURN))
 
 
 def test_a_stop_goes_on_if_the_workers_for_the_clients_of_a_hold_fail(story: Story) -> None:

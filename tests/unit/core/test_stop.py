@@ -443,6 +443,15 @@ def test_one_whose_configuration_is_being_read_is_called_off(story: Story, quick
     assert verdicts(story.when(StopRequested(quick))) == [called_off(2)]
 
 
+def test_one_that_waits_for_the_last_good_command_is_called_off(story: Story) -> None:
+    story.given_serving()
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(ReloadRequested(), ChannelBroken(1, served_s=20.0), SettingsRead(Policy()))
+    assert story.starting == {2}
+
+    assert verdicts(story.when(StopRequested())) == [called_off(3)]
+
+
 def test_one_that_waits_for_those_that_still_accept_is_called_off(story: Story) -> None:
     story.given_serving(Policy(workers_accept=True))
     story.and_also(ReloadRequested(), WorkerReady(2), ReloadRequested())

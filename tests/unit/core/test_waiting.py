@@ -349,13 +349,13 @@ def test_a_rolling_reload_with_room_does_not_wait_for_it_until_the_loop_turns(
     assert reasons(story)[0] == "1 of 3 workers replaced"
 
 
-def test_a_worker_that_cannot_start_for_lack_of_room_is_a_wait(story: Story) -> None:
-    story.given_serving(Policy(surge=1, drain_timeout_s=9.0), workers=2)
-    for number in (1, 2):
+def test_workers_that_cannot_start_for_lack_of_room_are_a_wait(story: Story) -> None:
+    story.given_serving(Policy(surge=1, drain_timeout_s=9.0), workers=3)
+    for number in (1, 2, 3):
         story.when(WorkerExited(number, DIED, served_s=20.0, orphans=True))
 
     assert reasons(story)[-1] == (
-        "1 worker of generation 1: waiting for processes of worker 1 and 1 more"
+        "2 workers of generation 1: waiting for processes of worker 1 and 2 more"
     )
 
 
@@ -365,3 +365,12 @@ def test_a_replacement_says_that_it_waits_for_the_end_of_a_rolling_reload(story:
     assert room(story.fleet, 1) == 1
 
     assert reasons(story)[-1] == ("1 worker of generation 1: waiting for the end of the reload")
+
+
+def test_a_rolling_reload_says_how_many_workers_start(story: Story) -> None:
+    story.given_serving(Policy(surge=2, drain_timeout_s=9.0), workers=5)
+    story.and_also(ReloadRequested(), WorkerReady(6), WorkerReady(7))
+    leaving = [each.number for each in story.fleet[1].workers if each.state is State.RETIRING]
+    story.and_also(*(WorkerExited(number, DIED) for number in leaving))
+
+    assert reasons(story)[0] == "2 of 5 workers replaced, 2 starting"

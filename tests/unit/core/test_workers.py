@@ -262,6 +262,40 @@ def test_a_worker_whose_ready_was_read_after_it_was_retired_finishes_its_clients
     assert story.when_over(TimerKind.WORKER_KILL, 2) == [Signal(2, WorkerSignal.KILL)]
 
 
+def test_a_stuck_worker_whose_ready_was_read_after_it_was_retired_is_killed(story: Story) -> None:
+    story.given_serving().and_also(ScaleRequested(+1), ScaleRequested(-1))
+    story.and_also(ReplaceRequested(2, OLD, hung=True))
+
+    assert story.when(WorkerReady(2, retires=True)) == []
+    assert story.when_over(TimerKind.WORKER_KILL, 2) == [Signal(2, WorkerSignal.KILL)]
+
+
+def test_a_stop_takes_no_kill_back(story: Story) -> None:
+    story.given_serving().and_also(ScaleRequested(+1), ScaleRequested(-1), StopRequested())
+
+    assert story.when(WorkerReady(2, retires=True)) == []
+    assert story.when_over(TimerKind.WORKER_KILL, 2) == [Signal(2, WorkerSignal.KILL)]
+
+
+def test_to_ask_for_as_many_workers_as_there_are_changes_nothing(story: Story) -> None:
+    story.given_serving(workers=300)
+
+    assert story.when(ScaleRequested(to=int("300"))) == []
+
+
+def test_an_exit_in_a_draining_generation_makes_room_for_a_missing_worker(story: Story) -> None:
+    story.given_serving(Policy(surge=2, drain_timeout_s=9.0), workers=3)
+    story.and_also(ReloadRequested(), WorkerReady(4), WorkerReady(5))
+    story.and_also(WorkerExited(3, "exited with status 0"), WorkerReady(6))
+    assert [each.number for each in story.fleet[1].alive] == [1, 2]
+    story.and_also(ScaleRequested(to=1))
+    assert not [a for a in story.when(ScaleRequested(to=3)) if isinstance(a, Spawn)]
+
+    actions = story.when(WorkerExited(1, "exited with status 0"))
+
+    assert [a.generation for a in actions if isinstance(a, Spawn)] == [2]
+
+
 def test_a_place_that_waits_for_a_back_off_is_given_up_without_a_word(story: Story) -> None:
     story.given_serving(workers=2)
     story.and_also(*(WorkerExited(number, CRASHED) for number in (2, 3, 4)))

@@ -374,3 +374,12 @@ def test_a_rolling_reload_says_how_many_workers_start(story: Story) -> None:
     story.and_also(*(WorkerExited(number, DIED) for number in leaving))
 
     assert reasons(story)[0] == "2 of 5 workers replaced, 2 starting"
+
+
+def test_a_worker_that_starts_when_the_loop_turns_does_not_wait_for_room(story: Story) -> None:
+    story.given_serving(workers=2)
+    for number in (1, 2):
+        story.when_at_once(WorkerExited(number, DIED, served_s=20.0))
+    assert [each.state for each in story.fleet[1].workers] == [State.STARTING, State.WAITING]
+
+    assert reasons(story) == ["1 worker of generation 1: not ready yet"]

@@ -97,7 +97,7 @@ def _start(fleet: Fleet, facts: Facts, generation: Generation) -> Wait:
         # If only the answer decides, leave out the number of ready workers: READY=1 is ignored.
         known = known[: not fleet.policy_of(generation.fresh).answer_decides]
         known.append(_last_answer(facts.answer))
-    if rollout.lacks_room(fleet, generation) or not (wanted or rollout.room(fleet, 1)):
+    if rollout.lacks_room(fleet, generation):
         known.append(_room(fleet, facts))
     reason = f"generation {number} starts: {'; '.join(known)}"
     return Wait("start", reason, number, _time_left(facts, TimerKind.START, number))
@@ -142,7 +142,7 @@ def _rolling(fleet: Fleet, facts: Facts, settling: Generation) -> str:
     text = f"{ready} of {_count(full, 'worker')} replaced"
     if Deadline(TimerKind.SETTLE, settling.number) in fleet.timers:
         return f"{text}, settling"
-    starting = len(settling.alive) - ready
+    starting = sum(worker.state is State.STARTING for worker in settling.workers)
     if starting:
         return f"{text}, {starting} starting"
     if len(settling.workers) < full and not rollout.room(fleet, 1):

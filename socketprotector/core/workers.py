@@ -25,9 +25,10 @@ AT_ONCE = 8
 #: twice the wanted number of workers, and at least this number.
 MOST_ORPHANS = 64
 _NUMBER, _REPLACES, _STATE = attrgetter("number"), attrgetter("replaces"), attrgetter("state")
+_UNREADY = {State.STARTING: 1, State.WAITING: 2}
 
 
-def worker_ready(step: Step, number: int, retires: bool, *, alone: bool = True) -> None:
+def worker_ready(step: Step, number: int, retires: bool, *, alone: bool) -> None:
     """Mark a starting worker ready, and retire the worker that it replaces.
 
     alone: the worker has declared that it can finish alone.
@@ -204,14 +205,14 @@ def scale_requested(step: Step, change: int, to: int | None) -> None:
                 ReportKind.REFUSED, reason="cannot go below 1 worker; to end the service use `stop`"
             )
         )
-    elif wanted != step.fleet.workers_wanted:
-        step.fleet = replace(step.fleet, workers_wanted=wanted)
-        candidate = step.fleet.candidate
-        if candidate and candidate.workers:
+    else:
+        before, candidate = step.fleet, step.fleet.candidate
+        if candidate and candidate.workers:  # a reload has read another number
             more = candidate.workers + change if to is None else to
             candidate = replace(candidate, workers=max(1, more))
-            step.fleet = replace(step.fleet, candidate=candidate)
-        step.do(Report(ReportKind.SCALED, reason=f"{wanted} workers"))
+        step.fleet = replace(before, workers_wanted=wanted, candidate=candidate)
+        if step.fleet != before:
+            step.do(Report(ReportKind.SCALED, reason=f"{wanted} workers"))
 
 
 def reconcile(step: Step) -> None:
@@ -311,8 +312,9 @@ def _resize_one(step: Step, generation: Generation, most: int) -> int:
     staying -= sum(map(tuple(map(_STATE, generation.workers)).count, LEAVING))
     if staying > wanted:
         settled = [w for w in generation.workers if w.state not in LEAVING and not w.replaces]
-        # Stuck workers first, then the highest slots.
-        excess = sorted(settled, key=lambda w: (w.hung, w.slot))[: wanted - 1 : -1][:most]
+        # Stuck workers first, then workers that are not ready, then the highest slots.
+        settled.sort(key=lambda w: (w.hung, _UNREADY.get(w.state, 0), w.slot), reverse=True)
+        excess = settled[: len(settled) - wanted][:most]
         for worker in excess:
             _retire(step, generation.number, worker)
             replacement = _replacement(generation, worker.number)
@@ -344,6 +346,7 @@ def _retire(step: Step, number: int, worker: Worker) -> None:
         step.end_worker(worker)  # it has nothing to finish, or is stuck
     else:
         step.retire(worker)
+    _retire_orphans(step, number, worker.slot)
 
 
 def kill_requested(step: Step, number: int) -> None:

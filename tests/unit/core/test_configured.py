@@ -273,3 +273,17 @@ def test_scaling_changes_what_the_file_says(
     story.and_also(ReloadRequested(), SettingsRead(Policy(), 1), scaled)
 
     assert story.fleet.candidate == Candidate(Policy(), workers)
+
+
+def test_scaling_to_the_present_number_changes_the_number_that_a_reload_has_read(
+    story: Story,
+) -> None:
+    story.given_serving(workers=2)
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(ReloadRequested(), SettingsRead(Policy(), 5))
+
+    assert Report(ReportKind.SCALED, reason="2 workers") in story.when(ScaleRequested(to=2))
+
+    candidate = story.fleet.candidate
+    assert candidate
+    assert (candidate.workers, story.fleet.workers_wanted) == (2, 2)

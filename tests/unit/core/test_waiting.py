@@ -17,6 +17,7 @@ from socketprotector.core.events import (
     Launched,
     ReloadRequested,
     ReplaceRequested,
+    ScaleRequested,
     SettingsRead,
     StopRequested,
     TimerKind,
@@ -374,6 +375,18 @@ def test_a_rolling_reload_says_how_many_workers_start(story: Story) -> None:
     story.and_also(*(WorkerExited(number, DIED) for number in leaving))
 
     assert reasons(story)[0] == "2 of 5 workers replaced, 2 starting"
+
+
+def test_a_worker_that_leaves_during_a_rolling_reload_does_not_count_as_starting(
+    story: Story,
+) -> None:
+    story.given_serving(Policy(surge=2, drain_timeout_s=9.0), workers=4)
+    story.and_also(ReloadRequested(), WorkerReady(5), WorkerReady(6))
+    leaving = next(each for each in story.fleet[1].workers if each.state is State.RETIRING)
+    story.and_also(WorkerExited(leaving.number, DIED), ScaleRequested(to=2))
+    assert [each.state for each in story.fleet[2].workers][2:] == [State.RETIRING]
+
+    assert reasons(story)[0] == "2 of 2 workers replaced"
 
 
 def test_a_worker_that_starts_when_the_loop_turns_does_not_wait_for_room(story: Story) -> None:

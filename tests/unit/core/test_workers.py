@@ -31,7 +31,7 @@ from socketprotector.core.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.core.fleet import Fleet, Policy, State
+from socketprotector.core.fleet import Fleet, Policy, State, Worker
 from socketprotector.core.snapshot import CODEC
 from socketprotector.core.workers import MOST_ORPHANS
 from socketprotector.model.backoff import backoff_s
@@ -301,6 +301,28 @@ def test_a_place_that_waits_for_a_back_off_is_given_up_without_a_word(story: Sto
     story.and_also(*(WorkerExited(number, CRASHED) for number in (2, 3, 4)))
 
     assert scaled(story, -1) == [CancelTimer(Deadline(TimerKind.WORKER_RESPAWN, 5))]
+
+
+def test_fewer_workers_keep_the_worker_that_serves_before_one_that_does_not(story: Story) -> None:
+    story.given_serving(workers=3)
+    story.and_also(*(WorkerExited(number, CRASHED) for number in (1, 4, 5)))
+    story.and_also(WorkerExited(2, CRASHED, served_s=60.0))
+    slots = {each.slot: each.state for each in story.fleet[1].workers}
+    assert slots == {0: State.WAITING, 1: State.STARTING, 2: State.READY}
+
+    assert CancelTimer(Deadline(TimerKind.WORKER_RESPAWN, 6)) in story.when(ScaleRequested(to=2))
+    assert Signal(7, WorkerSignal.TERM) in story.when(ScaleRequested(to=1))
+
+    assert [each.number for each in story.fleet[1].staying] == [3]
+
+
+def test_processes_that_waited_for_a_worker_that_is_not_to_come_finish(story: Story) -> None:
+    story.given_serving(Policy(surge=1, drain_timeout_s=9.0), workers=2)
+    story.and_also(WorkerExited(2, CRASHED, served_s=60.0, orphans=True))
+    assert story.fleet[1].worker(3) == Worker(3, 1, State.STARTING)
+
+    assert Retire(2) in story.when(ScaleRequested(to=1))
+    assert Deadline(TimerKind.WORKER_RETIRE, 2) in story.fleet.timers
 
 
 def test_the_slot_of_a_retiring_worker_is_not_given_away_while_it_lives(story: Story) -> None:

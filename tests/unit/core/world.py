@@ -806,9 +806,11 @@ def check_step(before: Fleet, event: Event, after: Fleet, actions: tuple[Action,
     read = event.policy.stop_first if isinstance(event, SettingsRead) else False
     stop_first = before.policy_of(True).stop_first or before.policy.stop_first or read
     if lost_route and not stop_first:
-        # A stuck worker fails its settling generation, even if no older one is left.
+        # A stuck or late worker fails its settling generation, even if no older one is left.
         stuck = isinstance(event, ReplaceRequested) and event.hung and serving is None
-        assert stuck or isinstance(event, ChannelBroken | WorkerExited) or after.stopping
+        late = isinstance(event, DeadlinePassed) and event.deadline.wait is TimerKind.WORKER_START
+        late = late and serving is None
+        assert stuck or late or isinstance(event, ChannelBroken | WorkerExited) or after.stopping
     if isinstance(event, WorkerExited) and lost_route:
         assert before.of(Phase.SERVING) is None or stop_first or after.stopping
     if ReportKind.START_FAILED in news:

@@ -372,7 +372,8 @@ ALL = (
         "ours-c",
         _OURS + "--handoff listener --ready http:/ " + _TCP + " -- {built}/serve 3",
         "{tools}/SocketProtector --version",
-        _OUR_MANUAL + "; the worker is bench/serve.c, which starts as fast as nginx's and HAProxy's",
+        _OUR_MANUAL
+        + "; the worker is bench/serve.c, which starts as fast as nginx's and HAProxy's",
         "docs/modes.md, docs/probes.md",
         upgrade=("USR2",),
         at_path=_OURS + "--handoff listener --ready http:/ {unix} -- {built}/serve 3",

@@ -62,21 +62,26 @@ def tag_of(listening: socket.socket) -> int:
 
 
 def connections(
-    listening: socket.socket, exclude: socket.socket | None = None, *, waiting: bool = False
-) -> Counter[int]:
-    """Return the number of open connections at a socket's address, by tag.
+    listening: socket.socket, exclude: socket.socket | None = None
+) -> tuple[Counter[int], Counter[int]]:
+    """Return the number of connections at a socket's address, by tag: open and waiting.
 
-    exclude: the socket of a client that is not counted.  waiting: include clients that wait to be
-    accepted.  Raises OSError if the kernel does not report connections.
+    exclude: the socket of a client that is not counted.  Raises OSError if the kernel does not
+    report connections.
     """
     untagged = _untagged(listening.family)
-    counted: Counter[int] = Counter()
+
+    def by_tag(by_options: Counter[bytes]) -> Counter[int]:
+        counted: Counter[int] = Counter()
+        for options, count in by_options.items():
+            bits = int.from_bytes(options, "little")
+            found = sum(bool(bits & bit) << place for place, (_, bit) in enumerate(_BITS))
+            counted[found ^ untagged] += count
+        return counted
+
     excluded = end_of(exclude, listening.family) if exclude is not None else b""
-    for options, count in accepted(listening, excluded, waiting=waiting).items():
-        bits = int.from_bytes(options, "little")
-        found = sum(bool(bits & bit) << place for place, (_, bit) in enumerate(_BITS))
-        counted[found ^ untagged] += count
-    return counted
+    opened, waiting = accepted(listening, excluded)
+    return by_tag(opened), by_tag(waiting)
 
 
 def _untagged(family: int) -> int:

@@ -180,25 +180,29 @@ def handshakes_by_port(family: int, ports: Collection[int]) -> dict[int, set[byt
 
 
 def accepted(
-    listening: socket.socket, exclude: bytes = b"", *, waiting: bool = False
-) -> Counter[bytes]:
-    """Return the number of open connections at a socket's address, by their options.
+    listening: socket.socket, exclude: bytes = b""
+) -> tuple[Counter[bytes], Counter[bytes]]:
+    """Return the number of connections at a socket's address, by their options: open and waiting.
 
-    exclude: the key of a client that does not count, see end_of().  waiting: include clients that
-    wait to be accepted.  Raises OSError where sock_diag is unavailable, or before Linux 5.10.
+    Waiting connections are not accepted yet.  A single query gives both, since the kernel walks
+    the table of all connections.
+
+    exclude: the key of a client that does not count, see end_of().  Raises OSError where sock_diag
+    is unavailable, or before Linux 5.10.
     """
     is_here = _at(listening)
     found: Counter[bytes] = Counter()
+    waiting: Counter[bytes] = Counter()
     for fields, attributes in _tcp(listening.family, listening.getsockname()[1], _OPEN):
-        if fields[5] + fields[7] == exclude:
+        if fields[5] + fields[7] == exclude or not is_here(fields):
             continue
-        # No inode: the connection waits to be accepted, or no process has it open any more.
-        counts = fields[-1] or (waiting and fields[1] in (_ESTABLISHED, _CLOSE_WAIT))
-        if counts and is_here(fields):
+        if fields[-1]:
             found[_attribute(attributes, _OPTIONS)] += 1
-    if b"" in found:
+        elif fields[1] in (_ESTABLISHED, _CLOSE_WAIT):  # otherwise no process has it open any more
+            waiting[_attribute(attributes, _OPTIONS)] += 1
+    if b"" in found or b"" in waiting:
         raise OSError(errno.EOPNOTSUPP, "the kernel does not report that")
-    return found
+    return found, waiting
 
 
 def _at(listening: socket.socket) -> Callable[[tuple[Any, ...]], bool]:

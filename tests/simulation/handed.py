@@ -930,16 +930,13 @@ class Handed(World):
         known = opened is not None and opened.knows(index)
         return opened.record.socket_number if opened is not None and known else None
 
-    def accepted(self, which: Socket, but: object = None, *, waiting: bool = False) -> Counter[int]:
+    def accepted(self, which: Socket, but: object = None) -> tuple[Counter[int], Counter[int]]:
         self.kernel.enter("sock_diag")
         file = self.kernel.file(which.fileno())
         assert isinstance(file, Listening)
-        found: list[Connection | Question] = []
-        for server in self._living():
-            found += server.connections
-        for one in file.address.listening if waiting else ():
-            found += one.backlog
-        return Counter(each.tag for each in found if each.address is file.address)
+        found = [each for server in self._living() for each in server.connections]
+        opened = Counter(each.tag for each in found if each.address is file.address)
+        return opened, Counter(each.tag for one in file.address.listening for each in one.backlog)
 
     def accepted_unix(self) -> Iterator[tuple[str, int, int]]:
         self.kernel.enter("sock_diag")

@@ -85,7 +85,7 @@ def test_current_names_only_what_was_proved(handoff: str) -> None:
 @pytest.mark.timeout(rounds(120, 3600))
 @pytest.mark.parametrize("handoff", ["connection", "listener"])
 def test_an_order_to_end_evenly_outlives_kills_and_only_a_stop_shortens_it(handoff: str) -> None:
-    lives = str(rounds(10, 500))
+    lives = str(rounds(40, 500))
     seen = simulate("--spreads", "--verbose", "--handoff", handoff, "--lives", lives)
 
     for event in ("ordered at a drain", "ordered at a stop", "killed in a spread"):

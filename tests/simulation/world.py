@@ -919,7 +919,7 @@ class World:
         kernel.limit = max(kernel.limit, len(self.store) + 12)
         return {name: kernel.install(file) for name, file in self.store.items()}
 
-    def accepted(self, which: Socket, but: object = None, *, waiting: bool = False) -> Counter[int]:
+    def accepted(self, which: Socket, but: object = None) -> tuple[Counter[int], Counter[int]]:
         """In the place of accept_tags.connections()."""
         raise NotImplementedError
 

@@ -47,13 +47,12 @@ class World(SharedWorld):
         return frozenset(() if before == number else {before, *further})
 
     def _connections(
-        self, listening: MemorySocket, exclude: object = None, *, waiting: bool = False
-    ) -> Counter[int]:
+        self, listening: MemorySocket, exclude: object
+    ) -> tuple[Counter[int], Counter[int]]:
         self._ask()
-        assert waiting or exclude is self.host.own_connection
+        assert exclude is self.host.own_connection
         [found] = [each for each in self.all if listening in each.sockets]
-        counted = self.open.get(found.sockets[0], Counter())
-        return counted + self.waiting if waiting else Counter(counted)
+        return Counter(self.open.get(found.sockets[0], ())), Counter(self.waiting)
 
     def _of_path(self, path: str) -> Counter[int]:
         self._ask()

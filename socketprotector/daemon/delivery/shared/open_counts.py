@@ -98,11 +98,11 @@ class OpenCounts:
         # Open connections may carry the tag of a generation whose workers have all exited: another
         # process, such as a worker's child, may have these connections.
         ours = self.listeners.host.own_connection
-        found = self._found[listener.index] = accept_tags.connections(listening, ours)
+        found, waiting = accept_tags.connections(listening, ours)
+        self._found[listener.index] = found
         tag = accept_tags.tag_of(listening)
         if tag != NO_TAG and tag not in {*used, *found}:
             return tag
-        waiting = accept_tags.connections(listening, waiting=True)
         all_used = {*used, *found, *waiting, accept_tags.tag_of(other)}
         return min(set(range(1, accept_tags.TAGS + 1)) - all_used, default=NO_TAG)
 
@@ -127,7 +127,7 @@ class OpenCounts:
                 if each.path:
                     self._found[each.index] = socket_file.connections(each.path)
                 else:
-                    self._found[each.index] = accept_tags.connections(each.socket, ours)
+                    self._found[each.index], _ = accept_tags.connections(each.socket, ours)
             except OSError:
                 continue
         ended = time.monotonic()

@@ -34,6 +34,7 @@ class Rival:
     guarded: bool = False  # its supervisor is the child of its first process
     without: tuple[str, ...] = ()  # situations that it cannot have
     fronted: bool = False  # is always measured at a UNIX path behind nginx
+    in_c: bool = False  # its worker is in C, so it is not compared: see bench/README.md
 
     @property
     def ours(self) -> bool:
@@ -378,6 +379,7 @@ ALL = (
         upgrade=("USR2",),
         at_path=_OURS + "--handoff listener --ready http:/ {unix} -- {built}/serve 3",
         guarded=True,
+        in_c=True,
     ),
     Rival(
         "ours-unix",

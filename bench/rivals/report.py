@@ -251,6 +251,10 @@ def has_our_worker(name: str) -> bool:
     return any("{worker}" in text for text in (rival.command, *rival.files.values()))
 
 
+def _compared(name: str) -> bool:
+    return RIVALS[name].ours and not RIVALS[name].in_c
+
+
 def _value(results: Results, measure: _Measure, rival: str) -> float | None:
     if measure.name == "share":
         return results.share(rival, measure.situation)
@@ -268,7 +272,7 @@ def better(results: Results, names: Sequence[str]) -> list[str]:
             for name in names
             if name != REFERENCE and (value := _value(results, measure, name)) is not None
         }
-        ours = {name: value for name, value in values.items() if RIVALS[name].ours}
+        ours = {name: value for name, value in values.items() if _compared(name)}
         if not ours:
             continue
         sign = -1 if measure.more else 1
@@ -323,7 +327,8 @@ def gaps(results: Results, names: Sequence[str]) -> list[tuple[str, str, bool]]:
             least = max(theirs[best_name] * (1 + NOISE), NO_GAP_MS)
             said = ", ".join(f"{name} {gap:.1f}" for name, gap in ours.items())
             text = f"{said} against {theirs[best_name]:.1f} ms of {best_name}"
-            found.append((each.title, text, all(gap <= least for gap in ours.values())))
+            compared = [gap for name, gap in ours.items() if _compared(name)]
+            found.append((each.title, text, all(gap <= least for gap in compared)))
     return found
 
 

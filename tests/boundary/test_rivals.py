@@ -153,6 +153,19 @@ def test_a_longer_gap_than_the_best_rivals_is_missed() -> None:
     assert text == "ours-listener 30.0 against 20.0 ms of nginx"
 
 
+def test_a_worker_in_c_is_shown_and_not_compared() -> None:
+    names = ["nginx", "ours-listener", "ours-c"]
+    gaps = dict(zip(names, (20_000.0, 30_000.0, 10_000.0), strict=True))
+    notes = [Note(name, "reload", 0, seen() | {"gap_us": gap}) for name, gap in gaps.items()]
+
+    ((_, text, holds),) = report.gaps(Results(notes), names)
+    assert text == "ours-listener 30.0, ours-c 10.0 against 20.0 ms of nginx"
+    assert not holds
+
+    (line,) = report.better(Results(notes), names)
+    assert line.endswith("longest gap: nginx 20.0 ms; ours: ours-listener 30.0 ms")
+
+
 def test_one_that_cannot_be_run_is_listed_with_the_command_that_failed() -> None:
     assert "| `apt-get x`: no |" in report.not_run({"puma": "`apt-get x`: no"})
 

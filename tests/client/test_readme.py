@@ -31,7 +31,7 @@ def test_a_program_serves_and_ends(channel: Channel, number: int, tmp_path: Path
     assert channel.log.read_text() == ""
 
 
-def test_a_last_line_ends_a_connection_at_a_drain(channel: Channel, tmp_path: Path) -> None:
+def test_a_marked_answer_ends_a_connection_at_a_drain(channel: Channel, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(next(each for each in PROGRAMS if "draining(client)" in each))
     worker = channel.start(PYTHON, program)
@@ -43,9 +43,9 @@ def test_a_last_line_ends_a_connection_at_a_drain(channel: Channel, tmp_path: Pa
 
     def is_the_last() -> bool:
         client.say("two")
-        return client.hear() == "bye"
+        return client.hear() == "last two"
 
-    eventually(is_the_last, "the last line")
+    eventually(is_the_last, "the last answer")
     client.close()
     assert worker.wait() == 0
 

@@ -322,12 +322,12 @@ def gaps(results: Results, names: Sequence[str]) -> list[tuple[str, str, bool]]:
         }
         theirs = {name: gap for name, gap in all_gaps.items() if not RIVALS[name].ours}
         ours = {name: gap for name, gap in all_gaps.items() if RIVALS[name].ours}
-        if theirs and ours:
+        compared = [gap for name, gap in ours.items() if _compared(name)]
+        if theirs and compared:
             best_name = min(theirs, key=theirs.__getitem__)
             least = max(theirs[best_name] * (1 + NOISE), NO_GAP_MS)
             said = ", ".join(f"{name} {gap:.1f}" for name, gap in ours.items())
             text = f"{said} against {theirs[best_name]:.1f} ms of {best_name}"
-            compared = [gap for name, gap in ours.items() if _compared(name)]
             found.append((each.title, text, all(gap <= least for gap in compared)))
     return found
 

@@ -145,6 +145,8 @@ def _rolling(fleet: Fleet, facts: Facts, settling: Generation) -> str:
     starting = sum(worker.state is State.STARTING for worker in settling.workers)
     if starting:
         return f"{text}, {starting} starting"
+    if leaving := sum(worker.state in LEAVING for worker in settling.workers):
+        return f"{text}, {leaving} finishing"
     if len(settling.workers) < full and not rollout.room(fleet, 1):
         return f"{text}, {_room(fleet, facts)}"
     return text

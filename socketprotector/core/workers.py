@@ -92,6 +92,7 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
             _respawn(step, generation.number, worker, event)
         elif replacement is None:
             _end_stuck(step, worker.replaces)
+            _retire_orphans(step, generation.number, worker.slot)
     elif event.waiting and _would_lose_queue(step.fleet, generation.number):
         _respawn(step, generation.number, worker, event)
     elif generation.phase in (Phase.STARTING, Phase.SETTLING):

@@ -162,6 +162,8 @@ def test_a_worker_in_c_is_shown_and_not_compared() -> None:
     assert text == "ours-listener 30.0, ours-c 10.0 against 20.0 ms of nginx"
     assert not holds
 
+    assert report.gaps(Results(notes), ["nginx", "ours-c"]) == []
+
     (line,) = report.better(Results(notes), names)
     assert line.endswith("longest gap: nginx 20.0 ms; ours: ours-listener 30.0 ms")
 

@@ -51,7 +51,7 @@ def command(tmp_path: Path, language: str, request: pytest.FixtureRequest) -> li
     build, start = COMMANDS[language][0], [*COMMANDS[language][1]]
     source = build[-1]
     # An old program need not live so long here.
-    text = SOURCES[source].replace("5 * time.Second", "time.Second / 5")
+    text = SOURCES[source].replace("3 * time.Second", "time.Second / 5")
     if at == "unix" and language == "rustc":
         for tcp, unix in FOR_UNIX.items():
             text = text.replace(tcp, unix)

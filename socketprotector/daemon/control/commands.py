@@ -315,7 +315,7 @@ class CommandHandler:
         wanted = fleet.workers_wanted + by if to is None else to
         if wanted < 1:
             raise RequestError("refused", "cannot go below 1 worker; to end the service use `stop`")
-        cannot = self.supervisor.scale(ScaleRequested(to=wanted))
+        cannot = self.supervisor.scale(ScaleRequested(by, to))
         if cannot is not None:
             raise RequestError("refused", cannot)
         return {"workers": wanted}

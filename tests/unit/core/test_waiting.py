@@ -386,7 +386,7 @@ def test_a_worker_that_leaves_during_a_rolling_reload_does_not_count_as_starting
     story.and_also(WorkerExited(leaving.number, DIED), ScaleRequested(to=2))
     assert [each.state for each in story.fleet[2].workers][2:] == [State.RETIRING]
 
-    assert reasons(story)[0] == "2 of 2 workers replaced"
+    assert reasons(story)[0] == "2 of 2 workers replaced, 1 finishing"
 
 
 def test_a_worker_that_starts_when_the_loop_turns_does_not_wait_for_room(story: Story) -> None:

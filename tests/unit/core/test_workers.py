@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from socketprotector.core import workers
 from socketprotector.core.actions import (
     Action,
     CancelTimer,
@@ -20,6 +21,7 @@ from socketprotector.core.actions import (
 )
 from socketprotector.core.events import (
     Deadline,
+    DeadlinePassed,
     KillRequested,
     Launched,
     ReloadRequested,
@@ -323,6 +325,24 @@ def test_processes_that_waited_for_a_worker_that_is_not_to_come_finish(story: St
 
     assert Retire(2) in story.when(ScaleRequested(to=1))
     assert Deadline(TimerKind.WORKER_RETIRE, 2) in story.fleet.timers
+
+
+def test_processes_finish_if_a_rolling_reload_replaces_no_worker_of_their_slot(
+    story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker is retired in a turn, and this one exits before its turn."""
+    monkeypatch.setattr(workers, "AT_ONCE", 1)
+    story.given_serving(Policy(surge=1, drain_timeout_s=9.0), workers=3)
+    turn = DeadlinePassed(Deadline(TimerKind.TURN))
+    for event in (
+        *(ReloadRequested(), WorkerReady(4), turn),
+        *(WorkerExited(1, CRASHED, served_s=60.0, orphans=True), turn),
+        *(WorkerExited(3, CRASHED, served_s=60.0), ScaleRequested(to=2)),
+    ):
+        story.when_at_once(event)
+    assert story.fleet[1].worker(5) == Worker(5, 0, State.STARTING)
+
+    assert Retire(1) in story.when_at_once(WorkerExited(5, CRASHED))
 
 
 def test_the_slot_of_a_retiring_worker_is_not_given_away_while_it_lives(story: Story) -> None:

@@ -158,7 +158,7 @@ def show(*things: Table | Text) -> None:
         if console.is_terminal:
             console.print(thing, overflow="ellipsis" if isinstance(thing, Table) else "fold")
         else:
-            print(*(text.rstrip() for text in _plain(thing)), sep="\n")
+            print(*(text.rstrip() for text in _plain(thing)), sep="\n", flush=True)
 
 
 def _plain(thing: Table | Text) -> list[str]:

@@ -491,7 +491,11 @@ def test_events_go_on_across_a_cut_and_end_by_ctrl_c(fake: Fake) -> None:
 
     fake.answers["events"] = follow
     receive, send = os.pipe()
-    process = subprocess.Popen([*COMMAND, "events"], stdout=send, stderr=subprocess.DEVNULL)
+    # With this variable of the caller, a line comes even without a flush.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [*COMMAND, "events"], stdout=send, stderr=subprocess.DEVNULL, env=env
+    )
     os.close(send)
     lines = Lines(receive)
     line = lines.wait_for("event=reloaded")

@@ -24,8 +24,6 @@ from tests.running import LISTENER, ROOT, Client, Protector, eventually, mark, r
 
 # An ordinary user's PATH may lack where ip(8), nginx and others are.
 os.environ["PATH"] += ":/usr/sbin:/sbin"
-# Where it is set, a program that forgets to flush would pass.
-os.environ.pop("PYTHONUNBUFFERED", None)
 
 
 def _set_up_hypothesis() -> None:

@@ -71,7 +71,7 @@ def test_what_the_system_lacks_to_resume_is_said_in_one_line(
 
 
 @pytest.mark.parametrize(("error", "adopts"), [(FAULT, True), (FAULT, False), (NO_SPACE, False)])
-def test_an_error_that_nobody_has_foreseen_has_a_traceback(
+def test_an_unforeseen_error_has_a_traceback(
     monkeypatch: pytest.MonkeyPatch, error: Exception, adopts: bool
 ) -> None:
     failing = Failing(error, adopts=adopts)

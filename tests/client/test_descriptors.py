@@ -171,7 +171,7 @@ def test_every_descriptor_named_in_the_environment_is_close_on_exec(channel: Cha
 
 @contextmanager
 def free_descriptors(count: int) -> Iterator[None]:
-    """Let so many descriptors be free, besides the one that an intake keeps."""
+    """Leave this number of descriptors free, besides the descriptor that an intake reserves."""
 
     def is_free(fd: int) -> bool:
         try:

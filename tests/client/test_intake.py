@@ -240,7 +240,7 @@ def test_a_row_goes_on_once_a_connection_is_closed_at_the_limit() -> None:
             listener.accept()[0].close()
 
 
-def test_a_listener_that_ceases_to_block_begins_a_row() -> None:
+def test_a_listener_that_becomes_non_blocking_begins_a_row() -> None:
     with Listener("127.0.0.1:0", take=3) as listener:
         listener.listen()
         address = listener.getsockname()

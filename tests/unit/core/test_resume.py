@@ -338,7 +338,7 @@ def test_a_generation_that_accepts_its_last_clients_is_not_drained_yet(story: St
 class ReadBack(Story):
     """Another program goes on before each event, after many generations and workers.
 
-    It reads all numbers anew, so no two of them are the same object in memory.
+    It reads all numbers again, so no two of them are the same object in memory.
     """
 
     def given_serving(self, policy: Policy | None = None, *, workers: int = 1) -> Story:

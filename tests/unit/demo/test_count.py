@@ -238,7 +238,7 @@ def test_its_folder_is_not_too_deep_for_a_control_socket(monkeypatch: pytest.Mon
     assert cli._place() == "/tmp"
 
 
-def test_a_protector_that_has_a_lower_pid_than_the_killed_one_is_back(told: io.StringIO) -> None:
+def test_a_protector_with_a_lower_pid_than_the_killed_protector_is_back(told: io.StringIO) -> None:
     """Pids begin again from below once the highest was given."""
     found = {"phase": "serving", "pid": 30_000}
     story = of(told)

@@ -133,7 +133,7 @@ class World:
         self.files = files
         self.said: list[str] = []
         self.asked: dict[str, int] = {}
-        self.told = 0  # how often it was told of hosts: once in each round of questions
+        self.rounds = 0  # how many reports about the hosts it got: one in each round of questions
         self.looked = asyncio.Event()
         self._lines: dict[str, str] = {}
         self._servers: dict[str, asyncio.Server] = {}
@@ -187,7 +187,7 @@ class World:
         self._tasks.add(asyncio.create_task(what))
 
     def _tell(self, hosts: Iterable[Host]) -> None:
-        self.told += 1
+        self.rounds += 1
         self._news.set()
 
     @property
@@ -350,11 +350,11 @@ def test_a_host_is_asked_again_once_its_time_has_come_and_not_before(
         await world.until(lambda: world.seen == {"web": "serving"})
 
         def is_asked(rounds: int, times: int) -> bool:
-            return world.told >= rounds and world.asked["web"] >= times
+            return world.rounds >= rounds and world.asked["web"] >= times
 
         for at, asked in ((1004.9, 1), (1005.0, 2), (1009.9, 2), (1010.0, 3)):
             now[0] = at
-            rounds = world.told + 3
+            rounds = world.rounds + 3
             await world.until(partial(is_asked, rounds, asked))
             assert world.asked == {"web": asked}, at
 

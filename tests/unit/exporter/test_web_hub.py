@@ -1,4 +1,4 @@
-"""What viewers of the page are told, and when, without a server."""
+"""What viewers of the page get, and when, without a server."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from tests.running import DEADLINE_S
 from tests.unit.ctl.fake import Fake, listener, status
 
 Fakes = Callable[[str], Fake]
-Told = dict[str, Any]
+Event = dict[str, Any]
 
 
 @asynccontextmanager
-async def watched(hub: Hub) -> AsyncIterator[Callable[[], Awaitable[Told]]]:
+async def watched(hub: Hub) -> AsyncIterator[Callable[[], Awaitable[Event]]]:
     """Run a hub, and have what it tells its one viewer, message by message."""
     running = asyncio.create_task(hub.run())
     with hub.viewer() as news:
         messages = hub.watch(news)
 
-        async def told() -> Told:
+        async def next_event() -> Event:
             message = await anext(messages)
-            found: Told = json.loads(message.partition(b"data: ")[2] or b"{}")
+            found: Event = json.loads(message.partition(b"data: ")[2] or b"{}")
             return found
 
-        yield told
+        yield next_event
         await messages.aclose()  # type: ignore[attr-defined]
     running.cancel()
     await asyncio.wait([running])
@@ -40,7 +40,7 @@ async def watched(hub: Hub) -> AsyncIterator[Callable[[], Awaitable[Told]]]:
 
 def test_a_check_of_the_events_ends_at_once_and_is_no_viewer() -> None:
     """As `curl --head` does it; an answer without an end would keep one of the places."""
-    told: list[MutableMapping[str, Any]] = []
+    messages: list[MutableMapping[str, Any]] = []
     hub = Hub(list)
     headers = [(b"host", b"localhost")]
     scope = {"type": "http", "method": "HEAD", "path": "/events", "headers": headers}
@@ -51,12 +51,12 @@ def test_a_check_of_the_events_ends_at_once_and_is_no_viewer() -> None:
 
     async def tell(message: MutableMapping[str, Any]) -> None:
         assert hub.viewers == 0
-        told.append(message)
+        messages.append(message)
 
     asyncio.run(asyncio.wait_for(application(hub)(scope, stay, tell), DEADLINE_S))
 
-    assert told[0]["status"] == 200
-    assert (b"content-type", b"text/event-stream; charset=utf-8") in told[0]["headers"]
+    assert messages[0]["status"] == 200
+    assert (b"content-type", b"text/event-stream; charset=utf-8") in messages[0]["headers"]
 
 
 def test_points_of_sparklines_are_sent_at_each_step_though_nothing_else_changes(
@@ -64,9 +64,9 @@ def test_points_of_sparklines_are_sent_at_each_step_though_nothing_else_changes(
 ) -> None:
     monkeypatch.setattr(web_hub, "STEP_S", 0.02)
 
-    async def watch() -> list[Told]:
-        async with watched(Hub(list)) as told:
-            return [await told() for _ in range(4)]
+    async def watch() -> list[Event]:
+        async with watched(Hub(list)) as next_event:
+            return [await next_event() for _ in range(4)]
 
     hello, whole, *steps = asyncio.run(asyncio.wait_for(watch(), DEADLINE_S))
 
@@ -87,11 +87,11 @@ def test_a_name_is_short_again_once_no_other_instance_has_it(
 
     async def watch() -> None:
         names: dict[str, str] = {}
-        async with watched(Hub(lambda: list(paths))) as told:
+        async with watched(Hub(lambda: list(paths))) as next_event:
 
             async def until(wanted: set[str]) -> None:
                 while set(names.values()) != wanted:
-                    found = await told()
+                    found = await next_event()
                     names.update({each["id"]: each["name"] for each in found.get("instances", [])})
                     ids = found.get("ids", list(names))
                     for gone in names.keys() - set(ids):

@@ -1,4 +1,4 @@
-"""When a helper process counts as one that works."""
+"""When a helper process counts as working."""
 
 from __future__ import annotations
 

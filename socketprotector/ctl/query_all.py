@@ -32,7 +32,7 @@ class SocketAnswer:
 
     @property
     def alive(self) -> bool:
-        """Whether a process may listen here: `why` is not "dead"."""
+        """False: no process listens, or the connection ended without an answer."""
         return self.why != "dead"
 
 

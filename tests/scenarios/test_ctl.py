@@ -422,7 +422,7 @@ def test_whatever_happens_to_the_protector_the_verdict_is_what_the_log_says(
         failed = "event=reload-failed" in said
         assert (status, told["result"]) == ((3, "failed") if failed else (0, "reloaded"))
         # A working one fails only where the protector dies in the middle of opening it.
-        assert failed == (not works) or "was killed during this start" in said
+        assert failed == (not works) or "when the protector was killed" in said
         assert (state()["route"] == number) is not failed
 
 

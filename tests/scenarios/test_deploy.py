@@ -607,7 +607,7 @@ def test_without_releases_there_is_nothing_to_go_back_to(operated: Operating) ->
     for words, said in (
         (
             ("rollback",),
-            "nothing to roll back: no reload is in progress, and there are no releases",
+            "nothing to roll back: no reload can be called off, and there are no releases",
         ),
         (("deploy", "1"), "has no releases; start it with --releases DIR and --current PATH"),
         (("releases",), "there are no releases; start with --releases DIR and --current PATH"),

@@ -64,7 +64,7 @@ def roll_back(effects: Effects, fleet: Fleet, runtime: Runtime, expect: str) -> 
     releases = effects.live_settings.releases
     if releases is None:
         raise RequestError(
-            "unmet", f"nothing to roll back: no reload is in progress, and {_NO_RELEASES}"
+            "unmet", f"nothing to roll back: no reload can be called off, and {_NO_RELEASES}"
         )
     _refuse_second(fleet, effects)
     _refuse_unexpected(expect, releases.serving)

@@ -230,8 +230,8 @@ class QueueDelivery(Delivery):
 
         The newest generation that meets three conditions gets the backlog: it knows the listener,
         it has had the route or a share of the clients, and it may still get clients (not `ended`).
-        Without such a generation the backlog is lost.  A service manager always gets the backlog
-        of a socket that it passed in: it keeps listening.
+        Without such a generation the backlog is lost.  A service manager keeps
+        listening on a socket that it passed in, so it always gets this socket's backlog.
         """
         served = [
             number

@@ -312,8 +312,9 @@ class SharedDelivery(Delivery):
         return float("inf") if all(refused) else time.monotonic() + LAST_S
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
-        """Finish closing once no client waits, at the second look at the earliest (see QUIET_S).
+        """Finish closing once two looks, QUIET_S apart, found no waiting client.
 
+        At once, if nothing is awaited.
         latest: the deadline, by time.monotonic().  again: this is not the first look.
         """
         # A passed-in listener might never become empty, because its owner keeps listening.

@@ -117,9 +117,12 @@ class Turns:
         return {each for each in there if (each, listener.index) not in lacking}
 
     def is_served(self, listener: Listener, number: int) -> bool:
-        """Return whether all workers of a generation accept, or will accept, from this socket."""
+        """Return whether all workers of a generation accept, or will accept, from this socket.
+
+        Also True once a passed-in listener was given back: its owner accepts.
+        """
         if self.given_back and listener.settings.foreign:
-            return True  # the socket's owner accepts
+            return True
         there = self.at(listener, number)
         if not there:
             # The next generation will accept here without a rescue (socket_watch.py) in two cases:
@@ -172,8 +175,7 @@ class Turns:
     def expect(self, listener: Listener, *, dry_run: bool) -> int:
         """Let a new listener's clients wait for the next generation; return the socket's number.
 
-        dry_run: the clients come to the current socket, because the next generation gets no
-        clients.
+        dry_run: the next generation gets no clients, so the clients wait at the current socket.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
         # With a single socket, or in a dry run, the clients wait at the current socket.  If the
@@ -207,9 +209,10 @@ class Turns:
         self.current, self.share = number, share
 
     def lacks_workers(self, listener: Listener) -> bool:
-        """Return whether a UNIX path's clients go to a socket that workers of its generation lack.
+        """Return whether a UNIX path's clients go to a socket that some or all workers lack.
 
-        The generation's later workers may have the socket (`partly_served`).
+        These are the workers of the socket's generation.  Workers that started later may have the
+        socket (`partly_served`).
         """
         if not listener.path or listener.index in self.passed_on:
             return False
@@ -218,7 +221,7 @@ class Turns:
     def pass_on(self, listener: Listener) -> bool:
         """If lacks_workers() is true, add the listener to `passed_on`; return whether it was added.
 
-        The clients of an added listener wait for the next generation.
+        The clients of a listener in `passed_on` wait for the next generation.
         """
         moves = self.lacks_workers(listener)
         if moves:
@@ -242,7 +245,7 @@ class Turns:
 
         Returns whether the worker has a socket that all earlier workers of the generation lack.
 
-        knows: returns whether the generation's workers have a listener, by index.
+        knows: returns whether the generation was opened with a listener, by index.
         """
         served = {each for each in self.unserved if each[0] == generation and knows(each[1])}
         grown = not served <= self.partly_served

@@ -179,7 +179,7 @@ class OpenConnections:
         return Socket(connection.family, connection.type, connection.proto, connection.detach())
 
     def ended(self) -> None:
-        """Note that a detached connection has ended."""
+        """Record that a detached connection has ended."""
         if len(self._detached) <= _FEW:
             self._drop_closed()
         self._on_change()

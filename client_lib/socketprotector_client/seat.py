@@ -76,7 +76,7 @@ class Seat:
             self._tell(READY)
 
     def turn(self) -> None:
-        """Note that the serving loop turns."""
+        """Record that the serving loop turns."""
         self._row[_TURN] = time.monotonic_ns()
 
     def leave(self) -> None:

@@ -47,7 +47,7 @@ class BoundedServer(ThreadingMixIn, TCPServer):
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def begin_answer(self, request: Any) -> None:
-        """Note that a request is complete and its answer begins.
+        """Record that a request is complete and its answer begins.
 
         Raises OSError if the connection was closed for another client.
         """
@@ -58,7 +58,7 @@ class BoundedServer(ThreadingMixIn, TCPServer):
             request.settimeout(CONNECTION_S)
 
     def await_client(self, request: Any) -> None:
-        """Note that an answer is made, and the server waits for the client again."""
+        """Record that an answer is made, and the server waits for the client again."""
         with self._alone:
             self._waited_for[request] = None
 

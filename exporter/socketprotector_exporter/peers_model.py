@@ -173,7 +173,7 @@ class Host:
         self._counted: tuple[float, Mapping[tuple[str, str], float]] | None = None
 
     def failed(self, why: str, clock: float) -> None:
-        """Note that the host gave no answer.  why: in a few words; clock: since the epoch."""
+        """Record that the host gave no answer.  why: in a few words; clock: since the epoch."""
         self._instances = self._rate = self._active = self._counted = None
         self._becomes(SILENT, why, clock)
 

@@ -82,18 +82,18 @@ class Visits:
             self._left()
 
     def await_request(self, visit: _Visit) -> None:
-        """Note that a connection waits for a request, which must come in time."""
+        """Record that a connection waits for a request, which must come in time."""
         if visit not in self._waited_for:
             loop = asyncio.get_running_loop()
             self._waited_for[visit] = loop.call_later(HEAD_S, visit.transport.abort)
 
     def note_request(self, visit: _Visit) -> None:
-        """Note that a connection has its request, or waits no more."""
+        """Record that a connection has its request, or waits no more."""
         if (timer := self._waited_for.pop(visit, None)) is not None:
             timer.cancel()
 
     def ended(self, visit: _Visit) -> None:
-        """Note that a connection has ended."""
+        """Record that a connection has ended."""
         self.note_request(visit)
         self._left()
 

@@ -72,7 +72,7 @@ class Instance:
         self._failed: dict[str, Any] | None = None
 
     def lost(self, why: str, *, has_socket: bool = True) -> None:
-        """Note that the instance does not answer; its last status stays shown.
+        """Record that the instance does not answer; its last status stays shown.
 
         has_socket: whether the socket's file exists, which a stop removes and a kill leaves.
         """

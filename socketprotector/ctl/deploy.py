@@ -24,7 +24,7 @@ from .reload_progress import Awaited
 
 _OUTCOME = (*OUTCOME, "release", "from_release")
 #: Field of a release -> words to print before the time in this field.
-_TIMES = {"served_at": "served since", "failed_at": "failed", "refused_at": "refused"}
+_TIMES = {"served_at": "succeeded", "failed_at": "failed", "refused_at": "refused"}
 
 
 def _check_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:

@@ -210,7 +210,7 @@ class Reload(Awaited):
                     self._show_switch(number)
                 else:
                     self._show_share(number)
-        # Once this reload has begun, a wait of the kind `earlier-reload` is a later reload's wait.
+        # Once this reload has begun, `earlier-reload` means a later reload waits for this one.
         kinds = [
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]

@@ -417,7 +417,7 @@ class Effects(Host):
         """Return the likely cause of a generation's start timeout; "": unknown."""
         known = self.probing.why_not_ready or self.pool.check_result(number)
         if self.pool.proved_ready:
-            return known  # a worker was ready before, so advice about our socket would mislead
+            return known  # a worker was ready: advice on using our sockets would mislead
         more = self.pool.advice(number, ignores_socket=bool(known))
         return "; ".join(filter(None, (known, more)))
 

@@ -67,7 +67,7 @@ class OpenGeneration:
         return self.record.ended
 
     def note_ended(self) -> None:
-        """Note that no more clients go to the generation's workers."""
+        """Record that no more clients go to the generation's workers."""
         if not self.record.ended:
             self.update_record(ended=True)
 

@@ -136,9 +136,9 @@ class Output:
         self._relay.read_from(number, relay_client.WorkerPipe(read, generation, given.pid))
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
-        """Close the pipes of exited workers without orphans, except the newest.
+        """Close the oldest pipes of exited workers without orphans.
 
-        About LEFT_BEHIND (model/fd_budget.py) of these pipes stay open.
+        The newest, about LEFT_BEHIND (model/fd_budget.py) pipes, stay open.
         living: how many workers run, or have exited and left orphans.
         numbers: returns these workers' numbers.
         """

@@ -23,7 +23,7 @@ _TIMER = "memory"
 
 
 class MemoryWatch:
-    """Attributes counted kills to workers' ends, and logs the kills that explain no end."""
+    """Matches counted kills with workers' ends, and logs the kills that explain no end."""
 
     def __init__(self, runtime: Runtime, workers: Mapping[int, Worker]) -> None:
         """workers: the running workers by number, always up to date."""
@@ -31,8 +31,8 @@ class MemoryWatch:
         # The kernel's counts of the kills that we have handled: each kill was named as the cause of
         # a worker's end, or logged.  Kills before this program's start count as handled.
         self._handled = memory_group.counts()
-        # None: the kernel sends no events.  Then we attribute a counted kill to the next SIGKILL
-        # of a worker, however late that SIGKILL comes.
+        # None: the kernel sends no events.  Then a counted kill explains the next SIGKILL of a
+        # worker, however late that SIGKILL comes.
         self._events = memory_group.Events.open()
         self._wait()
 

@@ -126,7 +126,7 @@ class PostMortem:
     def close(self, worker: Worker, end: End, *, proved_ready: bool) -> WorkerExited:
         """Log and return a worker's exit; watch its process group, and close its sockets.
 
-        proved_ready: whether any generation's worker became ready, not by a timer.
+        proved_ready: whether a worker of any generation became ready other than by a timer.
         """
         record, number = worker.record, worker.record.number
         if end.how == exit_text.KILLED and not record.killed:
@@ -147,8 +147,9 @@ class PostMortem:
             lost=lost or None,
         )
         last_words, was_ready = worker.last_words or "", record.ready_by or worker.became_ready
-        # If the start failed, or the worker called daemon(3), end the processes that have left the
-        # worker's group.  A scan finds them by the worker's notify address in their environment.
+        # If the worker exited before it was ready (it failed, or called daemon(3)), end the
+        # processes that have left its group.  A scan finds them by the worker's notify address in
+        # their environment.
         if not was_ready:
             self.orphans.end(worker.notify.address)
         detached = end.clean and not was_ready

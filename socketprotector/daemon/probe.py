@@ -115,7 +115,7 @@ class Probe:
 
     @property
     def target_is_closed(self) -> bool:
-        """Return whether the probed socket may be closed to clients (ProbeTarget.is_closed)."""
+        """Return whether the probed socket can keep clients out (ProbeTarget.is_closed)."""
         return self._target is not None and self._target.is_closed()
 
     def close(self) -> None:
@@ -337,8 +337,8 @@ class Probe:
         def ended(why: str) -> None:
             command, self._command = self._command, None
             if command is not None and command.is_late:
-                # late() has reported this command's verdict.  If a later probe waits for the
-                # command's end, drop that probe: the timer of health.py sends another.
+                # late() has reported this command's verdict.  If a later probe is
+                # pending, drop that probe: the timer of health.py sends another.
                 # (settle_check.py sends none after a late command: the generation has failed.)
                 self._loop.cancel(self)
                 self._report = None

@@ -88,7 +88,7 @@ class Probing:
             self.settle_check.stop()
 
     def note_settle_over(self, number: int) -> bool:
-        """Note that --settle is over; return whether the generation still needs a good answer."""
+        """Record that --settle is over; return whether the generation still needs a good answer."""
         return self.settle_check is not None and self.settle_check.note_settle_over(number)
 
     @property

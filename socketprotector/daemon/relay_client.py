@@ -275,7 +275,8 @@ class LogRelay:
         self._send_unsent()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
-        if number in self._pipes:  # a killed program used this number, but had not recorded it
+        # An earlier protector used this number, and was killed before it recorded the number.
+        if number in self._pipes:
             self._close_pipe(number)
         self._pipes[number] = pipe
         self._named[pipe.name(number)] = pipe.read

@@ -85,7 +85,7 @@ class SettleCheck:
             self._send_probe()
 
     def note_settle_over(self, number: int) -> bool:
-        """Note that --settle is over; return whether a good answer must still come.
+        """Record that --settle is over; return whether a good answer must still come.
 
         A good answer counts only if it comes after the first call.  Returns False if this
         generation is not checked.

@@ -136,8 +136,8 @@ class Serving:
                 failures, reason = failures + 1, why
                 state = UNHEALTHY if failures >= most else state
             case "unmade" | "untaken":
-                # Not a failure: workers may be busy.  The next probe reuses the connection, unless
-                # a full UNIX backlog prevented it.
+                # Not a failure: workers may be busy.  The next probe reuses the connection, or
+                # connects again if a full UNIX backlog prevented the connection.
                 why, answered_at = "busy: no worker has accepted the probe yet", self.answered_at
             case _:
                 why, missed, answered_at = f"not probed: {why}", self.missed + 1, self.answered_at

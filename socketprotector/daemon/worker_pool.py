@@ -261,7 +261,7 @@ class WorkerPool:
     ) -> None:
         """Adopt a worker from before an upgrade or a kill; takes ownership of its descriptors.
 
-        Raises KeyError if a descriptor is missing, OSError if the worker cannot be watched.
+        Raises KeyError without `process` or `notify`, OSError if the worker cannot be watched.
         """
         worker = self._spawner.adopt(record, descriptors, generation)
         worker.registered = full_names(record.number, descriptors)
@@ -295,7 +295,7 @@ class WorkerPool:
                 self._ended(number)
 
     def acked(self, pid: int) -> None:
-        """Note that a worker has sent Einhorn's message that it is ready (model/einhorn.py)."""
+        """Record that a worker has sent Einhorn's message that it is ready (model/einhorn.py)."""
         number = self._by_pid.get(pid)
         if number is not None and self._workers[number].readiness.by_ack:
             self._on_ready(number, "ack")
@@ -379,7 +379,7 @@ class WorkerPool:
             self.descriptors[name] = worker.registered[name]
 
     def answered(self, generation: int, by: str) -> bool:
-        """Note that a generation has answered the probe, so its workers are ready.
+        """Record that a generation has answered the probe, so its workers are ready.
 
         If a worker has exited meanwhile, post no event: the exit ends the generation's start.
         by: the kind of probe.  Returns False under --handoff listener while only some workers have

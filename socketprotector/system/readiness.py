@@ -224,7 +224,7 @@ class Readiness:
             self._check = None
 
     def is_known(self) -> None:
-        """Note that the worker is ready; its lines are still read, but have no effect."""
+        """Record that the worker is ready; its lines are still read, but have no effect."""
         self.stop_check()
         self._loop.cancel((_AFTER, self._number))
         self._ready = self._hangs = self._fails = _nothing

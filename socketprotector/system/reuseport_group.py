@@ -112,14 +112,14 @@ class Group:
         return listed if is_known else None
 
     def joined(self, member: int) -> None:
-        """Note that a member listens; it is the last member now."""
+        """Record that a member listens; it is the last member now."""
         if member not in self.listed:
             self.listed = *self.listed, member
             if self.order is not None:
                 self.order = *self.order, member
 
     def left(self, member: int) -> None:
-        """Note that a member was shut down or closed."""
+        """Record that a member was shut down or closed."""
         self.listed = tuple(each for each in self.listed if each != member)
         if self.order is not None:
             self.order = _without(self.order, member)

@@ -714,8 +714,8 @@ def test_releases_lists_what_was_tried(web: Web, releases: Releases) -> None:
     lines = ctl(one, "releases").out.splitlines()
     found = json.loads(ctl(one, "releases", "--json").out)["releases"]
 
-    assert re.fullmatch(r"1  changed, served since \S+", lines[0]), lines
-    assert re.fullmatch(r"2  serving, current, served since \S+", lines[1]), lines
+    assert re.fullmatch(r"1  changed, succeeded \S+", lines[0]), lines
+    assert re.fullmatch(r"2  serving, current, succeeded \S+", lines[1]), lines
     assert re.fullmatch(
         r"bad  failed \S+: \S+/bad/daemon exited with status 7 before it was ready", lines[2]
     ), lines

@@ -27,7 +27,7 @@ ROLLED = ("rolled-connection", "rolled-listener")
 #: Those of lives with releases.
 DEPLOYED = ("deployed-connection", "deployed-listener")
 #: Of the calls in stories, and lives that come off those: of some stories, so that all verbs do.
-SHARE, STORIED = ("1", "2000") if MANY else ("0.005", "30")
+SHARE, STORIED = ("1", "2000") if MANY else ("0.005", "24")
 #: Releases are no part of a delivery: stories try both deliveries.
 EITHER_IN_TEST_ALL = pytest.mark.parametrize(
     "handoff", ["listener", pytest.param("connection", marks=pytest.mark.costly)]
@@ -85,7 +85,7 @@ def test_current_names_only_what_was_proved(handoff: str) -> None:
 @pytest.mark.timeout(rounds(120, 3600))
 @pytest.mark.parametrize("handoff", ["connection", "listener"])
 def test_an_order_to_end_evenly_outlives_kills_and_only_a_stop_shortens_it(handoff: str) -> None:
-    lives = str(rounds(40, 500))
+    lives = str(rounds(30, 500))
     seen = simulate("--spreads", "--verbose", "--handoff", handoff, "--lives", lives)
 
     for event in ("ordered at a drain", "ordered at a stop", "killed in a spread"):

@@ -309,9 +309,9 @@ def of_connections(
                     "pid": pid,
                     "accepted_at_by_fd": times,
                     "orphaned": record.orphaned,
-                    # A limit for connections of unknown accept time.  In a draining generation
-                    # they began before it (some a little later, under --handoff listener with one
-                    # socket), in any other generation after it.
+                    # A bound for unknown accept times.  In a draining generation they are before
+                    # this time (some a little after it, under --handoff listener with one socket).
+                    # In any other generation they are after it.
                     "since_at": opened.record.drained_at or record.started_at,
                 }
             )

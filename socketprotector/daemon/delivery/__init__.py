@@ -28,8 +28,8 @@ UNTAKEN_S = 30.0
 #: whose handshake is under way at one check has connected by the next check, unless the network
 #: loses or delays a packet.
 QUIET_S = 0.2
-#: If new clients cannot be refused, a stop closes the listeners after this time, and the drain of
-#: a removed listener ends.  But queue/ first sends all connections that it has accepted.
+#: If new clients cannot be refused, then after this time a stop closes the listeners, and the drain
+#: of a removed listener ends.  But queue/ first sends all connections that it has accepted.
 LAST_S = 10.0
 
 
@@ -69,8 +69,8 @@ class Delivery(ABC):
     ) -> Listener:
         """Make a listener from its first socket, its sibling and the reserved socket.
 
-        fds: the three descriptors (see Listener); -1: no such socket.  again: the number in
-        each socket's name, which grows, so that no name is used twice.
+        fds: the three descriptors (see Listener); -1: no such socket.  again: for each socket,
+        the number in its name.  A replacement gets a higher number, so that no name is used twice.
         """
 
     @classmethod
@@ -320,8 +320,8 @@ class Delivery(ABC):
     def idle_s(self) -> float:
         """Return the time since the last client; 0: a client waits.
 
-        Until the first client after a start, an upgrade or a kill, queue/ returns a large number.
-        shared/ always returns 0 (unknown).
+        queue/: until the first client after a start, an upgrade or a kill, the time since boot.
+        shared/: always 0 (unknown).
         """
 
     @property

@@ -22,11 +22,11 @@ class Host(ABC):
 
     @abstractmethod
     def listener_lost(self, listener: Listener, reason: str) -> None:
-        """Note that a listener gets no more clients."""
+        """Record that a listener gets no more clients."""
 
     @abstractmethod
     def listener_bound(self, listener: Listener) -> None:
-        """Note that a listener got a new socket, and at a UNIX path perhaps a new socket file."""
+        """Record that a listener got a new socket, and at a UNIX path perhaps a new socket file."""
 
     @abstractmethod
     def report_untaken(

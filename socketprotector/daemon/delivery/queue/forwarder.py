@@ -41,7 +41,7 @@ class _Closing:
     """How close_listeners() was called, and the result of the last check for new clients."""
 
     stay: bool  # our own listeners (not passed in) stay open, and later clients wait there
-    latest: float = 0.0  # when to close at the latest; 0: no limit: we get no new client
+    latest: float = 0.0  # when to close at the latest; 0: no limit, because we get no new client
     forwarded: int = -1  # Forwarder.forwarded at the last check; -1: no check yet
 
 
@@ -269,7 +269,7 @@ class Forwarder:
         return found | self.undelivered.descriptors()
 
     def adopt_drained(self, channel: GenerationChannel) -> None:
-        """Note that a draining channel's connections go to the route, once the route has room."""
+        """Have a draining channel's connections sent to the route, once the route has room."""
         if channel.depth():  # perhaps the earlier program did not move all connections
             self._leftovers[channel] = False
 

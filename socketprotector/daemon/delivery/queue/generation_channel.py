@@ -7,7 +7,7 @@ from ...generation import OpenGeneration
 
 
 class GenerationChannel(Channel):
-    """A generation's channel, which notes its end in the GenerationRecord."""
+    """A generation's channel, which notes in the GenerationRecord that it has ended."""
 
     def __init__(self, ends: Channel, generation: OpenGeneration, *, adopted: bool = False) -> None:
         """Take ownership of both ends.

@@ -46,7 +46,7 @@ class _Draining:
 
     listener: Listener
     channel: Channel
-    until: float = 0.0  # when to close at the latest; 0: no limit: we get no new client
+    until: float = 0.0  # when to close at the latest; 0: no limit, because we get no new client
     #: Whether the last _look() found no client.  False if the channel was full: then a client may
     #: wait.
     quiet: bool = False

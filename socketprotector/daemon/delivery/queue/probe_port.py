@@ -46,7 +46,7 @@ class ProbePort:
         Raises OSError.
         """
         self._loop, self._channel, self._index, self._watch = loop, channel, index, watch
-        self._sent_before = 0  # QueueWatch.sent just after the last probe was sent
+        self._sent_before = 0  # the value of QueueWatch.sent just after the last probe
         self._kept: socket.socket | None = None  # a probe that was accepted, but not sent yet
         self._failed: OSError | None = None  # the error of the last send; _waits() raises it
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)

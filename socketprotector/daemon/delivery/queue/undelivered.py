@@ -33,7 +33,7 @@ class Undelivered:
     def __init__(self, persist: Callable[[], bool]) -> None:
         """persist: writes the state; returns False if that fails."""
         self.persist = persist
-        #: The highest number that was ever given to a connection.
+        #: The highest number that was given to a connection, or that adopt() skipped.
         self.number = 0
         #: Number -> header and descriptor of a kept connection, in the order of sending.
         self._waiting: dict[int, tuple[bytes, int]] = {}
@@ -48,7 +48,7 @@ class Undelivered:
         self.persist()
 
     def keep_older(self, header: bytes, fd: int, last_number: int) -> None:
-        """Keep a connection from a queue that the caller takes back, oldest connection first.
+        """Keep one of the connections that the caller takes out of a queue, oldest first.
 
         The connection goes behind all connections that were kept since the caller began, and in
         front of all others.
@@ -105,8 +105,8 @@ class Undelivered:
         """Adopt the connections of the program that we replaced; take ownership of the descriptors.
 
         number: the highest number in the state.  If that program was killed before it wrote the
-        state, a descriptor with the next number may have been stored.  So new connections skip the
-        next number, and the numbers of all stored descriptors.
+        next number into the state, a descriptor with this number may be stored.  So new connections
+        skip the next number, and the numbers of all stored descriptors.
 
         Returns how many connections are certainly lost: their descriptor or header was not stored.
         """

@@ -119,7 +119,7 @@ class AcceptWatch:
         self.awaits = False
 
     def came(self, index: int) -> None:
-        """Note that a client has come to a listener."""
+        """Record that a client has come to a listener."""
         self._waiting[index] = frozenset(), time.monotonic()
         self.awaits = False
         self.backlogs.watch()
@@ -164,7 +164,7 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                # A client was accepted or left, or the backlog is unknown: use the second limit.
+                # A client left or was accepted, or the backlog is unknown: use the second limit.
                 self.accepted.add(index)
                 del self._waiting[index]
             else:

@@ -51,7 +51,7 @@ def _waits(listening: socket.socket, address: tuple[str, int], client: socket.so
 
 
 def _waits_elsewhere(client: socket.socket) -> bool:
-    """Raise OSError, in place of _waits(), because another program has our connection."""
+    """Raise OSError: another program has our connection.  Takes the place of _waits()."""
     raise OSError(errno.ENOTCONN, "another program's socket is at our path")
 
 
@@ -329,7 +329,7 @@ class Probes:
         return unreadable
 
     def clients_come(self, places: set[tuple[int, int]]) -> None:
-        """Note that these sockets, by listener and number, get clients from now on."""
+        """Record that these sockets, by listener and number, get clients from now on."""
         if not places.isdisjoint(self.probed):
             self.probed -= places
             self._persist()  # before the first client, which the next program must not discard

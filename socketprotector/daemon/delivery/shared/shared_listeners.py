@@ -64,7 +64,7 @@ class SharedListeners:
             each.file_rights = known.get(each.index)
 
     def note_bound(self, listener: Listener) -> None:
-        """Note that a listener got another socket, or that one of its two sockets was dropped."""
+        """Record that a listener got another socket, or that one of its two sockets was dropped."""
         if not listener.has_sibling:
             # All generations share one socket, and connections inherit its accept tag
             # (open_counts.py).  So no tag shows any more which generation accepted a connection:
@@ -74,7 +74,7 @@ class SharedListeners:
         self.host.listener_bound(listener)
 
     def lose(self, listener: Listener, reason: str) -> None:
-        """Note that a listener gets no more clients."""
+        """Record that a listener gets no more clients."""
         listener.lost = True
         self.host.listener_lost(listener, reason)
 

@@ -100,7 +100,7 @@ class SocketSteering(Steering):
         self._watch.watch()
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
-        """Note that a generation will get another worker, which inherits the present sockets.
+        """Record that a generation will get another worker, which inherits the present sockets.
 
         knows: returns whether the generation was opened with a listener, by index.
         """
@@ -124,7 +124,7 @@ class SocketSteering(Steering):
         self._watch.look_again()
 
     def leave(self, generation: int) -> None:
-        """Note that a generation's workers were ordered to finish."""
+        """Record that a generation's workers were ordered to finish."""
         socket_number = self.turns.leave(generation, time.monotonic())
         if socket_number is not None:
             self._undo_changes(generation, socket_number, gone=False)
@@ -418,7 +418,7 @@ class SocketSteering(Steering):
         self._repairs.replace(listener, socket_number)
 
     def _repair(self) -> None:
-        if not self._repairs.ended:  # during a close, no generation would accept the clients
+        if not self._repairs.ended:  # at a close, no generation accepts a repaired socket's clients
             self._repairs.repair_all()
             self.steer()
 

@@ -161,7 +161,7 @@ class Turns:
         ]
 
     def leave(self, generation: int, now: float) -> int | None:
-        """Note that a generation was ordered to finish; return the number of its socket.
+        """Record that a generation was ordered to finish; return the number of its socket.
 
         None: the generation was not in `accepting`.
         """
@@ -229,7 +229,7 @@ class Turns:
         return moves
 
     def note_replaced(self, listener: Listener, number: int | None) -> set[int]:
-        """Note that a socket was replaced or dropped.
+        """Record that a socket was replaced or dropped.
 
         Returns the generations whose workers had this socket, and so lack the listener's present
         socket.  number: the socket's number; None: all generations share the socket.
@@ -241,7 +241,7 @@ class Turns:
         return lacking
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> bool:
-        """Note that a worker of a generation will start with the present sockets.
+        """Record that a worker of a generation will start with the present sockets.
 
         Returns whether the worker has a socket that all earlier workers of the generation lack.
 

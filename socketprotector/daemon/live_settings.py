@@ -69,7 +69,7 @@ class LiveSettings:
 
         Posts SettingsRead or SettingsFailed.
 
-        dry_run: the new generation gets no clients, and nobody accepts an added listener's clients.
+        dry_run: the new generation gets no clients, and added listeners' clients wait in vain.
         canary: the reload was requested with a canary.
         release: the release that the request names; "": it names none.
         """

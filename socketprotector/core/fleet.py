@@ -32,8 +32,8 @@ class Phase(Enum):
 PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
         Phase.SERVING: "every worker is ready, or the generation passed its probe",
-        Phase.SETTLING: "as for serving, if another generation serves (with --settle or a "
-        "rollout, or if a worker accepted the probe without READY)",
+        Phase.SETTLING: "the same, while another generation serves: with --settle or a "
+        "rollout, or if a worker accepted the probe without READY",
         Phase.ABANDONED: "it could not be opened, a worker exited, was not ready in time, broke "
         "the channel or lacks the required client library, a listening socket was lost, an "
         "operator called it off, a dry run ended, it must make room for a generation that serves "

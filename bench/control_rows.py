@@ -144,7 +144,7 @@ def _hostile(path: str) -> Iterator[None]:
 
 
 def control(scale: Scale) -> list[Figure]:
-    """What 100 clients of the control socket, two of them hostile, cost new clients."""
+    """What 100 hostile clients of the control socket cost new clients."""
     with _place() as path, protector("library", "--control", path) as started:
 
         def beside() -> Seen:
@@ -159,8 +159,8 @@ def control(scale: Scale) -> list[Figure]:
     _, tails = ratio(column(troubled, "p99_us"), column(calm, "p99_us"))
     return [
         Figure(
-            "connections/s beside 100 control clients, one never silent, one never reading / "
-            "without, C=64",
+            "connections/s beside 100 control clients (98 follow events and never read, one never "
+            "reads its status, one sends garbage) / without, C=64",
             rates,
             notes=[
                 f"{middle_of(troubled, 'per_second'):,.0f}/s against "

@@ -88,6 +88,18 @@ def test_a_lost_worker_finishes_when_a_reload_brings_a_limit_on_the_processes(
     assert Retire(lost) in story.when(SettingsRead(rolls))
 
 
+def test_a_lost_worker_serves_on_when_a_reload_brings_no_limit_on_the_processes(
+    configured: Story,
+) -> None:
+    """It takes no room, and if the reload fails, its generation serves on."""
+    story = configured
+    story.and_also(WorkerExited(1, "crashed", served_s=60.0))
+    lost = next(each.number for each in story.fleet[1].alive)
+    story.and_also(WorkerExited(lost, "lost", orphans=True, lost=True), ReloadRequested())
+
+    assert Retire(lost) not in story.when(SettingsRead(SLOW))
+
+
 def test_orphans_that_finish_already_get_no_second_order_from_such_a_reload(story: Story) -> None:
     """Its signal could end them at once, and their time would begin again."""
     story.given_serving(Policy(drain_timeout_s=60.0))
@@ -247,6 +259,13 @@ def test_a_reload_with_a_canary_reads_the_file_for_one(configured: Story) -> Non
 
     assert ReadSettings(canary=True) in story.when(ReloadRequested(canary))
     assert ReadSettings(canary=True) in resume(story.fleet, {})
+
+
+def test_a_canary_that_the_file_brings_is_for_the_same_reload(configured: Story) -> None:
+    story = configured
+    story.and_also(ReloadRequested(), SettingsRead(Policy(canary=Canary(500, 60.0))))
+
+    assert RouteTo(1, 2, 500) in story.when(WorkerReady(2))
 
 
 def test_a_program_that_resumes_reads_again_what_was_being_read() -> None:

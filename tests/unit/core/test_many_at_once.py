@@ -5,6 +5,8 @@ And what has not been started by then never is.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from socketprotector.core.actions import Action, Open, Retire, RouteTo, Signal, Spawn, StartTimer
@@ -65,6 +67,20 @@ def test_each_event_of_one_turn_does_not_start_a_few_more(story: Story) -> None:
 
     assert sum(map(count, gone)) <= AT_ONCE
     assert count(turned(story)) <= AT_ONCE
+
+
+def test_workers_that_exit_in_one_turn_while_the_next_generation_settles_start_a_few_at_a_time(
+    story: Story,
+) -> None:
+    served_by(story, 40)
+    story.fleet = replace(story.fleet, policy=Policy(settle_s=5.0))
+    story.and_also(ReloadRequested(), *map(WorkerReady, range(41, 81)))
+    assert (story.serving, story.settling) == ({1}, {2})
+
+    gone = [story.when_at_once(WorkerExited(n, KILLED, 20.0)) for n in range(1, 41)]
+
+    assert 0 < sum(map(count, gone)) <= AT_ONCE
+    assert 0 < count(turned(story)) <= AT_ONCE
 
 
 def test_those_that_are_all_too_old_at_the_same_time_are_replaced_a_few_at_a_time(

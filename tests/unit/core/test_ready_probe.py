@@ -32,6 +32,7 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Policy, State
+from socketprotector.core.rollout import room
 from socketprotector.model.policy import STANDBY_S
 from tests.unit.conftest import Story
 
@@ -155,6 +156,22 @@ def test_the_last_answer_is_told_when_it_was_not_ready_in_time(story: Story) -> 
     assert actions[0] == StopProbing(2)
     assert Report(ReportKind.RELOAD_FAILED, 2, reason) in actions
     assert story.serving == {1}
+
+
+def test_a_rolling_reload_fails_if_its_first_workers_do_not_pass_the_probe_in_time(
+    story: Story,
+) -> None:
+    """No more processes may run, but it has its workers, so it does not wait for room."""
+    policy = Policy(ready="http", surge=1, drain_timeout_s=9.0)
+    story.given(policy, workers=2).and_also(Launched(), Answered(1), ReloadRequested())
+    story.when(WorkerReady(3))
+    assert room(story.fleet, 1) == 0
+    answer = 'GET /healthz: 500, "database"'
+
+    actions = story.when(DeadlinePassed(START_2, answer))
+
+    reason = f"not ready within 1m; {answer}"
+    assert Report(ReportKind.RELOAD_FAILED, 2, reason) in actions
 
 
 @pytest.mark.parametrize(

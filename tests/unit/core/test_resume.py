@@ -38,6 +38,7 @@ from socketprotector.core.events import (
     DeadlinePassed,
     Event,
     HoldRequested,
+    KillRequested,
     Launched,
     OpenFailed,
     ReloadRequested,
@@ -372,3 +373,12 @@ def test_the_next_program_knows_a_worker_by_its_number() -> None:
     story.and_also(WorkerExited(5000, "exited", served_s=20.0))
 
     assert [worker.number for worker in story.fleet[1].workers] == [5001]
+
+
+def test_the_next_program_kills_the_generation_that_an_operator_names() -> None:
+    story = ReadBack().given_serving()
+    for number in (5000, 5001):
+        story.and_also(ReloadRequested(), WorkerReady(number))
+    assert story.draining == {1, 1000}
+
+    assert story.when(KillRequested(1000)) == [Signal(5000, WorkerSignal.KILL)]

@@ -255,6 +255,16 @@ def test_a_canary_that_has_met_too_few_says_so_and_has_its_time_again(story: Sto
     assert reasons(story, met=3) == ["5% of new connections for 2m: 3 so far"]
 
 
+def test_a_canary_that_wants_a_single_connection_says_so_until_it_has_met_it(
+    story: Story,
+) -> None:
+    with_canary(story, Canary(500, 60.0, at_least=1))
+
+    assert reasons(story, met=0) == ["5% of new connections for 1m: 0 so far, at least 1 wanted"]
+    assert reasons(story, met=None) == ["5% of new connections for 1m, at least 1 wanted"]
+    assert reasons(story, met=1) == ["5% of new connections for 1m: 1 so far"]
+
+
 def test_a_canary_that_is_checked_says_by_what(story: Story) -> None:
     story.given_serving(Policy(settle_s=5.0, settle_check="check:./good"))
     story.and_also(ReloadRequested(Canary(500, 60.0)), WorkerReady(2))

@@ -160,7 +160,7 @@ def test_a_rollback_gives_the_clients_back(operated: Operating, beside: Beside) 
     assert one.status()["lost"] == 0
     refused = run("--control", str(one.path), "rollback")
     assert refused.status == 2
-    assert "nothing to roll back: no reload is in progress" in refused.err
+    assert "nothing to roll back: no reload can be called off" in refused.err
     one.daemon.stop()
 
 

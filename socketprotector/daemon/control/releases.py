@@ -129,10 +129,11 @@ def of_status(effects: Effects, fleet: Fleet) -> dict[str, Any]:
         return {}
     incoming, name = _incoming(effects, fleet)
     route = fleet.route.number if fleet.route else None
+    unopened = fleet.next_generation if name else route
     return {
         "releases": {
             "deploying": name or None,
-            "generation": incoming.number if incoming else route,
+            "generation": incoming.number if incoming else unopened,
             "serving": releases.serving,
             "current": releases.link.named or None,
             "link": releases.link.path,

@@ -121,3 +121,26 @@ def test_a_refused_deploy_advises_a_rollback_only_where_it_works(
         releases.deploy(effects, fleet, cast("Any", None), "3")
 
     assert str(caught.value) == refused
+
+
+@pytest.mark.parametrize(
+    ("fleet", "generation"),
+    [
+        (Fleet(Policy(), generations=(_SERVES,), next_generation=2, reading=True), 1),
+        (Fleet(Policy(), generations=(_SERVES,), next_generation=2, reading=True, release="3"), 2),
+        (
+            Fleet(Policy(), generations=(_SERVES, Generation(2)), next_generation=3, release="3"),
+            2,
+        ),
+    ],
+)
+def test_status_has_the_generation_of_a_deploy_from_its_request_on(
+    fleet: Fleet, generation: int
+) -> None:
+    """A command whose connection was cut waits for this generation's verdict."""
+    link = SimpleNamespace(named="1", path="/srv/current")
+    found = SimpleNamespace(serving="1", link=link, own=dict, is_saved=True, error="")
+    live = SimpleNamespace(releases=found)
+    effects = cast("Any", SimpleNamespace(live_settings=live, generations={}))
+
+    assert releases.of_status(effects, fleet)["releases"]["generation"] == generation

@@ -10,7 +10,7 @@ class ControlError(Refusal):
     """A request to a protector, or the operation that the request started, has failed."""
 
     #: The field `result` of the outcome that a waiting command prints with --json.
-    #: "lost": no protector answers, so the result is unknown if the operation was requested.
+    #: "lost": no protector answers.  If the operation was requested, its result is unknown.
     result = "lost"
 
 

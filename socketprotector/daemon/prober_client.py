@@ -66,7 +66,7 @@ class Prober:
     ) -> None:
         """Send a probe over the caller's connection, which need not be established yet.
 
-        limit_s: the probe's limit, for messages.  left_s: the time left until the limit.  Answers
+        limit_s: the probe's limit, only for texts.  left_s: the time left until the limit.  Answers
         to earlier probes are ignored from now on.  Raises OSError.
         """
         self._number += 1

@@ -89,8 +89,8 @@ def _warn_unable(generation: OpenGeneration, unable: int, log: Log) -> None:
         "no-spread",
         generation=generation.record.number,
         workers=unable,
-        reason="--drain-spread and --stop-spread have no effect on these workers: unlike workers "
-        "on the Python client library, they do not end their connections evenly",
+        reason="--drain-spread and --stop-spread have no effect on these workers: only workers on "
+        "the Python client library, except gunicorn's, end their connections evenly",
     )
 
 

@@ -267,7 +267,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     "Workers": (
         Option("workers", click.IntRange(1, _MANY), "Run this many workers.\n"
                "With --handoff stdio: run at most this many programs at a time. In other modes "
-               "TTIN and TTOU change the number until a reload finds N changed.",
+               "TTIN and TTOU change the number, until a reload reads a new N.",
                "workers", common=True, unset="1; 4 with stdio"),
         Option("shell", FLAG, "With --handoff stdio: run COMMAND by /bin/sh -c.", "shell"),
         Option("watchdog", TIME,

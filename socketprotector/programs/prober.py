@@ -106,7 +106,8 @@ class ProbeRequest:
 
     `address`, `source` and `options` (of the socket) make a connection to the generation; the path
     of a UNIX socket has port 0.  `kind`, `host` and `path` describe the request; `good` has the
-    good statuses.  Optional: `number`, `limit_s`, and `limit`, which is `limit_s` in words.
+    good statuses.  Optional: `number`, `limit_s` (the time left), and `limit`, the probe's limit
+    in words.
     """
 
     def __init__(self, text: bytes) -> None:

@@ -79,8 +79,8 @@ class AcceptWatch:
     loop: Loop
     backlogs: Backlogs
     #: How long workers may accept none of a listener's waiting clients before we report the
-    #: listener.  The first limit applies until a client may have been accepted there, the second
-    #: afterwards.
+    #: listener.  The first limit applies while surely no client has been accepted there, the
+    #: second afterwards.
     limits_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     timer: str = "untaken"
     awaits: bool = False  # True: `backlogs` must call came() when a client comes
@@ -109,7 +109,7 @@ class AcceptWatch:
 
     @property
     def has_accepted(self) -> bool:
-        """Return whether the generation has accepted a client, or may have."""
+        """Return whether the generation has accepted a client since begin(), or may have."""
         return bool(self.accepted)
 
     def end(self) -> None:
@@ -137,7 +137,7 @@ class AcceptWatch:
         """Look now; return whether clients wait where none was accepted since the last look.
 
         Also return True if clients wait at a listener where the last look found no client.  But if
-        no client has come since a look that found no client, return False without a look.
+        no client is known to wait, return False without a look.
         """
         if not self._waiting:
             return False

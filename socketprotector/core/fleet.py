@@ -32,7 +32,7 @@ class Phase(Enum):
 PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
         Phase.SERVING: "every worker is ready, or the generation passed its probe",
-        Phase.SETTLING: "the same, while another generation serves: with --settle or a "
+        Phase.SETTLING: "as for serving, while another generation serves: with --settle or a "
         "rollout, or if a worker accepted the probe without READY",
         Phase.ABANDONED: "it could not be opened, a worker exited, was not ready in time, broke "
         "the channel or lacks the required client library, a listening socket was lost, an "

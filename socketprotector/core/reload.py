@@ -354,7 +354,7 @@ def cannot_call_off(fleet: Fleet) -> str:
     begun = fleet.reading or fleet.to_open is Next.FRESH or (incoming and incoming.fresh)
     if begun and fleet.of(Phase.SERVING) and not (fleet.stop_requested or fleet.dry_run):
         return ""
-    return "nothing to roll back: no reload is in progress while a generation serves; see `status`"
+    return "nothing to roll back: no reload can be called off; see `status`"
 
 
 def rollback_requested(step: Step) -> None:

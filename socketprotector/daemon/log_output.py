@@ -138,7 +138,7 @@ class Output:
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
         """Close the oldest pipes of exited workers without orphans.
 
-        The newest, about LEFT_BEHIND (model/fd_budget.py) pipes, stay open.
+        About LEFT_BEHIND (model/fd_budget.py) of these pipes, the newest, stay open.
         living: how many workers run, or have exited and left orphans.
         numbers: returns these workers' numbers.
         """

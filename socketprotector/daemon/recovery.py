@@ -30,7 +30,7 @@ from .effects import Effects
 from .generation import OpenGeneration
 
 #: Why a worker or generation of the fleet is missing.
-_KILLED = "was starting when the protector was killed"
+_KILLED = "it was starting when the protector was killed"
 _ENDED = "ended while no protector was running"
 _NOT_STORED = "the protector was killed, and this worker's descriptors were not stored"
 #: The descriptors without which a worker cannot be adopted.  Some workers also need `line`.
@@ -53,7 +53,7 @@ class Recovery:
         """Adopt everything except the workers; after that a generation can get the route.
 
         Returns an event for each generation of --handoff stdio whose first programs have failed
-        (first_programs.py): the killed protector may not have handled that failure.
+        (first_programs.py): the earlier program may not have handled that failure.
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery
@@ -143,9 +143,9 @@ class Recovery:
                 # worker's process group.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
-                # The fleet must learn of a worker not yet ORPHANED of which only the group is
-                # watched, and of an ORPHANED worker whose group is gone.  _report_missing() reports
-                # a worker not yet ORPHANED whose group is gone.
+                # The fleet must learn of a worker not yet ORPHANED if only its group is watched,
+                # and of an ORPHANED worker whose group is gone.  _report_missing() reports a
+                # worker not yet ORPHANED whose group is gone.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     waiting = self._waiting(record.generation)
                     lost = has_group and not record.orphaned
@@ -195,9 +195,9 @@ class Recovery:
     ) -> None:
         """Watch a worker that cannot be adopted: it was starting, or descriptors are missing.
 
-        The worker's RETURN line closed when the protector was killed.  The fleet counts the worker
-        as an orphan until a scan of /proc (system/orphans.py) finds none of the worker's processes.
-        The scans also carry out the fleet's orders to these processes.
+        By now the worker's RETURN line is closed.  The fleet counts the worker as an orphan until
+        a scan of /proc (system/orphans.py) finds none of the worker's processes.  The scans also
+        carry out the fleet's orders to these processes.
         """
         pool, generation_number = self.effects.pool, generation.number
         programs = {each.number: each.program for each in self.snapshot.generations}

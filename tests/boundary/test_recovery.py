@@ -28,7 +28,7 @@ from socketprotector.model.records import (
 from socketprotector.model.settings import Settings
 from socketprotector.system.inherited import Inherited
 
-KILLED = "was starting when the protector was killed"
+KILLED = "it was starting when the protector was killed"
 PHASES = (Phase.SERVING, Phase.STARTING)
 _WAITS = "import signal; signal.pause()"
 

@@ -57,7 +57,7 @@ from tests.unit.core.world import POLICIES, ROUNDS, World, check_step, one_at_a_
 
 __all__ = ["one_at_a_time"]  # pytest uses it
 
-KILLED = "was starting when the protector was killed"
+KILLED = "it was starting when the protector was killed"
 
 
 class KilledWorld(World):

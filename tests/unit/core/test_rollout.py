@@ -1073,7 +1073,7 @@ def test_why_a_stage_cannot_be_ended(story: Story) -> None:
     assert news(canary.when(PromoteRequested())) == [(ReportKind.REFUSED, nothing)]
 
 
-NOTHING = "nothing to roll back: no reload is in progress while a generation serves; see `status`"
+NOTHING = "nothing to roll back: no reload can be called off; see `status`"
 
 
 @pytest.mark.parametrize(

@@ -312,10 +312,10 @@ class SharedDelivery(Delivery):
         return float("inf") if all(refused) else time.monotonic() + LAST_S
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
-        """Finish closing once two looks, QUIET_S apart, found no waiting client.
+        """Finish closing at the first look that finds no waiting client, or at the deadline.
 
-        At once, if nothing is awaited.
-        latest: the deadline, by time.monotonic().  again: this is not the first look.
+        The first look comes after QUIET_S.  If no listener is awaited, finish at once.
+        latest: the deadline, by time.monotonic().  again: this is not the first call.
         """
         # A passed-in listener might never become empty, because its owner keeps listening.
         awaited = [e for e in self._listeners if not (e.settings.foreign or e.lost)]

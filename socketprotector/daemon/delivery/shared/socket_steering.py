@@ -102,7 +102,7 @@ class SocketSteering(Steering):
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
         """Record that a generation will get another worker, which inherits the present sockets.
 
-        knows: returns whether the generation was opened with a listener, by index.
+        knows: returns whether the generation knows a listener, by index.
         """
         if self.turns.grow(generation, knows):
             # Write the state before the worker accepts: if we are killed, the next program must

@@ -245,7 +245,7 @@ class Turns:
 
         Returns whether the worker has a socket that all earlier workers of the generation lack.
 
-        knows: returns whether the generation was opened with a listener, by index.
+        knows: returns whether the generation knows a listener, by index.
         """
         served = {each for each in self.unserved if each[0] == generation and knows(each[1])}
         grown = not served <= self.partly_served

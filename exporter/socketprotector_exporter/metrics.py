@@ -49,7 +49,7 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Gauge, "start_time_seconds", "When the instance was started, since the epoch."),
     (Total, "restarts", "Restarts of SocketProtector, after a crash or by an upgrade."),
     (Gauge, "phase", "1 for the current phase.", "phase"),
-    (Gauge, "serving", "1 if a generation gets new connections."),
+    (Gauge, "serving", "1 if a generation gets new connections, or will after a hold."),
     (Gauge, "held", "1 during a hold: no connection is accepted."),
     (
         Gauge,

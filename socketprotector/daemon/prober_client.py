@@ -35,7 +35,7 @@ class Prober:
     ) -> None:
         """Start the process.  Raises OSError.
 
-        answered: called for an answer in time, with why the answer is bad; "": it is good.
+        answered: called for a result in time, with why the probe failed; "": a good answer.
         late: called if no answer has come in time, with a text that says so.
         ended: called with how the process exited, but not after close().
         forwards: (target, socket); the prober forwards the socket's connections to the target.

@@ -99,10 +99,10 @@ class Steering(ABC):
         """Give the held clients of UNIX paths to the next generation.
 
         Also pass on the clients of listeners for which Turns.lacks_workers() is true.  During a
-        hold, do nothing.  If both sockets have generations, only post HeldClientsWait, if held
-        clients wait.
+        hold, do nothing.  If both sockets have generations, pass on nothing; if held clients wait,
+        post HeldClientsWait.
         """
 
     @abstractmethod
     def gets_no_client(self, generation: int) -> bool:
-        """Return whether no new client comes to a generation; always True during a stop."""
+        """Return whether a generation gets no new client; True once a stop closes listeners."""

@@ -229,23 +229,26 @@ def _tcp(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
 def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
     """Yield (inode, socket) for each connection in a table of UNIX sockets."""
     waiting = unread_unix()
-    for words in _lines(path):
+    for words in _lines(path, 7):  # what follows is a path, which may contain blanks
         if len(words) < 7 or not words[6].isdecimal():
             continue  # the name of the previous line's socket contains a line break
         state, inode = words[5], words[6]
-        name = path_of(" ".join(words[7:]))  # a path may contain blanks
+        name = path_of(words[7].rstrip("\n") if len(words) > 7 else "")
         if state == _CONNECTED and name in addresses:
             unread = waiting.get(int(inode))
             yield int(inode), _Socket(local=f"unix:{name}", peer="unix", waiting_bytes=unread)
 
 
-def _lines(path: str) -> Iterator[list[str]]:
-    """Yield the words of each line in a table, without the line of headings."""
+def _lines(path: str, most: int = -1) -> Iterator[list[str]]:
+    """Yield the words of each line in a table, without the line of headings.
+
+    most: split off so many words, and leave the rest of the line as it is; -1: split all.
+    """
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as table:
             next(table, None)
             for line in table:
-                yield line.split()
+                yield line.split(None, most)
     except FileNotFoundError:  # the kernel has no IPv6, or the process has ended
         return
 

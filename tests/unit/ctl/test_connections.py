@@ -91,8 +91,9 @@ def test_mapped_addresses_are_shown_as_what_they_are(stack: ExitStack) -> None:
     assert [each.peer for each in found] == [f"127.0.0.1:{client.getsockname()[1]}"]
 
 
-def test_a_unix_socket_whose_path_has_a_blank(stack: ExitStack, tmp_path: Path) -> None:
-    path = str(tmp_path / "a b")
+@pytest.mark.parametrize("name", ["a b", "a  b", "a\tb", "a "])
+def test_a_unix_socket_whose_path_has_blanks(stack: ExitStack, tmp_path: Path, name: str) -> None:
+    path = str(tmp_path / name)
     client, _ = pair(stack, socket.AF_UNIX, path)
     client.sendall(b"123")
 

@@ -171,7 +171,7 @@ docs: $(INSTALLED) $(DOCS)/.installed ## rewrite tables and man page from the co
 	$(DOCS)/bin/python -m sphinx -n -W --keep-going -q -d build/doctrees -c tools/site . $(SITE)
 	$(BIN)/python -m pytest -q tests/pages/built_site.py
 
-bench: $(INSTALLED) ## measure and print the table of figures (some minutes; installs a C compiler)
+bench: $(INSTALLED) ## measure and print the table of figures (more than an hour; installs a C compiler)
 	tools/install-packages gcc libc6-dev
 	$(BIN)/python -m bench
 

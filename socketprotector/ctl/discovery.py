@@ -75,7 +75,8 @@ def by_name(name: str) -> str:
     shown = dict(zip((each.path for each in alive), names(alive), strict=True))
     if len(matching) > 1:
         choices = [shown[path] for path in matching]
-        if len(set(choices)) < len(choices):  # some have the same name
+        # Some have the same name, or one is still called `name` (see names()).
+        if len(set(choices)) < len(choices) or name in choices:
             choices = [f"--control {path}" for path in matching]
         raise UsageError(f"--name {name}: several match; choose one of {_shortened(choices)}")
     if matching or with_key:

@@ -218,6 +218,23 @@ def test_the_name_is_what_the_protector_says_whatever_its_socket_is_called(
     ]
 
 
+def test_a_name_that_several_have_is_not_offered_for_the_one_in_its_own_folder(
+    fakes: Fakes, folder: Path, ctl: Ctl
+) -> None:
+    second = fakes("web:81")
+    second.status.update(name="web", listeners=listening(81))
+    (folder / "web").mkdir()
+    first = Fake(folder / "web" / "control")
+    try:
+        said = level(ctl, "--name", "web")
+    finally:
+        first.end()
+
+    assert said.status == 2
+    for path in (second.path, folder / "web" / "control"):
+        assert f"--control {path}" in said.err
+
+
 def test_two_of_one_name_and_port_are_told_apart_by_their_sockets(
     fakes: Fakes, folder: Path, ctl: Ctl
 ) -> None:

@@ -32,12 +32,12 @@ class Phase(Enum):
 PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
         Phase.SERVING: "every worker is ready, or the generation passed its probe",
-        Phase.SETTLING: "as for serving, while another generation serves: with --settle or a "
+        Phase.SETTLING: "it is ready, while another generation serves: with --settle or a "
         "rollout, or if a worker accepted the probe without READY",
         Phase.ABANDONED: "it could not be opened, a worker exited, was not ready in time, broke "
         "the channel or lacks the required client library, a listening socket was lost, an "
-        "operator called it off, a dry run ended, it must make room for a generation that serves "
-        "clients still waiting after a hold (--handoff listener), or a stop began",
+        "operator called it off, a dry run ended, it must make way for a new generation, "
+        "for clients still waiting after a hold (--handoff listener), or a stop began",
     },
     Phase.SETTLING: {
         Phase.SERVING: "--settle or its rollout is over, an operator promoted it, a stop began, or "
@@ -45,9 +45,9 @@ PHASES: dict[Phase, dict[Phase | None, str]] = {
         "last generation that served)",
         Phase.DRAINING: "a worker exited or broke the channel, --settle-check failed, its rollout "
         "failed (a lost socket, too few clients, or workers that are late or stuck, accept "
-        "nothing, or lack the client library), an operator called it off, it must make room for a "
-        "generation that serves clients still waiting after a hold, a stop began during its "
-        "rollout, or a quick stop began",
+        "nothing, or lack the client library), an operator called it off, it must make way for a "
+        "new generation, for clients still waiting after a hold, a stop began during its rollout, "
+        "or a quick stop began",
     },
     Phase.SERVING: {Phase.DRAINING: "replaced, channel broken, or a stop began"},
     Phase.DRAINING: {None: "last worker gone"},

@@ -226,7 +226,7 @@ def _child_row(worker: Message, generation: Message, child: Message) -> Row:
 
 
 def omitted_columns(status: Message) -> list[Text]:
-    """Return lines that name the columns that no table has, and why; [] if there are none."""
+    """Return lines that name the columns of _FIELDS that no table has, and why; [] if none."""
     hidden = _unknown_columns(status, [*listed(status, "generations"), *_workers_of(status)])
     if not hidden:
         return []

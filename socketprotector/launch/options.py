@@ -315,7 +315,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("health-every", TIME_EACH, "Wait this long between health probes; 100ms or more.",
                "health_every_s", default="5s"),
         Option("health-failures", click.IntRange(1, _MANY),
-               "Report unhealthy after this many bad answers in a row.",
+               "Report unhealthy after this many bad answers without a good one.",
                "health_failures", default=3),
         Option("health-timeout", TIME_TO_ANSWER, "Wait this long for an answer; 10ms or more.",
                "health_timeout_s", default="2s"),

@@ -169,7 +169,7 @@ def _incoming(effects: Effects, fleet: Fleet) -> tuple[Generation | None, str]:
 
 
 def _refuse_second(fleet: Fleet, effects: Effects) -> None:
-    """Raise RequestError while a start, reload, deploy or dry run is in progress."""
+    """Raise RequestError while a start, reload, deploy or dry run is in progress or queued."""
     if not fleet.is_releasing:
         return
     incoming, name = _incoming(effects, fleet)

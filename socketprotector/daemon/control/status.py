@@ -59,7 +59,7 @@ def phase_of(fleet: Fleet) -> str:
 
 def of_ready(settings: Settings) -> str:
     """Return what makes a worker ready, in words."""
-    if settings.ready == ANY and ready_fd(settings) >= 0:  # the command has {fd:ready}
+    if settings.ready == ANY and ready_fd(settings) >= 0:  # COMMAND or --env has it
         return "notify, ack or a line"
     return settings.ready_text(in_status=True)
 
@@ -266,7 +266,6 @@ def _of_counts(counts: Counts | None) -> dict[str, int | None]:
     return {
         "accepted": counts.accepted,
         "active": counts.active,
-        # A probe's connection counts as active, but not as accepted, so the difference can be < 0.
         "finished": max(0, counts.accepted - counts.active),
         "errors": counts.errors,
     }

@@ -15,14 +15,15 @@ PROBE = "SOCKETPROTECTOR_PROBE"
 #: The backlog of a socket for probes, which make few connections at once.
 BACKLOG = 16
 #: The message about a probe if ProbeTarget.is_unchanged() returns False.
-SHUT_DOWN = "its listening socket was shut down or closed to clients during the probe"
+SHUT_DOWN = "the generation's socket was shut down, closed to clients or replaced during the probe"
 
 
 @mutable
 class ProbeTarget:
     """The address to which probes of one generation connect, and the mark of these probes.
 
-    The kernel uses the mark (system/bpf.py) to steer a probe to one of an address's sockets.
+    By the mark (system/bpf.py) the kernel steers a probe to one of an address's sockets, unless the
+    probe connects as clients do.
     """
 
     #: Host and port; for a UNIX socket: its path, or "@" and its name, with 0 as the port.

@@ -99,8 +99,8 @@ class Steering(ABC):
         """Give the held clients of UNIX paths to the next generation.
 
         Also pass on the clients of listeners for which Turns.lacks_workers() is true.  During a
-        hold, do nothing.  If both sockets have generations, pass on nothing; if held clients wait,
-        post HeldClientsWait.
+        hold, do nothing.  If both sockets have generations, pass on nothing: only post
+        HeldClientsWait, and only if held clients wait.
         """
 
     @abstractmethod

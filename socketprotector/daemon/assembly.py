@@ -69,8 +69,8 @@ class Resident:
         earlier: the state of an earlier program; StateError: why that state is unusable; None: no
         state.  command: the command line that executes this program again.
         """
-        # A guard has copies of all descriptors.  systemd has copies only if an earlier program has
-        # stored them.  If so, we have inherited that program's state, too.
+        # A guard has copies of all descriptors.  So has systemd's store if we inherited a state.
+        # Without a state, it has at most listeners (stored_listeners.py): we store them again.
         has_copies = inherited.GUARD in descriptors or inherited.STATE in descriptors
         stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()
         if isinstance(earlier, Snapshot):

@@ -381,17 +381,19 @@ class Resident:
         if self._loop is not None:
             self._loop.call_after(resend, _RESEND_PAUSE_S, resend)
 
-    def _reopen_logs(self, log: Log) -> None:
+    def _reopen_logs(self, log: Log) -> str:
+        """Reopen the log file; return why that failed, or ""."""
         try:
             self.output.reopen()
         except OSError as error:
             log.write("error", "reopen-failed", file=error.filename, error=error.strerror)
-        else:
-            # The guard, and each program that the guard starts, must write to the new file, too.
-            if self.settings.log_file is not None:
-                self.parents.guard.send("X_OUTPUT=1", _STDERR)
+            return str(error)
+        # The guard, and each program that the guard starts, must write to the new file, too.
+        if self.settings.log_file is not None:
+            self.parents.guard.send("X_OUTPUT=1", _STDERR)
         log.reopen()
         log.write("info", "reopened")
+        return ""
 
     # -- the control socket ----------------------------------------------------
 

@@ -71,7 +71,7 @@ class Supervisor:
     upgrade: Upgrade
     runtime: Runtime
     _: KW_ONLY
-    reopen_logs: Callable[[], None]
+    reopen_logs: Callable[[], str]  # returns why that failed, or ""
     #: Called with each signal except SIGCHLD, before we act on it.
     on_signal: Callable[[int], object]
     #: A descriptor of the terminal that a foreground protector runs on.

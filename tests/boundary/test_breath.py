@@ -114,7 +114,7 @@ def protector_of(away: Away, monkeypatch: pytest.MonkeyPatch, workers: int = 600
         cast("Any", SimpleNamespace(save=lambda: True, begin=lambda *_: None)),
         cast("Any", None),
         Runtime(cast("Any", loop), cast("Any", log), queue.post, lambda: True),
-        reopen_logs=lambda: None,
+        reopen_logs=lambda: "",
         on_signal=lambda _: None,
         terminal=None,
         outlives_terminal=False,

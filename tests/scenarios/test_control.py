@@ -750,6 +750,21 @@ def test_logs_are_reopened(operated: Operating, tmp_path: Path) -> None:
     eventually(lambda: log.exists() and "event=reopened" in log.read_text(), "a new log")
 
 
+def test_a_log_that_cannot_be_reopened_is_refused(operated: Operating, tmp_path: Path) -> None:
+    folder, moved = tmp_path / "logs", tmp_path / "moved"
+    folder.mkdir()
+    web = operated("--log-file", folder / "log")
+    folder.rename(moved)
+
+    code, error = web.line().refused("reopen")
+
+    assert code == "refused"
+    assert re.fullmatch("not reopened: .*No such file.*; lines still go to the old file", error)
+    text = (moved / "log").read_text()
+    assert "event=reopen-failed" in text
+    assert "event=reopened" not in text
+
+
 def test_a_quick_stop_waits_for_no_client(operated: Operating) -> None:
     web = operated(command=(*OBEYS, "1"))
     with Client(web.address, "hello") as client:

@@ -800,7 +800,7 @@ class World:
             point,
             cast("Any", Upgrade(kernel)),
             runtime,
-            reopen_logs=lambda: None,
+            reopen_logs=lambda: "",
             on_signal=lambda _: None,
             terminal=None,
             outlives_terminal=False,

@@ -403,7 +403,8 @@ class CommandHandler:
         return {"level": level}
 
     def do_reopen(self) -> Mapping[str, Any]:
-        self.supervisor.reopen_logs()
+        if why := self.supervisor.reopen_logs():
+            raise RequestError("refused", f"not reopened: {why}; lines still go to the old file")
         return {}
 
 

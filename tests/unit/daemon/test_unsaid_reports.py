@@ -66,7 +66,7 @@ def protector_of(killed: Killed, upgrade: object = None, **checkpoint: object) -
         ),
         cast("Any", upgrade),
         Runtime(cast("Any", loop), cast("Any", log), queue.post, persist),
-        reopen_logs=lambda: None,
+        reopen_logs=lambda: "",
         on_signal=lambda _: None,
         terminal=None,
         outlives_terminal=False,

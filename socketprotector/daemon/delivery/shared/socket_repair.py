@@ -97,8 +97,8 @@ class SocketRepair:
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
-        # Keep a listener's only socket if some generation's workers lack it: perhaps the clients at
-        # the socket wait for the next generation.
+        # If some generation's workers lack a listener's only socket, make no second socket: perhaps
+        # clients wait at the only one for the starting generation.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)

@@ -229,7 +229,7 @@ def _tcp(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
 def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
     """Yield (inode, socket) for each connection in a table of UNIX sockets."""
     waiting = unread_unix()
-    for words in _lines(path, 7):  # what follows is a path, which may contain blanks
+    for words in _lines(path, 7):  # after seven words comes a path, which may contain blanks
         if len(words) < 7 or not words[6].isdecimal():
             continue  # the name of the previous line's socket contains a line break
         state, inode = words[5], words[6]

@@ -269,6 +269,16 @@ class Fleet:
         begun = self.reading or self.candidate or self.to_open is Next.FRESH or fresh
         return bool(begun or self.reload_wanted)
 
+    @property
+    def next_reload(self) -> int:
+        """The lowest number that the generation of a reload requested now can get.
+
+        The next number is already due to a reload that has begun and is not opened yet.
+        """
+        opened = self.incoming is not None and self.incoming.fresh
+        begun = self.reading or self.candidate or self.to_open is Next.FRESH
+        return self.next_generation + bool(begun and not opened)
+
     def policy_of(self, fresh: bool) -> Policy:
         """Return the policy of a generation that is opened fresh, or from the last good command."""
         return self.candidate.policy if fresh and self.candidate else self.policy

@@ -113,7 +113,7 @@ def _serve_backlog(step: Step) -> None:
 
 
 def listeners_lost(step: Step) -> None:
-    """Stop with a failure, because no client can connect: systemd or the guard restarts us."""
+    """Stop with a failure, because no client can connect: systemd restarts us."""
     if step.fleet.stopping or step.fleet.stop_awaits_rescue:
         return
     if not step.fleet.stop_requested:

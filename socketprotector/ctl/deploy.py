@@ -100,6 +100,7 @@ def deploy(
         operation.outcome["from_release"] = serving = _releases_in(before).get("serving")
         if if_changed and _is_unchanged(operation.client, before, release, expect):
             operation.outcome["generation"] = before.get("route")
+            _await_saved(operation, release)
             operation.finish("unchanged", f"unchanged: release {release} is serving")
             return
         promised = _request_deploy(operation.client, before, release, arguments)
@@ -156,17 +157,17 @@ def _releases_in(status: Message) -> Message:
 def _is_unchanged(client: Client, before: Message, name: str, expect: str | None) -> bool:
     """Return True if the release is serving and unchanged, and `current` leads to it.
 
-    Returns False if `expect` names a release other than `name`.  The caller then requests the
-    deploy, and the protector compares `expect` with the serving release.
+    Returns False during a deploy, and if `expect` names a release other than `name`.  The caller
+    then requests the deploy, and the protector refuses it or compares `expect` with the serving
+    release.
     """
     releases = _releases_in(before)
-    if expect not in (None, name) or (releases.get("serving"), releases.get("current")) != (
-        name,
-        name,
-    ):
+    found = (releases.get("serving"), releases.get("current"))
+    if releases.get("deploying") or expect not in (None, name) or found != (name, name):
         return False
-    found = [e for e in listed(client.request("releases"), "releases") if e.get("serving") is True]
-    return bool(found) and not any(each.get("changed") for each in found)
+    listing = listed(client.request("releases"), "releases")
+    serving = [each for each in listing if each.get("serving") is True]
+    return bool(serving) and not any(each.get("changed") for each in serving)
 
 
 def _request_deploy(client: Client, before: Message, name: str, arguments: dict[str, Any]) -> int:
@@ -186,8 +187,10 @@ def _request_deploy(client: Client, before: Message, name: str, arguments: dict[
         return number_in(client.request("deploy", **arguments), "generation")
     except ConnectionLost:
         client.reconnect()
-    now = _releases_in(client.query("status"))
-    if now.get("deploying") == name or (
+    status = client.query("status")
+    now, dry_run = _releases_in(status), status.get("dry_run")
+    tries = isinstance(dry_run, dict) and dry_run.get("result") == "running"
+    if (now.get("deploying") == name and tries == ("dry_run" in arguments)) or (
         now.get("serving") == name and _releases_in(before).get("serving") != name
     ):  # the deploy is in progress, or has succeeded
         return number_in(now, "generation")
@@ -222,15 +225,21 @@ def _await_deploy(
     if dry_run:
         operation.finish("passed", f"would deploy release {name}: {success}")
         return
+    previous = f" (before: {old})" if old and old != name else ""
+    _await_saved(operation, name, previous)
+    operation.finish("deployed", f"deployed: release {name}{previous}; {success}")
+
+
+def _await_saved(operation: Operation, name: str, previous: str = "") -> None:
+    """Wait until `current` and the history are on disk.  Raises NotRecorded if writing failed."""
     saved = _CurrentSaved(name, operation.tell)
     operation.wait(saved, status_first=True)
-    previous = f" (before: {old})" if old and old != name else ""
     if saved.error:
+        operation.outcome["reason"] = None  # the error's words, not those of the success
         raise NotRecorded(
             f"release {name} is serving{previous}, but {saved.error}; "
             "SocketProtector tries again; see `status`"
         )
-    operation.finish("deployed", f"deployed: release {name}{previous}; {success}")
 
 
 class _CurrentSaved(Awaited):

@@ -89,22 +89,25 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
     with instance.client() as client, _end_requested() as end_requested:
         result = client.query("hold", seconds=_HOLD_S)
         say_result(as_json, result, "on hold while this command runs; Ctrl-C ends the hold")
+        released = False
         try:
             while not end_requested(_RENEW_HOLD_EVERY_S):
                 client.query("hold", seconds=_HOLD_S)
         finally:
             if client.fileno() >= 0:  # without a connection, the hold ends within _HOLD_S
-                _end_hold(client)
-        if not as_json:
+                released = _end_hold(client)
+        if released and not as_json:
             say("released")
 
 
-def _end_hold(client: Client) -> None:
-    """Send `release`, and print a warning if that fails."""
+def _end_hold(client: Client) -> bool:
+    """Send `release`; if that fails, print a warning and return False."""
     try:
         client.query("release")
     except ControlError:
         tell(f"could not release the hold, which ends within {in_units(_HOLD_S)}")
+        return False
+    return True
 
 
 @contextmanager

@@ -12,7 +12,17 @@ import click
 from ..model.text import field, headline
 from ..system import control_path
 from . import discovery
-from .cli import Instance, command, complain, plural, say, say_json, say_last_words, tell
+from .cli import (
+    Instance,
+    command,
+    complain,
+    plural,
+    say,
+    say_json,
+    say_last_words,
+    say_outcome,
+    tell,
+)
 from .client import Client, Message
 from .connections import (
     AT_LEAST,
@@ -102,7 +112,7 @@ def ready(instance: Instance, health: bool, as_json: bool) -> None:
     if health and not why and why_unhealthy is not None:
         why = f"unhealthy: {why_unhealthy}"
     if as_json:
-        say_json({"ready": not why, "why": why or None})
+        say_outcome(say_json, {"ready": not why, "why": why or None})
     if why:
         raise NotReady(f"not ready: {why}")
     if not as_json:
@@ -249,10 +259,10 @@ def diff(instance: Instance, as_json: bool) -> None:
             raise
     changes, needs_restart = (result.get(each) for each in ("changes", "needs_restart"))
     if as_json:
-        say_json(result)
+        say_outcome(say_json, result)
     else:
         for each in changes if isinstance(changes, list) else []:
-            say(str(each))
+            say_outcome(say, str(each))
         if not changes:
             say("no configuration change; a reload would only restart the command")
     if needs_restart and isinstance(needs_restart, list):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import stat
 from collections.abc import Callable, Sequence
 
 from .. import __version__
@@ -383,6 +384,10 @@ class Resident:
 
     def _reopen_logs(self, log: Log) -> str:
         """Reopen the log file; return why that failed, or ""."""
+        if self.settings.log_file is None and stat.S_ISREG(os.fstat(_STDERR).st_mode):
+            why = "only a --log-file can be reopened, and stderr is another file"
+            log.write("error", "reopen-failed", error=why)
+            return why
         try:
             self.output.reopen()
         except OSError as error:

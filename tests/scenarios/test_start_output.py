@@ -398,6 +398,8 @@ def test_lines_in_a_regular_file_do_not_overwrite_each_other(start: Start) -> No
                 client.say(f"line {number}")
                 process.send_signal(signal.SIGTTIN if number % 2 else signal.SIGTTOU)
             eventually(lambda: "line 49\n" in path.read_text(), "the last line")
+        process.send_signal(signal.SIGUSR1)  # this file has no name that could be opened again
+        eventually(lambda: "event=reopen-failed" in path.read_text(), "refused")
         process.send_signal(signal.SIGINT)
         process.wait()
 
@@ -406,6 +408,7 @@ def test_lines_in_a_regular_file_do_not_overwrite_each_other(start: Start) -> No
     stamp = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z \w+ event=\w|line \d+$")
     assert [line for line in lines if not stamp.match(line)] == []
     assert "event=stopped" in lines[-1]
+    assert not [line for line in lines if "event=reopened" in line]
 
 
 def test_a_reader_of_the_log_that_does_not_read_never_holds_anything_up(start: Start) -> None:

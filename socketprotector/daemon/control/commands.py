@@ -252,7 +252,7 @@ class CommandHandler:
         if share:
             self._refuse_canary()
         self.runtime.post(ReloadRequested(share))
-        return {"generation": fleet.next_generation}
+        return {"generation": fleet.next_reload}
 
     def _refuse_canary(self) -> None:
         effects = self._effects
@@ -302,7 +302,7 @@ class CommandHandler:
 
     def do_stop(self, quick: bool = False) -> Mapping[str, Any]:
         self.runtime.loop.call_after(
-            "stop-asked", 0.0, lambda: self.runtime.post(StopRequested(quick))
+            ("stop-asked", quick), 0.0, lambda: self.runtime.post(StopRequested(quick))
         )
         return {}
 

@@ -75,6 +75,36 @@ def test_a_reload_reads_the_file_and_then_opens_what_it_says(configured: Story) 
     assert (story.fleet.policy, story.fleet.workers_wanted) == (SLOW, 2)
 
 
+def test_a_reload_requested_during_another_has_a_number_of_its_own(configured: Story) -> None:
+    story = configured
+    assert story.fleet.next_reload == 2
+    story.when(ReloadRequested())
+
+    assert story.fleet.next_reload == 3, "2 is due to the reload that reads the file"
+    story.when(ReloadRequested())
+    story.when(SettingsRead(Policy()))
+    assert story.fleet.next_reload == 3, "2 is starting, and the queued reload follows"
+    story.when(WorkerReady(2))
+
+    assert story.fleet.reading
+    assert Open(3, fresh=True) in story.when(SettingsRead(Policy()))
+
+
+def test_a_reload_after_one_whose_file_has_a_mistake_has_the_next_number(
+    configured: Story,
+) -> None:
+    story = configured
+    story.when(ReloadRequested())
+    number = story.fleet.next_reload
+    story.when(ReloadRequested())
+
+    actions = story.when(SettingsFailed(MISTAKE))
+
+    assert Report(ReportKind.RELOAD_FAILED, number - 1, MISTAKE) in actions
+    assert story.fleet.reading
+    assert Open(number, fresh=True) in story.when(SettingsRead(Policy()))
+
+
 def test_a_lost_worker_finishes_when_a_reload_brings_a_limit_on_the_processes(
     configured: Story,
 ) -> None:

@@ -205,7 +205,7 @@ class World:
         self.owed = tuple(each for each in self.owed if each != event)
         launched = self.fleet.next_generation > 1  # before, no control socket is there
         if isinstance(event, ReloadRequested) and launched and not self.fleet.stop_requested:
-            self.promised |= {self.fleet.next_generation}
+            self.promised |= {self.fleet.next_reload}
 
         before, was_over = self.fleet, self.exited
         self.fleet, actions = decide(before, event)

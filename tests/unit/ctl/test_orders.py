@@ -122,6 +122,21 @@ def test_hold_lasts_as_long_as_the_command_and_releases_at_its_end(
     assert {each.get("seconds") for each in fake.asked if each["command"] == "hold"} == {5.0}
 
 
+def test_a_hold_that_cannot_be_released_is_not_called_released(fake: Fake) -> None:
+    fake.answers["hold"] = lambda *_: {"until_at": 1.0}  # and `release` is refused
+    with subprocess.Popen(
+        [*COMMAND, "hold"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        eventually(lambda: "hold" in fake.commands(), "on hold")
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.terminate()
+        out, err = process.communicate(timeout=DEADLINE_S)
+
+    assert "could not release the hold" in err
+    assert "released" not in out
+
+
 def test_a_hold_asks_again_long_before_it_runs_out() -> None:
     assert orders._RENEW_HOLD_EVERY_S * 3 < orders._HOLD_S
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from socketprotector.core.events import StopRequested
 from socketprotector.core.fleet import Fleet, Generation, Phase, Policy
 from socketprotector.daemon.control import releases
 from socketprotector.daemon.control.commands import CommandHandler
@@ -45,6 +46,23 @@ def test_a_fault_of_ours_while_something_is_changed_is_not_hidden() -> None:
     """The next program goes on from what is written down."""
     with pytest.raises(AttributeError):
         operator(Log()).handle(cast("Any", None), Request("scale", {"to": 2}))
+
+
+def test_two_stops_in_one_turn_of_the_loop_are_both_carried_out() -> None:
+    timers: dict[object, Any] = {}
+    posted: list[StopRequested] = []
+    loop = SimpleNamespace(call_after=lambda key, _, act: timers.update({key: act}))
+    runtime = cast("Any", SimpleNamespace(log=Log(), loop=loop, post=posted.append))
+    supervisor = cast("Any", SimpleNamespace(effects=None, fleet=Fleet(Policy())))
+    handler = CommandHandler(supervisor, runtime)
+
+    for quick in (True, False):
+        client = cast("Any", SimpleNamespace(send_line=lambda line: None))
+        handler.handle(client, Request("stop", {"quick": quick}))
+    for act in timers.values():
+        act()
+
+    assert posted == [StopRequested(quick=True), StopRequested()]
 
 
 _SERVES = Generation(1, Phase.SERVING)

@@ -1,0 +1,88 @@
+"""Commands with a verdict against a fake protector: what they call a success."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.running import Ended
+from tests.unit.ctl.fake import Connection, Fake, Message, Refusing
+from tests.unit.ctl.test_reload import run_into
+
+Ctl = Callable[..., Ended]
+
+
+def releases(**fields: Any) -> Message:
+    """The field `releases` of a status: release 1 serves."""
+    found = {"deploying": None, "generation": 1, "serving": "1", "current": "1"}
+    return {**found, "link": "/srv/current", "saved": True, "error": None, **fields}
+
+
+@pytest.fixture
+def web(fake: Fake) -> Fake:
+    """A protector with release 1."""
+    fake.status["releases"] = releases()
+    listed = [{"release": "1", "serving": True, "current": True, "changed": False}]
+    fake.answers["releases"] = lambda *_: {"releases": listed}
+    return fake
+
+
+def refuse(_: Connection, asked: Message) -> Message:
+    raise Refusing("deploying", "a deploy of 2 is in progress (generation 2)")
+
+
+def test_a_release_that_another_is_replacing_is_not_unchanged(web: Fake, ctl: Ctl) -> None:
+    web.answers["deploy"] = refuse
+    assert ctl("deploy", "1", "--if-changed").out == "unchanged: release 1 is serving\n"
+
+    web.status["releases"] = releases(deploying="2", generation=2)
+
+    refused = ctl("deploy", "1", "--if-changed")
+    assert refused.status == 6
+    assert "a deploy of 2 is in progress" in refused.err
+
+
+def test_an_unchanged_release_that_is_not_on_disk_is_no_success(web: Fake, ctl: Ctl) -> None:
+    web.status["releases"] = releases(saved=False, error="cannot write: No space left on device")
+
+    found = ctl("deploy", "1", "--if-changed", "--json")
+
+    assert found.status == 5
+    outcome = json.loads(found.out)
+    assert outcome["result"] == "not recorded"
+    assert "No space left on device" in outcome["reason"]
+
+
+@pytest.mark.parametrize("words", [["ready", "--json"], ["diff"], ["diff", "--json"]])
+def test_a_verdict_is_the_exit_status_though_its_reader_is_gone(
+    words: list[str], web: Fake
+) -> None:
+    web.status["phase"] = "stopping"
+    web.answers["diff"] = lambda *_: {"changes": ["a", "b"], "needs_restart": ["a"]}
+
+    assert run_into("gone", *words).status == 3
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_cut_deploy_takes_only_one_of_its_kind_for_its_own(
+    dry_run: bool, web: Fake, ctl: Ctl
+) -> None:
+    """The connection is cut before the answer; meanwhile somebody else tries the release."""
+
+    def cut(connection: Connection, asked: Message) -> Message | None:
+        if web.commands().count("deploy") > 1:
+            return refuse(connection, asked)
+        web.status["releases"] = releases(deploying="2", generation=2)
+        web.status["dry_run"] = None if dry_run else {"generation": 2, "result": "running"}
+        connection.cut()
+        return None
+
+    web.answers["deploy"] = cut
+
+    found = ctl("deploy", "2", "--no-wait", *(["--dry-run"] if dry_run else []))
+
+    assert found.status == 6, found
+    assert web.commands().count("deploy") == 2

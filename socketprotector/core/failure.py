@@ -72,7 +72,7 @@ def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
     step.take_back(failed)
     if not step.fleet.served:
         _first_start_failed(step, number, reason, retry=retry)
-    elif serving and not failed.fresh and not settles and step.fleet.reload_wanted:
+    elif serving and not failed.fresh and step.fleet.reload_wanted:
         step.do(Report(ReportKind.RETRYING, number, reason))  # the queued reload brings the verdict
     elif serving or failed.fresh or settles:
         step.report_failure(number, reason)

@@ -273,11 +273,12 @@ class Fleet:
     def next_reload(self) -> int:
         """The lowest number that the generation of a reload requested now can get.
 
-        The next number is already due to a reload that has begun and is not opened yet.
+        The next number is already due to a reload that has begun and is not opened yet.  (A first
+        start is no reload, and a stop may call it off.)
         """
         opened = self.incoming is not None and self.incoming.fresh
         begun = self.reading or self.candidate or self.to_open is Next.FRESH
-        return self.next_generation + bool(begun and not opened)
+        return self.next_generation + bool(begun and not opened and self.served)
 
     def policy_of(self, fresh: bool) -> Policy:
         """Return the policy of a generation that is opened fresh, or from the last good command."""

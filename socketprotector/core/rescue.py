@@ -88,8 +88,10 @@ def serve_stranded(step: Step) -> None:
             call_off_dry_run(step, STRANDED_FIRST)
         else:
             step.forget_settings()
-            step.do(Report(ReportKind.RETRYING, fleet.next_generation, STRANDED_FIRST))
-            step.fleet = replace(step.fleet, to_open=None)
+            number = fleet.next_generation
+            step.do(Report(ReportKind.RETRYING, number, STRANDED_FIRST))
+            # A reload that was requested meanwhile was answered with the number after this one.
+            step.fleet = replace(step.fleet, to_open=None, next_generation=number + 1)
             step.requeue_reload(fleet.rollout.canary if fleet.rollout else None)
     renew(step)
 

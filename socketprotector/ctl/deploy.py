@@ -100,7 +100,8 @@ def deploy(
         operation.outcome["from_release"] = serving = _releases_in(before).get("serving")
         if if_changed and _is_unchanged(operation.client, before, release, expect):
             operation.outcome["generation"] = before.get("route")
-            _await_saved(operation, release)
+            if wait and not dry_run:
+                _await_saved(operation, release)
             operation.finish("unchanged", f"unchanged: release {release} is serving")
             return
         promised = _request_deploy(operation.client, before, release, arguments)
@@ -190,9 +191,9 @@ def _request_deploy(client: Client, before: Message, name: str, arguments: dict[
     status = client.query("status")
     now, dry_run = _releases_in(status), status.get("dry_run")
     tries = isinstance(dry_run, dict) and dry_run.get("result") == "running"
-    if (now.get("deploying") == name and tries == ("dry_run" in arguments)) or (
-        now.get("serving") == name and _releases_in(before).get("serving") != name
-    ):  # the deploy is in progress, or has succeeded
+    serves = now.get("serving") == name and _releases_in(before).get("serving") != name
+    begun = now.get("deploying") == name and tries == ("dry_run" in arguments)
+    if begun or (serves and "dry_run" not in arguments):  # in progress, or it has succeeded
         return number_in(now, "generation")
     return number_in(client.query("deploy", **arguments), "generation")
 
@@ -256,7 +257,7 @@ class _CurrentSaved(Awaited):
     def on_status(self, status: Message) -> None:
         super().on_status(status)
         releases = _releases_in(status)
-        self.error = text_in(releases, "error")
+        self.error = text_in(releases, "error") if releases.get("saved") is False else ""
         # If another release is serving by now, `current` need not lead to ours any more.
         self._done = releases.get("saved") is not False or releases.get("serving") != self._name
 

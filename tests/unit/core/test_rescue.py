@@ -402,12 +402,12 @@ def test_clients_that_wait_come_before_a_release_whose_configuration_is_read(sto
 
     actions = story.when(Stranded())
 
-    assert opened(actions) == [Open(2, fresh=False)]
+    assert opened(actions) == [Open(3, fresh=False)]
     assert Report(ReportKind.RETRYING, 2, STRANDED_FIRST) in actions
     assert ForgetSettings() in actions
     assert opened(story.when(SettingsRead(ACCEPT))) == []  # it had been on its way
     assert ReadSettings() in story.when(WorkerReady(2))
-    assert opened(story.and_also(SettingsRead(ACCEPT)).when(Quiesced(1))) == [Open(3, fresh=True)]
+    assert opened(story.and_also(SettingsRead(ACCEPT)).when(Quiesced(1))) == [Open(4, fresh=True)]
 
 
 def test_and_before_a_dry_run_whose_configuration_is_read(story: Story) -> None:
@@ -432,7 +432,7 @@ def test_what_a_replaced_generation_has_left_comes_before_the_next_release(
 
     actions = story.when(died(1, waiting=waiting))
 
-    assert opened(actions) == [Open(3, fresh=not waiting)]
+    assert opened(actions) == [Open(3 + waiting, fresh=not waiting)]
     assert (Report(ReportKind.RETRYING, 3, STRANDED_FIRST) in actions) == bool(waiting)
     assert story.fleet.reload_wanted == bool(waiting)
 
@@ -489,3 +489,38 @@ def test_a_canary_that_is_queued_behind_what_they_call_off_stays(story: Story) -
     story.when(HeldClientsWait())
 
     assert story.fleet.canary_wanted == share
+
+
+def test_two_reloads_that_a_rescue_and_a_stop_end_have_a_verdict_of_their_number(
+    story: Story,
+) -> None:
+    """The rescue makes one reload of both: it has the number that was promised last."""
+    story.given_serving(ACCEPT).and_also(ReloadRequested(), WorkerReady(2))
+    numbers = []
+    for _ in range(2):
+        numbers.append(story.fleet.next_reload)
+        story.and_also(ReloadRequested())
+    assert numbers == [3, 4]
+    story.and_also(Stranded())
+
+    actions = story.when(StopRequested())
+
+    assert failures(actions) == [4]
+
+
+def test_a_reload_during_a_first_start_that_a_stop_ends_has_a_verdict_of_its_number(
+    story: Story,
+) -> None:
+    story.given(Policy(start_tries=3), workers=2).and_also(Launched(), WorkerExited(1, "it died"))
+    number = story.fleet.next_reload
+    story.and_also(ReloadRequested())
+
+    actions = story.when(StopRequested(quick=True))
+
+    assert failures(actions) == [number] == [2]
+
+
+def failures(actions: list[Action]) -> list[int]:
+    """The numbers of the reloads that are reported as failed."""
+    reports = [each for each in actions if isinstance(each, Report)]
+    return [each.generation for each in reports if each.news is ReportKind.RELOAD_FAILED]

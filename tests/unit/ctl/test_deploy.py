@@ -54,6 +54,25 @@ def test_an_unchanged_release_that_is_not_on_disk_is_no_success(web: Fake, ctl: 
     outcome = json.loads(found.out)
     assert outcome["result"] == "not recorded"
     assert "No space left on device" in outcome["reason"]
+    for word in ("--no-wait", "--dry-run"):  # these record nothing
+        assert ctl("deploy", "1", "--if-changed", word).status == 0
+
+    web.status["releases"] = releases(error="cannot lock /srv/current.lock: Permission denied")
+
+    assert ctl("deploy", "1", "--if-changed").status == 0, "link and history are on disk"
+
+
+def test_a_cut_dry_run_takes_no_deploy_that_succeeded_for_its_own(web: Fake, ctl: Ctl) -> None:
+    def cut(connection: Connection, asked: Message) -> Message | None:
+        if web.commands().count("deploy") > 1:
+            return refuse(connection, asked)
+        web.status["releases"] = releases(serving="2", current="2")
+        connection.cut()
+        return None
+
+    web.answers["deploy"] = cut
+
+    assert ctl("deploy", "2", "--dry-run", "--no-wait").status == 6
 
 
 @pytest.mark.parametrize("words", [["ready", "--json"], ["diff"], ["diff", "--json"]])

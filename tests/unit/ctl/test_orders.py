@@ -127,10 +127,12 @@ def test_a_hold_that_cannot_be_released_is_not_called_released(fake: Fake) -> No
     with subprocess.Popen(
         [*COMMAND, "hold"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        eventually(lambda: "hold" in fake.commands(), "on hold")
-        assert process.stdout is not None
-        process.stdout.readline()
-        process.terminate()
+        try:
+            eventually(lambda: "hold" in fake.commands(), "on hold")
+            assert process.stdout is not None
+            process.stdout.readline()
+        finally:
+            process.terminate()
         out, err = process.communicate(timeout=DEADLINE_S)
 
     assert "could not release the hold" in err

@@ -179,6 +179,8 @@ ROUND_S ?= 15
 
 rivals: $(INSTALLED) ## measure and test other supervisors beside it (root; two hours; continues where it was stopped) [ONLY="nginx ours-listener" ROUND_S=15]
 	-tools/install-packages gcc libc6-dev nginx-light
+	@# Where PYTHONDONTWRITEBYTECODE is set, each worker would compile what it imports.
+	@$(BIN)/python -m compileall -q -j 0 bench client_lib socketprotector
 	@$(BIN)/python -m bench.rivals $(ONLY) --round $(ROUND_S)
 
 everycall: $(INSTALLED) ## let each system call of each line fail once, or kill there, in each operation (two hours; continues where it was stopped) [ONLY="reload,stop" FOR=480]

@@ -78,3 +78,19 @@ def run(*arguments: str | Path, **environment: str) -> Ended:
             process.kill()
             raise
     return Ended(process.returncode, out, err)
+
+
+def run_into(where: str, *words: str) -> Ended:
+    """Run it with a stdout that is a full disk, is closed, or has lost its reader."""
+    how = {"full": ">/dev/full", "closed": ">&-", "gone": ""}[where]
+    receive, send = os.pipe()
+    os.close(receive)
+    with open(send, "wb") as lost:
+        done = subprocess.run(
+            ["/bin/sh", "-c", f'exec "$@" {how}', "sh", *COMMAND, *words],
+            stdout=lost,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=DEADLINE_S,
+        )
+    return Ended(done.returncode, "", done.stderr)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.running import Ended
+from tests.unit.ctl.conftest import run_into
 from tests.unit.ctl.fake import Connection, Fake, Message, Refusing
-from tests.unit.ctl.test_reload import run_into
 
 Ctl = Callable[..., Ended]
 

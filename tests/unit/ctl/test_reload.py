@@ -17,7 +17,7 @@ from socketprotector.ctl import client
 from socketprotector.ctl.reload_progress import Reload, WaitsShown
 from tests.running import DEADLINE_S, Ended, Lines, eventually
 from tests.together import together
-from tests.unit.ctl.conftest import COMMAND
+from tests.unit.ctl.conftest import COMMAND, run_into
 from tests.unit.ctl.fake import (
     Connection,
     Fake,
@@ -867,19 +867,3 @@ def test_an_answer_that_cannot_be_written_is_one_line(
 
     assert said.err == (f"socketprotectorctl: {wanted}\n" if wanted else "")
     assert said.status == (1 if wanted else 0)
-
-
-def run_into(where: str, *words: str) -> Ended:
-    """Run it with a stdout that is a full disk, is closed, or has lost its reader."""
-    how = {"full": ">/dev/full", "closed": ">&-", "gone": ""}[where]
-    receive, send = os.pipe()
-    os.close(receive)
-    with open(send, "wb") as lost:
-        done = subprocess.run(
-            ["/bin/sh", "-c", f'exec "$@" {how}', "sh", *COMMAND, *words],
-            stdout=lost,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=DEADLINE_S,
-        )
-    return Ended(done.returncode, "", done.stderr)

@@ -158,10 +158,11 @@ def _releases_in(status: Message) -> Message:
 def _is_unchanged(client: Client, before: Message, name: str, expect: str | None) -> bool:
     """Return True if the release is serving and unchanged, and `current` leads to it.
 
-    Returns False during a deploy, and if `expect` names a release other than `name`.  The caller
-    then requests the deploy, and the protector refuses it or compares `expect` with the serving
-    release.
+    Returns False during a deploy or a stop, while nothing serves, and if `expect` names a release
+    other than `name`.  The caller then requests the deploy, and the protector decides.
     """
+    if before.get("route") is None or before.get("phase") == "stopping":
+        return False
     releases = _releases_in(before)
     found = (releases.get("serving"), releases.get("current"))
     if releases.get("deploying") or expect not in (None, name) or found != (name, name):
@@ -191,8 +192,10 @@ def _request_deploy(client: Client, before: Message, name: str, arguments: dict[
     status = client.query("status")
     now, dry_run = _releases_in(status), status.get("dry_run")
     tries = isinstance(dry_run, dict) and dry_run.get("result") == "running"
-    serves = now.get("serving") == name and _releases_in(before).get("serving") != name
+    earlier = _releases_in(before)
+    serves = now.get("serving") == name and earlier.get("serving") != name
     begun = now.get("deploying") == name and tries == ("dry_run" in arguments)
+    begun = begun and earlier.get("deploying") != name  # otherwise it is another's deploy
     if begun or (serves and "dry_run" not in arguments):  # in progress, or it has succeeded
         return number_in(now, "generation")
     return number_in(client.query("deploy", **arguments), "generation")

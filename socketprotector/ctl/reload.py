@@ -230,7 +230,8 @@ def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) 
         client.reconnect()
     newest = max(_generations_tried(before, dry_run=dry_run), default=0)
     for number in _generations_tried(client.query("status"), dry_run=dry_run):
-        if number > newest:
+        # An earlier reload that was not opened yet is not in `before`, and has a higher number.
+        if number > newest and before.get("phase") not in ("reloading", "waiting"):
             return number
     return number_in(client.query("reload", **arguments), "generation")
 

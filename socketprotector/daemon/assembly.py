@@ -391,8 +391,8 @@ class Resident:
         try:
             self.output.reopen()
         except OSError as error:
-            log.write("error", "reopen-failed", file=error.filename, error=error.strerror)
-            return str(error)
+            log.write("error", "reopen-failed", file=self.settings.log_file, error=error.strerror)
+            return f"{self.settings.log_file}: {error.strerror}"
         # The guard, and each program that the guard starts, must write to the new file, too.
         if self.settings.log_file is not None:
             self.parents.guard.send("X_OUTPUT=1", _STDERR)

@@ -105,3 +105,45 @@ def test_a_cut_deploy_takes_only_one_of_its_kind_for_its_own(
 
     assert found.status == 6, found
     assert web.commands().count("deploy") == 2
+
+
+def test_a_cut_deploy_does_not_take_an_earlier_one_of_its_release_for_its_own(
+    web: Fake, ctl: Ctl
+) -> None:
+    web.status["releases"] = releases(deploying="2", generation=2)
+
+    def cut(connection: Connection, asked: Message) -> Message | None:
+        if web.commands().count("deploy") > 1:
+            return refuse(connection, asked)
+        connection.cut()
+        return None
+
+    web.answers["deploy"] = cut
+
+    assert ctl("deploy", "2", "--no-wait").status == 6
+
+
+@pytest.mark.parametrize("fields", [{"route": None, "phase": "waiting"}, {"phase": "stopping"}])
+def test_a_release_that_does_not_serve_or_stops_is_not_unchanged(
+    fields: Message, web: Fake, ctl: Ctl
+) -> None:
+    web.answers["deploy"] = refuse
+    web.status.update(fields)
+
+    assert ctl("deploy", "1", "--if-changed").status == 6
+
+
+def test_a_cut_reload_does_not_take_an_earlier_one_for_its_own(web: Fake, ctl: Ctl) -> None:
+    """The earlier one was reading its file, so that the status had no number of it yet."""
+
+    def cut(connection: Connection, asked: Message) -> Message | None:
+        if web.commands().count("reload") > 1:
+            return {"generation": 3}
+        web.status["reloads"] = [*web.status["reloads"], {"generation": 2, "result": "reloaded"}]
+        connection.cut()
+        return None
+
+    web.status["phase"] = "reloading"
+    web.answers["reload"] = cut
+
+    assert "generation 3 will" in ctl("reload", "--no-wait").out

@@ -214,7 +214,7 @@ def _count_losses(operation: Operation) -> Message:
 def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) -> int:
     """Request a reload or dry run, and return the number of its generation.
 
-    If the connection is cut before the reload or dry run has begun, send the request again.
+    If the connection is cut before it has begun, or while an earlier one waits, request it again.
     before: the status before the request.
     """
     dry_run = "dry_run" in arguments
@@ -230,7 +230,6 @@ def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) 
         client.reconnect()
     newest = max(_generations_tried(before, dry_run=dry_run), default=0)
     for number in _generations_tried(client.query("status"), dry_run=dry_run):
-        # An earlier reload that was not opened yet is not in `before`, and has a higher number.
         if number > newest and before.get("phase") not in ("reloading", "waiting"):
             return number
     return number_in(client.query("reload", **arguments), "generation")

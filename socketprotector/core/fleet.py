@@ -265,20 +265,24 @@ class Fleet:
 
         A replacement by the last good command does not count: a release may end its crash loop.
         """
-        fresh = self.incoming is not None and self.incoming.fresh
-        begun = self.reading or self.candidate or self.to_open is Next.FRESH or fresh
-        return bool(begun or self.reload_wanted)
+        opened = self.incoming is not None and self.incoming.fresh
+        return opened or self.has_unopened or self.reload_wanted
+
+    @property
+    def has_unopened(self) -> bool:
+        """Whether a start, reload, deploy or dry run has begun and opened no generation yet."""
+        opened = self.incoming is not None and self.incoming.fresh
+        begun = self.reading or self.candidate or self.to_open is Next.FRESH
+        return bool(begun and not opened)
 
     @property
     def next_reload(self) -> int:
         """The lowest number that the generation of a reload requested now can get.
 
-        The next number is already due to a reload that has begun and is not opened yet.  (A first
+        The next number is already due to a reload that has not opened its generation yet.  (A first
         start is no reload, and a stop may call it off.)
         """
-        opened = self.incoming is not None and self.incoming.fresh
-        begun = self.reading or self.candidate or self.to_open is Next.FRESH
-        return self.next_generation + bool(begun and not opened and self.served)
+        return self.next_generation + (self.served and self.has_unopened)
 
     def policy_of(self, fresh: bool) -> Policy:
         """Return the policy of a generation that is opened fresh, or from the last good command."""

@@ -10,7 +10,7 @@ from ..model.backoff import backoff_s
 from ..model.lazy_dataclass import replace
 from .actions import Report, ReportKind
 from .events import TimerKind
-from .fleet import Fleet, Next, Phase
+from .fleet import Fleet, Phase
 from .reload import call_off_dry_run, has_failed, renew
 from .step import Step
 
@@ -97,6 +97,5 @@ def serve_stranded(step: Step) -> None:
 
 
 def _is_unopened(fleet: Fleet) -> bool:
-    """Return whether a reload or a dry run has begun and has not opened its release yet."""
-    begun = fleet.reading or fleet.candidate or fleet.to_open is Next.FRESH
-    return bool(begun and not fleet.incoming)
+    """Return whether a reload or a dry run has not opened its release yet, and nothing starts."""
+    return fleet.has_unopened and not fleet.incoming

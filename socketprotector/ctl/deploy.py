@@ -189,16 +189,18 @@ def _request_deploy(client: Client, before: Message, name: str, arguments: dict[
         return number_in(client.request("deploy", **arguments), "generation")
     except ConnectionLost:
         client.reconnect()
-    status = client.query("status")
-    now, dry_run = _releases_in(status), status.get("dry_run")
-    tries = isinstance(dry_run, dict) and dry_run.get("result") == "running"
-    earlier = _releases_in(before)
-    serves = now.get("serving") == name and earlier.get("serving") != name
-    begun = now.get("deploying") == name and tries == ("dry_run" in arguments)
-    begun = begun and earlier.get("deploying") != name  # otherwise it is another's deploy
-    if begun or (serves and "dry_run" not in arguments):  # in progress, or it has succeeded
-        return number_in(now, "generation")
+    after = client.query("status")
+    if _shows_deploy(before, after, name, dry_run="dry_run" in arguments):
+        return number_in(_releases_in(after), "generation")
     return number_in(client.query("deploy", **arguments), "generation")
+
+
+def _shows_deploy(before: Message, after: Message, name: str, *, dry_run: bool) -> bool:
+    """Return whether a deploy of this release, or a dry run, has begun between two statuses."""
+    earlier, now, last = _releases_in(before), _releases_in(after), after.get("dry_run")
+    if now.get("deploying") == name and earlier.get("deploying") != name:
+        return dry_run == (isinstance(last, dict) and last.get("result") == "running")
+    return not dry_run and now.get("serving") == name and earlier.get("serving") != name
 
 
 def _await_deploy(

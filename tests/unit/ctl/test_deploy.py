@@ -34,6 +34,19 @@ def refuse(_: Connection, asked: Message) -> Message:
     raise Refusing("deploying", "a deploy of 2 is in progress (generation 2)")
 
 
+def cut_first(web: Fake, then: Callable[[], object] = lambda: None) -> None:
+    """Cut the connection at the first deploy, after `then`; refuse the second."""
+
+    def answer(connection: Connection, asked: Message) -> Message | None:
+        if web.commands().count("deploy") > 1:
+            return refuse(connection, asked)
+        then()
+        connection.cut()
+        return None
+
+    web.answers["deploy"] = answer
+
+
 def test_a_release_that_another_is_replacing_is_not_unchanged(web: Fake, ctl: Ctl) -> None:
     web.answers["deploy"] = refuse
     assert ctl("deploy", "1", "--if-changed").out == "unchanged: release 1 is serving\n"
@@ -63,14 +76,7 @@ def test_an_unchanged_release_that_is_not_on_disk_is_no_success(web: Fake, ctl: 
 
 
 def test_a_cut_dry_run_takes_no_deploy_that_succeeded_for_its_own(web: Fake, ctl: Ctl) -> None:
-    def cut(connection: Connection, asked: Message) -> Message | None:
-        if web.commands().count("deploy") > 1:
-            return refuse(connection, asked)
-        web.status["releases"] = releases(serving="2", current="2")
-        connection.cut()
-        return None
-
-    web.answers["deploy"] = cut
+    cut_first(web, lambda: web.status.update(releases=releases(serving="2", current="2")))
 
     assert ctl("deploy", "2", "--dry-run", "--no-wait").status == 6
 
@@ -90,16 +96,13 @@ def test_a_cut_deploy_takes_only_one_of_its_kind_for_its_own(
     dry_run: bool, web: Fake, ctl: Ctl
 ) -> None:
     """The connection is cut before the answer; meanwhile somebody else tries the release."""
-
-    def cut(connection: Connection, asked: Message) -> Message | None:
-        if web.commands().count("deploy") > 1:
-            return refuse(connection, asked)
-        web.status["releases"] = releases(deploying="2", generation=2)
-        web.status["dry_run"] = None if dry_run else {"generation": 2, "result": "running"}
-        connection.cut()
-        return None
-
-    web.answers["deploy"] = cut
+    cut_first(
+        web,
+        lambda: web.status.update(
+            releases=releases(deploying="2", generation=2),
+            dry_run=None if dry_run else {"generation": 2, "result": "running"},
+        ),
+    )
 
     found = ctl("deploy", "2", "--no-wait", *(["--dry-run"] if dry_run else []))
 
@@ -111,14 +114,7 @@ def test_a_cut_deploy_does_not_take_an_earlier_one_of_its_release_for_its_own(
     web: Fake, ctl: Ctl
 ) -> None:
     web.status["releases"] = releases(deploying="2", generation=2)
-
-    def cut(connection: Connection, asked: Message) -> Message | None:
-        if web.commands().count("deploy") > 1:
-            return refuse(connection, asked)
-        connection.cut()
-        return None
-
-    web.answers["deploy"] = cut
+    cut_first(web)
 
     assert ctl("deploy", "2", "--no-wait").status == 6
 

@@ -269,7 +269,7 @@ class Forwarder:
         return found | self.undelivered.descriptors()
 
     def adopt_drained(self, channel: GenerationChannel) -> None:
-        """Have a draining channel's connections sent to the route, once the route has room."""
+        """Plan to send a draining channel's connections to the route, once the route has room."""
         if channel.depth():  # perhaps the earlier program did not move all connections
             self._leftovers[channel] = False
 

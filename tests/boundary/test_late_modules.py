@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.system.late_modules import LATE
+from tests.copies import copy_package
 from tests.running import DEADLINE_S, ROOT
 
 #: Starts as the resident process does, in a package that is gone then.
@@ -40,7 +41,7 @@ LATE = {LATE!r}
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     for name in ("socketprotector", "client_lib/socketprotector_client"):
-        shutil.copytree(ROOT / name, tmp_path / Path(name).name, symlinks=False)
+        copy_package(ROOT / name, tmp_path / Path(name).name)
     return tmp_path
 
 
@@ -107,7 +108,7 @@ print(sum(os.stat(folder + fd).st_size for fd in kept if "sp.late" in os.readlin
 @pytest.mark.costly
 def test_packed_code_takes_less_memory(package: Path) -> None:
     stored = kept_bytes(package, "")
-    shutil.copytree(ROOT / "socketprotector", package / "socketprotector")
+    copy_package(ROOT / "socketprotector", package / "socketprotector")
 
     assert 0 < kept_bytes(package, PACKED["packed"]) < 0.6 * stored
 
@@ -192,7 +193,7 @@ print(said, known.advice.__name__)
 
 
 def run_again(package: Path, code: str) -> str:
-    shutil.copytree(ROOT / "socketprotector", package / "socketprotector")
+    copy_package(ROOT / "socketprotector", package / "socketprotector")
     return run(package, code)
 
 

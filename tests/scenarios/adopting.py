@@ -6,7 +6,6 @@ import os
 import random
 import re
 import select
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import needs
+from tests.copies import copy_package
 from tests.load import Load, Snapshot
 from tests.procfs import state_of
 from tests.rounds import rounds
@@ -100,9 +100,7 @@ class Installation:
     def add(self, name: str, version: str | None = None) -> Path:
         """Install a release: this very package, and a script that runs it."""
         release = self.folder / name
-        # Not what another process is just compiling to: it is renamed as soon as it is whole.
-        unfinished = shutil.ignore_patterns("*.pyc.*")
-        shutil.copytree(ROOT / "socketprotector", release / "socketprotector", ignore=unfinished)
+        copy_package(ROOT / "socketprotector", release / "socketprotector")
         (release / "bin").mkdir()
         self.script(name, "from socketprotector.__main__ import main\nmain()\n")
         if version is not None:

@@ -12,6 +12,7 @@ import pytest
 
 from socketprotector.system.late_modules import PROGRAMS
 from tests import needs
+from tests.copies import copy_package
 from tests.procfs import running
 from tests.running import DEADLINE_S, MARK, ROOT, Protector, ask, marked
 from tests.scenarios.adopting import Installation, kill_protector, revived, upgrade
@@ -104,7 +105,7 @@ def test_its_programs_are_those_of_the_version_that_started(
     serves(2)
 
     shutil.rmtree(installation.folder / "one" / "socketprotector")
-    shutil.copytree(ROOT / "socketprotector", installation.folder / "one" / "socketprotector")
+    copy_package(ROOT / "socketprotector", installation.folder / "one" / "socketprotector")
     assert "event=resumed" in upgrade(one.daemon)
     serves(3)
     one.daemon.stop()
@@ -118,7 +119,7 @@ def test_a_killed_protector_whose_package_was_replaced_comes_back_as_the_new_ver
     options = ("--guard", *asks, "--health", "http:/healthz", "--health-every", "0.1s")
     one = operated(installation, place, *options, command=(str(asked.release.path),))
     package = installation.folder / "one" / "socketprotector"
-    shutil.copytree(ROOT / "socketprotector", package)
+    copy_package(ROOT / "socketprotector", package)
     installation.change("one", "__init__", r'__version__ = ".*"', '__version__ = "9.9.9"')
 
     def reload_while_held(number: int) -> None:

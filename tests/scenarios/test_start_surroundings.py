@@ -18,6 +18,7 @@ import socketprotector_client
 
 import socketprotector
 from tests import needs
+from tests.copies import copy_package
 from tests.procfs import cpu_s, descriptors, status_of, terminal_of
 from tests.running import COMMAND, DEADLINE_S, Client, ask
 from tests.scenarios.starting import MINIMAL, TELLS, Start, on_a_terminal, start_of, told
@@ -145,7 +146,7 @@ def test_the_protector_stays_as_small_as_it_is(start: Start, tmp_path: Path) -> 
     installed = tmp_path / "installed"
     for package in (socketprotector, socketprotector_client):
         [source] = package.__path__
-        shutil.copytree(source, installed / package.__name__)
+        copy_package(source, installed / package.__name__)
     subprocess.run([sys.executable, "-m", "compileall", "-q", installed], check=True)
     start.environment["PYTHONPATH"] = str(installed)
     start.up("unix:s?mode=0600", "--", *MINIMAL)

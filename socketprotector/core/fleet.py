@@ -36,8 +36,8 @@ PHASES: dict[Phase, dict[Phase | None, str]] = {
         "rollout, or if a worker accepted the probe without READY",
         Phase.ABANDONED: "it could not be opened, a worker exited, was not ready in time, broke "
         "the channel or lacks the required client library, a listening socket was lost, an "
-        "operator called it off, a dry run ended, it must make way for a new generation, "
-        "for clients still waiting after a hold (--handoff listener), or a stop began",
+        "operator called it off, a dry run ended, it must make way for the generation that serves "
+        "a hold's waiting clients (--handoff listener), or a stop began",
     },
     Phase.SETTLING: {
         Phase.SERVING: "--settle or its rollout is over, an operator promoted it, a stop began, or "
@@ -45,8 +45,8 @@ PHASES: dict[Phase, dict[Phase | None, str]] = {
         "last generation that served)",
         Phase.DRAINING: "a worker exited or broke the channel, --settle-check failed, its rollout "
         "failed (a lost socket, too few clients, or workers that are late or stuck, accept "
-        "nothing, or lack the client library), an operator called it off, it must make way for a "
-        "new generation, for clients still waiting after a hold, a stop began during its rollout, "
+        "nothing, or lack the client library), an operator called it off, it must make way for the "
+        "generation that serves a hold's waiting clients, a stop began during its rollout, "
         "or a quick stop began",
     },
     Phase.SERVING: {Phase.DRAINING: "replaced, channel broken, or a stop began"},

@@ -196,7 +196,7 @@ def _request_deploy(client: Client, before: Message, name: str, arguments: dict[
 
 
 def _shows_deploy(before: Message, after: Message, name: str, *, dry_run: bool) -> bool:
-    """Return whether a deploy of this release, or a dry run, has begun between two statuses."""
+    """Return whether a deploy (dry_run: a dry run) of this release began between two statuses."""
     earlier, now, last = _releases_in(before), _releases_in(after), after.get("dry_run")
     if now.get("deploying") == name and earlier.get("deploying") != name:
         return dry_run == (isinstance(last, dict) and last.get("result") == "running")
@@ -241,7 +241,7 @@ def _await_saved(operation: Operation, name: str, previous: str = "") -> None:
     saved = _CurrentSaved(name, operation.tell)
     operation.wait(saved, status_first=True)
     if saved.error:
-        operation.outcome["reason"] = None  # the error's words, not those of the success
+        operation.outcome["reason"] = None  # so that begin() sets the error's words
         raise NotRecorded(
             f"release {name} is serving{previous}, but {saved.error}; "
             "SocketProtector tries again; see `status`"

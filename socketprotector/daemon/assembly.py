@@ -385,7 +385,7 @@ class Resident:
     def _reopen_logs(self, log: Log) -> str:
         """Reopen the log file; return why that failed, or ""."""
         if self.settings.log_file is None and stat.S_ISREG(os.fstat(_STDERR).st_mode):
-            why = "only a --log-file can be reopened, and stderr is another file"
+            why = "stderr is a file, but only a --log-file can be reopened"
             log.write("error", "reopen-failed", error=why)
             return why
         try:

@@ -143,9 +143,9 @@ class Recovery:
                 # worker's process group.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
-                # The fleet must learn of a worker not yet ORPHANED if only its group is watched,
-                # and of an ORPHANED worker whose group is gone.  _report_missing() reports a
-                # worker not yet ORPHANED whose group is gone.
+                # Report a worker not yet ORPHANED that has left a group: from now on only the
+                # group is watched.  Also report an ORPHANED worker whose group is gone.
+                # _report_missing() reports a worker not yet ORPHANED whose group is gone.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     waiting = self._waiting(record.generation)
                     lost = has_group and not record.orphaned

@@ -2,8 +2,8 @@
 
 If a message causes an event, the message is removed from its socket only after the event is handled
 and the state is written.  If the protector is killed before the removal, the next program reads the
-message again.  Exception: of a failed first program (first_programs.py) only the count is written
-before the removal.  From this count, recovery.py makes the event again.
+message again.  Exception: if a pool reports a failed first program (first_programs.py), only the
+number of failures is written before the removal.  From it, recovery.py makes the event again.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ class Worker:
     process: Process
     notify: NotifySocket
     #: Our end of the worker's RETURN line.  None: the worker has exited, or the protector was
-    #: killed and the line was not stored.  After the worker's exit,
-    #: system/process_groups.py keeps the line while the worker's process group exists.
+    #: killed and the line was not stored.  After the worker's exit, system/process_groups.py
+    #: keeps the line until the worker's process group must finish, or is gone.
     line: socket.socket | None
     readiness: Readiness
     #: The descriptors of this worker that are in WorkerPool.descriptors, by the same names.

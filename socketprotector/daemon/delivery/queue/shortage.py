@@ -93,7 +93,7 @@ class Shortage:
 
         None: the channel is empty, or a shortage begins.  The descriptor is -1 if the kernel has
         dropped the connection.  A taken connection uses up the reserve.  Outlet.let_go() closes
-        the connection, and opens the reserve again.
+        our copy of the connection, and opens the reserve again.
         """
         if not self.open_reserve():
             return None

@@ -295,7 +295,7 @@ class SharedDelivery(Delivery):
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
         # _close_when_empty() is not called with `stay`, and ignores passed-in listeners.  So with
         # `stay`, or if a passed-in socket has a sibling, quiesce_last() waits until the serving
-        # generation has accepted its own clients.
+        # generation has accepted and read from the clients at its sockets.
         if serving is not None and (stay or self.steering.has_passed_in_pair):
             self.steering.quiesce_last(serving.record.number, on_quiet, latest)
         else:

@@ -32,8 +32,8 @@ class Phase(Enum):
 PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
         Phase.SERVING: "every worker is ready, or the generation passed its probe",
-        Phase.SETTLING: "it is ready, while another generation serves: with --settle or a "
-        "rollout, or if a worker accepted the probe without READY",
+        Phase.SETTLING: "it is ready beside a serving generation, under --settle or in a "
+        "rollout, or by an accepted probe alone (no READY)",
         Phase.ABANDONED: "it could not be opened, a worker exited, was not ready in time, broke "
         "the channel or lacks the required client library, a listening socket was lost, an "
         "operator called it off, a dry run ended, it must make way for the generation that serves "

@@ -32,7 +32,7 @@ class SocketAnswer:
 
     @property
     def alive(self) -> bool:
-        """False: no process listens, or the connection ended without an answer."""
+        """False: no process listens, the connection ended without an answer, or another failure."""
         return self.why != "dead"
 
 

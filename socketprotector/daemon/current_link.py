@@ -1,7 +1,7 @@
 """Moves the symbolic link `current`, which names the release to start, and keeps the link's lock.
 
 The protector that holds the lock owns the link: only the owner moves the link.  The owner keeps the
-lock through upgrades, until the owner exits.  Other protectors with the same link only read the
+lock through upgrades and kills, until it stops.  Other protectors with the same link only read the
 link.
 """
 

@@ -60,12 +60,12 @@ class ReadyProbe:
     def begin(self, generation: OpenGeneration) -> None:
         """Probe a generation until `answered` returns True, until NO_TARGET, or until stop().
 
-        Exception: without --ready, a generation whose command has {fd:ready} is not probed.
+        Exception: without --ready, a generation with {fd:ready} in COMMAND or --env is not probed.
         """
         self.stop()
         program = generation.program
         if program.ready == "any" and program.ready_fd >= 0:
-            return  # the command reports readiness by {fd:ready}, so it needs no probe
+            return  # the workers report readiness by {fd:ready}, so they need no probe
         self._generation, self._began = generation, time.monotonic()
         self._spec = probe_spec.read(program.ready_question or "accept")
         by_http, path = self._spec.by_http, self._spec.path

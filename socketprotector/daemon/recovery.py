@@ -143,7 +143,7 @@ class Recovery:
                 # worker's process group.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
-                # Report a worker not yet ORPHANED that has left a group: from now on only the
+                # Report a worker not yet ORPHANED whose group still exists: from now on only the
                 # group is watched.  Also report an ORPHANED worker whose group is gone.
                 # _report_missing() reports a worker not yet ORPHANED whose group is gone.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):

@@ -2,8 +2,9 @@
 
 If a message causes an event, the message is removed from its socket only after the event is handled
 and the state is written.  If the protector is killed before the removal, the next program reads the
-message again.  Exception: if a pool reports a failed first program (first_programs.py), only the
-number of failures is written before the removal.  From it, recovery.py makes the event again.
+message again.  Exception: a worker of --handoff stdio reports a failed first program
+(first_programs.py).  Then only the failure count, and how the program ended, are written before the
+removal.  From these, recovery.py makes the event again.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def phase_of(fleet: Fleet) -> str:
 
 def of_ready(settings: Settings) -> str:
     """Return what makes a worker ready, in words."""
-    if settings.ready == ANY and ready_fd(settings) >= 0:  # COMMAND or --env has it
+    if settings.ready == ANY and ready_fd(settings) >= 0:  # COMMAND or --env has {fd:ready}
         return "notify, ack or a line"
     return settings.ready_text(in_status=True)
 

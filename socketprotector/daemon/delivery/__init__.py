@@ -70,7 +70,8 @@ class Delivery(ABC):
         """Make a listener from its first socket, its sibling and the reserved socket.
 
         fds: the three descriptors (see Listener); -1: no such socket.  again: for each socket,
-        the number in its name.  A replacement gets a higher number, so that no name is used twice.
+        the number in its descriptor's name.  A replacement gets a higher number, so that no name
+        is used twice.
         """
 
     @classmethod

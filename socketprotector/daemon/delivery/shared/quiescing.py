@@ -246,7 +246,7 @@ class Quiescing:
             except OSError as error:
                 if error.errno in RESOURCE_ERRNOS:
                     return None
-                continue  # no sock_diag: GENERATION_QUIET_S is enough for most workers
+                continue  # no sock_diag: most workers read all within GENERATION_QUIET_S
             for each in mine:
                 clients = known[each.port].items()
                 found.update(((each.index, client), silent) for client, silent in clients)

@@ -98,7 +98,7 @@ class SocketRepair:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
         # If some generation's workers lack a listener's only socket, make no second socket: perhaps
-        # clients wait at the only one for the starting generation.
+        # the starting generation must accept clients waiting at the only one.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)

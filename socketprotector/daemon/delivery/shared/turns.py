@@ -49,7 +49,7 @@ class Turns:
     #: Indices of listeners whose socket the current generation lost, so that their clients go to
     #: the next generation's socket.
     passed_on: frozenset[int] = frozenset()
-    #: True: an address's new clients go to its passed-in socket, whose owner accepts them.
+    #: True: at each address with a passed-in socket, new clients go to it; its owner accepts them.
     given_back: bool = False
     #: Not recorded: after an upgrade or a kill, the next program repeats the action RouteTo, which
     #: has the share.

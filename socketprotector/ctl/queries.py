@@ -206,8 +206,9 @@ def _show_connections(state: Message, found: list[Connection], hidden: list[Hidd
         render.show(render.columns(headings, rows), render.line())
     phases = {number_in(g, "number"): text_in(g, "phase") for g in listed(state, "generations")}
     for number, count in sorted(Counter(each.generation for each in found).items()):
-        oldest = render.duration_text(max(c.age_s for c in found if c.generation == number))
-        words = f"{count} {plural(count, 'connection')}, oldest {oldest}"
+        oldest = max((c for c in found if c.generation == number), key=lambda c: c.age_s)
+        age = _BOUNDS[oldest.bound] + render.duration_text(oldest.age_s)
+        words = f"{count} {plural(count, 'connection')}, oldest {age}"
         say(f"generation {number} {phases.get(number, '')}: {words}")
     if not found:
         say("no connections" + (" that this user can see" if hidden else ""))
@@ -264,7 +265,10 @@ def diff(instance: Instance, as_json: bool) -> None:
         for each in changes if isinstance(changes, list) else []:
             say_outcome(say, str(each))
         if not changes:
-            say("no configuration change; a reload would only restart the command")
+            say(
+                "no configuration change (files such as --env-file are not compared); "
+                "a reload would only restart the command"
+            )
     if needs_restart and isinstance(needs_restart, list):
         raise NewVersionFailed(
             f"a reload would be refused: {len(needs_restart)} of the changes above cannot take "

@@ -172,6 +172,8 @@ class Reload(Awaited):
         match name:
             case "spawned":
                 self._progress_of(number)
+                # The configuration may want more workers than the status before the request.
+                self._wanted = max(self._wanted, number_in(event, "slot") + 1)
             case "worker-ready":
                 self._show_ready(number, {number_in(event, "worker")})
             case "route":

@@ -61,10 +61,12 @@ def closed(needed: Mapping[str, int]) -> str:
     ignored: other checks report it.
     """
     for path, mode in needed.items():
-        for part in dict.fromkeys((*downwards(path), *downwards(os.path.realpath(path)))):
+        target = os.path.realpath(path)
+        for part in dict.fromkeys((*downwards(path), *downwards(target))):
             if not os.access(part, mode if part == path else os.X_OK) and os.path.exists(part):
                 what = "enter" if path.endswith("/") else "execute"
-                return f"cannot {what} {path}: {_whose(part)}"
+                leads = "" if part in downwards(path) else f", a link to {target}"
+                return f"cannot {what} {path}{leads}: {_whose(part)}"
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import resource
 import shlex
@@ -966,6 +967,55 @@ def test_it_is_the_user_s_that_the_protector_becomes(operated: Operating, place:
 
     assert (place.stat().st_uid, mode_of(place)) == (NOBODY, 0o600)
     assert web.status()["phase"] == "serving"  # root is heard, too
+
+
+SLEEPS = (
+    *("--handoff", "listener", "--drain-signal", "TERM", "--ready", "after:1ms"),
+    *("127.0.0.1:0", "--", "/bin/sh", "-c", "exec sleep 1000"),
+)
+
+
+@pytest.fixture
+def directory(short: Path) -> Path:
+    """DIRECTORY of docs/control.md, which any user may enter."""
+    short.chmod(0o755)
+    return short / "socketprotector"
+
+
+@AS_ANOTHER_USER
+def test_a_protector_with_another_user_removes_its_own(protector: Starter, directory: Path) -> None:
+    directory.mkdir()
+    stale = directory / "web.control"  # of a version before, which could not remove it
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(stale))
+    own = directory / "web"
+
+    for user in ("nobody", "games", "root"):  # each finds the folder of the one before
+        words = ("--name", "web", "--user", user, *SLEEPS)
+        daemon = protector(*words, XDG_RUNTIME_DIR=str(directory.parent)).ready()
+
+        assert own.stat().st_uid == pwd.getpwnam(user).pw_uid
+        assert mode_of(own) == 0o755
+        with Line(own / "control") as line:
+            assert line.status()["control"] == str(own / "control")
+        assert daemon.log.count("event=notice") == 0
+        daemon.stop()
+        assert list(directory.rglob("*")) == [own]
+
+
+@AS_ANOTHER_USER
+def test_a_name_is_taken_whichever_user_has_it(protector: Starter, directory: Path) -> None:
+    environment = {"XDG_RUNTIME_DIR": str(directory.parent)}
+    first = protector("--name", "web", *SLEEPS, **environment).ready()
+    second = protector("--name", "web", "--user", "nobody", *SLEEPS, **environment).ready()
+
+    longer = f"web:{second.port}"
+    second.log.wait_for(f"event=notice .*Use --name {longer} for this one")
+    for daemon, place in ((first, "web.control"), (second, f"{longer}/control")):
+        with Line(directory / place) as line:
+            assert line.status()["pid"] == daemon.pid
+        daemon.stop()
+        assert not (directory / place).exists()
 
 
 @AS_ANOTHER_USER

@@ -643,6 +643,26 @@ def test_the_example_is_finite_and_says_who(unit: Unit) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_each_line_of_the_example_that_is_commented_out_is_valid(unit: Unit) -> None:
+    unit.settings(command=("{release}/daemon",))
+    files = unit.config.parent
+    release = files / "releases" / "1"
+    (files / "live").mkdir()
+    release.mkdir(parents=True)
+    (release / "daemon").symlink_to("/bin/cat")
+    (files / "live" / "current").symlink_to(release)
+    (files / "web.env").touch()
+    text = re.sub(r"^#(?=[a-z-]+ = |\[)", "", unit.config.read_text(), flags=re.MULTILINE)
+    text = re.sub(r'"/(srv|var/log|etc)/[a-z]+/', f'"{files}/', text)
+
+    unit.config.write_text(text)
+
+    assert {"handoff", "ready", "current", "guard", "env-file", "env"} <= tomllib.loads(text).keys()
+    words = ["--check", "--config", str(unit.config)]
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_two_units_differ_in_the_instance_alone() -> None:
     one, many = settings_of("socketprotector.service"), settings_of("socketprotector@.service")
 

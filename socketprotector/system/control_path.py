@@ -12,7 +12,8 @@ SYSTEM = "/run/socketprotector"
 #: The parents of logind's folders for logged-in users: pam_systemd(8).
 _SESSIONS = ("/run/user/", "/var/run/user/")
 SUFFIX = ".control"
-#: The socket's name in an instance's own folder, which units and the init script make.
+#: The socket's name in an instance's own folder, which units, the init script, or a protector that
+#: changes its user make.
 IN_OWN_FOLDER = "control"
 
 

@@ -43,7 +43,7 @@ _LONGEST_WAIT_S = 10.0
 #: The timer of an upgrade that waits for the guard or systemd.
 _HAND_OVER = "hand-over"
 #: How long we work before we let the delivery accept waiting clients.
-_YIELD_AFTER_S = 0.005
+_YIELD_AFTER_S = 0.001
 #: waitid() returns the same ended child until the child is reaped.  While a `Process`
 #: (system/process.py) has not reaped its ended child, we cannot see other ended children.  So we
 #: look again after this pause, which doubles each time, up to _LAST_REAP_S.

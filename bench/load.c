@@ -16,10 +16,6 @@
  * With --again a connection asks again and again until the end: keep-alive.  A reply that says
  * "Connection: close" is its last.
  *
- * With --stalls a thread of real-time priority wakes on each core every 0.25 ms.  While it is late,
- * no program ran on that core: the machine's host used it, or an interrupt.  `own_gap_us` is the
- * longest gap without these times.  Needs CAP_SYS_NICE; without it `own_gap_us` is left out.
- *
  * Prints one line of JSON at the end.  With --keep, a first line when all connections are open.
  */
 #define _GNU_SOURCE
@@ -27,8 +23,6 @@
 #include <getopt.h>
 #include <netdb.h>
 #include <netinet/in.h>
-#include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -43,7 +37,6 @@
 #include <unistd.h>
 
 enum { REPLY_BYTES = 512, EVENTS = 256, TICK_MS = 100, RETRY_MS = 1 };
-enum { CORES = 64, STALLS = 256, WAKES_NS = 250000, PRIORITY = 50 };
 enum state { IDLE, CONNECTING, SENT, REPLIED, KEPT, GONE };
 enum kind { REFUSED, RESET, TIMED_OUT, EMPTY, WRONG, LOCAL, KINDS };
 static const char *const kind_names[KINDS] = {
@@ -67,15 +60,6 @@ static const char *request = "ping\n", *expected;
 static size_t request_len, expected_len;
 static uint64_t timeout_ns = 10000000000ULL, started_ns, slowest_at_ns;
 static uint64_t answered_ns, gap_ns, gap_at_ns; /* the longest time in which no client had a reply */
-static uint64_t own_gap_ns;
-static struct core { /* what the thread of one core saw */
-    uint64_t due_ns; /* when it wants to wake */
-    unsigned long count;
-    struct {
-        uint64_t from_ns, to_ns;
-    } stalls[STALLS]; /* the last ones */
-} cores[CORES];
-static int core_count;
 static uint32_t *samples; /* tenths of a microsecond: exact percentiles, 429 s at most */
 static size_t sample_count, sample_room;
 static unsigned long failures[KINDS], backlog_full, begun, most = (unsigned long)-1;
@@ -219,91 +203,11 @@ static void begin(struct connection *c)
     send_request(c); /* over loopback the handshake is done by now: no wait for EPOLLOUT */
 }
 
-static void *watch_core(void *given)
-{
-    struct core *core = given;
-    uint64_t due = now_ns();
-
-    for (;;) {
-        due += WAKES_NS;
-        __atomic_store_n(&core->due_ns, due, __ATOMIC_RELEASE);
-        struct timespec until = {(time_t)(due / 1000000000ULL), (long)(due % 1000000000ULL)};
-        clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL);
-        uint64_t now = now_ns();
-        if (now - due > WAKES_NS) {
-            unsigned long number = core->count;
-            core->stalls[number % STALLS].from_ns = due;
-            core->stalls[number % STALLS].to_ns = now;
-            __atomic_store_n(&core->count, number + 1, __ATOMIC_RELEASE);
-            due = now;
-        }
-    }
-    return NULL;
-}
-
-/* Start the watching threads; without permission, watch nothing. */
-static void watch_cores(void)
-{
-    cpu_set_t usable;
-    pthread_attr_t attributes;
-    struct sched_param priority = {.sched_priority = PRIORITY};
-
-    if (sched_getaffinity(0, sizeof usable, &usable) < 0)
-        die("list the cores");
-    pthread_attr_init(&attributes);
-    pthread_attr_setinheritsched(&attributes, PTHREAD_EXPLICIT_SCHED);
-    pthread_attr_setschedpolicy(&attributes, SCHED_FIFO);
-    pthread_attr_setschedparam(&attributes, &priority);
-    for (int number = 0; number < CPU_SETSIZE && core_count < CORES; number++) {
-        cpu_set_t one;
-        pthread_t thread;
-        if (!CPU_ISSET(number, &usable))
-            continue;
-        CPU_ZERO(&one);
-        CPU_SET(number, &one);
-        pthread_attr_setaffinity_np(&attributes, sizeof one, &one);
-        if (pthread_create(&thread, &attributes, watch_core, &cores[core_count]) != 0) {
-            core_count = 0; /* threads that run already do no harm */
-            return;
-        }
-        core_count++;
-    }
-}
-
-/* The longest time, of any core, in which no program ran on it between these times. */
-static uint64_t stalled_ns(uint64_t from, uint64_t to)
-{
-    uint64_t most = 0;
-
-    for (int number = 0; number < core_count; number++) {
-        const struct core *core = &cores[number];
-        unsigned long count = __atomic_load_n(&core->count, __ATOMIC_ACQUIRE);
-        uint64_t due = __atomic_load_n(&core->due_ns, __ATOMIC_ACQUIRE), sum = 0;
-        for (unsigned long i = count > STALLS / 2 ? count - STALLS / 2 : 0; i < count; i++) {
-            uint64_t begin = core->stalls[i % STALLS].from_ns, end = core->stalls[i % STALLS].to_ns;
-            begin = begin < from ? from : begin;
-            end = end > to ? to : end;
-            sum += end > begin ? end - begin : 0;
-        }
-        due = due < from ? from : due;
-        if (due + WAKES_NS < to)
-            sum += to - due; /* late now */
-        most = sum > most ? sum : most;
-    }
-    return most;
-}
-
 static void note_gap(uint64_t now)
 {
-    uint64_t gap = now - answered_ns;
-
-    if (gap > gap_ns) {
-        gap_ns = gap;
+    if (now - answered_ns > gap_ns) {
+        gap_ns = now - answered_ns;
         gap_at_ns = answered_ns;
-    }
-    if (gap > own_gap_ns && core_count > 0) {
-        uint64_t own = gap - stalled_ns(answered_ns, now);
-        own_gap_ns = own > own_gap_ns ? own : own_gap_ns;
     }
     answered_ns = now;
 }
@@ -414,13 +318,10 @@ static void report(double seconds, size_t in_time)
     }
     printf(", \"failed\": %lu, \"backlog_full\": %lu, \"p50_us\": %.1f, \"p99_us\": %.1f, "
            "\"p999_us\": %.1f, \"max_us\": %.1f, \"max_at_s\": %.3f, \"gap_us\": %.1f, "
-           "\"gap_at_s\": %.3f, \"own_cpu_us\": %.2f",
+           "\"gap_at_s\": %.3f, \"own_cpu_us\": %.2f}\n",
            failed, backlog_full, percentile_us(0.5), percentile_us(0.99), percentile_us(0.999),
            percentile_us(1), slowest_at, (double)gap_ns / 1e3,
            (double)(gap_at_ns - started_ns) / 1e9, sample_count ? cpu_us / (double)sample_count : 0);
-    if (core_count > 0)
-        printf(", \"own_gap_us\": %.1f", (double)own_gap_ns / 1e3);
-    printf("}\n");
 }
 
 int main(int argc, char **argv)
@@ -429,13 +330,13 @@ int main(int argc, char **argv)
         {"connections", 1, 0, 'c'}, {"seconds", 1, 0, 't'}, {"count", 1, 0, 'n'},
         {"send", 1, 0, 's'}, {"expect", 1, 0, 'x'}, {"timeout", 1, 0, 'T'},
         {"until-reply", 0, 0, 'r'}, {"keep", 1, 0, 'k'}, {"plain", 0, 0, 'p'},
-        {"again", 0, 0, 'a'}, {"stalls", 0, 0, 'w'}, {0, 0, 0, 0}};
+        {"again", 0, 0, 'a'}, {0, 0, 0, 0}};
     double seconds = 0;
-    int count = 1, option, said_kept = 0, stalls = 0;
+    int count = 1, option, said_kept = 0;
     struct sigaction stop = {.sa_handler = on_stop};
     struct epoll_event events[EVENTS];
 
-    while ((option = getopt_long(argc, argv, "c:t:n:s:x:T:rk:paw", options, NULL)) != -1)
+    while ((option = getopt_long(argc, argv, "c:t:n:s:x:T:rk:pa", options, NULL)) != -1)
         switch (option) {
         case 'c': count = atoi(optarg); break;
         case 't': seconds = atof(optarg); break;
@@ -446,14 +347,13 @@ int main(int argc, char **argv)
         case 'r': until_reply = 1; break;
         case 'p': plain = 1; break;
         case 'a': again = 1; break;
-        case 'w': stalls = 1; break;
         case 'k': count = keep = atoi(optarg); most = (unsigned long)keep; break;
         default: return 2;
         }
     if (optind + 1 != argc || count < 1) {
         fprintf(stderr,
                 "usage: load [--connections C] [--seconds S | --count N] [--send LINE] "
-                "[--expect END]\n            [--timeout S] [--until-reply] [--plain] [--again]\n            [--stalls] [--keep N] ADDRESS\n");
+                "[--expect END]\n            [--timeout S] [--until-reply] [--plain] [--again]\n            [--keep N] ADDRESS\n");
         return 2;
     }
     parse_address(argv[optind]);
@@ -469,8 +369,6 @@ int main(int argc, char **argv)
     for (int i = 0; i < count; i++)
         all[i].fd = -1;
     idle = count;
-    if (stalls)
-        watch_cores();
     started_ns = answered_ns = gap_at_ns = now_ns();
     uint64_t swept_ns = 0, ended_ns = 0, retried_ns = 0, now = started_ns;
     size_t in_time = 0;

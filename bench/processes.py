@@ -43,7 +43,7 @@ def built(name: str, *, preloaded: bool = False) -> str:
     """
     source, binary = HERE / f"{name}.c", HERE / (f"{name}.so" if preloaded else name)
     if not binary.exists() or binary.stat().st_mtime < source.stat().st_mtime:
-        flags = ["-std=c99", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
+        flags = ["-std=c99", "-O2", "-Wall", "-Wextra", "-Werror"]
         flags += ["-fPIC", "-shared"] if preloaded else []
         # Renamed, because another process may run or compile it now.
         new = binary.with_name(f".{binary.name}.{os.getpid()}")

@@ -102,11 +102,7 @@ def _print(one: Run, names: list[str], chosen: list[str], versions: dict[str, st
     print(f"# Beside its rivals\n\n{where}\n")
     print("## Where a rival is better\n")
     print("\n".join(f"* {line}" for line in ahead) or "Nowhere in this run.")
-    print("\nRates, CPU and p99.9 are compared only with those that run the same worker.")
-    print(
-        "Gaps are without the times in which no program ran on a core, not even a real-time thread "
-        "(`bench/load --stalls`); in brackets with them.\n"
-    )
+    print("\nRates, CPU and p99.9 are compared only with those that run the same worker.\n")
     print(f"## All of them\n\n{report.everyone(results, names)}\n")
     print(f"## The best {report.BEST} and ours\n\n{report.chosen(results, chosen)}\n")
     print("## Targets\n")

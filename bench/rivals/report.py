@@ -138,13 +138,6 @@ def _ms(results: Results, rival: str, situation: str, name: str) -> str:
     return number(results.most(rival, situation, name), 1, 1e-3)
 
 
-def _gap(results: Results, name: str, situation: str) -> str:
-    """Return the longest gap in ms; in brackets the one with stalls of the machine's cores."""
-    with_stalls = results.most(name, situation, "all_gap_us")
-    said = _ms(results, name, situation, "gap_us")
-    return said + (f" ({with_stalls / 1e3:.1f})" if with_stalls is not None else "")
-
-
 def rows(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """Return a table."""
     lines = [header, ["---"] * len(header), *body]
@@ -161,7 +154,7 @@ def everyone(results: Results, names: Iterable[str]) -> str:
             number(results.middle(name, "short", "p999_us"), 1, 1e-3),
             number(results.middle(name, "short", "cpu_us"), 0),
             failed(results, name, "reload") + _still(results, name, "reload"),
-            _gap(results, name, "reload"),
+            _ms(results, name, "reload", "gap_us"),
             number(results.middle(name, "reload", "p999_us"), 1, 1e-3),
             number(results.middle(name, "reload", "reloads"), 0),
         )
@@ -197,7 +190,7 @@ def _cell(results: Results, rival: str, situation: str) -> str:
         missed = results.most(rival, situation, "missed")
         said = number(results.middle(rival, situation, "first_ms"), 0)
         return said + (f"; {missed:.0f} never" if missed else "")
-    parts = [failed(results, rival, situation), _gap(results, rival, situation)]
+    parts = [failed(results, rival, situation), _ms(results, rival, situation, "gap_us")]
     parts.append(number(results.middle(rival, situation, "p999_us"), 1, 1e-3))
     if not SITUATIONS[situation].reloads:
         parts.insert(0, f"{number(results.ratio(rival, situation, 'per_second'), 2)}")

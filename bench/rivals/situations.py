@@ -33,17 +33,12 @@ RELOADS = 5
 
 
 class Loading:
-    """A load generator that runs beside a situation; `seen` has its result.
-
-    `gap_us` is the longest gap without the times in which no program ran on a core (load.c),
-    `all_gap_us` the longest with them.  Without root's rights both are the same.
-    """
+    """A load generator that runs beside a situation; `seen` has its result."""
 
     def __init__(
         self, one: Running, at_once: int, seconds: float, options: tuple[str, ...]
     ) -> None:
-        words = [built("load"), "-c", str(at_once), "-t", str(seconds), "--stalls", *options]
-        words.append(one.address)
+        words = [built("load"), "-c", str(at_once), "-t", str(seconds), *options, one.address]
         self._process = subprocess.Popen(words, stdout=subprocess.PIPE)
         self.seen: Seen = {}
         self._limit_s = seconds + 30
@@ -56,8 +51,6 @@ class Loading:
         if self._process.returncode:
             raise CannotMeasure(f"the generator ended with {self._process.returncode}")
         self.seen = json.loads(said.splitlines()[-1])
-        self.seen["all_gap_us"] = self.seen["gap_us"]
-        self.seen["gap_us"] = self.seen.pop("own_gap_us", self.seen["gap_us"])
 
 
 def _quiet(one: Running, seconds: float, at_once: int, options: tuple[str, ...] = SHORT) -> Seen:

@@ -214,9 +214,8 @@ def _count_losses(operation: Operation) -> Message:
 def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) -> int:
     """Request a reload or dry run, and return the number of its generation.
 
-    If the connection is cut before this reload or dry run has begun, request it again.  After a
-    cut, also request it again if another reload ran or waited, or nothing served, in `before`:
-    the status before the request.
+    If the connection is cut before this reload or dry run has begun, or if another one ran or
+    waited, or nothing served, in `before` (the status before the request), request it again.
     """
     dry_run = "dry_run" in arguments
     if dry_run and "dry_run" not in before:

@@ -172,8 +172,7 @@ class Reload(Awaited):
         match name:
             case "spawned":
                 self._progress_of(number)
-                # The configuration may want more workers than the status before the request.
-                self._wanted = max(self._wanted, number_in(event, "slot") + 1)
+                self._note_slot(event)
             case "worker-ready":
                 self._show_ready(number, {number_in(event, "worker")})
             case "route":
@@ -206,6 +205,8 @@ class Reload(Awaited):
         for each in starting:
             number, workers = number_in(each, "number"), listed(each, "workers")
             ready = {number_in(w, "number") for w in workers if w.get("state") == "ready"}
+            for worker in workers:
+                self._note_slot(worker)
             self._show_ready(number, ready)
             if each.get("phase") == "settling":
                 if status.get("route") in (number, None):
@@ -237,6 +238,10 @@ class Reload(Awaited):
             self._current = _Progress(number)
             self.tell(f"generation {number} is starting")
         return self._current
+
+    def _note_slot(self, worker: Message) -> None:
+        """Note how many workers are wanted: before the switch no status has a new number."""
+        self._wanted = max(self._wanted, number_in(worker, "slot") + 1)
 
     def _show_ready(self, number: int, workers: set[int]) -> None:
         """Note these workers as ready; if one of them was not noted before, show the count."""

@@ -27,6 +27,7 @@ from ..system.log import Log
 from ..system.loop import Loop
 from ..system.sd_notify import remove_folder
 from ..system.state_file import StateError, StateFile
+from ..system.unix_listener import close_control
 from . import recovery, releases, watch_client
 from .checkpoint import Checkpoint
 from .control import commands, status
@@ -219,8 +220,7 @@ class Resident:
             has_worker_user = settings.worker_identity is not None
             privileges.become(settings.identity, settings.nice, starts_others=has_worker_user)
             if has_worker_user:
-                # Perhaps we inherited capabilities, from the guard or by an upgrade.  Workers must
-                # not inherit them.
+                # Workers must not inherit capabilities that came from the guard or by an upgrade.
                 privileges.reclaim()
         return loop
 
@@ -289,8 +289,8 @@ class Resident:
             # Remove the settings from systemd's fd store first: if we are killed after that, the
             # next start finds no settings, and so starts normally, with the stored listeners.
             store.forget(inherited.SETTINGS)
-            # Perhaps systemd still passes its descriptor of the settings to the next start.  So
-            # also empty the settings' memfd: inherited.is_ours() ignores empty settings.
+            # Perhaps systemd still passes the settings to the next start.  So also empty their
+            # memfd: inherited.is_ours() ignores empty settings.
             os.ftruncate(self.own[inherited.SETTINGS], 0)
         # The relay exits only once all copies of its pipes are closed, also the store's copies.
         for name in self.output.descriptors():
@@ -377,8 +377,7 @@ class Resident:
         return found | {name: fd for each in parts for name, fd in each.descriptors().items()}
 
     def _send_later(self, resend: Callable[[], None]) -> None:
-        # Without a loop, the start has failed, or we only complete an earlier program's exit.  In
-        # both cases Outbox.finish() (sd_notify.py) sends the unsent messages.
+        # Without a loop (a failed start, or an earlier program's exit), Outbox.finish() sends all.
         if self._loop is not None:
             self._loop.call_after(resend, _RESEND_PAUSE_S, resend)
 
@@ -431,9 +430,11 @@ class Resident:
     # -- the end -------------------------------------------------------------------
 
     def _close_listeners(self) -> None:
-        for listener in (*self.listeners, self.control_listener):
-            if listener is not None and listener.fileno() >= 0:
+        for listener in self.listeners:
+            if listener.fileno() >= 0:
                 listener.close()
+        if self.control_listener is not None and self.control_listener.fileno() >= 0:
+            close_control(self.control_listener)
 
     def _write_pid(self, log: Log) -> None:
         """Write into our pid file the pid that operators should signal."""

@@ -8,11 +8,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from contextlib import suppress
 
 from ..model.errors import SystemRefused
-from ..model.settings import Identity, Settings
-from ..system import control_path, socket_file
+from ..model.settings import Settings
+from ..system import control_path
 from .bind import Bound
 from .bind_unix import admit_group, bind_unix
 from .listen_spec import Listen
@@ -20,45 +19,19 @@ from .listen_spec import Listen
 _BACKLOG = 64
 
 
-def default_path(name: str, identity: Identity | None) -> str:
+def default_path(name: str) -> str:
     """Return the default path of an instance's control socket.
 
-    If the instance has its own folder, the socket is in this folder.  A protector that becomes
-    another user (`identity`) has one: in root's folder it could not remove the socket at the end.
+    If the instance has its own folder, the socket is in this folder.
     """
     own = os.path.join(_folder(), control_path.key_of(name))
-    if os.path.isdir(own) or _changes_user(identity):
+    if os.path.isdir(own):
         return os.path.join(own, control_path.IN_OWN_FOLDER)
     return f"{own}{control_path.SUFFIX}"
 
 
 def _folder() -> str:
     return control_path.folders(os.environ, os.geteuid())[0]
-
-
-def _changes_user(identity: Identity | None) -> bool:
-    return identity is not None and identity.uid != os.geteuid()
-
-
-def _prepare(path: str, identity: Identity | None) -> None:
-    """Make the missing folders of a default path.  Raises OSError; EADDRINUSE: the name is taken.
-
-    Other users may list these folders, because each socket in them has its own mode.
-    """
-    folder = os.path.dirname(path)
-    os.makedirs(_folder(), 0o755, exist_ok=True)
-    if folder == _folder():
-        return
-    beside = f"{folder}{control_path.SUFFIX}"  # a protector that did not change its user
-    if socket_file.is_stale(beside):
-        os.unlink(beside)
-    uid, gid = (identity.uid, identity.gid) if identity else (os.geteuid(), os.getegid())
-    if os.path.isdir(folder) and os.stat(folder).st_uid != uid:
-        with suppress(OSError):  # it is not empty
-            os.rmdir(folder)  # left by a stopped protector with another user
-    if not os.path.isdir(folder):
-        os.mkdir(folder, 0o755)
-        os.chown(folder, uid, gid)
 
 
 def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | None:
@@ -71,21 +44,20 @@ def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | N
         return None
     path = settings.control.address.removeprefix("unix:")
     names: tuple[str, ...] = (settings.name,)
-    is_default = path == default_path(settings.name, settings.identity)
-    if is_default:
+    if path == default_path(settings.name):
         # Another protector with this name may be running.
         names += control_path.apart(settings.name, settings.listeners[0].address)
     why = ""
     for called in names:
-        at = default_path(called, settings.identity) if is_default else path
+        at = default_path(called) if len(names) > 1 else path
         try:
-            if is_default or os.path.dirname(at) == _folder():
-                _prepare(at, settings.identity)
+            if os.path.dirname(at) == _folder():
+                # Other users may list this folder, because each socket in it has its own mode.
+                os.makedirs(_folder(), 0o755, exist_ok=True)
             bound = _bind(settings, at)
         except OSError as error:
-            why = f"{error.filename or at}: {error.strerror}"
-            if error.errno != errno.EADDRINUSE:
-                break
+            why = f"{error.filename}: {error.strerror}"
+            break
         except SystemRefused as error:
             why = str(error)
             if not _is_taken(error):

@@ -78,7 +78,7 @@ def _launch(parsed: ParsedOptions) -> int:
         raise SystemRefused("running from a zip or wheel is not supported; pip install it")
     kernel_calls.check()
     if parsed.control != "":
-        path = parsed.control or default_path(settings.name, settings.identity)
+        path = parsed.control or default_path(settings.name)
         settings = replace(settings, control=ListenerSettings(f"unix:{path}"))
     files = _files_of(parsed)
     if parsed.control:

@@ -6,14 +6,14 @@ The protector, which makes the socket, and the programs that look for it use the
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 
 SYSTEM = "/run/socketprotector"
 #: The parents of logind's folders for logged-in users: pam_systemd(8).
 _SESSIONS = ("/run/user/", "/var/run/user/")
 SUFFIX = ".control"
-#: The socket's name in an instance's own folder, which units, the init script, or a protector that
-#: changes its user make.
+#: The socket's name in an instance's own folder, which units and the init script make.
 IN_OWN_FOLDER = "control"
 
 
@@ -52,7 +52,11 @@ def key(path: str) -> str:
 
 
 def sockets(environment: Mapping[str, str], user: int) -> list[str]:
-    """Return the paths of all control sockets in the folders, live or stale."""
+    """Return the paths of all control sockets in the folders, live or stale.
+
+    Leaves out the sockets of stopped protectors that could not remove them (close_control()
+    in unix_listener.py).
+    """
     found = []
     for folder in folders(environment, user):
         try:
@@ -63,4 +67,11 @@ def sockets(environment: Mapping[str, str], user: int) -> list[str]:
         found += [path for path in paths if path.endswith(SUFFIX)]
         own = [os.path.join(path, IN_OWN_FOLDER) for path in paths if not path.endswith(SUFFIX)]
         found += [path for path in own if os.path.exists(path)]
-    return found
+    return [path for path in found if not _has_ended(path)]
+
+
+def _has_ended(path: str) -> bool:
+    try:
+        return stat.S_IMODE(os.lstat(path).st_mode) == 0
+    except OSError:
+        return False

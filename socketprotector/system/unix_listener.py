@@ -409,6 +409,21 @@ def remove_file(settings: ListenerSettings) -> None:
             os.unlink(path)
 
 
+def close_control(listener: Listener) -> None:
+    """Close a control socket, and remove its file.
+
+    A protector that has changed its user cannot remove the file from root's folder.  Then take all
+    its permissions: control_path.sockets() leaves out such a file, because its protector has not
+    crashed.  Do this while the socket listens: later, another protector may replace the file.
+    """
+    listener.remove_files()
+    path = listener.settings.address.removeprefix("unix:")
+    with suppress(OSError):  # removed
+        if is_file_of(listener.settings, os.lstat(path)):
+            os.chmod(path, 0)
+    listener.close()
+
+
 def is_file_of(settings: ListenerSettings, found: os.stat_result) -> bool:
     """Return whether a listener made this file."""
     return (found.st_dev, found.st_ino) == (settings.device, settings.inode)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
 import re
 import resource
 import shlex
@@ -975,47 +974,33 @@ SLEEPS = (
 )
 
 
-@pytest.fixture
-def directory(short: Path) -> Path:
-    """DIRECTORY of docs/control.md, which any user may enter."""
-    short.chmod(0o755)
-    return short / "socketprotector"
+def listed_in(folder: Path) -> dict[str, str | None]:
+    """The sockets that `list` shows, and why one has no status."""
+    words = [sys.executable, "-m", "socketprotector.ctl", "list", "--json"]
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}
+    said = subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=True)
+    found = {each["control"]: each["why"] for each in json.loads(said.stdout)["instances"]}
+    return {path: why for path, why in found.items() if path.startswith(str(folder))}
 
 
 @AS_ANOTHER_USER
-def test_a_protector_with_another_user_removes_its_own(protector: Starter, directory: Path) -> None:
-    directory.mkdir()
-    stale = directory / "web.control"  # of a version before, which could not remove it
-    with socket.socket(socket.AF_UNIX) as left:
-        left.bind(str(stale))
-    own = directory / "web"
+def test_a_stopped_protector_that_could_not_remove_its_own_is_not_listed(
+    protector: Starter,
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="sp-", dir="/tmp") as made:
+        folder = Path(made)
+        folder.chmod(0o755)  # `nobody` must reach the socket
+        path = folder / "socketprotector" / "web.control"
+        words = ("--name", "web", "--user", "nobody", *SLEEPS)
 
-    for user in ("nobody", "games", "root"):  # each finds the folder of the one before
-        words = ("--name", "web", "--user", user, *SLEEPS)
-        daemon = protector(*words, XDG_RUNTIME_DIR=str(directory.parent)).ready()
+        for _ in range(2):  # the next start replaces the file
+            daemon = protector(*words, XDG_RUNTIME_DIR=made).ready()
 
-        assert own.stat().st_uid == pwd.getpwnam(user).pw_uid
-        assert mode_of(own) == 0o755
-        with Line(own / "control") as line:
-            assert line.status()["control"] == str(own / "control")
-        assert daemon.log.count("event=notice") == 0
-        daemon.stop()
-        assert list(directory.rglob("*")) == [own]
-
-
-@AS_ANOTHER_USER
-def test_a_name_is_taken_whichever_user_has_it(protector: Starter, directory: Path) -> None:
-    environment = {"XDG_RUNTIME_DIR": str(directory.parent)}
-    first = protector("--name", "web", *SLEEPS, **environment).ready()
-    second = protector("--name", "web", "--user", "nobody", *SLEEPS, **environment).ready()
-
-    longer = f"web:{second.port}"
-    second.log.wait_for(f"event=notice .*Use --name {longer} for this one")
-    for daemon, place in ((first, "web.control"), (second, f"{longer}/control")):
-        with Line(directory / place) as line:
-            assert line.status()["pid"] == daemon.pid
-        daemon.stop()
-        assert not (directory / place).exists()
+            assert listed_in(folder) == {str(path): None}
+            assert mode_of(path) == 0o600
+            daemon.stop()
+            assert path.exists()
+            assert listed_in(folder) == {}
 
 
 @AS_ANOTHER_USER

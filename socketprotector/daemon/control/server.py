@@ -23,6 +23,7 @@ from ...system.foreign_descriptors import dropping, refuse_descriptors
 from ...system.listener import TRANSIENT_ERRNOS, Listener
 from ...system.loop import READ, WRITE, Loop
 from ...system.polling import read_now
+from ...system.unix_listener import close_control
 
 #: The most clients at a time.
 CLIENTS = 256
@@ -270,7 +271,7 @@ class ControlServer:
         self.loop.cancel(("control", "again"))
         self.loop.unwatch(self.listener.fileno())
         with dropping():
-            self.listener.close()
+            close_control(self.listener)
 
     def answer(self, client: Client, line: bytes) -> None:
         """Answer one line of a client; after einhorn's ACK, close the client without an answer."""

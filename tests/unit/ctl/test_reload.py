@@ -67,6 +67,24 @@ def test_it_waits_until_the_new_generation_serves_and_shows_the_way(fake: Fake, 
     )
 
 
+def test_a_configuration_that_wants_more_workers_counts_to_the_new_number(
+    fake: Fake, ctl: Ctl
+) -> None:
+    fake.status["workers_wanted"] = 1
+
+    def then(connection: Connection) -> None:
+        for slot in range(3):
+            connection.event("spawned", generation=9, worker=15 + slot, pid=1, slot=slot)
+        connection.event("worker-ready", generation=9, worker=15)
+        connection.event("worker-ready", generation=9, worker=16)
+        connection.event("worker-ready", generation=9, worker=17)
+        connection.event("reloaded", generation=9)
+
+    reloading(fake, then)
+
+    assert "ready 1/3\nready 2/3\nready 3/3\n" in ctl("reload").err
+
+
 def test_of_many_workers_each_tenth_part_is_a_line(fake: Fake, ctl: Ctl) -> None:
     fake.status["workers_wanted"] = 128
 

@@ -1,8 +1,7 @@
 """Decides when to accept connections, and recovers connections that no worker has taken.
 
-acceptor.py is the fast path.  This module handles failed accepts; outlet.py or canary.py handles
-failed sends.  We choose no worker: workers take connections from their queue (client_lib's
-intake.py).
+acceptor.py is the fast path.  This module handles failed accepts; outlet.py and canary.py handle
+failed sends.  We choose no worker: workers take connections from their queue (intake.py).
 
 We accept only connections that we can deliver.  If a send fails nevertheless, undelivered.py keeps
 the connection, and we send it before all others.  drain() and release() say what becomes of the
@@ -163,8 +162,7 @@ class Forwarder:
     def remove(self, listener: Listener, to: GenerationChannel | None) -> None:
         """Refuse a listener's new clients, and send its backlog to a channel.
 
-        to: the channel; None: lose the backlog.  Exception: the owner of a passed-in socket gets
-        its backlog.
+        to: the channel; None: lose the backlog.  A passed-in socket's backlog goes to its owner.
         """
         self._listeners.remove(listener)
         self._acceptor.end(listener)

@@ -240,11 +240,11 @@ class Reload(Awaited):
         return self._current
 
     def _note_slot(self, worker: Message) -> None:
-        """Note how many workers are wanted: before the switch no status has a new number."""
+        """Note how many workers are wanted; a reload changes `workers_wanted` only at its end."""
         self._wanted = max(self._wanted, number_in(worker, "slot") + 1)
 
     def _show_ready(self, number: int, workers: set[int]) -> None:
-        """Note these workers as ready; if one of them was not noted before, show the count."""
+        """Note these workers as ready; if one is new, show the count if the throttle allows it."""
         progress = self._progress_of(number)
         if not workers <= progress.ready:
             progress.ready |= workers

@@ -2,7 +2,7 @@
 
 Connected clients go to the newest generation that knows the listener, has had clients and has not
 ended.  A timer looks at the backlog until two looks in a row find no client.  If new clients
-cannot be refused, the drain ends after LAST_S, but not before every accepted client is sent.
+cannot be refused, the drain also ends once LAST_S has passed and every accepted client is sent.
 Clients in the backlog at the end are lost.
 
 All remaining clients are lost in three cases:
@@ -46,7 +46,8 @@ class _Draining:
 
     listener: Listener
     channel: Channel
-    until: float = 0.0  # when to close at the latest; 0: no limit, because we get no new client
+    #: After this time, close once no connection is kept; 0: no limit, because we get no new client.
+    until: float = 0.0
     #: Whether the last _look() found no client.  False if the channel was full: then a client may
     #: wait.
     quiet: bool = False

@@ -50,8 +50,8 @@ class Undelivered:
     def keep_older(self, header: bytes, fd: int, last_number: int) -> None:
         """Keep one of the connections that the caller takes out of a queue, oldest first.
 
-        The connection goes behind all connections that were kept since the caller began, and in
-        front of all others.
+        The connection goes in front of the first connection that was kept before the caller began;
+        without one, behind all.
         last_number: the value of `self.number` when the caller began.  Takes ownership of fd.
         """
         before = tuple(self._waiting.items())
@@ -81,7 +81,7 @@ class Undelivered:
         return None
 
     def drop(self, wanted: Wanted) -> int:
-        """Close the connections of the wanted listeners; return how many were closed."""
+        """Close the connections of the listeners that `wanted` selects; return their number."""
         gone = [n for n, (header, _) in self._waiting.items() if wanted(listener_of(header))]
         for number in gone:
             os.close(self._waiting.pop(number)[1])
@@ -104,9 +104,9 @@ class Undelivered:
     def adopt(self, number: int, waiting: Iterable[tuple[int, bytes]], unclaimed: Inherited) -> int:
         """Adopt the connections of the program that we replaced; take ownership of the descriptors.
 
-        number: the highest number in the state.  If that program was killed before it wrote the
-        next number into the state, a descriptor with this number may be stored.  So new connections
-        skip the next number, and the numbers of all stored descriptors.
+        number: the highest number in the state.  The replaced program may have stored a descriptor
+        under the next number, and been killed before it wrote the state.  So new connections skip
+        the next number, and the numbers of all stored descriptors.
 
         Returns how many connections are certainly lost: their descriptor or header was not stored.
         """

@@ -74,7 +74,7 @@ class Instance:
     def lost(self, why: str, *, has_socket: bool = True) -> None:
         """Record that the instance does not answer; its last status stays shown.
 
-        has_socket: whether the socket's file exists, which a stop removes and a kill leaves.
+        has_socket: whether the socket's file exists.  A stop removes it, usually; a kill leaves it.
         """
         if not has_socket and self._shown and self.why in ("", "gone"):
             self._stopped = True

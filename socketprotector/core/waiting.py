@@ -128,7 +128,7 @@ def _settle(fleet: Fleet, facts: Facts, generation: Generation) -> Wait:
         return Wait("rolling", _rolling(fleet, facts, generation) + checked, number, left_s)
     if generation.checked and facts.settle_check_due:
         check = facts.settle_check
-        reason = f"settling: --settle is over; --settle-check {check} must pass once more"
+        reason = f"settling: --settle is over; --settle-check {check} must pass after it"
         return Wait("settle", reason, number)
     return Wait("settle", f"settling{checked}", number, left_s)
 

@@ -194,7 +194,7 @@ def _inodes(pids: Sequence[int]) -> tuple[dict[int, int | None], str]:
             todo += procfs.children_of(each)
         except OSError as error:
             hidden = _why_hidden(each, error)
-            why = why or (hidden if each == first else hidden and f"descendant {each}: {hidden}")
+            why = why or (hidden if each == first else hidden and f"process {each}: {hidden}")
     return found, why
 
 

@@ -35,7 +35,7 @@ _SHELL_SAFE = frozenset(string.ascii_letters + string.digits + "@%+:,./_-")
 def sockets() -> list[str]:
     """Return the paths of all control sockets in the usual folders (system/control_path.py).
 
-    Includes sockets whose protector has ended.
+    Includes sockets whose protector was killed.
     """
     return control_path.sockets(os.environ, os.geteuid())
 

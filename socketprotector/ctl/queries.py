@@ -206,8 +206,11 @@ def _show_connections(state: Message, found: list[Connection], hidden: list[Hidd
         render.show(render.columns(headings, rows), render.line())
     phases = {number_in(g, "number"): text_in(g, "phase") for g in listed(state, "generations")}
     for number, count in sorted(Counter(each.generation for each in found).items()):
-        oldest = max((c for c in found if c.generation == number), key=lambda c: c.age_s)
-        age = _BOUNDS[oldest.bound] + render.duration_text(oldest.age_s)
+        its = [c for c in found if c.generation == number]
+        bounded = [c for c in its if c.bound != AT_MOST]
+        is_least = any(c.bound == AT_LEAST for c in its)
+        oldest = max(bounded if is_least else its, key=lambda c: c.age_s)
+        age = _BOUNDS[AT_LEAST if is_least else oldest.bound] + render.duration_text(oldest.age_s)
         words = f"{count} {plural(count, 'connection')}, oldest {age}"
         say(f"generation {number} {phases.get(number, '')}: {words}")
     if not found:
@@ -348,7 +351,7 @@ def _show_event(event: Message, as_json: bool) -> None:
 
 
 @command("list", short_help="List the protectors that have a control socket.")
-@click.option("--living", is_flag=True, help="Leave out sockets of protectors that have ended.")
+@click.option("--living", is_flag=True, help="Leave out sockets of killed protectors.")
 def list_all(instance: Instance, living: bool, as_json: bool) -> None:
     """List the protectors that have a control socket in one of the usual folders.
 

@@ -111,8 +111,12 @@ def known_by(path: str) -> list[int]:
     """Return numbers that identify a file as long as it exists.  Raises OSError."""
     found = os.lstat(path)
     # A later file may have the same inode number, but not the same ctime.  For a folder use 0,
-    # because a folder's ctime changes with its contents.
-    changed = 0 if stat.S_ISDIR(found.st_mode) else found.st_ctime_ns
+    # because a folder's ctime changes with its contents; for a socket use the mtime, because
+    # close_control() changes permissions.
+    if stat.S_ISSOCK(found.st_mode):
+        changed = found.st_mtime_ns
+    else:
+        changed = 0 if stat.S_ISDIR(found.st_mode) else found.st_ctime_ns
     return [found.st_dev, found.st_ino, changed]
 
 

@@ -6,8 +6,9 @@ The protector, which makes the socket, and the programs that look for it use the
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping
+
+from .socket_file import is_stale
 
 SYSTEM = "/run/socketprotector"
 #: The parents of logind's folders for logged-in users: pam_systemd(8).
@@ -72,6 +73,6 @@ def sockets(environment: Mapping[str, str], user: int) -> list[str]:
 
 def _has_ended(path: str) -> bool:
     try:
-        return stat.S_IMODE(os.lstat(path).st_mode) == 0
+        return not os.lstat(path).st_mode & 0o444 and is_stale(path)
     except OSError:
         return False

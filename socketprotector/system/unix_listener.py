@@ -11,6 +11,7 @@ import errno
 import os
 import select
 import socket
+import stat
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 
@@ -412,15 +413,20 @@ def remove_file(settings: ListenerSettings) -> None:
 def close_control(listener: Listener) -> None:
     """Close a control socket, and remove its file.
 
-    A protector that has changed its user cannot remove the file from root's folder.  Then take all
-    its permissions: control_path.sockets() leaves out such a file, because its protector has not
-    crashed.  Do this while the socket listens: later, another protector may replace the file.
+    A protector that has changed its user cannot remove the file from root's folder.  Then take its
+    read permissions: control_path.sockets() leaves out such a file, because its protector has not
+    crashed.  (connect() needs only write permission.)  Do this while the socket listens: later,
+    another protector may replace the file.
     """
     listener.remove_files()
     path = listener.settings.address.removeprefix("unix:")
     with suppress(OSError):  # removed
-        if is_file_of(listener.settings, os.lstat(path)):
-            os.chmod(path, 0)
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if is_file_of(listener.settings, found := os.fstat(fd)):
+                os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(found.st_mode) & ~0o444)
+        finally:
+            os.close(fd)
     listener.close()
 
 

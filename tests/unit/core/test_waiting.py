@@ -85,7 +85,7 @@ def test_a_generation_settles_until_the_time_is_over_and_the_next_answer_good(
     story.and_also(ReloadRequested(), WorkerReady(2))
     assert reasons(story, settle_check="http:/healthz") == ["settling, checked by http:/healthz"]
     assert reasons(story, settle_check="http:/healthz", settle_check_due=True) == [
-        "settling: --settle is over; --settle-check http:/healthz must pass once more"
+        "settling: --settle is over; --settle-check http:/healthz must pass after it"
     ]
 
 

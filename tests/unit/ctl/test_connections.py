@@ -209,7 +209,7 @@ def test_a_child_that_a_workers_thread_has_started_is_searched_or_reported(
     assert [each.pid for each in found] == ([] if hidden else [process.pid])
     assert [each.pid for each in unseen] == ([process.pid] if hidden else [])
     for each in unseen:
-        assert each.why.startswith(f"descendant {child}: ")
+        assert each.why.startswith(f"process {child}: ")
 
 
 def test_pids_of_another_namespace_are_not_looked_up(stack: ExitStack) -> None:

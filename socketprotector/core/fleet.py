@@ -37,7 +37,7 @@ PHASES: dict[Phase, dict[Phase | None, str]] = {
         Phase.ABANDONED: "it could not be opened, a worker exited, was not ready in time, broke "
         "the channel or lacks the required client library, a listening socket was lost, an "
         "operator called it off, a dry run ended, it must make way for the generation that serves "
-        "a hold's waiting clients (--handoff listener), or a stop began",
+        "clients of a hold (--handoff listener), or a stop began",
     },
     Phase.SETTLING: {
         Phase.SERVING: "--settle or its rollout is over, an operator promoted it, a stop began, or "
@@ -46,7 +46,7 @@ PHASES: dict[Phase, dict[Phase | None, str]] = {
         Phase.DRAINING: "a worker exited or broke the channel, --settle-check failed, its rollout "
         "failed (a lost socket, too few clients, or workers that are late or stuck, accept "
         "nothing, or lack the client library), an operator called it off, it must make way for the "
-        "generation that serves a hold's waiting clients, a stop began during its rollout, "
+        "generation that serves clients of a hold, a stop began during its rollout, "
         "or a quick stop began",
     },
     Phase.SERVING: {Phase.DRAINING: "replaced, channel broken, or a stop began"},

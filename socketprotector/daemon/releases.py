@@ -43,7 +43,7 @@ class Releases:
         #: The release that the last reload or dry run was to start; "": unknown, or the failure of
         #: that release was reported.
         self._tried = ""
-        #: The release that `current` named when the last reload began; "": `current` led to none.
+        #: What `current` named when the last reload or dry run began; "": it led to no release.
         self.named_at_begin = ""
         self._note = ""  # about a move of `current`, for the next report of a success
         self.history.read(is_owned=self.link.is_owned or self.link.take_lock())
@@ -51,7 +51,7 @@ class Releases:
     def own(self) -> bool:
         """Become the owner of `current` if it has no owner; return whether we are the owner."""
         if not self.link.is_owned and self.link.take_lock():
-            # Our next write replaces the whole file, so first read the previous owner's entries.
+            # Our next write replaces the history file, so first read the previous owner's entries.
             self.history.read(is_owned=True)
         return self.link.is_owned
 

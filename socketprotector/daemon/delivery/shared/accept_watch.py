@@ -55,8 +55,8 @@ def known_clients(
     """Return the clients known to wait at these sockets, by listener index.
 
     Where no client waits, the line is empty.  A listener is missing if clients wait there, but the
-    query fails or lists no client.  Over TCP, a line also has the clients at the listener's other
-    socket.
+    query fails or lists no client.  A listener may have two sockets, one for each of two
+    generations.  Over TCP, a line lists the clients at both.
     """
     found: dict[int, Line] = {}
     for each, number in sockets:

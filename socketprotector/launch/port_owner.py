@@ -66,7 +66,11 @@ def _advice(pid: int | None) -> str:
     if pid and protector and _is_of_protector(pid):
         which = "SocketProtector" if pid == protector else f"its process {pid}"
         return f"{which} has it: leave it out, and add it when the old workers have exited"
-    return f"{_called(pid)} has it: stop that program, or choose another address"
+    called = _called(pid)
+    if called.endswith("(SocketProtector)"):
+        hint = "if that is this instance, use `socketprotectorctl diff`; otherwise"
+        return f"{called} has it: {hint} stop it, or choose another address"
+    return f"{called} has it: stop that program, or choose another address"
 
 
 def _is_of_protector(pid: int) -> bool:

@@ -101,7 +101,7 @@ def _shell_runs(probe: str) -> None:
 
 
 def _reachable(settings: Settings, path: str) -> None:
-    """Refuse a command that root could start, but the configured user cannot."""
+    """Refuse a command that root could start, but the configured user cannot; also --env-file."""
     if settings.identity is None:
         return
     name = settings.executed[0]
@@ -109,7 +109,8 @@ def _reachable(settings: Settings, path: str) -> None:
     folder = {os.path.join(settings.directory, ""): os.X_OK}
     python = {sys.executable: os.X_OK}
     adapted = bool(settings.mode.adapter)
-    protector = {**folder, **typed, path: os.X_OK, **(python if settings.guarded else {})}
+    env = {settings.env_file: os.R_OK} if settings.env_file else {}
+    protector = {**folder, **typed, path: os.X_OK, **(python if settings.guarded else {}), **env}
     worker = {**folder, **user_access.executed(path), **(python if adapted else {})}
     other = settings.worker_identity
     checks = [("--user", settings.identity, protector if other else {**protector, **worker})]

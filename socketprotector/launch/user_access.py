@@ -64,7 +64,7 @@ def closed(needed: Mapping[str, int]) -> str:
         target = os.path.realpath(path)
         for part in dict.fromkeys((*downwards(path), *downwards(target))):
             if not os.access(part, mode if part == path else os.X_OK) and os.path.exists(part):
-                what = "enter" if path.endswith("/") else "execute"
+                what = "enter" if path.endswith("/") else "read" if mode == os.R_OK else "execute"
                 leads = "" if part in downwards(path) else f", a link to {target}"
                 return f"cannot {what} {path}{leads}: {_whose(part)}"
     return ""

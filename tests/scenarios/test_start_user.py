@@ -305,6 +305,24 @@ def test_what_that_user_cannot_execute_is_refused_at_once(
     assert start.left() == []
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_an_env_file_that_this_user_cannot_read_is_refused_at_once(
+    start: Start, theirs: Path, check: bool
+) -> None:
+    secret = theirs / "secret.env"
+    secret.write_text("KEY=1\n")
+    secret.chmod(0o600)
+    words = ("--chdir", str(theirs), "--ready", "after:1ms", "--env-file", str(secret))
+    wanted = ("unix:s?mode=0600", "--", "/bin/sleep", "1000")
+
+    ended = start(*(("--check",) if check else ()), "--user", "nobody", *words, *wanted)
+
+    assert ended.status == 111
+    [line] = ended.lines
+    assert line.startswith(f"SocketProtector: --user nobody cannot read {secret}: ")
+    assert start.left() == [str(secret)]
+
+
 def test_what_that_user_may_execute_by_its_group_is_not_refused(start: Start, theirs: Path) -> None:
     ours = theirs / "ours.sh"
     ours.mkdir(mode=0o750)

@@ -240,7 +240,7 @@ class Reload(Awaited):
         return self._current
 
     def _note_slot(self, worker: Message) -> None:
-        """Note how many workers are wanted; a reload changes `workers_wanted` only at its end."""
+        """Note if more workers are wanted; a reload changes `workers_wanted` only at its end."""
         self._wanted = max(self._wanted, number_in(worker, "slot") + 1)
 
     def _show_ready(self, number: int, workers: set[int]) -> None:

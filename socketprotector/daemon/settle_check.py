@@ -87,8 +87,8 @@ class SettleCheck:
     def note_settle_over(self, number: int) -> bool:
         """Record that --settle is over; return whether a good answer must still come.
 
-        A good answer counts only if it comes after the first call.  Returns False if this
-        generation is not checked.
+        While it returns True, the caller calls it again.  Only good answers after the first of
+        these calls count.  Returns False if this generation is not checked.
         """
         generation = self._generation
         if generation is None or generation.record.number != number:

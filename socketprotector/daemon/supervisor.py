@@ -42,8 +42,10 @@ _AGAIN_S = 0.05
 _LONGEST_WAIT_S = 10.0
 #: The timer of an upgrade that waits for the guard or systemd.
 _HAND_OVER = "hand-over"
-#: How long we work before we let the delivery accept waiting clients.
+#: How long we work before we let the delivery accept waiting clients; at most _MOST_WORK_S, if
+#: accepting takes long.
 _YIELD_AFTER_S = 0.001
+_MOST_WORK_S = 0.005
 #: waitid() returns the same ended child until the child is reaped.  While a `Process`
 #: (system/process.py) has not reaped its ended child, we cannot see other ended children.  So we
 #: look again after this pause, which doubles each time, up to _LAST_REAP_S.
@@ -174,10 +176,11 @@ class Supervisor:
         begin = time.monotonic()
         if begin >= self._yield_at:
             self.effects.delivery.accept_waiting()
-            self.runtime.loop.run_if_due(WATCHDOG)
             end = time.monotonic()
+            self.runtime.loop.run_if_due(WATCHDOG)
             # Accepting from hundreds of listeners takes longer: it may take a third of the time.
-            self._yield_at = end + max(_YIELD_AFTER_S, 2 * (end - begin))
+            work_s = min(2 * (end - begin), _MOST_WORK_S)
+            self._yield_at = time.monotonic() + max(_YIELD_AFTER_S, work_s)
 
     def begin_upgrade(self) -> None:
         """Run a trial of the new program (upgrade.py); if that succeeds, execute the program."""

@@ -63,7 +63,8 @@ def closed(needed: Mapping[str, int]) -> str:
     for path, mode in needed.items():
         target = os.path.realpath(path)
         for part in dict.fromkeys((*downwards(path), *downwards(target))):
-            if not os.access(part, mode if part == path else os.X_OK) and os.path.exists(part):
+            wanted = mode if part in (path, target) else os.X_OK
+            if not os.access(part, wanted) and os.path.exists(part):
                 what = "enter" if path.endswith("/") else "read" if mode == os.R_OK else "execute"
                 leads = "" if part in downwards(path) else f", a link to {target}"
                 return f"cannot {what} {path}{leads}: {_whose(part)}"

@@ -56,7 +56,7 @@ def sockets(environment: Mapping[str, str], user: int) -> list[str]:
     """Return the paths of all control sockets in the folders, live or stale.
 
     Leaves out the sockets of stopped protectors that could not remove them (close_control()
-    in unix_listener.py).
+    in unix_listener.py), if this user may connect to them.
     """
     found = []
     for folder in folders(environment, user):

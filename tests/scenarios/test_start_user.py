@@ -323,6 +323,24 @@ def test_an_env_file_that_this_user_cannot_read_is_refused_at_once(
     assert start.left() == [str(secret)]
 
 
+@pytest.mark.parametrize("named", ["{file}", "./web.env", "{link}", "{folder}/web.env"])
+@pytest.mark.parametrize("user", ["nobody", "root"])
+def test_an_env_file_that_this_user_can_read_is_not_refused(
+    start: Start, theirs: Path, named: str, user: str
+) -> None:
+    file, link, folder = theirs / "web.env", theirs / "link.env", theirs / "folder"
+    file.write_text("KEY=1\n")
+    file.chmod(0o644)  # no program
+    link.symlink_to(file)
+    folder.symlink_to(theirs)
+    path = named.format(file=file, link=link, folder=folder)
+    words = ("--chdir", str(theirs), "--ready", "after:1ms", "--env-file", path)
+
+    ended = start("--check", "--user", user, *words, "unix:s?mode=0600", "--", "/bin/sleep", "1000")
+
+    assert ended.status == 0, ended.err
+
+
 def test_what_that_user_may_execute_by_its_group_is_not_refused(start: Start, theirs: Path) -> None:
     ours = theirs / "ours.sh"
     ours.mkdir(mode=0o750)

@@ -652,12 +652,13 @@ def test_each_line_of_the_example_that_is_commented_out_is_valid(unit: Unit) -> 
     (release / "daemon").symlink_to("/bin/cat")
     (files / "live" / "current").symlink_to(release)
     (files / "web.env").touch()
-    text = re.sub(r"^#(?=[a-z-]+ = |\[)", "", unit.config.read_text(), flags=re.MULTILINE)
+    text = re.sub(r"^#(?=[A-Za-z-]+ = |\[)", "", unit.config.read_text(), flags=re.MULTILINE)
     text = re.sub(r'"/(srv|var/log|etc)/[a-z]+/', f'"{files}/', text)
 
     unit.config.write_text(text)
 
     assert {"handoff", "ready", "current", "guard", "env-file", "env"} <= tomllib.loads(text).keys()
+    assert tomllib.loads(text)["env"]
     words = ["--check", "--config", str(unit.config)]
     done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -290,7 +290,7 @@ class SharedDelivery(Delivery):
             return
         # New clients wait for the next start (`stay`), go to the socket's owner (passed-in
         # sockets), or are refused (other listeners).  So we wait only until earlier clients are
-        # accepted.  If a listener cannot refuse new clients, we wait for LAST_S at most.
+        # accepted.  If a listener cannot refuse new clients, later ones prolong this, up to LAST_S.
         latest = float("inf") if stay else self._refuse_new()
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
         # _close_when_empty() is not called with `stay`, and ignores passed-in listeners.  So with

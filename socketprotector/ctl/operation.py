@@ -16,8 +16,7 @@ from .reload_progress import Awaited, Losses
 #: How long to wait for an event before requesting the status.  The request also detects a stuck
 #: protector, which sends neither events nor answers.
 _STATUS_EVERY_S = 1.0
-#: The requests that a waiting command may send before the one that changes something.  It may send
-#: them afterwards, too.
+#: Requests that change nothing: a waiting command may send them before and after its own request.
 _READ_ONLY = {"events", "status", "releases"}
 #: How long to try to reconnect during a stop.  This time is short, because after the protector's
 #: end the guard may still have the socket open, but the guard never answers.

@@ -66,8 +66,9 @@ def _advice(pid: int | None) -> str:
     if pid and protector and _is_of_protector(pid):
         which = "SocketProtector" if pid == protector else f"its process {pid}"
         return f"{which} has it: leave it out, and add it when the old workers have exited"
-    called = _called(pid)
-    if called.endswith("(SocketProtector)"):
+    program = _program(pid) if pid else ""
+    called = f"process {pid} ({program})" if program else "another program"
+    if program == "SocketProtector":
         hint = "if that is this instance, use `socketprotectorctl diff`; otherwise"
         return f"{called} has it: {hint} stop it, or choose another address"
     return f"{called} has it: stop that program, or choose another address"
@@ -82,14 +83,13 @@ def _is_of_protector(pid: int) -> bool:
     return False
 
 
-def _called(pid: int | None) -> str:
-    """Name a process by its number and program."""
+def _program(pid: int) -> str:
+    """Return the name of a process's program; "" if the process has ended."""
     import psutil
 
-    try:
-        return f"process {pid} ({psutil.Process(pid).name()})" if pid else "another program"
-    except psutil.Error:
-        return "another program"  # the process has ended, but a child of it still has the socket
+    with suppress(psutil.Error):  # a child of the process may still have the socket
+        return psutil.Process(pid).name()
+    return ""
 
 
 def of_path(path: str) -> str:

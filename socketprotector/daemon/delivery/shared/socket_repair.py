@@ -76,15 +76,15 @@ class SocketRepair:
         """Return whether clients or probes need a socket and cannot reach it.
 
         At a UNIX path, clients cannot reach the socket for new clients if its file is gone.
-        Probes cannot reach a starting generation's socket if its file or network device is
-        gone.
+        Probes cannot reach a starting generation's socket if its file is gone, or if it is bound to
+        a missing device.  Exception: return False if all the listener's sockets lost their device.
         """
         turns = self._turns
         if number == turns.number_for(listener):
             return listener.is_out_of_reach(number)
         if turns.accepting.get(turns.starting or 0) != number or listener.lacks_interface:
-            # Neither clients nor probes need the socket.  Or the listener's interface is gone, and
-            # so no new socket can be bound.
+            # Neither clients nor probes need the socket.  Or the device of all the listener's
+            # sockets was removed, and so no new socket can be bound.
             return False
         device_is_gone = socket_copy.device_is_gone(listener.socket_for(number))
         return device_is_gone or listener.is_out_of_reach(number)
@@ -97,8 +97,8 @@ class SocketRepair:
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
-        # If some generation's workers lack a listener's only socket, make no second socket: perhaps
-        # the starting generation must accept clients waiting at the only one.
+        # Running workers lack a listener's only socket if it has replaced theirs.  Then make no
+        # second socket: perhaps only the starting generation can accept the clients of the first.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)
@@ -128,8 +128,8 @@ class SocketRepair:
     def must_be_reachable(self, listener: Listener) -> bool:
         """Return whether a new release must fail if clients cannot reach it at this listener.
 
-        That is: the listener has two sockets, or all listeners are cut off (their socket files were
-        removed).
+        True if the listener has two sockets, or if all listeners are cut off (their socket files
+        were removed).
         """
         return listener.has_sibling or all(each.is_cut_off for each in self._listeners.living)
 
@@ -154,9 +154,9 @@ class SocketRepair:
         """Replace a broken socket by a new socket.
 
         If no socket can be bound, use the listener's other or reserved socket instead.  Without
-        such a socket, the listener is lost.  Exceptions: keep the socket, for a later repair, if
-        another try may succeed (RETRY_ERRNOS).  Also keep the socket if a path with two sockets
-        has lost only its files.
+        such a socket, the listener is lost.  Exceptions: keep the old socket, for a later repair,
+        if another try may succeed (RETRY_ERRNOS).  Also keep the old socket if a path with two
+        sockets has lost only its files.
         """
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         address = listener.settings.address

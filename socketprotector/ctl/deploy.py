@@ -89,9 +89,10 @@ def deploy(
     SocketProtector starts it again. A stop that calls the deploy off also causes exit status 3.
 
     Exit status 2: nothing was tried. Either the protector has no --releases; or the release that
-    --expect or the link names is not serving; or --current is no symbolic link; or another
-    protector owns the link. 5: the release is serving, but the link or the history is not on disk
-    yet. 6: a start, reload, dry run or other deploy is in progress.
+    --expect names is not serving; or, without --force, the link does not lead to the serving
+    release; or --current is no symbolic link; or the link cannot be locked. 5:
+    the release is serving, but the link or the history is not on disk yet. 6: a start, reload, dry
+    run or other deploy is in progress.
     """
     arguments = _without_unset(release=release, expect=expect, force=force, dry_run=dry_run)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:
@@ -120,7 +121,7 @@ def rollback(
     If neither is in progress, deploy the release that served successfully before the serving
     release. Each further rollback goes further back. A rollback skips missing releases, and
     releases that failed or were refused when last tried. After you return to a release, rollbacks
-    skip the releases that followed it.
+    skip the releases that served in between.
 
     During a reload or deploy, --expect is compared with the new release, not the serving release.
 

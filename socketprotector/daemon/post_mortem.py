@@ -11,8 +11,9 @@ The steps have a fixed order:
    child of this process.  Then waitid(2) fails with ECHILD, and only the guard can report the
    status.
 3. Whether the kernel killed the worker because memory ran out.
-4. The processes that the worker left in its process group.  We find them by the pid of the reaped
-   worker: the kernel does not reuse this pid while the process group exists.
+4. The processes that the worker left in its process group.  We find them by the reaped
+   worker's pidfd; before Linux 6.9 by its pid, which the kernel does not reuse while the process
+   group exists.
 """
 
 from __future__ import annotations

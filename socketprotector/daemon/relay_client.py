@@ -275,7 +275,7 @@ class LogRelay:
         self._send_unsent()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
-        # An earlier protector used this number, and was killed before it recorded the number.
+        # An earlier protector can have been killed after it used this number, unrecorded.
         if number in self._pipes:
             self._close_pipe(number)
         self._pipes[number] = pipe

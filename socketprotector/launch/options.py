@@ -227,7 +227,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("start-timeout", TIME_ABOVE_0, "Allow workers this long to become ready.",
                "policy.start_timeout_s", default="60s"),
         Option("start-tries", click.IntRange(1, _MANY),
-               "Try the first start this many times, if workers fail before they are ready.",
+               "Try the first start this many times, if a worker crashes before it is ready.",
                "policy.start_tries", "no effect: used only at the first start", default=3),
     ),
     "Reload": (

@@ -42,6 +42,7 @@ from .bind import (
 from .bind_unix import why_alone
 from .cli import parse
 from .listen_spec import Listen
+from .listen_spec import parse as parse_listen
 from .resolve import ParsedOptions
 from .settings_diff import RESTART, changes, forbidden
 
@@ -187,20 +188,21 @@ def _listeners(
 def _matching(
     present: Sequence[ListenerSettings], listen: Listen, notice: Callable[[str], None]
 ) -> dict[int, ListenerSettings]:
-    """Return the bound listeners that match an argument, by index."""
+    """Return the bound listeners that match an argument, by index.
+
+    Raises UsageError if such a listener was bound with other options.
+    """
     living = {index: each for index, each in enumerate(present) if not each.removed}
     same = {index: each for index, each in living.items() if each.text == listen.text}
     if same or listen.passed is not None:
         return same
     wanted = {place(each) for each in addresses_of(listen, notice)}
-    found = {
-        index: replace(each, **listen.settings)
-        for index, each in living.items()
-        if place(each.address) in wanted
-    }
-    if found and listen.options:
-        notice(f"{listen.text}: bound already; its options after the ? take effect at a restart")
-    return found
+    found = {index: each for index, each in living.items() if place(each.address) in wanted}
+    for each in found.values():
+        # A bound socket keeps its options, so the file would name others than are in force.
+        if parse_listen(each.text, "/").options != listen.options:
+            raise UsageError(f"listen: {each.text} -> {listen.text}: other options; {RESTART}")
+    return {index: replace(each, **listen.settings) for index, each in found.items()}
 
 
 def _memfd(content: bytes) -> int:

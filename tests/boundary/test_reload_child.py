@@ -197,18 +197,32 @@ def test_an_address_of_this_instance_is_no_reason_to_stop_it(
 def test_an_address_that_is_bound_already_is_kept_whatever_it_is_called_now(
     loop: Loop, web: Web
 ) -> None:
-    listener = replace(web.settings.listeners[0], text="127.0.0.1:4321")
+    listener = replace(web.settings.listeners[0], text="127.0.0.1:4321?backlog=7")
     settings = replace(web.settings, listeners=(listener,))
-    web.says('listen = ["127.0.0.1:4321?backlog=7"]\n')
+    web.says('listen = ["http=127.0.0.1:4321?backlog=7"]\n')
 
     answer = read(loop, settings)
 
     assert answer.settings is not None, answer
     (listener,) = answer.settings.listeners
-    assert (listener.text, listener.removed) == ("127.0.0.1:4321?backlog=7", False)
-    assert answer.settings.notices == (
-        "127.0.0.1:4321?backlog=7: bound already; its options after the ? take effect at a restart",
-    )
+    assert (listener.name, listener.removed) == ("http", False)
+
+
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize("options", ["", "?backlog=7", "?nonblock=1"])
+def test_other_options_of_a_bound_listener_are_refused(
+    loop: Loop, web: Web, tmp_path: Path, options: str, dry: bool
+) -> None:
+    """The bound socket keeps its options, so a file with other options would be wrong about it."""
+    path = f"unix:{tmp_path}/s"
+    there = ListenerSettings(path, text=f"{path}?backlog=5")
+    settings = replace(web.settings, listeners=(there,))
+    web.says(f'listen = ["{path}{options}"]\n')
+
+    answer = read(loop, settings, dry=dry)
+
+    said = f"listen: {path}?backlog=5 -> {path}{options}: other options; needs a restart"
+    assert answer.failure == said
 
 
 @pytest.mark.parametrize("dry", [False, True])

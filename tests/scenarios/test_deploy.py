@@ -512,12 +512,16 @@ def test_a_killed_guard_ends_no_deploy(deploying: Deploying, releases: Releases)
 
     os.kill(one.daemon.pid, signal.SIGKILL)
     one.daemon.log.wait_for("event=guard-died")
+    [warning] = one.status()["warnings"]
+    assert warning.startswith("the guard died")
     gate.stay_open()
 
     assert running.wait() == 0, running.err.text()
     assert (serving(one), releases.named) == ("gated", "gated")
     assert ctl(one, "rollback").status == 0
     assert releases.named == "1"
+    assert ctl(one, "upgrade", "--wait").status == 0
+    assert one.status()["warnings"] == [warning]
     assert ctl(one, "stop").status == 0
 
 

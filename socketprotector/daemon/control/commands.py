@@ -156,6 +156,7 @@ class CommandHandler:
             "crashes": history.crashed,
             "warnings": (
                 *status.of_warnings(settings, delivery.listeners),
+                *status.of_guard(settings, guarded=effects.pool.guarded),
                 *effects.pool.warnings,
                 *delivery.warnings,
                 *releases.warnings(effects),

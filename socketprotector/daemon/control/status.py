@@ -126,6 +126,13 @@ def of_warnings(settings: Settings, listeners: Iterable[Listener]) -> list[str]:
     return [*of_start, *(f"{address}: {NO_INTERFACE}" for address in lacking)]
 
 
+def of_guard(settings: Settings, *, guarded: bool) -> list[str]:
+    """Return a warning if the guard has died.  guarded: whether a guard runs."""
+    died = "the guard died, so the next crash of SocketProtector loses connections; restart it"
+    # A reload cannot change --guard, so the settings say whether there was a guard.
+    return [died] if settings.guarded and not guarded else []
+
+
 def _is_resolved(warning: str) -> bool:
     """Return whether the permissions in a warning of launch/unix_access.py have changed."""
     if not warning.startswith("unix:/"):

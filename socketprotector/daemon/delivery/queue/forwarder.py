@@ -220,7 +220,7 @@ class Forwarder:
 
     @property
     def forwarded(self) -> int:
-        """Return how many connections we have accepted for workers."""
+        """Return how many connections we have accepted, for workers or to close them at once."""
         return self._forwarded + self._acceptor.accepted + self._drains.accepted
 
     @property

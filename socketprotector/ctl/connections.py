@@ -242,7 +242,7 @@ def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
 def _lines(path: str, most: int = -1) -> Iterator[list[str]]:
     """Yield the words of each line in a table, without the line of headings.
 
-    most: split off so many words, and leave the rest of the line as it is; -1: split all.
+    most: split off at most this many words, and leave the rest of the line as it is; -1: split all.
     """
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as table:

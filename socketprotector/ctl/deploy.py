@@ -47,7 +47,7 @@ _EXPECT = click.option(
     metavar="NAME",
     callback=_check_name,
     shell_complete=_complete,
-    help="Require this release to be serving (rollback during a reload: to be the new one).",
+    help="Require this release to serve; if a rollback ends a reload, to be its new release.",
 )
 
 
@@ -242,7 +242,7 @@ def _await_saved(operation: Operation, name: str, previous: str = "") -> None:
     saved = _CurrentSaved(name, operation.tell)
     operation.wait(saved, status_first=True)
     if saved.error:
-        operation.outcome["reason"] = None  # so that begin() sets the error's words
+        operation.outcome["reason"] = None  # so that begin() sets it to the error's text
         raise NotRecorded(
             f"release {name} is serving{previous}, but {saved.error}; "
             "SocketProtector tries again; see `status`"

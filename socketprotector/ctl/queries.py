@@ -47,7 +47,7 @@ from .fields import (
 from .query_all import SocketAnswer
 from .server_children import children_of
 
-#: The pause between attempts of `events --follow` to connect, while no protector is running.
+#: The pause between attempts of `events --follow` to connect for the first time.
 _AGAIN_EVERY_S = 1.0
 #: How long to wait for the answer to `diff`: a new process reads the configuration and resolves the
 #: host names.

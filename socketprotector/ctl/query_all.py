@@ -32,7 +32,7 @@ class SocketAnswer:
 
     @property
     def alive(self) -> bool:
-        """False: no process listens, the connection ended without an answer, or another failure."""
+        """False if `why` is "dead" (see NoProtector); silence or a refusal counts as alive."""
         return self.why != "dead"
 
 

@@ -214,8 +214,8 @@ def _count_losses(operation: Operation) -> Message:
 def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) -> int:
     """Request a reload or dry run, and return the number of its generation.
 
-    If the connection is cut before this reload or dry run has begun, or if another one ran or
-    waited, or nothing served, in `before` (the status before the request), request it again.
+    After a cut connection, repeat the request unless the status shows that this one has begun.  If
+    the phase in `before` (the status before) is `reloading` or `waiting`, always repeat it.
     """
     dry_run = "dry_run" in arguments
     if dry_run and "dry_run" not in before:
@@ -403,7 +403,7 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
         with _end_of_protector_suffices():
             operation.wait(_Stopped(operation.tell))
         for pidfd in pidfds:
-            waits_for = "the protector's process to end"
+            waits_for = "the processes of SocketProtector to end"
             while not select.select([pidfd], [], [], operation.next_wait_s(waits_for))[0]:
                 pass
         operation.finish("stopped", f"stopped: {before.get('name')}")

@@ -48,7 +48,7 @@ def heading(status: Message) -> list[Text]:
     up = render.age_text(status.get("now"), status.get("started_at"))
     words = [f" pid {status.get('pid')}, version {status.get('version')}, up {up}"]
     if restarts := number_in(status, "restarts"):
-        words.append(f"{restarts:,} {plural(restarts, 'restart')}")
+        words.append(f"{restarts:,} {plural(restarts, 'restart')} or {plural(restarts, 'upgrade')}")
     if status.get("guarded") is True:
         words.append("guarded")
     health, releases = status.get("health"), status.get("releases")

@@ -23,16 +23,17 @@ _TIMER = "memory"
 
 
 class MemoryWatch:
-    """Matches counted kills with workers' ends, and logs the kills that explain no end."""
+    """Matches counted kills with ends of workers and their children, and logs the other kills."""
 
     def __init__(self, runtime: Runtime, workers: Mapping[int, Worker]) -> None:
         """workers: the running workers by number, always up to date."""
         self._loop, self._log, self._workers = runtime.loop, runtime.log, workers
         # The kernel's counts of the kills that we have handled: each kill was named as the cause of
-        # a worker's end, or logged.  Kills before this program's start count as handled.
+        # the end of a worker or forked child, or logged.  Kills before this program's start count
+        # as handled.
         self._handled = memory_group.counts()
         # None: the kernel sends no events.  Then a counted kill explains the next SIGKILL of a
-        # worker, however late that SIGKILL comes.
+        # worker or forked child, however late that SIGKILL comes.
         self._events = memory_group.Events.open()
         self._wait()
 

@@ -7,8 +7,8 @@ a loopback port, and the protector sends the port's connections into the generat
 
 Without --ready, probes are sent only under --handoff listener.  Such a probe can fail although the
 workers can already serve (_MAYBE_READY of verdicts.py).  The generation
-then counts as ready when a timer ends (system/readiness.py).  Exception: an option of the probed
-socket may keep all clients out (ProbeTarget.is_closed).
+then counts as ready when a timer ends (system/readiness.py), unless an option of the probed socket
+may keep clients out (ProbeTarget.is_closed).
 """
 
 from __future__ import annotations

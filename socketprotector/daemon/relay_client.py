@@ -275,7 +275,7 @@ class LogRelay:
         self._send_unsent()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
-        # An earlier protector can have been killed after it used this number, unrecorded.
+        # An earlier protector may have been killed before it recorded its use of this number.
         if number in self._pipes:
             self._close_pipe(number)
         self._pipes[number] = pipe
@@ -346,7 +346,7 @@ class LogRelay:
             self._send_unsent()
 
     def _send_all(self) -> None:
-        """Repeat all messages: a new relay has had none, and an adopted relay may lack some."""
+        """Send a new or adopted relay all pipes, our stderr and the requests for last words."""
         self._unsent.clear()
         self._unsent.extend((_PIPE, number) for number in self._pipes)
         if self._kind != "syslog":

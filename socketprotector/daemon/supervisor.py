@@ -178,7 +178,8 @@ class Supervisor:
             self.effects.delivery.accept_waiting()
             end = time.monotonic()
             self.runtime.loop.run_if_due(WATCHDOG)
-            # Accepting from hundreds of listeners takes longer: it may take a third of the time.
+            # Accepting from hundreds of listeners takes longer.  Then we work for twice that time,
+            # but at most for _MOST_WORK_S.
             work_s = min(2 * (end - begin), _MOST_WORK_S)
             self._yield_at = time.monotonic() + max(_YIELD_AFTER_S, work_s)
 

@@ -115,7 +115,7 @@ class WorkerPool:
         workers = self._workers_of(generation)
         if not workers:
             return ""
-        # sockets_of() searches only the first workers, which is enough: all run the same program.
+        # sockets_of() searches only 1,000 descriptors, which is enough: all run the same program.
         pids = [each.process.pid for each in workers]
         return known_servers.advice(
             workers[0].generation.program,

@@ -52,7 +52,8 @@ def test_the_wall_clock_decides_nothing() -> None:
         *("programs/guard.py", "system/log.py", "model/log_format.py"),  # in the log
         # In the records:
         *("daemon/effects.py", "daemon/first_programs.py", "daemon/generation.py"),
-        *("daemon/post_mortem.py", "daemon/reports.py", "daemon/worker_spawn.py"),
+        *("daemon/post_mortem.py", "daemon/releases.py", "daemon/reports.py"),
+        *("daemon/worker_spawn.py",),
         # To the client:
         *("control/commands.py", "control/server.py", "control/status.py", "daemon/health.py"),
     }

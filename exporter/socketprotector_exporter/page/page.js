@@ -104,7 +104,7 @@ function draw(one) {
   if (data.health && data.health !== "unhealthy") words.push(data.health === "healthy" ? "healthy" : "health unknown");
   if (data.tried && data.tried.passed) words.push(`dry run ${data.tried.generation} passed`);
   words.push(`pid ${data.pid}`, `version ${data.version}`);
-  if (data.restarts) words.push(`${data.restarts} ${data.restarts === 1 ? "restart" : "restarts"}`);
+  if (data.restarts) words.push(`${data.restarts} ${data.restarts === 1 ? "restart or upgrade" : "restarts or upgrades"}`);
   if (data.crashes) words.push(`${data.crashes} ${data.crashes === 1 ? "crash" : "crashes"}`);
   since(where, data.started, words.join(" · ") + " · up ", seen);
   for (const [name, field] of [["notes", "notes"], ["waits", "waits_for"], ["warnings", "warnings"]]) {

@@ -128,7 +128,7 @@ def of_warnings(settings: Settings, listeners: Iterable[Listener]) -> list[str]:
 
 def of_guard(settings: Settings, *, guarded: bool) -> list[str]:
     """Return a warning if the guard has died.  guarded: whether a guard runs."""
-    died = "the guard died, so the next crash of SocketProtector loses connections; restart it"
+    died = "the guard died; restart SocketProtector, or its next crash loses connections"
     # A reload cannot change --guard, so the settings say whether there was a guard.
     return [died] if settings.guarded and not guarded else []
 

@@ -124,8 +124,9 @@ class Delivery(ABC):
     ) -> ProbeTarget | None:
         """Return the target for probes of a generation; None: no probe is possible.
 
-        listener: the listener's name; "": the first listener.  as_client: in shared/, connect as
-        clients do; the generation must have the route.
+        listener: the listener's name; "": the first listener that the generation knows and that
+        can be probed.  as_client: in shared/, connect as clients do; the generation must have the
+        route.
 
         Raises OSError if the generation cannot be reached now.
         """
@@ -253,7 +254,8 @@ class Delivery(ABC):
     def remove(self, listener: Listener) -> None:
         """Refuse a listener's new clients, but still bring its connected clients to workers.
 
-        Exception: the owner of a passed-in socket keeps listening, and may get these clients.
+        Exception: the owner of a passed-in socket keeps listening, and may also get connected
+        clients.
         """
 
     @abstractmethod
@@ -321,7 +323,7 @@ class Delivery(ABC):
     def idle_s(self) -> float:
         """Return the time since the last client; 0: a client waits.
 
-        queue/: until the first client after a start, an upgrade or a kill, the time since boot.
+        queue/: the time since boot, until the first client after a start, an upgrade or a kill.
         shared/: always 0 (unknown).
         """
 

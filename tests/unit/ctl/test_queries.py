@@ -206,6 +206,7 @@ def test_status_shows_what_runs(fake: Fake, ctl: Ctl) -> None:
         generation(9, "serving", worker(15, 4713), worker(16, 4714, "starting")),
         pid=11,
         held_s=12.0,
+        restarts=1,
         guarded=True,
         reloads=[reload(10, "failed", "no; its last words:\nmany\nlines")],
         crashes=2,
@@ -215,7 +216,7 @@ def test_status_shows_what_runs(fake: Fake, ctl: Ctl) -> None:
 
     assert said.status == 0
     assert said.out.splitlines() == [
-        "web: serving, pid 11, version 0.9.0, up 2m30s, guarded",
+        "web: serving, pid 11, version 0.9.0, up 2m30s, 1 restart or upgrade, guarded",
         "held: no connection is accepted for another 12s",
         "forwarded 12,345, lost 0, queue limit 278, ready by notify; command: ./daemon",
         "listens on tcp:0.0.0.0:4321, 3 of 4,096 in the backlog",

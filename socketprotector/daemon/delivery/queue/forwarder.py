@@ -220,7 +220,7 @@ class Forwarder:
 
     @property
     def forwarded(self) -> int:
-        """Return how many connections we have accepted, for workers or to close them at once."""
+        """Return how many connections we have accepted, including those that we closed at once."""
         return self._forwarded + self._acceptor.accepted + self._drains.accepted
 
     @property
@@ -320,8 +320,8 @@ class Forwarder:
         its channel.  If the channel has ended but its workers live, the connection and all behind
         it stay in place.
 
-        exited: the channel's workers have exited.  So connections that the route cannot get go to
-        undelivered.py, or are lost if their listener was closed.
+        exited: the channel's workers have exited.  So undelivered.py keeps connections that the
+        route cannot get.  If their listener was closed, they are lost.
         """
         route = self.outlet.route
         has_unknown = route is not None and _may_have_unknown(channel, route)

@@ -97,8 +97,9 @@ class SocketRepair:
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
-        # Running workers lack a listener's only socket if it has replaced theirs.  Then make no
-        # second socket: perhaps only the starting generation can accept the clients of the first.
+        # If a listener's only socket has replaced the running workers' socket, they lack it.  Then
+        # make no second socket: perhaps only the starting generation can accept the clients that
+        # wait at the present socket.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)

@@ -137,7 +137,7 @@ class SocketSteering(Steering):
         self._watch.watch()
 
     def _undo_changes(self, generation: int, socket_number: int, *, gone: bool) -> None:
-        """Undo a failed release's changes to sockets; if no generation accepts, restore backlogs.
+        """Undo a failed release's changes to sockets, also to backlogs if no generation accepts.
 
         gone: all workers of the generation have exited.
         """
@@ -224,7 +224,7 @@ class SocketSteering(Steering):
         self.probes.discard()  # a kill may have prevented the earlier discard()
         self._repairs.repair_all()
         self.steer()
-        self.adopt_held()  # clients at the socket that was free before may have prevented this
+        self.adopt_held()  # earlier calls may have found clients at the socket then free
         self._report_held_clients()  # a kill may have prevented the earlier report
         self._watch.follow_canary()
         self._watch.watch()
@@ -425,8 +425,8 @@ class SocketSteering(Steering):
     def _steer_one(self, listener: Listener, socket_number: int) -> str:
         """Steer a listener's new clients to a socket, or during a hold to the reserved socket.
 
-        If Turns.lacks_workers() is true, clients of a path are held, too.  Returns why clients
-        cannot be held, or "".  Raises OSError if clients go to the wrong socket.
+        Without a hold, clients of a path also go there while Turns.lacks_workers() is true.
+        Returns why clients cannot be held.  Raises OSError if clients go to the wrong socket.
         """
         if self.turns.given_back and listener.settings.foreign:
             socket_number = 0

@@ -211,7 +211,7 @@ class Turns:
     def lacks_workers(self, listener: Listener) -> bool:
         """Return whether a UNIX path's clients go to a socket that some or all workers lack.
 
-        These are the workers of the socket's generation.  Workers that started later may have the
+        Only the workers of the socket's generation count.  Those that started later may have the
         socket (`partly_served`).
         """
         if not listener.path or listener.index in self.passed_on:

@@ -75,7 +75,7 @@ def by_name(name: str) -> str:
     shown = dict(zip((each.path for each in alive), names(alive), strict=True))
     if len(matching) > 1:
         choices = [shown[path] for path in matching]
-        # Some have the same name, or one is still called `name` (see names()).
+        # If two choices are equal, or one is `name` itself (see names()), --name would fail again.
         if len(set(choices)) < len(choices) or name in choices:
             choices = [f"--control {path}" for path in matching]
         raise UsageError(f"--name {name}: several match; choose one of {_shortened(choices)}")
@@ -156,7 +156,7 @@ def _query_silent_again(found: Sequence[SocketAnswer]) -> tuple[list[SocketAnswe
 def names_with_prefix(prefix: str) -> list[str]:
     """Return the protectors' names that begin with a prefix, for completion in a shell.
 
-    Includes a name while its socket exists, even if the protector has ended.  Leaves out names
+    Includes a name while its socket exists, even if the protector was killed.  Leaves out names
     with characters that a shell treats specially, because any process can choose any name.
     """
     found = names(query_all_sockets())

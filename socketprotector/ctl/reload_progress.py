@@ -57,7 +57,7 @@ class ProgressThrottle:
     _last: object = None
 
     def should_show(self, remaining: int, words: str) -> bool:
-        """Return True if the caller should show this text, and note this text as shown.
+        """Return whether the caller should show this text; if so, note it as shown.
 
         remaining: how many workers are not ready, or not drained, yet.  words: the text.
         """
@@ -213,7 +213,7 @@ class Reload(Awaited):
                     self._show_switch(number)
                 else:
                     self._show_share(number)
-        # Once this reload has begun, `earlier-reload` means a later reload waits for this one.
+        # Once this reload has begun, the wait `earlier-reload` is that of a later reload.
         kinds = [
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]

@@ -153,7 +153,7 @@ class LiveSettings:
 
     @property
     def named_at_begin(self) -> str:
-        """The release to which `current` led when the last reload began; "": none."""
+        """The release to which `current` led when the last reload or dry run began; "": none."""
         return self.releases.named_at_begin if self.releases is not None else ""
 
     def stop_reading(self) -> None:

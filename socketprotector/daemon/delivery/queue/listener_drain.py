@@ -46,7 +46,8 @@ class _Draining:
 
     listener: Listener
     channel: Channel
-    #: After this time, close once no connection is kept; 0: no limit, because we get no new client.
+    #: After this time, close once undelivered.py keeps no connection of the listener.  0: no
+    #: limit, because we get no new client.
     until: float = 0.0
     #: Whether the last _look() found no client.  False if the channel was full: then a client may
     #: wait.
@@ -205,7 +206,7 @@ class DrainingListeners:
             fd, _ = accept_of(each.listener)()
         except OSError as error:
             # If accept() failed for lack of a descriptor or memory, clients may still wait, so this
-            # look must not end the drain.
+            # look must not end the drain before `until`.
             each.quiet = each.quiet and error.errno in TRANSIENT_ERRNOS
             return None
         self.accepted += 1

@@ -101,3 +101,5 @@ def _listeners(old: Sequence[ListenerSettings], new: Sequence[ListenerSettings])
             yield f"listen: - {each.address}"
         elif not was and not each.removed:
             yield f"listen: + {each.address}"
+        elif was and old[index].text != each.text:
+            yield f"listen: {old[index].text} -> {each.text}"

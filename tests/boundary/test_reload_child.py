@@ -208,21 +208,51 @@ def test_an_address_that_is_bound_already_is_kept_whatever_it_is_called_now(
     assert (listener.name, listener.removed) == ("http", False)
 
 
-@pytest.mark.parametrize("dry", [False, True])
 @pytest.mark.parametrize("options", ["", "?backlog=7", "?nonblock=1"])
-def test_other_options_of_a_bound_listener_are_refused(
-    loop: Loop, web: Web, tmp_path: Path, options: str, dry: bool
+def test_other_options_of_a_bound_listener_are_pending_until_a_restart(
+    loop: Loop, web: Web, tmp_path: Path, options: str
 ) -> None:
-    """The bound socket keeps its options, so a file with other options would be wrong about it."""
+    """The bound socket keeps its options: each reload and `diff` says so, and takes the name."""
     path = f"unix:{tmp_path}/s"
-    there = ListenerSettings(path, text=f"{path}?backlog=5")
+    there = ListenerSettings(path, text=f"{path}?backlog=5", name="s")
     settings = replace(web.settings, listeners=(there,))
-    web.says(f'listen = ["{path}{options}"]\n')
+    web.says(f'listen = ["http={path}{options}"]\nworkers = 2\n')
+    said = f"listen: {path}?backlog=5 -> http={path}{options}: the options take effect at a restart"
 
-    answer = read(loop, settings, dry=dry)
+    assert read(loop, settings, dry=True).changes == (said,)
+    answer = read(loop, settings)
 
-    said = f"listen: {path}?backlog=5 -> {path}{options}: other options; needs a restart"
-    assert answer.failure == said
+    assert answer.settings is not None, answer
+    assert answer.settings.listeners == (replace(there, name="http"),)
+    assert answer.settings.notices == (said,)
+    assert said in answer.changes
+    again = read(loop, answer.settings)
+    assert again.settings is not None
+    assert again.changes == (said,)
+    web.says(f'listen = ["{path}?backlog=5"]\nworkers = 2\n')
+    assert read(loop, answer.settings, dry=True).changes == ()
+    again = read(loop, answer.settings)
+    assert again.settings is not None
+    assert again.settings.listeners == (there,)
+
+
+def test_a_port_alone_can_get_a_name_where_its_socket_also_accepts_ipv4(
+    loop: Loop, web: Web
+) -> None:
+    """Under `listener` a port alone is one socket of [::], with an option that nobody typed."""
+    there = ListenerSettings("tcp:[::]:4321", text="4321", name="4321")
+    web.says('handoff = "listener"\nlisten = "4321"\n')
+    asked = cli.parse(["--config", str(web.path)])
+    assert asked is not None
+    settings = replace(asked.settings, listeners=(there,))
+    web.says('handoff = "listener"\nlisten = "web=4321"\n')
+
+    assert read(loop, settings, dry=True).changes == ("listen: 4321 -> web=4321",)
+    answer = read(loop, settings)
+
+    assert answer.settings is not None, answer
+    (listener,) = answer.settings.listeners
+    assert (listener.name, listener.text) == ("web", "web=4321")
 
 
 @pytest.mark.parametrize("dry", [False, True])

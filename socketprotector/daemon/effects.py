@@ -1,4 +1,4 @@
-"""Carries out the actions that package core orders, and turns their results into events.
+"""Carries out the actions that core/ orders, and turns their results into events.
 
 After a kill, the next program (assembly.py) carries out each action that the state does not show
 as done.  So the supervisor writes the state right after an action that must not be repeated.

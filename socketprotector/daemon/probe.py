@@ -115,7 +115,7 @@ class Probe:
 
     @property
     def target_is_closed(self) -> bool:
-        """Return whether an option of the probed socket may keep clients out (is_closed())."""
+        """Return whether options that can keep clients out differ from the serving socket's."""
         return self._target is not None and self._target.is_closed()
 
     def close(self) -> None:

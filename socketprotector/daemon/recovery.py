@@ -52,8 +52,8 @@ class Recovery:
     def adopt(self) -> list[Event]:
         """Adopt everything except the workers; after that a generation can get the route.
 
-        Returns an event for each generation of --handoff stdio whose first programs have failed
-        (first_programs.py): the earlier program may not have handled that failure.
+        Returns an event for each living generation of --handoff stdio whose first programs have
+        failed (first_programs.py).  The protector before us may not have handled that failure.
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery

@@ -606,7 +606,8 @@ def test_a_socket_that_is_bound_anew_while_the_file_is_read_is_known_from_then_o
 
     assert pid_in(ask(str(path))) == spawned(daemon, number)[0]
     for older in range(1, number):  # a stop has a limit of its own
-        daemon.log.wait_for(f"event=drained generation={older}")
+        if any(f"spawned generation={older} " in each for each in daemon.log.seen):
+            daemon.log.wait_for(f"event=drained generation={older}")
     daemon.stop()
     assert not path.exists()
 

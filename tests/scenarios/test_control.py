@@ -643,7 +643,7 @@ def test_a_worker_is_replaced_by_its_pid_when_its_replacement_serves(operated: O
     assert old[1] in found
     assert line.refused("replace", pid=old[0]) == (
         "unknown",
-        f"process {old[0]} is not a worker of python; `status` lists the workers",
+        f"process {old[0]} is not a worker of {web.status()['name']}; `status` lists the workers",
     )
     assert line.refused("replace", pid=web.daemon.pid)[0] == "unknown"
     assert line.status()["crashes"] == 0

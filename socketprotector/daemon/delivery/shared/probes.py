@@ -2,7 +2,7 @@
 
 At a TCP address each probe has a mark (system/bpf.py).  The kernel steers probes by their mark,
 except probes that connect as clients do.  At a UNIX path a probe connects to the file of the
-generation's own socket.
+generation's own socket, if it has one.
 
 If no worker accepts from a socket, we discard the probes that wait there.  If we kept them,
 socket_watch.py would take them for clients, and start a generation.
@@ -107,7 +107,7 @@ class Probes:
         # The mark's source address keeps the probe on this machine, as in reach_by_mark().
         mark = None if unix else self._mark_for(each, address)
         target = ProbeTarget(address, mark, waits, lambda: None)
-        if each.has_sibling:  # at a single socket, the next generation accepts abandoned probes
+        if each.has_sibling:  # otherwise the next generation accepts abandoned probes
             target.abandon = partial(self._note_abandoned, listening)
         return target
 
@@ -262,7 +262,7 @@ class Probes:
         if listening.family == socket.AF_UNIX and place in self.probed:
             return waiting, waiting
         ends = unaccepted(listening)
-        gone = {0} if abandoned else set()  # unaccepted() lists a closed connection as 0
+        gone = {0} if abandoned else set()  # unaccepted() lists a closed UNIX connection as 0
         ours = [end for end in ends if end in abandoned | gone or bpf.comes_from(end, sources)]
         return waiting, len(ours)
 

@@ -89,7 +89,7 @@ class SocketSteering(Steering):
         for each in self._listeners.living:
             try:
                 self._repairs.make_ready(each, socket_number)
-            except OSError as error:  # unless we raise, the generation gets the present socket
+            except OSError as error:  # unless we raise, the generation gets the socket as it is
                 is_needed = self._repairs.must_be_reachable(each)
                 if fresh and is_needed and error.errno not in RESOURCE_ERRNOS:
                     self._watch.watch()
@@ -137,7 +137,7 @@ class SocketSteering(Steering):
         self._watch.watch()
 
     def _undo_changes(self, generation: int, socket_number: int, *, gone: bool) -> None:
-        """Undo a failed release's changes to sockets, also to backlogs if no generation accepts.
+        """Undo a failed release's changes to sockets; if no generation accepts, raise all backlogs.
 
         gone: all workers of the generation have exited.
         """
@@ -224,7 +224,7 @@ class SocketSteering(Steering):
         self.probes.discard()  # a kill may have prevented the earlier discard()
         self._repairs.repair_all()
         self.steer()
-        self.adopt_held()  # earlier calls may have found clients at the socket then free
+        self.adopt_held()  # turns.free may have changed; clients there prevent an adoption
         self._report_held_clients()  # a kill may have prevented the earlier report
         self._watch.follow_canary()
         self._watch.watch()

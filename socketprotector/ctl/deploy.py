@@ -47,7 +47,7 @@ _EXPECT = click.option(
     metavar="NAME",
     callback=_check_name,
     shell_complete=_complete,
-    help="Require this release to serve; if a rollback ends a reload, to be its new release.",
+    help="Refuse unless this release serves or, if a rollback ends a reload, is the new release.",
 )
 
 
@@ -89,8 +89,8 @@ def deploy(
     SocketProtector starts it again. A stop that calls the deploy off also causes exit status 3.
 
     Exit status 2: nothing was tried. Either the protector has no --releases; or the release that
-    --expect names is not serving; or, without --force, the link does not lead to the serving
-    release; or --current is no symbolic link; or the link cannot be locked. 5:
+    --expect names is not serving. Without --dry-run also: the link does not lead to the serving
+    release (without --force); or --current is no symbolic link; or the link cannot be locked. 5:
     the release is serving, but the link or the history is not on disk yet. 6: a start, reload, dry
     run or other deploy is in progress.
     """

@@ -84,7 +84,7 @@ class Health:
         self._probe.end()
 
     def resume(self) -> None:
-        """Start the probes, for the first time or after suspend()."""
+        """Start the probes: for the first time, after suspend(), or for another generation."""
         text = self._settings().health
         if self._generation is not None and text:
             self._spec = probe_spec.read_health(text)

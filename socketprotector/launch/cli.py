@@ -93,11 +93,12 @@ def _launch(parsed: ParsedOptions) -> int:
     kept, released = {}, frozenset[str]()
     if holder:
         released = port_owner.addresses_of(holder)
-        notices.append(
-            f"process {holder} runs with this pid file; --check assumes that it has ended; "
-            f"to see what a reload would change, run `socketprotectorctl --pid-file "
-            f"{shlex.quote(str(settings.pid_file))} diff`"
-        )
+        notice = f"process {holder} runs with this pid file; --check assumes that it has ended"
+        if settings.origin.configured:
+            path = shlex.quote(str(settings.pid_file))
+            diff = f"socketprotectorctl --pid-file {path} diff"
+            notice += f"; to see what a reload would change, run `{diff}`"
+        notices.append(notice)
     if not check:
         kept = stored_listeners.take(
             listens, passed, given.inherited, parsed.backlog, notices.append

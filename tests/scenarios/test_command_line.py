@@ -101,6 +101,11 @@ def test_check_is_about_a_start_after_the_end_of_the_one_that_runs(
         assert ended.status == 0, ended
         assert f"process {start.pid} runs with this pid file" in ended.err
         assert "would start" in ended.out
+        assert "diff`" not in ended.err  # it compares a file, and there is none
+    file = start.folder / "check.toml"
+    file.write_text(f"listen = '{port}'\ncommand = {list(MINIMAL)!r}\n")
+    assert "diff`" in start("--check", "--config", str(file)).err
+    file.unlink()
     with socket.create_server(("127.0.0.1", 0)) as foreign:
         taken = f"127.0.0.1:{foreign.getsockname()[1]}"
         for wrong, status in ((taken, 111), (f"{tcp}?nonsense=1", 2), ("192.0.2.1:1", 111)):

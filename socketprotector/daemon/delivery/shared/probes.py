@@ -107,7 +107,7 @@ class Probes:
         # The mark's source address keeps the probe on this machine, as in reach_by_mark().
         mark = None if unix else self._mark_for(each, address)
         target = ProbeTarget(address, mark, waits, lambda: None)
-        if each.has_sibling:  # otherwise the next generation accepts abandoned probes
+        if each.has_sibling:  # without a sibling, the next generation accepts abandoned probes
             target.abandon = partial(self._note_abandoned, listening)
         return target
 
@@ -304,7 +304,7 @@ class Probes:
 
         If a client waits beside the probes, the probes stay: the generation that starts for the
         client also accepts the probes.  Returns the sockets, by listener and number, whose queues
-        cannot be read now.
+        could not be read or emptied.
         """
         unreadable = set()
         for each, number in [(each, number) for each in self._listeners.pairs for number in (0, 1)]:

@@ -27,6 +27,8 @@ from .options import OPTIONS, Option
 
 _OPTIONS = {each.key: each for each in OPTIONS}
 
+#: An option that an error names.
+_NAMED = re.compile(r"--([a-z-]+)")
 #: The beginning of an error that names an option: `--chdir /x: `, `--limit nofile=x: `.
 _OPTION = re.compile(r"--([a-z-]+)(?: (?=[^ ]*: |[^ ]+=)|: )")
 _NUL = "must not contain a NUL"
@@ -55,6 +57,7 @@ class ConfigFile:
         #: The entries of repeatable options, by the parameter's name: NAME -> VALUE.
         self.tables: dict[str, dict[str, str]] = {}
         self._mistakes: list[tuple[int, str]] = []
+        self._mistaken: set[str] = set()  # the keys with a mistake
         read, self._places = self._parse()
         for key, value in read.items():
             self._take(key, value)
@@ -91,13 +94,19 @@ class ConfigFile:
         """Record a mistake of a key, or of a value in a list."""
         names = ".".join(each for each in where if isinstance(each, str))
         self._mistakes.append((self._places.get(where, 1), f"{names}: {reason}"))
+        self._mistaken.add(str(where[0]))
 
     @contextmanager
     def about(self, *where: str | int) -> Iterator[None]:
-        """Record a UsageError of the block as a mistake of this key, instead of raising it."""
+        """Record a UsageError of the block as a mistake of this key, instead of raising it.
+
+        An error that names another mistaken option is omitted: it may follow from that mistake.
+        """
         try:
             yield
         except UsageError as error:
+            if self._mistaken & {*_NAMED.findall(str(error))} - {str(where[0])}:
+                return
             # If the error names another option that is in the file, record it for that option.
             option = _OPTION.match(str(error))
             key = option[1] if option and (option[1],) in self._places else str(where[0])

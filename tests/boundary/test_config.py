@@ -352,6 +352,15 @@ def test_a_mistake_is_reported_with_what_is_allowed(read: Reader, text: str, sai
     assert line.startswith(said)
 
 
+def test_what_follows_from_a_mistake_is_not_reported(read: Reader) -> None:
+    said = read.mistakes('settle = "5 sec"\nsettle-check = "http:/"\ndrain-timeout = "x"\n')
+
+    assert said == [
+        "line 1: settle: '5 sec' is no duration; write 500ms, 10s, 1h30m or seconds",
+        "line 3: drain-timeout: 'x' is no duration; write 500ms, 10s, 1h30m or seconds",
+    ]
+
+
 def test_what_is_no_text_is_reported_with_its_line(read: Reader) -> None:
     read.path.write_bytes(b"a = 1\nb = '\xff'\n")
 

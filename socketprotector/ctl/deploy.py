@@ -126,8 +126,8 @@ def rollback(
     During a reload or deploy, --expect is compared with the new release, not the serving release.
 
     Exit status 2: nothing was tried. Either there is nothing to roll back; or --expect names
-    another release; or --current is no symbolic link; or another protector owns the link. 6: a
-    start, a dry run, or a reload that cannot be ended, is in progress.
+    another release; or --current is no symbolic link; or the link cannot be locked. 6: a start, a
+    dry run, or a reload that cannot be ended, is in progress.
     """
     arguments = _without_unset(expect=expect)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:

@@ -304,7 +304,7 @@ class Probes:
 
         If a client waits beside the probes, the probes stay: the generation that starts for the
         client also accepts the probes.  Returns the sockets, by listener and number, whose queues
-        could not be read or emptied.
+        a later try may read or empty.
         """
         unreadable = set()
         for each, number in [(each, number) for each in self._listeners.pairs for number in (0, 1)]:

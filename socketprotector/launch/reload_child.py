@@ -43,7 +43,7 @@ from .bind_unix import why_alone
 from .cli import parse
 from .listen_spec import Listen
 from .resolve import ParsedOptions
-from .settings_diff import RESTART, changes, forbidden
+from .settings_diff import RESTART, changes, forbidden, options_in
 
 #: identity is None, because this process already runs as the configured user.
 _ALONE = partial(why_alone, identity=None)
@@ -77,25 +77,21 @@ def main() -> int:
 
 def _answer(line: socket.socket, running: Settings, parsed: ParsedOptions, *, dry: bool) -> None:
     notices: list[str] = []
-    pending: list[str] = []
     new = replace(parsed.settings, **{name: getattr(running, name) for name in _STAYS})
     unchangeable = [*forbidden(running, new), *_control(running, parsed)]
     refused = [escape(f"{each}; {RESTART}") for each in unchangeable]
     cannot = [f"cannot change at a reload: {each}" for each in refused]
     try:
-        listeners, bound = _listeners(
-            running.listeners, parsed, notices.append, pending.append, dry=dry
-        )
+        listeners, bound = _listeners(running.listeners, parsed, notices.append, dry=dry)
     except Refusal as error:
         raise Mistaken("\n".join([*cannot, str(error)])) from error
     added = len(running.listeners)
     with on_error(discard_all, bound):
         new = replace(new, listeners=listeners)
         preflight.check_descriptor_names(new)
-        differences = [escape(each) for each in dict.fromkeys((*changes(running, new), *pending))]
         if dry:
             _send(line, "fixed", _memfd("\n".join(refused).encode()))
-            _send(line, "changes", _memfd("\n".join([*refused, *differences]).encode()))
+            _send(line, "changes", _memfd("\n".join([*refused, *_changes(running, new)]).encode()))
             return
         if cannot:
             raise Mistaken("\n".join(cannot))
@@ -103,7 +99,7 @@ def _answer(line: socket.socket, running: Settings, parsed: ParsedOptions, *, dr
             *preflight.notices(new, parsed.listens, parsed.backlog),
             *server_hints.of(new, parsed.listens, typed=False),
         ]
-        notices += [*pending, *server_hints.drain_limits(new)]
+        notices += server_hints.drain_limits(new)
         notices = list(dict.fromkeys((*running.notices, *notices)))
         for index, each in enumerate(bound, added):
             _send(line, f"listener {index}", each.socket.fileno())
@@ -114,9 +110,14 @@ def _answer(line: socket.socket, running: Settings, parsed: ParsedOptions, *, dr
             for kind, found in (("twin", siblings), ("reserved", reserved)):
                 for index, each in found.items():
                     _send(line, f"{kind} {added + index}", each.socket.fileno())
-        _send(line, "differences", _memfd("\n".join(differences).encode()))
+        _send(line, "differences", _memfd("\n".join(_changes(running, new)).encode()))
         new = replace(new, notices=tuple(notices), warnings=tuple(warnings))
         _send(line, "settings", _memfd(dump(new)))
+
+
+def _changes(running: Settings, new: Settings) -> list[str]:
+    """Return a line for each setting that differs."""
+    return [escape(each) for each in changes(running, new)]
 
 
 def _control(running: Settings, parsed: ParsedOptions) -> Iterator[str]:
@@ -131,14 +132,12 @@ def _listeners(
     present: Sequence[ListenerSettings],
     parsed: ParsedOptions,
     notice: Callable[[str], None],
-    pending: Callable[[str], None],
     *,
     dry: bool,
 ) -> tuple[tuple[ListenerSettings, ...], list[Bound]]:
     """Compute the new list of listeners, and bind the added ones; return the list and the sockets.
 
-    A removed listener stays in the list, marked as removed.  pending: called with each change that
-    takes effect only at a restart.
+    A removed listener stays in the list, marked as removed.
     Raises Refusal with each listener that cannot be bound; then no new socket stays bound.
     """
     kept: dict[int, ListenerSettings] = {}
@@ -147,7 +146,7 @@ def _listeners(
     earlier: dict[str, Listen] = {}
     for listen in parsed.listens:
         try:
-            matching = _matching(present, listen, notice, pending)
+            matching = _matching(present, listen, notice)
             have = {each.address for each in matching.values()}
             if listen.passed is None and not listen.port_is_chosen:
                 for address in have:
@@ -186,34 +185,22 @@ def _listeners(
 
 
 def _matching(
-    present: Sequence[ListenerSettings],
-    listen: Listen,
-    notice: Callable[[str], None],
-    pending: Callable[[str], None],
+    present: Sequence[ListenerSettings], listen: Listen, notice: Callable[[str], None]
 ) -> dict[int, ListenerSettings]:
     """Return the bound listeners that match an argument, by index."""
     living = {index: each for index, each in enumerate(present) if not each.removed}
     same = {index: each for index, each in living.items() if each.text == listen.text}
     if same or listen.passed is not None:
-        return {index: replace(each, **listen.settings) for index, each in same.items()}
+        return same
     wanted = {place(each) for each in addresses_of(listen, notice)}
-    found = {index: each for index, each in living.items() if place(each.address) in wanted}
-    return {index: _renamed(each, listen, pending) for index, each in found.items()}
-
-
-def _renamed(
-    bound: ListenerSettings, listen: Listen, pending: Callable[[str], None]
-) -> ListenerSettings:
-    """Return a bound listener under an argument's name.
-
-    The socket keeps its options.  So while the argument has others, the listener keeps its text,
-    and each reload and `diff` says so again.
-    """
-    old, new = (each.partition("?")[2] for each in (bound.text, listen.text))
-    if old == new or bound.foreign:
-        return replace(bound, **listen.settings)
-    pending(f"listen: {bound.text} -> {listen.text}: the options take effect at a restart")
-    return replace(bound, name=listen.name)
+    found = {
+        index: replace(each, **listen.settings)
+        for index, each in living.items()
+        if place(each.address) in wanted
+    }
+    if any(options_in(each.text) != options_in(living[n].text) for n, each in found.items()):
+        notice(f"{listen.text}: bound already; its options after the ? take effect at a restart")
+    return found
 
 
 def _memfd(content: bytes) -> int:

@@ -94,6 +94,11 @@ def _differs(key: str, before: object, after: object) -> Iterator[str]:
         yield f"{key}: {before} -> {after}"
 
 
+def options_in(listen: str) -> str:
+    """Return the options of a LISTEN argument: the part after the `?`."""
+    return listen.partition("?")[2]
+
+
 def _listeners(old: Sequence[ListenerSettings], new: Sequence[ListenerSettings]) -> Iterator[str]:
     for index, each in enumerate(new):
         was = index < len(old) and not old[index].removed
@@ -102,4 +107,7 @@ def _listeners(old: Sequence[ListenerSettings], new: Sequence[ListenerSettings])
         elif not was and not each.removed:
             yield f"listen: + {each.address}"
         elif was and old[index].text != each.text:
-            yield f"listen: {old[index].text} -> {each.text}"
+            before, after = old[index].text, each.text
+            # The bound socket keeps its options.
+            late = " (options: at a restart)" if options_in(before) != options_in(after) else ""
+            yield f"listen: {before} -> {after}{late}"

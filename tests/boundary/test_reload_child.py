@@ -209,31 +209,47 @@ def test_an_address_that_is_bound_already_is_kept_whatever_it_is_called_now(
 
 
 @pytest.mark.parametrize("options", ["", "?backlog=7", "?nonblock=1"])
-def test_other_options_of_a_bound_listener_are_pending_until_a_restart(
+def test_other_options_of_a_bound_listener_are_listed_and_take_effect_at_a_restart(
     loop: Loop, web: Web, tmp_path: Path, options: str
 ) -> None:
-    """The bound socket keeps its options: each reload and `diff` says so, and takes the name."""
     path = f"unix:{tmp_path}/s"
     there = ListenerSettings(path, text=f"{path}?backlog=5", name="s")
     settings = replace(web.settings, listeners=(there,))
     web.says(f'listen = ["http={path}{options}"]\nworkers = 2\n')
-    said = f"listen: {path}?backlog=5 -> http={path}{options}: the options take effect at a restart"
+    said = f"listen: {path}?backlog=5 -> http={path}{options} (options: at a restart)"
 
     assert read(loop, settings, dry=True).changes == (said,)
     answer = read(loop, settings)
 
     assert answer.settings is not None, answer
-    assert answer.settings.listeners == (replace(there, name="http"),)
-    assert answer.settings.notices == (said,)
-    assert said in answer.changes
+    (listener,) = answer.settings.listeners
+    assert (listener.address, listener.name, listener.removed) == (path, "http", False)
+    late = "bound already; its options after the ? take effect at a restart"
+    assert answer.settings.notices == (f"http={path}{options}: {late}",)
+    assert answer.changes == (said,)
     again = read(loop, answer.settings)
     assert again.settings is not None
-    assert again.changes == (said,)
-    web.says(f'listen = ["{path}?backlog=5"]\nworkers = 2\n')
-    assert read(loop, answer.settings, dry=True).changes == ()
+    assert again.changes == ()
+    assert again.settings.listeners == answer.settings.listeners
+
+
+def test_a_second_reload_keeps_an_address_that_was_bound_with_other_options(
+    loop: Loop, web: Web, tmp_path: Path
+) -> None:
+    """The first one adds the port's other address, with the new options."""
+    there = ListenerSettings("tcp:0.0.0.0:4321", text="0.0.0.0:4321?backlog=5")
+    settings = replace(web.settings, listeners=(there,))
+    web.says('listen = "4321?backlog=6"\n')
+
+    answer = read(loop, settings)
+    for fd in answer.listeners.values():
+        os.close(fd)
+    assert answer.settings is not None, answer
+    assert [each.removed for each in answer.settings.listeners] == [False, False]
+
     again = read(loop, answer.settings)
     assert again.settings is not None
-    assert again.settings.listeners == (there,)
+    assert again.settings.listeners == answer.settings.listeners
 
 
 def test_a_port_alone_can_get_a_name_where_its_socket_also_accepts_ipv4(
@@ -253,6 +269,7 @@ def test_a_port_alone_can_get_a_name_where_its_socket_also_accepts_ipv4(
     assert answer.settings is not None, answer
     (listener,) = answer.settings.listeners
     assert (listener.name, listener.text) == ("web", "web=4321")
+    assert answer.settings.notices == ()
 
 
 @pytest.mark.parametrize("dry", [False, True])

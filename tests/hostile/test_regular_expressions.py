@@ -42,6 +42,7 @@ OWN = {
     ),
     *(
         "launch/config_file.py _DIGITS",
+        "launch/config_file.py _NAMED",
         "launch/config_file.py _OPTION",
         "launch/config_file.py _PLACE",
     ),

@@ -97,7 +97,7 @@ def _launch(parsed: ParsedOptions) -> int:
         if settings.origin.configured:
             path = shlex.quote(str(settings.pid_file))
             diff = f"socketprotectorctl --pid-file {path} diff"
-            notice += f"; to see what a reload would change, run `{diff}`"
+            notice += f"; if it has this file, `{diff}` shows what a reload would change"
         notices.append(notice)
     if not check:
         kept = stored_listeners.take(

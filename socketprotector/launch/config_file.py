@@ -113,6 +113,15 @@ class ConfigFile:
             where = where if key == where[0] else (key,)
             self.mistake(where, str(error)[option.end() if option and option[1] == key else 0 :])
 
+    @contextmanager
+    def mistakes_first(self) -> Iterator[None]:
+        """If the block raises a UsageError, raise the file's mistakes instead, if there are any."""
+        try:
+            yield
+        except UsageError:
+            self.refuse_if_mistaken()
+            raise
+
     def refuse_if_mistaken(self) -> None:
         """Raise Mistaken if any mistake was recorded."""
         if self._mistakes:

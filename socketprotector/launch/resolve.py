@@ -145,7 +145,9 @@ class OptionResolver:
         return self._about_file(self._from_file(name), name.replace("_", "-"))
 
     def _about_file(self, there: bool, *where: str | int) -> AbstractContextManager[None]:
-        return self.file.about(*where) if self.file is not None and there else nullcontext()
+        if self.file is None:
+            return nullcontext()
+        return self.file.about(*where) if there else self.file.mistakes_first()
 
     def _path(self, name: str) -> str | None:
         """Return an option's path, resolved from the folder of the command line or of the file."""

@@ -38,7 +38,7 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
         if before.get(name) != after.get(name):
             mark = "-" if name not in after else "+" if name not in before else "changed"
             yield f"env: {mark} {name}"
-    yield from _listeners(old.listeners, new.listeners)
+    yield from dict.fromkeys(_listeners(old.listeners, new.listeners))
 
 
 def _rollout(old: Policy, new: Policy) -> Iterator[str]:

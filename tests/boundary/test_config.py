@@ -353,12 +353,22 @@ def test_a_mistake_is_reported_with_what_is_allowed(read: Reader, text: str, sai
 
 
 def test_what_follows_from_a_mistake_is_not_reported(read: Reader) -> None:
-    said = read.mistakes('settle = "5 sec"\nsettle-check = "http:/"\ndrain-timeout = "x"\n')
+    said = read.mistakes(
+        'settle = "5 sec"\nsettle-check = "http:/"\ndrain-timeout = "x"\nlame-duck-idle = 5\n'
+    )
 
     assert said == [
         "line 1: settle: '5 sec' is no duration; write 500ms, 10s, 1h30m or seconds",
         "line 3: drain-timeout: 'x' is no duration; write 500ms, 10s, 1h30m or seconds",
+        "line 4: lame-duck-idle: --lame-duck-idle needs --lame-duck TIME",
     ]
+
+
+def test_a_mistake_is_reported_before_an_error_of_a_default(read: Reader) -> None:
+    """The default of the mistaken key is refused beside another key."""
+    (said,) = read.mistakes('handoff = "listner"\ndrain-signal = "QUIT"\n')
+
+    assert said.startswith("line 1: handoff: ")
 
 
 def test_what_is_no_text_is_reported_with_its_line(read: Reader) -> None:

@@ -98,11 +98,26 @@ def test_another_check_is_told_without_its_secrets() -> None:
             replace(SETTINGS, listeners=(replace(WEB, removed=True), OTHER)),
             ["listen: - tcp:0.0.0.0:80", "listen: + unix:/run/x"],
         ),
+        (
+            replace(SETTINGS, listeners=(replace(WEB, text="web=80"),)),
+            [f"listen: {WEB.text} -> web=80"],
+        ),
     ],
 )
 def test_what_changes_is_reported_in_a_line_each(new: Settings, said: list[str]) -> None:
     assert list(changes(SETTINGS, new)) == said
     assert list(forbidden(SETTINGS, new)) == []
+
+
+def test_an_argument_with_two_sockets_is_listed_once() -> None:
+    old, new = (
+        tuple(replace(WEB, address=each, text=text) for each in ("tcp:0.0.0.0:80", "tcp:[::]:80"))
+        for text in ("80", "web=80?nodelay=1")
+    )
+
+    found = changes(replace(SETTINGS, listeners=old), replace(SETTINGS, listeners=new))
+
+    assert list(found) == ["listen: 80 -> web=80?nodelay=1 (options: at a restart)"]
 
 
 def test_a_listener_that_was_removed_before_is_no_change() -> None:

@@ -247,6 +247,7 @@ def test_workers_that_are_handed_connections_finish_and_end_with_a_killed_protec
 
 def has_reader(pid: int) -> bool:
     """Whether a process's stdout is a pipe that a process may read."""
+    assert os.readlink(f"/proc/{pid}/fd/1").startswith("pipe:")
     fd = os.open(f"/proc/{pid}/fd/1", os.O_WRONLY)
     try:
         poll = select.poll()

@@ -653,7 +653,7 @@ def test_each_line_of_the_example_that_is_commented_out_is_valid(unit: Unit) -> 
     (files / "live" / "current").symlink_to(release)
     (files / "web.env").touch()
     text = re.sub(r"^#(?=[A-Za-z-]+ = |\[)", "", unit.config.read_text(), flags=re.MULTILINE)
-    text = re.sub(r'"/(srv|var/log|etc|run)/[a-z]+/', f'"{files}/', text)
+    text = re.sub(r'"/(srv|var/log|var/lib|etc)/[a-z]+/', f'"{files}/', text)
 
     unit.config.write_text(text)
 

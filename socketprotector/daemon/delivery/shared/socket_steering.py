@@ -224,7 +224,7 @@ class SocketSteering(Steering):
         self.probes.discard()  # a kill may have prevented the earlier discard()
         self._repairs.repair_all()
         self.steer()
-        self.adopt_held()  # turns.free may have changed; clients there prevent an adoption
+        self.adopt_held()  # turns.free may be new; clients at a free socket prevent an adoption
         self._report_held_clients()  # a kill may have prevented the earlier report
         self._watch.follow_canary()
         self._watch.watch()
@@ -425,8 +425,8 @@ class SocketSteering(Steering):
     def _steer_one(self, listener: Listener, socket_number: int) -> str:
         """Steer a listener's new clients to a socket, or during a hold to the reserved socket.
 
-        Without a hold, clients of a path also go there while Turns.lacks_workers() is true.
-        Returns why clients cannot be held.  Raises OSError if clients go to the wrong socket.
+        Without a hold, clients of a path also go there while Turns.lacks_workers().  Returns why
+        clients cannot be held, or "".  Raises OSError if clients go to the wrong socket.
         """
         if self.turns.given_back and listener.settings.foreign:
             socket_number = 0

@@ -96,7 +96,7 @@ class SocketSteering(Steering):
                     raise
             self._repairs.undo_earlier_changes(each, socket_number, generation)
         self.turns.accepting[generation] = socket_number
-        self.steer()  # a path may have got the second socket that a hold needs
+        self.steer()  # a path that has just got its second socket can be held from now on
         self._watch.watch()
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
@@ -224,7 +224,7 @@ class SocketSteering(Steering):
         self.probes.discard()  # a kill may have prevented the earlier discard()
         self._repairs.repair_all()
         self.steer()
-        self.adopt_held()  # turns.free may be new; clients at a free socket prevent an adoption
+        self.adopt_held()  # earlier tries may have failed: clients waited at another free socket
         self._report_held_clients()  # a kill may have prevented the earlier report
         self._watch.follow_canary()
         self._watch.watch()

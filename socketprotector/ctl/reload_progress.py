@@ -213,7 +213,7 @@ class Reload(Awaited):
                     self._show_switch(number)
                 else:
                     self._show_share(number)
-        # Once this reload has begun, only a later reload can wait as `earlier-reload`.
+        # Once this reload has begun, a wait of kind `earlier-reload` is a later reload's.
         kinds = [
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]

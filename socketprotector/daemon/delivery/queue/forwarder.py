@@ -220,7 +220,7 @@ class Forwarder:
 
     @property
     def forwarded(self) -> int:
-        """Return how many connections we have accepted, including those that we closed at once."""
+        """Return how many connections we have accepted, lost ones of removed listeners included."""
         return self._forwarded + self._acceptor.accepted + self._drains.accepted
 
     @property

@@ -224,7 +224,7 @@ class SocketSteering(Steering):
         self.probes.discard()  # a kill may have prevented the earlier discard()
         self._repairs.repair_all()
         self.steer()
-        self.adopt_held()  # earlier tries may have failed: clients waited at another free socket
+        self.adopt_held()  # earlier tries may have failed: clients waited at the then-free socket
         self._report_held_clients()  # a kill may have prevented the earlier report
         self._watch.follow_canary()
         self._watch.watch()

@@ -377,7 +377,7 @@ class Resident:
         return found | {name: fd for each in parts for name, fd in each.descriptors().items()}
 
     def _send_later(self, resend: Callable[[], None]) -> None:
-        # Without a loop (a failed start, or an earlier program's exit), Outbox.finish() sends all.
+        # Without a loop (a failed start, or _finish_exit()), Outbox.finish() sends all.
         if self._loop is not None:
             self._loop.call_after(resend, _RESEND_PAUSE_S, resend)
 

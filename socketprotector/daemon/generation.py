@@ -101,7 +101,7 @@ class OpenGeneration:
     def take_counts(self, slot: int, kept: int = 0) -> int | None:
         """Move an exited worker's counts from its slot to the generation's record; clear the slot.
 
-        Returns how many connections the worker's exit has lost; None: the worker did not count.
+        Returns how many connections the worker's exit has lost; None: unknown (see counts()).
         kept: how many connections the worker's forked children keep open.
         """
         found = self.counts(slot)
@@ -118,7 +118,7 @@ class OpenGeneration:
         return lost
 
     def scoreboard_slot(self, slot: int) -> tuple[int, int] | None:
-        """Return the scoreboard's descriptor and a slot's offset; None: the slot has no counts."""
+        """Return the scoreboard's descriptor and a slot's offset; None: the slot has no record."""
         if self.board is None or self.board.offset(slot) < 0:
             return None
         return self.board.fd, self.board.offset(slot)

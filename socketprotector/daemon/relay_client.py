@@ -55,7 +55,7 @@ _LONGEST_S = 10.0
 _AGAIN_S = 0.1
 #: The pause before we repeat a message for which the relay had no free descriptor.
 _ROOM_S = 1.0
-#: How long our exit waits for the relay, which exits at once unless a process still writes.
+#: How long our exit waits for the relay, which stays while a process can write.
 _END_S = 3.0
 #: Our messages: read this pipe, close the pipe, send last words, write to this stderr, exit.
 _PIPE, _CLOSE, _WORDS, _NEW_STDERR, _END = "+", "-", "?", "=", "!"
@@ -275,7 +275,7 @@ class LogRelay:
         self._send_unsent()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
-        # An earlier protector may have been killed before it recorded its use of this number.
+        # A protector killed before it saved its state may have left a pipe with this number.
         if number in self._pipes:
             self._close_pipe(number)
         self._pipes[number] = pipe
@@ -440,7 +440,7 @@ class LogRelay:
     # -- the end -------------------------------------------------------------
 
     def finish(self) -> None:
-        """Close the line; wait up to _END_S for the relay, which stays while a process writes."""
+        """Close the line; wait up to _END_S for the relay, which outlives all writers."""
         self._close_line()
         if self._helper is not None:
             self._helper.process.signal(signal.SIGCONT)

@@ -120,10 +120,16 @@ def test_one_that_does_it_without_end_does_not_keep_the_protector_busy(protector
 
     again = [line for line in daemon.log.seen[begins:] if "event=listens-again" in line]
     assert woken <= 5 * (len(again) + 1)
-    times = [datetime.fromisoformat(line.partition(" ")[0]) for line in again]
-    # The worker does it each hundredth of a second.
-    apart = [(later - one).total_seconds() for one, later in pairwise(times)]
-    assert min(apart) > 0.09, apart
+    sockets: list[list[datetime]] = [[]]
+    for line in daemon.log.seen:
+        if "event=socket-replaced" in line:
+            sockets.append([])
+        elif "event=listens-again" in line:
+            sockets[-1].append(datetime.fromisoformat(line.partition(" ")[0]))
+    # The worker does it each hundredth of a second.  A socket's first two repairs are immediate.
+    for times in sockets:
+        apart = [(later - one).total_seconds() for one, later in pairwise(times[1:])]
+        assert all(each > 0.09 for each in apart), apart
     daemon.signal(signal.SIGINT)
     assert daemon.wait() == 0
 

@@ -6,9 +6,9 @@ its own socket, and needs no mark.  Under other values of --handoff the probe co
 a loopback port, and the protector sends the port's connections into the generation's channel.
 
 Without --ready, probes are sent only under --handoff listener.  Such a probe can fail although the
-workers can already serve (_MAYBE_READY of verdicts.py).  The generation
-then counts as ready when a timer ends (system/readiness.py), unless an option of the probed socket
-may keep clients out (ProbeTarget.is_closed).
+workers can already serve (_MAYBE_READY of verdicts.py).  The generation then counts
+as ready when a timer ends (system/readiness.py), unless an option of the probed socket may keep
+clients out (ProbeTarget.is_closed).
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ class ConfigFile:
         self.values: dict[str, Any] = {}
         #: The entries of repeatable options, by the parameter's name: NAME -> VALUE.
         self.tables: dict[str, dict[str, str]] = {}
-        self._mistakes: list[tuple[int, str]] = []
-        self._mistaken: set[str] = set()  # the keys with a mistake
+        #: The line, the key (with the name in a table) and the reason of each mistake.
+        self._mistakes: list[tuple[int, str, str]] = []
         read, self._places = self._parse()
         for key, value in read.items():
             self._take(key, value)
@@ -93,8 +93,7 @@ class ConfigFile:
     def mistake(self, where: toml_lines.Path, reason: str) -> None:
         """Record a mistake of a key, or of a value in a list."""
         names = ".".join(each for each in where if isinstance(each, str))
-        self._mistakes.append((self._places.get(where, 1), f"{names}: {reason}"))
-        self._mistaken.add(str(where[0]))
+        self._mistakes.append((self._places.get(where, 1), names, reason))
 
     @contextmanager
     def about(self, *where: str | int) -> Iterator[None]:
@@ -105,7 +104,8 @@ class ConfigFile:
         try:
             yield
         except UsageError as error:
-            if self._mistaken & {*_NAMED.findall(str(error))} - {str(where[0])}:
+            mistaken = {names.partition(".")[0] for _, names, _ in self._mistakes}
+            if mistaken & {*_NAMED.findall(str(error))} - {str(where[0])}:
                 return
             # If the error names another option that is in the file, record it for that option.
             option = _OPTION.match(str(error))
@@ -125,7 +125,8 @@ class ConfigFile:
     def refuse_if_mistaken(self) -> None:
         """Raise Mistaken if any mistake was recorded."""
         if self._mistakes:
-            lines = dict.fromkeys(self._line(*each) for each in sorted(self._mistakes))
+            mistakes = sorted(self._mistakes)
+            lines = dict.fromkeys(self._line(n, f"{key}: {reason}") for n, key, reason in mistakes)
             raise Mistaken("\n".join(lines))
 
     def _line(self, number: int, reason: str) -> str:

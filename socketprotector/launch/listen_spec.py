@@ -78,6 +78,11 @@ class Listen:
         return any(address in (f"tcp:{h}:{self.port}", f"tcp:[{h}]:{self.port}") for h in hosts)
 
 
+def options_in(text: str) -> str:
+    """Return the options of a LISTEN argument as they were written: the part after the `?`."""
+    return text.partition("?")[2]
+
+
 def parse(text: str, directory: str) -> Listen:
     """Parse a LISTEN argument.  Raises UsageError with the argument and the allowed forms.
 

@@ -41,9 +41,9 @@ from .bind import (
 )
 from .bind_unix import why_alone
 from .cli import parse
-from .listen_spec import Listen
+from .listen_spec import Listen, options_in
 from .resolve import ParsedOptions
-from .settings_diff import RESTART, changes, forbidden, options_in
+from .settings_diff import RESTART, changes, forbidden
 
 #: identity is None, because this process already runs as the configured user.
 _ALONE = partial(why_alone, identity=None)

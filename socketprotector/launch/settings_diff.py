@@ -13,6 +13,7 @@ from operator import attrgetter
 from ..model import probe_spec
 from ..model.policy import Policy
 from ..model.settings import Identity, ListenerSettings, Settings
+from .listen_spec import options_in
 from .options import OPTIONS, STAYS
 
 RESTART = "needs a restart"
@@ -92,11 +93,6 @@ def _options(old: Settings, new: Settings, *, stays: bool) -> Iterator[str]:
 def _differs(key: str, before: object, after: object) -> Iterator[str]:
     if before != after:
         yield f"{key}: {before} -> {after}"
-
-
-def options_in(listen: str) -> str:
-    """Return the options of a LISTEN argument: the part after the `?`."""
-    return listen.partition("?")[2]
 
 
 def _listeners(old: Sequence[ListenerSettings], new: Sequence[ListenerSettings]) -> Iterator[str]:

@@ -99,7 +99,7 @@ class Settings:
     ready_question: str = ""  # the probe of a probed kind: see model/probe_spec.py
     health: str = ""  # the check of the serving generation: see model/probe_spec.py; "": none
     health_every_s: float = 5.0
-    health_failures: int = 3  # failed checks since a good one that make it unhealthy
+    health_failures: int = 3  # unhealthy after so many failed checks without a good one
     health_timeout_s: float = 2.0
     queue: int = 256
     busy_poll_s: float = 0.0002  # how long to poll for an expected connection before sleeping

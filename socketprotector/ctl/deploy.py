@@ -47,7 +47,7 @@ _EXPECT = click.option(
     metavar="NAME",
     callback=_check_name,
     shell_complete=_complete,
-    help="Refuse unless this release serves or, if a rollback ends a reload, is the new release.",
+    help="Refuse unless NAME is serving. A rollback of a reload checks the new release instead.",
 )
 
 

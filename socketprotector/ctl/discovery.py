@@ -57,8 +57,9 @@ def by_path(path: str) -> str:
 def by_name(name: str) -> str:
     """Return the path of the socket of the protector with this name.
 
-    name: NAME, NAME:PORT or NAME:ADDRESS; if no protector has this name, it is PORT or ADDRESS
-    alone.  PORT (of a UNIX socket: its file name) and ADDRESS are those of the first listener.
+    name: NAME, NAME:PORT or NAME:ADDRESS.  If no protector has this name, `name` means PORT or
+    ADDRESS alone.  PORT (of a UNIX socket: its file name) and ADDRESS are those of the first
+    listener.
     If the only match is a socket where no process listens, returns its path; connecting then fails.
     Raises NoProtector if no socket matches, UsageError if several protectors match.
     """

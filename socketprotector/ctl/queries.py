@@ -52,7 +52,7 @@ _AGAIN_EVERY_S = 1.0
 #: How long to wait for the answer to `diff`: a new process reads the configuration and resolves the
 #: host names.
 _DIFF_S = 60.0
-#: How long `events` waits for an event before it waits again; nothing is printed in between.
+#: The longest wait for an event.  If no event comes, `events` silently begins another wait.
 _LISTEN_S = 3600.0
 #: The limits of `list`: addresses of a protector, and characters of an address.
 _ADDRESSES, _ADDRESS_CHARACTERS = 64, 200

@@ -71,7 +71,7 @@ TIMEOUT = click.option(
     "--at-least",
     metavar="N",
     type=click.IntRange(0),
-    help="With fewer than N connections the canary lasts twice --for; if still too few, it fails.",
+    help="With fewer than N connections, a canary lasts twice --for; with still fewer, it fails.",
 )
 @TIMEOUT
 def reload(
@@ -214,8 +214,8 @@ def _count_losses(operation: Operation) -> Message:
 def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) -> int:
     """Request a reload or dry run, and return the number of its generation.
 
-    After a cut connection, repeat the request unless the status shows that this one has begun.  If
-    the phase in `before` (the status before) is `reloading` or `waiting`, always repeat it.
+    If the connection is cut, repeat the request unless the status shows that the reload has begun.
+    If the phase in `before` (an earlier status) is `reloading` or `waiting`, repeat in any case.
     """
     dry_run = "dry_run" in arguments
     if dry_run and "dry_run" not in before:

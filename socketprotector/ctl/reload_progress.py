@@ -213,7 +213,8 @@ class Reload(Awaited):
                     self._show_switch(number)
                 else:
                     self._show_share(number)
-        # Once this reload has begun, a wait of kind `earlier-reload` is a later reload's.
+        # Once this reload has begun, a wait of kind `earlier-reload` means that a later reload
+        # waits for this reload.  So do not show that wait.
         kinds = [
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]
@@ -240,11 +241,17 @@ class Reload(Awaited):
         return self._current
 
     def _note_slot(self, worker: Message) -> None:
-        """Note if more workers are wanted; a reload changes `workers_wanted` only at its end."""
+        """Raise the number of wanted workers if this worker's slot shows that more are wanted.
+
+        The status shows the higher number too late: `workers_wanted` changes when a reload ends.
+        """
         self._wanted = max(self._wanted, number_in(worker, "slot") + 1)
 
     def _show_ready(self, number: int, workers: set[int]) -> None:
-        """Note these workers as ready; if one is new, show the count if the throttle allows it."""
+        """Note these workers as ready.
+
+        If the count has grown and the throttle allows another line, show the count.
+        """
         progress = self._progress_of(number)
         if not workers <= progress.ready:
             progress.ready |= workers

@@ -1,8 +1,8 @@
 """Finds the child processes of workers (not of adapters), such as those that gunicorn forks.
 
-SocketProtector knows only processes that it starts or the client library reports, so this module
-reads /proc.  It finds no child if /proc is missing, hides other users' processes, or is of another
-PID namespace.
+SocketProtector knows only processes that it starts, or that the client library reports.  So this
+module reads /proc.  It finds no child if /proc is missing, hides other users' processes, or is of
+another PID namespace.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ class Resident:
         earlier: the state of an earlier program; StateError: why that state is unusable; None: no
         state.  command: the command line that executes this program again.
         """
-        # A guard has copies of all descriptors.  So has systemd's store if we inherited a state.
-        # Without a state, it has at most listeners (stored_listeners.py): we store them again.
+        # A guard has copies of all descriptors, as does systemd's store if we inherited a state.
+        # Without a state, the store has at most listeners (stored_listeners.py): store these again.
         has_copies = inherited.GUARD in descriptors or inherited.STATE in descriptors
         stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()
         if isinstance(earlier, Snapshot):
@@ -377,7 +377,7 @@ class Resident:
         return found | {name: fd for each in parts for name, fd in each.descriptors().items()}
 
     def _send_later(self, resend: Callable[[], None]) -> None:
-        # Without a loop (a failed start, or _finish_exit()), Outbox.finish() sends all.
+        # Without a loop (a failed start, or _finish_exit()), Outbox.finish() sends all messages.
         if self._loop is not None:
             self._loop.call_after(resend, _RESEND_PAUSE_S, resend)
 

@@ -67,7 +67,8 @@ class Checkpoint:
         if self._effects is None:
             return True
         if not self.store.keeps:
-            # Without a store, sync() only empties Named.changed (inherited.py): it must not grow.
+            # Without a store, sync() only empties Named.changed (inherited.py), which would
+            # otherwise grow with each worker.
             self.store.sync({}, self._effects.pool.descriptors)
             return True
         wanted = {**self.process_descriptors(), **self._effects.own_descriptors()}

@@ -1,8 +1,8 @@
 """--health: probes the serving generation periodically, and reports the result.
 
-The result is in `status`, metrics and the exporter's /readyz, and the log reports each change
-that a probe causes.  A bad result restarts no worker: if a shared dependency such as a database
-fails, the check fails on all hosts at once.  Restarts on all hosts would prolong that failure.
+`status`, metrics and the exporter's /readyz show the result.  The log reports each change that a
+probe causes.  A bad result restarts no worker: if a shared dependency such as a database fails, the
+check fails on all hosts at once.  Restarts on all hosts would prolong that failure.
 
 `active` and `queue` of `status` may include a probe.  Probes do not count as accepted clients, with
 one exception: under --handoff listener, workers on the client library cannot recognize a probe, so
@@ -42,7 +42,7 @@ class Health:
     ) -> None:
         """settings: returns the settings in force.
 
-        remember: replaces the history by the result of a function, which gets the old history.
+        remember: calls a function with the history, and keeps the function's result as the history.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._remember = runtime.persist, remember

@@ -43,7 +43,7 @@ _USE_PREFIX = "set --log-prefix to see the output here"
 _USE_RELAY = "remove --no-log-relay to see the output here"
 _USE_BOTH = "remove --no-log-relay and set --log-prefix to see the output here"
 #: The mode of a worker's pipe: a worker that runs as another user must be able to open /dev/stdout.
-#: So all users may write.  That is safe: only the worker's user, ours and root can reach it.
+#: So all users may write.  That is safe: only root, the worker's user and our user reach the pipe.
 _PIPE_MODE = 0o622
 
 
@@ -138,7 +138,7 @@ class Output:
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
         """Close the oldest pipes of exited workers without orphans.
 
-        About LEFT_BEHIND (model/fd_budget.py) of these pipes, the newest, stay open.
+        The newest of these pipes, about LEFT_BEHIND (model/fd_budget.py), stay open.
         living: how many workers run, or have exited and left orphans.
         numbers: returns these workers' numbers.
         """

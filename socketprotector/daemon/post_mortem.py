@@ -63,7 +63,7 @@ class PostMortem:
     ended: Callable[[int], None]
     #: Changes the history by a function, which gets the old history and returns the new history.
     remember: Callable[[Callable[[History], History]], None]
-    #: Returns, in words, why a SIGKILL that we did not send ended a process.
+    #: Returns, in words, why SIGKILL ended a process.  Call this only if we sent no SIGKILL.
     why_killed: Callable[[], str]
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
@@ -168,7 +168,7 @@ class PostMortem:
         return WorkerExited(number, reason, served_s, waiting, detached, orphans)
 
     def child_failed(self, worker: Worker, text: str) -> None:
-        """Log a forked child's failure that its worker reports, and add it to the history.
+        """Log a forked child's failure, which its worker reports.  Add the failure to the history.
 
         text: the report, in the form that CHILD of socketprotector_client/wire.py describes.
         Ignore a malformed report, and the report of a worker that was ordered to exit or gets no

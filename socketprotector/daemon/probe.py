@@ -35,8 +35,8 @@ from .prober_client import Prober
 from .verdicts import Verdict
 
 #: The pause before we check again whether a worker has accepted our connection, or before we try
-#: again to connect to a full UNIX socket.  It is a tenth of the time since the connection's first
-#: probe was sent, within these limits.
+#: again to connect to a full UNIX socket.  Within these limits, the pause is a tenth of the time
+#: since the connection's first probe was sent.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.005, 1.0, 0.1
 #: How long after the probe's limit we kill a silent prober, which may be slow to start.
 _PROBER_S = 10.0
@@ -115,7 +115,10 @@ class Probe:
 
     @property
     def target_is_closed(self) -> bool:
-        """Return whether options that can keep clients out differ from the serving socket's."""
+        """Return whether the probed socket's options differ from the serving socket's.
+
+        Only options that can keep clients out matter.
+        """
         return self._target is not None and self._target.is_closed()
 
     def close(self) -> None:

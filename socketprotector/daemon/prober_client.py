@@ -35,7 +35,8 @@ class Prober:
     ) -> None:
         """Start the process.  Raises OSError.
 
-        answered: called for a result in time, with why the probe failed; "": a good answer.
+        answered: called when a result comes in time.  Argument: why the probe failed; "": a good
+        answer.
         late: called if no answer has come in time, with a text that says so.
         ended: called with how the process exited, but not after close().
         forwards: (target, socket); the prober forwards the socket's connections to the target.

@@ -143,9 +143,9 @@ class Recovery:
                 # worker's process group.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
-                # Report a worker not yet ORPHANED whose group still exists: from now on only the
-                # group is watched.  Also report an ORPHANED worker whose group is gone.
-                # _report_missing() reports a worker not yet ORPHANED whose group is gone.
+                # If the group still exists, report a worker that was not yet ORPHANED: from now on
+                # we watch only the group.  If the group is gone, report an ORPHANED worker;
+                # _report_missing() reports other workers.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     waiting = self._waiting(record.generation)
                     lost = has_group and not record.orphaned

@@ -275,7 +275,7 @@ class LogRelay:
         self._send_unsent()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
-        # A protector killed before it saved its state may have left a pipe with this number.
+        # If a protector was killed before it saved its state, a pipe with this number may exist.
         if number in self._pipes:
             self._close_pipe(number)
         self._pipes[number] = pipe
@@ -314,7 +314,7 @@ class LogRelay:
         os.close(pipe.read)
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
-        """Close the oldest pipes of exited workers without orphans; keep about LEFT_BEHIND.
+        """Close the oldest pipes of exited workers that left no orphans; keep about LEFT_BEHIND.
 
         living, numbers: see Output.close_oldest().
         """

@@ -87,8 +87,8 @@ class SettleCheck:
     def note_settle_over(self, number: int) -> bool:
         """Record that --settle is over; return whether a good answer must still come.
 
-        While it returns True, the caller calls it again.  Only good answers after the first of
-        these calls count.  Returns False if this generation is not checked.
+        As long as the result is True, the caller calls this method again.  Only good answers after
+        the first call count.  The result is False if this generation is not checked.
         """
         generation = self._generation
         if generation is None or generation.record.number != number:

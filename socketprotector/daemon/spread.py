@@ -90,7 +90,7 @@ def _warn_unable(generation: OpenGeneration, unable: int, log: Log) -> None:
         generation=generation.record.number,
         workers=unable,
         reason="--drain-spread and --stop-spread have no effect on these workers: only workers on "
-        "the Python client library, but no gunicorn workers, end their connections evenly",
+        "the Python client library, except gunicorn workers, end their connections evenly",
     )
 
 

@@ -73,7 +73,7 @@ class Supervisor:
     upgrade: Upgrade
     runtime: Runtime
     _: KW_ONLY
-    reopen_logs: Callable[[], str]  # returns why that failed, or ""
+    reopen_logs: Callable[[], str]  # returns why reopening failed, or ""
     #: Called with each signal except SIGCHLD, before we act on it.
     on_signal: Callable[[int], object]
     #: A descriptor of the terminal that a foreground protector runs on.
@@ -178,8 +178,8 @@ class Supervisor:
             self.effects.delivery.accept_waiting()
             end = time.monotonic()
             self.runtime.loop.run_if_due(WATCHDOG)
-            # Accepting from hundreds of listeners takes longer.  Then we work for twice that time,
-            # but at most for _MOST_WORK_S.
+            # If accepting takes long, for example from hundreds of listeners, we then work for
+            # twice that time, but at most for _MOST_WORK_S.
             work_s = min(2 * (end - begin), _MOST_WORK_S)
             self._yield_at = time.monotonic() + max(_YIELD_AFTER_S, work_s)
 

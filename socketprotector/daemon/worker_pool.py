@@ -115,7 +115,7 @@ class WorkerPool:
         workers = self._workers_of(generation)
         if not workers:
             return ""
-        # sockets_of() searches only 1,000 descriptors, which is enough: all run the same program.
+        # The limit of sockets_of(), 1,000 descriptors, is enough: all workers run the same program.
         pids = [each.process.pid for each in workers]
         return known_servers.advice(
             workers[0].generation.program,
@@ -181,7 +181,7 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Order a generation's workers that have a finish signal, and its orphans, to finish."""
+        """Order a generation to finish: its orphans, and its workers that have a finish signal."""
         # Other workers read end of file from the channel (Delivery.drain()).
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:

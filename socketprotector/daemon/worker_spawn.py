@@ -80,7 +80,7 @@ class Worker:
         return full_names(self.record.number, found)
 
     def close(self) -> None:
-        """Close the worker's sockets.  Keep `process`, by which the process group is watched."""
+        """Close the worker's sockets, but not `process`, which process_groups.py still needs."""
         self.notify.close()
         self.readiness.close()
         if self.line is not None:

@@ -181,8 +181,8 @@ def _of_generation(
     opened = effects.generations[generation.number]
     slots = {worker.slot for worker in generation.workers if worker.state is not State.ORPHANED}
     # An orphaned worker whose slot another worker uses has no counts of its own; then sums are
-    # unknown.  Otherwise count it, because it may still serve: ORPHANED also stands for a worker
-    # whose descriptors were lost when the protector was killed.
+    # unknown.  Count all other orphaned workers, because they may still serve: ORPHANED also stands
+    # for a worker whose descriptors were lost when the protector was killed.
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive
@@ -315,9 +315,10 @@ def of_connections(
                     "pid": pid,
                     "accepted_at_by_fd": times,
                     "orphaned": record.orphaned,
-                    # A bound for unknown accept times.  In a draining generation they are before
-                    # this time (some a little after it, under --handoff listener with one socket).
-                    # In any other generation they are after it.
+                    # A bound for connections whose accept time is unknown.  A draining
+                    # generation's connections began before this time (under --handoff listener,
+                    # if two generations share one socket, some may begin a little later).  Any
+                    # other generation's connections began after this time.
                     "since_at": opened.record.drained_at or record.started_at,
                 }
             )

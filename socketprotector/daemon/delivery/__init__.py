@@ -323,7 +323,8 @@ class Delivery(ABC):
     def idle_s(self) -> float:
         """Return the time since the last client; 0: a client waits.
 
-        queue/: the time since boot, until the first client after a start, an upgrade or a kill.
+        queue/: before the first client after a start, an upgrade or a kill, this is the time since
+        boot.
         shared/: always 0 (unknown).
         """
 

@@ -756,14 +756,14 @@ def test_a_reload_that_waits_for_this_one_is_no_wait_of_this_one() -> None:
     """Two people reload: each is shown what its own reload waits for."""
     said: list[str] = []
     first, second = (Reload(each, {"phase": "serving"}, said.append) for each in (9, 10))
-    later = {"kind": "earlier-reload", "reason": "begins after the one under way"}
+    later = {"kind": "earlier-reload", "reason": "begins after the current reload"}
     for each in (first, second):
-        assert "waiting: begins after the one under way" not in said
+        assert "waiting: begins after the current reload" not in said
         for at in (1.0, 9.0):  # it lasts
             found = waiting(at, "0 of 1 worker ready")
             found["waits_for"].append(later)
             each.on_status(found)
-    assert "waiting: begins after the one under way" in said
+    assert "waiting: begins after the current reload" in said
 
 
 def test_each_wait_has_its_reason_in_the_progress_and_is_repeated_now_and_then() -> None:

@@ -430,7 +430,7 @@ def test_a_token_is_in_a_file_that_can_be_read_again(kind: str) -> None:
             opened.callback(os.close, theirs)
             token.symlink_to(os.ttyname(theirs))
 
-        with pytest.raises(UsageError, match="token: no regular file; it is read again"):
+        with pytest.raises(UsageError, match="token: no regular file; the exporter reads it"):
             read_token("--token", str(token))
 
 

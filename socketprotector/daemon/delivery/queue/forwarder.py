@@ -89,7 +89,7 @@ class Forwarder:
         #: value is True if the workers have exited; then we close the channel once it is empty.
         self._leftovers: dict[GenerationChannel, bool] = {}
         self._holding = False  # True during a hold: accept nothing
-        self._ended_listeners: list[Listener] = []  # we accept from these no more
+        self._ended_listeners: list[Listener] = []  # we no longer accept from these
         self._closing: _Closing | None = None
         stop = self._acceptor.end_all
         self._shortage = Shortage(runtime, stop=stop, retry=self._resume)
@@ -220,7 +220,7 @@ class Forwarder:
 
     @property
     def forwarded(self) -> int:
-        """Return how many connections we have accepted, lost ones of removed listeners included."""
+        """Return how many connections we accepted, including those lost with removed listeners."""
         return self._forwarded + self._acceptor.accepted + self._drains.accepted
 
     @property

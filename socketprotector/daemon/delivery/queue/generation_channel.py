@@ -7,7 +7,7 @@ from ...generation import OpenGeneration
 
 
 class GenerationChannel(Channel):
-    """A generation's channel, which notes in the GenerationRecord that it has ended."""
+    """A generation's channel; end() also notes the end in the GenerationRecord."""
 
     def __init__(self, ends: Channel, generation: OpenGeneration, *, adopted: bool = False) -> None:
         """Take ownership of both ends.

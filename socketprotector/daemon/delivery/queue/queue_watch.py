@@ -36,8 +36,8 @@ class QueueWatch:
 
     loop: Loop
     _: KW_ONLY
-    #: Returns how many connections we accepted so far for all routes, sent or not.  For the watch
-    #: of a canary: for all canaries.
+    #: Returns how many connections, sent or not, we accepted so far for all routes.  In the watch
+    #: of a canary, this function returns the number for all canaries instead.
     forwarded: Callable[[], int]
     #: Sends all queued connections again.
     send_again: Callable[[GenerationChannel], None]

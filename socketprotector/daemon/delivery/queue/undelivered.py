@@ -50,8 +50,8 @@ class Undelivered:
     def keep_older(self, header: bytes, fd: int, last_number: int) -> None:
         """Keep one of the connections that the caller takes out of a queue, oldest first.
 
-        The connection goes in front of the first connection that was kept before the caller began;
-        without one, behind all.
+        The connection goes in front of the first connection that was kept before the caller began.
+        If no such connection is left, this connection goes behind all others.
         last_number: the value of `self.number` when the caller began.  Takes ownership of fd.
         """
         before = tuple(self._waiting.items())

@@ -78,9 +78,8 @@ class AcceptWatch:
 
     loop: Loop
     backlogs: Backlogs
-    #: How long workers may accept none of a listener's waiting clients before we report the
-    #: listener.  The first limit applies while surely no client has been accepted there, the
-    #: second afterwards.
+    #: We report a listener if workers accept none of its waiting clients for this time.  The first
+    #: limit applies while we know that no client was accepted there, the second limit afterwards.
     limits_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     timer: str = "untaken"
     awaits: bool = False  # True: `backlogs` must call came() when a client comes

@@ -39,8 +39,8 @@ class CanaryWatch(Backlogs):
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch
         self._canary = 0  # the generation's number; 0: no canary
-        #: The generation last reported for accepting no client at some listeners, and these
-        #: listeners' indices.  Usually this generation is or was a canary.
+        #: From the last report that a generation has accepted no client at some listeners: the
+        #: generation, which usually is or was a canary, and the indices of these listeners.
         self.never_accepted: tuple[int, Collection[int]] = (0, ())
         limits_s = CANARY_NEVER_TAKEN_S, UNTAKEN_S
         timer = "canary-untaken"

@@ -303,8 +303,8 @@ class Probes:
         """Discard probes where no worker accepts, so that no generation starts only for probes.
 
         If a client waits beside the probes, the probes stay: the generation that starts for the
-        client also accepts the probes.  Returns the sockets, by listener and number, whose queues
-        a later try may read or empty.
+        client also accepts the probes.  Returns the sockets, by listener and number, where
+        discarding fails, but may succeed later.
         """
         unreadable = set()
         for each, number in [(each, number) for each in self._listeners.pairs for number in (0, 1)]:

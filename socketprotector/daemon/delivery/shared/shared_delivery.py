@@ -289,14 +289,14 @@ class SharedDelivery(Delivery):
             self._close_listeners()
             return
         # New clients wait for the next start (`stay`), go to the socket's owner (passed-in
-        # sockets), or are refused (other listeners).  So we wait only for earlier clients, until
-        # they are accepted (quiesce_last(): also read from).  If a listener cannot refuse new
-        # clients, later ones prolong this, up to LAST_S.
+        # sockets), or are refused (other listeners).  So we wait only until workers have
+        # accepted the earlier clients.  If a listener cannot refuse new clients, later clients
+        # prolong the wait, up to LAST_S.
         latest = float("inf") if stay else self._refuse_new()
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
         # _close_when_empty() is not called with `stay`, and ignores passed-in listeners.  So with
         # `stay`, or if a passed-in socket has a sibling, quiesce_last() waits until the serving
-        # generation has accepted and read from the clients at its sockets.
+        # generation has accepted the clients at its sockets, and has also read from them.
         if serving is not None and (stay or self.steering.has_passed_in_pair):
             self.steering.quiesce_last(serving.record.number, on_quiet, latest)
         else:
@@ -313,7 +313,7 @@ class SharedDelivery(Delivery):
         return float("inf") if all(refused) else time.monotonic() + LAST_S
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
-        """Finish closing when no waiting client may still be accepted, or at the deadline.
+        """Finish closing once no client waits that a worker might accept, or at the deadline.
 
         The first look comes after QUIET_S.  If no listener is awaited, finish at once.
         latest: the deadline, by time.monotonic().  again: this is not the first call.

@@ -1,4 +1,4 @@
-"""The listeners from which workers accept, and the SocketSteering methods that its parts call."""
+"""The listeners from which workers accept, and methods that the parts of SocketSteering call."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ class Steering(ABC):
         """Give the held clients of UNIX paths to the next generation.
 
         Also pass on the clients of listeners for which Turns.lacks_workers() is true.  During a
-        hold, do nothing.  If both sockets have generations, pass on nothing: only post
-        HeldClientsWait, and only if held clients wait.
+        hold, do nothing.  If both sockets have generations, pass on nothing, but post
+        HeldClientsWait if held clients wait.
         """
 
     @abstractmethod

@@ -224,7 +224,7 @@ class SocketSteering(Steering):
         self.probes.discard()  # a kill may have prevented the earlier discard()
         self._repairs.repair_all()
         self.steer()
-        self.adopt_held()  # earlier tries may have failed: clients waited at the then-free socket
+        self.adopt_held()  # clients at the former free socket may have prevented the earlier call
         self._report_held_clients()  # a kill may have prevented the earlier report
         self._watch.follow_canary()
         self._watch.watch()
@@ -425,7 +425,7 @@ class SocketSteering(Steering):
     def _steer_one(self, listener: Listener, socket_number: int) -> str:
         """Steer a listener's new clients to a socket, or during a hold to the reserved socket.
 
-        Without a hold, clients of a path also go there while Turns.lacks_workers().  Returns why
+        A path's clients also go to the reserved socket while Turns.lacks_workers().  Returns why
         clients cannot be held, or "".  Raises OSError if clients go to the wrong socket.
         """
         if self.turns.given_back and listener.settings.foreign:

@@ -21,9 +21,10 @@ from .probes import Probes
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
-#: Workers that were ordered to finish may accept clients for a moment more.  So if such workers
-#: have every stranded client's socket, a rescue starts only after FIRST_RESCUE_S.  The pause
-#: between two rescues (the back-off) doubles from FIRST_RESCUE_S to LAST_RESCUE_S.
+#: Workers that were ordered to finish may accept clients for a moment more.  So if every
+#: stranded client waits at a socket that such workers have, a rescue starts only after
+#: FIRST_RESCUE_S.  The pause between two rescues (the back-off) doubles from FIRST_RESCUE_S to
+#: LAST_RESCUE_S.
 FIRST_RESCUE_S = 1.0
 LAST_RESCUE_S = 600.0
 

@@ -49,7 +49,8 @@ class Turns:
     #: Indices of listeners whose socket the current generation lost, so that their clients go to
     #: the next generation's socket.
     passed_on: frozenset[int] = frozenset()
-    #: True: at each address with a passed-in socket, new clients go to it; its owner accepts them.
+    #: True: each passed-in socket gets the new clients of its address; the socket's owner accepts
+    #: them.
     given_back: bool = False
     #: Not recorded: after an upgrade or a kill, the next program repeats the action RouteTo, which
     #: has the share.
@@ -211,8 +212,8 @@ class Turns:
     def lacks_workers(self, listener: Listener) -> bool:
         """Return whether a UNIX path's clients go to a socket that some or all workers lack.
 
-        Only the workers of the socket's generation count.  Those that started later may have the
-        socket (`partly_served`).
+        Only the workers of the socket's generation count.  Workers that started later may have
+        the socket (`partly_served`).
         """
         if not listener.path or listener.index in self.passed_on:
             return False

@@ -1,7 +1,7 @@
 """The names that socketprotector-exporter imports from this distribution, besides `__version__`.
 
-None needs a third-party package.  If you change or remove a name, change the exporter in the same
-commit.
+Importing these names needs no third-party package.  If you change or remove a name, change the
+exporter in the same commit.
 """
 
 from __future__ import annotations

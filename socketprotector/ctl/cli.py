@@ -25,12 +25,12 @@ from .help_pages import GROUPS, HelpGroup, print_full_help
 
 NAME = "socketprotectorctl"
 #: Matches a command, such as `status`, in a message; with_instance() adds the instance option.
-#: Not `list`, which refuses this option; nor `completion`, which ignores it.
+#: Does not match `list`, which refuses this option, or `completion`, which ignores this option.
 _COMMAND = re.compile(
     rf"`(?:{NAME} )?((?:{'|'.join({*sum(GROUPS.values(), ())} - {'list', 'completion'})})\b[^`]*)`"
 )
-#: The beginning of each printed line of a worker's last words.  quoted() of reload.py must use
-#: the same text, by which with_instance() recognizes these lines.
+#: The beginning of each printed line of a worker's last words.  with_instance() recognizes these
+#: lines by this text, so quoted() of reload.py must use the same text.
 _QUOTED = "  | "
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -89,10 +89,10 @@ def deploy(
     SocketProtector starts it again. A stop that calls the deploy off also causes exit status 3.
 
     Exit status 2: nothing was tried. Either the protector has no --releases; or the release that
-    --expect names is not serving. Without --dry-run also: the link does not lead to the serving
-    release (without --force); or --current is no symbolic link; or the link cannot be locked. 5:
-    the release is serving, but the link or the history is not on disk yet. 6: a start, reload, dry
-    run or other deploy is in progress.
+    --expect names is not serving. Without --dry-run, three more causes are possible: the link does
+    not lead to the serving release, and --force is missing; or --current is no symbolic link; or
+    the link cannot be locked. 5: the release is serving, but the link or the history is not on disk
+    yet. 6: a start, reload, dry run or other deploy is in progress.
     """
     arguments = _without_unset(release=release, expect=expect, force=force, dry_run=dry_run)
     with begin(instance, timeout, as_json, *_OUTCOME) as operation:

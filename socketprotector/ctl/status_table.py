@@ -250,8 +250,8 @@ def _unknown_columns(status: Message, messages: Sequence[Message]) -> dict[str, 
     """Return the columns to omit, because their fields are missing or null in all `messages`.
 
     messages: the generations or workers of the rows.
-    If the protector accepts, no column is omitted until a worker is ready: before that, no worker's
-    fields are known.
+    If the protector accepts the clients, no column is omitted until a worker is ready: before that,
+    no worker's fields are known.
     """
     begun = any(each.get("state") in ("ready", "retiring") for each in _workers_of(status))
     if not messages or not (begun or _workers_accept(status)):

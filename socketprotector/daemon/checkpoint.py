@@ -1,6 +1,7 @@
-"""Saves what the next program, which replaces us after a crash or an upgrade, needs to resume.
+"""Saves the state and the descriptors from which the next program resumes.
 
-We save after each decision of core/decide.py, before the decision's actions are carried out.
+The next program replaces us after a crash or an upgrade.  We save after each decision of
+core/decide.py, before the decision's actions are carried out.
 
 Descriptors go to the store: the guard or, if there is no guard, systemd's fd store.  The state
 memfd says what each descriptor is for.  We first store new descriptors, then write the state, then
@@ -39,7 +40,7 @@ class Checkpoint:
     file: StateFile
     store: Store
     log: Log
-    #: Returns the descriptors that the next program needs, by name, but not those of Effects.
+    #: Returns the next program's descriptors by name, except the descriptors of Effects.
     process_descriptors: Callable[[], Mapping[str, int]]
     _effects: Effects | None = None
     _snapshot: Callable[[], Snapshot] | None = None

@@ -67,7 +67,7 @@ class CurrentLink:
 
     @property
     def in_the_way(self) -> str:
-        """If `current` exists and is no symbolic link, why it cannot be moved; otherwise ""."""
+        """Why `current` cannot be moved, if it exists but is no symbolic link; otherwise ""."""
         return release_store.in_the_way(self.path)
 
     @property

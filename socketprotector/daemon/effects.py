@@ -73,12 +73,12 @@ from .runtime import Runtime
 from .start_report import StartReport
 from .worker_pool import WorkerPool
 
-#: The state lists these actions until they are done.  The fleet implies all other actions.
+#: The state lists these actions until done.  core/decide.py derives all others from the fleet.
 RECORDED = Undone | Report | StartTimer
 #: Reports after which a generation's program counts as the last good program.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
-#: How often we look, once SETTLE has run out, for a new good answer of --settle-check.
+#: Once SETTLE has run out, we look for a new good answer of --settle-check at this interval.
 _SETTLE_AGAIN_S = 0.1
 #: Until this timer runs out, a stop accepts late clients: TCP clients that waited during a hold
 #: under --handoff listener, and may still retry.

@@ -1,4 +1,4 @@
-"""Children that a worker with the client library's SocketServer has forked to share its memory.
+"""Forked children: a worker forks them with the client library's SocketServer, to share memory.
 
 Only the worker starts, reaps and replaces its children.  We read the children's pids and counts
 from the scoreboard (system/scoreboard.py).  A worker could write any pid into the scoreboard, so we

@@ -24,7 +24,7 @@ class OpenGeneration:
 
     record: GenerationRecord
     board: Board | None = None  # None: there is no scoreboard, so we know no counts
-    #: Whether spread.py has logged no-spread: some workers cannot end their connections evenly.
+    #: Whether spread.py has logged no-spread: some workers ignore --drain-spread, --stop-spread.
     warned_unable: bool = False
 
     @classmethod

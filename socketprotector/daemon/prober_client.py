@@ -38,7 +38,7 @@ class Prober:
         answered: called when a result comes in time.  Argument: why the probe failed; "": a good
         answer.
         late: called if no answer has come in time, with a text that says so.
-        ended: called with how the process exited, but not after close().
+        ended: called with a text that says how the process exited; not called after close().
         forwards: (target, socket); the prober forwards the socket's connections to the target.
         """
         self._answered, self._ended, self._late = answered, ended, late
@@ -67,8 +67,8 @@ class Prober:
     ) -> None:
         """Send a probe over the caller's connection, which need not be established yet.
 
-        limit_s: the probe's limit, only for texts.  left_s: the time left until the limit.  Answers
-        to earlier probes are ignored from now on.  Raises OSError.
+        limit_s: the probe's limit, only shown in messages.  left_s: the time left until the
+        limit.  From now on we ignore answers to earlier probes.  Raises OSError.
         """
         self._number += 1
         limit = {"limit_s": left_s, "limit": in_units(limit_s)}

@@ -1,6 +1,6 @@
 """Probes a starting generation under --ready accept, http: and https:, and without --ready.
 
-The generation gets no clients yet.  Under --handoff listener over TCP a mark on the probe's
+The generation gets no clients yet.  Under --handoff listener over TCP, a mark on the probe's
 connection selects the generation's socket (`ProbeTarget.mark`).  At a UNIX path each generation has
 its own socket, and needs no mark.  Under other values of --handoff the probe connects to
 a loopback port, and the protector sends the port's connections into the generation's channel.

@@ -143,9 +143,9 @@ class Recovery:
                 # worker's process group.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
-                # If the group still exists, report a worker that was not yet ORPHANED: from now on
-                # we watch only the group.  If the group is gone, report an ORPHANED worker;
-                # _report_missing() reports other workers.
+                # Report two cases.  A worker is not ORPHANED, and its group still exists: from now
+                # on we watch only the group.  Or a worker is ORPHANED, and its group is gone.
+                # _report_missing() reports workers that are not ORPHANED and have no group left.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     waiting = self._waiting(record.generation)
                     lost = has_group and not record.orphaned
@@ -184,7 +184,7 @@ class Recovery:
         return lost
 
     def _waiting(self, number: int) -> int:
-        """Return how many clients wait in the queue, or at the socket, of a generation."""
+        """Return how many clients wait in a generation's queue, or at its socket."""
         opened = self.effects.generations.get(number)
         if opened is None:
             return 0
@@ -207,7 +207,7 @@ class Recovery:
         watches_line = retires or self.snapshot.fleet.policy.finish_alone
         program = programs.get(generation_number, self.effects.live_settings.settings)
         finish_signal = 0 if watches_line else program.finish_signal
-        # If another worker has an orphan's slot, the slot's counts are that worker's.
+        # If another worker has taken an orphan's slot, the counts belong to that other worker.
         shared = any(w.slot == worker.slot for w in generation.workers if w is not worker)
         owns_counts = worker.state is not State.ORPHANED or not shared
         searched = set(pool.addresses(worker.number))

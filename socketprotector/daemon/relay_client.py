@@ -43,7 +43,7 @@ _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 #: The longest answer: last words (TAIL_BYTES of programs/log_relay.py) and a number.
 _ANSWER_BYTES = 4096 + 64
-#: How long we wait for last words: a new relay can still send them if the relay has just died.
+#: How long we wait for last words: time enough for a new relay if the old relay has just died.
 _WORDS_S = 2.0
 #: How long the relay may take to read output before we check its state.
 _READS_S = 0.5

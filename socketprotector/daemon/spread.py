@@ -37,7 +37,7 @@ def order(
 
     records: the records of all workers.  worker: the number of the worker to order; 0: all in
     the generation.
-    seconds: how long connections may stay open; 0: the workers end none.
+    seconds: how long connections may stay open; 0: the workers end no connections.
     """
     board = generation.board
     if board is None or not generation.program.spreads:

@@ -2,8 +2,8 @@
 
 First another process, the trial, runs the new program, which loads the state and answers.  Then
 this process executes the new program, and keeps its pid, children and descriptors.  If the
-installation is broken, the trial fails, and nothing changes.  A check (`upgrade --check`) is
-a trial alone, with a copy of the state.
+installation is broken, the trial fails, and nothing changes.  A check (`upgrade --check`) runs
+only the trial, with a copy of the state.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Upgrade:
     def begin(self, descriptors: Mapping[str, int], ready: Callable[[], None]) -> None:
         """Try the new program with the settings and the state; if that succeeds, call `ready`.
 
-        If another upgrade's trial is running, do nothing but log that.  Call off a check in
-        progress, because the exec would end the check.
+        If another upgrade's trial is running, only write a log line.  Call off a check in progress,
+        because the exec would end the check.
         """
         if self.is_trying:
             self.log.write("info", "upgrade-under-way")

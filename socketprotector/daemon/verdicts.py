@@ -122,9 +122,9 @@ class Serving:
     def after(self, verdict: Verdict, most: int, at: float) -> Serving:
         """Return the state after a verdict.
 
-        most: this many verdicts BAD or REFUSED since the last GOOD verdict make the state
-        UNHEALTHY.  This many inconclusive verdicts in a row (`case _`: CANNOT, UNREACHED, MOVED or
-        NO_TARGET) make it UNKNOWN.
+        most: the limit of two counts.  The state becomes UNHEALTHY after `most` verdicts BAD or
+        REFUSED since the last GOOD verdict.  The state becomes UNKNOWN after `most` inconclusive
+        verdicts in a row (`case _`: CANNOT, UNREACHED, MOVED or NO_TARGET).
         """
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason

@@ -3,8 +3,8 @@
 If a message causes an event, the message is removed from its socket only after the event is handled
 and the state is written.  If the protector is killed before the removal, the next program reads the
 message again.  Exception: a worker of --handoff stdio reports a failed first program
-(first_programs.py).  Then only the failure count, and how the program ended, are written before the
-removal.  From these, recovery.py makes the event again.
+(first_programs.py).  Before we remove this message, we write only the failure count, and how the
+program ended.  After a kill, recovery.py makes the event again from this record.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class WorkerPool:
         self._runtime, self._remember = runtime, remember
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._workers: dict[int, Worker] = {}
-        #: Also the records of workers to be adopted (expect()): each checkpoint needs all records.
+        #: Records of _workers and of workers to be adopted (expect()): a checkpoint needs both.
         self._records: dict[int, WorkerRecord] = {}
         self._by_pid: dict[int, int] = {}
         #: The descriptors of workers and of their output, by name; the next program needs them
@@ -259,9 +259,10 @@ class WorkerPool:
     def adopt(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
     ) -> None:
-        """Adopt a worker from before an upgrade or a kill; takes ownership of its descriptors.
+        """Adopt a worker from before an upgrade or a kill, and take ownership of its descriptors.
 
-        Raises KeyError without `process` or `notify`, OSError if the worker cannot be watched.
+        Raises KeyError if the descriptor `process` or `notify` is missing, OSError if the worker
+        cannot be watched.
         """
         worker = self._spawner.adopt(record, descriptors, generation)
         worker.registered = full_names(record.number, descriptors)

@@ -299,8 +299,8 @@ class Delivery(ABC):
         If new clients cannot be refused, accept them, too (see LAST_S).
         Exception: the owner of a passed-in socket keeps listening, and may get earlier clients.
         serving: the serving generation.  quick: close at once, and post nothing.
-        stay: do not refuse new clients.  The listeners that were not passed in (by systemd, for
-        example) stay open, and new clients wait there for the next start.
+        stay: do not refuse new clients.  Our own listeners, which no other process (such as
+        systemd) passed in, stay open.  New clients wait there for the next start.
         """
 
     # -- the delivery as a whole ---------------------------------------------------------
@@ -335,7 +335,7 @@ class Delivery(ABC):
 
     @abstractmethod
     def accept_waiting(self) -> None:
-        """Accept the waiting clients; shared/ does nothing, because there workers accept.
+        """Accept the waiting clients; shared/ does nothing, because its workers accept clients.
 
         Called repeatedly during long work that blocks the loop.
         """

@@ -62,8 +62,8 @@ class Forwarder:
         broken: called when the route's channel was shut down.
         repair: repairs a listener that was shut down, or marks the listener lost.  Raises OSError
         if the system is short of descriptors or memory.
-        untaken: called, at most once for each channel, if the route's workers take no connection.
-        Arguments: for how many seconds, how many wait, whether any may have been taken before.
+        untaken: called, at most once per channel, if the route's workers take no connection for
+        `seconds`.  waiting: how many connections wait.  ever: some may have been taken before.
         """
         self._loop = loop = runtime.loop
         self._post = runtime.post

@@ -1,10 +1,11 @@
 """The delivery in which the protector accepts connections, and sends them into channels.
 
 Each generation has one channel, from which all its workers take connections.  The protector keeps
-both ends of the channel, so the queue in the channel survives the death of all workers.
+both ends of the channel, so the queue in the channel survives the death of all workers.  The route
+is the channel of the generation that gets new clients.
 
-When a generation drains, the connections that no worker has taken go to the route, while the route
-has room and knows their listener.  The draining workers take the other connections.
+When a generation drains, the connections that no worker has taken go to the route, as long as
+the route has room and knows their listener.  The draining workers take the other connections.
 
 A generation is released after its last worker has exited.  Then the connections that remain in its
 channel go to the route, or to a later route that knows their listener.
@@ -230,8 +231,10 @@ class QueueDelivery(Delivery):
 
         The newest generation that meets three conditions gets the backlog: it knows the listener,
         it has had the route or a share of the clients, and it may still get clients (not `ended`).
-        Without such a generation the backlog is lost.  A service manager keeps
-        listening on a socket that it passed in, so it always gets this socket's backlog.
+        Without such a generation the backlog is lost.
+
+        Exception: if a service manager passed the socket in, the service manager keeps listening,
+        and gets the backlog.
         """
         served = [
             number

@@ -48,10 +48,11 @@ class Undelivered:
         self.persist()
 
     def keep_older(self, header: bytes, fd: int, last_number: int) -> None:
-        """Keep one of the connections that the caller takes out of a queue, oldest first.
+        """Keep a connection that the caller has taken out of a queue.
 
-        The connection goes in front of the first connection that was kept before the caller began.
-        If no such connection is left, this connection goes behind all others.
+        The caller takes several connections, the oldest first.  Each goes directly in front of the
+        connections that were kept before the caller began.  If none of these is left, the taken
+        connection goes behind all others.
         last_number: the value of `self.number` when the caller began.  Takes ownership of fd.
         """
         before = tuple(self._waiting.items())

@@ -44,8 +44,8 @@ class Backlogs(ABC):
         """Report that the workers of a generation do not accept.
 
         seconds: for how long.  waiting: how many clients wait.  at: the indices of the listeners
-        where these clients wait.  ever: workers may have accepted earlier clients of all these
-        listeners.
+        where these clients wait.  ever: whether workers have accepted a client, or may have, at
+        each of these listeners.
         """
 
 
@@ -186,7 +186,7 @@ class AcceptWatch:
         self._look_later(time.monotonic() - began)
 
     def _overdue(self) -> dict[int, float]:
-        """Return indices of listeners with overdue clients -> for how long none was accepted."""
+        """Return listeners that have reached their limit: index -> time without an accept."""
         now = time.monotonic()
         found = {index: now - since for index, (line, since) in self._waiting.items() if line}
         return {index: seconds for index, seconds in found.items() if seconds >= self._limit(index)}

@@ -39,8 +39,9 @@ class CanaryWatch(Backlogs):
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch
         self._canary = 0  # the generation's number; 0: no canary
-        #: From the last report that a generation has accepted no client at some listeners: the
-        #: generation, which usually is or was a canary, and the indices of these listeners.
+        #: The last generation that we reported because it never accepted a client at some
+        #: listeners, and the indices of these listeners.  The generation usually is, or was, a
+        #: canary.
         self.never_accepted: tuple[int, Collection[int]] = (0, ())
         limits_s = CANARY_NEVER_TAKEN_S, UNTAKEN_S
         timer = "canary-untaken"

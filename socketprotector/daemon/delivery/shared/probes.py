@@ -1,8 +1,8 @@
 """Brings probes to a generation, and distinguishes waiting probes from waiting clients.
 
 At a TCP address each probe has a mark (system/bpf.py).  The kernel steers probes by their mark,
-except probes that connect as clients do.  At a UNIX path a probe connects to the file of the
-generation's own socket, if it has one.
+except probes that connect as clients do.  If a generation has its own socket at a UNIX path, a
+probe connects to this socket's file.
 
 If no worker accepts from a socket, we discard the probes that wait there.  If we kept them,
 socket_watch.py would take them for clients, and start a generation.
@@ -102,7 +102,7 @@ class Probes:
         unix = listening.family == socket.AF_UNIX
         address = each.ensure_address(self._turns.current)
         waits: Callable[[socket.socket], bool] = partial(_waits, listening, address)
-        if each.path_fault:  # connect by the path, as clients do, not to the socket's file
+        if each.path_fault:  # connect to the clients' path, not to the socket's own file
             address, waits = each.local_address, _waits_elsewhere
         # The mark's source address keeps the probe on this machine, as in reach_by_mark().
         mark = None if unix else self._mark_for(each, address)

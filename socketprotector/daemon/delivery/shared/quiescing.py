@@ -1,4 +1,4 @@
-"""Finds out when a generation without new clients has accepted and read from all clients.
+"""Finds out when a generation that gets no new clients has accepted and read from all its clients.
 
 Another generation has replaced this generation, or a stop has begun.  Some clients of this
 generation may be unaccepted or unread.  A server that is ordered to finish might close their
@@ -6,9 +6,9 @@ connections.  So we repeatedly query the kernel (sock_diag) for such clients; ea
 is a look.  The queries take at most QUERY_SHARE (accept_watch.py) of our time.  If the kernel has
 no sock_diag, no client counts as unread.
 
-A TCP client is unread until its worker has read from it.  So clients in the handshake are unread,
-as are silent clients, which were accepted and have sent nothing.  We wait for silent clients for
-SILENT_S at most.  A UNIX client is unread while its worker has not read all its bytes.
+A TCP client is unread until its worker has read from it.  So clients in the handshake are unread.
+Silent clients, which were accepted and have sent nothing, are unread, too.  We wait for silent
+clients for SILENT_S at most.  A UNIX client is unread while its worker has not read all its bytes.
 
 Workers on the client library read from all their accepted clients even after the order to finish.
 For a generation of such workers (`reads_on`) we do not wait until the workers have read.  We wait

@@ -296,7 +296,7 @@ class SharedDelivery(Delivery):
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
         # _close_when_empty() is not called with `stay`, and ignores passed-in listeners.  So with
         # `stay`, or if a passed-in socket has a sibling, quiesce_last() waits until the serving
-        # generation has accepted the clients at its sockets, and has also read from them.
+        # generation has accepted the clients at its sockets, and has read from these clients.
         if serving is not None and (stay or self.steering.has_passed_in_pair):
             self.steering.quiesce_last(serving.record.number, on_quiet, latest)
         else:
@@ -313,7 +313,7 @@ class SharedDelivery(Delivery):
         return float("inf") if all(refused) else time.monotonic() + LAST_S
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
-        """Finish closing once no client waits that a worker might accept, or at the deadline.
+        """Finish closing once workers have accepted all clients that they can, or at the deadline.
 
         The first look comes after QUIET_S.  If no listener is awaited, finish at once.
         latest: the deadline, by time.monotonic().  again: this is not the first call.

@@ -5,10 +5,10 @@ listen(), or set TCP_DEFER_ACCEPT, and such changes remain after its exit.  So w
 options (system/socket_snapshot.py) in two cases:
 
 * Before a generation accepts from a socket that no other generation uses, we restore the initial
-  options: those of the listener before its first generation.
+  options, which the listener had before its first generation.
 * When a release fails, we restore the options that the socket had when the release started.  So
   earlier changes by the serving generation remain.  A release has failed if its generation ends
-  while all generations that still accept are older.
+  and only older generations still accept.
 
 If an option cannot be restored, we replace the socket.  Exception: if all generations share the
 socket, we replace it only if the option keeps clients out, and only if the socket can be dropped

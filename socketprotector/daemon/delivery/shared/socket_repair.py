@@ -75,9 +75,9 @@ class SocketRepair:
     def _is_out_of_reach(self, listener: Listener, number: int) -> bool:
         """Return whether clients or probes need a socket and cannot reach it.
 
-        At a UNIX path, clients cannot reach the socket for new clients if its file is gone.
-        Probes cannot reach a starting generation's socket if its file is gone, or if it is bound to
-        a missing device.  Exception: return False if all the listener's sockets lost their device.
+        Clients cannot reach the socket that gets new clients if its file (at a UNIX path) is gone.
+        Probes cannot reach a starting generation's socket if its file or its device is gone.
+        Exception: return False if all the listener's sockets lost their device.
         """
         turns = self._turns
         if number == turns.number_for(listener):

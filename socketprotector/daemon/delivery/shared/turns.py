@@ -21,7 +21,7 @@ class Share:
 
     generation: int  # the canary's number
     part: int  # in ten-thousandths of the new clients
-    listeners: frozenset[int]  # indices of the listeners that both canary and route know
+    listeners: frozenset[int]  # indices of listeners known to the canary and the current generation
 
 
 @mutable
@@ -149,8 +149,9 @@ class Turns:
     def own(self, pairs: Iterable[Listener], number: int, generation: int = 0) -> list[Listener]:
         """Return `pairs` without listeners whose socket of this number was given back.
 
-        pairs: the listeners with two sockets.  generation: if it is not 0, also leave out the
-        listeners whose present socket no worker of this generation has.
+        pairs: the listeners with two sockets.
+        generation: also leave out listeners whose present socket no worker of this generation has;
+        0: leave out no more listeners.
         """
         is_given_back = self.given_back and number == 0
         lacking = self.unserved - self.partly_served
@@ -210,10 +211,9 @@ class Turns:
         self.current, self.share = number, share
 
     def lacks_workers(self, listener: Listener) -> bool:
-        """Return whether a UNIX path's clients go to a socket that some or all workers lack.
+        """Return whether a UNIX path's clients go to a socket that workers of its generation lack.
 
-        Only the workers of the socket's generation count.  Workers that started later may have
-        the socket (`partly_served`).
+        Workers of this generation that started later may have the socket (`partly_served`).
         """
         if not listener.path or listener.index in self.passed_on:
             return False

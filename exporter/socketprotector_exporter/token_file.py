@@ -34,7 +34,7 @@ def read_token(option: str, file: str) -> str:
     if mode & stat.S_IRWXO:
         raise UsageError(f"{said}: every user may open it; chmod o= {file}")
     if len(words) != 1 or _TOKEN.fullmatch(words[0]) is None:
-        raise UsageError(f"{said}: no token; write one word there, as of openssl rand -hex 32")
+        raise UsageError(f"{said}: no token; write one word there, e.g. by openssl rand -hex 32")
     return words[0].decode()
 
 

@@ -32,7 +32,7 @@ from .generation import OpenGeneration
 #: Why a worker or generation of the fleet is missing.
 _KILLED = "it was starting when the protector was killed"
 _ENDED = "ended while no protector was running"
-_NOT_STORED = "the protector was killed, and this worker's descriptors were not stored"
+_NOT_STORED = "the worker's descriptors were not stored when the protector was killed"
 #: The descriptors without which a worker cannot be adopted.  Some workers also need `line`.
 _REQUIRED = {"process", "notify"}
 

@@ -59,7 +59,7 @@ _ROOM_S = 1.0
 _END_S = 3.0
 #: Our messages: read this pipe, close the pipe, send last words, write to this stderr, exit.
 _PIPE, _CLOSE, _WORDS, _NEW_STDERR, _END = "+", "-", "?", "=", "!"
-_LACKS_HINT = "the relay's nofile limit has fallen; SocketProtector raises it or restarts the relay"
+_LACKS_HINT = "SocketProtector raises the relay's nofile limit again, or restarts the relay"
 _CLOSED_HINT = (
     "a process that writes to the pipe gets SIGPIPE; find the process: "
     "ls -l /proc/*/fd/* | grep pipe:.{pipe}"

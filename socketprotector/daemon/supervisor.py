@@ -306,9 +306,9 @@ class Supervisor:
         if no_dry_run := settings.policy.order.no_dry_run:
             return no_dry_run
         if self.fleet.dry_run:
-            return "another dry run is in progress; try again after it"
+            return "another dry run is in progress; try again after its end"
         if self.fleet.is_changing:
-            return "a start, reload or replacement is in progress; try again after it"
+            return "a start, reload or replacement is in progress; try again after its end"
         if self.fleet.of(Phase.SERVING) is None:
             return "no generation is serving; reload instead"
         return settings.mode.cannot.get("dry-run") or self.effects.delivery.cannot_dry_run()

@@ -204,14 +204,14 @@ def exceeded(limits: Limits, key: str, *, age_s: float, accepted: int | None) ->
         offset = zlib.crc32(key.encode()) % (2 * limits.spread + 1)
         most = limits.connections - limits.spread + offset
         if accepted >= most:
-            return f"accepted {accepted} connections, its limit is {most}"
+            return f"accepted {accepted} connections (limit: {most})"
     return None
 
 
 def too_large(limits: Limits, pid: int) -> str | None:
     """Return a process's size, in words, if it has reached --max-memory; otherwise None."""
     if limits.memory_bytes and (used := resident_bytes(pid) or 0) >= limits.memory_bytes:
-        return f"{used >> 20} MiB resident, its limit is {limits.memory_bytes >> 20} MiB"
+        return f"{used >> 20} MiB resident (limit: {limits.memory_bytes >> 20} MiB)"
     return None
 
 

@@ -404,7 +404,7 @@ def test_a_deploy_is_refused_while_a_reload_is_in_progress(
 
     assert (ended.status, ended.err) == (
         6,
-        "socketprotectorctl: a reload of 1 is in progress (generation 2); wait for it, or "
+        "socketprotectorctl: a reload of 1 is in progress (generation 2); wait for its end, or "
         f"`socketprotectorctl --control {one.path} rollback`\n",
     )
     assert ctl(one, "promote").status == 0
@@ -632,8 +632,8 @@ def test_two_deploys_at_once(deploying: Deploying, releases: Releases) -> None:
         ended = ctl(one, *words)
         assert (ended.status, ended.err) == (
             6,
-            "socketprotectorctl: a deploy of gated is in progress (generation 2); wait for it, or "
-            f"`socketprotectorctl --control {one.path} rollback`\n",
+            "socketprotectorctl: a deploy of gated is in progress (generation 2); wait for its "
+            f"end, or `socketprotectorctl --control {one.path} rollback`\n",
         )
     gate.stay_open()
 

@@ -250,7 +250,7 @@ def replaced(line: Line, count: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("limit", "reason"),
     [
-        (("--retire-after", "100+-30"), r"accepted \d+ connections, its limit is ([7-9]|1[0-3])\d"),
+        (("--retire-after", "100+-30"), r"accepted \d+ connections \(limit: ([7-9]|1[0-3])\d"),
         (("--max-age", "1s"), "older than 1s"),
     ],
     ids=["connections", "age"],
@@ -307,7 +307,7 @@ def test_a_worker_that_has_grown_too_large_finishes_what_it_has_and_is_replaced(
             assert pid_in(another.hear()) == spawned(web.daemon)[1]
         assert pid_in(client.ask()) == old
     assert line.event("exited", worker=1)["how"] == "exited with status 0"
-    web.daemon.log.wait_for("MiB resident, its limit is 64 MiB")
+    web.daemon.log.wait_for("MiB resident (limit: 64 MiB)")
 
 
 def test_a_limit_that_no_worker_keeps_is_a_warning_and_slows_down(operated: Operating) -> None:

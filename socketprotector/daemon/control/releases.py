@@ -177,7 +177,7 @@ def _refuse_second(fleet: Fleet, effects: Effects) -> None:
     kind = "a dry run" if fleet.dry_run else "a deploy" if fleet.release else begun
     number = incoming.number if incoming else fleet.next_generation
     what = f"{kind} of {name}" if name else kind
-    advice = "wait for it" if cannot_call_off(fleet) else "wait for it, or `rollback`"
+    advice = "wait for its end" if cannot_call_off(fleet) else "wait for its end, or `rollback`"
     raise RequestError("deploying", f"{what} is in progress (generation {number}); {advice}")
 
 
@@ -194,7 +194,7 @@ def _refuse_unmovable(releases: Releases) -> None:
             "unmet",
             releases.link.lock_error
             or f"another protector owns {releases.link.path}; deploy with that protector, then "
-            "reload this one",
+            "reload this protector",
         )
     if found := releases.link.in_the_way:
         raise RequestError("unmet", found)

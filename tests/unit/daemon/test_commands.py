@@ -113,19 +113,19 @@ def test_a_refused_kill_names_what_is_possible(fleet: Fleet, killed: int, advice
     [
         (
             Fleet(Policy(), generations=(_SERVES, Generation(2)), served=True),
-            "a reload is in progress (generation 2); wait for it, or `rollback`",
+            "a reload is in progress (generation 2); wait for its end, or `rollback`",
         ),
         (
             Fleet(Policy(), generations=(_SERVES, Generation(2)), served=True, dry_run=True),
-            "a dry run is in progress (generation 2); wait for it",
+            "a dry run is in progress (generation 2); wait for its end",
         ),
         (  # stop-first
             Fleet(Policy(), generations=(_DRAINS, Generation(2)), served=True),
-            "a reload is in progress (generation 2); wait for it",
+            "a reload is in progress (generation 2); wait for its end",
         ),
         (
             Fleet(Policy(), generations=(Generation(2),)),
-            "a start is in progress (generation 2); wait for it",
+            "a start is in progress (generation 2); wait for its end",
         ),
     ],
 )

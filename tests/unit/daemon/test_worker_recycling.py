@@ -41,7 +41,7 @@ def test_connections() -> None:
     limits = Limits(connections=1000)
 
     assert of(limits, accepted=999) == ""
-    assert of(limits, accepted=1000) == "accepted 1000 connections, its limit is 1000"
+    assert of(limits, accepted=1000) == "accepted 1000 connections (limit: 1000)"
     assert of(limits, accepted=None) == ""  # not counted
 
 
@@ -76,7 +76,7 @@ def test_a_size_and_its_limit_are_shown_in_mib(monkeypatch: pytest.MonkeyPatch) 
     assert too_large(Limits(memory_bytes=300 * MIB + 1), 1) is None
     for limit, shown in ((300 * MIB, 300), (200 * MIB, 200)):
         reason = too_large(Limits(memory_bytes=limit), 1)
-        assert reason == f"300 MiB resident, its limit is {shown} MiB"
+        assert reason == f"300 MiB resident (limit: {shown} MiB)"
 
 
 def test_of_a_process_that_is_gone_nothing_is_known() -> None:

@@ -198,9 +198,9 @@ class Quiescing:
         late = now - state.began >= GENERATION_LAST_S
         if late or (quiet and not awaited):
             if waiting:
-                hint = "the generation's workers have not accepted all clients; after a reload, "
-                hint += "another generation gets the rest; a stop disconnects the rest, except at "
-                hint += "sockets that systemd or another owner keeps open"
+                hint = "workers have not accepted all clients; a reload gives the rest to another "
+                hint += "generation, and a stop disconnects them, unless systemd or another owner "
+                hint += "keeps the socket open"
                 self._log.write("warning", "not-accepted", generation=generation, hint=hint)
             del self._generations[generation]
             state.on_quiet()

@@ -1,7 +1,7 @@
 """The token file, whose token a client sends to read /metrics.
 
-A file, because other users can read options and variables.  The file is read at each use, so a new
-token needs no restart.
+A file, because other users can read options and variables.  The exporter reads the file again, so a
+new token needs no restart.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def read_token(option: str, file: str) -> str:
     except OSError as error:
         raise UsageError(f"{said}: {error.strerror}") from error
     if not stat.S_ISREG(mode):
-        raise UsageError(f"{said}: no regular file; the exporter reads it at each request")
+        raise UsageError(f"{said}: no regular file; the exporter reads it again later")
     if mode & stat.S_IRWXO:
         raise UsageError(f"{said}: every user may open it; chmod o= {file}")
     if len(words) != 1 or _TOKEN.fullmatch(words[0]) is None:

@@ -71,7 +71,7 @@ TIMEOUT = click.option(
     "--at-least",
     metavar="N",
     type=click.IntRange(0),
-    help="With fewer than N connections, a canary lasts twice --for; with still fewer, it fails.",
+    help="A canary with fewer than N connections lasts twice --for, and fails if N is not reached.",
 )
 @TIMEOUT
 def reload(

@@ -64,7 +64,7 @@ class _Generation:
     # workers were frozen, so that no worker could read.
     waited_s: float = 0.0  # since `began`
     quiet_s: float = 0.0  # since the first of the `quiet_looks` looks
-    quiet_looks: int = 0  # how many looks in a row found no client, or only silent clients
+    quiet_looks: int = 0  # looks in a row without a client to await, except silent clients
     # The clients that every look has found unread -> whether the client is silent.  With
     # `reads_on`: the clients in the handshake.  The key: the listener's index, and for TCP the
     # client's port and address, for UNIX the connection's inode.  None: the next look starts

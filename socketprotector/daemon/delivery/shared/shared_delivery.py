@@ -289,9 +289,9 @@ class SharedDelivery(Delivery):
             self._close_listeners()
             return
         # New clients wait for the next start (`stay`), go to the socket's owner (passed-in
-        # sockets), or are refused (other listeners).  So we wait only until workers have
-        # accepted the earlier clients.  If a listener cannot refuse new clients, later clients
-        # prolong the wait, up to LAST_S.
+        # sockets), or are refused (other listeners).  So we wait only for the earlier
+        # clients.  If a listener cannot refuse new clients, later clients prolong the wait, up to
+        # LAST_S.
         latest = float("inf") if stay else self._refuse_new()
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
         # _close_when_empty() is not called with `stay`, and ignores passed-in listeners.  So with

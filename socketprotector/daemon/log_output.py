@@ -153,7 +153,7 @@ class Output:
                 self._relay.reopened()
 
     def finish(self) -> None:
-        """Close our line to the relay; wait up to 3 s (_END_S of relay_client.py) for its exit.
+        """Close our socket to the relay; wait up to 3 s (_END_S of relay_client.py) for its exit.
 
         The relay writes the rest of the output.  It exits once no process has one of its pipes
         open for writing: a worker's pipe or, under syslog, the pipe that is our stderr.
@@ -192,8 +192,8 @@ class Output:
     def where_to_look(self) -> str:
         """Return where to find the output of a worker without last words, and which option helps.
 
-        For other logs than --log-file, syslog and the journal, the text names SocketProtector -f:
-        the operator who reads the text may be at another terminal.
+        If the log goes to stderr, the text says that it is the stderr of SocketProtector -f: the
+        operator who reads the text may be at another terminal.
         """
         if self._log_file is not None:
             where = f"see {text.escape(self._log_file)}"

@@ -29,12 +29,12 @@ from . import checkpoint
 from .assembly import Resident
 from .delivery.choice import delivery_for
 
-#: How much memory a start needs beyond what an upgrade's trial needs.
+#: Before an upgrade, a trial loads the new program.  A start needs this much more memory.
 _SPARE_BYTES = 4 * 1024 * 1024
 
 
 def main() -> None:
-    """Run as the protector until the fleet has ended, or as an upgrade's trial (upgrade.py)."""
+    """Run as the protector until all generations end, or as an upgrade's trial (upgrade.py)."""
     command = executable.command_of(tuple(sys.argv[1:]))
     descriptors = inherited.receive()
     if inherited.PROBE in descriptors:
@@ -114,8 +114,8 @@ def _settings_and_listeners(
 ) -> tuple[Settings, Sequence[ListenerSettings]]:
     """Return the settings in force, and all listeners.  Raises SettingsError.
 
-    During a reload, return the listeners of the reload's new settings (the candidate), which
-    include all listeners in force.
+    During a reload, return the listeners of the reload's new settings (the candidate).  This list
+    also contains the listeners that the reload removes.
     """
     if snapshot is not None:
         found = snapshot.settings

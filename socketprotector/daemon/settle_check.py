@@ -1,13 +1,13 @@
 """--settle-check: probes the new generation during --settle, while a rollback is still possible.
 
 A probe is an HTTP request by the prober process (prober_client.py), or a check command.  The
-command gets the counts of the new and the old generation.  It can also query the probe address, or
-the operator's metrics.
+command reads the counts of both generations from stdin, as JSON.  It can also query the probe
+address, or the operator's metrics.
 
 `Settling` in verdicts.py says when the generation fails.  When the time of --settle has passed, the
 generation keeps settling until one more good answer comes.
 
-Probes reach the generation during a hold, too.
+Probes also reach the generation during a hold, when new clients wait.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The interface through which a delivery uses the resident process."""
+"""The interface through which a delivery uses the resident process.
+
+A delivery (delivery/__init__.py) brings clients to the workers.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,8 @@ class Host(ABC):
         """Report that the route's workers have accepted no client for this number of seconds.
 
         waiting: how many clients wait.  listen: the addresses where clients wait; None: the clients
-        wait in the queue.  ever: the workers may have accepted clients there before.
+        wait in the queue.  ever: whether the workers may have accepted a client there
+        before.
         """
 
     @property

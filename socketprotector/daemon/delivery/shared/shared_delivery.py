@@ -282,7 +282,8 @@ class SharedDelivery(Delivery):
     ) -> None:
         self._stay = stay
         self.steering.give_back()
-        # With `stay`, the next start gets the sockets, so the repair of the sockets continues.
+        # With `stay`, the next start gets the sockets.  So SocketSteering continues to repair
+        # sockets that workers break; end() would stop these repairs.
         if not stay:
             self.steering.end()
         if quick:
@@ -294,9 +295,9 @@ class SharedDelivery(Delivery):
         # LAST_S.
         latest = float("inf") if stay else self._refuse_new()
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
-        # _close_when_empty() is not called with `stay`, and ignores passed-in listeners.  So with
-        # `stay`, or if a passed-in socket has a sibling, quiesce_last() waits until the serving
-        # generation has accepted the clients at its sockets, and has read from these clients.
+        # _close_when_empty() does not wait for the clients of listeners that stay open: with `stay`
+        # all listeners, otherwise passed-in listeners with a second socket of ours.  For these,
+        # quiesce_last() waits until the serving generation has accepted and read from its clients.
         if serving is not None and (stay or self.steering.has_passed_in_pair):
             self.steering.quiesce_last(serving.record.number, on_quiet, latest)
         else:

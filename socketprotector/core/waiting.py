@@ -82,7 +82,7 @@ def _reload(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
     for generation in _awaited(fleet):
         yield _end_of("room", facts, generation)
     if fleet.reload_wanted or (fleet.candidate and fleet.incoming and not fleet.incoming.fresh):
-        yield Wait("earlier-reload", "a requested reload begins after the current start, reload or dry run")
+        yield Wait("earlier-reload", "a reload begins after the current start, reload or dry run")
 
 
 def _start(fleet: Fleet, facts: Facts, generation: Generation) -> Wait:

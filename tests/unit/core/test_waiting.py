@@ -129,7 +129,7 @@ def test_a_draining_generation_says_how_many_workers_have_not_exited(story: Stor
 
 def test_a_reload_that_is_remembered_waits_for_the_one_under_way(story: Story) -> None:
     story.given_serving().and_also(ReloadRequested(), ReloadRequested())
-    assert reasons(story)[-1] == "a requested reload begins after the current start, reload or dry run"
+    assert reasons(story)[-1] == "a reload begins after the current start, reload or dry run"
 
 
 def test_the_configuration_is_read_first(story: Story) -> None:
@@ -154,7 +154,7 @@ def test_a_reload_whose_configuration_was_read_waits_for_the_last_good_command(
     story.and_also(ReloadRequested(), ChannelBroken(1, served_s=20.0), SettingsRead(Policy()))
     assert reasons(story)[:2] == [
         "generation 2 starts: 0 of 1 worker ready",
-        "a requested reload begins after the current start, reload or dry run",
+        "a reload begins after the current start, reload or dry run",
     ]
 
 

@@ -53,7 +53,7 @@ class Worker:
     notify: NotifySocket
     #: Our end of the worker's RETURN line.  None: the worker has exited, or the protector was
     #: killed and the line was not stored.  After the worker's exit, system/process_groups.py
-    #: keeps the line until the worker's process group must finish, or is gone.
+    #: keeps the line.  It closes the line to make the worker's process group finish.
     line: socket.socket | None
     readiness: Readiness
     #: The descriptors of this worker that are in WorkerPool.descriptors, by the same names.

@@ -69,9 +69,9 @@ class Delivery(ABC):
     ) -> Listener:
         """Make a listener from its first socket, its sibling and the reserved socket.
 
-        fds: the three descriptors (see Listener); -1: no such socket.  again: for each socket,
-        the number in its descriptor's name.  A replacement gets a higher number, so that no name
-        is used twice.
+        fds: the three descriptors (see Listener); -1: no such socket.  again: how often
+        each socket has been replaced.  This number is part of the name of the socket's descriptor,
+        so that no name is used twice.
         """
 
     @classmethod

@@ -320,8 +320,8 @@ class Forwarder:
         its channel.  If the channel has ended but its workers live, the connection and all behind
         it stay in place.
 
-        exited: the channel's workers have exited.  So undelivered.py keeps connections that the
-        route cannot get.  If their listener was closed, they are lost.
+        exited: the channel's workers have exited, so no connection goes back.  undelivered.py
+        keeps connections that the route cannot get.  If their listener was closed, they are lost.
         """
         route = self.outlet.route
         has_unknown = route is not None and _may_have_unknown(channel, route)

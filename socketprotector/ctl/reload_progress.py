@@ -213,8 +213,8 @@ class Reload(Awaited):
                     self._show_switch(number)
                 else:
                     self._show_share(number)
-        # Once this reload has begun, a wait of kind `earlier-reload` means that a later reload
-        # waits for this reload.  So do not show that wait.
+        # Once a generation is shown, do not show a wait of kind `earlier-reload`: either a later
+        # reload waits, or ours waits for the restart of the old version, which is shown.
         kinds = [
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]

@@ -72,7 +72,8 @@ class Resident:
         state.  command: the command line that executes this program again.
         """
         # A guard has copies of all descriptors, as does systemd's store if we inherited a state.
-        # Without a state, the store has at most listeners (stored_listeners.py): store these again.
+        # Without a state, the store can have listeners (stored_listeners.py), nothing else.  Then
+        # consider the store empty, so that we store them again.
         has_copies = inherited.GUARD in descriptors or inherited.STATE in descriptors
         stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()
         if isinstance(earlier, Snapshot):

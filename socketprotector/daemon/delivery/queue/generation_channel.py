@@ -23,7 +23,8 @@ class GenerationChannel(Channel):
         #: How many new connections were accepted for this channel before the present QueueWatch
         #: (queue_watch.py) began to follow it.  Forwarder.met() adds the later connections.
         self.met = 0
-        #: The value of QueueWatch.sent when a QueueWatch last stopped following this channel.
+        #: How many connections had been sent to this channel when a QueueWatch last stopped
+        #: following the channel.  The next QueueWatch counts from here.
         self.sent = 0
 
     @property

@@ -46,8 +46,8 @@ class _Draining:
 
     listener: Listener
     channel: Channel
-    #: After this time, close even if clients wait in the backlog, once undelivered.py keeps no
-    #: connection of the listener.  0: no limit, because we get no new client.
+    #: From this time on, clients that wait in the backlog do not prolong the drain.  Only
+    #: connections that undelivered.py keeps do.  0: no limit, because we get no new client.
     until: float = 0.0
     #: Whether the last _look() found no client.  False if the channel was full: then a client may
     #: wait.

@@ -47,7 +47,7 @@ _EXPECT = click.option(
     metavar="NAME",
     callback=_check_name,
     shell_complete=_complete,
-    help="Refuse unless NAME is serving. If a rollback ends a reload: unless NAME is the new release.",
+    help="Refuse unless NAME is serving (a rollback that ends a reload: is the new release).",
 )
 
 

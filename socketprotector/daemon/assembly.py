@@ -72,8 +72,7 @@ class Resident:
         state.  command: the command line that executes this program again.
         """
         # A guard has copies of all descriptors, as does systemd's store if we inherited a state.
-        # Without a state, the store can have listeners (stored_listeners.py), nothing else.  Then
-        # consider the store empty, so that we store them again.
+        # Without a state, it has at most listeners, and we store them again (stored_listeners.py).
         has_copies = inherited.GUARD in descriptors or inherited.STATE in descriptors
         stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()
         if isinstance(earlier, Snapshot):

@@ -75,7 +75,7 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Info, "release", "The `release` that is serving."),
     (Gauge, "release_is_current", "1 if a restart would start the serving release, 0 if not."),
     (Total, "worker_crashes", "Workers that ended unexpectedly."),
-    (Total, "connections_accepted", "Connections accepted and sent to workers."),
+    (Total, "connections_accepted", "Connections that SocketProtector accepted."),
     (Total, "connections_taken", "Connections that workers have taken."),
     (Total, "connections_finished", "Connections that workers have finished."),
     (Total, "connection_errors", "Connections whose handler failed."),

@@ -1,6 +1,6 @@
 """Commands that exit once the protector has answered: scale, lame-duck, promote and others.
 
-Only `hold` without --for keeps running, until a signal ends it.
+Only `hold` without --for keeps running, until a signal or an error ends it.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def lame_duck(instance: Instance, state: str, as_json: bool) -> None:
 def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
     """Let new clients wait: they are neither accepted nor refused.
 
-    Clients wait in the kernel's backlog. Under --handoff listener, a TCP client's own kernel tries
-    again instead, at growing intervals.
+    Clients wait in the kernel's backlog. Under --handoff listener, TCP clients get no answer, and
+    their own kernels try again to connect, at growing intervals.
 
     Without --for the hold lasts while this command runs; Ctrl-C or TERM ends the command and the
     hold. If KILL ends the command, the hold ends within 5 s.
@@ -146,7 +146,7 @@ def promote(instance: Instance, now: bool, as_json: bool) -> None:
     """End the current stage of a rollout.
 
     After a canary's stage, the new generation gets all new clients. After the stage of --settle,
-    the new generation is serving; in a rolling reload, the remaining workers are replaced first.
+    the new generation is serving. Before that, a rolling reload replaces the remaining workers.
 
     With --now the new generation skips all stages and is serving at once.
     """

@@ -204,7 +204,7 @@ def _count_losses(operation: Operation) -> Message:
     try:
         after = operation.client.request("status")
         while operation.next_event(0.0) is not None:
-            pass  # next_event() has counted what a worker lost; `after` has the protector's losses
+            pass  # next_event() adds the connections that workers lost to operation.losses
     except ControlError:
         return {}
     operation.outcome["lost"] = operation.losses.count(after)

@@ -23,8 +23,8 @@ class OpenGeneration:
     """One open generation.  It owns its scoreboard; its sockets belong to the delivery."""
 
     record: GenerationRecord
-    board: Board | None = None  # None: there is no scoreboard, so we know no counts
-    #: Whether spread.py has logged no-spread: some workers ignore --drain-spread, --stop-spread.
+    board: Board | None = None  # None: no scoreboard, so no counts of running workers
+    #: Whether spread.py has logged the event no-spread.
     warned_unable: bool = False
 
     @classmethod

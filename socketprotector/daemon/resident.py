@@ -29,7 +29,8 @@ from . import checkpoint
 from .assembly import Resident
 from .delivery.choice import delivery_for
 
-#: Before an upgrade, a trial loads the new program.  A start needs this much more memory.
+#: Before an upgrade, a trial loads the new program.  A start needs this much
+#: more memory than the trial.
 _SPARE_BYTES = 4 * 1024 * 1024
 
 

@@ -46,8 +46,8 @@ class _Draining:
 
     listener: Listener
     channel: Channel
-    #: From this time on, clients that wait in the backlog do not prolong the drain.  Only
-    #: connections that undelivered.py keeps do.  0: no limit, because we get no new client.
+    #: Until this time, clients in the backlog prolong the drain; afterwards only connections that
+    #: undelivered.py keeps.  0: no limit, because we get no new client.
     until: float = 0.0
     #: Whether the last _look() found no client.  False if the channel was full: then a client may
     #: wait.

@@ -35,8 +35,8 @@ from .prober_client import Prober
 from .verdicts import Verdict
 
 #: The pause before we check again whether a worker has accepted our connection, or before we try
-#: again to connect to a full UNIX socket.  Within these limits, the pause is a tenth of the time
-#: since the connection's first probe was sent.
+#: again to connect to a full UNIX socket.  The pause is a tenth of the time since the connection's
+#: first probe was sent, but at least _FIRST_PAUSE_S and at most _LAST_PAUSE_S.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.005, 1.0, 0.1
 #: How long after the probe's limit we kill a silent prober, which may be slow to start.
 _PROBER_S = 10.0

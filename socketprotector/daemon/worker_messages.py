@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 #: How much of a STATUS= line is kept.
 _STATUS_CHARACTERS = 500
 #: The most messages that one read() handles: a worker that sends without end must not block us.
-#: A socket's queue holds fewer messages than this (net.unix.max_dgram_qlen, 10 to 512).  So one
-#: read() after a worker's exit gets all messages of the worker.
+#: A socket's queue holds fewer messages than this (net.unix.max_dgram_qlen, usually 10 to 512).
+#: So one read() after a worker's exit gets all messages of the worker.
 _READ_AT_ONCE = 1024
 #: How long to wait before reading again from a socket that could not be read.
 _READ_AGAIN_S = 0.1

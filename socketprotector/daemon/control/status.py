@@ -181,8 +181,8 @@ def _of_generation(
     opened = effects.generations[generation.number]
     slots = {worker.slot for worker in generation.workers if worker.state is not State.ORPHANED}
     # If another worker uses the slot of an orphaned worker, the orphaned worker has no counts, and
-    # the sums are unknown.  Count all other orphaned workers: they may still serve if their
-    # descriptors were lost when the protector was killed.
+    # the sums are unknown.  Count all other orphaned workers: some may be live workers
+    # whose descriptors we lost when the protector was killed.
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive

@@ -202,7 +202,7 @@ class Forwarder:
         return [each for each in self._listeners if each not in ended and not each.lost]
 
     def close(self) -> tuple[str, ...]:
-        """Close everything; kept connections (undelivered.py) count as lost.
+        """Close everything; connections that no living worker can get count as lost.
 
         Returns the names of the sockets that the fd store must keep for the next start.
         """
@@ -317,8 +317,8 @@ class Forwarder:
         """Move a channel's connections to the route, the oldest first, while the route has room.
 
         If the route does not know a connection's listener, the connection goes back to the end of
-        its channel.  If the channel has ended but its workers live, the connection and all behind
-        it stay in place.
+        its channel.  Exception: if the channel has ended but its workers live, such a connection
+        and all connections behind it stay in place.
 
         exited: the channel's workers have exited, so no connection goes back.  undelivered.py
         keeps connections that the route cannot get.  If their listener was closed, they are lost.

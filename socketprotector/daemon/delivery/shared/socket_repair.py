@@ -97,8 +97,8 @@ class SocketRepair:
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
-        # If running workers lack the listener's only socket, perhaps only the starting generation
-        # can accept the clients that wait there.  So make no second socket for this generation.
+        # Some running workers may not have the listener's only socket.  Then perhaps only the
+        # starting generation can accept its waiting clients.  So make no second socket.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)

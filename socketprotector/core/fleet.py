@@ -32,8 +32,8 @@ class Phase(Enum):
 PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
         Phase.SERVING: "every worker is ready, or the generation passed its probe",
-        Phase.SETTLING: "it is ready while another serves: under --settle, in a rollout, or if an "
-        "accepted probe is all that makes it ready",
+        Phase.SETTLING: "it is ready while another serves: under --settle, in a rollout, or if "
+        "without --ready it has only accepted a probe (--handoff listener)",
         Phase.ABANDONED: "it could not be opened, a worker exited, was not ready in time, broke "
         "the channel or lacks the required client library, a listening socket was lost, an "
         "operator called it off, a dry run ended, a rescue generation for held clients must start "
@@ -41,8 +41,8 @@ PHASES: dict[Phase, dict[Phase | None, str]] = {
     },
     Phase.SETTLING: {
         Phase.SERVING: "--settle or its rollout is over, an operator promoted it, a stop began, or "
-        "it runs the command of the last generation that served, and clients still wait after a "
-        "hold",
+        "(if clients still wait after a hold) it runs the command of the last generation that "
+        "served",
         Phase.DRAINING: "a worker exited or broke the channel, --settle-check failed, its rollout "
         "failed (a lost socket, too few clients, or workers that are late or stuck, accept "
         "nothing, or lack the client library), an operator called it off, a rescue generation for "

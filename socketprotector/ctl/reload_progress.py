@@ -213,8 +213,8 @@ class Reload(Awaited):
                     self._show_switch(number)
                 else:
                     self._show_share(number)
-        # Once a generation is shown, do not show a wait of kind `earlier-reload`: either a later
-        # reload waits, or ours waits for the restart of the old version, which is shown.
+        # Once a generation is shown, hide waits of kind `earlier-reload`: either a later reload
+        # waits, or our reload waits for the shown restart of the old version.
         kinds = [
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]

@@ -178,8 +178,8 @@ class Output:
 
         If the relay must answer, the call comes after its answer, or after 2 s without an answer
         (_WORDS_S of relay_client.py); otherwise the call comes at once.
-        start: what position() returned at the worker's start; -1 if other workers have written to
-        the log file since then.
+        start: what position() returned at the worker's start; -1 if other workers may have written
+        to the log file since then.
         """
         if self._relay is not None and self._relayed:
             self._relay.request_last_words(number, lambda data: done(_lines(data)))

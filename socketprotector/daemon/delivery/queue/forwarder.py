@@ -202,7 +202,7 @@ class Forwarder:
         return [each for each in self._listeners if each not in ended and not each.lost]
 
     def close(self) -> tuple[str, ...]:
-        """Close everything; connections that no living worker can get count as lost.
+        """Close everything; a connection counts as lost if no living worker can get it.
 
         Returns the names of the sockets that the fd store must keep for the next start.
         """

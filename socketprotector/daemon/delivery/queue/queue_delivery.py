@@ -340,7 +340,8 @@ class QueueDelivery(Delivery):
             self.forwarder.adopt_drained(channel)
         if not (record.ended or record.released):
             if channel.has_ended:
-                # The program that we replaced was killed before it had stored the write end.
+                # By its record the channel is open, but its write end is missing: the earlier
+                # program was killed before it could store this end.
                 self._post(ChannelBroken(record.number))
             else:
                 self._watch(record.number, channel)

@@ -75,8 +75,8 @@ class SocketRepair:
     def _is_out_of_reach(self, listener: Listener, number: int) -> bool:
         """Return whether clients or probes need a socket and cannot reach it.
 
-        Clients cannot reach the socket that gets new clients if its file (at a UNIX path) is gone.
-        Probes cannot reach a starting generation's socket if its file or its device is gone.
+        The socket for new clients: if its file (of a UNIX path) is gone, no client gets there.
+        A starting generation's socket: if its file or its device is gone, no probe gets there.
         Exception: return False if all the listener's sockets lost their device.
         """
         turns = self._turns
@@ -97,8 +97,8 @@ class SocketRepair:
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
-        # Some running workers may not have the listener's only socket.  Then perhaps only the
-        # starting generation can accept its waiting clients.  So make no second socket.
+        # Some running workers may not have the listener's only socket.  Then the clients who wait
+        # there may need the starting generation.  So it must get this socket, not a second one.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)

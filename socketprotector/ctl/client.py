@@ -156,7 +156,7 @@ class Client:
     def shares_pids(self, status: Message) -> bool:
         """Return True if the protector of this connection is in our own PID namespace.
 
-        Otherwise a pid in the status may be an unrelated process's pid in our namespace.
+        Otherwise a pid in the status may belong to an unrelated process in our namespace.
         status: the protector's status, received over this connection.
         """
         return self.protector_pid == status.get("pid")

@@ -47,7 +47,8 @@ _EXPECT = click.option(
     metavar="NAME",
     callback=_check_name,
     shell_complete=_complete,
-    help="Refuse unless NAME is serving (a rollback that ends a reload: is the new release).",
+    help="Refuse unless release NAME is serving. If a rollback ends a reload: unless NAME is the "
+    "new release.",
 )
 
 
@@ -120,8 +121,8 @@ def rollback(
 
     If neither is in progress, deploy the release that served successfully before the serving
     release. Each further rollback goes further back. A rollback skips missing releases, and
-    releases that failed or were refused when last tried. If you return to an earlier release, later
-    rollbacks skip the releases that served after it.
+    releases that failed or were refused when last tried. If you return from release 3 to 2, later
+    rollbacks skip 3.
 
     During a reload or deploy, --expect is compared with the new release, not the serving release.
 
@@ -159,9 +160,9 @@ def _releases_in(status: Message) -> Message:
 def _is_unchanged(client: Client, before: Message, name: str, expect: str | None) -> bool:
     """Return True if the release is serving and unchanged, and `current` leads to it.
 
-    Returns False during a start, reload, dry run or stop, while nothing serves, and if `expect`
-    names a release other than `name`.  The caller then requests the deploy, and the protector
-    decides.
+    Also returns False if a start, reload, dry run or stop is in progress, if nothing serves, or if
+    `expect` names a release other than `name`.  If the result is False, the caller requests the
+    deploy, and the protector decides.
     """
     if before.get("route") is None or before.get("phase") == "stopping":
         return False
@@ -278,8 +279,9 @@ def releases(instance: Instance, as_json: bool) -> None:
 
     The list is in the order of the last try, oldest first. A current or serving release without a
     recorded try comes at the end. A "failed" release was started and did not succeed; a "refused"
-    release was not started. A "changed" release succeeded, and later its folder or program was
-    replaced, edited or removed. Changes to other files are not detected.
+    release was not started. A "changed" release succeeded, and later its folder was
+    replaced or removed, or its program was replaced, edited or removed. Changes to other files are
+    not detected.
     """
     result = instance.request("releases")
     if as_json:

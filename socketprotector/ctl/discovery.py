@@ -57,9 +57,9 @@ def by_path(path: str) -> str:
 def by_name(name: str) -> str:
     """Return the path of the socket of the protector with this name.
 
-    name: NAME, NAME:PORT or NAME:ADDRESS.  If no protector has this name, `name` means PORT or
-    ADDRESS alone.  PORT and ADDRESS are the first listener's.  If this listener is a UNIX socket,
-    PORT is the socket's file name.
+    name: NAME, NAME:PORT or NAME:ADDRESS.  If no protector has this name, `name` may be PORT alone,
+    or ADDRESS alone.  PORT and ADDRESS are those of the protector's first listener.  If this
+    listener is a UNIX socket, PORT is the name of the socket's file.
     If the only match is a socket where no process listens, returns its path; connecting then fails.
     Raises NoProtector if no socket matches, UsageError if several protectors match.
     """

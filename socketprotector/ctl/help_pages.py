@@ -27,7 +27,7 @@ COMMON = (
 _PURPOSE = """Inspect and control a running SocketProtector. If several instances run, choose one by
 --name, --control or --pid-file, before or after the command."""
 _MAIN_STATUSES = """Exit status of reload, upgrade: 0: the new version took over; 3: the new
-version failed or was called off; the old version serves, or is stopping."""
+version failed or was called off (the old version serves, or is stopping)."""
 _MORE = """--help-all shows every command and exit status. COMMAND --help shows a command's
 options. Each command has --json."""
 EXAMPLES = (
@@ -50,8 +50,8 @@ _ALL_STATUSES = (
     ),
     (
         "3",
-        "reload, deploy, rollback, upgrade: the new version failed or was called off; the "
-        "old version serves, or is stopping; diff: a reload would fail; ready: not ready",
+        "reload, deploy, rollback, upgrade: the new version failed or was called off (the "
+        "old version serves, or is stopping); diff: a reload would fail; ready: not ready",
     ),
     (
         "4",

@@ -1,6 +1,6 @@
 """Commands that exit once the protector has answered: scale, lame-duck, promote and others.
 
-Only `hold` without --for keeps running, until a signal or an error ends it.
+Exception: `hold` without --for runs until a signal or an error ends the command.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def promote(instance: Instance, now: bool, as_json: bool) -> None:
     """End the current stage of a rollout.
 
     After a canary's stage, the new generation gets all new clients. After the stage of --settle,
-    the new generation is serving. Before that, a rolling reload replaces the remaining workers.
+    a rolling reload replaces the remaining workers; then the new generation is serving.
 
     With --now the new generation skips all stages and is serving at once.
     """

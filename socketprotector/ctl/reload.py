@@ -204,7 +204,7 @@ def _count_losses(operation: Operation) -> Message:
     try:
         after = operation.client.request("status")
         while operation.next_event(0.0) is not None:
-            pass  # next_event() adds the connections that workers lost to operation.losses
+            pass  # in operation.losses, next_event() counts the connections that workers lost
     except ControlError:
         return {}
     operation.outcome["lost"] = operation.losses.count(after)
@@ -215,7 +215,7 @@ def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) 
     """Request a reload or dry run, and return the number of its generation.
 
     If the connection is cut, repeat the request unless the status shows that the reload has begun.
-    If the phase in `before` (an earlier status) is `reloading` or `waiting`, repeat in any case.
+    Always repeat the request if `before`, the earlier status, has phase `reloading` or `waiting`.
     """
     dry_run = "dry_run" in arguments
     if dry_run and "dry_run" not in before:

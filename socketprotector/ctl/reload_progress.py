@@ -213,8 +213,9 @@ class Reload(Awaited):
                     self._show_switch(number)
                 else:
                     self._show_share(number)
-        # Once a generation is shown, hide waits of kind `earlier-reload`: either a later reload
-        # waits, or our reload waits for the shown restart of the old version.
+        # Hide waits of kind `earlier-reload` after a generation was shown as starting.  From then
+        # on, either a later reload waits, or our reload waits for a restart of the old version.
+        # In the second case the generation shown is this restart, so the user already sees it.
         kinds = [
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]
@@ -241,9 +242,9 @@ class Reload(Awaited):
         return self._current
 
     def _note_slot(self, worker: Message) -> None:
-        """Raise the number of wanted workers if this worker's slot shows that more are wanted.
+        """Raise the number of wanted workers if this worker's slot shows a higher number.
 
-        The status shows the higher number too late: `workers_wanted` changes when a reload ends.
+        `workers_wanted` in the status shows the higher number only after the reload's end.
         """
         self._wanted = max(self._wanted, number_in(worker, "slot") + 1)
 

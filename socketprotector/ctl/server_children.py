@@ -1,8 +1,8 @@
 """Finds the child processes of workers (not of adapters), such as those that gunicorn forks.
 
 SocketProtector knows only processes that it starts, or that the client library reports.  So this
-module reads /proc.  It finds no child if /proc is missing, hides other users' processes, or is of
-another PID namespace.
+module reads /proc.  The module finds no child if /proc is missing, hides other users' processes,
+or belongs to another PID namespace.
 """
 
 from __future__ import annotations

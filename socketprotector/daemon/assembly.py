@@ -71,8 +71,8 @@ class Resident:
         earlier: the state of an earlier program; StateError: why that state is unusable; None: no
         state.  command: the command line that executes this program again.
         """
-        # A guard has copies of all descriptors, as does systemd's store if we inherited a state.
-        # Without a state, it has at most listeners, and we store them again (stored_listeners.py).
+        # A guard has copies of all descriptors.  systemd's store has them if we inherited a state.
+        # Otherwise the store has at most listeners, which we store again (stored_listeners.py).
         has_copies = inherited.GUARD in descriptors or inherited.STATE in descriptors
         stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()
         if isinstance(earlier, Snapshot):

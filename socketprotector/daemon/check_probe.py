@@ -1,10 +1,10 @@
 """Opens probe addresses: each leads an operator's check command to one generation.
 
 The check commands of `--ready check:CMD` and `--settle-check CMD` use these addresses.  The command
-of `--health` gets the address of a ProbeTarget instead, from probe.py.
+of `--health` does not: probe.py gives that command the address of a ProbeTarget.
 
-While a generation is checked, its probe address is a loopback port, so the command can use any
-client program.
+A probe address is a loopback port, so the command can use any client program.  The port is open
+while its generation is checked.
 
 In listener mode a helper process, the prober (programs/prober.py), forwards the port's connections
 to the generation's socket.  The kernel recognizes a TCP probe by a mark (`Mark` in system/bpf.py).

@@ -40,7 +40,7 @@ class Checkpoint:
     file: StateFile
     store: Store
     log: Log
-    #: Returns the next program's descriptors by name, except the descriptors of Effects.
+    #: Returns, by name, the descriptors for the next program, except the descriptors of Effects.
     process_descriptors: Callable[[], Mapping[str, int]]
     _effects: Effects | None = None
     _snapshot: Callable[[], Snapshot] | None = None

@@ -73,12 +73,12 @@ from .runtime import Runtime
 from .start_report import StartReport
 from .worker_pool import WorkerPool
 
-#: The state lists these actions until done.  core/decide.py derives all others from the fleet.
+#: The state lists these actions until they are done.  decide.resume() derives all other actions.
 RECORDED = Undone | Report | StartTimer
 #: Reports after which a generation's program counts as the last good program.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
-#: Once SETTLE has run out, we look for a new good answer of --settle-check at this interval.
+#: The pause between two looks for a new good answer of --settle-check, after the timer SETTLE.
 _SETTLE_AGAIN_S = 0.1
 #: Until this timer runs out, a stop accepts late clients: TCP clients that waited during a hold
 #: under --handoff listener, and may still retry.

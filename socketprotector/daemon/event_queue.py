@@ -1,7 +1,7 @@
 """Carries every event to the supervisor.
 
-All parts that post events need the queue, so the queue is created first.  The supervisor, which
-handles the events, needs most of these parts, so it is created after them.
+All parts that post events need the queue, so the queue is created first.  The supervisor handles
+the events.  It needs most of these parts, so the supervisor is created after these parts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Forked children: a worker forks them with the client library's SocketServer, to share memory.
+"""Finds and retires the forked children of a worker.
 
-Only the worker starts, reaps and replaces its children.  We read the children's pids and counts
-from the scoreboard (system/scoreboard.py).  A worker could write any pid into the scoreboard, so we
-signal only processes of the worker's own session.
+A worker with the client library's SocketServer forks children that share its memory.  Only the
+worker starts, reaps and replaces its children.  We read the children's pids and counts from the
+scoreboard (system/scoreboard.py).  A worker could write any pid into the scoreboard, so we signal
+only processes of the worker's own session.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ class Health:
     ) -> None:
         """settings: returns the settings in force.
 
-        remember: calls a function with the history, and keeps the function's result as the history.
+        remember: calls a function with the history, and keeps the new history that the function
+        returns.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._remember = runtime.persist, remember

@@ -43,7 +43,8 @@ _USE_PREFIX = "set --log-prefix to see the output here"
 _USE_RELAY = "remove --no-log-relay to see the output here"
 _USE_BOTH = "remove --no-log-relay and set --log-prefix to see the output here"
 #: The mode of a worker's pipe: a worker that runs as another user must be able to open /dev/stdout.
-#: So all users may write.  That is safe: only root, the worker's user and our user reach the pipe.
+#: So all users may write.  This mode is safe, because only root, the worker's user and our user can
+#: reach the pipe.
 _PIPE_MODE = 0o622
 
 
@@ -138,7 +139,7 @@ class Output:
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
         """Close the oldest pipes of exited workers without orphans.
 
-        The newest of these pipes, about LEFT_BEHIND (model/fd_budget.py), stay open.
+        Keep about LEFT_BEHIND (model/fd_budget.py) of these pipes open: the newest pipes.
         living: how many workers run, or have exited and left orphans.
         numbers: returns these workers' numbers.
         """
@@ -153,10 +154,11 @@ class Output:
                 self._relay.reopened()
 
     def finish(self) -> None:
-        """Close our socket to the relay; wait up to 3 s (_END_S of relay_client.py) for its exit.
+        """Close our socket to the relay, and wait for the relay's exit.
 
-        The relay writes the rest of the output.  It exits once no process has one of its pipes
-        open for writing: a worker's pipe or, under syslog, the pipe that is our stderr.
+        The wait lasts at most 3 s (_END_S of relay_client.py).  First the relay writes the
+        remaining output.  The relay exits when no process can write to the relay's pipes any more:
+        the workers' pipes and, under syslog, the pipe that is our stderr.
         """
         if self._relay is not None:
             if self._to_syslog:
@@ -192,7 +194,7 @@ class Output:
     def where_to_look(self) -> str:
         """Return where to find the output of a worker without last words, and which option helps.
 
-        If the log goes to stderr, the text says that it is the stderr of SocketProtector -f: the
+        If the log goes to stderr, the text names the process (SocketProtector -f), because the
         operator who reads the text may be at another terminal.
         """
         if self._log_file is not None:

@@ -28,9 +28,9 @@ class MemoryWatch:
     def __init__(self, runtime: Runtime, workers: Mapping[int, Worker]) -> None:
         """workers: the running workers by number, always up to date."""
         self._loop, self._log, self._workers = runtime.loop, runtime.log, workers
-        # The kernel's counts of the kills that we have handled.  A kill is handled once it has
-        # explained the end of a worker or forked child, or once we have logged the kill.  Kills
-        # before this program's start count as handled.
+        # The kernel's counts of the kills that we have handled.  We have handled a kill if the
+        # kill has explained the end of a worker or forked child, or if we have logged the kill.
+        # Kills before this program's start count as handled.
         self._handled = memory_group.counts()
         # None: the kernel sends no events.  Then a counted kill explains the next SIGKILL of a
         # worker or forked child, however late that SIGKILL comes.

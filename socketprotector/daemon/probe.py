@@ -35,8 +35,8 @@ from .prober_client import Prober
 from .verdicts import Verdict
 
 #: The pause before we check again whether a worker has accepted our connection, or before we try
-#: again to connect to a full UNIX socket.  The pause is a tenth of the time since the connection's
-#: first probe was sent, but at least _FIRST_PAUSE_S and at most _LAST_PAUSE_S.
+#: again to connect to a full UNIX socket.  The pause is a tenth of the time since the first probe
+#: over this connection was sent, but at least _FIRST_PAUSE_S and at most _LAST_PAUSE_S.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.005, 1.0, 0.1
 #: How long after the probe's limit we kill a silent prober, which may be slow to start.
 _PROBER_S = 10.0
@@ -117,7 +117,7 @@ class Probe:
     def target_is_closed(self) -> bool:
         """Return whether the probed socket's options differ from the serving socket's.
 
-        Only options that can keep clients out matter.
+        Compare only options that can keep clients out.
         """
         return self._target is not None and self._target.is_closed()
 

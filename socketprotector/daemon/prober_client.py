@@ -35,8 +35,8 @@ class Prober:
     ) -> None:
         """Start the process.  Raises OSError.
 
-        answered: called when a result comes in time.  Argument: why the probe failed; "": a good
-        answer.
+        answered: called when a result comes in time, with a text: why the probe failed, or "" if
+        the answer was good.
         late: called if no answer has come in time, with a text that says so.
         ended: called with a text that says how the process exited; not called after close().
         forwards: (target, socket); the prober forwards the socket's connections to the target.
@@ -67,8 +67,8 @@ class Prober:
     ) -> None:
         """Send a probe over the caller's connection, which need not be established yet.
 
-        limit_s: the probe's limit, only shown in messages.  left_s: the time left until the
-        limit.  From now on we ignore answers to earlier probes.  Raises OSError.
+        limit_s: the whole time that the probe may take, for messages only.  left_s: how much of
+        that time is left.  From now on we ignore answers to earlier probes.  Raises OSError.
         """
         self._number += 1
         limit = {"limit_s": left_s, "limit": in_units(limit_s)}

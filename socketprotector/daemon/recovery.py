@@ -143,9 +143,11 @@ class Recovery:
                 # worker's process group.
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
-                # Report two cases.  A worker is not ORPHANED, and its group still exists: from now
-                # on we watch only the group.  Or a worker is ORPHANED, and its group is gone.
-                # _report_missing() reports workers that are not ORPHANED and have no group left.
+                # Report the worker in two cases:
+                # 1. It is not yet ORPHANED, and its group exists.  From now on we watch only the
+                #    group.
+                # 2. It is ORPHANED, and its group is gone.
+                # _report_missing() reports a worker that is not ORPHANED and has no group left.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     waiting = self._waiting(record.generation)
                     lost = has_group and not record.orphaned
@@ -207,7 +209,8 @@ class Recovery:
         watches_line = retires or self.snapshot.fleet.policy.finish_alone
         program = programs.get(generation_number, self.effects.live_settings.settings)
         finish_signal = 0 if watches_line else program.finish_signal
-        # If another worker has taken an orphan's slot, the counts belong to that other worker.
+        # A newer worker may have taken an orphan's slot.  Then the slot's counts are the newer
+        # worker's.
         shared = any(w.slot == worker.slot for w in generation.workers if w is not worker)
         owns_counts = worker.state is not State.ORPHANED or not shared
         searched = set(pool.addresses(worker.number))

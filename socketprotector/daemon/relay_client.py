@@ -4,8 +4,8 @@ Our socket to the relay is called the line.
 
 The protector keeps a copy of the read end of every pipe.  So if the relay dies, workers can still
 write, and the next relay continues reading.  We keep a pipe until its last writer has exited.
-Exception: of pipes whose only writers have left the worker's process group, we keep the newest,
-about LEFT_BEHIND (model/fd_budget.py).
+Exception: some pipes have only writers that have left the worker's process group.  We keep only
+the newest of these pipes, about LEFT_BEHIND (model/fd_budget.py).
 
 If the relay is suspended (SIGSTOP), each worker blocks once its pipe is full.  The relay's pidfd
 does not report the suspension, and we must not poll while idle.  So we start a timer when a worker
@@ -59,7 +59,7 @@ _ROOM_S = 1.0
 _END_S = 3.0
 #: Our messages: read this pipe, close the pipe, send last words, write to this stderr, exit.
 _PIPE, _CLOSE, _WORDS, _NEW_STDERR, _END = "+", "-", "?", "=", "!"
-_LACKS_HINT = "SocketProtector raises the relay's nofile limit again, or restarts the relay"
+_LACKS_HINT = "the relay's nofile limit fell; SocketProtector raises it, or restarts the relay"
 _CLOSED_HINT = (
     "a process that writes to the pipe gets SIGPIPE; find the process: "
     "ls -l /proc/*/fd/* | grep pipe:.{pipe}"

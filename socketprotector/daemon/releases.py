@@ -40,8 +40,8 @@ class Releases:
         self._settings, self._log = settings, runtime.log
         self.history = SavedHistory(lambda: settings().current, runtime)
         self.link = CurrentLink(settings, runtime, lock, self.history.sync)
-        #: The release that the last reload or dry run was to start; "": unknown, or its failure
-        #: has been reported.
+        #: The release that the last reload or dry run had to start; "": the release is unknown, or
+        #: the release's failure has been reported.
         self._tried = ""
         #: What `current` named when the last reload or dry run began; "": it led to no release.
         self.named_at_begin = ""

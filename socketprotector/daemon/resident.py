@@ -29,13 +29,16 @@ from . import checkpoint
 from .assembly import Resident
 from .delivery.choice import delivery_for
 
-#: Before an upgrade, a trial loads the new program.  A start needs this much
-#: more memory than the trial.
+#: Before an upgrade, a trial process loads the new program.  The new program's start needs this
+#: much more memory than the trial.
 _SPARE_BYTES = 4 * 1024 * 1024
 
 
 def main() -> None:
-    """Run as the protector until all generations end, or as an upgrade's trial (upgrade.py)."""
+    """Run as the protector, or as the trial of an upgrade (upgrade.py).
+
+    The protector runs until a stop has ended all generations.
+    """
     command = executable.command_of(tuple(sys.argv[1:]))
     descriptors = inherited.receive()
     if inherited.PROBE in descriptors:

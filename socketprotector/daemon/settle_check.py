@@ -1,8 +1,8 @@
 """--settle-check: probes the new generation during --settle, while a rollback is still possible.
 
 A probe is an HTTP request by the prober process (prober_client.py), or a check command.  The
-command reads the counts of both generations from stdin, as JSON.  It can also query the probe
-address, or the operator's metrics.
+command reads the counts of the new and the old generation from stdin, as JSON.  The command can
+also query the probe address, or the operator's metrics.
 
 `Settling` in verdicts.py says when the generation fails.  When the time of --settle has passed, the
 generation keeps settling until one more good answer comes.
@@ -87,8 +87,9 @@ class SettleCheck:
     def note_settle_over(self, number: int) -> bool:
         """Record that --settle is over; return whether a good answer must still come.
 
-        As long as the result is True, the caller calls this method again.  Only good answers after
-        the first call count.  The result is False if this generation is not checked.
+        As long as the result is True, the caller calls this method again.  A good answer counts
+        only if it comes after the first call.  The result is False if this generation is not
+        checked.
         """
         generation = self._generation
         if generation is None or generation.record.number != number:

@@ -178,8 +178,9 @@ class Supervisor:
             self.effects.delivery.accept_waiting()
             end = time.monotonic()
             self.runtime.loop.run_if_due(WATCHDOG)
-            # If accepting takes long, for example from hundreds of listeners, we then work for
-            # twice that time, but at most for _MOST_WORK_S.
+            # Before the next call of accept_waiting() we work for at least _YIELD_AFTER_S.  If this
+            # call took long, as with hundreds of listeners, we work for twice as long as the call
+            # took, but for at most _MOST_WORK_S.
             work_s = min(2 * (end - begin), _MOST_WORK_S)
             self._yield_at = time.monotonic() + max(_YIELD_AFTER_S, work_s)
 
@@ -306,9 +307,9 @@ class Supervisor:
         if no_dry_run := settings.policy.order.no_dry_run:
             return no_dry_run
         if self.fleet.dry_run:
-            return "another dry run is in progress; try again after its end"
+            return "another dry run is in progress; try again later"
         if self.fleet.is_changing:
-            return "a start, reload or replacement is in progress; try again after its end"
+            return "a start, reload or replacement is in progress; try again later"
         if self.fleet.of(Phase.SERVING) is None:
             return "no generation is serving; reload instead"
         return settings.mode.cannot.get("dry-run") or self.effects.delivery.cannot_dry_run()

@@ -55,8 +55,8 @@ class Upgrade:
     def begin(self, descriptors: Mapping[str, int], ready: Callable[[], None]) -> None:
         """Try the new program with the settings and the state; if that succeeds, call `ready`.
 
-        If another upgrade's trial is running, only write a log line.  Call off a check in progress,
-        because the exec would end the check.
+        If another upgrade's trial is running, only write a log line.  If a check is running, call
+        off the check first, because the exec would end the check.
         """
         if self.is_trying:
             self.log.write("info", "upgrade-under-way")

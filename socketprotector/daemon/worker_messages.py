@@ -2,9 +2,11 @@
 
 If a message causes an event, the message is removed from its socket only after the event is handled
 and the state is written.  If the protector is killed before the removal, the next program reads the
-message again.  Exception: the message in which a worker of --handoff stdio reports that a program
-failed early (first_programs.py).  Before we remove this message, we write only the failure count,
-and how the program ended.  After a kill, recovery.py makes the event again from this record.
+message again.
+
+Exception: a worker of --handoff stdio reports that a program failed early (first_programs.py).
+Before this report is removed, we write only two facts: the failure count, and how the program
+ended.  If the protector is killed after that, recovery.py makes the event again from these facts.
 """
 
 from __future__ import annotations

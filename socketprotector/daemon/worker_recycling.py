@@ -216,7 +216,7 @@ def too_large(limits: Limits, pid: int) -> str | None:
 
 
 def resident_bytes(pid: int) -> int | None:
-    """Return a process's resident memory; None: unreadable, or the process has exited."""
+    """Return a process's resident memory; None: it is unreadable, or the process has exited."""
     try:
         if not procfs.is_ours():
             return None

@@ -53,7 +53,8 @@ class Worker:
     notify: NotifySocket
     #: Our end of the worker's RETURN line.  None: the worker has exited, or the protector was
     #: killed and the line was not stored.  After the worker's exit, system/process_groups.py
-    #: keeps the line.  It closes the line to make the worker's process group finish.
+    #: owns the line.  That module closes the line when the worker's process group must finish, or
+    #: is gone.
     line: socket.socket | None
     readiness: Readiness
     #: The descriptors of this worker that are in WorkerPool.descriptors, by the same names.
@@ -80,7 +81,7 @@ class Worker:
         return full_names(self.record.number, found)
 
     def close(self) -> None:
-        """Close the worker's sockets, but not `process`, which process_groups.py still needs."""
+        """Close the worker's sockets.  Leave `process` open: process_groups.py still needs it."""
         self.notify.close()
         self.readiness.close()
         if self.line is not None:

@@ -331,7 +331,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "policy.drain_spread_s", default="0"),
         Option("drain-signal", SIGNAL,
                "With --handoff listener: end workers gracefully by this signal.\n"
-               "A worker on the client library gets end of file on a socket instead (RETURN line).",
+               "A worker on the client library gets end of file on its RETURN line instead.",
                "drain_signal", default="TERM"),
         Option("max-draining", click.IntRange(0, _MANY),
                "End the oldest draining generation if more than this many drain; 0: no limit.",

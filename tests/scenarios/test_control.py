@@ -670,7 +670,7 @@ def test_what_drains_already_or_is_not_there_is_not_replaced(
         line.ask("reload")
         assert line.refused("replace", generation=2) == (
             "refused",
-            "a start, reload, dry run or replacement is in progress; try again after its end",
+            "a start, reload, dry run or replacement is in progress; try again later",
         )
         gate.open()
         line.event("reloaded", generation=3)

@@ -197,7 +197,7 @@ def test_a_second_check_is_refused_and_the_first_goes_on(
         code, words = line.refused("upgrade", check=True)
     assert (code, words) == (
         "busy",
-        "an upgrade or an upgrade check is in progress; try again after its end",
+        "an upgrade or an upgrade check is in progress; try again later",
     )
     os.kill(waiting.pid, signal.SIGKILL)
     assert waiting.running.wait() == 3

@@ -208,7 +208,7 @@ class CommandHandler:
                 client.send_line(control_requests.answer(request.id, result))
 
         if not self._effects.live_settings.compare(done):
-            raise RequestError("busy", "another diff is in progress; try again after its end")
+            raise RequestError("busy", "another diff is in progress; try again later")
 
     def _check_upgrade(self, client: Client, request: Request) -> None:
         """Begin an upgrade check; the answer follows when its trial (upgrade.py) has ended.
@@ -228,7 +228,7 @@ class CommandHandler:
 
         if self.supervisor.upgrade_waits_for() or self.supervisor.upgrade.is_checking:
             raise RequestError(
-                "busy", "an upgrade or an upgrade check is in progress; try again after its end"
+                "busy", "an upgrade or an upgrade check is in progress; try again later"
             )
         try:
             self.supervisor.check_upgrade(answered)
@@ -348,7 +348,7 @@ class CommandHandler:
                 "refused", f"generation {generation} is {found.phase.value} already; `kill` ends it"
             )
         if found.phase is not Phase.SERVING or fleet.is_changing:
-            why = "a start, reload, dry run or replacement is in progress; try again after its end"
+            why = "a start, reload, dry run or replacement is in progress; try again later"
             raise RequestError("refused", why)
         self.runtime.post(RenewRequested())
         return {"generation": generation}

@@ -311,8 +311,8 @@ class ControlServer:
             sock, _ = self.listener.socket.accept()
         except OSError as error:
             if error.errno not in TRANSIENT_ERRNOS:
-                # Descriptors or memory ran out.  Stop watching for a while: the
-                # socket stays readable, so the loop would call us again at once.
+                # Descriptors or memory ran out.  Stop watching for a while: the socket stays
+                # readable, so the loop would call this method again at once.
                 self.loop.unwatch(self.listener.fileno())
                 self._listen_later()
             return

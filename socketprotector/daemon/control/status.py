@@ -180,9 +180,9 @@ def _of_generation(
 ) -> dict[str, Any]:
     opened = effects.generations[generation.number]
     slots = {worker.slot for worker in generation.workers if worker.state is not State.ORPHANED}
-    # If another worker uses the slot of an orphaned worker, the orphaned worker has no counts, and
-    # the sums are unknown.  Count all other orphaned workers: some may be live workers
-    # whose descriptors we lost when the protector was killed.
+    # If another worker uses an orphaned worker's slot, the orphaned worker's counts are unknown,
+    # and so are the sums.  We count all other orphaned workers.  Some of them may still be alive:
+    # we call a worker orphaned, too, if its descriptors were lost when the protector was killed.
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive
@@ -315,10 +315,10 @@ def of_connections(
                     "pid": pid,
                     "accepted_at_by_fd": times,
                     "orphaned": record.orphaned,
-                    # A bound for connections whose accept time is unknown.  A draining
-                    # generation's connections began before this time (under --handoff listener,
-                    # if two generations share one socket, some may begin a little later).  Any
-                    # other generation's connections began after this time.
+                    # A limit for connections whose accept time is unknown.  All connections of
+                    # a draining generation began before this time.  Exception: under --handoff
+                    # listener, if two generations share one socket, some may begin a little
+                    # later.  All connections of any other generation began after this time.
                     "since_at": opened.record.drained_at or record.started_at,
                 }
             )

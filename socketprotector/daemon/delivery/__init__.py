@@ -69,9 +69,10 @@ class Delivery(ABC):
     ) -> Listener:
         """Make a listener from its first socket, its sibling and the reserved socket.
 
-        fds: the three descriptors (see Listener); -1: no such socket.  again: how often
-        each socket has been replaced.  This number is part of the name of the socket's descriptor,
-        so that no name is used twice.
+        fds: the three descriptors (see Listener); -1: no such socket.
+        again: a counter for each of the three sockets.  The counter rises when another socket
+        takes the socket's place.  The name of the socket's descriptor contains the counter, so no
+        name is used twice.
         """
 
     @classmethod
@@ -299,8 +300,9 @@ class Delivery(ABC):
         If new clients cannot be refused, accept them, too (see LAST_S).
         Exception: the owner of a passed-in socket keeps listening, and may get earlier clients.
         serving: the serving generation.  quick: close at once, and post nothing.
-        stay: do not refuse new clients.  Our own listeners, which no other process (such as
-        systemd) passed in, stay open.  New clients wait there for the next start.
+        stay: do not refuse new clients.  Instead keep our own listeners open: new clients wait
+        there for the next start.  A listener that another process (such as systemd) passed in is
+        not our own.
         """
 
     # -- the delivery as a whole ---------------------------------------------------------
@@ -323,8 +325,8 @@ class Delivery(ABC):
     def idle_s(self) -> float:
         """Return the time since the last client; 0: a client waits.
 
-        queue/: before the first client after a start, an upgrade or a kill, this is the time since
-        boot.
+        queue/: if no client has come since the last start, upgrade or kill, this is the time since
+        the machine's boot.
         shared/: always 0 (unknown).
         """
 

@@ -38,8 +38,8 @@ class Host(ABC):
         """Report that the route's workers have accepted no client for this number of seconds.
 
         waiting: how many clients wait.  listen: the addresses where clients wait; None: the clients
-        wait in the queue.  ever: whether the workers may have accepted a client there
-        before.
+        wait in the queue.  ever: whether the workers may have accepted an earlier
+        client at these addresses, or from the queue.
         """
 
     @property

@@ -22,8 +22,8 @@ SHUT_DOWN = "the generation's socket was shut down, closed to clients or replace
 class ProbeTarget:
     """The address to which probes of one generation connect, and the mark of these probes.
 
-    The kernel steers a probe by its mark (system/bpf.py) to one of the address's sockets.
-    Exception: the kernel ignores the mark of a probe that connects as clients do.
+    The mark of a probe tells the kernel which of the address's sockets gets the probe
+    (system/bpf.py).  Exception: the kernel ignores the mark of a probe that connects as clients do.
     """
 
     #: Host and port; for a UNIX socket: its path, or "@" and its name, with 0 as the port.

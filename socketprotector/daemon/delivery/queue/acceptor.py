@@ -1,6 +1,6 @@
-"""The fast path of a connection: accept, send to the route, close our copy.
+"""The fast path of a connection: accept, send to the channel of the route, close our copy.
 
-The route is the channel of the generation that gets all new clients except a canary's share.
+The route is the generation that gets all new clients, except the share of a canary.
 
 The interval between connections decides how many connections we accept per wake-up, and whether we
 busy-poll for the next connection.  forwarder.py handles a failed accept().  outlet.py or canary.py

@@ -62,8 +62,8 @@ class Forwarder:
         broken: called when the route's channel was shut down.
         repair: repairs a listener that was shut down, or marks the listener lost.  Raises OSError
         if the system is short of descriptors or memory.
-        untaken: called, at most once per channel, if the route's workers take no connection for
-        `seconds`.  waiting: how many connections wait.  ever: some may have been taken before.
+        untaken: called, at most once per channel, if the route's workers take no connection.  Its
+        arguments: for how long, how many connections wait, whether some may have been taken before.
         """
         self._loop = loop = runtime.loop
         self._post = runtime.post
@@ -220,7 +220,7 @@ class Forwarder:
 
     @property
     def forwarded(self) -> int:
-        """Return how many connections we accepted, including those lost with removed listeners."""
+        """Return how many connections we accepted, including lost clients of removed listeners."""
         return self._forwarded + self._acceptor.accepted + self._drains.accepted
 
     @property

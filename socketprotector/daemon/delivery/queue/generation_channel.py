@@ -24,7 +24,7 @@ class GenerationChannel(Channel):
         #: (queue_watch.py) began to follow it.  Forwarder.met() adds the later connections.
         self.met = 0
         #: How many connections had been sent to this channel when a QueueWatch last stopped
-        #: following the channel.  The next QueueWatch counts from here.
+        #: following the channel.  A QueueWatch that follows the channel later continues this count.
         self.sent = 0
 
     @property

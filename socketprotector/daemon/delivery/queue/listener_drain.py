@@ -46,8 +46,8 @@ class _Draining:
 
     listener: Listener
     channel: Channel
-    #: Until this time, clients in the backlog prolong the drain; afterwards only connections that
-    #: undelivered.py keeps.  0: no limit, because we get no new client.
+    #: Until this time, clients in the backlog prolong the drain.  After this time, only connections
+    #: that undelivered.py keeps prolong the drain.  0: no limit, because we get no new client.
     until: float = 0.0
     #: Whether the last _look() found no client.  False if the channel was full: then a client may
     #: wait.

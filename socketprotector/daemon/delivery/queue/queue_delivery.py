@@ -340,8 +340,8 @@ class QueueDelivery(Delivery):
             self.forwarder.adopt_drained(channel)
         if not (record.ended or record.released):
             if channel.has_ended:
-                # By its record the channel is open, but its write end is missing: the earlier
-                # program was killed before it could store this end.
+                # The record says that the channel is open, but the write end is missing: the
+                # earlier program was killed before it could store the write end.
                 self._post(ChannelBroken(record.number))
             else:
                 self._watch(record.number, channel)

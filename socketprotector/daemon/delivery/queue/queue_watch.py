@@ -36,8 +36,8 @@ class QueueWatch:
 
     loop: Loop
     _: KW_ONLY
-    #: Returns how many connections, sent or not, we accepted so far for all routes.  In the watch
-    #: of a canary, this function returns the number for all canaries instead.
+    #: Returns how many connections we accepted so far for all routes; connections that could not
+    #: be sent count, too.  In a canary's watch: how many connections we accepted for all canaries.
     forwarded: Callable[[], int]
     #: Sends all queued connections again.
     send_again: Callable[[GenerationChannel], None]

@@ -50,8 +50,8 @@ class Undelivered:
     def keep_older(self, header: bytes, fd: int, last_number: int) -> None:
         """Keep a connection that the caller has taken out of a queue.
 
-        The caller takes several connections, the oldest first, and they stay in this order.  They
-        go in front of the connections that were kept before the caller began.
+        The caller takes several connections, the oldest first, and calls this method for each.  We
+        keep these connections in this order, in front of those kept before the caller began.
         last_number: the value of `self.number` when the caller began.  Takes ownership of fd.
         """
         before = tuple(self._waiting.items())

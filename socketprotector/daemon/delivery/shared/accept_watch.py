@@ -44,8 +44,8 @@ class Backlogs(ABC):
         """Report that the workers of a generation do not accept.
 
         seconds: for how long.  waiting: how many clients wait.  at: the indices of the listeners
-        where these clients wait.  ever: whether workers have accepted a client, or may have, at
-        each of these listeners.
+        where these clients wait.  ever: True if workers have accepted, or may have accepted, a
+        client at each of these listeners.
         """
 
 
@@ -78,8 +78,9 @@ class AcceptWatch:
 
     loop: Loop
     backlogs: Backlogs
-    #: We report a listener if workers accept none of its waiting clients for this time.  The first
-    #: limit applies while we know that no client was accepted there, the second limit afterwards.
+    #: Two limits.  We report a listener if workers accept none of its waiting clients for longer
+    #: than the limit.  The first limit applies until a client was accepted at the listener, or may
+    #: have been accepted.  The second limit applies afterwards.
     limits_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     timer: str = "untaken"
     awaits: bool = False  # True: `backlogs` must call came() when a client comes
@@ -186,7 +187,10 @@ class AcceptWatch:
         self._look_later(time.monotonic() - began)
 
     def _overdue(self) -> dict[int, float]:
-        """Return listeners that have reached their limit: index -> time without an accept."""
+        """Return the listeners that have reached their limit (`limits_s`).
+
+        Listener index -> for how long no waiting client was accepted.
+        """
         now = time.monotonic()
         found = {index: now - since for index, (line, since) in self._waiting.items() if line}
         return {index: seconds for index, seconds in found.items() if seconds >= self._limit(index)}

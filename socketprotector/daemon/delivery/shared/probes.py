@@ -102,7 +102,7 @@ class Probes:
         unix = listening.family == socket.AF_UNIX
         address = each.ensure_address(self._turns.current)
         waits: Callable[[socket.socket], bool] = partial(_waits, listening, address)
-        if each.path_fault:  # connect to the clients' path, not to the socket's own file
+        if each.path_fault:  # connect to the path, as clients do, not to the socket's own file
             address, waits = each.local_address, _waits_elsewhere
         # The mark's source address keeps the probe on this machine, as in reach_by_mark().
         mark = None if unix else self._mark_for(each, address)
@@ -304,7 +304,7 @@ class Probes:
 
         If a client waits beside the probes, the probes stay: the generation that starts for the
         client also accepts the probes.  Returns the sockets, by listener and number, where
-        discarding fails, but may succeed later.
+        discarding failed, but may succeed later.
         """
         unreadable = set()
         for each, number in [(each, number) for each in self._listeners.pairs for number in (0, 1)]:

@@ -1,4 +1,4 @@
-"""Finds out when a generation that gets no new clients has accepted and read from all its clients.
+"""Finds out when an old generation has accepted all its clients, and has read from each client.
 
 Another generation has replaced this generation, or a stop has begun.  Some clients of this
 generation may be unaccepted or unread.  A server that is ordered to finish might close their
@@ -7,8 +7,9 @@ is a look.  The queries take at most QUERY_SHARE (accept_watch.py) of our time. 
 no sock_diag, no client counts as unread.
 
 A TCP client is unread until its worker has read from it.  So clients in the handshake are unread.
-Silent clients, which were accepted and have sent nothing, are unread, too.  We wait for silent
-clients for SILENT_S at most.  A UNIX client is unread while its worker has not read all its bytes.
+Silent clients, which were accepted and have sent nothing, are unread, too.  We wait at most
+SILENT_S for silent clients.  A UNIX client is unread while it has sent bytes that its worker has
+not read.
 
 Workers on the client library read from all their accepted clients even after the order to finish.
 For a generation of such workers (`reads_on`) we do not wait until the workers have read.  We wait
@@ -64,7 +65,7 @@ class _Generation:
     # workers were frozen, so that no worker could read.
     waited_s: float = 0.0  # since `began`
     quiet_s: float = 0.0  # since the first of the `quiet_looks` looks
-    quiet_looks: int = 0  # looks in a row without a client to await, except silent clients
+    quiet_looks: int = 0  # looks in a row that found no client, or only silent clients
     # The clients that every look has found unread -> whether the client is silent.  With
     # `reads_on`: the clients in the handshake.  The key: the listener's index, and for TCP the
     # client's port and address, for UNIX the connection's inode.  None: the next look starts

@@ -282,22 +282,22 @@ class SharedDelivery(Delivery):
     ) -> None:
         self._stay = stay
         self.steering.give_back()
-        # With `stay`, the next start gets the sockets.  So SocketSteering continues to repair
-        # sockets that workers break; end() would stop these repairs.
+        # With `stay`, the next start gets the sockets, so SocketSteering must still repair sockets
+        # that workers break.  end() would stop these repairs.
         if not stay:
             self.steering.end()
         if quick:
             self._close_listeners()
             return
         # New clients wait for the next start (`stay`), go to the socket's owner (passed-in
-        # sockets), or are refused (other listeners).  So we wait only for the earlier
-        # clients.  If a listener cannot refuse new clients, later clients prolong the wait, up to
-        # LAST_S.
+        # sockets), or are refused (other listeners).  So we wait only for clients that came before
+        # this call.  If a listener cannot refuse new clients, we wait for its new clients, too, but
+        # no longer than LAST_S.
         latest = float("inf") if stay else self._refuse_new()
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
-        # _close_when_empty() does not wait for the clients of listeners that stay open: with `stay`
-        # all listeners, otherwise passed-in listeners with a second socket of ours.  For these,
-        # quiesce_last() waits until the serving generation has accepted and read from its clients.
+        # We need quiesce_last() with `stay`, and if a passed-in listener has a second socket of
+        # ours.  quiesce_last() waits until the serving generation has accepted and read from its
+        # clients.  _close_when_empty() is not called with `stay`, and ignores passed-in listeners.
         if serving is not None and (stay or self.steering.has_passed_in_pair):
             self.steering.quiesce_last(serving.record.number, on_quiet, latest)
         else:
@@ -314,7 +314,7 @@ class SharedDelivery(Delivery):
         return float("inf") if all(refused) else time.monotonic() + LAST_S
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
-        """Finish closing once workers have accepted all clients that they can, or at the deadline.
+        """Finish closing when workers have accepted the waiting clients, or at the deadline.
 
         The first look comes after QUIET_S.  If no listener is awaited, finish at once.
         latest: the deadline, by time.monotonic().  again: this is not the first call.

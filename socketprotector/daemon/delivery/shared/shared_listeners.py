@@ -1,4 +1,4 @@
-"""The listeners from which workers accept, and methods that the parts of SocketSteering call."""
+"""The listeners from which workers accept, and SocketSteering's methods for other classes."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ class Steering(ABC):
         """Give the held clients of UNIX paths to the next generation.
 
         Also pass on the clients of listeners for which Turns.lacks_workers() is true.  During a
-        hold, do nothing.  If both sockets have generations, pass on nothing, but post
-        HeldClientsWait if held clients wait.
+        hold, do nothing.  If both sockets have generations, there is no socket for the next
+        generation: pass on nothing.  In this case, post HeldClientsWait if held clients wait.
         """
 
     @abstractmethod

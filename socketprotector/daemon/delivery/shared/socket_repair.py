@@ -75,9 +75,10 @@ class SocketRepair:
     def _is_out_of_reach(self, listener: Listener, number: int) -> bool:
         """Return whether clients or probes need a socket and cannot reach it.
 
-        The socket for new clients: if its file (of a UNIX path) is gone, no client gets there.
-        A starting generation's socket: if its file or its device is gone, no probe gets there.
-        Exception: return False if all the listener's sockets lost their device.
+        Clients need the socket for new clients.  They cannot connect if the file of this socket (at
+        a UNIX path) is gone.  Probes need a starting generation's socket.  They cannot connect if
+        this socket's file or network device is gone.  Exception: return False if the device of all
+        the listener's sockets is gone.
         """
         turns = self._turns
         if number == turns.number_for(listener):
@@ -97,8 +98,9 @@ class SocketRepair:
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
-        # Some running workers may not have the listener's only socket.  Then the clients who wait
-        # there may need the starting generation.  So it must get this socket, not a second one.
+        # If some running workers lack the listener's only socket, make no second socket.  Perhaps
+        # only the starting generation can accept the clients that wait at the only socket, so this
+        # generation must get the only socket.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)

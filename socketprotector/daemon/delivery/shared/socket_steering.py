@@ -224,7 +224,7 @@ class SocketSteering(Steering):
         self.probes.discard()  # a kill may have prevented the earlier discard()
         self._repairs.repair_all()
         self.steer()
-        self.adopt_held()  # had no effect earlier if clients waited at the former free socket
+        self.adopt_held()  # clients at the former free socket may have prevented an earlier try
         self._report_held_clients()  # a kill may have prevented the earlier report
         self._watch.follow_canary()
         self._watch.watch()
@@ -425,8 +425,8 @@ class SocketSteering(Steering):
     def _steer_one(self, listener: Listener, socket_number: int) -> str:
         """Steer a listener's new clients to a socket, or during a hold to the reserved socket.
 
-        A path's clients also go to the reserved socket while Turns.lacks_workers().  Returns why
-        clients cannot be held, or "".  Raises OSError if clients go to the wrong socket.
+        Clients of a path also go to the reserved socket while Turns.lacks_workers() is true.
+        Returns why clients cannot be held, or "".  Raises OSError if clients go to a wrong socket.
         """
         if self.turns.given_back and listener.settings.foreign:
             socket_number = 0

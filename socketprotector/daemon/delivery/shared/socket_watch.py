@@ -21,10 +21,10 @@ from .probes import Probes
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
 
-#: Workers that were ordered to finish may accept clients for a moment more.  So if every
-#: stranded client waits at a socket that such workers have, a rescue starts only after
-#: FIRST_RESCUE_S.  The pause between two rescues (the back-off) doubles from FIRST_RESCUE_S to
-#: LAST_RESCUE_S.
+#: Finishing workers (workers that were ordered to finish) may still accept clients for a moment.
+#: So if finishing workers might accept all stranded clients, a rescue starts only after
+#: FIRST_RESCUE_S.  The pause between two rescues (the back-off) begins at FIRST_RESCUE_S and
+#: doubles up to LAST_RESCUE_S.
 FIRST_RESCUE_S = 1.0
 LAST_RESCUE_S = 600.0
 

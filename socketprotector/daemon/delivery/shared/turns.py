@@ -49,8 +49,8 @@ class Turns:
     #: Indices of listeners whose socket the current generation lost, so that their clients go to
     #: the next generation's socket.
     passed_on: frozenset[int] = frozenset()
-    #: True: each passed-in socket gets the new clients of its address; the socket's owner accepts
-    #: them.
+    #: True: each passed-in socket gets the new clients of its address.  The socket's owner accepts
+    #: these clients.
     given_back: bool = False
     #: Not recorded: after an upgrade or a kill, the next program repeats the action RouteTo, which
     #: has the share.
@@ -150,8 +150,8 @@ class Turns:
         """Return `pairs` without listeners whose socket of this number was given back.
 
         pairs: the listeners with two sockets.
-        generation: also leave out listeners whose present socket no worker of this generation has;
-        0: leave out no more listeners.
+        generation: if it is not 0, also leave out a listener if no worker of this generation has
+        the listener's present socket.
         """
         is_given_back = self.given_back and number == 0
         lacking = self.unserved - self.partly_served
@@ -211,9 +211,10 @@ class Turns:
         self.current, self.share = number, share
 
     def lacks_workers(self, listener: Listener) -> bool:
-        """Return whether a UNIX path's clients go to a socket that workers of its generation lack.
+        """Return whether a UNIX path's clients go to a socket that workers do not have.
 
-        Workers of this generation that started later may have the socket (`partly_served`).
+        The workers are those of the socket's generation.  Also return True if only the earlier of
+        these workers lack the socket, and later workers have it (`partly_served`).
         """
         if not listener.path or listener.index in self.passed_on:
             return False

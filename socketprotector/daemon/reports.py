@@ -46,7 +46,7 @@ NO_INTERFACE = (
     "its interface was removed, so no client can connect; restart SocketProtector when the "
     "interface is back"
 )
-#: The longest time from the last worker's exit to our exit.
+#: How much time we plan from the last worker's exit to our exit.
 _TO_END_S = 5.0
 
 

@@ -42,8 +42,8 @@ _AGAIN_S = 0.05
 _LONGEST_WAIT_S = 10.0
 #: The timer of an upgrade that waits for the guard or systemd.
 _HAND_OVER = "hand-over"
-#: How long we work before we let the delivery accept waiting clients; at most _MOST_WORK_S, if
-#: accepting takes long.
+#: We work at least _YIELD_AFTER_S before we let the delivery accept waiting clients.  If accepting
+#: takes long, we work longer, up to _MOST_WORK_S.
 _YIELD_AFTER_S = 0.001
 _MOST_WORK_S = 0.005
 #: waitid() returns the same ended child until the child is reaped.  While a `Process`

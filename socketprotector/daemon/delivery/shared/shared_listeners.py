@@ -98,9 +98,10 @@ class Steering(ABC):
     def adopt_held(self) -> None:
         """Give the held clients of UNIX paths to the next generation.
 
-        Also pass on the clients of listeners for which Turns.lacks_workers() is true.  During a
-        hold, do nothing.  If both sockets have generations, there is no socket for the next
-        generation: pass on nothing.  In this case, post HeldClientsWait if held clients wait.
+        Also pass on the clients of listeners for which Turns.lacks_workers() is true.  While a
+        hold lasts, do nothing, so that its clients continue to wait.  If both sockets have
+        generations, there is no socket for the next generation: pass on nothing.  In this case,
+        post HeldClientsWait if held clients wait.
         """
 
     @abstractmethod

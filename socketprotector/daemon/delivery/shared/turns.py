@@ -127,8 +127,8 @@ class Turns:
         there = self.at(listener, number)
         if not there:
             # The next generation will accept here without a rescue (socket_watch.py) in two cases:
-            # no generation accepts from any socket, or new clients come to this socket.  Exception
-            # in the second case: for listeners in `passed_on`, a rescue must start the generation.
+            # no generation accepts from any socket, or new clients come to this socket.  But in
+            # the second case, for listeners in `passed_on`, only a rescue starts it.
             is_next = number == self.number_for(listener) and listener.index not in self.passed_on
             return not self.accepting or is_next
         return any((generation, listener.index) not in self.unserved for generation in there)

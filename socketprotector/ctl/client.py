@@ -169,8 +169,8 @@ class Client:
         Raises RequestRefused if the protector refuses.
         Raises ConnectionLost if the connection ends before the answer; the protector may still have
         carried out the request.
-        Raises NoProtector if no answer comes in time.  Perhaps only a part of the request was sent,
-        so the caller must call close() or reconnect().
+        Raises NoProtector if no answer comes in time.  After this error the caller must call
+        close() or reconnect(), because perhaps only a part of the request was sent.
         """
         return self._request(command, arguments, self._answer_s)
 
@@ -383,7 +383,7 @@ def _connect_to_path(sock: socket.socket, path: str) -> None:
 
 
 def _connect_error(path: str, error: OSError) -> NoProtector | RequestRefused:
-    """Return the error to raise if connect(2) to this path has failed, with advice."""
+    """Return the error for a failed connect(2) to this path.  Some of the errors give advice."""
     match error:
         case PermissionError():
             why = (

@@ -47,8 +47,8 @@ _EXPECT = click.option(
     metavar="NAME",
     callback=_check_name,
     shell_complete=_complete,
-    help="Refuse unless release NAME is serving. If a rollback ends a reload: unless NAME is the "
-    "new release.",
+    help="Refuse unless release NAME is serving. If a rollback ends a reload, refuse unless NAME "
+    "is the new release.",
 )
 
 
@@ -158,11 +158,11 @@ def _releases_in(status: Message) -> Message:
 
 
 def _is_unchanged(client: Client, before: Message, name: str, expect: str | None) -> bool:
-    """Return True if the release is serving and unchanged, and `current` leads to it.
+    """Return whether the release is serving and unchanged, and `current` leads to it.
 
-    Also returns False if a start, reload, dry run or stop is in progress, if nothing serves, or if
-    `expect` names a release other than `name`.  If the result is False, the caller requests the
-    deploy, and the protector decides.
+    Also returns False if a stop or a deploy is in progress, if the generation of a reload or dry
+    run is open, if nothing serves, or if `expect` names a release other than `name`.  If the
+    result is False, the caller requests the deploy, and the protector decides.
     """
     if before.get("route") is None or before.get("phase") == "stopping":
         return False
@@ -218,7 +218,7 @@ def _await_deploy(
 ) -> None:
     """Wait for the verdict on a release, and print the outcome.
 
-    After a success without `dry_run`, first wait until `current` and the history are on disk.
+    After a success without `dry_run`, wait until `current` and the history are on disk, then print.
     before: the status before the request.
     promised: the generation's number in the answer to the request.
     wait: if false, only print that the deploy was requested.

@@ -28,7 +28,7 @@ _NAMES_SHOWN = 8
 _RESTART_S = 2.0
 _TRY_EVERY_S = 0.05
 
-#: Characters that no shell treats specially, anywhere in a word.
+#: Characters that no shell treats specially, whatever their place in a word.
 _SHELL_SAFE = frozenset(string.ascii_letters + string.digits + "@%+:,./_-")
 
 
@@ -116,7 +116,10 @@ def paths_by_name(names: Sequence[str]) -> list[str]:
 
 
 def _with_key(name: str, found: Sequence[str]) -> tuple[list[str], list[str], str]:
-    """Return all sockets with a name's key, the listening ones, and the certain match.
+    """Return three values about a name: with_key, listening, and the certain match.
+
+    with_key: the sockets with the name's key.
+    listening: the sockets in with_key where a process listens.
 
     A socket's key is the protector's name as it is written in the socket's path.
     The certain match is one path; "" if the caller must request the statuses to find the socket.
@@ -165,8 +168,9 @@ def names_with_prefix(prefix: str) -> list[str]:
 
 
 def names(found: Sequence[SocketAnswer]) -> list[str]:
-    """Return a name for each protector: NAME; if several share NAME, NAME:PORT or NAME:ADDRESS.
+    """Return a name for each protector.
 
+    The name is NAME, or NAME:PORT or NAME:ADDRESS if several protectors share NAME.
     If a protector does not answer, its name is the name in its socket's path.
     Any process can claim any name in its status.  So if several protectors claim NAME, the
     protector whose socket is in NAME's folder (docs/control.md) is still called NAME: only the

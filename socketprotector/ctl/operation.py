@@ -99,8 +99,8 @@ class Operation:
     def _reconnect(self, awaited: Awaited) -> None:
         """Reconnect after the connection has ended, and pass the status to `awaited`.
 
-        First process the events received before the end; if the wait is then over, do not
-        reconnect.
+        First process the events that arrived before the end.  Do not reconnect if these events
+        complete the wait.
         """
         with suppress(ConnectionLost):
             while event := self.next_event(0.0):

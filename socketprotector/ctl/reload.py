@@ -1,7 +1,7 @@
 """The commands reload and stop, and what deploy.py and upgrade.py share with them.
 
-Without --no-wait each command waits, so that its exit status reports the outcome.  If the
-outcome of a reload stays unknown, the command fails.
+Each command waits for the outcome, which its exit status reports.  If the outcome of a reload
+stays unknown, the command fails.  With --no-wait a command does not wait for the outcome.
 """
 
 from __future__ import annotations
@@ -144,9 +144,8 @@ def await_success(
     """Wait for the verdict on a generation; return a text about its success.
 
     before: the status before the request.
-    promised: the generation's number in the answer to the request.  If the protector must first
-    start the old version again, the new version gets a higher number, and the verdict is about
-    that generation.
+    promised: the generation's number in the answer to the request.  The verdict's generation has a
+    higher number if the protector must first start the old version again.
     failure: the first words of the error if the generation fails.
     dry_run: also wait for the end of this generation.
     drained: after a success, also wait for the end of the older generations.
@@ -215,7 +214,8 @@ def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) 
     """Request a reload or dry run, and return the number of its generation.
 
     If the connection is cut, repeat the request unless the status shows that the reload has begun.
-    Always repeat the request if `before`, the earlier status, has phase `reloading` or `waiting`.
+    The status cannot show this if `before`, the earlier status, has phase `reloading` or `waiting`,
+    because then a new generation may belong to an earlier request.
     """
     dry_run = "dry_run" in arguments
     if dry_run and "dry_run" not in before:

@@ -87,8 +87,8 @@ class _Progress:
     number: int  # the generation's number
     ready: set[int] = field(default_factory=set)  # the numbers of the ready workers
     throttle: ProgressThrottle = field(default_factory=ProgressThrottle)
-    routed: bool = False  # the generation gets all new connections
-    shares: bool = False  # the generation gets a share of the new connections
+    routed: bool = False  # whether we showed that the generation gets all new connections
+    shares: bool = False  # whether we showed that it gets a share of the new connections
 
 
 class Awaited:
@@ -213,9 +213,9 @@ class Reload(Awaited):
                     self._show_switch(number)
                 else:
                     self._show_share(number)
-        # Hide waits of kind `earlier-reload` after a generation was shown as starting.  From then
-        # on, either a later reload waits, or our reload waits for a restart of the old version.
-        # In the second case the generation shown is this restart, so the user already sees it.
+        # After a generation was shown as starting, hide waits of kind `earlier-reload`: they tell
+        # the user nothing new.  Either a later reload waits for our reload, or our reload waits for
+        # the generation that was shown: a restart of the old version.
         kinds = [
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]

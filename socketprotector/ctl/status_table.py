@@ -39,7 +39,7 @@ _FIELDS = {
     "WAIT-P50": "wait_us",
     "P99": "wait_us",
 }
-#: How many pids of a worker's children are shown at most.
+#: A row shows at most this many pids of a worker's children.
 _MOST_PIDS = 4
 
 
@@ -226,7 +226,10 @@ def _child_row(worker: Message, generation: Message, child: Message) -> Row:
 
 
 def omitted_columns(status: Message) -> list[Text]:
-    """Return lines that name the columns of _FIELDS that no table has, and why; [] if none."""
+    """Return lines that say which columns of _FIELDS are in no table, and why.
+
+    Returns [] if each column is in a table.
+    """
     hidden = _unknown_columns(status, [*listed(status, "generations"), *_workers_of(status)])
     if not hidden:
         return []

@@ -149,7 +149,7 @@ class Resident:
             """Tell the guard that we handle signals, and which signal makes workers finish.
 
             The guard sends this signal to the workers when it stops restarting SocketProtector.
-            0: the workers need no signal, and the guard sends none.
+            If the signal's number is 0, the workers need no signal, and the guard sends none.
             """
             self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={live.settings.finish_signal}")
 

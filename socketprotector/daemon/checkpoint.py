@@ -46,7 +46,7 @@ class Checkpoint:
     _snapshot: Callable[[], Snapshot] | None = None
     _written: Snapshot | None = None  # the last snapshot written; None: none yet, or a write failed
     _failing: bool = False  # the last write of the state has failed
-    #: We have logged keeper-behind: the guard or systemd has not taken all descriptors yet.
+    #: Whether we have logged keeper-behind: the guard or systemd has not taken all descriptors yet.
     _behind: bool = False
     _was_full: bool = False  # the store had no room for all descriptors at the last save
 

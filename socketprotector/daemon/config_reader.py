@@ -71,7 +71,7 @@ class ConfigReader:
         The reader process is killed after --start-timeout.  If it cannot start, `done` is called
         before this method returns.
 
-        dry: only try to bind, and answer only what would change.
+        dry: only test whether new listeners can be bound, and answer only what would change.
         """
         assert not self.busy
         self._failure = ""

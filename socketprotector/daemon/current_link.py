@@ -67,7 +67,7 @@ class CurrentLink:
 
     @property
     def in_the_way(self) -> str:
-        """Why `current` cannot be moved: it is no symbolic link; "": it is a link, or missing."""
+        """Why `current` cannot be moved (it is no symbolic link); "": it is a link, or missing."""
         return release_store.in_the_way(self.path)
 
     @property

@@ -1,7 +1,7 @@
 """Carries every event to the supervisor.
 
 All parts that post events need the queue, so the queue is created first.  The supervisor handles
-the events.  It needs most of these parts, so the supervisor is created after these parts.
+the events.  The supervisor needs most of these parts, so they are created before it.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def adopt(
             numbers = first_number, second_number, third_number
             made.append(delivery.make_listener(index, each, (first, second, third), numbers))
             continue
-        # The first socket was closed before an upgrade or a kill, or the kill lost it: close the
-        # others.
+        # The first socket was closed before an upgrade or a kill, or the kill lost it.  So close
+        # the other sockets.
         for fd in (second, third):
             if fd >= 0:
                 os.close(fd)

@@ -60,7 +60,7 @@ class LiveSettings:
     def next_settings(self, *, fresh: bool) -> Settings:
         """Return the settings for the next generation.
 
-        fresh: prefer the candidate settings, if any, to the settings in force.
+        fresh: whether to prefer the candidate settings, if any, to the settings in force.
         """
         return (self.record.candidate if fresh else None) or self.settings
 
@@ -69,8 +69,9 @@ class LiveSettings:
 
         Posts SettingsRead or SettingsFailed.
 
-        dry_run: the new generation gets no clients, and added listeners' clients wait in vain.
-        canary: the reload was requested with a canary.
+        dry_run: if True, the new generation gets no clients, and added listeners' clients wait in
+        vain.
+        canary: whether the reload was requested with a canary.
         release: the release that the request names; "": it names none.
         """
         try:
@@ -113,7 +114,7 @@ class LiveSettings:
             if candidate.log_level != self.settings.log_level:
                 self._log.set_level(candidate.log_level)
             self._put_in_force(replace(candidate, release_wanted=""))
-            # After a plain reload `current` already leads to the started release.
+            # After a plain reload, `current` already leads to the started release.
             if self.releases is not None and candidate.release_wanted:
                 self.releases.move(candidate.release)
             self.on_used()
@@ -136,10 +137,9 @@ class LiveSettings:
     def reported(self, report: Report, program: Program | None) -> tuple[Report, str]:
         """Record what a report says about a release; return two values.
 
-        The first is the report, perhaps with a note about `current`; the second is the release's
-        name.
+        The first value is the report, perhaps with a note about `current`.  The second value is the
+        release's name; "": there is no program, or --releases is not in use.
         program: the program of the report's generation; None: the report has no open generation.
-        The name is "" without a program or --releases.
         """
         if self.releases is None:
             return report, ""

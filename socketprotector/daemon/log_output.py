@@ -42,9 +42,9 @@ _WRITE = f"{inherited.RELAY}write"
 _USE_PREFIX = "set --log-prefix to see the output here"
 _USE_RELAY = "remove --no-log-relay to see the output here"
 _USE_BOTH = "remove --no-log-relay and set --log-prefix to see the output here"
-#: The mode of a worker's pipe: a worker that runs as another user must be able to open /dev/stdout.
-#: So all users may write.  This mode is safe, because only root, the worker's user and our user can
-#: reach the pipe.
+#: The mode of a worker's pipe: all users may write, because a worker that runs as another user must
+#: be able to open /dev/stdout.  This mode is safe, because only root, the worker's user and our
+#: user can reach the pipe.
 _PIPE_MODE = 0o622
 
 
@@ -61,7 +61,7 @@ class Output:
     """The destination of stdout and stderr, for the protector and its workers."""
 
     def __init__(self, settings: Settings, *, relay_failed: bool = False) -> None:
-        """relay_failed: the relay could not be started, so workers get no pipes."""
+        """relay_failed: True if the relay could not be started; workers then get no pipes."""
         self._settings, self._relay_failed = settings, relay_failed
         self._log_file, self._to_syslog = settings.log_file, settings.to_syslog
         ours = self._to_syslog or self._log_file is not None
@@ -156,9 +156,9 @@ class Output:
     def finish(self) -> None:
         """Close our socket to the relay, and wait for the relay's exit.
 
-        The wait lasts at most 3 s (_END_S of relay_client.py).  First the relay writes the
-        remaining output.  The relay exits when no process can write to the relay's pipes any more:
-        the workers' pipes and, under syslog, the pipe that is our stderr.
+        The wait lasts at most 3 s (_END_S of relay_client.py).  The relay writes the
+        remaining output, and exits when no process can write to the relay's pipes any more.  These
+        pipes are the workers' pipes and, under syslog, the pipe that is our stderr.
         """
         if self._relay is not None:
             if self._to_syslog:
@@ -194,8 +194,8 @@ class Output:
     def where_to_look(self) -> str:
         """Return where to find the output of a worker without last words, and which option helps.
 
-        If the log goes to stderr, the text names the process (SocketProtector -f), because the
-        operator who reads the text may be at another terminal.
+        If the log goes to stderr (and not to the journal), the text names the process,
+        SocketProtector -f.  The operator who reads the text may be at another terminal.
         """
         if self._log_file is not None:
             where = f"see {text.escape(self._log_file)}"
@@ -222,7 +222,7 @@ class Output:
 
 
 def _is_stream() -> bool:
-    """Return whether stderr is a pipe or a socket (the journal): we cannot read it back."""
+    """Return whether stderr is a pipe or a socket (the journal), which we cannot read back."""
     mode = os.fstat(_STDERR).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 

@@ -61,7 +61,7 @@ class PostMortem:
     orphans: Orphans
     #: Called with a worker's number when it is time to call end_of() for that worker.
     ended: Callable[[int], None]
-    #: Changes the history by a function, which gets the old history and returns the new history.
+    #: Calls a function with the history, and keeps the new history that the function returns.
     remember: Callable[[Callable[[History], History]], None]
     #: Returns, in words, why SIGKILL ended a process.  Call this only if we sent no SIGKILL.
     why_killed: Callable[[], str]
@@ -69,8 +69,8 @@ class PostMortem:
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
         """Reap an exited worker and return its end; None: the end is not known yet.
 
-        If the end is not known, `ended` is called when it is time to call end_of() again: perhaps
-        even before end_of() returns None.
+        If the end is not known, `ended` is called when it is time to call end_of() again.
+        Sometimes end_of() calls `ended` itself, before it returns None.
 
         guarded: whether there is a guard, which reports the exits of workers that are not our
         children.
@@ -244,8 +244,8 @@ class PostMortem:
         """Watch the processes left in a worker's process group; return whether there are any.
 
         Takes ownership of the process and the RETURN line.
-        lost: the worker itself may still run, but some of its descriptors were lost when the
-        protector was killed.
+        lost: whether some of the worker's descriptors were lost when the protector was killed.  The
+        worker itself may then still run.
         """
         has_group = process.has_group()
         if has_group:

@@ -110,7 +110,10 @@ class Probe:
 
     @property
     def connection(self) -> socket.socket | None:
-        """The probe's TCP connection, kept after the verdicts UNMADE and UNTAKEN; or None."""
+        """The probe's TCP connection; None: no connection, or a UNIX connection.
+
+        After the verdicts UNMADE and UNTAKEN the connection stays open.
+        """
         return self._connection if self._target is not None and not self._target.is_unix else None
 
     @property

@@ -2,7 +2,7 @@
 
 The generation gets no clients yet.  Under --handoff listener over TCP, a mark on the probe's
 connection selects the generation's socket (`ProbeTarget.mark`).  At a UNIX path each generation has
-its own socket, and needs no mark.  Under other values of --handoff the probe connects to
+its own socket, so the probe needs no mark.  Under other values of --handoff the probe connects to
 a loopback port, and the protector sends the port's connections into the generation's channel.
 
 Without --ready, probes are sent only under --handoff listener.  Such a probe can fail although the
@@ -44,7 +44,7 @@ class ReadyProbe:
     ) -> None:
         """answered: called after a good answer, with the generation's number and the kind of probe.
 
-        answered returns False if the generation must be probed again.
+        `answered` returns False if the generation must be probed again.
         inconclusive: called with the generation's number if a timer may make the generation ready
         (timer_may_decide() of verdicts.py, ProbeTarget.is_closed).
         """

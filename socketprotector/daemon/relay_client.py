@@ -4,8 +4,8 @@ Our socket to the relay is called the line.
 
 The protector keeps a copy of the read end of every pipe.  So if the relay dies, workers can still
 write, and the next relay continues reading.  We keep a pipe until its last writer has exited.
-Exception: some pipes have only writers that have left the worker's process group.  We keep only
-the newest of these pipes, about LEFT_BEHIND (model/fd_budget.py).
+Exception: some pipes have only writers that have left the worker's process group.  Of these pipes
+we keep only the newest: about as many as LEFT_BEHIND says (model/fd_budget.py).
 
 If the relay is suspended (SIGSTOP), each worker blocks once its pipe is full.  The relay's pidfd
 does not report the suspension, and we must not poll while idle.  So we start a timer when a worker
@@ -291,7 +291,7 @@ class LogRelay:
         """Close a pipe that has no writer and no unread output."""
         pipe = self._pipes[number]
         has_hung_up = events_of(pipe.read, 0)
-        # Unwatch the pipe even if it stays open: under a descriptor limit of 0 events_of() sees
+        # Unwatch the pipe even if it stays open.  Under a descriptor limit of 0, events_of() sees
         # nothing, and the loop would call this method again and again.
         self._loop.unwatch(pipe.read)
         # Check for hang-up first, then for output: a single call might miss the last output.

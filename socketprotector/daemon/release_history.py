@@ -80,7 +80,7 @@ class SavedHistory:
         return self._on_disk is self.value
 
     def add(self, entry: Entry) -> None:
-        """Add an entry, and see that the file is written."""
+        """Add an entry, and make sure that the file is written."""
         self._save(release.added(self.value, entry))
 
     def sync(self) -> None:

@@ -33,10 +33,10 @@ def order(
 ) -> None:
     """Order the workers of a generation to end their connections evenly within a time.
 
-    An earlier order with an earlier deadline stays in force.
+    If a worker already has an order with an earlier deadline, that order stays in force.
 
-    records: the records of all workers.  worker: the number of the worker to order; 0: all in
-    the generation.
+    records: the records of all workers.  worker: the number of one worker; 0: all workers
+    of the generation.
     seconds: how long connections may stay open; 0: the workers end no connections.
     """
     board = generation.board

@@ -21,7 +21,10 @@ from ..system.terminal import tell
 
 
 class StartReport:
-    """Sends the result of the first start, once; until then, says what the start waits for."""
+    """Sends the result of the first start; no second result follows.
+
+    Before the result, the launching process can ask what the start waits for.
+    """
 
     def __init__(self, line: int | None, terminal: int | None, pid: int) -> None:
         """Take ownership of the descriptors.
@@ -39,7 +42,9 @@ class StartReport:
     def watch(
         self, loop: Loop, gone: Callable[[], None], waits: Callable[[], Sequence[object]]
     ) -> None:
-        """Send `pid` to the launching process now and, when asked, what the start waits for.
+        """Send `pid` to the launching process.
+
+        Whenever that process asks, send what the start waits for.
 
         gone: called if the launching process exits, or cancels the start, before the result.
         waits: returns what the start waits for.

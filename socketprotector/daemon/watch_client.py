@@ -21,7 +21,7 @@ from .runtime import Runtime
 _LINE_FD = 3
 _FIRST_DELAY_S = 1.0
 _LAST_DELAY_S = 60.0
-_UNIX_PREFIX = "unix:/"  # begins the address of a socket that has a file
+_UNIX_PREFIX = "unix:/"  # how the address of a socket with a file begins
 
 
 class FileWatch:
@@ -34,7 +34,7 @@ class FileWatch:
         self._process: HelperProcess | None = None
         self._line: Line | None = None
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
-        self._warned = False  # the first of several failures in a row was logged
+        self._warned = False  # whether the first of several failures in a row was logged
 
     def start(self, watchers: Mapping[str, Mapping[str, int]]) -> None:
         """Adopt a watcher that has survived an upgrade or a kill; without one, start a watcher.

@@ -5,8 +5,9 @@ and the state is written.  If the protector is killed before the removal, the ne
 message again.
 
 Exception: a worker of --handoff stdio reports that a program failed early (first_programs.py).
-Before this report is removed, we write only two facts: the failure count, and how the program
-ended.  If the protector is killed after that, recovery.py makes the event again from these facts.
+This report may be removed before the report's event is handled.  Before the removal we write only
+two facts: the failure count, and how the program ended.  If the protector is killed after the
+removal, recovery.py makes the event again from these facts.
 """
 
 from __future__ import annotations

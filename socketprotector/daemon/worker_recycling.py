@@ -22,7 +22,8 @@ from .worker_spawn import Worker
 
 #: The time between two checks of the workers.
 EVERY_S = 1.0
-#: A worker that exceeds --max-memory within this time of being ready is *too large from the start*.
+#: A worker is *too large from the start* if it exceeds --max-memory within this time after it
+#: became ready.
 _AT_ONCE_S = 5.0
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 _TIMER = "limits"
@@ -31,8 +32,8 @@ _TIMER = "limits"
 class BornTooLarge:
     """Delays the replacement of workers that are too large from the start.
 
-    Each new worker may be too large, too.  So without the delay we would replace workers all the
-    time.
+    The replacement may exceed --max-memory, too.  So without the delay we would replace workers
+    all the time.
     """
 
     def __init__(self) -> None:
@@ -83,7 +84,7 @@ class LimitWatch:
         """workers: the running workers by number, always up to date."""
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._workers = workers
-        self._blind = False  # a worker's memory could not be read, and that was logged
+        self._blind = False  # True: a worker's memory was unreadable, and we have warned
         self._warned_uncounted = False
         self._large = BornTooLarge()
         self._retired: set[int] = set()  # pids of forked children that have reached a limit

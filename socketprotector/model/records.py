@@ -133,7 +133,7 @@ class WorkerRecord:
     number: int
     generation: int
     pid: int
-    output_start: int  # the log file's size at the worker's start; -1: others may write, too
+    output_start: int  # the log file's size at the worker's start; -1: unknown, or shared
     ready_at: float | None = None
     slot: int = 0
     started_at: float = 0.0  # seconds since the epoch, for people

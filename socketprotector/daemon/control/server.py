@@ -83,8 +83,8 @@ class Client:
     def send_event(self, line: Callable[[Mapping[str, object]], bytes]) -> None:
         """Send an event, or drop it if the client has too much unread data.
 
-        line(fields): returns the event's line, with `fields` added.  After dropped events, the
-        next sent event has their number in the field `dropped`.
+        line(fields): returns the event's line, with `fields` added.  If events were dropped, the
+        field `dropped` of the next sent event says how many.
         """
         data = b""
         with self.within_memory():

@@ -181,8 +181,9 @@ def _of_generation(
     opened = effects.generations[generation.number]
     slots = {worker.slot for worker in generation.workers if worker.state is not State.ORPHANED}
     # If another worker uses an orphaned worker's slot, the orphaned worker's counts are unknown,
-    # and so are the sums.  We count all other orphaned workers.  Some of them may still be alive:
-    # we call a worker orphaned, too, if its descriptors were lost when the protector was killed.
+    # and so are the sums.  Otherwise the sums include the orphaned worker's counts.  An orphaned
+    # worker may be alive: a worker counts as orphaned, too, if its descriptors were lost when the
+    # protector was killed.
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive

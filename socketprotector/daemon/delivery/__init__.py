@@ -169,8 +169,8 @@ class Delivery(ABC):
         queue/ calls on_quiet at once.  In shared/, clients may wait at a socket that only this
         generation's workers have.  So shared/ waits, for a limited time, until the workers have
         accepted these clients and have read from all accepted clients.
-        reads_on: the workers read from accepted clients even after the order to finish.  So wait
-        only until the clients are accepted.
+        reads_on: whether the workers read from accepted clients even after the order to finish.  If
+        they do, shared/ waits only until the clients are accepted.
         """
 
     @abstractmethod
@@ -196,7 +196,7 @@ class Delivery(ABC):
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
         """Return how many connections wait for a generation's workers; None: unknown.
 
-        clients_only: return 0 if surely no client waits; a number above 0 may include probes.
+        clients_only: return 0 if certainly only probes wait.  A number above 0 may include probes.
         """
 
     @abstractmethod
@@ -248,7 +248,8 @@ class Delivery(ABC):
     def add(self, listener: Listener, *, dry_run: bool) -> None:
         """Add a listener, which we then own.  Generations that know the listener get its clients.
 
-        dry_run: the next generation will know the listener, but gets no clients.
+        dry_run: whether the next generation is a dry run.  Such a generation knows the listener,
+        but gets no clients.
         """
 
     @abstractmethod
@@ -366,8 +367,10 @@ class Delivery(ABC):
     ) -> bool:
         """Adopt a generation that an earlier program opened; take ownership of its descriptors.
 
-        draining: the generation drains already.  Returns False if needed descriptors were not
-        stored: the earlier program was killed before it stored them, or the store had no room.
+        draining: whether the generation already drains.
+
+        Returns False if needed descriptors were not stored: the earlier program was killed before
+        it stored them, or the store had no room.
         """
 
     @abstractmethod

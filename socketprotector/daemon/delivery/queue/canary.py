@@ -81,7 +81,7 @@ class CanaryQueue:
         self.watch.follow(channel)
 
     def only_canary_knows(self, index: int) -> bool:
-        """Return whether the canary knows a listener that the route does not know."""
+        """Return whether the canary knows this listener, but the route does not."""
         channel, route = self.channel, self._outlet.route
         knows = channel is not None and channel.knows_of(index)
         return knows and route is not None and not route.knows_of(index)

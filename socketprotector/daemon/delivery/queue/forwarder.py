@@ -40,7 +40,7 @@ _QUIET = "forwarder-quiet"
 class _Closing:
     """How close_listeners() was called, and the result of the last check for new clients."""
 
-    stay: bool  # our own listeners (not passed in) stay open, and later clients wait there
+    stay: bool  # True: our own listeners (not passed in) stay open, and later clients wait there
     latest: float = 0.0  # when to close at the latest; 0: no limit, because we get no new client
     forwarded: int = -1  # Forwarder.forwarded at the last check; -1: no check yet
 
@@ -257,7 +257,7 @@ class Forwarder:
         return ForwarderRecord(self.forwarded, self.lost, None, kept.number, kept.waiting, count)
 
     def adopt(self, record: ForwarderRecord, unclaimed: Inherited) -> None:
-        """Adopt an earlier program's record and kept connections; old versions wrote `pending`."""
+        """Adopt an earlier program's record and kept connections.  Old versions set `pending`."""
         self._forwarded, self._lost = record.forwarded, record.lost
         self._canary_count = record.shared
         first = ((record.number, record.pending),) if record.pending is not None else ()
@@ -320,8 +320,8 @@ class Forwarder:
         its channel.  Exception: if the channel has ended but its workers live, such a connection
         and all connections behind it stay in place.
 
-        exited: the channel's workers have exited, so no connection goes back.  undelivered.py
-        keeps connections that the route cannot get.  If their listener was closed, they are lost.
+        exited: True if the workers have exited; then no connection goes back.  undelivered.py keeps
+        connections that the route cannot get.  If their listener was closed, they are lost.
         """
         route = self.outlet.route
         has_unknown = route is not None and _may_have_unknown(channel, route)
@@ -347,7 +347,7 @@ class Forwarder:
                 self.outlet.send(self.outlet.route, header, fd)
 
     def _head_must_stay(self, channel: GenerationChannel) -> bool:
-        """Return whether a channel has ended, and its oldest connection cannot go to the route.
+        """Return True if a channel has ended and its oldest connection cannot go to the route.
 
         Also returns True if this connection cannot be read for lack of memory.
         """

@@ -12,7 +12,7 @@ class GenerationChannel(Channel):
     def __init__(self, ends: Channel, generation: OpenGeneration, *, adopted: bool = False) -> None:
         """Take ownership of both ends.
 
-        adopted: an earlier program made the channel, before an upgrade or a kill.
+        adopted: whether an earlier program made the channel, before an upgrade or a kill.
         """
         super().__init__(ends.read, ends.write)
         self.generation = generation
@@ -23,8 +23,8 @@ class GenerationChannel(Channel):
         #: How many new connections were accepted for this channel before the present QueueWatch
         #: (queue_watch.py) began to follow it.  Forwarder.met() adds the later connections.
         self.met = 0
-        #: How many connections had been sent to this channel when a QueueWatch last stopped
-        #: following the channel.  A QueueWatch that follows the channel later continues this count.
+        #: How many connections a QueueWatch has counted as sent to this channel.  Set when it
+        #: stops following the channel; a QueueWatch that follows it later continues the count.
         self.sent = 0
 
     @property

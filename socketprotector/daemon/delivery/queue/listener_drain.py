@@ -3,7 +3,7 @@
 Connected clients go to the newest generation that knows the listener, has had clients and has not
 ended.  A timer looks at the backlog until two looks in a row find no client.  If new clients
 cannot be refused, the drain also ends once LAST_S has passed and every accepted client is sent.
-Clients in the backlog at the end are lost.
+Clients that are still in the backlog when the drain ends are lost.
 
 All remaining clients are lost in three cases:
 
@@ -46,8 +46,8 @@ class _Draining:
 
     listener: Listener
     channel: Channel
-    #: Until this time, clients in the backlog prolong the drain.  After this time, only connections
-    #: that undelivered.py keeps prolong the drain.  0: no limit, because we get no new client.
+    #: Until this time, clients in the backlog prolong the drain.  After this time, only the kept
+    #: connections (undelivered.py) prolong the drain.  0: no limit, because we get no new client.
     until: float = 0.0
     #: Whether the last _look() found no client.  False if the channel was full: then a client may
     #: wait.
@@ -84,8 +84,8 @@ class DrainingListeners:
     def begin(self, listener: Listener, to: Channel) -> None:
         """Refuse new clients, send the backlog to a channel, then close the listener.
 
-        Exception: the owner of a passed-in socket keeps listening, and gets the backlog.  We send
-        only the connections that we kept (undelivered.py) after accepting them earlier.
+        Exception: the owner of a passed-in socket keeps listening, and gets the backlog.  From
+        such a socket we send only connections that we accepted earlier and kept (undelivered.py).
 
         Takes ownership of the listener.
         """
@@ -96,9 +96,9 @@ class DrainingListeners:
         self._loop.call_after(each.timer, 0.0, partial(self._look, each))
 
     def end_after(self, channel: Channel) -> bool:
-        """End a channel once no listener drains to it.
+        """End a channel later, when the last drain to it has ended.
 
-        Returns False if no listener drains to it now; then the caller must end the channel.
+        Returns False if no listener drains to the channel: the caller must end the channel now.
         """
         if not self._draining_to(channel):
             return False

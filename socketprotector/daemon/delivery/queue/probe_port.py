@@ -146,6 +146,8 @@ def drop_all(channel: Channel) -> int:
             found += not is_probe(header)
             if fd >= 0:
                 os.close(fd)
-    except OSError:  # out of memory: the rest counts as clients, and is closed with the channel
+    except OSError:
+        # Out of memory.  The connections left in the channel count as clients, and are closed with
+        # the channel.
         found += channel.depth()
     return found

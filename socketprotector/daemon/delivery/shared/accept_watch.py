@@ -79,8 +79,8 @@ class AcceptWatch:
     loop: Loop
     backlogs: Backlogs
     #: Two limits.  We report a listener if workers accept none of its waiting clients for longer
-    #: than the limit.  The first limit applies until a client was accepted at the listener, or may
-    #: have been accepted.  The second limit applies afterwards.
+    #: than the limit.  The first limit applies until a client was accepted, or may have been
+    #: accepted, at the listener.  The second limit applies afterwards.
     limits_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     timer: str = "untaken"
     awaits: bool = False  # True: `backlogs` must call came() when a client comes
@@ -96,7 +96,7 @@ class AcceptWatch:
     def begin(self, *, served_before: bool) -> None:
         """Watch the generation that gets clients from now on.
 
-        served_before: the generation also got clients earlier.
+        served_before: True if the generation also got clients earlier.
         """
         self._reported, self._served_before = False, served_before
         self.accepted.clear()

@@ -55,7 +55,7 @@ class _Generation:
     on_quiet: Callable[[], None]
     common: Sequence[Listener]  # listeners with one socket, at which clients wait
     leave_out: Collection[int]  # indices of listeners whose clients we do not wait for
-    reads_on: bool  # its workers read from all accepted clients before they exit
+    reads_on: bool  # whether its workers read from all accepted clients before they exit
     # Until this time, looks that find waiting clients restart the limit GENERATION_LAST_S (see
     # begin()).
     accept_until: float
@@ -124,9 +124,9 @@ class Quiescing:
     ) -> None:
         """Call back when a generation has accepted and read from all its clients.
 
-        The wait ends no later than GENERATION_LAST_S after new clients can no longer come, unless
-        `accept_until` prolongs it.  If this limit ends the wait, clients may still be unaccepted
-        or unread.
+        Once new clients can no longer come, the wait lasts at most GENERATION_LAST_S, unless
+        `accept_until` prolongs the wait.  If this limit ends the wait, clients may still be
+        unaccepted or unread.
 
         socket_number: the generation's socket.
         common: listeners with one socket for all generations.  Clients waiting there must be
@@ -134,9 +134,9 @@ class Quiescing:
         leave_out: indices of listeners whose clients we do not wait for.
         reads_on: call back once all clients are accepted, without waiting for the reading.
         accept_until: until this time, each look that finds clients waiting at the generation's own
-        sockets restarts the limit GENERATION_LAST_S, because no other generation would accept
-        these clients.  Exception: listeners whose new clients can stray
-        (SharedListeners.can_stray()).
+        sockets restarts the limit GENERATION_LAST_S.  The reason: no other generation would accept
+        these clients.  Exception: clients that wait at listeners whose new clients can stray
+        (SharedListeners.can_stray()) do not restart the limit.
         """
         given = socket_number, on_quiet, common, leave_out, reads_on, accept_until
         self._generations[generation] = _Generation(*given, began=time.monotonic())
@@ -175,9 +175,10 @@ class Quiescing:
         if gets_clients or must_accept:
             self.begin_again(generation)
         unread = state.unread
-        # If no client waits for this generation, all clients in the backlogs are the other
-        # generation's, so leave them out.  (sock_diag reports by port: it cannot tell apart the
-        # backlogs of an address's two sockets.)  While clients wait, the result is not used.
+        # If no client waits for this generation, all clients in the backlogs belong to the other
+        # generation, so leave them out.  (sock_diag reports by port: it cannot tell apart the
+        # backlogs of an address's two sockets.)  While clients wait for this generation, we do not
+        # use the result.
         query = partial(self._query, generation, queried, accepted=not waiting)
         if unread is None:
             unread = query()
@@ -199,9 +200,9 @@ class Quiescing:
         late = now - state.began >= GENERATION_LAST_S
         if late or (quiet and not awaited):
             if waiting:
-                hint = "workers have not accepted all clients; a reload gives the rest to another "
-                hint += "generation, and a stop disconnects them, unless systemd or another owner "
-                hint += "keeps the socket open"
+                hint = "workers have not accepted some clients; a reload gives these clients to "
+                hint += "another generation; a stop disconnects them, unless systemd or another "
+                hint += "owner keeps the socket open"
                 self._log.write("warning", "not-accepted", generation=generation, hint=hint)
             del self._generations[generation]
             state.on_quiet()
@@ -219,7 +220,9 @@ class Quiescing:
 
         For a generation with `reads_on`, return instead the clients whose handshake is under way.
         None: the system is short of memory or descriptors, so try again.  After any other error,
-        the query's address family is left out.  accepted: leave out clients that wait in a backlog.
+        the query's address family is left out.
+
+        accepted: whether to leave out clients that wait in a backlog.
         """
         state, found = self._generations[generation], dict[tuple[int, bytes], bool]()
         for family in {each.socket.family for each in pairs}:

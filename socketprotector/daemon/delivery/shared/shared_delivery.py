@@ -115,8 +115,8 @@ class SharedDelivery(Delivery):
     def _stop_counting(self, others: Iterable[OpenGeneration]) -> None:
         """Forget the accept tags (open_counts.py) of these generations.
 
-        A newer generation's connections may carry one of these tags; we do not know which tag.  So
-        neither these generations' counts nor the newer generation's would be right.
+        A newer generation's connections may carry one of these tags, but we do not know which tag.
+        So the counts of these generations, and of the newer generation, would be wrong.
         """
         for each in others:
             each.update_record(accept_tags=())
@@ -295,9 +295,10 @@ class SharedDelivery(Delivery):
         # no longer than LAST_S.
         latest = float("inf") if stay else self._refuse_new()
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
-        # We need quiesce_last() with `stay`, and if a passed-in listener has a second socket of
-        # ours.  quiesce_last() waits until the serving generation has accepted and read from its
-        # clients.  _close_when_empty() is not called with `stay`, and ignores passed-in listeners.
+        # quiesce_last() waits until the serving generation has accepted its clients and has read
+        # from them.  We need this wait in two cases.  With `stay`, on_quiet() itself does not wait
+        # for clients.  If a passed-in listener has a second socket, which we bound,
+        # _close_when_empty() would not wait for the clients of this listener.
         if serving is not None and (stay or self.steering.has_passed_in_pair):
             self.steering.quiesce_last(serving.record.number, on_quiet, latest)
         else:
@@ -314,10 +315,10 @@ class SharedDelivery(Delivery):
         return float("inf") if all(refused) else time.monotonic() + LAST_S
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
-        """Finish closing when workers have accepted the waiting clients, or at the deadline.
+        """Finish closing at the deadline, or earlier if no client waits that workers may accept.
 
         The first look comes after QUIET_S.  If no listener is awaited, finish at once.
-        latest: the deadline, by time.monotonic().  again: this is not the first call.
+        latest: the deadline, by time.monotonic().  again: False at the first call.
         """
         # A passed-in listener might never become empty, because its owner keeps listening.
         awaited = [e for e in self._listeners if not (e.settings.foreign or e.lost)]

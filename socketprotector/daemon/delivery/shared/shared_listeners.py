@@ -29,8 +29,8 @@ class SharedListeners:
     def to_steer(self, *, closing: bool) -> list[Listener]:
         """Return the listeners whose new clients must be steered.
 
-        closing: our own listeners refuse new clients, so return only listeners whose socket a
-        service manager passed in (`foreign`).
+        closing: whether our own listeners refuse new clients.  If they do, return only listeners
+        whose socket a service manager passed in (`foreign`).
         """
         return [each for each in self.all if each.settings.foreign or not closing]
 

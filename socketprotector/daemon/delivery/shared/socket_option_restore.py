@@ -80,8 +80,8 @@ class SocketOptionRestore:
     ) -> None:
         """If an ended generation is a failed release (see above), undo its changes.
 
-        remaining: the generations that still accept.  gone: all workers of the ended generation
-        have exited, so they cannot change an option any more.
+        remaining: the generations that still accept.  gone: whether all workers of the ended
+        generation have exited, and so cannot change an option any more.
         """
         if not remaining:
             self._raise_backlogs()

@@ -58,7 +58,7 @@ class SocketRepair:
         self._watch.watch_later()
 
     def repair_all(self) -> None:
-        """Repair sockets that no longer listen, or that clients or probes need and cannot reach.
+        """Repair sockets that no longer listen, or that clients or probes need but cannot reach.
 
         Epoll reports only sockets that were shut down.  This method also finds sockets on which a
         worker has called connect(), and sockets whose network device or file is missing.
@@ -73,12 +73,14 @@ class SocketRepair:
                     self.replace(each, number)
 
     def _is_out_of_reach(self, listener: Listener, number: int) -> bool:
-        """Return whether clients or probes need a socket and cannot reach it.
+        """Return whether clients or probes need a socket but cannot reach it.
 
-        Clients need the socket for new clients.  They cannot connect if the file of this socket (at
-        a UNIX path) is gone.  Probes need a starting generation's socket.  They cannot connect if
-        this socket's file or network device is gone.  Exception: return False if the device of all
-        the listener's sockets is gone.
+        Clients need the socket that gets the new clients, now or after a hold.  Clients cannot
+        connect if the file of this socket (at a UNIX path) is gone.
+
+        Probes need the starting generation's socket.  Probes cannot connect if the file or the
+        network device of this socket is gone.  Exception: if the device of all the listener's
+        sockets is gone, return False.
         """
         turns = self._turns
         if number == turns.number_for(listener):

@@ -5,8 +5,8 @@ A TCP address leads to the socket that a filter in the kernel selects (system/re
 path leads to the file of one socket (system/path_group.py).
 
 When the new generation is ready, we steer new clients to its socket.  The old generation then gets
-no new clients.  Before we order the old generation to finish, we wait until it has accepted and
-read from its waiting clients.  Otherwise a worker might close their connections unread.
+no new clients.  Before we order the old generation to finish, we wait until it has accepted its
+waiting clients and read from them.  Otherwise a worker might close their connections unread.
 quiescing.py limits the wait.
 
 If an address has only one socket, both generations accept from it.
@@ -139,7 +139,7 @@ class SocketSteering(Steering):
     def _undo_changes(self, generation: int, socket_number: int, *, gone: bool) -> None:
         """Undo a failed release's changes to sockets; if no generation accepts, raise all backlogs.
 
-        gone: all workers of the generation have exited.
+        gone: whether all workers of the generation have exited.
         """
         if not self._repairs.ended:  # during a close, new clients must stay refused
             self._repairs.options.end(generation, socket_number, self.turns.accepting, gone=gone)
@@ -187,7 +187,7 @@ class SocketSteering(Steering):
     def expect(self, listener: Listener, *, dry_run: bool) -> None:
         """Steer a new listener's clients to the next generation, which will know the listener.
 
-        dry_run: steer to the current socket, because the next generation gets no clients.
+        dry_run: if True, steer to the current socket, because the next generation gets no clients.
         """
         if self.turns.expect(listener, dry_run=dry_run) == 1:
             listener.swap()  # clients may already wait at the first socket: make it socket 1
@@ -203,9 +203,9 @@ class SocketSteering(Steering):
     ) -> None:
         """Steer new clients to socket `socket_number`, and a share of them to the other socket.
 
-        again: the generation at `socket_number` has served before.  knows: returns whether this
-        generation knows a listener, by index; None: no generation has this socket yet.  Clients of
-        an unknown listener stay at their present socket.  share: None: there is no share.
+        again: whether the generation at `socket_number` has served before.  knows: returns whether
+        this generation knows a listener, by index; None: no generation has this socket yet.
+        Clients of an unknown listener stay at their present socket.  share: None: no share.
         """
         listeners, turns, canary = self._listeners.all, self.turns, self._watch.canary
         if canary is not None and turns.share and socket_number != turns.current:
@@ -284,11 +284,11 @@ class SocketSteering(Steering):
     def quiesce(
         self, generation: int, on_quiet: Callable[[], None], *, reads_on: bool = False
     ) -> None:
-        """Call back when a replaced generation has accepted and read from all its clients.
+        """Call back when a replaced generation has accepted all its clients and read from them.
 
         The wait is limited: see Quiescing.begin().
-        reads_on: the workers read from accepted clients even after the order to finish.  So wait
-        only until the clients are accepted.
+        reads_on: whether the workers read from accepted clients even after the order to finish.
+        If True, wait only until the clients are accepted.
         """
         leave_out = self._watch.never_accepted(generation)
         awaited = [each for each in self._listeners.pairs if each.index not in leave_out]
@@ -300,7 +300,7 @@ class SocketSteering(Steering):
         self._quiescing.begin(generation, number, on_quiet, leave_out=leave_out, reads_on=reads_on)
 
     def quiesce_last(self, generation: int, on_quiet: Callable[[], None], latest: float) -> None:
-        """Call back at a stop once the last generation has accepted and read from earlier clients.
+        """At a stop, call back when the last generation has accepted and read from earlier clients.
 
         Earlier clients came before this call.  Later clients are refused, or wait for the next
         start or the socket's owner.  Exception: the generation may accept later clients at a

@@ -126,9 +126,10 @@ class Turns:
             return True
         there = self.at(listener, number)
         if not there:
-            # The next generation will accept here without a rescue (socket_watch.py) in two cases:
-            # no generation accepts from any socket, or new clients come to this socket.  But in
-            # the second case, for listeners in `passed_on`, only a rescue starts it.
+            # In two cases the next generation will accept here without a rescue (socket_watch.py).
+            # Case 1: no generation accepts from any socket.  Case 2: new clients come to this
+            # socket, and the listener is not in `passed_on`.  (The clients of a listener in
+            # `passed_on` need a rescue.)
             is_next = number == self.number_for(listener) and listener.index not in self.passed_on
             return not self.accepting or is_next
         return any((generation, listener.index) not in self.unserved for generation in there)
@@ -177,7 +178,8 @@ class Turns:
     def expect(self, listener: Listener, *, dry_run: bool) -> int:
         """Let a new listener's clients wait for the next generation; return the socket's number.
 
-        dry_run: the next generation gets no clients, so the clients wait at the current socket.
+        dry_run: if True, the next generation gets no clients, so the new listener's clients wait
+        at the current socket.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
         # With a single socket, or in a dry run, the clients wait at the current socket.  If the
@@ -211,10 +213,10 @@ class Turns:
         self.current, self.share = number, share
 
     def lacks_workers(self, listener: Listener) -> bool:
-        """Return whether a UNIX path's clients go to a socket that workers do not have.
+        """Return whether a UNIX path's clients go to a socket that some workers do not have.
 
-        The workers are those of the socket's generation.  Also return True if only the earlier of
-        these workers lack the socket, and later workers have it (`partly_served`).
+        Only workers of the socket's generation count.  One worker without the socket is enough,
+        even if later workers have the socket (`partly_served`).
         """
         if not listener.path or listener.index in self.passed_on:
             return False

@@ -78,7 +78,7 @@ RECORDED = Undone | Report | StartTimer
 #: Reports after which a generation's program counts as the last good program.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
-#: The pause between two looks for a new good answer of --settle-check, after the timer SETTLE.
+#: After the timer SETTLE has run out, we look for a new good answer of --settle-check this often.
 _SETTLE_AGAIN_S = 0.1
 #: Until this timer runs out, a stop accepts late clients: TCP clients that waited during a hold
 #: under --handoff listener, and may still retry.

@@ -62,7 +62,7 @@ class Parents:
 
         on_exited: called when the guard has reaped a process.  Its arguments: the process's pid,
         whether the exit was clean, and, in words, how the process exited.
-        on_gone: called when the guard exits, or at once without a guard.
+        on_gone: called when the guard exits.  If there is no guard, called at once.
         """
         if self.line is None:
             on_gone()  # perhaps the guard exited just before an upgrade executed this program
@@ -110,7 +110,7 @@ class Parents:
         return systemd and self.store.holds(names)
 
     def finish(self, status: int, surviving: Iterable[str]) -> None:
-        """Send our exit status; wait for a limited time until all messages are sent.
+        """Send our exit status; wait until all messages are sent, but only for a limited time.
 
         surviving: the names of the descriptors that systemd's fd store keeps for the next start;
         a guard keeps none.

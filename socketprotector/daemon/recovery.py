@@ -128,8 +128,8 @@ class Recovery:
     def adopt_workers(self) -> Iterator[tuple[Event, ...]]:
         """Adopt one worker in each step.
 
-        Yields () after each worker; then, once, the events about workers and generations that
-        could not be adopted.
+        Yields () after each worker.  Last, yields the events about the workers and generations
+        that could not be adopted.
         """
         ended: list[WorkerExited] = []
         pool, fleet = self.effects.pool, self.snapshot.fleet

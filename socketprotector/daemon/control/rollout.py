@@ -85,7 +85,8 @@ def _share(fleet: Fleet, new: Generation) -> int:
 def _stage_left_s(new: Generation, effects: Effects) -> float | None:
     """Return how many seconds are left of the stage.
 
-    None: no timer ends the stage, or the stage only waits until a settle check succeeds.
+    None: no timer ends the stage.  Also None if the stage's time is over, but a settle check must
+    still succeed.
     """
     if new.checked and effects.probing.settle_check_due:
         return None

@@ -83,8 +83,8 @@ class Probes:
         self._marks: dict[tuple[int, int], bpf.Mark] = {}
         #: Probe mark -> the number of the socket to which connections with this mark go.
         self.socket_by_mark: dict[bpf.Mark, int] = {}
-        #: Abandoned probes of the serving generation, closed before a worker accepted them: the
-        #: listening socket and _end_of() of each.
+        #: The serving generation's abandoned probes: we closed them before a worker accepted them.
+        #: Each entry has the listening socket, and the probe's _end_of().
         self._abandoned: list[tuple[socket.socket, bytes | int]] = []
 
     def reach_as_client(
@@ -126,8 +126,8 @@ class Probes:
         waiting_at() uses this record.  So does the next program, after an upgrade or a kill.
 
         IPv4 probes have a source address that no client has: record this address.  IPv6 probes may
-        have the same address as this machine's clients, and UNIX probes have no address: record
-        their socket, but only if the socket gets no clients (`no_clients`).
+        have the same address as this machine's clients, and UNIX probes have no address.  So for
+        both kinds record the socket, but only if the socket gets no clients (`no_clients`).
         """
         if mark is not None and mark.family == socket.AF_INET:
             self.probe_sources.add((*place, mark.source))
@@ -256,8 +256,8 @@ class Probes:
             sources.add(bpf.source_of_ipv6(listener.local_address[0]))
         if not (abandoned or sources):
             return 1, 0
-        # Count, then list: discard() removes only the counted connections, from the queue's
-        # head.  So later connections stay.
+        # Count before listing, because a connection that comes in between must stay.  discard()
+        # removes only as many connections as were counted, from the queue's head.
         waiting, _ = reuseport.queue(listening)
         if listening.family == socket.AF_UNIX and place in self.probed:
             return waiting, waiting

@@ -307,7 +307,7 @@ def test_a_worker_that_has_grown_too_large_finishes_what_it_has_and_is_replaced(
             assert pid_in(another.hear()) == spawned(web.daemon)[1]
         assert pid_in(client.ask()) == old
     assert line.event("exited", worker=1)["how"] == "exited with status 0"
-    web.daemon.log.wait_for("MiB resident (limit: 64 MiB)")
+    web.daemon.log.wait_for(r"MiB resident \(limit: 64 MiB\)")
 
 
 def test_a_limit_that_no_worker_keeps_is_a_warning_and_slows_down(operated: Operating) -> None:

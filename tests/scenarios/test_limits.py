@@ -250,7 +250,7 @@ def replaced(line: Line, count: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("limit", "reason"),
     [
-        (("--retire-after", "100+-30"), r"accepted \d+ connections \(limit: ([7-9]|1[0-3])\d"),
+        (("--retire-after", "100+-30"), r"accepted \d+ connections \(limit: ([7-9]|1[0-3])\d\)"),
         (("--max-age", "1s"), "older than 1s"),
     ],
     ids=["connections", "age"],

@@ -22,8 +22,8 @@ from ....system.listener import Listener
 from .accept_watch import QUERY_SHARE
 from .shared_listeners import SharedListeners
 
-#: The tag of a socket if no unused tag can be found, or if connections in its backlog carry an
-#: earlier tag of the socket.
+#: The tag of a socket if no unused tag can be found, or if connections in its backlog may carry
+#: an earlier tag of the socket.
 NO_TAG = 0
 _OTHERS_WAIT = "clients with the tag of another generation wait at the socket"
 
@@ -71,8 +71,8 @@ class OpenCounts:
             return listener.index, tag
         used = {tag for index, tag in taken if index == listener.index} - {NO_TAG}
         if accept_tags.tag_of(listening) in used and listener.has_waiting(socket_number):
-            # Do not change the tag: after a kill, the next program must also find this tag, and
-            # refuse to count.
+            # Keep the tag.  If the protector is killed, the next program must find this tag, so
+            # that it also refuses to count.
             raise OSError(errno.EBUSY, _OTHERS_WAIT)
         tag = NO_TAG
         with suppress(OSError):  # for example no descriptor is free, or the kernel does not answer

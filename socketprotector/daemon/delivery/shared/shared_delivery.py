@@ -297,8 +297,8 @@ class SharedDelivery(Delivery):
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
         # quiesce_last() waits until the serving generation has accepted its clients and has read
         # from them.  We need this wait in two cases.  With `stay`, on_quiet() itself does not wait
-        # for clients.  If a passed-in listener has a second socket, which we bound,
-        # _close_when_empty() would not wait for the clients of this listener.
+        # for clients.  And _close_when_empty() waits for no passed-in listener, although such a
+        # listener may have a second socket, which we bound.
         if serving is not None and (stay or self.steering.has_passed_in_pair):
             self.steering.quiesce_last(serving.record.number, on_quiet, latest)
         else:
@@ -315,7 +315,7 @@ class SharedDelivery(Delivery):
         return float("inf") if all(refused) else time.monotonic() + LAST_S
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
-        """Finish closing at the deadline, or earlier if no client waits that workers may accept.
+        """Finish closing at the deadline.  Finish earlier if no waiting client can be accepted.
 
         The first look comes after QUIET_S.  If no listener is awaited, finish at once.
         latest: the deadline, by time.monotonic().  again: False at the first call.

@@ -33,8 +33,8 @@ def adopt(
         if _close_if_same(second, (first,)):
             second = -1
         if _close_if_same(third, (first, second)):
-            # A stored name must never be reused.  So the next reserved socket gets a higher number
-            # here.  UnixListener._place() gives the next sibling a higher number.
+            # A stored name must never be reused.  So raise the number for the next reserved socket.
+            # The sibling's number stays: UnixListener._place() raises it for the next sibling.
             third, third_number = -1, third_number + 1
         if first >= 0:
             numbers = first_number, second_number, third_number

@@ -31,7 +31,7 @@ class StartReport:
 
         line: the socket to the launching process; None: no process waits.
         terminal: where a failure is shown in the foreground; None: nowhere.
-        pid: the process whose end the launching process awaits if the start fails.
+        pid: our process.  If the start fails, the launching process waits until we have ended.
         """
         self._pid = pid
         self._socket = socket.socket(fileno=line) if line is not None else None

@@ -71,8 +71,8 @@ class OpenCounts:
             return listener.index, tag
         used = {tag for index, tag in taken if index == listener.index} - {NO_TAG}
         if accept_tags.tag_of(listening) in used and listener.has_waiting(socket_number):
-            # Keep the tag.  If the protector is killed, the next program must find this tag, so
-            # that it also refuses to count.
+            # We refuse to count, and keep the tag.  If the protector is killed, the next program
+            # finds this tag, and also refuses.
             raise OSError(errno.EBUSY, _OTHERS_WAIT)
         tag = NO_TAG
         with suppress(OSError):  # for example no descriptor is free, or the kernel does not answer

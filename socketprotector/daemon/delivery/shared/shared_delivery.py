@@ -296,9 +296,9 @@ class SharedDelivery(Delivery):
         latest = float("inf") if stay else self._refuse_new()
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
         # quiesce_last() waits until the serving generation has accepted its clients and has read
-        # from them.  We need this wait in two cases.  With `stay`, on_quiet() itself does not wait
-        # for clients.  And _close_when_empty() waits for no passed-in listener, although such a
-        # listener may have a second socket, which we bound.
+        # from them.  We need this wait in two cases.  First, with `stay`: on_quiet() itself does
+        # not wait for clients.  Second, if we bound a second socket for a passed-in listener:
+        # clients may wait at this socket, but _close_when_empty() skips passed-in listeners.
         if serving is not None and (stay or self.steering.has_passed_in_pair):
             self.steering.quiesce_last(serving.record.number, on_quiet, latest)
         else:

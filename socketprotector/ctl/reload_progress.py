@@ -88,7 +88,7 @@ class _Progress:
     ready: set[int] = field(default_factory=set)  # the numbers of the ready workers
     throttle: ProgressThrottle = field(default_factory=ProgressThrottle)
     routed: bool = False  # whether we showed that the generation gets all new connections
-    shares: bool = False  # whether we showed that it gets a share of the new connections
+    shares: bool = False  # whether we showed that the generation gets a share
 
 
 class Awaited:

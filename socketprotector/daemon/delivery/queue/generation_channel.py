@@ -23,8 +23,9 @@ class GenerationChannel(Channel):
         #: How many new connections were accepted for this channel before the present QueueWatch
         #: (queue_watch.py) began to follow it.  Forwarder.met() adds the later connections.
         self.met = 0
-        #: How many connections a QueueWatch has counted as sent to this channel.  Set when it
-        #: stops following the channel; a QueueWatch that follows it later continues the count.
+        #: How many connections a QueueWatch has counted as sent to this channel.  Set when
+        #: the QueueWatch stops following the channel.  A QueueWatch that follows the channel later
+        #: continues the count.
         self.sent = 0
 
     @property

@@ -81,7 +81,7 @@ class Undelivered:
         return None
 
     def drop(self, wanted: Wanted) -> int:
-        """Close the connections of wanted listeners; return how many there were."""
+        """Close the connections of wanted listeners; return the number of connections."""
         gone = [n for n, (header, _) in self._waiting.items() if wanted(listener_of(header))]
         for number in gone:
             os.close(self._waiting.pop(number)[1])

@@ -110,7 +110,9 @@ def _reachable(settings: Settings, path: str) -> None:
     python = {sys.executable: os.X_OK}
     adapted = bool(settings.mode.adapter)
     env = {settings.env_file: os.R_OK} if settings.env_file else {}
-    protector = {**folder, **typed, path: os.X_OK, **(python if settings.guarded else {}), **env}
+    # A guard executes this Python to restart the protector, and each reload of a file to read it.
+    again = python if settings.guarded or settings.origin.configured else {}
+    protector = {**folder, **typed, path: os.X_OK, **again, **env}
     worker = {**folder, **user_access.executed(path), **(python if adapted else {})}
     other = settings.worker_identity
     checks = [("--user", settings.identity, protector if other else {**protector, **worker})]
@@ -375,6 +377,12 @@ def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iter
     yield from unix_access.notices(listens, settings.listeners)
     if settings.identity is None:
         return
+    python = partial(user_access.closed, {sys.executable: os.X_OK})
+    if closed := user_access.as_user(settings.identity, python):
+        yield (
+            f"--user {settings.identity.user} {closed}; so upgrades and the relay of workers' "
+            "output will fail: install SocketProtector elsewhere"
+        )
     # Only files that are removed at the end count.  The log file stays.
     files = [settings.pid_file]
     # systemd removes a RuntimeDirectory= with the pid file in it.

@@ -55,8 +55,8 @@ def key(path: str) -> str:
 def sockets(environment: Mapping[str, str], user: int) -> list[str]:
     """Return the paths of all control sockets in the folders, live or stale.
 
-    Leaves out the sockets of stopped protectors that could not remove them (close_control()
-    in unix_listener.py), if this user may connect to them.
+    Leaves out the sockets of stopped protectors that could not remove them (close_control() in
+    unix_listener.py).
     """
     found = []
     for folder in folders(environment, user):
@@ -73,6 +73,8 @@ def sockets(environment: Mapping[str, str], user: int) -> list[str]:
 
 def _has_ended(path: str) -> bool:
     try:
-        return not os.lstat(path).st_mode & 0o444 and is_stale(path)
+        # A user who may not connect to such a file cannot see that no process listens there.
+        marked = not os.lstat(path).st_mode & 0o444
+        return marked and (not os.access(path, os.W_OK) or is_stale(path))
     except OSError:
         return False

@@ -21,7 +21,10 @@ import pytest
 from socketprotector_exporter.counters import Counters
 
 from socketprotector import __version__
+from socketprotector.launch.user_access import as_user
 from socketprotector.model.control_requests import COMMANDS
+from socketprotector.model.settings import Identity
+from socketprotector.system.control_path import sockets
 from tests.load import Load
 from tests.running import Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import AS_ANOTHER_USER, kill_protector, revived, served, upgrade
@@ -992,6 +995,9 @@ def test_a_stopped_protector_that_could_not_remove_its_own_is_not_listed(
         folder.chmod(0o755)  # `nobody` must reach the socket
         path = folder / "socketprotector" / "web.control"
         words = ("--name", "web", "--user", "nobody", *SLEEPS)
+        environment = {"XDG_RUNTIME_DIR": made}
+        # A member of a later protector's group may not connect to the file that is left.
+        member = Identity("bin", uid=2, gid=2, groups=(60,))
 
         for _ in range(2):  # the next start replaces the file
             daemon = protector(*words, XDG_RUNTIME_DIR=made).ready()
@@ -1001,6 +1007,9 @@ def test_a_stopped_protector_that_could_not_remove_its_own_is_not_listed(
             daemon.stop()
             assert mode_of(path) == 0o200  # connect() still tells its user that nobody listens
             assert listed_in(folder) == {}
+            found = as_user(member, lambda: " ".join(["read:", *sockets(environment, 2)]))
+            assert "read:" in found
+            assert str(folder) not in found
 
 
 @AS_ANOTHER_USER

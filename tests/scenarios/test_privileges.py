@@ -346,16 +346,19 @@ def test_a_command_that_only_the_protectors_user_may_execute_is_refused_in_words
     assert command.start.left() == []
 
 
-@pytest.mark.parametrize("mode", [(), ("-f",)], ids=["detached", "foreground"])
+@pytest.mark.parametrize("needs", ["guard", "guard -f", "file", ""])
 def test_a_python_that_the_protectors_user_cannot_execute_is_named(
-    command: Command, mode: tuple[str, ...]
+    command: Command, needs: str
 ) -> None:
-    """As one below /root.  The guard becomes that user first, and so fails to execute it."""
+    """As one below /root.  A guard and each reload of a file need it; others are warned."""
     closed = command.start.folder / "closed.sh"
     closed.mkdir(mode=0o700)
     python = closed / "python"
     python.symlink_to(command.python)
-    words = (*mode, "--guard", "--no-log-relay", "--user", A, "unix:s", "--")
+    file = command.start.folder / "web.toml"
+    file.write_text("guard = false\n")
+    modes = {"guard": ("--guard",), "guard -f": ("--guard", "-f"), "file": ("--config", str(file))}
+    words = (*modes.get(needs, ()), "--no-log-relay", "--user", A, "unix:s", "--")
     log: tuple[str | Path, ...] = ("--log-file", command.start.log_file)
 
     ended = command.start(
@@ -364,8 +367,11 @@ def test_a_python_that_the_protectors_user_cannot_execute_is_named(
         environment={"PYTHONPATH": command.path},
     )
 
-    assert ended.status == 111
     assert f"--user {A} cannot execute {python}: the folder {closed} is closed" in ended.err
+    assert ended.status == (111 if needs else 0)
+    if not needs:
+        assert "upgrades and the relay of workers' output will fail" in ended.err
+        command.start.stop()
 
 
 def test_the_protector_can_do_nothing_but_its_three_things(command: Command) -> None:

@@ -37,7 +37,7 @@ PHASES: dict[Phase, dict[Phase | None, str]] = {
         Phase.ABANDONED: "it could not be opened, a worker exited, was not ready in time, broke "
         "the channel or lacks the required client library, a listening socket was lost, an "
         "operator called it off, a dry run ended, a rescue generation for held clients must start "
-        "first (--handoff listener), or a stop began",
+        "first, or a stop began",
     },
     Phase.SETTLING: {
         Phase.SERVING: "--settle or its rollout is over, an operator promoted it, a stop began, or "

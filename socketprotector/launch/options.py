@@ -287,10 +287,10 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "Each reload follows symbolic links in the path again.",
                "directory", metavar="DIR", unset="the caller's"),
         Option("umask", OCTAL, "Set the umask of the workers.", "umask", unset="the caller's"),
-        Option("limit", PAIR, "Set a resource limit: nofile, core or nice. Repeatable.",
+        Option("limit", PAIR, "Set nofile or core (soft limits), or nice. Repeatable.",
                metavar="NAME=N", multiple=True, unset="the caller's"),
         Option("env", PAIR, "Set an environment variable. Repeatable.\n"
-               "ps shows arguments: put secrets into --env-file.", multiple=True),
+               "Put secrets into --env-file.", multiple=True),
         Option("env-file", TEXT, "Read NAME=VALUE lines from this file, again at each reload.",
                "env_file", metavar="FILE"),
         Option("clear-env", FLAG,

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 #: The limit of values in a line, counted by commas, colons and brackets.  A value takes about 100
-#: bytes of memory.  The status of a protector with 1,000 workers has 20,000 values.
+#: bytes of memory.  The status of a protector with 1,000 workers has 30,000 values.
 _VALUES = 200_000
 #: The limit of nesting.  An answer with a status has 8 levels, down to a worker's forked child.
 _DEPTH = 16

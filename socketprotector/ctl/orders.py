@@ -146,7 +146,7 @@ def promote(instance: Instance, now: bool, as_json: bool) -> None:
     """End the current stage of a rollout.
 
     After a canary's stage, the new generation gets all new clients. After the stage of --settle,
-    the new generation is serving. Exception: a rolling reload first replaces the other workers.
+    the new generation is serving; but a rolling reload first replaces the remaining old workers.
 
     With --now the new generation skips all stages and is serving at once.
     """

@@ -67,8 +67,9 @@ class Prober:
     ) -> None:
         """Send a probe over the caller's connection, which need not be established yet.
 
-        left_s: how long the probe may still take.  limit_s: the probe's whole limit, which only the
-        text for `late` mentions.  From now on we ignore answers to earlier probes.  Raises OSError.
+        left_s: how long the probe may still take.  limit_s: the probe's whole limit; it is not
+        enforced, but only appears in the text for `late`.  From now on we ignore answers to earlier
+        probes.  Raises OSError.
         """
         self._number += 1
         limit = {"limit_s": left_s, "limit": in_units(limit_s)}

@@ -76,16 +76,18 @@ def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | N
 
 def _bind(settings: Settings, path: str) -> Bound:
     options = {"mode": "0600"}
-    if settings.identity is not None:
-        options["user"] = str(settings.identity.uid)
+    owner = settings.identity.uid if settings.identity is not None else -1
     groups = [each for each in (settings.control_group, settings.status_group) if each is not None]
     if groups:
         options.update(mode="0660", group=str(groups[0]))
+    others = set(groups[1:]) - set(groups[:1])
+    if owner >= 0 and not others:
+        options["user"] = str(owner)
     listen = Listen(path, path=path, options=options)
     bound = Bound(*bind_unix(listen, path, _BACKLOG))
     try:
-        for other in set(groups[1:]) - set(groups[:1]):
-            admit_group(bound.socket, path, other)
+        for other in others:
+            admit_group(bound.socket, path, other, owner)
     except OSError as error:
         bound.discard()
         raise SystemRefused(

@@ -158,8 +158,11 @@ def _may_write(identity: Identity, folder: str) -> bool:
     )
 
 
-def admit_group(sock: socket.socket, path: str, gid: int) -> None:
+def admit_group(sock: socket.socket, path: str, gid: int, owner: int) -> None:
     """Let another group use the file of a bound socket, by an access control list.
+
+    owner: the user to which the file belongs from then on; -1: the owner stays.  The list comes
+    first: without CAP_FOWNER, as under the shipped units, root can set a list only on its own file.
 
     Raises OSError if the file system has no such lists, or /proc is missing.
     Source: acl(5); linux/posix_acl_xattr.h.
@@ -177,9 +180,9 @@ def admit_group(sock: socket.socket, path: str, gid: int) -> None:
     try:
         if not is_file_of(sock, os.fstat(file)):
             raise OSError(errno.EEXIST, "another file has replaced the socket's file")
-        os.setxattr(
-            f"/proc/self/fd/{file}", "system.posix_acl_access", struct.pack("<I", 2) + packed
-        )
+        held = f"/proc/self/fd/{file}"
+        os.setxattr(held, "system.posix_acl_access", struct.pack("<I", 2) + packed)
+        os.chown(held, owner, -1)
     finally:
         os.close(file)
 

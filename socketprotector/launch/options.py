@@ -372,8 +372,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "(docs/log.md).",
                "log_prefix", STAYS, common=True),
         Option("no-log-relay", FLAG, "Let workers write to the log themselves.\n"
-               "This saves 10.5 MB of memory, unless the log is syslog. But after a rotation "
-               "running workers keep the old file, and a failed worker's last words may be "
+               "This saves 10.5 MB of memory, unless the log is syslog. But running workers "
+               "keep the old file after a rotation, and a failed worker's last words may be "
                "unknown (docs/log.md).",
                "log_relay", STAYS, show=lambda relay: "false" if relay else "true"),
     ),

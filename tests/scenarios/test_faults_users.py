@@ -6,6 +6,7 @@ import fcntl
 import os
 import pwd
 import signal
+import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -127,6 +128,31 @@ def test_a_worker_that_may_not_be_signalled_is_reported_and_waited_for(
             daemon.log.wait_for("event=cannot-signal worker=2 .*signal=KILL", after=mark)
             assert daemon.process.poll() is None  # only a worker that was seen to end is gone
         assert daemon.wait() == 0
+    finally:
+        daemon.end()
+        print(daemon.log.text())
+
+
+@needs_setpriv
+@pytest.mark.parametrize("owner", [(), ("--user", "nobody")], ids=["root", "user"])
+def test_without_cap_fowner_the_control_socket_is_for_both_groups(
+    owner: tuple[str, ...], place: Path, marked_environment: dict[str, str]
+) -> None:
+    """As under the shipped units: root may set an access list on its own file only."""
+    groups = ("--control-group", "games", "--status-group", "nogroup")
+    sleeps = ("--ready", "after:1ms", "127.0.0.1:0", "--", "/bin/sleep", "1000")
+    daemon = Protector(
+        ["--control", str(place), *owner, *groups, *sleeps],
+        marked_environment,
+        through=("setpriv", "--bounding-set=-fowner"),
+    )
+    try:
+        daemon.ready()
+        found = place.stat()
+        assert (found.st_uid, found.st_gid) == (pwd.getpwnam("nobody").pw_uid if owner else 0, 60)
+        assert stat.S_IMODE(found.st_mode) == 0o660
+        assert "system.posix_acl_access" in os.listxattr(place)
+        daemon.end()
     finally:
         daemon.end()
         print(daemon.log.text())

@@ -181,9 +181,9 @@ def _of_generation(
     opened = effects.generations[generation.number]
     slots = {worker.slot for worker in generation.workers if worker.state is not State.ORPHANED}
     # If another worker uses an orphaned worker's slot, the orphaned worker's counts are unknown,
-    # and so are the sums.  Otherwise the sums include the orphaned worker's counts.  An orphaned
-    # worker may be alive: a worker counts as orphaned, too, if its descriptors were lost when the
-    # protector was killed.
+    # and so are the sums.  Otherwise the sums include the orphaned worker's counts.  The
+    # state ORPHANED has a second cause: the worker's descriptors were lost when the protector was
+    # killed.  Such a worker may still run.
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive

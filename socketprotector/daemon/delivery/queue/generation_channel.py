@@ -20,8 +20,9 @@ class GenerationChannel(Channel):
         self.taken_from = adopted
         #: Whether it was reported that no worker takes connections.
         self.untaken_reported = False
-        #: How many new connections were accepted for this channel before the present QueueWatch
-        #: (queue_watch.py) began to follow it.  Forwarder.met() adds the later connections.
+        #: The number of new connections that were accepted for this channel before its present
+        #: QueueWatch (queue_watch.py) began to follow the channel.  Forwarder.met() adds the
+        #: later connections.
         self.met = 0
         #: How many connections a QueueWatch has counted as sent to this channel.  Set when
         #: the QueueWatch stops following the channel.  A QueueWatch that follows the channel later

@@ -160,8 +160,8 @@ def _releases_in(status: Message) -> Message:
 def _is_unchanged(client: Client, before: Message, name: str, expect: str | None) -> bool:
     """Return whether the release is serving and unchanged, and `current` leads to it.
 
-    Also returns False if a stop or a deploy is in progress, if the generation of a reload or dry
-    run is open, if nothing serves, or if `expect` names a release other than `name`.  If the
+    Also returns False during a stop or deploy, once a reload or dry run has opened its generation,
+    if nothing serves, and if `expect` names another release than `name`.  If the
     result is False, the caller requests the deploy, and the protector decides.
     """
     if before.get("route") is None or before.get("phase") == "stopping":

@@ -35,7 +35,7 @@ _RELOAD_WAITS = (
 )
 #: The kinds of waits to show during a stop.
 STOP_WAITS = ("stop",)
-#: If there are more workers than _STEPS, show only about _STEPS counts of ready or drained workers.
+#: How many lines count the ready or drained workers, approximately, if there are many workers.
 _STEPS = 10
 
 
@@ -214,8 +214,8 @@ class Reload(Awaited):
                 else:
                     self._show_share(number)
         # After a generation was shown as starting, hide waits of kind `earlier-reload`: they tell
-        # the user nothing new.  Either a later reload waits for our reload, or our reload waits for
-        # the generation that was shown: a restart of the old version.
+        # the user nothing new.  Either a later reload waits for our reload, or the
+        # shown generation restarts the old version, and our reload waits for that generation.
         kinds = [
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]

@@ -136,8 +136,8 @@ class AcceptWatch:
     def is_stuck(self) -> bool:
         """Look now; return whether clients wait where none was accepted since the last look.
 
-        Also return True if clients wait at a listener where the last look found no client.  But if
-        no client is known to wait, return False without a look.
+        Also return True if clients wait at a listener where the last look found no client.  If the
+        watch knows of no waiting client at any listener, return False without a look.
         """
         if not self._waiting:
             return False

@@ -75,7 +75,8 @@ class ProbePort:
             raise failed
         if self._kept is not None or events_of(self._socket, select.POLLIN):
             return True
-        # The probe is still queued if more connections are queued than were sent after it.
+        # Connections leave the queue oldest first.  So if more connections are queued than we sent
+        # after the probe, the probe is still queued.
         watch = self._watch()
         behind = watch.sent - self._sent_before if watch is not None else 0
         return self._channel.depth() > behind

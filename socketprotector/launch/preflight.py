@@ -33,6 +33,11 @@ _HOW = {
     errno.ENOEXEC: "give it a first line such as #!/bin/sh, or check what was installed there",
 }
 _SOMAXCONN = "/proc/sys/net/core/somaxconn"
+#: What a user needs to execute a further process of ours: this Python and our package's folder.
+_OURSELVES = {
+    sys.executable: os.X_OK,
+    os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ""): os.X_OK,
+}
 
 
 def working_directory() -> str:
@@ -100,6 +105,16 @@ def _shell_runs(probe: str) -> None:
         raise UsageError(f"{probe}: there is no /bin/sh to run it")
 
 
+def _executes_itself(settings: Settings) -> bool:
+    """Return whether a start or reload with these settings needs a further process of ours.
+
+    The processes: a restart by the guard, the reader of a file, the prober and the watcher.
+    """
+    probes = (settings.ready_question, settings.policy.settle_check, settings.health)
+    by_http = any(each.startswith(("http:", "https:")) for each in probes)
+    return settings.guarded or settings.origin.configured or by_http or bool(settings.watch)
+
+
 def _reachable(settings: Settings, path: str) -> None:
     """Refuse a command that root could start, but the configured user cannot; also --env-file."""
     if settings.identity is None:
@@ -107,13 +122,11 @@ def _reachable(settings: Settings, path: str) -> None:
     name = settings.executed[0]
     typed = {os.path.join(settings.directory, name): os.X_OK} if "/" in name else {}
     folder = {os.path.join(settings.directory, ""): os.X_OK}
-    python = {sys.executable: os.X_OK}
     adapted = bool(settings.mode.adapter)
     env = {settings.env_file: os.R_OK} if settings.env_file else {}
-    # A guard executes this Python to restart the protector, and each reload of a file to read it.
-    again = python if settings.guarded or settings.origin.configured else {}
+    again = _OURSELVES if _executes_itself(settings) else {}
     protector = {**folder, **typed, path: os.X_OK, **again, **env}
-    worker = {**folder, **user_access.executed(path), **(python if adapted else {})}
+    worker = {**folder, **user_access.executed(path), **(_OURSELVES if adapted else {})}
     other = settings.worker_identity
     checks = [("--user", settings.identity, protector if other else {**protector, **worker})]
     checks += [("--worker-user", other, worker)] if other else []
@@ -377,11 +390,10 @@ def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iter
     yield from unix_access.notices(listens, settings.listeners)
     if settings.identity is None:
         return
-    python = partial(user_access.closed, {sys.executable: os.X_OK})
-    if closed := user_access.as_user(settings.identity, python):
+    if closed := user_access.as_user(settings.identity, partial(user_access.closed, _OURSELVES)):
         yield (
-            f"--user {settings.identity.user} {closed}; so upgrades and the relay of workers' "
-            "output will fail: install SocketProtector elsewhere"
+            f"--user {settings.identity.user} {closed}; so upgrades will fail: install "
+            "SocketProtector elsewhere"
         )
     # Only files that are removed at the end count.  The log file stays.
     files = [settings.pid_file]

@@ -346,31 +346,42 @@ def test_a_command_that_only_the_protectors_user_may_execute_is_refused_in_words
     assert command.start.left() == []
 
 
-@pytest.mark.parametrize("needs", ["guard", "guard -f", "file", ""])
+@pytest.mark.parametrize("what", ["Python", "package"])
+@pytest.mark.parametrize("needs", ["guard", "guard -f", "file", "prober", "watcher", ""])
 def test_a_python_that_the_protectors_user_cannot_execute_is_named(
-    command: Command, needs: str
+    command: Command, needs: str, what: str
 ) -> None:
-    """As one below /root.  A guard and each reload of a file need it; others are warned."""
+    """As one below /root.  Further processes of ours need it; without them a warning is enough."""
     closed = command.start.folder / "closed.sh"
     closed.mkdir(mode=0o700)
     python = closed / "python"
     python.symlink_to(command.python)
+    package = closed / "socketprotector"
+    if what == "package":
+        shutil.copytree(Path(command.path.split(":")[0]) / "socketprotector", package)
     file = command.start.folder / "web.toml"
     file.write_text("guard = false\n")
-    modes = {"guard": ("--guard",), "guard -f": ("--guard", "-f"), "file": ("--config", str(file))}
+    modes = {
+        "guard": ("--guard",),
+        "guard -f": ("--guard", "-f"),
+        "file": ("--config", str(file)),
+        "prober": ("--health", "http:/"),
+        "watcher": ("--watch", str(file)),
+    }
     words = (*modes.get(needs, ()), "--no-log-relay", "--user", A, "unix:s", "--")
     log: tuple[str | Path, ...] = ("--log-file", command.start.log_file)
 
     ended = command.start(
         *(*log, *words, *command.worker("minimal")),
-        command=(str(python), *COMMAND[1:]),
-        environment={"PYTHONPATH": command.path},
+        command=(str(python if what == "Python" else command.python), *COMMAND[1:]),
+        environment={"PYTHONPATH": f"{closed}:{command.path}"},
     )
 
-    assert f"--user {A} cannot execute {python}: the folder {closed} is closed" in ended.err
+    named = f"execute {python}" if what == "Python" else f"enter {package}/"
+    assert f"--user {A} cannot {named}: the folder {closed} is closed" in ended.err
     assert ended.status == (111 if needs else 0)
     if not needs:
-        assert "upgrades and the relay of workers' output will fail" in ended.err
+        assert "so upgrades will fail" in ended.err
         command.start.stop()
 
 

@@ -112,6 +112,7 @@ class Site:
               "ExecStart=socketprotector-exporter --all --listen 127.0.0.1:9517"
               f" --agent {ADDRESS}:9518")  # fmt: skip
         run("systemctl", "unmask", "systemd-networkd-wait-online.service")
+        run("groupadd", "--system", "--force", "socketprotector-status")
         run("systemctl", "daemon-reload")
         run("systemctl", "enable", "--now", "systemd-networkd.service")
         run("systemctl", "enable", "--now", EXPORTER)

@@ -115,13 +115,17 @@ def test_one_that_writes_without_end_takes_little_of_our_time(
         return found
 
     monkeypatch.setattr(check_command, "read_now", counted)
-    began = time.monotonic()
-    run = Run(loop, "yes", 0.2)
+    limit_s = 0.1
+    while len(reads) < 2:  # on a busy machine `yes` may not have written yet
+        reads.clear()
+        limit_s *= 2
+        began = time.monotonic()
+        run = Run(loop, "yes", limit_s)
 
-    assert run.wait() == "yes: no answer within 200ms"
-    run.command.close()
+        assert run.wait().startswith("yes: no answer within ")
+        run.command.close()
 
-    assert 1 < len(reads) < 5 + (time.monotonic() - began) / check_command._READ_EVERY_S
+    assert len(reads) < 5 + (time.monotonic() - began) / check_command._READ_EVERY_S
     assert len(run.command._tail) <= check_command._KEPT_BYTES
     assert wait_gone([run.pid]) == []
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from socketprotector.model.text import in_units
 from socketprotector.system import check_command
 from socketprotector.system.check_command import CheckCommand, first_program
 from socketprotector.system.loop import Loop
@@ -122,7 +123,7 @@ def test_one_that_writes_without_end_takes_little_of_our_time(
         began = time.monotonic()
         run = Run(loop, "yes", limit_s)
 
-        assert run.wait().startswith("yes: no answer within ")
+        assert run.wait() == f"yes: no answer within {in_units(limit_s)}"
         run.command.close()
 
     assert len(reads) < 5 + (time.monotonic() - began) / check_command._READ_EVERY_S

@@ -152,7 +152,6 @@ def test_without_cap_fowner_the_control_socket_is_for_both_groups(
         assert (found.st_uid, found.st_gid) == (pwd.getpwnam("nobody").pw_uid if owner else 0, 60)
         assert stat.S_IMODE(found.st_mode) == 0o660
         assert "system.posix_acl_access" in os.listxattr(place)
-        daemon.end()
     finally:
         daemon.end()
         print(daemon.log.text())

@@ -2,7 +2,7 @@
 
 Each generation has one channel, from which all its workers take connections.  The protector keeps
 both ends of the channel, so the queue in the channel survives the death of all workers.  The route
-is the channel of the generation that gets all new clients except a canary's share.
+is the generation that gets all new clients, except the share of a canary.
 
 When a generation drains, the connections that no worker has taken go to the route, as long as
 the route has room and knows their listener.  The draining workers take the other connections.

@@ -8,11 +8,9 @@ from __future__ import annotations
 import ctypes
 import ipaddress
 import os
-import signal
 import socket
 import ssl
 import sys
-import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -32,6 +30,8 @@ from socketprotector.ctl.api import (
     open_missing_standard_streams,
     whole,
 )
+
+from .ending import Ending, start_thread
 
 NAME = "socketprotector-exporter"
 DEFAULT = "127.0.0.1:9517"
@@ -174,7 +174,9 @@ def _command(**given: Any) -> int:
                 files = Files(given["peers"], given["peers_ca"], given["peers_token"])
                 peers = Peers(files, _say)
             try:
-                page = Page(given["web"], given["web_host"], instances.paths, peers)
+                with _ending.making:
+                    page = Page(given["web"], given["web_host"], instances.paths, peers)
+                    _ending.remove_file = page.remove_file
             except OSError as error:
                 raise SystemRefused(f"--web {given['web']}: {error.strerror or error}") from error
             opened.callback(page.close)
@@ -187,10 +189,10 @@ def _command(**given: Any) -> int:
                 agent = opened.enter_context(Agent(ask_at, instances))
             except OSError as error:
                 raise SystemRefused(f"--agent {given['agent']}: {error.strerror}") from error
-            threading.Thread(target=agent.serve_forever, name="agent", daemon=True).start()
+            start_thread("agent", agent.serve_forever)
             _say(f"answers agent-checks at {agent.where}")
         if page is not None:
-            page.start()
+            start_thread("page", page.run)
             _say(f"serves the page at {page.where}")
         _say(f"serves metrics at {server.url}/metrics")
         server.serve_forever()
@@ -248,30 +250,17 @@ def _check_token(file: str, listen: str, host: str, tls: ssl.SSLContext | None) 
     read_token("--token", file)
 
 
-class _Stopped(SystemExit):
-    """A signal has requested the end of the exporter."""
-
-
-def _stop(*_: object) -> None:
-    raise _Stopped(0)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until a signal stops it; return the exit status.
+    """Run until TERM or INT ends the process; return the exit status of a failed start, or of help.
 
     arguments: the words of the command line; None: the process's own.
     """
     open_missing_standard_streams()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
     try:
+        _ending.await_signals()
         return int(_command.main(arguments, prog_name=NAME, standalone_mode=False) or 0)
     except click.exceptions.Exit as error:
         return error.exit_code
-    except _Stopped:
-        # Everything is closed.  At a normal end of Python the page's thread would still run, and
-        # fail.
-        os._exit(0)
     except click.ClickException as error:
         message = in_one_line(error.format_message())
         _say(f"{message}; see --help")
@@ -283,3 +272,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(text: str) -> None:
     print(f"{NAME}: {escape(text)}", file=sys.stderr, flush=True)
+
+
+_ending = Ending(_say)

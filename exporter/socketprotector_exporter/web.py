@@ -15,7 +15,6 @@ import os
 import re
 import socket
 import stat
-import threading
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -130,7 +129,7 @@ def _file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
 
 
 class Page:
-    """A listening socket, and a thread that serves the page on it."""
+    """A listening socket with the page."""
 
     def __init__(
         self,
@@ -164,25 +163,29 @@ class Page:
         host, port = self._socket.getsockname()[:2]
         return f"{f'[{host}]' if ':' in host else host}:{port}"
 
-    def start(self) -> None:
-        """Begin to serve, until the process ends."""
-        threading.Thread(target=self._run, name="page", daemon=True).start()
-
     def close(self) -> None:
-        """Close the socket, and remove its file."""
+        """Close the socket, and remove its file.  Raises OSError."""
         self._socket.close()
+        self.remove_file()
+
+    def remove_file(self) -> None:
+        """Remove the socket's file, if it has one.  Raises OSError."""
         if self._path:
             try:
                 os.unlink(self._path)
             except FileNotFoundError:
                 pass
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Serve until the process ends."""
         try:
             asyncio.run(self._serve())
         except BaseException:  # ends the process, because a missing page would go unnoticed
             traceback.print_exc()
-            os._exit(SystemRefused.status)
+            try:
+                self.remove_file()
+            finally:
+                os._exit(SystemRefused.status)
 
     async def _serve(self) -> None:
         hub = Hub(self._find, self._peers)
@@ -239,7 +242,7 @@ def _bind_unix(address: str) -> tuple[str, socket.socket]:
     made = socket.socket(socket.AF_UNIX)
     with on_error(made.close):
         _remove_stale(path)
-        # By umask, so that the file never has another mode; no other thread runs yet.
+        # By umask, so that the file never has another mode; no other thread makes files yet.
         before = os.umask(0o777 & ~int(mode, 8))
         try:
             made.bind(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import signal
 import socket
 import ssl
@@ -27,7 +28,7 @@ from socketprotector_exporter.token_file import read_token
 
 from socketprotector.ctl.query_all import SocketAnswer
 from socketprotector.model.errors import UsageError
-from tests.running import DEADLINE_S
+from tests.running import DEADLINE_S, Ended, Lines
 from tests.together import together
 from tests.unit.ctl.fake import MALFORMED, Fake, health, listener, malformed, status
 from tests.unit.exporter.conftest import Exporter, run
@@ -309,6 +310,127 @@ def test_it_ends_when_it_is_told_to(exporter: Start, number: signal.Signals) -> 
     assert one.process.wait(DEADLINE_S) == 0
     one.said.join()
     assert len(one.said.seen) == 1
+
+
+_LOOKS_UP = """
+import signal, socket, sys, threading
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+def look_up(*_):
+    print("looks up", file=sys.stderr, flush=True)
+    threading.Event().wait()
+
+socket.getaddrinfo = look_up
+from socketprotector_exporter.main import main
+sys.exit(main(["--listen", "slow.test:1"]))
+"""
+
+
+def ended_in(program: str, *words: str) -> Ended:
+    """The end of a program that ends itself."""
+    command = [sys.executable, "-c", program, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def test_during_the_start_it_ends_even_where_the_signal_was_ignored() -> None:
+    """As in a container, where the kernel drops the signals that process 1 does not handle."""
+    receive, send = os.pipe()
+    with subprocess.Popen([sys.executable, "-c", _LOOKS_UP], stderr=send) as process:
+        os.close(send)
+        said = Lines(receive)
+        try:
+            said.wait_for("looks up")
+            process.terminate()
+            assert process.wait(DEADLINE_S) == 0
+        finally:
+            process.kill()
+            said.join()
+
+
+_MAKES_ITS_FILE = """
+import os, signal, sys
+from socketprotector_exporter import main, web
+bind = web._bind_unix
+
+def bound(address):
+    try:
+        return bind(address)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+web._bind_unix = bound
+sys.exit(main.main(["--listen", "127.0.0.1:0", "--web", sys.argv[1]]))
+"""
+
+
+def test_a_signal_while_it_makes_the_page_s_file_leaves_no_file(tmp_path: Path) -> None:
+    ended = ended_in(_MAKES_ITS_FILE, str(tmp_path / "page"))
+
+    assert ended.status == 0
+    assert "Traceback" not in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_it_cannot_remove_is_reported(exporter: Start, tmp_path: Path) -> None:
+    path = tmp_path / "page"
+    one = exporter("--web", path)
+    assert one.page
+    path.unlink()
+    path.mkdir()
+
+    assert one.end() == 0
+    assert one.said.seen[-1].startswith(f"socketprotector-exporter: cannot remove {path}: ")
+
+
+def test_without_a_thread_it_says_so_in_one_line() -> None:
+    ended = ended_in(
+        "import sys, threading\n"
+        "from socketprotector_exporter.main import main\n"
+        "def start(_):\n"
+        '    raise RuntimeError("can\'t start new thread")\n'
+        "threading.Thread.start = start\n"
+        "sys.exit(main(['--listen', '127.0.0.1:0']))\n"
+    )
+
+    assert ended.status == 111
+    [line] = ended.err.splitlines()
+    assert line.startswith("socketprotector-exporter: can't start new thread: raise the limit")
+
+
+_IN_A_CALLBACK = """
+import os, signal, sys, weakref
+from socketprotector_exporter.bounded import BoundedServer
+from socketprotector_exporter.main import main
+
+class Watched:
+    pass
+
+def stop_in_a_callback(*_):
+    watched = Watched()
+    kept = weakref.ref(watched, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    del watched
+    return False
+
+BoundedServer.verify_request = stop_in_a_callback
+sys.exit(main(["--listen", "127.0.0.1:0"]))
+"""
+
+
+def test_it_ends_when_the_signal_interrupts_the_callback_of_a_weak_reference() -> None:
+    receive, send = os.pipe()
+    with subprocess.Popen([sys.executable, "-c", _IN_A_CALLBACK], stderr=send) as process:
+        os.close(send)
+        said = Lines(receive)
+        try:
+            where = re.search(r"http://([\d.]+):(\d+)/", said.wait_for("serves metrics at"))
+            assert where
+            with socket.create_connection((where[1], int(where[2]))):
+                assert process.wait(DEADLINE_S) == 0
+        finally:
+            process.kill()
+            said.join()
+    assert len(said.seen) == 1
 
 
 # -- TLS ---------------------------------------------------------------------------

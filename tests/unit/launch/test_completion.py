@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from socketprotector_exporter import main as exporter
@@ -20,9 +19,7 @@ VARIABLES = {
 
 
 @pytest.fixture
-def completed(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Completed]:
+def completed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Completed:
     """What may stand at the end of a line, as bash is told it: `plain,WORD`, `file,BEGUN`."""
 
     def ask(*line: str) -> list[str]:
@@ -33,13 +30,10 @@ def completed(
             assert completion.main(command) == 0
         else:
             with pytest.raises(SystemExit):
-                exporter.main([])
+                exporter._command.main([], prog_name=exporter.NAME)
         return capfd.readouterr().out.split()
 
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
-    yield ask
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return ask
 
 
 def test_each_option_is_in_it(completed: Completed) -> None:

@@ -41,9 +41,15 @@ def children(daemon: Protector) -> list[int]:
     return [int(line.partition("=")[2]) for line in daemon.log.seen if line.startswith("child=")]
 
 
+def newest_children(daemon: Protector) -> list[int]:
+    """Wait until the newest worker has two children; return them."""
+    eventually(lambda: len(children(daemon)) >= 2, "both children")  # READY may come before
+    return children(daemon)[-2:]
+
+
 def kill_master(daemon: Protector) -> list[int]:
     """SIGKILL the newest worker, and wait until that is known; return its children."""
-    orphans, mark = children(daemon)[-2:], len(daemon.log.seen)
+    orphans, mark = newest_children(daemon), len(daemon.log.seen)
     os.kill(spawned(daemon)[-1], signal.SIGKILL)
     daemon.log.wait_for("event=exited .*SIGKILL", after=mark)
     return orphans
@@ -111,8 +117,8 @@ def test_after_the_death_of_nginxs_master_all_answers_come_from_the_new_version(
         *("--", "nginx", "-c", conf, "-e", "stderr"),
     ).ready()
     [master] = spawned(daemon)
+    eventually(lambda: len(children_of(master)) == 2, "nginx's two workers")
     orphans = children_of(master)
-    assert len(orphans) == 2
     os.kill(master, signal.SIGKILL)
     daemon.log.wait_for("event=exited .*SIGKILL")
     for version in ("v2", "v3"):
@@ -247,7 +253,7 @@ def test_a_master_that_dies_while_no_protector_lives_leaves_no_child_either(
 ) -> None:
     release.becomes(*PREFORK)
     daemon = protector("--guard", *MODE, "127.0.0.1:0", "--", release.path).ready()
-    [master], orphans = spawned(daemon), children(daemon)
+    [master], orphans = spawned(daemon), newest_children(daemon)
     # The guard cannot start another one before it goes on.
     daemon.process.send_signal(signal.SIGSTOP)
     kill_protector(daemon)

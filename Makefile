@@ -193,5 +193,5 @@ soak: $(INSTALLED) ## disturb a loaded service at random for MINUTES=3 [SEED=N],
 	$(BIN)/python -m bench.soak $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 clean: ## remove .venv and the files that tools leave
-	rm -rf $(VENV) $(MUSL) .axe build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/answer bench/flips bench/load bench/serve bench/stamp
+	rm -rf $(VENV) $(MUSL) .axe build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/answer bench/away.so bench/flips bench/forward bench/least bench/load bench/many bench/serve bench/stamp
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,7 +23,7 @@ from bench.processes import ROOT, CannotMeasure
 from bench.rivals import report
 from bench.rivals.catalogue import RIVALS
 from bench.rivals.installing import install, version
-from bench.rivals.report import REFERENCE, Note, Results
+from bench.rivals.report import Note, Results
 from bench.rivals.running import SETTLES_S, Running
 from bench.rivals.situations import SITUATIONS
 from bench.rows import latency, rate
@@ -106,7 +106,7 @@ def _print(one: Run, names: list[str], chosen: list[str], versions: dict[str, st
     print(f"## All of them\n\n{report.everyone(results, names)}\n")
     print(f"## The best {report.BEST} and ours\n\n{report.chosen(results, chosen)}\n")
     print("## Targets\n")
-    print(report.rows(("longest gap", "ours, best rival's", ""), [
+    print(report.rows(("longest gap", "ours and those only shown; the best rival's", ""), [
         (title, text, "holds" if holds else "**missed**")
         for title, text, holds in report.gaps(results, names)
     ]))  # fmt: skip
@@ -157,7 +157,7 @@ def main() -> int:
         chosen = names
         if not given.names:
             first = report.best(Results(one.notes), names)
-            chosen = [n for n in names if n in first or RIVALS[n].ours or n == REFERENCE]
+            chosen = [n for n in names if n in first or RIVALS[n].ours or not RIVALS[n].compared]
         for situation, each in asked.items():
             if not each.everyone:
                 one.turns(situation, chosen)

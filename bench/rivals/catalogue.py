@@ -34,13 +34,18 @@ class Rival:
     guarded: bool = False  # its supervisor is the child of its first process
     without: tuple[str, ...] = ()  # situations that it cannot have
     fronted: bool = False  # is always measured at a UNIX path behind nginx
-    in_c: bool = False  # its worker is in C, so it is not compared: see bench/README.md
+    compared: bool = True  # False: it is only shown beside the others: see bench/README.md
 
     @property
     def ours(self) -> bool:
         return self.name.startswith("ours-")
 
 
+_LEAST_DOES = "the least that can replace workers: it checks no release, and waits for none"
+_BEYOND_LEAST = (
+    *("broken", "slow", "answers-500", "worker", "supervisor", "upgrade"),
+    *("hog", "memory", "first"),
+)
 _STARTER_WORKER = "{worker} --fork 2 starter"
 _CIRCUS = """\
 [circus]
@@ -135,6 +140,20 @@ ALL = (
         reload=(),
         upgrade=(),
         without=("reload", "memory", "first", "supervisor", "upgrade"),
+        compared=False,
+    ),
+    *(
+        Rival(
+            name,
+            "{built}/least {port} " + worker,
+            "{python} --version",
+            _LEAST_DOES,
+            "bench/least.c",
+            without=_BEYOND_LEAST,
+            at_path="{built}/least {path} " + worker,
+            compared=False,
+        )
+        for name, worker in (("least", "{worker} fd:3"), ("least-c", "{built}/serve 3"))
     ),
     Rival(
         "server-starter",
@@ -379,7 +398,7 @@ ALL = (
         upgrade=("USR2",),
         at_path=_OURS + "--handoff listener --ready http:/ {unix} -- {built}/serve 3",
         guarded=True,
-        in_c=True,
+        compared=False,
     ),
     Rival(
         "ours-unix",

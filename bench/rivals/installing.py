@@ -82,6 +82,6 @@ def install(rival: Rival) -> None:
         flips, source = HERE / "flips", PROGRAMS / "flips.go"
         if not flips.exists() or flips.stat().st_mtime < source.stat().st_mtime:
             run(f"go build -o {flips} {source}", GO111MODULE="off", GOPATH="/usr/share/gocode")
-    for name in ("answer", "serve"):
+    for name in ("answer", "serve", "least"):
         if f"{{built}}/{name}" in rival.at_path:
             built(name)

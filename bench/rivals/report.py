@@ -115,7 +115,7 @@ def best(results: Results, names: Iterable[str]) -> list[str]:
     ranked = []
     for name in names:
         share, gap = results.share(name, "reload"), results.most(name, "reload", "gap_us")
-        if share is not None and gap is not None and not RIVALS[name].ours and name != REFERENCE:
+        if share is not None and gap is not None and _is_rival(name):
             ranked.append((share, gap, name))
     return [name for _, _, name in sorted(ranked)[:BEST]]
 
@@ -251,8 +251,12 @@ def has_our_worker(name: str) -> bool:
     return any("{worker}" in text for text in (rival.command, *rival.files.values()))
 
 
-def _compared(name: str) -> bool:
-    return RIVALS[name].ours and not RIVALS[name].in_c
+def _is_rival(name: str) -> bool:
+    return RIVALS[name].compared and not RIVALS[name].ours
+
+
+def _is_ours(name: str) -> bool:
+    return RIVALS[name].compared and RIVALS[name].ours
 
 
 def _value(results: Results, measure: _Measure, rival: str) -> float | None:
@@ -268,11 +272,9 @@ def better(results: Results, names: Sequence[str]) -> list[str]:
     lines = []
     for measure in _measures():
         values = {
-            name: value
-            for name in names
-            if name != REFERENCE and (value := _value(results, measure, name)) is not None
+            name: value for name in names if (value := _value(results, measure, name)) is not None
         }
-        ours = {name: value for name, value in values.items() if _compared(name)}
+        ours = {name: value for name, value in values.items() if _is_ours(name)}
         if not ours:
             continue
         sign = -1 if measure.more else 1
@@ -280,7 +282,7 @@ def better(results: Results, names: Sequence[str]) -> list[str]:
         ahead = [
             name
             for name, value in values.items()
-            if not RIVALS[name].ours
+            if _is_rival(name)
             and (not measure.same_worker or has_our_worker(name))
             and _ahead(measure, value, ours[our_best])
         ]
@@ -320,13 +322,14 @@ def gaps(results: Results, names: Sequence[str]) -> list[tuple[str, str, bool]]:
             for name in names
             if (value := results.most(name, situation, "gap_us")) is not None
         }
-        theirs = {name: gap for name, gap in all_gaps.items() if not RIVALS[name].ours}
-        ours = {name: gap for name, gap in all_gaps.items() if RIVALS[name].ours}
-        compared = [gap for name, gap in ours.items() if _compared(name)]
+        theirs = {name: gap for name, gap in all_gaps.items() if _is_rival(name)}
+        shown = (name for name in all_gaps if name not in theirs)
+        beside = {name: all_gaps[name] for name in sorted(shown, key=_is_ours, reverse=True)}
+        compared = [gap for name, gap in beside.items() if _is_ours(name)]
         if theirs and compared:
             best_name = min(theirs, key=theirs.__getitem__)
             least = max(theirs[best_name] * (1 + NOISE), NO_GAP_MS)
-            said = ", ".join(f"{name} {gap:.1f}" for name, gap in ours.items())
+            said = ", ".join(f"{name} {gap:.1f}" for name, gap in beside.items())
             text = f"{said} against {theirs[best_name]:.1f} ms of {best_name}"
             found.append((each.title, text, all(gap <= least for gap in compared)))
     return found

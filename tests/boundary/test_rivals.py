@@ -153,16 +153,17 @@ def test_a_longer_gap_than_the_best_rivals_is_missed() -> None:
     assert text == "ours-listener 30.0 against 20.0 ms of nginx"
 
 
-def test_a_worker_in_c_is_shown_and_not_compared() -> None:
-    names = ["nginx", "ours-listener", "ours-c"]
-    gaps = dict(zip(names, (20_000.0, 30_000.0, 10_000.0), strict=True))
+def test_workers_in_c_and_the_least_supervisor_are_shown_and_not_compared() -> None:
+    names = ["least", "nginx", "ours-c", "ours-listener"]
+    gaps = dict(zip(names, (9_000.0, 20_000.0, 10_000.0, 30_000.0), strict=True))
     notes = [Note(name, "reload", 0, seen() | {"gap_us": gap}) for name, gap in gaps.items()]
 
     ((_, text, holds),) = report.gaps(Results(notes), names)
-    assert text == "ours-listener 30.0, ours-c 10.0 against 20.0 ms of nginx"
+    assert text == "ours-listener 30.0, least 9.0, ours-c 10.0 against 20.0 ms of nginx"
     assert not holds
 
     assert report.gaps(Results(notes), ["nginx", "ours-c"]) == []
+    assert report.best(Results(notes), names) == ["nginx"]
 
     (line,) = report.better(Results(notes), names)
     assert line.endswith("longest gap: nginx 20.0 ms; ours: ours-listener 30.0 ms")

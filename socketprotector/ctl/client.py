@@ -327,7 +327,11 @@ class Client:
 
     @property
     def unread_bytes(self) -> int:
-        """The number of bytes in the buffers.  Valid until event() resets _events_bytes."""
+        """The number of bytes in the buffers.
+
+        Too low after a call of event(), which resets _events_bytes although events may still be
+        buffered.
+        """
         return len(self._buffer) + self._events_bytes
 
     def foreign_peer_error(self) -> NoProtector:

@@ -231,7 +231,7 @@ def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
     waiting = unread_unix()
     for words in _lines(path, 7):  # after seven words comes a path, which may contain blanks
         if len(words) < 7 or not words[6].isdecimal():
-            continue  # the name of the previous line's socket contains a line break
+            continue  # this line is the rest of a socket's name that contains a line break
         state, inode = words[5], words[6]
         name = path_of(words[7].rstrip("\n") if len(words) > 7 else "")
         if state == _CONNECTED and name in addresses:

@@ -47,8 +47,8 @@ _EXPECT = click.option(
     metavar="NAME",
     callback=_check_name,
     shell_complete=_complete,
-    help="Refuse unless release NAME is serving. If a rollback ends a reload, refuse unless NAME "
-    "is the new release.",
+    help="Refuse unless release NAME is serving. For a rollback during a reload: refuse unless the "
+    "reload starts release NAME.",
 )
 
 
@@ -160,9 +160,10 @@ def _releases_in(status: Message) -> Message:
 def _is_unchanged(client: Client, before: Message, name: str, expect: str | None) -> bool:
     """Return whether the release is serving and unchanged, and `current` leads to it.
 
-    Also returns False during a stop or deploy, once a reload or dry run has opened its generation,
-    if nothing serves, and if `expect` names another release than `name`.  If the
-    result is False, the caller requests the deploy, and the protector decides.
+    Also returns False if nothing serves, if a stop or deploy is in progress, or if `expect` names
+    another release than `name`.  During a reload or dry run, returns False once the new generation
+    is open, because only then the status shows its release.  If the result is False, the caller
+    requests the deploy, and the protector decides.
     """
     if before.get("route") is None or before.get("phase") == "stopping":
         return False

@@ -76,7 +76,8 @@ def by_name(name: str) -> str:
     shown = dict(zip((each.path for each in alive), names(alive), strict=True))
     if len(matching) > 1:
         choices = [shown[path] for path in matching]
-        # If two choices are equal, or one is `name` itself (see names()), --name would fail again.
+        # If two choices are equal, or a choice is `name` itself (see names()), --name with that
+        # choice would fail again.  So offer --control PATH instead.
         if len(set(choices)) < len(choices) or name in choices:
             choices = [f"--control {path}" for path in matching]
         raise UsageError(f"--name {name}: several match; choose one of {_shortened(choices)}")
@@ -86,7 +87,7 @@ def by_name(name: str) -> str:
         return (matching or listening or with_key)[0]
     if silent:
         raise NoProtector(
-            f"--name {name}: no protector that answers has this name; no answer from "
+            f"--name {name}: none of the protectors that answered has this name; no answer from "
             f"{_shortened(silent)}; try again, or pass --control PATH",
             "silent",
         )
@@ -232,9 +233,10 @@ def by_pid_file(file: str) -> str:
 
 
 def _of_process(pid: int, found: Sequence[SocketAnswer]) -> list[SocketAnswer]:
-    """Return the answers with this pid: SocketAnswer.pid, or `pid` or `main_pid` in the status.
+    """Return the answers in which at least one of three pids is `pid`.
 
-    Under --guard the pid file contains the guard's pid, which is `main_pid`.
+    The three pids are SocketAnswer.pid, and `pid` and `main_pid` of the status.  Under --guard the
+    pid file contains the guard's pid, which is `main_pid`.
     """
     matching = []
     for each in found:

@@ -207,7 +207,8 @@ def other_waits_of(status: Status) -> list[Wait]:
 def failing(generation: Status) -> str:
     """Return why a generation's first programs failed, with the last line of their last words.
 
-    Returns "" if they did not fail, and in every mode except --handoff stdio (docs/stdio.md).
+    Returns "" if they did not fail.  First programs are the programs of --handoff stdio that run
+    before one has worked (docs/stdio.md).
     """
     found = generation.get("first_programs")
     if not isinstance(found, dict):

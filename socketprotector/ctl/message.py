@@ -1,7 +1,8 @@
 """Parses a message from a control socket, and makes its values safe for all callers.
 
-The peer may be a newer protector, or another program.  In a parsed message, all numbers can be
-shown and added, and all texts can be encoded.  The size and nesting of the message are limited.
+The peer may be a newer protector, or another program.  In a parsed message, all numbers are
+finite and within ±2**63, and all texts can be encoded.  The size and nesting of the message are
+limited.
 """
 
 from __future__ import annotations

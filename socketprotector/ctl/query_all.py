@@ -56,7 +56,7 @@ def query_all(paths: Iterable[str], within_s: float = _ALL_ANSWERS_S) -> list[So
             for key, _ in selector.select(left_s):
                 client = key.data
                 if client.fileno() < 0:
-                    continue  # closed earlier in this loop, as `longest`
+                    continue  # an earlier turn of this `for` loop closed it: it was `longest`
                 answer = _answer_of(client)
                 if answer is None and (longest := _longest_if_too_much(selector)) is not None:
                     client, code = longest, longest.foreign_peer_error().code

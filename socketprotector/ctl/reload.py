@@ -71,7 +71,7 @@ TIMEOUT = click.option(
     "--at-least",
     metavar="N",
     type=click.IntRange(0),
-    help="A canary with fewer than N connections lasts twice --for, and fails if N is not reached.",
+    help="With fewer than N connections, the canary lasts --for again; if still fewer, it fails.",
 )
 @TIMEOUT
 def reload(
@@ -203,7 +203,7 @@ def _count_losses(operation: Operation) -> Message:
     try:
         after = operation.client.request("status")
         while operation.next_event(0.0) is not None:
-            pass  # in operation.losses, next_event() counts the connections that workers lost
+            pass  # next_event() tells operation.losses how many connections the workers lost
     except ControlError:
         return {}
     operation.outcome["lost"] = operation.losses.count(after)

@@ -35,7 +35,7 @@ _RELOAD_WAITS = (
 )
 #: The kinds of waits to show during a stop.
 STOP_WAITS = ("stop",)
-#: How many lines count the ready or drained workers, approximately, if there are many workers.
+#: With many workers, we show only about this many counts of ready or drained workers.
 _STEPS = 10
 
 
@@ -213,9 +213,9 @@ class Reload(Awaited):
                     self._show_switch(number)
                 else:
                     self._show_share(number)
-        # After a generation was shown as starting, hide waits of kind `earlier-reload`: they tell
-        # the user nothing new.  Either a later reload waits for our reload, or the
-        # shown generation restarts the old version, and our reload waits for that generation.
+        # Once a generation has been shown as starting, hide waits of kind `earlier-reload`: the
+        # user already knows the awaited generation.  If our reload started this generation, a later
+        # reload waits for it.  If it restarts the old version, our reload waits for it.
         kinds = [
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]

@@ -101,7 +101,7 @@ def size(number: object) -> str:
 
 
 def time_text(at: object) -> str:
-    """Return 0 as 1970-01-01T00:00:00Z (seconds since the epoch); UNKNOWN if invalid."""
+    """Return the time `at` (seconds since the epoch) as 1970-01-01T00:00:00Z, or UNKNOWN."""
     if not isinstance(at, int | float):
         return UNKNOWN
     try:

@@ -1,9 +1,9 @@
 """Finds the child processes of workers, such as the processes that gunicorn forks.
 
 SocketProtector knows only processes that it starts, or that the client library reports.  So this
-module reads /proc.  The children of adapters (the workers of --handoff stdio and legacy) are left
-out.  The module finds no child if /proc is missing, hides other users' processes, or belongs to
-another PID namespace.
+module reads /proc.  Under --handoff stdio and legacy, each worker is an adapter: the module leaves
+out the children of adapters.  The module finds no child if /proc is missing, hides other users'
+processes, or belongs to another PID namespace.
 """
 
 from __future__ import annotations

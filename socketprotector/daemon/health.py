@@ -1,8 +1,9 @@
 """--health: probes the serving generation periodically, and reports the result.
 
-`status`, metrics and the exporter's /readyz show the result.  The log reports each change that a
-probe causes.  A bad result restarts no worker: if a shared dependency such as a database fails, the
-check fails on all hosts at once.  Restarts on all hosts would prolong that failure.
+`status`, metrics and the exporter's /readyz show the result.  When a
+probe changes the result to healthy, unhealthy or unknown, the log reports this.  A bad result
+restarts no worker: if a shared dependency such as a database fails, the check fails on all hosts at
+once.  Restarts on all hosts would prolong that failure.
 
 `active` and `queue` of `status` may include a probe.  Probes do not count as accepted clients, with
 one exception: under --handoff listener, workers on the client library cannot recognize a probe, so

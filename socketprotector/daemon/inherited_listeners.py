@@ -29,12 +29,11 @@ def adopt(
         second, second_number = _newest(unclaimed.take(inherited.SIBLING, index))
         third, third_number = _newest(unclaimed.take(inherited.RESERVED, index))
         # A socket may change its role.  If the protector was killed during the change, the guard
-        # or the fd store may have the socket under two names.
+        # or the fd store may have the socket under two names.  A stored name must never be reused,
+        # so the next sibling or reserved socket needs a higher number.
         if _close_if_same(second, (first,)):
-            second = -1
+            second = -1  # UnixListener._place() will raise the number
         if _close_if_same(third, (first, second)):
-            # A stored name must never be reused.  So raise the number for the next reserved socket.
-            # The sibling's number stays: UnixListener._place() raises it for the next sibling.
             third, third_number = -1, third_number + 1
         if first >= 0:
             numbers = first_number, second_number, third_number

@@ -114,7 +114,8 @@ class LiveSettings:
             if candidate.log_level != self.settings.log_level:
                 self._log.set_level(candidate.log_level)
             self._put_in_force(replace(candidate, release_wanted=""))
-            # After a plain reload, `current` already leads to the started release.
+            # If `release_wanted` is empty, the reload started the release that `current` named.
+            # Then `current` need not be moved.
             if self.releases is not None and candidate.release_wanted:
                 self.releases.move(candidate.release)
             self.on_used()
@@ -274,7 +275,7 @@ class LiveSettings:
 
 
 def _with_file(settings: Settings, index: int, bound: ListenerSettings) -> Settings:
-    """Return the settings, with the socket file of `bound` for the listener at an index."""
+    """Return the settings, in which the listener at `index` now has the socket file of `bound`."""
     found = list(settings.listeners)
     if index < len(found):
         found[index] = replace(

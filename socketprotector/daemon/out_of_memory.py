@@ -85,8 +85,9 @@ class MemoryWatch:
         now, before = memory_group.counts(), self._handled
         if now.kills <= before.kills:
             return exit_text.KILLED
-        # The kernel's counts do not tell which kills came from the limit.  So while kills remain
-        # unexplained, keep the old at_limit: the next killed process then gets the same cause.
+        # If several kills are unexplained, the kernel's counts do not tell which of these kills
+        # came from the limit.  So all these kills get the same cause: keep the old at_limit until
+        # the last of these kills is explained.
         more = now.kills > before.kills + 1
         at_limit = before.at_limit if more else now.at_limit
         self._handled = OutOfMemory(before.kills + 1, at_limit)

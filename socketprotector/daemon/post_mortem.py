@@ -213,7 +213,7 @@ class PostMortem:
     def _why(
         self, worker: Worker, how: str, last_words: str, detached: bool, *, proved_ready: bool
     ) -> str:
-        """Return, as far as is known, why a worker exited before, or as soon as, it was ready."""
+        """Return what is known about why a worker exited before it was ready, or right after."""
         when = "as soon as it was ready" if worker.record.ready_by else "before it was ready"
         program = worker.generation.program
         reason = f"{escape(program.argv[0])} {how} {when}"
@@ -259,7 +259,8 @@ class PostMortem:
 
     def _group_ended(self, record: WorkerRecord, generation: OpenGeneration, *, lost: bool) -> None:
         if lost:
-            # Only now: the lost worker may have used the slot until its group ended.
+            # Take the counts only now: the worker itself may have run, and counted in its slot,
+            # until its group ended.
             generation.take_counts(record.slot)
         waiting = self.delivery.waiting(generation, clients_only=True) or 0
         # This is the worker's second WorkerExited; the first had the flag `orphans`.

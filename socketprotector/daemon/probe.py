@@ -56,7 +56,9 @@ class Probe:
         addresses: CheckProbes | None = None,
         input_of: Callable[[int], bytes] = lambda number: b"",
     ) -> None:
-        """as_client: reach the serving generation as clients do, by a new target per connection.
+        """as_client: reach the serving generation as clients do.
+
+        In this case a probe that opens a new connection asks `reach` for a new target.
 
         addresses: the probe addresses for check commands (check_probe.py); None: commands connect
         to the target itself.  input_of: takes a generation's number, returns a command's stdin.

@@ -55,7 +55,7 @@ _LONGEST_S = 10.0
 _AGAIN_S = 0.1
 #: The pause before we repeat a message for which the relay had no free descriptor.
 _ROOM_S = 1.0
-#: How long our exit waits for the relay, which stays while a process can write.
+#: How long our exit waits until the relay exits.  The relay stays while a process can write.
 _END_S = 3.0
 #: Our messages: read this pipe, close the pipe, send last words, write to this stderr, exit.
 _PIPE, _CLOSE, _WORDS, _NEW_STDERR, _END = "+", "-", "?", "=", "!"
@@ -291,8 +291,8 @@ class LogRelay:
         """Close a pipe that has no writer and no unread output."""
         pipe = self._pipes[number]
         has_hung_up = events_of(pipe.read, 0)
-        # Unwatch the pipe even if it stays open.  Under a descriptor limit of 0, events_of() sees
-        # nothing, and the loop would call this method again and again.
+        # Unwatch the pipe, even if it stays open: a timer then calls this method.  Under a
+        # descriptor limit of 0, events_of() returns 0: the loop would call this method without end.
         self._loop.unwatch(pipe.read)
         # Check for hang-up first, then for output: a single call might miss the last output.
         if not has_hung_up or events_of(pipe.read, select.POLLIN) & select.POLLIN:

@@ -75,7 +75,7 @@ class SavedHistory:
     def is_saved(self) -> bool:
         """Whether the disk has the history, with all entries.
 
-        If so, each move of `current` before the last add() or sync() is on disk, too.
+        If so, the disk also has each move of `current` that came before the last add() or sync().
         """
         return self._on_disk is self.value
 

@@ -172,10 +172,11 @@ class Releases:
     def _counts_against(self, name: str, report: Report, program: Program | None) -> bool:
         """Return whether a failure counts against a release; if so, a rollback skips the release.
 
-        A reload called off by a stop does not count.  If a generation was opened, any other
-        failure counts, even an operator's `rollback`, which rejects the release.  If no generation
-        was opened, the failure counts only if its message names a path in the release's folder:
-        otherwise the configuration may be wrong.
+        A reload called off by a stop does not count.  Once a generation was opened, any other
+        failure counts, even if an operator's `rollback` called off the reload: the operator rejects
+        the release.
+        If no generation was opened, the failure counts only if its message names a path in the
+        release's folder: otherwise the configuration may be wrong.
         """
         if report.reason == stop.CALLED_OFF:
             return False

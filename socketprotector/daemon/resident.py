@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _answer_as_trial(descriptors: dict[str, int]) -> int:
-    """Send upgrade.py an answer if this program can take over.  Returns the exit status."""
+    """Send an answer to upgrade.py if this program can take over.  Returns the exit status."""
     try:
         settings, _ = _settings_and_listeners(
             descriptors, checkpoint.read(descriptors[inherited.STATE])
@@ -94,7 +94,8 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     try:
         status = resident.supervise()
     except Exception as error:
-        # The traceback must reach a terminal that stops background output (`stty tostop`).
+        # After `stty tostop`, a background process that writes gets SIGTTOU, and stops.  Block this
+        # signal, so that the traceback still reaches the terminal.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
         if resident.is_resumable and resident.parents.store.keeps:
             # The guard or systemd starts SocketProtector again, which resumes.
@@ -118,8 +119,8 @@ def _settings_and_listeners(
 ) -> tuple[Settings, Sequence[ListenerSettings]]:
     """Return the settings in force, and all listeners.  Raises SettingsError.
 
-    During a reload, return the listeners of the reload's new settings (the candidate).  This list
-    also contains the listeners that the reload removes.
+    During a reload, return the listeners of the reload's new settings (the candidate).  The new
+    settings also contain the listeners that the reload removes, marked as removed.
     """
     if snapshot is not None:
         found = snapshot.settings

@@ -278,8 +278,8 @@ class Supervisor:
             self.runtime.loop.call_after("reap", 0.0, self._reap_orphans)
             return
         # First report to the guard that we have the signal: if we die, the guard sends the next
-        # program each signal that we have not reported.  For a stop signal the guard ignores this
-        # report, and waits until we report that the stop has begun.
+        # program each signal that we have not reported.  The guard keeps a stop signal for the next
+        # program until we report that the stop has begun.
         self.on_signal(number)
         self.runtime.log.write("info", "signal", signal=signal.Signals(number).name)
         match number:

@@ -78,7 +78,7 @@ class Settling:
 
     is_over: bool = False  # the time of --settle has passed
     is_good: bool = False  # a good answer has come; over() forgets it, so that another must come
-    #: When the first inconclusive probe since the last GOOD verdict was sent; None: no such probe.
+    #: The send time of the first inconclusive probe after the last GOOD verdict; None: none.
     unknown_since: float | None = None
     bad: str = ""  # why the generation fails
 

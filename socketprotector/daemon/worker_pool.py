@@ -115,7 +115,7 @@ class WorkerPool:
         workers = self._workers_of(generation)
         if not workers:
             return ""
-        # The limit of sockets_of(), 1,000 descriptors, is enough: all workers run the same program.
+        # One worker's listener is enough, so sockets_of() may stop after 1,000 descriptors in all.
         pids = [each.process.pid for each in workers]
         return known_servers.advice(
             workers[0].generation.program,

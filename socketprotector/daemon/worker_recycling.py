@@ -32,12 +32,13 @@ _TIMER = "limits"
 class BornTooLarge:
     """Delays the replacement of workers that are too large from the start.
 
-    The replacement may exceed --max-memory, too.  So without the delay we would replace workers
+    The new worker may exceed --max-memory, too.  Then, without the delay, we would replace workers
     all the time.
     """
 
     def __init__(self) -> None:
-        # By number: whether a running worker that was too large from the start may be replaced.
+        # Key: the number of a running worker that was too large from the start.  Value: whether
+        # this worker may be replaced.
         self._allowed: dict[int, bool] = {}
         self._in_a_row = 0  # replacements of such workers since forget() last set this to 0
         self._next_at = 0.0  # when the next such worker may be replaced
@@ -69,8 +70,9 @@ class BornTooLarge:
     def forget(self, living: Container[int], *, grown_worker_fits: bool) -> None:
         """Forget exited workers, and end the series of replacements if workers fit again.
 
-        Workers fit if `grown_worker_fits` (a worker that became ready at least _AT_ONCE_S ago is
-        within the limit), and no living worker was too large from the start.
+        Workers fit if `grown_worker_fits`, and no living worker was too large from the start.
+
+        grown_worker_fits: a worker that became ready at least _AT_ONCE_S ago is within the limit.
         """
         self._allowed = {each: may for each, may in self._allowed.items() if each in living}
         if grown_worker_fits and not self._allowed:
@@ -193,7 +195,7 @@ class LimitWatch:
 
 
 def exceeded(limits: Limits, key: str, *, age_s: float, accepted: int | None) -> str | None:
-    """Return, in words, the limit of age or connections that a process has reached; None: neither.
+    """Return, in words, which limit (age or connections) a process has reached; None: neither.
 
     key: varies the limit of connections by process, so that not all workers end together.
     accepted: how many connections the process has accepted; None: unknown.

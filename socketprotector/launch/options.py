@@ -322,8 +322,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     ),
     "Drain": (
         Option("drain-timeout", TIME,
-               "Give an old generation this long to finish, then send TERM; "
-               "0: no limit (stop-first: 30s).",
+               "Give an old generation this long to finish, then send TERM. "
+               "0: no limit, but 30s with stop-first.",
                "policy.drain_timeout_s", common=True, default="0"),
         Option("drain-spread", TIME,
                "Let old workers end their connections evenly over this time; 0: no spread.\n"
@@ -351,7 +351,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "policy.lame_duck_s", default="0"),
         Option("lame-duck-idle", TIME,
                "End --lame-duck earlier, when no client has come for this time; 0: never.\n"
-               "A balancer with rare checks may send a client after this early end.",
+               "A load balancer that checks rarely may send clients after this early end.",
                "policy.lame_duck_idle_s", default="0"),
     ),
     "Log": (

@@ -1856,7 +1856,7 @@ def test_what_is_not_ours_alone_cannot_be_held(world: World, tmp_path: Path) -> 
         "from which workers accept directly"
     )
     world.listener.settings = replace(world.listener.settings, foreign=True)
-    cannot = f"{world.listener.settings.address} was passed in, and its owner keeps listening"
+    cannot = f"{world.listener.settings.address}: another program opened this socket, and keeps"
     assert (world.steering.hold.cannot_begin() or "").startswith(cannot)
     world.listeners[0].lost = world.listeners[1].lost = True
     assert world.steering.hold.cannot_begin() is None

@@ -421,5 +421,5 @@ def _before_kill(fleet: Fleet, found: Generation) -> str:
         return "`replace` it first"
     if found.fresh and not cannot_call_off(fleet):
         return "`rollback` first"
-    then = "then `kill` it; if it is serving instead, `replace` it first"
-    return f"wait until it is abandoned or draining, {then}"
+    then = "if it is then abandoned or draining, `kill` it; if it is serving, `replace` it first"
+    return f"wait until its phase changes; {then}"

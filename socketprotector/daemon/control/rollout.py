@@ -140,8 +140,9 @@ def leaving_connections(fleet: Fleet, effects: Effects) -> LeavingConnections:
     for generation, worker in _leaving(fleet):
         opened = effects.generations.get(generation.number)
         counts = None
+        # Leave an orphaned worker's counts unknown: another worker may count in the same slot.
         if opened is not None and worker.state is not State.ORPHANED:
-            counts = opened.counts(worker.slot)  # other workers may use an orphaned worker's slot
+            counts = opened.counts(worker.slot)
         active = counts.active if counts is not None else None
         oldest_s = None
         if lookups_left and active and active <= _MOST_CONNECTIONS and opened is not None:

@@ -181,9 +181,9 @@ def _of_generation(
     opened = effects.generations[generation.number]
     slots = {worker.slot for worker in generation.workers if worker.state is not State.ORPHANED}
     # If another worker uses an orphaned worker's slot, the orphaned worker's counts are unknown,
-    # and so are the sums.  Otherwise the sums include the orphaned worker's counts.  The
-    # state ORPHANED has a second cause: the worker's descriptors were lost when the protector was
-    # killed.  Such a worker may still run.
+    # and so are the sums.  Otherwise the sums include the orphaned worker's counts.  The state
+    # ORPHANED has two causes: the worker has exited and left orphans, or the worker's descriptors
+    # were lost when the protector was killed.  In the second case the worker may still run.
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive
@@ -316,10 +316,11 @@ def of_connections(
                     "pid": pid,
                     "accepted_at_by_fd": times,
                     "orphaned": record.orphaned,
-                    # A limit for connections whose accept time is unknown.  All connections of
-                    # a draining generation began before this time.  Exception: under --handoff
-                    # listener, if two generations share one socket, some may begin a little
-                    # later.  All connections of any other generation began after this time.
+                    # In a draining generation, all connections of the worker began before this
+                    # time.  Exception: under --handoff listener, if two generations share one
+                    # socket, some may begin a little later.  In any other generation, all
+                    # connections of the worker began after this time.  socketprotectorctl uses
+                    # this time for connections whose accept time is unknown.
                     "since_at": opened.record.drained_at or record.started_at,
                 }
             )

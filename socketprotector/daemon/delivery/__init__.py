@@ -28,8 +28,9 @@ UNTAKEN_S = 30.0
 #: whose handshake is under way at one check has connected by the next check, unless the network
 #: loses or delays a packet.
 QUIET_S = 0.2
-#: If new clients cannot be refused, then after this time a stop closes the listeners, and the drain
-#: of a removed listener ends.  But queue/ first sends all connections that it has accepted.
+#: If new clients cannot be refused, the drain of a removed listener ends after this time.  A stop
+#: closes the listeners after this time, too.  But queue/ first sends all connections that it has
+#: accepted.
 LAST_S = 10.0
 
 
@@ -196,7 +197,8 @@ class Delivery(ABC):
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
         """Return how many connections wait for a generation's workers; None: unknown.
 
-        clients_only: return 0 if certainly only probes wait.  A number above 0 may include probes.
+        clients_only: return 0 if all waiting connections are certainly probes.  A number above 0
+        may include probes.
         """
 
     @abstractmethod

@@ -38,9 +38,9 @@ class ProbeTarget:
     #: Returns whether all answers so far surely came from this generation.  If False, discard
     #: earlier and later answers.
     is_unchanged: Callable[[], bool] = lambda: True
-    #: Returns whether the probed socket differs from the serving generation's socket in an option
-    #: that can keep clients out.  If True, a timer must not decide that the probed generation is
-    #: ready (ready_probe.py).
+    #: Compares the options that can keep clients out.  Returns whether the probed socket's values
+    #: differ from those of the serving generation's socket.  If True, a timer must not decide that
+    #: the probed generation is ready (ready_probe.py).
     is_closed: Callable[[], bool] = lambda: False
 
     @property

@@ -365,7 +365,7 @@ def test_an_instance_that_never_answers_is_named(
     said = level(ctl, "--name", "4321")
 
     assert said.status == 1
-    assert "no protector that answers has this name; no answer from /" in said.err
+    assert "none of the protectors that answered has this name; no answer from /" in said.err
     assert "web.control; try again, or pass --control PATH" in said.err
 
 

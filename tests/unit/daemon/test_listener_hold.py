@@ -88,7 +88,10 @@ def test_each_socket_for_a_hold_is_made_before_the_hold_begins(world: World) -> 
 @pytest.mark.parametrize(
     ("how", "why"),
     [
-        ({"foreign": True}, "tcp:127.0.0.1:8000 was passed in, and its owner keeps listening"),
+        (
+            {"foreign": True},
+            "tcp:127.0.0.1:8000: another program opened this socket",
+        ),
         ({"path": "/run/s", "count": 1}, "unix:/run/s has one socket for all generations"),
     ],
 )

@@ -115,7 +115,8 @@ class Acceptor:
                         self._count_sent(count, at)
                     self.accepted += 1
                     self.last_ns = at
-                    # `accepted` counts this unsent connection; QueueWatch.sent must not count it.
+                    # QueueWatch.sent is computed from `accepted`, which counts this connection.
+                    # The connection was not sent, so subtract it there.
                     self.queue_watch.take_away()
                     self.send_failed(header, fd, error)
                     return

@@ -125,9 +125,10 @@ class CanaryQueue:
                 send_to_canary(buffers, rights, flags)
             except OSError:
                 # After this error the acceptor counts the connection as accepted, and subtracts it
-                # from the route's QueueWatch.  But the connection was meant for the canary.  So
-                # count it in our `accepted`, subtract it from the canary's QueueWatch, and add it
-                # to the route's QueueWatch again.
+                # from the route's QueueWatch.  But the connection was meant for the canary, so we
+                # count it in our `accepted`.  This raises the count in the canary's QueueWatch, and
+                # lowers the count in the route's QueueWatch.  Undo both changes, because neither
+                # queue got the connection.
                 self.accepted += 1
                 self.watch.take_away()
                 self._outlet.queue_watch.add_uncounted()

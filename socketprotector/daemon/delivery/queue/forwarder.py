@@ -152,7 +152,7 @@ class Forwarder:
             self._leftovers[channel] = True
             self._resume()
         else:
-            channel.close()  # _resume() would not close it while there is no route
+            channel.close()  # at once: _resume() closes channels only while there is a route
 
     def add(self, listener: Listener) -> None:
         """Take ownership of a new listener; generations that know the listener get its clients."""

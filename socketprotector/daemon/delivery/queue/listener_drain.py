@@ -49,8 +49,8 @@ class _Draining:
     #: Until this time, clients in the backlog prolong the drain.  After this time, only the kept
     #: connections (undelivered.py) prolong the drain.  0: no limit, because we get no new client.
     until: float = 0.0
-    #: Whether the last _look() found no client.  False if the channel was full: then a client may
-    #: wait.
+    #: Whether the last _look() found no client.  Also False if the channel was full, because then a
+    #: client could still be in the backlog.
     quiet: bool = False
 
     @property
@@ -205,8 +205,8 @@ class DrainingListeners:
         try:
             fd, _ = accept_of(each.listener)()
         except OSError as error:
-            # If accept() failed for lack of a descriptor or memory, clients may still wait, so this
-            # look must not end the drain before `until`.
+            # If accept() failed for lack of a descriptor or memory, clients may still be waiting.
+            # Then this look ends the drain only if `until` has passed.
             each.quiet = each.quiet and error.errno in TRANSIENT_ERRNOS
             return None
         self.accepted += 1

@@ -75,8 +75,9 @@ class ProbePort:
             raise failed
         if self._kept is not None or events_of(self._socket, select.POLLIN):
             return True
-        # Connections leave the queue oldest first.  So if more connections are queued than we sent
-        # after the probe, the probe is still queued.
+        # Connections leave the queue oldest first.  `behind` is the number of connections that we
+        # sent after the probe.  If the queue has more connections than that, the probe is still
+        # in the queue.
         watch = self._watch()
         behind = watch.sent - self._sent_before if watch is not None else 0
         return self._channel.depth() > behind
@@ -125,8 +126,8 @@ class ProbePort:
         else:
             watch = self._watch()
             if watch is not None:
-                # Count this probe, too: another port of the channel must know how many connections
-                # were sent after its own probe (_waits()).
+                # `sent` must include this probe: if the channel has another probe port, _waits() of
+                # that port derives from `sent` how many connections are behind that port's probe.
                 watch.add_uncounted()
                 self._sent_before = watch.sent
         probe.close()

@@ -5,7 +5,8 @@ both ends of the channel, so the queue in the channel survives the death of all 
 is the generation that gets all new clients, except the share of a canary.
 
 When a generation drains, the connections that no worker has taken go to the route, as long as
-the route has room and knows their listener.  The draining workers take the other connections.
+the route has room and knows their listener.  The draining workers take the connections that cannot
+go to the route.
 
 A generation is released after its last worker has exited.  Then the connections that remain in its
 channel go to the route, or to a later route that knows their listener.
@@ -141,7 +142,7 @@ class QueueDelivery(Delivery):
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
     ) -> None:
-        on_quiet()  # at once: no generation has sockets at which clients wait
+        on_quiet()  # at once: generations have no listening sockets of their own here
 
     def drain(self, generation: OpenGeneration) -> None:
         channel = self._channel_of(generation)
@@ -229,8 +230,8 @@ class QueueDelivery(Delivery):
     def remove(self, listener: Listener) -> None:
         """Refuse a listener's new clients, and send its backlog to a generation.
 
-        The newest generation that meets three conditions gets the backlog: it knows the listener,
-        it has had the route or a share of the clients, and it may still get clients (not `ended`).
+        The backlog goes to the newest generation that knows the listener, has had the route or a
+        share of the clients, and may still get clients (not `ended`).
         Without such a generation the backlog is lost.
 
         Exception: if a service manager passed the socket in, the service manager keeps listening,

@@ -8,7 +8,8 @@ That wakes another worker.  If the head stays the same for too long, we report t
 look finds the queue empty, the timer stops.
 
 If we accepted connections since the last save, a look starts a timer that saves the state after
-SAVE_S.  So if the protector is killed, its replacement counts from nearly the same number.
+SAVE_S.  So if the protector is killed, its replacement resumes the count of accepted connections
+from a number that is almost up to date.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ class QueueWatch:
 
     loop: Loop
     _: KW_ONLY
-    #: Returns how many connections we accepted so far for all routes; connections that could not
-    #: be sent count, too.  In a canary's watch: how many connections we accepted for all canaries.
+    #: Returns how many connections this program has accepted for the present and earlier routes.
+    #: Connections that could not be sent count, too.  In a canary's watch: how many connections
+    #: this program has accepted for all canaries.
     forwarded: Callable[[], int]
     #: Sends all queued connections again.
     send_again: Callable[[GenerationChannel], None]
@@ -90,7 +92,11 @@ class QueueWatch:
 
     @property
     def sent(self) -> int:
-        """Return how many connections were sent to the channel, counted from an arbitrary start."""
+        """Return how many connections were sent to the channel.
+
+        Connections sent before an upgrade or a kill count only if they were still queued at
+        follow().
+        """
         return self.forwarded() + self._extra
 
     def add_uncounted(self) -> None:
@@ -115,9 +121,10 @@ class QueueWatch:
         return seconds if seconds >= self.limits_s[channel.taken_from] else None
 
     def is_stuck(self, channel: GenerationChannel) -> bool:
-        """Return whether connections are queued, and the last look found the same head or no head.
+        """Return whether the queue's present head is also the head that the last look found.
 
-        No head: the queue was empty, or there was no look yet.
+        Also return True if the queue has a head now, but the last look found none.  (The queue was
+        empty at that look, or there was no look yet.)  If the queue is empty now, return False.
         """
         if channel is not self._channel or not self.runs:
             return False

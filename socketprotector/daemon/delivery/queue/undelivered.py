@@ -33,7 +33,7 @@ class Undelivered:
     def __init__(self, persist: Callable[[], bool]) -> None:
         """persist: writes the state; returns False if that fails."""
         self.persist = persist
-        #: The highest number that was given to a connection, or that adopt() skipped.
+        #: The last number that was used or skipped.  A new connection gets the next higher number.
         self.number = 0
         #: Number -> header and descriptor of a kept connection, in the order of sending.
         self._waiting: dict[int, tuple[bytes, int]] = {}
@@ -105,8 +105,8 @@ class Undelivered:
         """Adopt the connections of the program that we replaced; take ownership of the descriptors.
 
         number: the highest number in the state.  The replaced program may have stored a descriptor
-        under the next number, and been killed before it wrote the state.  So new connections skip
-        the next number, and the numbers of all stored descriptors.
+        under the next number, and been killed before it wrote the state.  So new connections get
+        numbers above that next number, and above the numbers of all stored descriptors.
 
         Returns how many connections are certainly lost: their descriptor or header was not stored.
         """
@@ -120,9 +120,9 @@ class Undelivered:
                 lost += 1
         for each, fd in stored.items():
             os.close(fd)
-            # The state has no header for this descriptor.  If its number is at most `number`, the
-            # connection was removed from the state, to be sent or dropped.  Otherwise the
-            # connection never reached the state, so it is lost.
+            # The state has no header for this descriptor.  A descriptor numbered up to `number`
+            # belongs to a connection that was removed from the state, to be sent or dropped.
+            # The connection of any other descriptor never reached the state, so it is lost.
             lost += each > number
         return lost
 

@@ -134,10 +134,12 @@ class AcceptWatch:
         return max(self._overdue().values(), default=None)
 
     def is_stuck(self) -> bool:
-        """Look now; return whether clients wait where none was accepted since the last look.
+        """Look now; return whether workers at some listener are stuck.
 
-        Also return True if clients wait at a listener where the last look found no client.  If the
-        watch knows of no waiting client at any listener, return False without a look.
+        Workers are stuck at a listener if clients wait there, and none was accepted there since the
+        last look.  Also return True if clients wait at a listener where the last look found no
+        client.  If the watch knows of no waiting client at any listener, return False without a
+        look.
         """
         if not self._waiting:
             return False

@@ -39,9 +39,9 @@ class CanaryWatch(Backlogs):
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch
         self._canary = 0  # the generation's number; 0: no canary
-        #: From our last report about listeners where a generation had never accepted a client: the
-        #: generation, and these listeners' indices.  SocketWatch also sets this attribute, for the
-        #: generation that has the route.
+        #: The last report_untaken() with `ever` False: the reported generation, and the reported
+        #: listeners (by index) at which the generation had never accepted a client.  SocketWatch
+        #: also sets this attribute, for the generation that has the route.
         self.never_accepted: tuple[int, Collection[int]] = (0, ())
         limits_s = CANARY_NEVER_TAKEN_S, UNTAKEN_S
         timer = "canary-untaken"

@@ -89,7 +89,7 @@ class ListenerHold:
                 continue
             address = each.settings.address
             if each.settings.foreign:
-                return f"{address} was passed in, and its owner keeps listening there"
+                return f"{address}: another program opened this socket, and keeps listening there"
             return (
                 f"{address} has one socket for all generations, from which workers accept directly"
             )

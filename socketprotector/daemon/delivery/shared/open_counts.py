@@ -64,8 +64,8 @@ class OpenCounts:
         listening = listener.socket_for(socket_number)
         if listening.family == socket.AF_UNIX:
             tag = socket_file.number_of(listening)
-            # A generation may have used this tag although `taken` lacks it.  So also look for open
-            # connections with this tag.
+            # `taken` lacks the tags of released generations, and forgotten tags.  But open
+            # connections may still carry such a tag, so also look for connections with this tag.
             if (listener.index, tag) in taken or socket_file.connections(listener.path)[tag]:
                 raise OSError(errno.EBUSY, "another generation has accepted from the socket")
             return listener.index, tag

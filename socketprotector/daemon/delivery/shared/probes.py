@@ -107,7 +107,9 @@ class Probes:
         # The mark's source address keeps the probe on this machine, as in reach_by_mark().
         mark = None if unix else self._mark_for(each, address)
         target = ProbeTarget(address, mark, waits, lambda: None)
-        if each.has_sibling:  # without a sibling, the next generation accepts abandoned probes
+        # If the listener has two sockets, note each abandoned probe, so that discard() can discard
+        # the probe.  If there is only one socket, the next generation accepts the probe.
+        if each.has_sibling:
             target.abandon = partial(self._note_abandoned, listening)
         return target
 
@@ -145,7 +147,7 @@ class Probes:
     ) -> ProbeTarget | None:
         """Return the target for probes that reach a generation by a mark, or by its socket's file.
 
-        None: the generation does not accept, or has no such listener with two sockets.
+        None: the generation does not accept, or knows no matching listener with two sockets.
         name: the name of the listener; "": the first listener that has two sockets.  knows: returns
         whether the generation knows a listener, by index.
 
@@ -172,9 +174,9 @@ class Probes:
         options, serving = closing(listening), found.socket_for(self._turns.number_for(found))
 
         def is_unchanged() -> bool:
-            """Return whether the address still leads to the socket, with the same options.
+            """Return whether the address still leads to the socket.
 
-            Only options that can keep clients out matter.
+            The options that can keep clients out must also be the same.
             """
             with suppress(OSError):
                 is_same = found.identity(socket_number) == identity
@@ -256,8 +258,8 @@ class Probes:
             sources.add(bpf.source_of_ipv6(listener.local_address[0]))
         if not (abandoned or sources):
             return 1, 0
-        # Count before listing, because a connection that comes in between must stay.  discard()
-        # removes only as many connections as were counted, from the queue's head.
+        # Count before listing.  discard() removes only the counted number of connections, from the
+        # queue's head, so a connection that arrives after the count stays.
         waiting, _ = reuseport.queue(listening)
         if listening.family == socket.AF_UNIX and place in self.probed:
             return waiting, waiting
@@ -332,4 +334,6 @@ class Probes:
         """Record that these sockets, by listener and number, get clients from now on."""
         if not places.isdisjoint(self.probed):
             self.probed -= places
-            self._persist()  # before the first client, which the next program must not discard
+            # Write the state before the first client comes.  Otherwise, after a kill, the next
+            # program could take the client for a probe, and discard the client.
+            self._persist()

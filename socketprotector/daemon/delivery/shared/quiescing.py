@@ -135,8 +135,8 @@ class Quiescing:
         reads_on: call back once all clients are accepted, without waiting for the reading.
         accept_until: until this time, each look that finds clients waiting at the generation's own
         sockets restarts the limit GENERATION_LAST_S.  The reason: no other generation would accept
-        these clients.  Exception: clients that wait at listeners whose new clients can stray
-        (SharedListeners.can_stray()) do not restart the limit.
+        these clients.  Exception: a listener whose new clients can come to the wrong socket
+        (SharedListeners.can_stray()) does not count: its waiting clients restart nothing.
         """
         given = socket_number, on_quiet, common, leave_out, reads_on, accept_until
         self._generations[generation] = _Generation(*given, began=time.monotonic())
@@ -160,7 +160,8 @@ class Quiescing:
 
     def _look(self, generation: int) -> None:
         state, now = self._generations[generation], time.monotonic()
-        # Ask the steering before the queries: the queries miss clients that come later.
+        # Ask the steering before the queries.  If the steering says that no new client comes, the
+        # last client came before the queries, so the queries can find this client.
         gets_clients = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
         pairs = [each for each in self._listeners.pairs if each.index not in state.leave_out]
@@ -175,17 +176,17 @@ class Quiescing:
         if gets_clients or must_accept:
             self.begin_again(generation)
         unread = state.unread
-        # If no client waits for this generation, all clients in the backlogs belong to the other
-        # generation, so leave them out.  (sock_diag reports by port: it cannot tell apart the
-        # backlogs of an address's two sockets.)  While clients wait for this generation, we do not
-        # use the result.
+        # sock_diag reports by port: it cannot tell apart the backlogs of an address's two sockets.
+        # So if no client waits for this generation, leave out both backlogs: all clients in them
+        # are the other generation's.  While clients wait for this generation, the result does not
+        # matter: this look cannot find the generation quiet.
         query = partial(self._query, generation, queried, accepted=not waiting)
         if unread is None:
             unread = query()
         elif unread and (found := query()) is not None:
             unread = {client: found[client] for client in unread if client in found}
-        # Later looks only remove clients from the first result, which omits clients in a UNIX
-        # backlog.  So while clients wait, keep no result: the next look starts afresh.
+        # The first result omits clients in a UNIX backlog, and later looks never add clients.  So
+        # while clients wait, keep no result: the next look starts afresh.
         state.unread = None if waiting else unread
         state.waited_s += state.delay_s
         state.quiet_s += state.delay_s if state.quiet_looks else 0.0

@@ -115,8 +115,9 @@ class SharedDelivery(Delivery):
     def _stop_counting(self, others: Iterable[OpenGeneration]) -> None:
         """Forget the accept tags (open_counts.py) of these generations.
 
-        A newer generation's connections may carry one of these tags, but we do not know which tag.
-        So the counts of these generations, and of the newer generation, would be wrong.
+        Called when a newer generation's tags are unknown: its connections may carry these
+        generations' tags.  So counts by these tags might include the newer generation's
+        connections.
         """
         for each in others:
             each.update_record(accept_tags=())
@@ -412,7 +413,9 @@ class SharedDelivery(Delivery):
         # An earlier version of SocketProtector also made a channel in this mode: close its ends.
         for fd in descriptors.values():
             os.close(fd)
-        if not generation.record.accept_tags:  # a kill may have come before open() tagged sockets
+        # If the record has no tags, perhaps the protector was killed before open() could tag the
+        # sockets.  Then earlier generations' counts might include this generation's connections.
+        if not generation.record.accept_tags:
             number = generation.record.number
             self._stop_counting(each for n, each in self._host.generations.items() if n < number)
         if not (generation.ended or generation.record.released):

@@ -99,9 +99,9 @@ class Steering(ABC):
         """Give the held clients of UNIX paths to the next generation.
 
         Also pass on the clients of listeners for which Turns.lacks_workers() is true.  While a
-        hold lasts, do nothing, so that its clients continue to wait.  If both sockets have
-        generations, there is no socket for the next generation: pass on nothing.  In this case,
-        post HeldClientsWait if held clients wait.
+        hold lasts, do nothing, so that its clients continue to wait.  If generations already accept
+        from both socket numbers, 0 and 1, the next generation has no socket yet: pass on nothing.
+        In this case, post HeldClientsWait if held clients wait.
         """
 
     @abstractmethod

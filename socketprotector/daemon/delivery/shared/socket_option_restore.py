@@ -16,7 +16,8 @@ without a loss (Listener.can_do_without()).  We log an option that stays changed
 
 We let the serving generation shorten a backlog while it accepts alone.  When another generation
 starts to accept from the socket, or when no generation accepts, we raise the backlog to its initial
-length.  We leave a longer backlog as it is, except in the two cases above.
+length.  If a generation has lengthened a backlog beyond the initial length, we change the backlog
+only in the two cases listed above.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class SocketOptionRestore:
         if initial is not None and is_alone():
             self._restore(listener, socket_number, initial)
         listening = listener.socket_for(socket_number)
-        if not is_alone():  # again, because _restore() may leave the listener with a single socket
+        # Ask again: if _restore() dropped this socket, the generation shares the other socket.
+        if not is_alone():
             self._before[generation, listener.index] = socket_snapshot.take(listening)
             if initial is not None:
                 socket_snapshot.raise_backlog(listening, initial)
@@ -100,7 +102,7 @@ class SocketOptionRestore:
             del self._before[key]
 
     def _raise_backlogs(self) -> None:
-        """Raise each backlog to its initial length, because clients may wait long from now on."""
+        """Raise each backlog to its initial length, because no generation accepts now."""
         for listener in self._listeners.living:
             initial = self._before.get((_INITIAL, listener.index))
             if initial is None:

@@ -100,8 +100,8 @@ class SocketRepair:
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
-        # If some running workers lack the listener's only socket, make no second socket.  Perhaps
-        # only the starting generation can accept the clients that wait at the only socket, so this
+        # Make no second socket if some running workers lack the listener's only socket.  Perhaps no
+        # running worker can accept the clients that wait at the only socket.  So the starting
         # generation must get the only socket.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):

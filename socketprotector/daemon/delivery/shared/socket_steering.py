@@ -137,7 +137,7 @@ class SocketSteering(Steering):
         self._watch.watch()
 
     def _undo_changes(self, generation: int, socket_number: int, *, gone: bool) -> None:
-        """Undo a failed release's changes to sockets; if no generation accepts, raise all backlogs.
+        """Undo a failed release's socket changes; if no generation accepts, raise short backlogs.
 
         gone: whether all workers of the generation have exited.
         """
@@ -418,7 +418,7 @@ class SocketSteering(Steering):
         self._repairs.replace(listener, socket_number)
 
     def _repair(self) -> None:
-        if not self._repairs.ended:  # at a close, no generation accepts a repaired socket's clients
+        if not self._repairs.ended:  # at a close, repair nothing: new clients must stay refused
             self._repairs.repair_all()
             self.steer()
 

@@ -1,8 +1,8 @@
 """Watches for sockets that were shut down, and for stranded clients.
 
 A client is stranded if no generation accepts, or is about to accept, from the socket where the
-client waits.  A generation counts here only if all its workers have the socket.  A rescue starts
-another generation (event `stranded`), which accepts from the client's socket.
+client waits.  A generation counts as accepting only if all its workers have the socket.  A rescue
+starts another generation (event `stranded`), which accepts from the client's socket.
 """
 
 from __future__ import annotations

@@ -40,17 +40,17 @@ class Turns:
     #: Index of a listener that the current generation does not know -> the number of the socket
     #: that gets the listener's clients.
     expected: dict[int, int] = field(default_factory=dict)
-    #: Pairs of generation and listener index.  Workers of the generation lack the listener's
-    #: present socket: after the workers had started, the listener was added, or their socket was
-    #: replaced or dropped.
+    #: Pairs of generation and listener index.  Workers of the generation do not have the listener's
+    #: present socket.  The listener was added, or its socket replaced or dropped, after these
+    #: workers had started.
     unserved: frozenset[tuple[int, int]] = frozenset()
     #: The pairs of `unserved` where the generation's later workers have the socket.
     partly_served: frozenset[tuple[int, int]] = frozenset()
     #: Indices of listeners whose socket the current generation lost, so that their clients go to
     #: the next generation's socket.
     passed_on: frozenset[int] = frozenset()
-    #: True: each passed-in socket gets the new clients of its address.  The socket's owner accepts
-    #: these clients.
+    #: True: each passed-in socket was given back to its owner.  All new clients of its address go
+    #: to this socket, where the owner accepts them.
     given_back: bool = False
     #: Not recorded: after an upgrade or a kill, the next program repeats the action RouteTo, which
     #: has the share.
@@ -118,7 +118,7 @@ class Turns:
         return {each for each in there if (each, listener.index) not in lacking}
 
     def is_served(self, listener: Listener, number: int) -> bool:
-        """Return whether all workers of a generation accept, or will accept, from this socket.
+        """Return whether at least one generation accepts here, or will, with all its workers.
 
         Also True once a passed-in listener was given back: its owner accepts.
         """
@@ -148,7 +148,7 @@ class Turns:
         )
 
     def own(self, pairs: Iterable[Listener], number: int, generation: int = 0) -> list[Listener]:
-        """Return `pairs` without listeners whose socket of this number was given back.
+        """Return the listeners of `pairs`, except those whose socket `number` was given back.
 
         pairs: the listeners with two sockets.
         generation: if it is not 0, also leave out a listener if no worker of this generation has
@@ -182,8 +182,9 @@ class Turns:
         at the current socket.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
-        # With a single socket, or in a dry run, the clients wait at the current socket.  If the
-        # listener were in `unserved`, a rescue (socket_watch.py) would start for these clients.
+        # Leave the listener out of `unserved` if it has a single socket, or in a dry run.  Its
+        # clients then wait at the current socket, and an entry in `unserved` would start a rescue
+        # (socket_watch.py) for them.
         if listener.has_sibling and not dry_run:
             self.unserved |= {(generation, listener.index) for generation in self.accepting}
         return number
@@ -235,8 +236,10 @@ class Turns:
     def note_replaced(self, listener: Listener, number: int | None) -> set[int]:
         """Record that a socket was replaced or dropped.
 
-        Returns the generations whose workers had this socket, and so lack the listener's present
-        socket.  number: the socket's number; None: all generations share the socket.
+        Returns the generations whose workers had the replaced or dropped socket.  These workers
+        lack the listener's present socket.
+
+        number: the socket's number; None: all generations share the socket.
         """
         lacking = {each for each, accepts in self.accepting.items() if number in (None, accepts)}
         pairs = {(generation, listener.index) for generation in lacking}

@@ -329,8 +329,8 @@ class Client:
     def unread_bytes(self) -> int:
         """The number of bytes in the buffers.
 
-        Too low after a call of event(), which resets _events_bytes although events may still be
-        buffered.
+        Perhaps too low after a call of event(), which may reset _events_bytes while events are
+        still buffered.
         """
         return len(self._buffer) + self._events_bytes
 

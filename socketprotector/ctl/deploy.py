@@ -162,7 +162,7 @@ def _is_unchanged(client: Client, before: Message, name: str, expect: str | None
 
     Also returns False if nothing serves, if a stop or deploy is in progress, or if `expect` names
     another release than `name`.  During a reload or dry run, returns False once the new generation
-    is open, because only then the status shows its release.  If the result is False, the caller
+    is open, because only then does the status show its release.  If the result is False, the caller
     requests the deploy, and the protector decides.
     """
     if before.get("route") is None or before.get("phase") == "stopping":

@@ -101,7 +101,7 @@ def size(number: object) -> str:
 
 
 def time_text(at: object) -> str:
-    """Return the time `at` (seconds since the epoch) as 1970-01-01T00:00:00Z, or UNKNOWN."""
+    """Return seconds since the epoch in the form 1970-01-01T00:00:00Z; UNKNOWN if invalid."""
     if not isinstance(at, int | float):
         return UNKNOWN
     try:

@@ -273,7 +273,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_dry_run()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            # Not only in snapshot(), which rarely runs without a guard or fd store.
+            # Call it here, too: snapshot() calls it, but rarely runs without a guard or fd store.
             self.generations.forget_released(self.delivery.keeps)
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:

@@ -100,7 +100,7 @@ class LiveSettings:
     def _reader(self, purpose: str) -> config_reader.ConfigReader:
         """Return the reader for a purpose.
 
-        Raises MemoryError if no memory is left to load config_reader.py, at its first use.
+        config_reader.py is loaded at its first use.  Raises MemoryError if it cannot be loaded.
         """
         if purpose not in self._readers:
             made = config_reader.ConfigReader(self._command, self._loop, purpose)

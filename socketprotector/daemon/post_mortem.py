@@ -127,7 +127,7 @@ class PostMortem:
     def close(self, worker: Worker, end: End, *, proved_ready: bool) -> WorkerExited:
         """Log and return a worker's exit; watch its process group, and close its sockets.
 
-        proved_ready: whether a worker of any generation became ready other than by a timer.
+        proved_ready: whether any generation's worker became ready by something other than a timer.
         """
         record, number = worker.record, worker.record.number
         if end.how == exit_text.KILLED and not record.killed:

@@ -322,8 +322,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     ),
     "Drain": (
         Option("drain-timeout", TIME,
-               "Give an old generation this long to finish, then send TERM. "
-               "0: no limit, but 30s with stop-first.",
+               "Give an old generation this long to finish, then send TERM; "
+               "0: no limit (30s with stop-first).",
                "policy.drain_timeout_s", common=True, default="0"),
         Option("drain-spread", TIME,
                "Let old workers end their connections evenly over this time; 0: no spread.\n"

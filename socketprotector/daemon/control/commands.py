@@ -422,4 +422,4 @@ def _before_kill(fleet: Fleet, found: Generation) -> str:
     if found.fresh and not cannot_call_off(fleet):
         return "`rollback` first"
     then = "if it is then abandoned or draining, `kill` it; if it is serving, `replace` it first"
-    return f"wait until its phase changes; {then}"
+    return f"wait until it is neither starting nor settling; {then}"

@@ -28,9 +28,8 @@ UNTAKEN_S = 30.0
 #: whose handshake is under way at one check has connected by the next check, unless the network
 #: loses or delays a packet.
 QUIET_S = 0.2
-#: If new clients cannot be refused, the drain of a removed listener ends after this time.  A stop
-#: closes the listeners after this time, too.  But queue/ first sends all connections that it has
-#: accepted.
+#: If new clients cannot be refused, this time limits a removed listener's drain, and a stop's wait
+#: before it closes the listeners.  But queue/ first sends all connections that it has accepted.
 LAST_S = 10.0
 
 

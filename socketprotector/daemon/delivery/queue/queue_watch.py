@@ -92,10 +92,11 @@ class QueueWatch:
 
     @property
     def sent(self) -> int:
-        """Return how many connections were sent to the channel.
+        """Return how many connections were sent to the channel, as counted by QueueWatches.
 
-        Connections sent before an upgrade or a kill count only if they were still queued at
-        follow().
+        Connections that no QueueWatch of this program counted (such as early probes) count only if
+        they were queued at follow().  Connections of removed listeners (listener_drain.py) do not
+        count.
         """
         return self.forwarded() + self._extra
 

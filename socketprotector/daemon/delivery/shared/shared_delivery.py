@@ -115,9 +115,8 @@ class SharedDelivery(Delivery):
     def _stop_counting(self, others: Iterable[OpenGeneration]) -> None:
         """Forget the accept tags (open_counts.py) of these generations.
 
-        Called when a newer generation's tags are unknown: its connections may carry these
-        generations' tags.  So counts by these tags might include the newer generation's
-        connections.
+        Called when a newer generation has no known tags.  Connections of the newer generation may
+        carry the tags of the generations in `others`, so counts by these tags might include them.
         """
         for each in others:
             each.update_record(accept_tags=())
@@ -186,7 +185,7 @@ class SharedDelivery(Delivery):
     def met(self, generation: OpenGeneration) -> int | None:
         """Return how many connections the workers have accepted.
 
-        None: no worker counts them (workers on the client library do).
+        None: no worker has counted them.  Workers on the client library count them.
         """
         return generation.accepted
 

@@ -118,7 +118,7 @@ class Turns:
         return {each for each in there if (each, listener.index) not in lacking}
 
     def is_served(self, listener: Listener, number: int) -> bool:
-        """Return whether at least one generation accepts here, or will, with all its workers.
+        """Return whether all workers of at least one generation accept, or will, from this socket.
 
         Also True once a passed-in listener was given back: its owner accepts.
         """

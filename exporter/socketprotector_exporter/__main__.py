@@ -6,6 +6,7 @@ main() imports the program, so that a lack of memory gives a one-line error.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 TYPE_CHECKING = False
@@ -17,10 +18,12 @@ _FREE_MEMORY = "raise the limit (ulimit -v, LimitAS= of a unit), or free some"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until a signal stops it; return the exit status.
+    """Run until TERM or INT ends the process; return the exit status of a failed start, or of help.
 
     arguments: the words of the command line; None: the process's own.
     """
+    # Signals that come during the import wait for the thread of ending.py.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         from . import main as program
 

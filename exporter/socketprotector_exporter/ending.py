@@ -20,9 +20,7 @@ _MAKING_S = 1.0
 class Ending:
     """Removes a file of the process, and exits with status 0."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        """say: prints a line for the user."""
-        self._say = say
+    def __init__(self) -> None:
         #: Held while the process makes its file and sets `remove_file`.
         self.making = threading.Lock()
         self.remove_file: Callable[[], None] = lambda: None
@@ -42,8 +40,6 @@ class Ending:
             signal.sigwait(awaited)
             self.making.acquire(timeout=_MAKING_S)
             self.remove_file()
-        except OSError as error:
-            self._say(f"cannot remove {error.filename}: {error.strerror}; remove it")
         finally:
             # At a normal end of Python the other threads would still run, and fail.  The kernel
             # closes the sockets.

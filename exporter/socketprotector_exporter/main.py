@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import ipaddress
 import os
+import select
 import socket
 import ssl
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,6 +34,9 @@ from socketprotector.ctl.api import (
 )
 
 from .ending import Ending, start_thread
+
+if TYPE_CHECKING:
+    from .web import Page
 
 NAME = "socketprotector-exporter"
 DEFAULT = "127.0.0.1:9517"
@@ -128,6 +133,7 @@ def _command(**given: Any) -> int:
 
     --agent tells HAProxy when to drain an instance: docs/fleet.md.
     --web shows all instances live in a browser: docs/metrics.md."""
+    _ending.await_signals()
     if given["all_instances"] and (given["name"] or given["control"]):
         raise UsageError("--all with --name or --control: leave out --all, or the others")
     if given["web_host"] and given["web"] is None:
@@ -176,10 +182,10 @@ def _command(**given: Any) -> int:
             try:
                 with _ending.making:
                     page = Page(given["web"], given["web_host"], instances.paths, peers)
-                    _ending.remove_file = page.remove_file
+                    _ending.remove_file = partial(_remove_file, page)
             except OSError as error:
                 raise SystemRefused(f"--web {given['web']}: {error.strerror or error}") from error
-            opened.callback(page.close)
+            opened.callback(_remove_file, page)
         try:
             server = opened.enter_context(Server(address, instances, tls, given["token"]))
         except OSError as error:
@@ -257,7 +263,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     open_missing_standard_streams()
     try:
-        _ending.await_signals()
         return int(_command.main(arguments, prog_name=NAME, standalone_mode=False) or 0)
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -271,7 +276,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"{NAME}: {escape(text)}", file=sys.stderr, flush=True)
+    # In one write, because several threads print.
+    print(f"{NAME}: {escape(text)}\n", end="", file=sys.stderr, flush=True)
 
 
-_ending = Ending(_say)
+def _remove_file(page: Page) -> None:
+    """Remove the page's file at the end; report it if that fails, unless the report would wait."""
+    try:
+        page.remove_file()
+    except OSError as error:
+        if select.select([], [sys.stderr], [], 0)[1]:
+            _say(f"cannot remove {error.filename}: {error.strerror}; remove it")
+
+
+_ending = Ending()

@@ -17,6 +17,7 @@ import socket
 import stat
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import uvicorn
@@ -163,11 +164,6 @@ class Page:
         host, port = self._socket.getsockname()[:2]
         return f"{f'[{host}]' if ':' in host else host}:{port}"
 
-    def close(self) -> None:
-        """Close the socket, and remove its file.  Raises OSError."""
-        self._socket.close()
-        self.remove_file()
-
     def remove_file(self) -> None:
         """Remove the socket's file, if it has one.  Raises OSError."""
         if self._path:
@@ -181,11 +177,10 @@ class Page:
         try:
             asyncio.run(self._serve())
         except BaseException:  # ends the process, because a missing page would go unnoticed
-            traceback.print_exc()
-            try:
-                self.remove_file()
-            finally:
-                os._exit(SystemRefused.status)
+            with ExitStack() as last:
+                last.callback(os._exit, SystemRefused.status)
+                last.callback(self.remove_file)
+                traceback.print_exc()
 
     async def _serve(self) -> None:
         hub = Hub(self._find, self._peers)

@@ -30,7 +30,7 @@ def completed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
             assert completion.main(command) == 0
         else:
             with pytest.raises(SystemExit):
-                exporter._command.main([], prog_name=exporter.NAME)
+                exporter.main([])
         return capfd.readouterr().out.split()
 
     return ask

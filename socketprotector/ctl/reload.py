@@ -71,7 +71,7 @@ TIMEOUT = click.option(
     "--at-least",
     metavar="N",
     type=click.IntRange(0),
-    help="With fewer than N connections, the canary lasts --for again; if still fewer, it fails.",
+    help="With fewer than N connections, the canary lasts twice as long; if still fewer, it fails.",
 )
 @TIMEOUT
 def reload(
@@ -145,7 +145,7 @@ def await_success(
 
     before: the status before the request.
     promised: the generation's number in the answer to the request.  The verdict's generation has a
-    higher number if the protector must first start the old version again.
+    higher number if the protector had to start the old version again before the new one.
     failure: the first words of the error if the generation fails.
     dry_run: also wait for the end of this generation.
     drained: after a success, also wait for the end of the older generations.

@@ -50,8 +50,8 @@ class CurrentLink:
         self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
         self._lock = lock
         self._moved_late = moved_late
-        #: The error of the last try to take the lock; "": no error (perhaps another protector has
-        #: the lock), or no try.
+        #: The error of the last try to take the lock; "": no error, or no try.  Another protector's
+        #: lock is no error.
         self.lock_error = ""
         self.not_moved: NotMoved | None = None
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)

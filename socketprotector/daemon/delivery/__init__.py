@@ -28,8 +28,8 @@ UNTAKEN_S = 30.0
 #: whose handshake is under way at one check has connected by the next check, unless the network
 #: loses or delays a packet.
 QUIET_S = 0.2
-#: If new clients cannot be refused, this time limits a removed listener's drain, and a stop's wait
-#: before it closes the listeners.  But queue/ first sends all connections that it has accepted.
+#: If new clients cannot be refused: how long a removed listener may drain, and how long a stop may
+#: wait before closing the listeners.  But queue/ first sends all connections that it has accepted.
 LAST_S = 10.0
 
 
@@ -257,8 +257,8 @@ class Delivery(ABC):
     def remove(self, listener: Listener) -> None:
         """Refuse a listener's new clients, but still bring its connected clients to workers.
 
-        Exception: the owner of a passed-in socket keeps listening, and may also get connected
-        clients.
+        Exception: the owner of a passed-in socket keeps listening, and may accept clients that wait
+        in the backlog.
         """
 
     @abstractmethod

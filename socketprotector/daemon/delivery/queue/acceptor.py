@@ -116,7 +116,7 @@ class Acceptor:
                     self.accepted += 1
                     self.last_ns = at
                     # QueueWatch.sent is computed from `accepted`, which counts this connection.
-                    # The connection was not sent, so subtract it there.
+                    # The connection was not sent, so take_away() subtracts it from QueueWatch.sent.
                     self.queue_watch.take_away()
                     self.send_failed(header, fd, error)
                     return

@@ -20,9 +20,9 @@ class GenerationChannel(Channel):
         self.taken_from = adopted
         #: Whether it was reported that no worker takes connections.
         self.untaken_reported = False
-        #: The number of new connections that were accepted for this channel before its present
-        #: QueueWatch (queue_watch.py) began to follow the channel.  Forwarder.met() adds the
-        #: later connections.
+        #: How many new connections were accepted for this channel.  If a QueueWatch
+        #: (queue_watch.py) follows the channel now, those since its follow() are missing;
+        #: Forwarder.met() adds them.
         self.met = 0
         #: How many connections a QueueWatch has counted as sent to this channel.  Set when
         #: the QueueWatch stops following the channel.  A QueueWatch that follows the channel later

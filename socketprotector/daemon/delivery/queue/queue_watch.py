@@ -95,8 +95,7 @@ class QueueWatch:
         """Return how many connections were sent to the channel, as counted by QueueWatches.
 
         Connections that no QueueWatch of this program counted (such as early probes) count only if
-        they were queued at follow().  Connections of removed listeners (listener_drain.py) do not
-        count.
+        they were queued at follow().  Connections sent by listener_drain.py do not count.
         """
         return self.forwarded() + self._extra
 

@@ -16,8 +16,8 @@ without a loss (Listener.can_do_without()).  We log an option that stays changed
 
 We let the serving generation shorten a backlog while it accepts alone.  When another generation
 starts to accept from the socket, or when no generation accepts, we raise the backlog to its initial
-length.  If a generation has lengthened a backlog beyond the initial length, only a restore in the
-two cases of the list changes the backlog.
+length.  If a generation has lengthened a backlog beyond the initial length, we change the backlog
+only in the two cases of the list.
 """
 
 from __future__ import annotations

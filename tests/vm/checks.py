@@ -33,6 +33,7 @@ from .guest import (
     is_refused,
     lives,
     load_on,
+    parent_of,
     run,
     systemctl,
     systemd_version,
@@ -86,7 +87,8 @@ def _(say: Say) -> None:
         assert service.show("ActiveState") == "active"
         assert service.status_text == "generation 1 is serving"
         assert service.pid == int(Path("/run/socketprotector/start/pid").read_text())
-        assert set(service.processes()) == {service.pid, worker}
+        [relay] = set(service.processes()) - {service.pid, worker}
+        assert b"log_relay" in Path(f"/proc/{relay}/cmdline").read_bytes()
         assert resource.prlimit(worker, resource.RLIMIT_NOFILE) == (1024, 524288)
         assert "event=ready" in service.journal()
 
@@ -1016,6 +1018,12 @@ def _ended(pids: set[int]) -> bool:
     return not any(map(lives, pids))
 
 
+def _family(service: Service) -> set[int]:
+    """The workers of the generation that serves, and their children."""
+    masters = set(service.workers())
+    return masters | {pid for pid in service.processes() if parent_of(pid) in masters}
+
+
 @promise(
     "listener handoff, pre-fork server: the children of a killed master finish, no client is lost"
 )
@@ -1028,9 +1036,8 @@ def _(say: Say) -> None:
             if what == "its parent is systemd":
                 service.kill()
             # The generation before may still be ending.
-            eventually(lambda: len(service.processes()) == 5, "a protector, a master, 3 children")
-            [master] = service.workers()
-            old = set(service.processes()) - {service.pid}
+            eventually(lambda: len(_family(service)) == 4, "a master and its 3 children")
+            [master], old = service.workers(), _family(service)
             os.kill(master, signal.SIGKILL)
             eventually(partial(_ended, old), f"the end of the children of a killed master, {what}")
             load.more()

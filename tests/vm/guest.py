@@ -423,8 +423,18 @@ def is_refused(port: int) -> bool:
 
 def lives(pid: int) -> bool:
     """Whether it runs; a zombie does not."""
+    return _stat(pid)[0] not in "ZX"
+
+
+def parent_of(pid: int) -> int:
+    """The pid of its parent; 0: it has ended."""
+    return int(_stat(pid)[1])
+
+
+def _stat(pid: int) -> list[str]:
+    """Its state, its parent's pid, and more, as proc(5) orders them."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
+        return ["X", "0"]
+    return stat.rpartition(")")[2].split()

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,13 @@ class _Viewer:
 
     def until(self, name: str, **wanted: object) -> None:
         """Hear until an instance is shown so."""
-        while not wanted.items() <= self.instances.get(name, {}).items():
+        self.hear_until(lambda: wanted.items() <= self.instances.get(name, {}).items(), name)
+
+    def hear_until(self, fact: Callable[[], bool], what: str) -> None:
+        """Hear until something is true; the page speaks at least every few seconds."""
+        until = time.monotonic() + DEADLINE_S
+        while not fact():
+            assert time.monotonic() < until, (what, self.instances, self.events)
             self.hear()
 
     def hear(self) -> None:
@@ -109,7 +116,8 @@ def _(say: Say) -> None:
     made = run("groupadd", "--system", GROUP).returncode == 0
     with (
         Service("open", options=f"--status-group {GROUP}", user="nobody") as seen,
-        Service("closed", user="nobody") as unseen,
+        # Without this option, the unit would let the page's group look.
+        Service("closed", options="--status-group nogroup", user="nobody") as unseen,
         _page_of(seen, unseen) as pid,
     ):
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
@@ -124,8 +132,7 @@ def _(say: Say) -> None:
             viewer.until("open", why="", phase="serving")
             viewer.until("closed", why="denied")
             seen.reload()
-            while ("open", "reloaded") not in viewer.events:
-                viewer.hear()
+            viewer.hear_until(lambda: ("open", "reloaded") in viewer.events, "the reload")
         assert 'socketprotector_up{instance="open"} 1' in _answer(METRICS, "/metrics")[1]
         assert _answer(WEB, "/", "POST")[0] == 405
 
@@ -196,11 +203,12 @@ def _left() -> list[str]:
     return [*find.stdout.split(), *map(str, Path("/run").glob("socketprotector*"))]
 
 
-def _took(which: str, version: str, service: Service, load: Load, say: Say) -> None:
+def _took(which: str, service: Service, load: Load, say: Say) -> None:
     """Install a newer package under load: the same protector runs its version afterwards."""
     pid, workers = service.pid, service.workers()
     told = _install(which)
-    tries = 1
+    package = run("dpkg-query", "-W", "-f", "${Version}", NAMES[0]).stdout
+    version, tries = package.partition("-")[0], 1
     load.more()
     while service.status()["version"] != version:
         # The emulated processor may have been too slow for the time that a new program has.
@@ -238,7 +246,7 @@ def _(say: Say) -> None:
                 assert service.status_text == "generation 2 is serving"
                 load.more()
 
-                _took("next", "0.1.1", service, load, say)
+                _took("next", service, load, say)
                 service.kill()
                 load.more()
                 if shutil.which("needrestart"):

@@ -12,6 +12,7 @@ import json
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -55,9 +56,18 @@ def talk(stream: TextIO) -> None:
             any_lines = False
 
 
-def compare(stream: TextIO) -> None:
+def status(stream: TextIO) -> dict[str, Any]:
     print('{"v": 1, "command": "status"}', file=stream, flush=True)
-    came = set(names(json.loads(stream.readline())["result"]))
+    answer: dict[str, Any] = json.loads(stream.readline())["result"]
+    return answer
+
+
+def compare(stream: TextIO) -> None:
+    until = time.monotonic() + DEADLINE_S
+    while "waits_for" in (now := status(stream)):  # an old generation still drains
+        assert time.monotonic() < until, now["waits_for"]
+        time.sleep(0.02)
+    came = set(names(now))
     shown = set(re.findall(r'"(\w+)":', sys.stdin.read()))
     assert came == shown, f"not shown: {came - shown}; not there: {shown - came}"
 

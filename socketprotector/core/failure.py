@@ -58,7 +58,7 @@ def not_ready(policy: Policy, advice: str) -> str:
     # The reason names the missing message: a program that never sends READY looks like a slow one.
     hint = KINDS[policy.ready].hint if policy.ready in KINDS else ""
     hints = "; ".join(filter(None, (advice, hint)))
-    return f"not ready within {in_units(policy.start_timeout_s)}; {hints}"
+    return f"not ready within {in_units(policy.start_timeout_s)} (--start-timeout); {hints}"
 
 
 def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:

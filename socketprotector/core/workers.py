@@ -12,6 +12,7 @@ from operator import attrgetter
 from ..model.backoff import backoff_s
 from ..model.lazy_dataclass import replace
 from ..model.policy import PROVEN_S
+from ..model.text import in_units
 from . import rescue, rollout
 from .actions import Report, ReportKind, Signal, Spawn, StartTimer, WorkerSignal
 from .events import Deadline, TimerKind, WorkerExited
@@ -97,7 +98,9 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
         _respawn(step, generation.number, worker, event)
     elif generation.phase in (Phase.STARTING, Phase.SETTLING):
         if worker.state is not State.RETIRING:
-            fail(step, generation.number, event.reason, retry=not event.detached)
+            after = f", {in_units(round(event.served_s, 2))} after it was ready"
+            reason = event.reason + (after if event.served_s > 0 else "")
+            fail(step, generation.number, reason, retry=not event.detached)
     else:
         _take_over(step, worker.replaces)  # no other replacement will come
     for orphan in orphans:  # last, so that after a rollback clients already go elsewhere

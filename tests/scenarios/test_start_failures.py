@@ -226,7 +226,7 @@ def test_a_worker_that_is_never_ready_is_reported_with_what_ready_means(
 
     assert ended.status == 3, ended
     last = ended.lines[-1]
-    assert last.startswith("SocketProtector: not ready within 300ms; ")
+    assert last.startswith("SocketProtector: not ready within 300ms (--start-timeout); ")
     for hint in ("READY=1", "socketprotector_client"):
         assert hint in last
     assert "after:" not in last
@@ -250,7 +250,7 @@ def test_what_is_said_of_one_that_is_never_ready_speaks_of_what_was_to_say_so(
     ended = start(*mode, *timed, "--", *worker("never_ready"))
 
     assert ended.status == 3, ended
-    assert re.search(f"not ready within 300ms; {hint}", ended.lines[-1])
+    assert re.search(rf"not ready within 300ms \(--start-timeout\); {hint}", ended.lines[-1])
     assert "READY=1" not in ended.lines[-1]
     assert start.left() == []
 

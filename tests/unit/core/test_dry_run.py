@@ -366,5 +366,5 @@ def test_another_program_goes_on_with_it(story: Story) -> None:
     assert actions[0] == RouteTo(1)
     assert Probe(2) in actions
     assert story.when(DeadlinePassed(START_2, "GET /: 500"))[-1] == failed(
-        "not ready within 1m; GET /: 500"
+        "not ready within 1m (--start-timeout); GET /: 500"
     )

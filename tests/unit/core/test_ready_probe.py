@@ -152,7 +152,7 @@ def test_the_last_answer_is_told_when_it_was_not_ready_in_time(story: Story) -> 
 
     actions = story.when(DeadlinePassed(START_2, answer))
 
-    reason = f"not ready within 1m; {answer}"
+    reason = f"not ready within 1m (--start-timeout); {answer}"
     assert actions[0] == StopProbing(2)
     assert Report(ReportKind.RELOAD_FAILED, 2, reason) in actions
     assert story.serving == {1}
@@ -170,7 +170,7 @@ def test_a_rolling_reload_fails_if_its_first_workers_do_not_pass_the_probe_in_ti
 
     actions = story.when(DeadlinePassed(START_2, answer))
 
-    reason = f"not ready within 1m; {answer}"
+    reason = f"not ready within 1m (--start-timeout); {answer}"
     assert Report(ReportKind.RELOAD_FAILED, 2, reason) in actions
 
 

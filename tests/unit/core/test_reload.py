@@ -97,7 +97,7 @@ def test_the_old_generation_keeps_serving_when_the_new_one_never_becomes_ready(
     assert story.when_over(TimerKind.START, 2) == [
         Signal(2, WorkerSignal.TERM),
         StartTimer(Deadline(TimerKind.KILL, 2), 5.0),
-        Report(ReportKind.RELOAD_FAILED, 2, f"not ready within 1m; {KINDS['notify'].hint}"),
+        Report(ReportKind.RELOAD_FAILED, 2, f"not ready within 1m (--start-timeout); {KINDS['notify'].hint}"),
     ]
     assert story.when(WorkerReady(2)) == [], "too late"
     assert story.when_over(TimerKind.KILL, 2) == [Signal(2, WorkerSignal.KILL)]
@@ -271,6 +271,15 @@ def test_what_a_dead_worker_has_left_is_told_to_finish_once_the_route_is_given_b
         Report(ReportKind.RELOAD_FAILED, 2, CRASHED),
         Retire(2),
     ]
+
+
+def test_the_reason_says_how_long_a_settling_worker_had_served(story: Story) -> None:
+    story.given_serving(SETTLE).and_also(ReloadRequested(), WorkerReady(2))
+
+    actions = story.when(WorkerExited(2, "exited with status 3", served_s=0.3141))
+
+    reason = "exited with status 3, 310ms after it was ready"
+    assert Report(ReportKind.RELOAD_FAILED, 2, reason) in actions
 
 
 def test_a_channel_that_breaks_while_settling_gives_the_route_back(story: Story) -> None:

@@ -1,9 +1,9 @@
 """Reads the open connections of workers from /proc.
 
 The protector does not see when a worker closes a connection, so it cannot list open connections.
-Connections that a worker opens itself, such as to a database, are left out: only connections to a
-listener's address are returned.  The worker's descendants are searched, too, because a server may
-fork a child for each connection.
+This module lists only connections to a listener's address.  So it leaves out connections that a
+worker opens itself, such as to a database.  It also searches the worker's descendants, because a
+server may fork a child for each connection.
 
 Source: proc(5).  The columns of `net/tcp` that are used: local and remote address, state,
 tx_queue:rx_queue, inode.
@@ -50,13 +50,13 @@ class Connection:
     local: str
     peer: str
     age_s: float
-    bound: str  # EXACT: the age is age_s; AT_LEAST, AT_MOST: age_s is a lower or an upper limit
+    bound: str  # EXACT: the age is age_s; AT_LEAST: age_s or more; AT_MOST: age_s or less
     waiting_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class HiddenWorker:
-    """A worker of which we cannot read all connections, and the reason."""
+    """A worker whose list of connections may be incomplete, and the reason."""
 
     generation: int
     worker: int
@@ -80,7 +80,7 @@ def find_connections(
     *,
     shares_pids: bool = True,
 ) -> tuple[list[Connection], list[HiddenWorker]]:
-    """Return the workers' connections, and the workers of which we cannot read all connections.
+    """Return the workers' connections, and the workers whose list may be incomplete.
 
     workers: the workers and their forked children, from the answer to the request `connections`.
     listeners: the canonical addresses of the listeners.
@@ -88,15 +88,18 @@ def find_connections(
     draining: the numbers of the draining generations.
     shares_pids: whether the workers' pids are of our own PID namespace (Client.shares_pids).
 
-    Only some workers record when they accepted a connection (docs/protocol.md).  Without a record,
-    the worker's field `since_at` limits the age.  In a draining generation, `since_at` is when the
-    drain began: all connections of the worker began earlier.  (Under --handoff listener, if two
-    generations share one socket, some may begin a little later.)  In any other generation,
-    `since_at` is when the worker started: all connections of the worker began later.
+    Some workers record when each connection was accepted (docs/protocol.md), so its age is EXACT.
+    Without a record, age_s is the time since the worker's `since_at`:
+
+    * In a draining generation, the drain began at `since_at`.  The worker's connections began
+      earlier, so the bound is AT_LEAST.  Exception: under --handoff listener, if two generations
+      share one socket, some connections may begin a little later.
+    * In any other generation, the worker started at `since_at`.  The worker's connections began
+      later, so the bound is AT_MOST.
     """
     addresses = tuple(listeners)
     # Key: the worker's number, network namespace, inode.  A worker and its forked child have the
-    # same number, and may share a socket.
+    # same number, so a connection that both have open is listed once.
     found: dict[tuple[int, str, int], Connection] = {}
     hidden_workers: list[HiddenWorker] = []
     tables: dict[str, dict[int, _Socket]] = {}
@@ -116,8 +119,8 @@ def find_connections(
             namespace = os.readlink(f"/proc/{pids[0]}/ns/net")
             if namespace not in tables:
                 table = dict(_sockets(pids[0], addresses))
-                # If the process has ended meanwhile, the table may be incomplete.  Then readlink()
-                # raises, and the table is not kept.
+                # Check that the process still runs: if it has ended, the table may be incomplete.
+                # Then this readlink() raises, and the table is not kept.
                 os.readlink(f"/proc/{pids[0]}/ns/net")
                 tables[namespace] = table
             inodes, why = _inodes(pids)
@@ -165,7 +168,7 @@ def _session_members(leader: int) -> list[int]:
 
 def _why_hidden(pid: int, error: OSError) -> str:
     """Return why a process's sockets cannot be read; "" if the process has ended."""
-    # Only root can read a zombie's descriptors.  A zombie has no sockets, so nothing is hidden.
+    # Only root can read a zombie's descriptors, but a zombie has no sockets: nothing is hidden.
     if procfs.is_alive(pid) is False or not process_exists(pid):
         return ""
     if isinstance(error, PermissionError):
@@ -178,8 +181,8 @@ def _inodes(pids: Sequence[int]) -> tuple[dict[int, int | None], str]:
     """Return the sockets of these processes and of their descendants, and why some are hidden.
 
     pids: the worker's pid; if the worker is orphaned, the pids of the processes in its session.
-    The sockets are a map: inode -> the descriptor in the process pids[0]; None if only another
-    process has the socket.  The reason is "" if no socket is hidden.
+    The sockets are a map: inode -> descriptor in the process pids[0].  The descriptor is None if
+    only another process has the socket.  The reason is "" if no socket is hidden.
     """
     found: dict[int, int | None] = {}
     why = ""
@@ -188,8 +191,8 @@ def _inodes(pids: Sequence[int]) -> tuple[dict[int, int | None], str]:
         each = todo.pop()
         try:
             for fd, inode in procfs.sockets(each):
-                # The caller looks for fd in `accepted_at_by_fd`, which has only the worker's own
-                # descriptors.
+                # The caller looks for fd in `accepted_at_by_fd`, which has only descriptors of the
+                # process pids[0].  In another process the same number may mean another socket.
                 found.setdefault(inode, fd if each == first else None)
             todo += procfs.children_of(each)
         except OSError as error:

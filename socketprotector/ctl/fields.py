@@ -39,7 +39,7 @@ def text_in(message: Status, name: str) -> str:
 def measure(message: Status, name: str) -> float | None:
     """Return a field's number if it is finite and not negative, otherwise None.
 
-    The exporter leaves out a metric whose value is None: with 0 it would report a wrong value.
+    For None, the exporter leaves out the metric; 0 would be a wrong value.
     """
     value = message.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -61,7 +61,7 @@ def serves(status: Status) -> bool:
 def why_not_ready(status: Status) -> str:
     """Return why a protector is not ready for a load balancer's clients; "" if it is ready.
 
-    A protector on hold counts as ready, so that a hold on all hosts does not leave the load
+    A protector on hold counts as ready.  Otherwise a hold on all hosts would leave the load
     balancer without a host.
     """
     if is_lame_duck(status):
@@ -87,7 +87,7 @@ def unhealthy(status: Status) -> str | None:
 
 
 def waits_of(status: Status) -> list[Wait]:
-    """Return what a protector waits for, in the status's order: an upgrade and a reload first."""
+    """Return what a protector waits for, in the order of the status."""
     return [
         Wait(
             text_in(each, "kind"),
@@ -114,7 +114,7 @@ def rollout_of(status: Status) -> Status | None:
 def share_of(status: Status, generation: int) -> float | None:
     """Return the percentage of new connections that a generation gets.
 
-    Returns None if there is no rollout, or if the status has no share.
+    Returns None if there is no rollout, or if the rollout has no share.
     """
     rollout = rollout_of(status)
     share = measure(rollout, "share") if rollout is not None else None
@@ -205,10 +205,10 @@ def other_waits_of(status: Status) -> list[Wait]:
 
 
 def failing(generation: Status) -> str:
-    """Return why a generation's first programs failed, with the last line of their last words.
+    """Return why a generation's first programs failed, and the last line that they printed.
 
-    Returns "" if they did not fail.  First programs are the programs of --handoff stdio that run
-    before one has worked (docs/stdio.md).
+    Returns "" if none failed, or once a program has worked.  Only --handoff stdio has first
+    programs: all programs until the first that works (docs/stdio.md).
     """
     found = generation.get("first_programs")
     if not isinstance(found, dict):

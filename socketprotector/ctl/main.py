@@ -31,7 +31,7 @@ from .cli import (
     say_json,
 )
 
-#: Each of these modules adds its commands to the program when it is imported.
+#: Each module here, when imported, adds its commands to the program.
 COMMANDS = (deploy, orders, queries, reload, top, upgrade)
 #: The exit status after INT or TERM.
 INTERRUPTED = 130
@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.  arguments: if None, sys.argv[1:]."""
     open_missing_standard_streams()
     if isinstance(sys.stdout, TextIOWrapper):
-        # reconfigure() fails if descriptor 1 was a regular file when Python started, and main()'s
-        # caller has since put a pipe in its place.
+        # main()'s caller may have put a pipe in place of descriptor 1.  reconfigure() then fails if
+        # descriptor 1 was a regular file when Python started.
         with suppress(OSError):
             # A worker's output may have characters that the locale's encoding lacks.
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -91,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refusal as error:
         if isinstance(error, OutputFailed):
             discard_output()
-        # Escape any line break in a path that a usage error quotes.  Other errors may quote a
-        # worker's last words, whose line breaks must stay.
+        # A usage error may quote a path with a line break: escape the line break.  Other errors may
+        # quote a worker's last words, whose line breaks must stay.
         complain(escape(str(error)) if isinstance(error, UsageError) else str(error))
         return error.status
     except MemoryError as error:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-#: The limit of values in a line, counted by commas, colons and brackets.  A value takes about 100
-#: bytes of memory.  The status of a protector with 1,000 workers has 30,000 values.
+#: The limit of values in a line.  A value takes about 100 bytes of memory.  To count values without
+#: parsing, we count commas, colons and opening brackets.  The status of a protector with 1,000
+#: workers has 30,000 values.
 _VALUES = 200_000
 #: The limit of nesting.  An answer with a status has 8 levels, down to a worker's forked child.
 _DEPTH = 16
@@ -26,8 +27,8 @@ _GREATEST = 1 << 63
 def message_in(line: bytes) -> dict[str, Any] | None:
     """Return the message in a line; None if the line is not a message.
 
-    Long texts, lists and objects are cut.  No protector sends NaN, numbers out of range or values
-    nested too deep; these become None.
+    Long texts, lists and objects are cut.  NaN, numbers out of range and values nested too deep
+    become None; no protector sends such values.
     """
     if sum(map(line.count, (b",", b":", b"[", b"{"))) > _VALUES:
         return None

@@ -49,12 +49,12 @@ from .server_children import children_of
 
 #: The pause between attempts of `events --follow` to connect for the first time.
 _AGAIN_EVERY_S = 1.0
-#: How long to wait for the answer to `diff`: a new process reads the configuration and resolves the
-#: host names.
+#: How long to wait for the answer to `diff`.  The answer takes long because a new process reads the
+#: configuration and resolves the host names.
 _DIFF_S = 60.0
-#: The longest wait for an event.  If no event comes, `events` silently begins another wait.
+#: The longest single wait for an event.  `events` repeats the wait without end.
 _LISTEN_S = 3600.0
-#: The limits of `list`: addresses of a protector, and characters of an address.
+#: How many addresses of a protector `list` shows, and how many characters of each address.
 _ADDRESSES, _ADDRESS_CHARACTERS = 64, 200
 #: Connection.bound -> the sign before the age.
 _BOUNDS = {EXACT: "", AT_LEAST: ">=", AT_MOST: "<="}

@@ -1,7 +1,7 @@
 """The commands reload and stop, and what deploy.py and upgrade.py share with them.
 
-Each command waits for the outcome, which its exit status reports.  If the outcome of a reload
-stays unknown, the command fails.  With --no-wait a command does not wait for the outcome.
+Without --no-wait, each command waits for the outcome, and its exit status reports the outcome.
+If the outcome of a reload stays unknown, the command fails.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def reload(
 
 
 def read_status_before(operation: Operation) -> Message:
-    """Return the status before a request.
+    """Return the status.  Call this before the request that starts a new version.
 
     Sets operation.losses, and the fields `name` and `from` of the outcome.
     """
@@ -144,8 +144,8 @@ def await_success(
     """Wait for the verdict on a generation; return a text about its success.
 
     before: the status before the request.
-    promised: the generation's number in the answer to the request.  The verdict's generation has a
-    higher number if the protector had to start the old version again before the new one.
+    promised: the generation's number in the answer to the request.  The new version gets a higher
+    number if the protector has to start the old version again first.
     failure: the first words of the error if the generation fails.
     dry_run: also wait for the end of this generation.
     drained: after a success, also wait for the end of the older generations.
@@ -180,7 +180,7 @@ def await_success(
 def _first_programs(status: Message, generation: int) -> str:
     """Return a note that a generation's first programs failed, or that no program has run yet.
 
-    Returns "" in all other cases, and always if the mode is not --handoff stdio.
+    Returns "" in other cases, and in any mode except --handoff stdio.
     """
     mode = MODES.get(text_in(status, "handoff"))
     if mode is None or not mode.pooled:
@@ -213,9 +213,9 @@ def _count_losses(operation: Operation) -> Message:
 def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) -> int:
     """Request a reload or dry run, and return the number of its generation.
 
-    If the connection is cut, repeat the request unless the status shows that the reload has begun.
-    The status cannot show this if `before`, the earlier status, has phase `reloading` or `waiting`,
-    because then a new generation may belong to an earlier request.
+    If the connection is cut, compare the status with `before`.  If a new reload has begun, our
+    request has arrived; otherwise repeat the request.  Always repeat it if the phase in `before` is
+    `reloading` or `waiting`: the new reload may belong to an earlier request.
     """
     dry_run = "dry_run" in arguments
     if dry_run and "dry_run" not in before:
@@ -283,8 +283,8 @@ def _await_verdict(operation: Operation, watched: Reload) -> Verdict:
 def _end_of_protector_suffices(when: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Suppress the block's NoProtector if the protector has ended and when() is true.
 
-    The block waits for the end of generations, or of the protector.
-    when: called after the protector has ended; returns True if this end is enough for the block.
+    The block waits until generations end, or until the protector ends.
+    when: called after the protector has ended; returns True if the block need not wait longer.
     """
     try:
         yield
@@ -354,7 +354,7 @@ def _raise_failed(operation: Operation, found: Verdict, failure: str) -> None:
 def _last_words(client: Client, generation: int) -> str:
     """Return the newest last words of a generation's failed workers; "" if none are known.
 
-    The failure's event has them, too, but an event is lost if the connection is cut.
+    An event reports the last words, too, but events are lost while the connection is cut.
     """
     try:
         crashes = listed(client.request("crashes"), "crashes")
@@ -384,8 +384,8 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
     with begin(instance, timeout, as_json) as operation, ExitStack() as opened:
         before = operation.client.query("status")
         # Open pidfds of the protector and the guard before the stop: afterwards their pids may
-        # belong to other processes.  If the protector and the guard are in another PID namespace,
-        # the guard's pid in the status is not valid here.
+        # belong to other processes.  Leave out the guard if it is in another PID namespace: its pid
+        # in the status may belong to another process here.
         pids = {operation.client.protector_pid}
         if operation.client.shares_pids(before):
             pids.add(number_in(before, "main_pid"))
@@ -412,8 +412,8 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
 def _request_stop(client: Client, quick: bool) -> None:
     """Request a stop.
 
-    If the connection is cut, repeat the request only if no stop has begun.  A second stop would
-    cut the lame-duck time short, or make a graceful stop quick.
+    If the connection is cut, repeat the request only if no stop has begun.  A second request would
+    end the lame-duck time, or turn a graceful stop into a quick stop.
     """
     try:
         client.request("stop", quick=quick)
@@ -429,8 +429,8 @@ def _request_stop(client: Client, quick: bool) -> None:
 class _Stopped(Awaited):
     """Waits until the protector has ended.
 
-    waits_for() never returns "", so the wait always ends with an exception, such as NoProtector
-    (with the code "dead": the protector has ended) or TimedOut.
+    waits_for() never returns "", so the wait always ends with an exception: for example TimedOut,
+    or NoProtector with the code "dead", which means that the protector has ended.
     """
 
     refresh_after = ("lame-duck", "drained", "exited", "stopping")

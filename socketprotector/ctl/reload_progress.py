@@ -3,9 +3,9 @@
 Events report each step at once, but events are lost while the connection is cut.  A status reports
 the same facts later.
 
-The answer to a `reload` request has the number of the new generation.  The class Reload takes the
-first verdict on a generation with this number or a higher number.  The verdict's generation has a
-higher number if the protector had to restart the old version first (docs/control.md).
+The answer to a `reload` request has the number N for the new generation.  If the protector then has
+to restart the old version first, the old version gets N, and the new generation a higher number.
+So the class Reload takes the first verdict on generation N or a later generation (docs/control.md).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Verdict:
 
 @dataclass(slots=True)
 class ProgressThrottle:
-    """Decides which counts of ready or drained workers to show (_STEPS)."""
+    """Decides which counts of ready or drained workers to show: about _STEPS of them."""
 
     _total: int = 0
     _last: object = None
@@ -139,7 +139,7 @@ class Reload(Awaited):
         *,
         dry_run: bool = False,
     ) -> None:
-        """generation: the number in the answer.  status: the status before the request."""
+        """generation: N (see the module's docstring).  status: the status before the request."""
         super().__init__(tell)
         self.generation = generation
         self.dry_run = dry_run
@@ -160,8 +160,8 @@ class Reload(Awaited):
         """Process an event; ignore progress and verdicts of earlier generations."""
         super().on_event(event)
         name, number = event.get("event"), number_in(event, "generation")
-        # While generations share the new connections, `generation` is the old generation, and
-        # `sharing` the new generation.
+        # While two generations share the new connections, the event `route` has the old generation
+        # in `generation`, and the new generation in `sharing`.
         if name == "route" and number_in(event, "sharing") >= self.generation:
             self._show_share(number_in(event, "sharing"), text_in(event, "share"))
         if self.verdict is not None or number < self.generation:
@@ -213,9 +213,9 @@ class Reload(Awaited):
                     self._show_switch(number)
                 else:
                     self._show_share(number)
-        # Once a generation has been shown as starting, hide waits of kind `earlier-reload`: the
-        # user already knows the awaited generation.  If our reload started this generation, a later
-        # reload waits for it.  If it restarts the old version, our reload waits for it.
+        # Once we have shown which generation is starting, hide waits of kind `earlier-reload`: the
+        # user already knows what our reload waits for.  In such a wait, either a later reload waits
+        # for our generation, or our reload waits for the restart of the old version.
         kinds = [
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]
@@ -242,9 +242,10 @@ class Reload(Awaited):
         return self._current
 
     def _note_slot(self, worker: Message) -> None:
-        """Raise the number of wanted workers if this worker's slot shows a higher number.
+        """Raise the number of wanted workers to at least the worker's slot + 1.
 
-        `workers_wanted` in the status shows the higher number only after the reload's end.
+        Slots count from 0.  If a reload adds workers, the status shows the higher number in
+        `workers_wanted` only after the reload.
         """
         self._wanted = max(self._wanted, number_in(worker, "slot") + 1)
 
@@ -321,8 +322,8 @@ class Losses:
         """
         before = self._before
         by_protector = measure(before, "lost"), measure(after, "lost")
-        # Under --handoff listener, a status does not say how many connections the protector lost.
-        # If the protector has restarted, events may have been missed.
+        # The number is unknown under --handoff listener, where the protector's `lost` is None.  It
+        # is also unknown after a restart of the protector, because we may have missed events.
         if None in by_protector or before.get("restarts") != after.get("restarts"):
             return None
         counted = [*listed(before, "generations"), *listed(after, "generations")]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 #: How many rates are kept, each for one bar.
 _KEPT = 200
-#: How long to try to reconnect; then the screen shows the error, and keys are read again.
+#: How long to try to reconnect before the screen shows the error.  Keys are not read meanwhile.
 _RECONNECT_S = 1.0
 #: The number of buckets in the field `wait_us` of a generation (docs/control.md).
 _BUCKETS = 32
@@ -48,7 +48,10 @@ class Rates:
         self._before: Message | None = None
 
     def on_status(self, status: Message) -> None:
-        """Compute the rate and wait times since the previous status, by the protector's clock."""
+        """Compute the rate and wait times since the previous status.
+
+        The seconds between the statuses are by the protector's clock.
+        """
         before, self._before = self._before, status
         if before is None:
             return
@@ -59,14 +62,17 @@ class Rates:
         if isinstance(total, int) and isinstance(earlier, int):
             self.history.append(max(0, total - earlier) / span_s)
         else:
-            self.history.clear()  # if workers accept, the number of connections is unknown
+            self.history.clear()  # under --handoff listener, `forwarded` is null
         buckets = zip(_wait_buckets(status), _wait_buckets(before), strict=True)
         counts = [max(0, after - earlier) for after, earlier in buckets]
         self.p50_us, self.p99_us = quantile_us(counts, 0.5), quantile_us(counts, 0.99)
 
     @property
     def per_second(self) -> float | None:
-        """Connections forwarded per second; None before the second status, or if workers accept."""
+        """Connections forwarded per second; None before the second status.
+
+        Always None under --handoff listener, where the protector forwards no connections.
+        """
         return self.history[-1] if self.history else None
 
 
@@ -139,9 +145,9 @@ def _status(client: Client) -> Message:
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], bool]]:
-    """Yield a function that waits for keys, and returns True at q or the end of the input.
+    """Yield a function that waits for the key q; its argument is the longest wait, in seconds.
 
-    The function's argument is the longest wait, in seconds.
+    The function returns True at q or the end of the input, and False after the longest wait.
     """
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)

@@ -24,19 +24,21 @@ from .client import ANSWER_S, Client, Message
 from .help_pages import GROUPS, HelpGroup, print_full_help
 
 NAME = "socketprotectorctl"
-#: Matches a command, such as `status`, in a message; with_instance() adds the instance option.
-#: Does not match `list`, which refuses this option, or `completion`, which ignores this option.
+#: Matches a command in backquotes, such as `status`, in a message.  with_instance() adds the
+#: instance option (--name, --control or --pid-file) to each match.  `list` refuses the instance
+#: option, and `completion` ignores it, so neither command matches.
 _COMMAND = re.compile(
     rf"`(?:{NAME} )?((?:{'|'.join({*sum(GROUPS.values(), ())} - {'list', 'completion'})})\b[^`]*)`"
 )
-#: The beginning of each printed line of a worker's last words.  with_instance() recognizes these
-#: lines by this text, so quoted() of reload.py must use the same text.
+#: Begins each printed line of a worker's last words (the last lines of a failed worker's output).
+#: with_instance() leaves lines with this beginning unchanged.  quoted() of reload.py must begin its
+#: lines with the same text.
 _QUOTED = "  | "
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class OutputClosed(Exception):
-    """The reader of stdout, such as `head`, has exited.  We exit with 0, not with click's 1."""
+    """The reader of stdout, such as `head`, has exited.  Exit with 0; click would exit with 1."""
 
 
 class OutputFailed(Refusal):
@@ -51,9 +53,9 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """The instance option: at most one of --name, --control and --pid-file chooses the protector.
+    """The instance option: --name, --control or --pid-file, which chooses the protector.
 
-    Without this option, path() finds the only running protector.
+    At most one field is set.  If none is set, path() finds the only running protector.
     """
 
     name: str | None = None
@@ -98,7 +100,8 @@ class Instance:
 def _store_instance(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """Store an instance option.  Raises UsageError if an instance option is stored already.
 
-    The option can come before or after the command.  value: None if the option was not given.
+    click calls this function for the options before the command, and again for those after the
+    command.  value: None if the option was not given.
     """
     if value is None:
         return
@@ -204,7 +207,7 @@ def with_instance(text: str) -> str:
     """Return a message whose commands, such as `status`, can be pasted into a shell.
 
     Each command gets the name of this program and the instance option that the operator gave.
-    Lines of a worker's last words stay unchanged.
+    Lines of a worker's last words (see _QUOTED) stay unchanged.
     """
     context = click.get_current_context(silent=True)
     instance = context.find_object(Instance) if context is not None else None
@@ -246,7 +249,7 @@ def say_result(as_json: bool, result: Message, words: str) -> None:
 def say_outcome(printer: Callable[[Any], None], outcome: Any) -> None:
     """Call `printer` with a command's outcome.
 
-    A failure to print does not change the exit status, which reports the outcome.
+    The exit status reports the outcome, even if printing the outcome fails.
     """
     try:
         printer(outcome)

@@ -1,7 +1,7 @@
 """A connection to a control socket: sends requests, and receives answers and events.
 
-An upgrade, or a crash under --guard or systemd, ends the connection, but the control socket keeps
-listening.  So query() and reconnect() try for up to RETURN_S to connect to this socket again.
+An upgrade, or a crash under --guard or systemd, ends the connection.  The control socket keeps
+listening, so query() and reconnect() try for up to RETURN_S to connect again.
 
 Each call blocks for a limited time.  The module checks the form and length of each message, because
 the peer may be another program.
@@ -43,7 +43,7 @@ LONGEST_LINE = 1024 * 1024
 _MOST_EVENTS, _MOST_EVENT_BYTES = 10_000, 2 * 1024 * 1024
 #: The size of sun_path without the final zero byte (unix(7)).
 _LONGEST_PATH = 107
-#: Pid, uid and gid of SO_PEERCRED and SCM_CREDENTIALS, in our own namespaces.
+#: The format of SO_PEERCRED and SCM_CREDENTIALS: pid, uid and gid, in our own namespaces.
 _CREDENTIALS = struct.Struct("3i")
 #: Room for credentials only, so that the kernel drops descriptors that a peer sends.
 _CREDENTIALS_BYTES = socket.CMSG_SPACE(_CREDENTIALS.size)
@@ -52,7 +52,7 @@ Message = dict[str, Any]
 
 
 class Client:
-    """A connected client.  Close it, or use it in a `with` statement."""
+    """A connection to a control socket.  Close it, or use it in a `with` statement."""
 
     def __init__(
         self,
@@ -66,7 +66,8 @@ class Client:
 
         answer_s: how long to wait for the connection, and for each answer.
         events: whether to request the events, which the protector then sends as they happen.
-        until: the deadline of connecting, reconnect(), request() and query(), by time.monotonic().
+        until: the deadline, by time.monotonic(), of this call and of all later calls of
+        reconnect(), request() and query().
         """
         self.path = path
         self._answer_s = answer_s
@@ -82,7 +83,7 @@ class Client:
 
     def _connect(self, within_s: float) -> None:
         self._socket = connect(self.path, self._limited_s(within_s))
-        # Set SO_PASSCRED after connect(2): on a socket with SO_PASSCRED, connect(2) binds an
+        # Set SO_PASSCRED only after connect(2), which would otherwise also bind the socket to an
         # abstract name.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._reset()
@@ -108,8 +109,8 @@ class Client:
     def reconnect(self, within_s: float = math.inf, answer_s: float = 0.0) -> Message:
         """Connect again and return the status; request the events again, if they were requested.
 
-        Sends the requests before reading an answer: a protector that is about to exit answers
-        only requests that it has already received.
+        Sends both requests before it reads an answer, because a protector that is about to exit
+        answers only the requests that have already arrived.
         Raises NoProtector if no protector answers, RequestRefused after a refusal.
 
         within_s: how long to try, at most RETURN_S.
@@ -145,8 +146,8 @@ class Client:
     def peer_pid(self) -> int:
         """The pid of the process that last called listen().
 
-        Normally this is the protector.  While a protector starts, this can be the launching process
-        or a dead protector.
+        Normally this is the protector.  While a protector starts, this can still be the process
+        that launches it or, after a crash, the dead protector.
         """
         credentials = self._socket.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
@@ -156,7 +157,7 @@ class Client:
     def shares_pids(self, status: Message) -> bool:
         """Return True if the protector of this connection is in our own PID namespace.
 
-        Otherwise a pid in the status may belong to an unrelated process in our namespace.
+        If False, a pid in the status may be the pid of an unrelated process in our namespace.
         status: the protector's status, received over this connection.
         """
         return self.protector_pid == status.get("pid")
@@ -210,7 +211,8 @@ class Client:
     def send(self, command: str, arguments: Message, until: float) -> None:
         """Send a request.  until: the deadline, by time.monotonic().
 
-        Raises NoProtector.  If the connection has ended, answer() raises the error instead.
+        Raises NoProtector.  If the connection has ended, send() raises nothing, and the next call
+        of answer() raises the error.
         """
         self._last_id += 1
         self._follows |= command == "events"
@@ -263,7 +265,7 @@ class Client:
         """Return the next event; None if no event arrives in time.
 
         Raises NoProtector if the peer sends an invalid message.
-        Raises ConnectionLost if the connection ends: the caller must call close() or reconnect().
+        Raises ConnectionLost if the connection ends; then call close() or reconnect().
         """
         until = time.monotonic() + timeout_s
         while not self._events:
@@ -274,8 +276,8 @@ class Client:
                 return found[0]
             if self._has_run_out(until):
                 return None
-        # _MOST_EVENT_BYTES stops a peer that sends events endlessly while answer() waits.  The
-        # caller is reading the buffered events now, so answer() may buffer as many bytes again.
+        # Count from 0 again, because the caller is reading the buffered events now.  The limit
+        # _MOST_EVENT_BYTES only stops a peer that sends events endlessly while answer() waits.
         self._events_bytes = 0
         return self._events.popleft()
 
@@ -329,8 +331,7 @@ class Client:
     def unread_bytes(self) -> int:
         """The number of bytes in the buffers.
 
-        Perhaps too low after a call of event(), which may reset _events_bytes while events are
-        still buffered.
+        Can be too low after event(), which resets _events_bytes even if more events are buffered.
         """
         return len(self._buffer) + self._events_bytes
 
@@ -387,7 +388,7 @@ def _connect_to_path(sock: socket.socket, path: str) -> None:
 
 
 def _connect_error(path: str, error: OSError) -> NoProtector | RequestRefused:
-    """Return the error for a failed connect(2) to this path.  Some of the errors give advice."""
+    """Return the error for a failed connect(2) to this path."""
     match error:
         case PermissionError():
             why = (

@@ -161,9 +161,9 @@ def _is_unchanged(client: Client, before: Message, name: str, expect: str | None
     """Return whether the release is serving and unchanged, and `current` leads to it.
 
     Also returns False if nothing serves, if a stop or deploy is in progress, or if `expect` names
-    another release than `name`.  During a reload or dry run, returns False once the new generation
-    is open, because only then does the status show its release.  If the result is False, the caller
-    requests the deploy, and the protector decides.
+    another release than `name`.  A reload, even with --dry-run, counts as a deploy once its
+    generation is open: before that, the status does not show the reload's release.
+    If the result is False, the caller requests the deploy, and the protector decides.
     """
     if before.get("route") is None or before.get("phase") == "stopping":
         return False
@@ -179,8 +179,8 @@ def _is_unchanged(client: Client, before: Message, name: str, expect: str | None
 def _request_deploy(client: Client, before: Message, name: str, arguments: dict[str, Any]) -> int:
     """Request a deploy, and return the number of its generation.
 
-    If the connection is cut before the answer, and the status then does not show the deploy, send
-    the request again.
+    If the connection is cut before the answer, look for the deploy in the status.  If the status
+    does not show the deploy, send the request again.
     before: the status before the request.
     """
     if "releases" not in before:
@@ -200,7 +200,10 @@ def _request_deploy(client: Client, before: Message, name: str, arguments: dict[
 
 
 def _shows_deploy(before: Message, after: Message, name: str, *, dry_run: bool) -> bool:
-    """Return whether a deploy (dry_run: a dry run) of this release began between two statuses."""
+    """Return whether a deploy of this release began between two statuses.
+
+    dry_run: whether to look for a deploy with --dry-run, or for a deploy without --dry-run.
+    """
     earlier, now, last = _releases_in(before), _releases_in(after), after.get("dry_run")
     if now.get("deploying") == name and earlier.get("deploying") != name:
         return dry_run == (isinstance(last, dict) and last.get("result") == "running")
@@ -267,7 +270,8 @@ class _CurrentSaved(Awaited):
         super().on_status(status)
         releases = _releases_in(status)
         self.error = text_in(releases, "error") if releases.get("saved") is False else ""
-        # If another release is serving by now, `current` need not lead to ours any more.
+        # Also stop waiting if another release is serving by now: `current` need not lead to our
+        # release any more.
         self._done = releases.get("saved") is not False or releases.get("serving") != self._name
 
     def waits_for(self) -> str:

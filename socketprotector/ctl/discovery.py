@@ -60,7 +60,8 @@ def by_name(name: str) -> str:
     name: NAME, NAME:PORT or NAME:ADDRESS.  If no protector has this name, `name` may be PORT alone,
     or ADDRESS alone.  PORT and ADDRESS are those of the protector's first listener.  If this
     listener is a UNIX socket, PORT is the name of the socket's file.
-    If the only match is a socket where no process listens, returns its path; connecting then fails.
+    If no process listens at any matching socket, returns the path of one such socket; connecting to
+    the socket then fails.
     Raises NoProtector if no socket matches, UsageError if several protectors match.
     """
     found = sockets()
@@ -76,8 +77,8 @@ def by_name(name: str) -> str:
     shown = dict(zip((each.path for each in alive), names(alive), strict=True))
     if len(matching) > 1:
         choices = [shown[path] for path in matching]
-        # If two choices are equal, or a choice is `name` itself (see names()), --name with that
-        # choice would fail again.  So offer --control PATH instead.
+        # Offer --control PATH if --name with one of the choices would fail again.  This is so if
+        # two choices are equal, or if a choice is `name` itself (see names()).
         if len(set(choices)) < len(choices) or name in choices:
             choices = [f"--control {path}" for path in matching]
         raise UsageError(f"--name {name}: several match; choose one of {_shortened(choices)}")
@@ -100,8 +101,8 @@ def by_name(name: str) -> str:
 def paths_by_name(names: Sequence[str]) -> list[str]:
     """Return the path of the socket for each name; "" if no socket or several protectors match.
 
-    names: as in by_name().  Unlike by_name(), this function requests no status twice: in the
-    exporter, a silent protector must not delay the metrics of the others.
+    names: as in by_name().  Unlike by_name(), this function does not query silent protectors a
+    second time: in the exporter, a silent protector must not delay the metrics of the others.
     """
     found = sockets()
     keyed = {name: _with_key(name, found) for name in names}
@@ -117,15 +118,14 @@ def paths_by_name(names: Sequence[str]) -> list[str]:
 
 
 def _with_key(name: str, found: Sequence[str]) -> tuple[list[str], list[str], str]:
-    """Return three values about a name: with_key, listening, and the certain match.
-
-    with_key: the sockets with the name's key.
-    listening: the sockets in with_key where a process listens.
+    """Find the sockets with a name's key; return with_key, listening and the certain match.
 
     A socket's key is the protector's name as it is written in the socket's path.
-    The certain match is one path; "" if the caller must request the statuses to find the socket.
-    A match is uncertain if a socket has a longer key (NAME:PORT), because the protector of that
-    socket may be called NAME, too.
+    with_key: the paths of the sockets with the name's key.
+    listening: the paths in with_key where a process listens.
+    The certain match: the only path in `listening`; "" if there is not exactly one path.
+    The certain match is also "" if some socket's key is NAME:PORT, because that socket's protector
+    may be called NAME, too.  If the certain match is "", the caller must request the statuses.
     """
     key = control_path.key_of(name)
     with_key = [path for path in found if control_path.key(path) == key]
@@ -135,10 +135,10 @@ def _with_key(name: str, found: Sequence[str]) -> tuple[list[str], list[str], st
 
 
 def _with_name(name: str, alive: Sequence[SocketAnswer]) -> list[str]:
-    """Return the socket paths of the protectors for which _names_of() has this name.
+    """Return the socket paths of the protectors that have this name (see _names_of()).
 
-    If there is none, `name` is PORT or ADDRESS (see by_name()): return the socket paths of the
-    protectors whose first listener has this port, file name or address.
+    If no protector has this name, take `name` as PORT or ADDRESS (see by_name()).  Then return the
+    socket paths of the protectors whose first listener has this port, file name or address.
     """
     return [each.path for each in alive if name in _names_of(each)] or [
         each.path for each in alive if f"{_names_of(each)[0]}:{name}" in _names_of(each)
@@ -161,8 +161,8 @@ def _query_silent_again(found: Sequence[SocketAnswer]) -> tuple[list[SocketAnswe
 def names_with_prefix(prefix: str) -> list[str]:
     """Return the protectors' names that begin with a prefix, for completion in a shell.
 
-    Includes a name while its socket exists, even if the protector was killed.  Leaves out names
-    with characters that a shell treats specially, because any process can choose any name.
+    Includes a name while its socket exists, even if the protector was killed.  Any process can
+    choose any name, so leaves out names with characters that a shell treats specially.
     """
     found = names(query_all_sockets())
     return [each for each in found if each.startswith(prefix) and not set(each) - _SHELL_SAFE]
@@ -171,11 +171,12 @@ def names_with_prefix(prefix: str) -> list[str]:
 def names(found: Sequence[SocketAnswer]) -> list[str]:
     """Return a name for each protector.
 
-    The name is NAME, or NAME:PORT or NAME:ADDRESS if several protectors share NAME.
-    If a protector does not answer, its name is the name in its socket's path.
-    Any process can claim any name in its status.  So if several protectors claim NAME, the
-    protector whose socket is in NAME's folder (docs/control.md) is still called NAME: only the
-    folder's owner can put a socket there.  A protector without a listener has only NAME.
+    The name is NAME.  If several protectors share NAME, the name is NAME:PORT, or NAME:ADDRESS if
+    they share NAME:PORT, too.
+    If a protector does not answer, NAME is the name in its socket's path.
+    There are two exceptions.  A protector without a listener is always called NAME.  So is the
+    protector whose socket is in NAME's folder (docs/control.md): any process can claim NAME in its
+    status, but only the folder's owner can put a socket there.
     """
     candidates = [_names_of(each) for each in found]
     chosen = [shortest for shortest, *_ in candidates]
@@ -233,10 +234,9 @@ def by_pid_file(file: str) -> str:
 
 
 def _of_process(pid: int, found: Sequence[SocketAnswer]) -> list[SocketAnswer]:
-    """Return the answers in which at least one of three pids is `pid`.
+    """Return the answers with this pid: SocketAnswer.pid, or `pid` or `main_pid` of the status.
 
-    The three pids are SocketAnswer.pid, and `pid` and `main_pid` of the status.  Under --guard the
-    pid file contains the guard's pid, which is `main_pid`.
+    Under --guard, `main_pid` is the guard's pid, which is also the pid in the pid file.
     """
     matching = []
     for each in found:

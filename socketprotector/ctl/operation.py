@@ -16,10 +16,11 @@ from .reload_progress import Awaited, Losses
 #: How long to wait for an event before requesting the status.  The request also detects a stuck
 #: protector, which sends neither events nor answers.
 _STATUS_EVERY_S = 1.0
-#: Requests that change nothing: a waiting command may send them before and after its own request.
+#: Requests that change nothing.  A command that has sent only these requests has not yet begun its
+#: operation.
 _READ_ONLY = {"events", "status", "releases"}
-#: How long to try to reconnect during a stop.  This time is short, because after the protector's
-#: end the guard may still have the socket open, but the guard never answers.
+#: How long to try to reconnect during a stop.  This time is short, because the protector may have
+#: ended.  The guard may then still have the socket open, but the guard never answers.
 _RECONNECT_IN_STOP_S = 0.2
 
 
@@ -99,8 +100,8 @@ class Operation:
     def _reconnect(self, awaited: Awaited) -> None:
         """Reconnect after the connection has ended, and pass the status to `awaited`.
 
-        First process the events that arrived before the end.  Do not reconnect if these events
-        complete the wait.
+        First process the events that arrived before the connection ended.  If these events
+        complete the wait, do not reconnect.
         """
         with suppress(ConnectionLost):
             while event := self.next_event(0.0):

@@ -1,6 +1,6 @@
 """Requests the status from many control sockets at once, in one loop with one timeout.
 
-So a hundred protectors together take the time of the slowest answer, and at most the timeout.
+So a query of 100 protectors takes as long as the slowest answer, and at most the timeout.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from .errors import NoProtector, RequestRefused
 
 #: The default timeout for all answers.  A socket without an answer by then counts as silent.
 _ALL_ANSWERS_S = 0.8
-#: The limit for all incomplete answers together.  Above this limit, the connection with the longest
-#: incomplete answer is closed.  The status of a protector with 1,000 workers takes 300 KB.
+#: The limit for all incomplete answers together.  Above this limit, query_all() closes the
+#: connection with the longest incomplete answer.  The status of a protector with 1,000 workers
+#: takes 300 KB.
 _MOST_BYTES = 4 * 1024 * 1024
 
 
@@ -56,7 +57,7 @@ def query_all(paths: Iterable[str], within_s: float = _ALL_ANSWERS_S) -> list[So
             for key, _ in selector.select(left_s):
                 client = key.data
                 if client.fileno() < 0:
-                    continue  # an earlier turn of this `for` loop closed it: it was `longest`
+                    continue  # an earlier turn of this loop closed this client as `longest`
                 answer = _answer_of(client)
                 if answer is None and (longest := _longest_if_too_much(selector)) is not None:
                     client, code = longest, longest.foreign_peer_error().code

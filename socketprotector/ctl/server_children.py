@@ -1,9 +1,8 @@
 """Finds the child processes of workers, such as the processes that gunicorn forks.
 
 SocketProtector knows only processes that it starts, or that the client library reports.  So this
-module reads /proc.  Under --handoff stdio and legacy, each worker is an adapter: the module leaves
-out the children of adapters.  The module finds no child if /proc is missing, hides other users'
-processes, or belongs to another PID namespace.
+module reads /proc.  The module finds no child if /proc is missing, hides other users' processes, or
+belongs to another PID namespace.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ def children_of(status: Message) -> dict[int, list[int]]:
     status: its pids must be of our own PID namespace (Client.shares_pids).
     """
     mode = MODES.get(text_in(status, "handoff"))
-    # Under stdio and legacy each worker is an adapter of SocketProtector.  An adapter's children
-    # are the operator's programs, not a server's workers.
+    # Under --handoff stdio and legacy, each worker is an adapter: a program of SocketProtector that
+    # starts the operator's programs.  Its children are those programs, not a server's workers.
     if mode is None or mode.adapter or not procfs.is_ours():
         return {}
     found = {}

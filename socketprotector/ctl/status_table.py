@@ -205,8 +205,8 @@ def workers(status: Message, children: Mapping[int, Sequence[int]]) -> Table:
             )
             rows += [_child_row(each, generation, child) for child in forked]
     hidden = _unknown_columns(status, _workers_of(status))
-    # If the client library reports a worker's forked children, each child has a row of its own.
-    # Then CHILDREN stays empty.
+    # If the client library reports a worker's forked children, each child has a row of its own, and
+    # the worker's cell in CHILDREN stays empty.
     unforked = [each for each in _workers_of(status) if not listed(each, "processes")]
     has_children = any(children.get(number_in(each, "pid")) for each in unforked)
     return _table(_WORKERS, rows, hidden if has_children else {*hidden, "CHILDREN"})
@@ -254,8 +254,8 @@ def _unknown_columns(status: Message, messages: Sequence[Message]) -> dict[str, 
     """Return the columns to omit, because their fields are missing or null in all `messages`.
 
     messages: the generations or workers of the rows.
-    If the protector accepts the clients, omit no column until a worker is ready.  Before that, no
-    worker's fields are known.
+    If SocketProtector, not the workers, accepts the clients, omit no column until a worker is
+    ready.  Before that, no worker's fields are known.
     """
     begun = any(each.get("state") in ("ready", "retiring") for each in _workers_of(status))
     if not messages or not (begun or _workers_accept(status)):

@@ -1,15 +1,14 @@
 """Opens probe addresses: each leads an operator's check command to one generation.
 
 The check commands of `--ready check:CMD` and `--settle-check CMD` use these addresses.  The command
-of `--health` does not: probe.py gives that command the address of a ProbeTarget.
+of `--health` connects to the ProbeTarget's own address instead (probe.py).
 
 A probe address is a loopback port, so the command can use any client program.  The port is open
 while its generation is checked.
 
-In listener mode a helper process, the prober (programs/prober.py), forwards the port's connections
-to the generation's socket.  The kernel recognizes a TCP probe by a mark (`Mark` in system/bpf.py).
-The check command's connections have no mark, so the prober sets the mark on the connections that
-it makes.
+Under --handoff listener a helper process, the prober (programs/prober.py), forwards the port's
+connections to the generation's socket.  For TCP the kernel finds this socket by a mark on the
+connection (`Mark` in system/bpf.py).  The check command cannot set the mark, but the prober can.
 
 In other modes the protector itself accepts the port's connections, and sends them into the
 generation's channel (delivery/queue/probe_port.py).
@@ -113,12 +112,11 @@ class CheckProbes:
         return f"{host}:{port}"
 
     def judge(self, generation: OpenGeneration, why: str) -> str:
-        """Return why a check has failed; "": it has passed.
+        """Return `why`, or SHUT_DOWN if the check's command may have reached another generation.
 
-        why: why the check's command failed; "": the command succeeded.
+        why: why the command failed; "": the command succeeded.
 
-        If the command has perhaps reached another generation, ignore `why`, release the address,
-        and return SHUT_DOWN.  The next command then gets another address.
+        Before returning SHUT_DOWN, release the address: the next command then gets another address.
         """
         number = generation.record.number
         target, _ = self._open.get(number, (None, None))

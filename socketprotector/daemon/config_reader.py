@@ -19,9 +19,9 @@ from ..system import inherited
 from ..system.helper import HelperProcess, last_line
 from ..system.loop import Loop
 
-#: The most bytes of a record's name.  An answer consists of records, each a name and a descriptor.
+#: An answer consists of records, each a name and a descriptor.  The most bytes of a name:
 _RECORD_BYTES = 64
-#: The most bytes of a text: the content of a record's memfd.
+#: The most bytes that we read from a record's memfd.
 _MOST_BYTES = 16 * 1024 * 1024
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
@@ -87,7 +87,7 @@ class ConfigReader:
         self.loop.call_after(self.key, limit_s, lambda: self._on_timeout(limit_s))
 
     def call_off(self, answer: ConfigAnswer | None = None) -> None:
-        """Call off a read(); then call `done` with the answer, unless the answer is None."""
+        """Call off a read() that is in progress; then call its `done` with `answer`, if given."""
         if self._process is not None:
             done, self._done = self._done, _discard_answer
             self._release()
@@ -101,8 +101,8 @@ class ConfigReader:
             self._output = os.memfd_create("sp.reader", os.MFD_CLOEXEC)
             content = inherited.memory_file(inherited.SETTINGS, dump(settings))
             with open(content, "rb", buffering=0):  # closed once the reader process has its copy
-                # Without `?mode=`, the umask with which SocketProtector was started decides the
-                # mode of a UNIX socket.
+                # The reader process binds added UNIX sockets.  Without `?mode=` its umask decides
+                # their mode, so it gets the umask with which SocketProtector was started.
                 self._process = HelperProcess.start_protector(
                     self.command,
                     {inherited.SETTINGS: content, name: theirs.fileno()},
@@ -117,7 +117,8 @@ class ConfigReader:
         assert self._line is not None
         while True:
             try:
-                # Not CMSG_SPACE: its padding has room for a second descriptor, which would leak.
+                # Not CMSG_SPACE: its padding has room for a second descriptor, which we would not
+                # close.
                 data, control, flags, _ = self._line.recvmsg(
                     _RECORD_BYTES, socket.CMSG_LEN(4), _FLAGS
                 )

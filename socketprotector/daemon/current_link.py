@@ -50,8 +50,8 @@ class CurrentLink:
         self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
         self._lock = lock
         self._moved_late = moved_late
-        #: The error of the last try to take the lock; "": no error, or no try.  Another protector's
-        #: lock is no error.
+        #: The error of the last try to take the lock; "": no error, or no try.  It is no error if
+        #: another protector has the lock.
         self.lock_error = ""
         self.not_moved: NotMoved | None = None
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
@@ -77,10 +77,7 @@ class CurrentLink:
 
     @property
     def error(self) -> str:
-        """Why `current` could not be locked or moved.
-
-        "": no error.  Another protector's lock is no error.
-        """
+        """Why `current` could not be locked (see lock_error) or moved; "": no error."""
         return self.lock_error or (self.not_moved.why if self.not_moved is not None else "")
 
     # -- the owner ---------------------------------------------------------------
@@ -102,7 +99,7 @@ class CurrentLink:
         return self.is_owned
 
     def close(self) -> None:
-        """Release the lock, even if systemd keeps a copy of the lock's descriptor."""
+        """Release the lock; closing its descriptor is not enough, if systemd keeps a copy."""
         if self._lock is not None:
             release_store.unlock(self._lock)
 

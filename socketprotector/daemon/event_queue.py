@@ -1,7 +1,7 @@
 """Carries every event to the supervisor.
 
-All parts that post events need the queue, so the queue is created first.  The supervisor handles
-the events.  The supervisor needs most of these parts, so they are created before it.
+The queue is created before the supervisor, so the two are separate.  Parts that post events need
+the queue, and the supervisor, which handles the events, needs these parts.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from ..system.scoreboard import SLOTS, Board
 
 @mutable
 class OpenGeneration:
-    """One open generation.  It owns its scoreboard; its sockets belong to the delivery."""
+    """One open generation.  The generation owns its scoreboard; the delivery owns its sockets."""
 
     record: GenerationRecord
     board: Board | None = None  # None: no scoreboard, so no counts of running workers
@@ -63,16 +63,16 @@ class OpenGeneration:
 
     @property
     def ended(self) -> bool:
-        """Return whether no more clients go to the generation's workers."""
+        """Return whether the generation's workers have stopped getting clients."""
         return self.record.ended
 
     def note_ended(self) -> None:
-        """Record that no more clients go to the generation's workers."""
+        """Record that the generation's workers have stopped getting clients."""
         if not self.record.ended:
             self.update_record(ended=True)
 
     def knows(self, index: int) -> bool:
-        """Return whether the generation knows the listener with this index (see Delivery)."""
+        """Return whether the generation was opened with the listener that has this index."""
         known = self.record.knows
         return known is None or index in known
 
@@ -109,7 +109,7 @@ class OpenGeneration:
             if self.board is not None:
                 self.board.clear(slot)
         except OSError:
-            self.forget_board()  # otherwise these counts would count twice
+            self.forget_board()  # otherwise the counts, still in the slot, would count twice
         if found is None:
             return None
         past = (self.record.past or Counts()) + replace(found, active=0)
@@ -118,7 +118,7 @@ class OpenGeneration:
         return lost
 
     def scoreboard_slot(self, slot: int) -> tuple[int, int] | None:
-        """Return the scoreboard's descriptor and a slot's offset; None: the slot has no record."""
+        """Return the scoreboard's descriptor and a slot's offset; None: the slot is not counted."""
         if self.board is None or self.board.offset(slot) < 0:
             return None
         return self.board.fd, self.board.offset(slot)
@@ -133,8 +133,8 @@ class OpenGeneration:
 class Generations(dict[int, OpenGeneration]):
     """The open generations by number, and the released generations (`released`).
 
-    The last worker of a released generation has exited, but clients that its workers did not take
-    may wait for another generation.
+    All workers of a released generation have exited.  Clients that these workers did not accept may
+    still wait; another generation then serves them.
     """
 
     def __init__(self) -> None:

@@ -2,8 +2,8 @@
 
 With --config or --releases, a reload starts its generation with candidate settings, which a
 reader process has read (config_reader.py).  When this generation serves, the candidate settings
-become the settings in force.  If the generation fails, and after a dry run, the candidate settings
-are dropped.
+become the settings in force.  If the generation fails, or if it was only a dry run, the candidate
+settings are dropped.
 
 In docstrings and comments, `current` means the symbolic link that the option --current names.  The
 link leads to a release.
@@ -69,8 +69,8 @@ class LiveSettings:
 
         Posts SettingsRead or SettingsFailed.
 
-        dry_run: if True, the new generation gets no clients, and added listeners' clients wait in
-        vain.
+        dry_run: if True, the new generation gets no clients, so no generation serves the clients
+        that connect to an added listener.
         canary: whether the reload was requested with a canary.
         release: the release that the request names; "": it names none.
         """
@@ -121,9 +121,10 @@ class LiveSettings:
             self.on_used()
 
     def forget(self) -> None:
-        """Call off a reading of the candidate; drop the candidate, and remove its added listeners.
+        """Drop the candidate settings, or call off the reader process that reads them.
 
-        The settings keep these listeners, marked as removed, because an index is never reused.
+        Remove the listeners that the candidate settings added.  The settings in force then list
+        these listeners, marked as removed, because a listener's index is never reused.
         """
         if "reader" in self._readers:
             self._readers["reader"].call_off()
@@ -230,7 +231,8 @@ class LiveSettings:
             "dry-run-configured" if dry_run else "configured",
             changes="; ".join(answer.changes) or "none",
         )
-        # A socket file may have been replaced since the reading began: keep the present file.
+        # `new` has the socket files as of the start of the reading.  A file may have been replaced
+        # since, so copy the present files.
         for index, bound in enumerate(old.listeners):
             new = _with_file(new, index, bound)
         self.record = SettingsRecord(old, new)
@@ -267,7 +269,8 @@ class LiveSettings:
         self._remove_listeners()
 
     def _remove_listeners(self) -> None:
-        configured = self.settings.listeners  # without a candidate's added listeners
+        # Listeners that candidate settings have added are not in here: their indices are higher.
+        configured = self.settings.listeners
         for listener in self._delivery.listeners:
             if listener.index < len(configured) and configured[listener.index].removed:
                 self._log.write("info", "listener-removed", address=listener.settings.address)
@@ -275,7 +278,7 @@ class LiveSettings:
 
 
 def _with_file(settings: Settings, index: int, bound: ListenerSettings) -> Settings:
-    """Return the settings, in which the listener at `index` now has the socket file of `bound`."""
+    """Return a copy of the settings; its listener at `index` has the socket file of `bound`."""
     found = list(settings.listeners)
     if index < len(found):
         found[index] = replace(

@@ -67,9 +67,10 @@ class Prober:
     ) -> None:
         """Send a probe over the caller's connection, which need not be established yet.
 
-        left_s: how long the probe may still take.  limit_s: the probe's whole limit; it is not
-        enforced, but only appears in the text for `late`.  From now on we ignore answers to earlier
-        probes.  Raises OSError.
+        From now on, answers to earlier probes are ignored.  Raises OSError.
+
+        left_s: how long the probe may still take.  limit_s: the probe's whole limit, which only
+        appears in the text for `late`.
         """
         self._number += 1
         limit = {"limit_s": left_s, "limit": in_units(limit_s)}
@@ -89,8 +90,8 @@ class Prober:
             self._process.process.kill_group()
 
     def _on_message(self, text: str) -> None:
-        # programs/prober.py describes the text: a sign ("~": no answer in time), the probe's
-        # number, a space, and why the answer is bad.
+        # The text is a sign, the probe's number, a space, and why the probe failed (see
+        # programs/prober.py).  The sign "~" means that no answer came in time.
         number, _, why = text[1:].partition(" ")
         if number == str(self._number):
             (self._late if text[:1] == "~" else self._answered)(why)

@@ -1,11 +1,12 @@
-"""Starts the relay (programs/log_relay.py), passes it the workers' pipes, and gets last words.
+"""Starts the relay (programs/log_relay.py), which carries the workers' output to the log.
 
+A worker's last words are its last output: we request them from the relay when the worker fails.
 Our socket to the relay is called the line.
 
 The protector keeps a copy of the read end of every pipe.  So if the relay dies, workers can still
 write, and the next relay continues reading.  We keep a pipe until its last writer has exited.
-Exception: some pipes have only writers that have left the worker's process group.  Of these pipes
-we keep only the newest: about as many as LEFT_BEHIND says (model/fd_budget.py).
+Exception: a pipe's writers may all have left the worker's process group.  Of such pipes we keep
+only the newest, about LEFT_BEHIND (model/fd_budget.py).
 
 If the relay is suspended (SIGSTOP), each worker blocks once its pipe is full.  The relay's pidfd
 does not report the suspension, and we must not poll while idle.  So we start a timer when a worker
@@ -55,7 +56,7 @@ _LONGEST_S = 10.0
 _AGAIN_S = 0.1
 #: The pause before we repeat a message for which the relay had no free descriptor.
 _ROOM_S = 1.0
-#: How long our exit waits until the relay exits.  The relay stays while a process can write.
+#: How long our exit waits for the relay, which exits when no process can write to a pipe.
 _END_S = 3.0
 #: Our messages: read this pipe, close the pipe, send last words, write to this stderr, exit.
 _PIPE, _CLOSE, _WORDS, _NEW_STDERR, _END = "+", "-", "?", "=", "!"
@@ -87,8 +88,7 @@ class LogRelay:
     ) -> None:
         """name: the name of the output in syslog.  kind: "syslog", "journal" or "lines".
 
-        named: gets the workers' pipes, by the names that WorkerPipe.name() returns.
-        prefixed: whether --log-prefix is set.
+        named: gets the workers' pipes by WorkerPipe.name().  prefixed: whether --log-prefix is set.
         """
         self._named = named
         self._name = name
@@ -291,8 +291,8 @@ class LogRelay:
         """Close a pipe that has no writer and no unread output."""
         pipe = self._pipes[number]
         has_hung_up = events_of(pipe.read, 0)
-        # Unwatch the pipe, even if it stays open: a timer then calls this method.  Under a
-        # descriptor limit of 0, events_of() returns 0: the loop would call this method without end.
+        # If the pipe stays open, a timer repeats this check.  If we kept the watch, the loop would
+        # call us without a pause under a descriptor limit of 0: events_of() then returns 0.
         self._loop.unwatch(pipe.read)
         # Check for hang-up first, then for output: a single call might miss the last output.
         if not has_hung_up or events_of(pipe.read, select.POLLIN) & select.POLLIN:
@@ -440,7 +440,7 @@ class LogRelay:
     # -- the end -------------------------------------------------------------
 
     def finish(self) -> None:
-        """Close the line; wait up to _END_S for the relay, which outlives all writers."""
+        """Close the line; wait up to _END_S for the relay, which exits after its last writer."""
         self._close_line()
         if self._helper is not None:
             self._helper.process.signal(signal.SIGCONT)

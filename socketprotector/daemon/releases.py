@@ -172,11 +172,12 @@ class Releases:
     def _counts_against(self, name: str, report: Report, program: Program | None) -> bool:
         """Return whether a failure counts against a release; if so, a rollback skips the release.
 
-        A reload called off by a stop does not count.  Once a generation was opened, any other
-        failure counts, even if an operator's `rollback` called off the reload: the operator rejects
-        the release.
-        If no generation was opened, the failure counts only if its message names a path in the
-        release's folder: otherwise the configuration may be wrong.
+        A reload that a stop called off does not count.  Any other failure after a generation was
+        opened counts.  A reload that an operator's `rollback` called off counts, too, because the
+        operator has rejected the release.
+
+        A failure before a generation was opened counts only if its message names the release's
+        folder.  Otherwise the configuration may be wrong, not the release.
         """
         if report.reason == stop.CALLED_OFF:
             return False

@@ -4,7 +4,7 @@ A probe is an HTTP request by the prober process (prober_client.py), or a check 
 command reads the counts of the new and the old generation from stdin, as JSON.  The command can
 also query the probe address, or the operator's metrics.
 
-`Settling` in verdicts.py says when the generation fails.  When the time of --settle has passed, the
+`Settling` in verdicts.py decides when the generation fails.  After the time of --settle, the
 generation keeps settling until one more good answer comes.
 
 Probes also reach the generation during a hold, when new clients wait.
@@ -87,9 +87,8 @@ class SettleCheck:
     def note_settle_over(self, number: int) -> bool:
         """Record that --settle is over; return whether a good answer must still come.
 
-        As long as the result is True, the caller calls this method again.  A good answer counts
-        only if it comes after the first call.  The result is False if this generation is not
-        checked.
+        Only a good answer after the first call counts.  The caller repeats the call until the
+        result is False.  The result is also False if this generation is not checked.
         """
         generation = self._generation
         if generation is None or generation.record.number != number:

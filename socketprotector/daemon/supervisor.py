@@ -42,13 +42,14 @@ _AGAIN_S = 0.05
 _LONGEST_WAIT_S = 10.0
 #: The timer of an upgrade that waits for the guard or systemd.
 _HAND_OVER = "hand-over"
-#: We work at least _YIELD_AFTER_S before we let the delivery accept waiting clients.  If accepting
-#: takes long, we work longer, up to _MOST_WORK_S.
+#: After the delivery has accepted waiting clients, we work for a time within these limits
+#: (yield_to_accepts()).
 _YIELD_AFTER_S = 0.001
 _MOST_WORK_S = 0.005
-#: waitid() returns the same ended child until the child is reaped.  While a `Process`
-#: (system/process.py) has not reaped its ended child, we cannot see other ended children.  So we
-#: look again after this pause, which doubles each time, up to _LAST_REAP_S.
+#: waitid() returns the same ended child until the child is reaped.  If a `Process`
+#: (system/process.py) owns this child, only the `Process` may reap it.  Until then the child hides
+#: other ended children, so we look again after this pause.  The pause doubles each
+#: time, up to _LAST_REAP_S.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
 #: Actions, and kinds of Report, after which the state is written at once.  Otherwise, after a kill,
@@ -277,9 +278,9 @@ class Supervisor:
             # helpers report exits, and each `Process` reaps its own child.
             self.runtime.loop.call_after("reap", 0.0, self._reap_orphans)
             return
-        # First report to the guard that we have the signal: if we die, the guard sends the next
-        # program each signal that we have not reported.  The guard keeps a stop signal for the next
-        # program until we report that the stop has begun.
+        # First report the signal to the guard: if we die, the guard sends the next program each
+        # signal that we have not reported.  For a stop signal this report does not suffice: the
+        # guard keeps the signal until we report that the stop has begun.
         self.on_signal(number)
         self.runtime.log.write("info", "signal", signal=signal.Signals(number).name)
         match number:

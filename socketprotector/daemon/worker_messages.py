@@ -4,10 +4,10 @@ If a message causes an event, the message is removed from its socket only after 
 and the state is written.  If the protector is killed before the removal, the next program reads the
 message again.
 
-Exception: a worker of --handoff stdio reports that a program failed early (first_programs.py).
-This report may be removed before the report's event is handled.  Before the removal we write only
-two facts: the failure count, and how the program ended.  If the protector is killed after the
-removal, recovery.py makes the event again from these facts.
+Exception: under --handoff stdio, a worker's report that a program failed early (first_programs.py)
+may be removed before the report's event is handled.  Before the removal we write only two facts:
+the failure count, and how the program ended.  If the protector is killed after the removal,
+recovery.py makes the event again from these facts.
 """
 
 from __future__ import annotations

@@ -6,8 +6,11 @@ core/decide.py, before the decision's actions are carried out.
 Descriptors go to the store: the guard or, if there is no guard, systemd's fd store.  The state
 memfd says what each descriptor is for.  We first store new descriptors, then write the state, then
 remove old descriptors from the store.  So whenever we are killed, the store has the descriptors
-that the state mentions.  There are three exceptions: the store was full, the guard or systemd was
-slow to read, or no descriptor was free for a copy.
+that the state mentions.  A descriptor is missing only in three cases:
+
+* The store is full.
+* The guard or systemd reads slowly, so we could not yet send our message with the descriptor.
+* We could not copy the descriptor for the message, because we have reached our descriptor limit.
 
 We store and write only changes, so the cost of a change does not grow with the number of workers.
 """
@@ -51,7 +54,7 @@ class Checkpoint:
     _was_full: bool = False  # the store had no room for all descriptors at the last save
 
     def begin(self, effects: Effects, snapshot: Callable[[], Snapshot]) -> None:
-        """Enable save(), which does nothing before.  snapshot: returns the state to write."""
+        """Enable save(); until then save() does nothing.  snapshot: returns the state to write."""
         self._effects, self._snapshot = effects, snapshot
 
     def descriptors(self) -> dict[str, int]:
@@ -68,8 +71,8 @@ class Checkpoint:
         if self._effects is None:
             return True
         if not self.store.keeps:
-            # Without a store, sync() only empties Named.changed (inherited.py), which would
-            # otherwise grow with each worker.
+            # Call sync() even so: it empties Named.changed (inherited.py).  Otherwise that
+            # dictionary would grow with each worker.
             self.store.sync({}, self._effects.pool.descriptors)
             return True
         wanted = {**self.process_descriptors(), **self._effects.own_descriptors()}
@@ -95,9 +98,9 @@ class Checkpoint:
     def write(self) -> bool:
         """Write the state; return whether an upgrade may execute the next program now.
 
-        The next program does not store the descriptors that it inherits: it assumes that the
-        store has them, unless the state lists them as left out.  So an upgrade must wait until
-        all descriptors that are not left out have been sent to the store.
+        The next program assumes that the store already has each descriptor that it inherits,
+        except the descriptors that the state lists as left out.  So an upgrade must wait until
+        all other descriptors have been sent to the store.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)

@@ -1,7 +1,7 @@
 """Carries out the actions that core/ orders, and turns their results into events.
 
-After a kill, the next program (assembly.py) carries out each action that the state does not show
-as done.  So the supervisor writes the state right after an action that must not be repeated.
+After a kill, the next program (assembly.py) carries out, perhaps again, what the state does not
+show as done.  So the supervisor writes the state right after an action that must not be repeated.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ from .runtime import Runtime
 from .start_report import StartReport
 from .worker_pool import WorkerPool
 
-#: The state lists these actions until they are done.  decide.resume() derives all other actions.
+#: The state lists only these actions, until they are done.  decide.resume() derives the others.
 RECORDED = Undone | Report | StartTimer
 #: Reports after which a generation's program counts as the last good program.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
-#: After the timer SETTLE has run out, we look for a new good answer of --settle-check this often.
+#: After the time of --settle, we check this often for another good answer of --settle-check.
 _SETTLE_AGAIN_S = 0.1
-#: Until this timer runs out, a stop accepts late clients: TCP clients that waited during a hold
-#: under --handoff listener, and may still retry.
+#: Until this timer runs out, a stop accepts late clients.  These are TCP clients that got no answer
+#: during a hold under --handoff listener, and whose kernels may still retry.
 _LATE_TIMER = "late"
 
 
@@ -102,7 +102,7 @@ class Effects(Host):
     ) -> None:
         """build: makes the delivery.  command: the command line that executes this program again.
 
-        survive_exit: returns whether the next start gets the descriptors with given names.
+        survive_exit: returns whether the next start gets the descriptors with the given names.
         """
         self.runtime = runtime
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
@@ -273,7 +273,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_dry_run()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            # Call it here, too: snapshot() calls it, but rarely runs without a guard or fd store.
+            # snapshot() calls forget_released(), too, but rarely runs without guard and fd store.
             self.generations.forget_released(self.delivery.keeps)
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:

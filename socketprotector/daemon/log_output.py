@@ -11,8 +11,8 @@ Otherwise workers write to our stdout and stderr: for example a terminal, or FIL
 A relay process (programs/log_relay.py) reads the pipes and writes the log.  So running workers need
 not reopen a rotated log, and the relay knows which worker wrote a line.
 
-If the relay cannot start, we exit if --log-prefix is set or the log is syslog.  If neither is the
-case, we go on, and workers write to our stdout and stderr.
+If the relay cannot start, we exit under --log-prefix, and if the log is syslog.  Otherwise we go
+on, and workers write to our stdout and stderr.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _STDOUT, _STDERR = 1, 2
 LAST_LINES = 20
 _LAST_BYTES = 4096
 _WRITE = f"{inherited.RELAY}write"
-#: Advice that where_to_look() gives.  If the operator follows it, the message about the next
-#: failed worker includes that worker's output.
+#: Advice that where_to_look() gives.  With these options, the message about the next failed worker
+#: includes that worker's output.
 _USE_PREFIX = "set --log-prefix to see the output here"
 _USE_RELAY = "remove --no-log-relay to see the output here"
 _USE_BOTH = "remove --no-log-relay and set --log-prefix to see the output here"
@@ -52,7 +52,7 @@ _PIPE_MODE = 0o622
 class WorkerOutput:
     """The output descriptors of a worker that is about to start."""
 
-    #: Descriptor number in the worker -> our descriptor that becomes it.
+    #: Descriptor number in the worker -> our descriptor that the worker gets under this number.
     descriptors: dict[int, int] = field(default_factory=dict)
     pid: int = 0  # the caller sets it once the worker has started
 
@@ -88,7 +88,7 @@ class Output:
         name, prefixed = self._settings.name, self._settings.log_prefix
         self._relay = relay_client.LogRelay(name, kind, runtime, self.named, prefixed=prefixed)
         given = unclaimed.take_one(_WRITE)
-        if given is not None:  # only after a crash: an upgrade keeps this pipe as our stderr
+        if given is not None:  # only after a crash: after an upgrade our stderr is still this pipe
             self._redirect_to(given)
         relay, outputs = unclaimed.take_all(inherited.RELAY), unclaimed.take_all(inherited.OUTPUT)
         if relay or outputs:
@@ -139,7 +139,7 @@ class Output:
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
         """Close the oldest pipes of exited workers without orphans.
 
-        Keep about LEFT_BEHIND (model/fd_budget.py) of these pipes open: the newest pipes.
+        The newest of these pipes, about LEFT_BEHIND (model/fd_budget.py), stay open.
         living: how many workers run, or have exited and left orphans.
         numbers: returns these workers' numbers.
         """
@@ -156,9 +156,9 @@ class Output:
     def finish(self) -> None:
         """Close our socket to the relay, and wait for the relay's exit.
 
-        The wait lasts at most 3 s (_END_S of relay_client.py).  The relay writes the
-        remaining output, and exits when no process can write to the relay's pipes any more.  These
-        pipes are the workers' pipes and, under syslog, the pipe that is our stderr.
+        The wait lasts at most 3 s (_END_S of relay_client.py).  The relay reads the workers' pipes
+        and, under syslog, the pipe that is our stderr.  The relay exits once no process can write
+        to these pipes any more, and all output is in the log.
         """
         if self._relay is not None:
             if self._to_syslog:
@@ -166,7 +166,7 @@ class Output:
             self._relay.finish()
 
     def position(self) -> int:
-        """Return the size of the log file: a worker that starts now writes from there on.
+        """Return the size of the log file: the output of a worker that starts now begins there.
 
         Returns -1 if the log is not a regular file, or if the relay provides last words.
         """
@@ -178,8 +178,9 @@ class Output:
     def last_words(self, number: int, start: int, done: Callable[[str], None]) -> None:
         """Call `done` with a worker's last lines, escaped, or with "" if none are known.
 
-        If the relay must answer, the call comes after its answer, or after 2 s without an answer
-        (_WORDS_S of relay_client.py); otherwise the call comes at once.
+        If workers have pipes, the relay provides the lines.  Then the call comes after the relay's
+        answer, or after 2 s without an answer (_WORDS_S of relay_client.py).  If workers have no
+        pipes, the call comes at once.
         start: what position() returned at the worker's start; -1 if other workers may have written
         to the log file since then.
         """
@@ -192,10 +193,12 @@ class Output:
             done("")
 
     def where_to_look(self) -> str:
-        """Return where to find the output of a worker without last words, and which option helps.
+        """Return where to find the output of a worker whose last words are unknown.
+
+        If an option would make last words known, the text also advises that option.
 
         If the log goes to stderr (and not to the journal), the text names the process,
-        SocketProtector -f.  The operator who reads the text may be at another terminal.
+        SocketProtector -f, because the operator may read the text at another terminal.
         """
         if self._log_file is not None:
             where = f"see {text.escape(self._log_file)}"

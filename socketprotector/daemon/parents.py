@@ -19,9 +19,9 @@ from ..system.sd_notify import WATCHDOG, Outbox, Store, Systemd, parse, room_of
 
 #: The size limit of a message from the guard.
 _MESSAGE_BYTES = 4096
-#: How long the guard may take to read that we exit for good.
+#: How long finish() waits until the guard has room for our last messages.
 _FAREWELL_S = 5.0
-#: How long to wait for the service manager, which may have stopped reading.
+#: The same for the service manager, which may have stopped reading.
 _MANAGER_S = 1.0
 
 
@@ -46,8 +46,8 @@ class Parents:
         pid = os.getppid() if self.line is not None else os.getpid()
         self.systemd = Systemd(os.environ, pid, self._manager, self.guard)
         room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        # Pass the store's size on to the program that an upgrade executes.  For that program
-        # getrlimit() returns the limit that we have raised, not systemd's limit.
+        # Pass the store's size on to the program that an upgrade executes.  That program cannot
+        # compute the size: its getrlimit() returns the limit that we have raised, not systemd's.
         os.environ["FDSTORE"] = str(room)
         self.store = (
             Store(self.guard, kept)
@@ -103,8 +103,9 @@ class Parents:
         """Return whether systemd's fd store keeps the descriptors with these names for a restart.
 
         After our exit systemd keeps these descriptors only while a restart is pending (tried with
-        systemd 252), or with FileDescriptorStorePreserve=yes.  Other service managers that
-        receive sd_notify(3) messages keep none, and set no $INVOCATION_ID.
+        systemd 252), or with FileDescriptorStorePreserve=yes.  Other service managers may
+        receive sd_notify(3) messages, but keep no descriptors.  We recognize them because they set
+        no $INVOCATION_ID.
         """
         systemd = self.line is None and bool(os.environ.get("INVOCATION_ID"))
         return systemd and self.store.holds(names)
@@ -112,7 +113,7 @@ class Parents:
     def finish(self, status: int, surviving: Iterable[str]) -> None:
         """Send our exit status; wait until all messages are sent, but only for a limited time.
 
-        surviving: the names of the descriptors that systemd's fd store keeps for the next start;
+        surviving: the names of the descriptors that stay in systemd's fd store for the next start;
         a guard keeps none.
         """
         if self.line is None:

@@ -50,10 +50,11 @@ class Recovery:
     )
 
     def adopt(self) -> list[Event]:
-        """Adopt everything except the workers; after that a generation can get the route.
+        """Adopt everything except the workers; after that a generation can get new clients.
 
-        Returns an event for each living generation of --handoff stdio whose first programs have
-        failed (first_programs.py).  The protector before us may not have handled that failure.
+        Returns an event for each living generation of --handoff stdio whose first NO_ACCIDENT
+        programs have failed (first_programs.py).  The earlier program may have been killed before
+        it handled that failure.
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery
@@ -90,8 +91,8 @@ class Recovery:
         Such a worker was started just before the protector was killed.  We send the finish signal,
         if the worker's program has one, and close the worker's RETURN line.
 
-        Also close the descriptors of workers that the state mentions, but that adopt() has left
-        out; _report_missing() handles these workers.
+        Also close the descriptors of workers that the state mentions, but that have lost their
+        generation or their `process` descriptor; _report_missing() handles these workers.
         """
         fleet, programs = self.snapshot.fleet, self.snapshot.generations
         # Such workers most likely belong to the newest generation, which was starting.
@@ -144,10 +145,11 @@ class Recovery:
                 has_group = pool.adopt_group(record, descriptors, generation)
                 found = fleet.find(record.number)
                 # Report the worker in two cases:
-                # 1. It is not yet ORPHANED, and its group exists.  From now on we watch only the
-                #    group.
-                # 2. It is ORPHANED, and its group is gone.
-                # _report_missing() reports a worker that is not ORPHANED and has no group left.
+                # 1. Its group exists, but the fleet does not yet count the worker as ORPHANED.
+                #    From now on we watch only the group.
+                # 2. Its group is gone, but the fleet still counts the worker as ORPHANED.
+                # If the group is gone and the worker is not ORPHANED, _report_missing() reports
+                # the worker.
                 if has_group != (found is not None and found[1].state is State.ORPHANED):
                     waiting = self._waiting(record.generation)
                     lost = has_group and not record.orphaned
@@ -204,13 +206,14 @@ class Recovery:
         pool, generation_number = self.effects.pool, generation.number
         programs = {each.number: each.program for each in self.snapshot.generations}
         retires = record is not None and record.retires
-        # Workers on the client library finish when their RETURN line is closed.  A signal would
-        # shorten their time to finish.  With finish_alone, all workers use the library.
+        # A worker on the client library finishes when its RETURN line is closed.  So send it no
+        # signal, which would shorten its time to finish.  With Policy.finish_alone (a rolling
+        # reload under --handoff listener), all workers use the library.
         watches_line = retires or self.snapshot.fleet.policy.finish_alone
         program = programs.get(generation_number, self.effects.live_settings.settings)
         finish_signal = 0 if watches_line else program.finish_signal
-        # A newer worker may have taken an orphan's slot.  Then the slot's counts are the newer
-        # worker's.
+        # A newer worker may use an orphan's slot.  Then the counts in the slot belong to the newer
+        # worker.
         shared = any(w.slot == worker.slot for w in generation.workers if w is not worker)
         owns_counts = worker.state is not State.ORPHANED or not shared
         searched = set(pool.addresses(worker.number))

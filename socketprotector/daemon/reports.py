@@ -3,8 +3,8 @@
 A report goes to the log, systemd (sd_notify(3)) and the launching process.
 
 The class Reports also keeps the history of reloads, health and crashes, which outlives an upgrade
-or a kill.  After STOPPING=1, a report of a reload sends neither READY=1 nor RELOADING=1, which
-would contradict STOPPING=1.
+or a kill.  After STOPPING=1, a report of a reload sends neither READY=1 nor RELOADING=1: they would
+contradict STOPPING=1.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NO_INTERFACE = (
     "its interface was removed, so no client can connect; restart SocketProtector when the "
     "interface is back"
 )
-#: How much time we plan from the last worker's exit to our exit.
+#: How long our exit may take after the last worker's exit.  EXTEND_TIMEOUT_USEC includes this time.
 _TO_END_S = 5.0
 
 
@@ -83,7 +83,7 @@ class Reports:
     def repeat_messages(self, fleet: Fleet) -> None:
         """After an upgrade or a kill, send systemd the messages that match the fleet's state.
 
-        The earlier program may have ended before it sent them.
+        The earlier program may have ended before it sent these messages.
         """
         if fleet.stop_awaits_rescue:
             self._stopping()
@@ -189,6 +189,6 @@ class Reports:
         status = f"stopping: {reason}" if reason else "stopping"
         seconds = before_s + policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S
         usec = str(int(seconds * 1_000_000))
-        # EXTEND_TIMEOUT_USEC: --stop-timeout may be longer than the unit's TimeoutStopSec, after
-        # which systemd would kill us.
+        # EXTEND_TIMEOUT_USEC: systemd would kill us after the unit's TimeoutStopSec, which may be
+        # shorter than --stop-timeout.
         self._systemd.send(STOPPING="1", STATUS=status, EXTEND_TIMEOUT_USEC=usec)

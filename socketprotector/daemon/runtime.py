@@ -22,7 +22,7 @@ class Runtime:
     #: Adds an event to the supervisor's queue (EventQueue.post).
     post: Callable[[Event], None]
     #: Gives new descriptors to the guard or systemd, and writes the state if it has changed
-    #: (Checkpoint.save); returns whether the write succeeded.  Without guard and fd store: writes
-    #: nothing, and returns True.  The supervisor calls persist() for each event; any other part
-    #: calls persist() after a change that comes without an event.
+    #: (Checkpoint.save); returns whether the write succeeded.  If there is neither guard nor fd
+    #: store, writes nothing, and returns True.  The supervisor calls persist() for each event.  Any
+    #: other part calls persist() after a change that no event reports.
     persist: Callable[[], bool]

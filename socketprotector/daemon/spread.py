@@ -1,9 +1,9 @@
 """Orders workers to end their connections evenly within a time, and reports their progress.
 
-An order is a deadline in the worker's slot of the scoreboard (memory that the protector and the
-worker share): the worker is to end all its connections by the deadline.  The order outlives an
-upgrade or kill of the protector; the worker can always read the order.  A worker that follows
-orders says so in its slot.  Of our client libraries, only the Python library follows orders.
+The scoreboard is memory that the protector and the workers share, with a slot for each worker.  An
+order is a deadline in the worker's slot: by this time the worker must have ended all its
+connections.  The order outlives an upgrade or kill of the protector.  A worker that follows orders
+says so in its slot.  Of our client libraries, only the Python library follows orders.
 
 Source: docs/protocol.md, section "A spread".
 """
@@ -37,7 +37,7 @@ def order(
 
     records: the records of all workers.  worker: the number of one worker; 0: all workers
     of the generation.
-    seconds: how long connections may stay open; 0: the workers end no connections.
+    seconds: how long connections may stay open; 0: order the workers to end no connections.
     """
     board = generation.board
     if board is None or not generation.program.spreads:
@@ -65,8 +65,8 @@ def check(generation: OpenGeneration, records: Iterable[WorkerRecord], log: Log)
         return
     unable = 0
     for each in _workers_of(generation, records):
-        # Skip workers that are not ready, or that a timer made ready: the client library may not
-        # have noted yet that the worker follows orders.
+        # Skip workers that are not ready, or that a timer made ready: their slots may not say yet
+        # that the workers follow orders.
         if each.ready_by not in ("", TIMER):
             unable += not _spread_of(generation, each.slot)[0]
     if unable:

@@ -92,7 +92,8 @@ class StartReport:
     def failed(self, status: int) -> None:
         """Report, just before this process exits, that the start has failed.
 
-        The socket stays open: end of file tells the launching process that this process has exited.
+        Leave the socket open.  When this process exits, the launching process reads end of file,
+        and so knows of the exit.
         """
         self._send(
             failed=self.failure or "stopped before a generation was serving",

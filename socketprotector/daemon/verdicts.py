@@ -28,9 +28,9 @@ MOVED = "moved"
 
 #: The pause before the next probe: a tenth of the time since the first probe, within these limits.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.05, 1.0, 0.1
-#: The pause after an inconclusive verdict (_UNKNOWN), and how long verdicts may stay inconclusive
-#: before the generation fails.
+#: The pause after an inconclusive verdict (_UNKNOWN) about a settling generation.
 _AGAIN_S = 0.25
+#: A settling generation fails when all verdicts have been inconclusive for this long.
 UNKNOWN_S = 10.0
 
 
@@ -56,7 +56,7 @@ _MAYBE_READY = (REFUSED, UNREACHED, UNMADE, NO_TARGET)
 def timer_may_decide(ready: str, verdict: Verdict) -> bool:
     """Return whether, after this verdict, a timer may make the generation ready.
 
-    ready: the kind of --ready.
+    ready: the kind of --ready; "any": no --ready is set.
     """
     return ready == "any" and verdict.kind in _MAYBE_READY
 
@@ -71,9 +71,9 @@ _UNKNOWN = (CANNOT, UNREACHED, MOVED)
 class Settling:
     """The results of a settling generation's probes.
 
-    The generation fails at the first verdict that is neither good nor inconclusive: if we waited
-    for a second verdict, more clients would fail meanwhile.  The generation also fails if all
-    verdicts are inconclusive for UNKNOWN_S.
+    The generation fails at the first verdict that is neither good nor inconclusive.  We do not
+    wait for a second such verdict, because more clients would fail meanwhile.  The generation also
+    fails if all verdicts are inconclusive for UNKNOWN_S.
     """
 
     is_over: bool = False  # the time of --settle has passed

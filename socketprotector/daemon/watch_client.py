@@ -37,7 +37,7 @@ class FileWatch:
         self._warned = False  # whether the first of several failures in a row was logged
 
     def start(self, watchers: Mapping[str, Mapping[str, int]]) -> None:
-        """Adopt a watcher that has survived an upgrade or a kill; without one, start a watcher.
+        """Adopt the watcher that has survived an upgrade or a kill; if there is none, start one.
 
         watchers: the surviving watchers' descriptors, by pid.  Takes ownership of the descriptors.
         """

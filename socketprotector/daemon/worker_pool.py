@@ -35,7 +35,7 @@ from .runtime import Runtime
 from .worker_messages import WorkerMessages
 from .worker_spawn import Worker, WorkerSpawner, full_names
 
-#: Gives a --ready check the pid of its worker, because old workers may serve the same port.
+#: Tells a --ready check which worker to check, by pid: old workers may serve the same port.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
 
 
@@ -115,7 +115,7 @@ class WorkerPool:
         workers = self._workers_of(generation)
         if not workers:
             return ""
-        # One worker's listener is enough, so sockets_of() may stop after 1,000 descriptors in all.
+        # One worker's listener is enough.  So sockets_of() need not read all workers' descriptors.
         pids = [each.process.pid for each in workers]
         return known_servers.advice(
             workers[0].generation.program,
@@ -182,7 +182,7 @@ class WorkerPool:
 
     def drain(self, generation: int) -> None:
         """Order a generation to finish: its orphans, and its workers that have a finish signal."""
-        # Other workers read end of file from the channel (Delivery.drain()).
+        # Workers without a finish signal read end of file from the channel (Delivery.drain()).
         for worker in self._workers_of(generation):
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
@@ -304,7 +304,7 @@ class WorkerPool:
     # -- readiness and exits -------------------------------------------------
 
     def _note_shared_output(self, worker: Worker) -> None:
-        """If another worker runs, note for all workers that their output is mixed in the log."""
+        """If another worker runs, set all output_start to -1: the log file mixes their output."""
         for each in reversed(self._workers.values()):
             if each.record.output_start < 0:
                 break  # all workers that started earlier have -1, too
@@ -380,11 +380,11 @@ class WorkerPool:
             self.descriptors[name] = worker.registered[name]
 
     def answered(self, generation: int, by: str) -> bool:
-        """Record that a generation has answered the probe, so its workers are ready.
+        """Record that a generation has answered the probe (by: its kind), so its workers are ready.
 
         If a worker has exited meanwhile, post no event: the exit ends the generation's start.
-        by: the kind of probe.  Returns False under --handoff listener while only some workers have
-        sent X_SOCKETPROTECTOR_RETIRE=1: the generation must be probed again later.
+        Under --handoff listener, while only some workers have sent X_SOCKETPROTECTOR_RETIRE=1,
+        record nothing and return False: the generation must be probed again later.
         """
         workers = [w for w in self._workers.items() if w[1].record.generation == generation]
         for number, _ in workers:
@@ -412,7 +412,7 @@ class WorkerPool:
             self._post(WorkerReady(number, finishes, retires))
 
     def _note_ready(self, number: int, worker: Worker, by: str, *, retires: bool = False) -> bool:
-        """Note how a worker became ready; return False if it has exited meanwhile."""
+        """Note how a worker became ready; return False if the worker has exited meanwhile."""
         if worker.became_ready:
             return True
         self.proved_ready = self.proved_ready or by != ready_kinds.TIMER

@@ -2,7 +2,7 @@
 
 An upgrade, or a restart after a kill, replaces the program of the resident process.  In this
 package "an earlier program" ran before this program, and "the next program" will run after this
-program.  Each part adopts its descriptors and records from the earlier program.
+program.  If there was an earlier program, each part takes over its own descriptors and records.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ class Resident:
         earlier: the state of an earlier program; StateError: why that state is unusable; None: no
         state.  command: the command line that executes this program again.
         """
-        # A guard has copies of all descriptors.  systemd's store has them if we inherited a state.
-        # Otherwise the store has at most listeners, which we store again (stored_listeners.py).
+        # A guard has copies of all descriptors.  So has systemd's store if we inherited a state.
+        # Otherwise the store has at most listeners (stored_listeners.py), which we store again.
         has_copies = inherited.GUARD in descriptors or inherited.STATE in descriptors
         stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()
         if isinstance(earlier, Snapshot):
-            # The store had no room for these descriptors.  We got them by an upgrade.
+            # We inherited these descriptors by an upgrade; the store had no room for them.
             stored -= set(earlier.left_out)
         self.settings = settings
         self.unclaimed = unclaimed = Inherited(descriptors)
@@ -148,7 +148,7 @@ class Resident:
         def inform_guard() -> None:
             """Tell the guard that we handle signals, and which signal makes workers finish.
 
-            The guard sends this signal to the workers when it stops restarting SocketProtector.
+            Once the guard stops restarting SocketProtector, the guard sends workers this signal.
             If the signal's number is 0, the workers need no signal, and the guard sends none.
             """
             self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={live.settings.finish_signal}")
@@ -205,8 +205,8 @@ class Resident:
         def has_spare_core() -> bool:
             """Return whether busy polling takes no time from clients and workers.
 
-            On a single core, workers and local clients could not run while we poll.  Under a quota
-            of one core or less, polling would use up the workers' time.
+            On a single core, workers and local clients could not run while we poll.  Under a CPU
+            quota of one core or less, polling would use up the workers' time.
             """
             return processors() > 1 and quota.processors() > 1
 
@@ -365,7 +365,7 @@ class Resident:
         return supervisor
 
     def _descriptors(self) -> dict[str, int]:
-        """Return the descriptors that the next program needs, by name, but not those of Effects."""
+        """Return, by name, the next program's descriptors; checkpoint.py adds those of Effects."""
         found = dict(self.own)
         if self.control_listener is not None:
             found[inherited.CONTROL] = self.control_listener.fileno()

@@ -30,7 +30,7 @@ class Child:
 def children_of(record: WorkerRecord, generation: OpenGeneration) -> list[Child]:
     """Return the living children of a worker."""
     if record.orphaned:
-        return []  # the worker has exited: another worker may have got its slot by now
+        return []  # another worker may have got the exited worker's slot by now
     return [each for each in _recorded(record, generation) if _is_in_session(each.pid, record.pid)]
 
 

@@ -1,13 +1,12 @@
 """--health: probes the serving generation periodically, and reports the result.
 
-`status`, metrics and the exporter's /readyz show the result.  When a
-probe changes the result to healthy, unhealthy or unknown, the log reports this.  A bad result
-restarts no worker: if a shared dependency such as a database fails, the check fails on all hosts at
-once.  Restarts on all hosts would prolong that failure.
+`status`, metrics and the exporter's /readyz show the result.  If a probe changes the result
+(healthy, unhealthy or unknown), the log reports the change.  A bad result restarts no worker: if a
+shared dependency such as a database fails, the check fails on all hosts at once.  Restarts on all
+hosts would prolong that failure.
 
-`active` and `queue` of `status` may include a probe.  Probes do not count as accepted clients, with
-one exception: under --handoff listener, workers on the client library cannot recognize a probe, so
-they count each probe.
+`active` and `queue` of `status` may include a probe.  Probes do not count as accepted clients.
+Exception: under --handoff listener, the client library cannot recognize probes, so it counts them.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ class Health:
     ) -> None:
         """settings: returns the settings in force.
 
-        remember: calls a function with the history, and keeps the new history that the function
-        returns.
+        remember(change): replaces the history with change(history).
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._remember = runtime.persist, remember
@@ -70,7 +68,7 @@ class Health:
         return self._probe.connection
 
     def set_serving(self, generation: OpenGeneration | None) -> None:
-        """Probe this generation from now on, because it gets new clients; None: probe none."""
+        """Probe this generation, which gets new clients, from now on; None: stop the probes."""
         if generation is not self._generation:
             self._generation = generation
             self._begin()
@@ -111,7 +109,7 @@ class Health:
         settings, generation = self._settings(), self._generation
         assert generation is not None
         self._loop.call_after(_TIMER, settings.health_every_s, self._send_probe)
-        # is_silent: during a hold under --handoff listener, TCP probes get no answer.
+        # is_silent: during a hold under --handoff listener, TCP probes would get no answer.
         if not self._delivery.is_silent and not self._probe.is_pending:
             self._probe.send(generation, self._spec, settings.health_timeout_s, self._on_verdict)
 
@@ -124,7 +122,7 @@ class Health:
         self._remember(
             lambda history: history.health_changed(number, known.state, known.last, known.since_at)
         )
-        self._persist()  # no event follows that would write the state
+        self._persist()  # no event follows, so nothing else would write the state
         if known.state == HEALTHY:
             self._log.write("info", "healthy", generation=number)
         else:

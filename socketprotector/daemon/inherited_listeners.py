@@ -29,8 +29,8 @@ def adopt(
         second, second_number = _newest(unclaimed.take(inherited.SIBLING, index))
         third, third_number = _newest(unclaimed.take(inherited.RESERVED, index))
         # A socket may change its role.  If the protector was killed during the change, the guard
-        # or the fd store may have the socket under two names.  A stored name must never be reused,
-        # so the next sibling or reserved socket needs a higher number.
+        # or the fd store may have the socket under two names: close the second copy.  A stored
+        # name must never be reused, so the next socket in that copy's role needs a higher number.
         if _close_if_same(second, (first,)):
             second = -1  # UnixListener._place() will raise the number
         if _close_if_same(third, (first, second)):
@@ -39,8 +39,8 @@ def adopt(
             numbers = first_number, second_number, third_number
             made.append(delivery.make_listener(index, each, (first, second, third), numbers))
             continue
-        # The first socket was closed before an upgrade or a kill, or the kill lost it.  So close
-        # the other sockets.
+        # The listener has no first socket: we closed the socket before an upgrade or a kill, or
+        # the kill lost the socket.  So close the listener's other sockets.
         for fd in (second, third):
             if fd >= 0:
                 os.close(fd)

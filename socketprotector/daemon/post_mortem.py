@@ -2,18 +2,18 @@
 
 The steps have a fixed order:
 
-1. The last words of a worker that exited before it was ready, or as soon as it was ready: they tell
-   why the start failed.  If the relay (relay_client.py) has to send the words, we reap the worker
-   only after the relay's answer, or after 2 s without an answer.  So if the protector is upgraded
-   or killed meanwhile, the next program still finds the exited worker, and requests the words
-   again.
+1. The last words: the last lines of output of a worker that exited before it was ready, or as soon
+   as it was ready.  They tell why the start failed.  If the relay (relay_client.py) reads the
+   output, we request the words from the relay.  We reap the worker only after the answer, or after
+   2 s without an answer.  If an upgrade or a kill comes first, the next program finds the worker
+   not yet reaped, and requests the words again.
 2. The exit status, from waitid(2).  A worker that was started before a crash of the protector is no
-   child of this process.  Then waitid(2) fails with ECHILD, and only the guard can report the
-   status.
+   child of this process.  For such a worker, waitid(2) fails with ECHILD, and only the guard can
+   report the status.
 3. Whether the kernel killed the worker because memory ran out.
 4. The processes that the worker left in its process group.  We find them by the reaped
-   worker's pidfd; before Linux 6.9 by its pid, which the kernel does not reuse while the process
-   group exists.
+   worker's pidfd.  Before Linux 6.9 we use the worker's pid, which the kernel does not reuse while
+   the process group exists.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PostMortem:
     orphans: Orphans
     #: Called with a worker's number when it is time to call end_of() for that worker.
     ended: Callable[[int], None]
-    #: Calls a function with the history, and keeps the new history that the function returns.
+    #: remember(change): replaces the history with change(history).
     remember: Callable[[Callable[[History], History]], None]
     #: Returns, in words, why SIGKILL ended a process.  Call this only if we sent no SIGKILL.
     why_killed: Callable[[], str]
@@ -69,8 +69,8 @@ class PostMortem:
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
         """Reap an exited worker and return its end; None: the end is not known yet.
 
-        If the end is not known, `ended` is called when it is time to call end_of() again.
-        Sometimes end_of() calls `ended` itself, before it returns None.
+        If the end is not known, the caller must call end_of() again when `ended` is called.
+        Sometimes end_of() itself calls `ended`, before it returns None.
 
         guarded: whether there is a guard, which reports the exits of workers that are not our
         children.
@@ -112,7 +112,7 @@ class PostMortem:
     def _reported_end(self, worker: Worker, *, guarded: bool) -> End | None:
         """Return the end of a worker that is not our child, as the guard reports it.
 
-        None: the report is awaited.  Without a guard, or without a report within _STATUS_S, the
+        None: wait for the report.  Without a guard, or without a report within _STATUS_S, the
         status is unknown.
         """
         number = worker.record.number
@@ -127,15 +127,15 @@ class PostMortem:
     def close(self, worker: Worker, end: End, *, proved_ready: bool) -> WorkerExited:
         """Log and return a worker's exit; watch its process group, and close its sockets.
 
-        proved_ready: whether any generation's worker became ready by something other than a timer.
+        proved_ready: whether any worker so far, of any generation, became ready without a timer.
         """
         record, number = worker.record, worker.record.number
         if end.how == exit_text.KILLED and not record.killed:
             end = replace(end, how=self.why_killed())
         kept = forked_children.left_open(record, worker.generation)
         lost = worker.generation.take_counts(record.slot, kept)
-        # Forked children finish at end of file on the RETURN line.  So keep the line open until
-        # the lifecycle (core/) orders them to finish.
+        # Forked children finish at end of file on the RETURN line (worker_spawn.py).  They must
+        # not finish yet, so keep the line open until core/ orders them to finish.
         line, worker.line = worker.line, None
         orphans = self.keep_group(record, worker.process, worker.generation, line)
         worker.close()
@@ -149,8 +149,8 @@ class PostMortem:
         )
         last_words, was_ready = worker.last_words or "", record.ready_by or worker.became_ready
         # If the worker exited before it was ready (it failed, or called daemon(3)), end the
-        # processes that have left its group.  A scan finds them by the worker's notify address in
-        # their environment.
+        # processes that it left outside its group.  A scan finds these processes by the worker's
+        # notify address in their environment.
         if not was_ready:
             self.orphans.end(worker.notify.address)
         detached = end.clean and not was_ready
@@ -171,8 +171,8 @@ class PostMortem:
         """Log a forked child's failure, which its worker reports.  Add the failure to the history.
 
         text: the report, in the form that CHILD of socketprotector_client/wire.py describes.
-        Ignore a malformed report, and the report of a worker that was ordered to exit or gets no
-        more clients.
+        Ignore a malformed report.  Also ignore the report if the worker was ordered to exit, or if
+        its generation gets no more clients.
         """
         words = text.split()
         if len(words) != 4 or not all(_is_number(each) for each in words[:3]):

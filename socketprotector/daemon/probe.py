@@ -34,11 +34,12 @@ from .generation import OpenGeneration
 from .prober_client import Prober
 from .verdicts import Verdict
 
-#: The pause before we check again whether a worker has accepted our connection, or before we try
-#: again to connect to a full UNIX socket.  The pause is a tenth of the time since the first probe
-#: over this connection was sent, but at least _FIRST_PAUSE_S and at most _LAST_PAUSE_S.
+#: The pause before we retry one of two steps: the check whether a worker has accepted our
+#: connection, or connect() to a UNIX socket with a full backlog.  The pause is a tenth of the time
+#: since the first probe over this connection was sent, from _FIRST_PAUSE_S to _LAST_PAUSE_S.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.005, 1.0, 0.1
-#: How long after the probe's limit we kill a silent prober, which may be slow to start.
+#: A silent prober gets this much time after the probe's limit, because it may be slow to start.
+#: Then we kill the prober.
 _PROBER_S = 10.0
 #: The errors of connect() to an address where no process listens.
 _NOT_THERE = (errno.ECONNREFUSED, errno.ENOENT)
@@ -58,7 +59,7 @@ class Probe:
     ) -> None:
         """as_client: reach the serving generation as clients do.
 
-        In this case a probe that opens a new connection asks `reach` for a new target.
+        With as_client, each probe that opens a new connection first asks `reach` for a new target.
 
         addresses: the probe addresses for check commands (check_probe.py); None: commands connect
         to the target itself.  input_of: takes a generation's number, returns a command's stdin.
@@ -75,8 +76,8 @@ class Probe:
         self._connecting_since = 0.0
         self._was_reset = False  # the last _check_accepted() found the connection reset
         self._prober: Prober | None = None
-        #: The running command.  A late command may survive its kill if it runs as another user, or
-        #: while it waits for a disk.
+        #: The running command.  We kill a late command.  The kill may fail if the command runs as
+        #: another user, and takes effect late if the command waits for a disk.
         self._command: CheckCommand | None = None
         #: Why the last late HTTP probe or command failed.  While that probe's connection waits or
         #: its command runs, later probes report the same reason.
@@ -92,7 +93,8 @@ class Probe:
         """Send a probe, and call `report` once: perhaps before send() returns, never after close().
 
         Exception: if the late command of an earlier probe is running, this probe starts no command.
-        Then `report` is called at this probe's limit, or never if that command ends earlier.
+        If the late command ends before this probe's limit, `report` is never called.  Otherwise
+        `report` is called at the limit.
         """
         self._spec, self._report = spec, report
         self._sent_at = time.monotonic()
@@ -242,7 +244,7 @@ class Probe:
         target, connection = self._target, self._connection
         assert target is not None
         assert connection is not None
-        # A full backlog delays a connection.  A delayed connection waits for a worker, too.
+        # No POLLOUT: a full backlog delays our connection, so the connection waits, too.
         return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
     def _continue_earlier(self) -> bool:
@@ -296,8 +298,8 @@ class Probe:
         elif code and not (was_reset and self._was_reset):
             # A reset has one of two causes: the listening socket was shut down, or a server has
             # accepted and reset the connection.  One reset does not tell which, so report REFUSED.
-            # Before the next probe, delivery/shared/socket_repair.py repairs a socket that was shut
-            # down.  If that probe is reset, too, a server accepts: the branch below reports GOOD.
+            # Before the next probe, delivery/shared/socket_repair.py repairs a shut-down socket.
+            # If the next probe is reset, too, a server accepts: the branch below reports GOOD.
             self._finish(verdicts.REFUSED, self._cannot_connect(code))
         elif code or not waits:
             self._finish(verdicts.GOOD)

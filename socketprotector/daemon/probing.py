@@ -1,7 +1,7 @@
-"""Probes generations: each phase has a module, loaded at its first use (system/late_modules.py).
+"""Probes generations in three phases.
 
 ready_probe.py probes a starting generation, settle_check.py a settling generation, and health.py
-the serving generation.
+the serving generation.  Each of these modules is loaded at its first use (system/late_modules.py).
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Probes a starting generation under --ready accept, http: and https:, and without --ready.
 
-The generation gets no clients yet.  Under --handoff listener over TCP, a mark on the probe's
-connection selects the generation's socket (`ProbeTarget.mark`).  At a UNIX path each generation has
-its own socket, so the probe needs no mark.  Under other values of --handoff the probe connects to
-a loopback port, and the protector sends the port's connections into the generation's channel.
+The generation gets no clients yet, so a probe cannot reach it as clients do.  Under --handoff
+listener over TCP, a mark on the probe's connection selects the generation's socket
+(`ProbeTarget.mark`).  At a UNIX path each generation has its own socket, so the probe needs no
+mark.  Under other values of --handoff the probe connects to a loopback port, and the protector
+sends the port's connections into the generation's channel.
 
 Without --ready, probes are sent only under --handoff listener.  Such a probe can fail although the
-workers can already serve (_MAYBE_READY of verdicts.py).  The generation then counts
-as ready when a timer ends (system/readiness.py), unless an option of the probed socket may keep
-clients out (ProbeTarget.is_closed).
+workers can already serve (_MAYBE_READY of verdicts.py).  The generation then counts as ready when a
+timer ends (system/readiness.py).  Exception: if an option of the probed socket may keep clients out
+(ProbeTarget.is_closed), the timer does not start.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class SavedHistory:
     def is_saved(self) -> bool:
         """Whether the disk has the history, with all entries.
 
-        If so, the disk also has each move of `current` that came before the last add() or sync().
+        If so, all moves of `current` before the last add() or sync() are on disk, too.
         """
         return self._on_disk is self.value
 
@@ -85,8 +85,9 @@ class SavedHistory:
 
     def sync(self) -> None:
         """Write the file again; the writer also syncs the folder, so `current` is on disk, too."""
-        # A write in progress may have synced the folder before the link changed.  Such a write must
-        # not count.  A copy is another object, so is_saved is False until the copy is written.
+        # A write in progress may have synced the folder before the link changed, so that write must
+        # not count.  So save a copy: is_saved compares identities, so it is False until the copy is
+        # written.
         self._save(replace(self.value))
 
     def _save(self, value: ReleaseHistory) -> None:
@@ -121,7 +122,7 @@ class SavedHistory:
 
 
 def write(current: str, history: ReleaseHistory, loop: Loop, done: Callable[[str], None]) -> None:
-    """Start a writer; at its end `done` gets the reason why it failed, or "".  Raises OSError."""
+    """Start a writer; when it ends, call `done` with why it failed, or with "".  Raises OSError."""
     folder, name = os.path.split(current)
     output = os.memfd_create("sp.writer", os.MFD_CLOEXEC)
     opened = list[int]()

@@ -119,8 +119,8 @@ def _settings_and_listeners(
 ) -> tuple[Settings, Sequence[ListenerSettings]]:
     """Return the settings in force, and all listeners.  Raises SettingsError.
 
-    During a reload, return the listeners of the reload's new settings (the candidate).  The new
-    settings also contain the listeners that the reload removes, marked as removed.
+    During a reload, the listeners come from the reload's new settings (the candidate).  These
+    settings still have the listeners that the reload removes, marked as removed.
     """
     if snapshot is not None:
         found = snapshot.settings

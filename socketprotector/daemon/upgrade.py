@@ -31,8 +31,8 @@ _OUTPUT_BYTES = 4096
 #: The descriptors that a trial reads.
 _NEEDED = (inherited.SETTINGS, inherited.STATE)
 
-#: Called with the new program's version, and with why that program cannot take over.  One of the
-#: two is ""; both are "" if the check was called off.
+#: Called with the new program's version and "" if that program can take over; otherwise with "" and
+#: the reason.  If the check was called off, both arguments are "".
 Answered = Callable[[str, str], None]
 
 

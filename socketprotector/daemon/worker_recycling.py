@@ -70,9 +70,8 @@ class BornTooLarge:
     def forget(self, living: Container[int], *, grown_worker_fits: bool) -> None:
         """Forget exited workers, and end the series of replacements if workers fit again.
 
-        Workers fit if `grown_worker_fits`, and no living worker was too large from the start.
-
-        grown_worker_fits: a worker that became ready at least _AT_ONCE_S ago is within the limit.
+        grown_worker_fits: whether any worker that became ready at least _AT_ONCE_S ago is within
+        the limit.  If so, and if no living worker was too large from the start, workers fit again.
         """
         self._allowed = {each: may for each, may in self._allowed.items() if each in living}
         if grown_worker_fits and not self._allowed:

@@ -1,8 +1,8 @@
 """Starts a worker: its descriptors, its environment, its process.
 
 A worker gets the descriptors of the delivery (delivery/): the read end of the generation's channel,
-or the listening sockets.  It also gets a slot of the scoreboard (memory for the workers'
-counts), and a RETURN line of its own.  End of file on this line orders the worker to finish; we
+or the listening sockets.  It also gets a slot of the scoreboard (memory for the workers' counts),
+and a socket of its own, the RETURN line.  End of file on this line orders the worker to finish; we
 read nothing from the line.  The worker's environment gives the numbers of the descriptors
 (docs/protocol.md; for listening sockets also sd_listen_fds(3)).
 
@@ -51,10 +51,9 @@ class Worker:
     generation: OpenGeneration  # close() leaves the generation open
     process: Process
     notify: NotifySocket
-    #: Our end of the worker's RETURN line.  None: the worker has exited, or the protector was
-    #: killed and the line was not stored.  After the worker's exit, system/process_groups.py
-    #: owns the line.  That module closes the line when the worker's process group must finish, or
-    #: is gone.
+    #: Our end of the worker's RETURN line.  None: the worker has exited, or a kill of the protector
+    #: lost the line.  After the worker's exit, system/process_groups.py owns the line.  That module
+    #: closes the line when the worker's process group must finish, or is gone.
     line: socket.socket | None
     readiness: Readiness
     #: The descriptors of this worker that are in WorkerPool.descriptors, by the same names.
@@ -66,7 +65,10 @@ class Worker:
 
     @property
     def became_ready(self) -> bool:
-        """Return whether the worker became ready while its process was alive."""
+        """Return whether the worker became ready while its process was alive.
+
+        If we learn only after the exit that the worker was ready, only record.ready_by is set.
+        """
         return self.record.ready_at is not None
 
     def descriptors(self) -> dict[str, int]:

@@ -97,7 +97,11 @@ def test_the_old_generation_keeps_serving_when_the_new_one_never_becomes_ready(
     assert story.when_over(TimerKind.START, 2) == [
         Signal(2, WorkerSignal.TERM),
         StartTimer(Deadline(TimerKind.KILL, 2), 5.0),
-        Report(ReportKind.RELOAD_FAILED, 2, f"not ready within 1m (--start-timeout); {KINDS['notify'].hint}"),
+        Report(
+            ReportKind.RELOAD_FAILED,
+            2,
+            f"not ready within 1m (--start-timeout); {KINDS['notify'].hint}",
+        ),
     ]
     assert story.when(WorkerReady(2)) == [], "too late"
     assert story.when_over(TimerKind.KILL, 2) == [Signal(2, WorkerSignal.KILL)]

@@ -103,7 +103,11 @@ def test_a_first_start_that_takes_too_long_is_not_tried_again(story: Story) -> N
     assert story.when_over(TimerKind.START, 1) == [
         Signal(1, WorkerSignal.TERM),
         StartTimer(Deadline(TimerKind.KILL, 1), 5.0),
-        Report(ReportKind.START_FAILED, 1, f"not ready within 1m (--start-timeout); {KINDS['notify'].hint}"),
+        Report(
+            ReportKind.START_FAILED,
+            1,
+            f"not ready within 1m (--start-timeout); {KINDS['notify'].hint}",
+        ),
         CloseListeners(quick=True),
     ]
     assert story.when(WorkerExited(1, "killed by SIGTERM")) == [

@@ -1,7 +1,7 @@
 """Starts, reaps and releases helper processes.
 
-The helpers are relay, watcher, prober, configuration reader and upgrade probe.  The module that
-uses a helper has its protocol.
+The helpers are relay, watcher, prober, configuration reader, release writer and upgrade probe.  The
+module that uses a helper has its protocol.
 """
 
 from __future__ import annotations

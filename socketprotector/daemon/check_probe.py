@@ -1,7 +1,7 @@
 """Opens probe addresses: each leads an operator's check command to one generation.
 
 The check commands of `--ready check:CMD` and `--settle-check CMD` use these addresses.  The command
-of `--health` connects to the ProbeTarget's own address instead (probe.py).
+of `--health` connects to a ProbeTarget's address instead (delivery/probe_target.py).
 
 A probe address is a loopback port, so the command can use any client program.  The port is open
 while its generation is checked.

@@ -19,7 +19,7 @@ from ..system import inherited
 from ..system.helper import HelperProcess, last_line
 from ..system.loop import Loop
 
-#: An answer consists of records, each a name and a descriptor.  The most bytes of a name:
+#: The most bytes of a record's name.  Each record of an answer has a name and a descriptor.
 _RECORD_BYTES = 64
 #: The most bytes that we read from a record's memfd.
 _MOST_BYTES = 16 * 1024 * 1024

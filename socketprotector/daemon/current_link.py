@@ -99,7 +99,7 @@ class CurrentLink:
         return self.is_owned
 
     def close(self) -> None:
-        """Release the lock; closing its descriptor is not enough, if systemd keeps a copy."""
+        """Release the lock; closing its descriptor is not enough if systemd keeps a copy."""
         if self._lock is not None:
             release_store.unlock(self._lock)
 

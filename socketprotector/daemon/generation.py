@@ -63,11 +63,11 @@ class OpenGeneration:
 
     @property
     def ended(self) -> bool:
-        """Return whether the generation's workers have stopped getting clients."""
+        """Return whether we have stopped sending clients to the generation."""
         return self.record.ended
 
     def note_ended(self) -> None:
-        """Record that the generation's workers have stopped getting clients."""
+        """Record that we have stopped sending clients to the generation."""
         if not self.record.ended:
             self.update_record(ended=True)
 

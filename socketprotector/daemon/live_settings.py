@@ -231,8 +231,8 @@ class LiveSettings:
             "dry-run-configured" if dry_run else "configured",
             changes="; ".join(answer.changes) or "none",
         )
-        # `new` has the socket files as of the start of the reading.  A file may have been replaced
-        # since, so copy the present files.
+        # `new` has the devices and inodes of socket files as of the start of the reading.  A file
+        # may have been replaced since, so take the present values from `old`.
         for index, bound in enumerate(old.listeners):
             new = _with_file(new, index, bound)
         self.record = SettingsRecord(old, new)
@@ -269,8 +269,8 @@ class LiveSettings:
         self._remove_listeners()
 
     def _remove_listeners(self) -> None:
-        # Listeners that candidate settings have added are not in here: their indices are higher.
         configured = self.settings.listeners
+        # Keep the listeners that only candidate settings have: `configured` lacks their indices.
         for listener in self._delivery.listeners:
             if listener.index < len(configured) and configured[listener.index].removed:
                 self._log.write("info", "listener-removed", address=listener.settings.address)

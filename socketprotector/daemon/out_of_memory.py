@@ -85,8 +85,8 @@ class MemoryWatch:
         now, before = memory_group.counts(), self._handled
         if now.kills <= before.kills:
             return exit_text.KILLED
-        # If several kills are unexplained, the counts do not tell which of these kills the cgroup's
-        # own limit caused.  So give all of them the same cause: keep the old at_limit until the
+        # If several kills are unexplained, the counts do not tell which of them came from the
+        # cgroup's own limit.  So give all of them the same cause: keep the old at_limit until the
         # last of these kills is explained.
         more = now.kills > before.kills + 1
         at_limit = before.at_limit if more else now.at_limit

@@ -5,8 +5,8 @@ Our socket to the relay is called the line.
 
 The protector keeps a copy of the read end of every pipe.  So if the relay dies, workers can still
 write, and the next relay continues reading.  We keep a pipe until its last writer has exited.
-Exception: a pipe's writers may all have left the worker's process group.  Of such pipes we keep
-only the newest, about LEFT_BEHIND (model/fd_budget.py).
+Exception: a pipe's writers may all have left the worker's process group.  We keep about
+LEFT_BEHIND of such pipes, the newest (model/fd_budget.py).
 
 If the relay is suspended (SIGSTOP), each worker blocks once its pipe is full.  The relay's pidfd
 does not report the suspension, and we must not poll while idle.  So we start a timer when a worker
@@ -56,7 +56,7 @@ _LONGEST_S = 10.0
 _AGAIN_S = 0.1
 #: The pause before we repeat a message for which the relay had no free descriptor.
 _ROOM_S = 1.0
-#: How long our exit waits for the relay, which exits when no process can write to a pipe.
+#: How long our exit waits for the relay.  The relay exits when no process can write to its pipes.
 _END_S = 3.0
 #: Our messages: read this pipe, close the pipe, send last words, write to this stderr, exit.
 _PIPE, _CLOSE, _WORDS, _NEW_STDERR, _END = "+", "-", "?", "=", "!"
@@ -291,8 +291,8 @@ class LogRelay:
         """Close a pipe that has no writer and no unread output."""
         pipe = self._pipes[number]
         has_hung_up = events_of(pipe.read, 0)
-        # If the pipe stays open, a timer repeats this check.  If we kept the watch, the loop would
-        # call us without a pause under a descriptor limit of 0: events_of() then returns 0.
+        # If the pipe stays open, a timer repeats this check.  Under a descriptor limit of 0
+        # events_of() returns 0; if we kept the watch, the loop would then call us without a pause.
         self._loop.unwatch(pipe.read)
         # Check for hang-up first, then for output: a single call might miss the last output.
         if not has_hung_up or events_of(pipe.read, select.POLLIN) & select.POLLIN:
@@ -314,7 +314,7 @@ class LogRelay:
         os.close(pipe.read)
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
-        """Close the oldest pipes of exited workers that left no orphans; keep about LEFT_BEHIND.
+        """Close the oldest pipes of workers whose process group has ended; keep about LEFT_BEHIND.
 
         living, numbers: see Output.close_oldest().
         """
@@ -440,7 +440,7 @@ class LogRelay:
     # -- the end -------------------------------------------------------------
 
     def finish(self) -> None:
-        """Close the line; wait up to _END_S for the relay, which exits after its last writer."""
+        """Close the line, and wait up to _END_S for the relay's exit."""
         self._close_line()
         if self._helper is not None:
             self._helper.process.signal(signal.SIGCONT)

@@ -173,8 +173,8 @@ class Releases:
         """Return whether a failure counts against a release; if so, a rollback skips the release.
 
         A reload that a stop called off does not count.  Any other failure after a generation was
-        opened counts.  A reload that an operator's `rollback` called off counts, too, because the
-        operator has rejected the release.
+        opened counts, even if an operator's `rollback` called off the reload: the operator has
+        rejected the release.
 
         A failure before a generation was opened counts only if its message names the release's
         folder.  Otherwise the configuration may be wrong, not the release.

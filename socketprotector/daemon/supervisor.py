@@ -42,14 +42,14 @@ _AGAIN_S = 0.05
 _LONGEST_WAIT_S = 10.0
 #: The timer of an upgrade that waits for the guard or systemd.
 _HAND_OVER = "hand-over"
-#: After the delivery has accepted waiting clients, we work for a time within these limits
-#: (yield_to_accepts()).
+#: The shortest and the longest time that we work before the delivery accepts waiting clients again
+#: (see yield_to_accepts()).
 _YIELD_AFTER_S = 0.001
 _MOST_WORK_S = 0.005
 #: waitid() returns the same ended child until the child is reaped.  If a `Process`
 #: (system/process.py) owns this child, only the `Process` may reap it.  Until then the child hides
-#: other ended children, so we look again after this pause.  The pause doubles each
-#: time, up to _LAST_REAP_S.
+#: other ended children, so we look again after this pause, which doubles each time, up to
+#: _LAST_REAP_S.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
 #: Actions, and kinds of Report, after which the state is written at once.  Otherwise, after a kill,
@@ -179,9 +179,9 @@ class Supervisor:
             self.effects.delivery.accept_waiting()
             end = time.monotonic()
             self.runtime.loop.run_if_due(WATCHDOG)
-            # Before the next call of accept_waiting() we work for at least _YIELD_AFTER_S.  If this
-            # call took long, as with hundreds of listeners, we work for twice as long as the call
-            # took, but for at most _MOST_WORK_S.
+            # Before the next call of accept_waiting() we work for at least _YIELD_AFTER_S.  If the
+            # call above took long, as with hundreds of listeners, we work for twice as long as the
+            # call took, but for at most _MOST_WORK_S.
             work_s = min(2 * (end - begin), _MOST_WORK_S)
             self._yield_at = time.monotonic() + max(_YIELD_AFTER_S, work_s)
 

@@ -71,8 +71,8 @@ class Checkpoint:
         if self._effects is None:
             return True
         if not self.store.keeps:
-            # Call sync() even so: it empties Named.changed (inherited.py).  Otherwise that
-            # dictionary would grow with each worker.
+            # Call sync() even without a store: it empties Named.changed (inherited.py), which
+            # would otherwise grow with each worker.
             self.store.sync({}, self._effects.pool.descriptors)
             return True
         wanted = {**self.process_descriptors(), **self._effects.own_descriptors()}

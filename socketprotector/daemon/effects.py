@@ -1,7 +1,7 @@
 """Carries out the actions that core/ orders, and turns their results into events.
 
-After a kill, the next program (assembly.py) carries out, perhaps again, what the state does not
-show as done.  So the supervisor writes the state right after an action that must not be repeated.
+After a kill, the next program carries out actions that the state does not show as done, perhaps a
+second time.  So the supervisor writes the state right after an action that must not be repeated.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ from .runtime import Runtime
 from .start_report import StartReport
 from .worker_pool import WorkerPool
 
-#: The state lists only these actions, until they are done.  decide.resume() derives the others.
+#: The state lists these actions until done; decide.resume() derives all others from the fleet.
 RECORDED = Undone | Report | StartTimer
 #: Reports after which a generation's program counts as the last good program.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
-#: After the time of --settle, we check this often for another good answer of --settle-check.
+#: How often we look, after the time of --settle, for one more good answer of --settle-check.
 _SETTLE_AGAIN_S = 0.1
 #: Until this timer runs out, a stop accepts late clients.  These are TCP clients that got no answer
 #: during a hold under --handoff listener, and whose kernels may still retry.
@@ -273,7 +273,7 @@ class Effects(Host):
             self._refuse_unless_reachable(program)
             if dry_run and (cannot := self.delivery.cannot_dry_run()):
                 raise ValueError(f"cannot dry-run: {cannot}")
-            # snapshot() calls forget_released(), too, but rarely runs without guard and fd store.
+            # snapshot() does this, too, but rarely runs if there is neither guard nor fd store.
             self.generations.forget_released(self.delivery.keeps)
             made = self.generations[number] = OpenGeneration.make(number, program)
             try:

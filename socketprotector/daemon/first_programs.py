@@ -4,9 +4,9 @@ A pool is a worker of --handoff stdio: it starts a program for each connection. 
 worked, the pool reports programs that fail early; programs/stdio/first_programs.py defines
 "worked" and "fail early".
 
-Each of the first NO_ACCIDENT failures is reported in the log, `status` and `crashes`.  Clients can
-cause a few failures, so fewer than NO_ACCIDENT have no other effect.  At NO_ACCIDENT failures, a
-settling generation is rolled back if the previous generation still serves.  Any other generation
+Each of the first NO_ACCIDENT (3) failures is reported in the log, `status` and `crashes`.  Clients
+can cause a few failures, so fewer than NO_ACCIDENT have no other effect.  At NO_ACCIDENT failures,
+a settling generation is rolled back if the previous generation still serves.  Any other generation
 keeps running.
 """
 

@@ -11,8 +11,10 @@ Otherwise workers write to our stdout and stderr: for example a terminal, or FIL
 A relay process (programs/log_relay.py) reads the pipes and writes the log.  So running workers need
 not reopen a rotated log, and the relay knows which worker wrote a line.
 
-If the relay cannot start, we exit under --log-prefix, and if the log is syslog.  Otherwise we go
-on, and workers write to our stdout and stderr.
+If the relay cannot start, we exit in two cases: --log-prefix is set, or the log is syslog.  In
+other cases we go on, and workers write to our stdout and stderr.
+
+A worker's last words are its last lines of output.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ _STDOUT, _STDERR = 1, 2
 LAST_LINES = 20
 _LAST_BYTES = 4096
 _WRITE = f"{inherited.RELAY}write"
-#: Advice that where_to_look() gives.  With these options, the message about the next failed worker
-#: includes that worker's output.
+#: Advice that where_to_look() gives.  Once the operator has followed the advice, the message about
+#: a failed worker includes that worker's output.
 _USE_PREFIX = "set --log-prefix to see the output here"
 _USE_RELAY = "remove --no-log-relay to see the output here"
 _USE_BOTH = "remove --no-log-relay and set --log-prefix to see the output here"
@@ -195,7 +197,7 @@ class Output:
     def where_to_look(self) -> str:
         """Return where to find the output of a worker whose last words are unknown.
 
-        If an option would make last words known, the text also advises that option.
+        If other options would make last words known, the text also advises these options.
 
         If the log goes to stderr (and not to the journal), the text names the process,
         SocketProtector -f, because the operator may read the text at another terminal.

@@ -91,8 +91,8 @@ class Recovery:
         Such a worker was started just before the protector was killed.  We send the finish signal,
         if the worker's program has one, and close the worker's RETURN line.
 
-        Also close the descriptors of workers that the state mentions, but that have lost their
-        generation or their `process` descriptor; _report_missing() handles these workers.
+        Also close the descriptors of workers that the state mentions, but whose record, generation
+        or `process` descriptor is missing; _report_missing() handles these workers.
         """
         fleet, programs = self.snapshot.fleet, self.snapshot.generations
         # Such workers most likely belong to the newest generation, which was starting.
@@ -166,7 +166,7 @@ class Recovery:
         pool, fleet = self.effects.pool, self.snapshot.fleet
         known = {record.number for record in pool.records()}.union(ended)
         unfinished = {each.number for each in fleet.alive()} - known
-        # A generation without its descriptors is useless: end its start, or take the route from it.
+        # A generation without its descriptors cannot serve: end its start, or replace it.
         lost: list[Event] = [
             OpenFailed(each.number, _KILLED, tuple(sorted(unfinished)))
             if each.phase in (Phase.STARTING, Phase.ABANDONED)

@@ -31,7 +31,8 @@ class StartReport:
 
         line: the socket to the launching process; None: no process waits.
         terminal: where a failure is shown in the foreground; None: nowhere.
-        pid: our process.  If the start fails, the launching process waits until we have ended.
+        pid: the service's main process: the guard or, without a guard, this process.  If the start
+        fails, the launching process waits until that process has ended.
         """
         self._pid = pid
         self._socket = socket.socket(fileno=line) if line is not None else None

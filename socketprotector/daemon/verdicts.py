@@ -56,7 +56,7 @@ _MAYBE_READY = (REFUSED, UNREACHED, UNMADE, NO_TARGET)
 def timer_may_decide(ready: str, verdict: Verdict) -> bool:
     """Return whether, after this verdict, a timer may make the generation ready.
 
-    ready: the kind of --ready; "any": no --ready is set.
+    ready: the kind of --ready; "any": the default of --handoff listener.
     """
     return ready == "any" and verdict.kind in _MAYBE_READY
 

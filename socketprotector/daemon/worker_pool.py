@@ -35,7 +35,7 @@ from .runtime import Runtime
 from .worker_messages import WorkerMessages
 from .worker_spawn import Worker, WorkerSpawner, full_names
 
-#: Tells a --ready check which worker to check, by pid: old workers may serve the same port.
+#: Tells a --ready check the pid of the worker to check: old workers may serve the same port.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
 
 
@@ -380,11 +380,11 @@ class WorkerPool:
             self.descriptors[name] = worker.registered[name]
 
     def answered(self, generation: int, by: str) -> bool:
-        """Record that a generation has answered the probe (by: its kind), so its workers are ready.
+        """Record that a generation has answered the probe, so its workers are ready.
 
-        If a worker has exited meanwhile, post no event: the exit ends the generation's start.
+        If a worker has exited meanwhile, post no event: its exit ends the generation's start.
         Under --handoff listener, while only some workers have sent X_SOCKETPROTECTOR_RETIRE=1,
-        record nothing and return False: the generation must be probed again later.
+        record nothing and return False: probe again later.  by: the kind of probe.
         """
         workers = [w for w in self._workers.items() if w[1].record.generation == generation]
         for number, _ in workers:

@@ -5,8 +5,8 @@ The steps have a fixed order:
 1. The last words: the last lines of output of a worker that exited before it was ready, or as soon
    as it was ready.  They tell why the start failed.  If the relay (relay_client.py) reads the
    output, we request the words from the relay.  We reap the worker only after the answer, or after
-   2 s without an answer.  If an upgrade or a kill comes first, the next program finds the worker
-   not yet reaped, and requests the words again.
+   2 s without an answer.  If an upgrade or a kill comes first, the next program still finds the
+   exited worker in the state, and requests the words again.
 2. The exit status, from waitid(2).  A worker that was started before a crash of the protector is no
    child of this process.  For such a worker, waitid(2) fails with ECHILD, and only the guard can
    report the status.
@@ -91,7 +91,8 @@ class PostMortem:
         except ChildProcessError:
             return self._reported_end(worker, guarded=guarded)
         if end is None:
-            # A tracer (a debugger, strace) must reap the worker first, and may be suspended.
+            # A tracer (a debugger, strace) must reap the worker first, and may be suspended.  The
+            # pidfd would wake us all the time, so do not watch the pidfd; retry after a pause.
             self.runtime.loop.unwatch(worker.process.pidfd)
             self.runtime.loop.call_after(
                 ("reap", number), _REAP_AGAIN_S, partial(self.ended, number)

@@ -36,7 +36,8 @@ from .verdicts import Verdict
 
 #: The pause before we retry one of two steps: the check whether a worker has accepted our
 #: connection, or connect() to a UNIX socket with a full backlog.  The pause is a tenth of the time
-#: since the first probe over this connection was sent, from _FIRST_PAUSE_S to _LAST_PAUSE_S.
+#: since the first probe over this connection was sent, but at least _FIRST_PAUSE_S and at most
+#: _LAST_PAUSE_S.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.005, 1.0, 0.1
 #: A silent prober gets this much time after the probe's limit, because it may be slow to start.
 #: Then we kill the prober.
@@ -70,8 +71,8 @@ class Probe:
         self._spec = ProbeSpec("")
         self._sent_at = self._until = 0.0
         self._target: ProbeTarget | None = None
-        #: The connection of the present probe.  A connection that no worker has accepted is reused,
-        #: so that connections do not pile up at a server that does not accept.
+        #: The connection of the present probe.  If no worker accepts the connection, the next probe
+        #: reuses it, so that connections do not pile up at a server that does not accept.
         self._connection: socket.socket | None = None
         self._connecting_since = 0.0
         self._was_reset = False  # the last _check_accepted() found the connection reset
@@ -244,7 +245,7 @@ class Probe:
         target, connection = self._target, self._connection
         assert target is not None
         assert connection is not None
-        # No POLLOUT: a full backlog delays our connection, so the connection waits, too.
+        # No POLLOUT: a full backlog delays our connection, so it waits for a worker, too.
         return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
     def _continue_earlier(self) -> bool:

@@ -59,7 +59,7 @@ class ReadyProbe:
         self.why_not_ready = ""
 
     def begin(self, generation: OpenGeneration) -> None:
-        """Probe a generation until `answered` returns True, until NO_TARGET, or until stop().
+        """Probe until `answered` returns True, until the verdict NO_TARGET, or until stop().
 
         Exception: without --ready, a generation with {fd:ready} in COMMAND or --env is not probed.
         """

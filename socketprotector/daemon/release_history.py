@@ -85,8 +85,8 @@ class SavedHistory:
 
     def sync(self) -> None:
         """Write the file again; the writer also syncs the folder, so `current` is on disk, too."""
-        # A write in progress may have synced the folder before the link changed, so that write must
-        # not count.  So save a copy: is_saved compares identities, so it is False until the copy is
+        # A write in progress must not count, because it may have synced the folder before the link
+        # changed.  So save a copy: is_saved compares identities, and is False until the copy is
         # written.
         self._save(replace(self.value))
 

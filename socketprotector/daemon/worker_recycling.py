@@ -55,7 +55,7 @@ class BornTooLarge:
     def may_replace(self, number: int, age_s: float, now: float) -> bool:
         """Return whether a worker that exceeds --max-memory may be replaced now.
 
-        If such a worker was too large from the start, count its replacement.
+        If the worker was too large from the start and may be replaced, count the replacement.
         age_s: the time since the worker became ready.
         """
         allowed = self._allowed.get(number)

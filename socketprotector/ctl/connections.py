@@ -88,8 +88,8 @@ def find_connections(
     draining: the numbers of the draining generations.
     shares_pids: whether the workers' pids are of our own PID namespace (Client.shares_pids).
 
-    Some workers record when each connection was accepted (docs/protocol.md), so its age is EXACT.
-    Without a record, age_s is the time since the worker's `since_at`:
+    If the worker has recorded when a connection was accepted (docs/protocol.md), its age is EXACT.
+    Otherwise age_s is the time since the worker's `since_at`:
 
     * In a draining generation, the drain began at `since_at`.  The worker's connections began
       earlier, so the bound is AT_LEAST.  Exception: under --handoff listener, if two generations

@@ -39,7 +39,7 @@ def text_in(message: Status, name: str) -> str:
 def measure(message: Status, name: str) -> float | None:
     """Return a field's number if it is finite and not negative, otherwise None.
 
-    For None, the exporter leaves out the metric; 0 would be a wrong value.
+    The exporter leaves out a metric that is None, because 0 would be a wrong value.
     """
     value = message.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -114,7 +114,7 @@ def rollout_of(status: Status) -> Status | None:
 def share_of(status: Status, generation: int) -> float | None:
     """Return the percentage of new connections that a generation gets.
 
-    Returns None if there is no rollout, or if the rollout has no share.
+    Returns None if there is no rollout, or if the rollout has no field `share`.
     """
     rollout = rollout_of(status)
     share = measure(rollout, "share") if rollout is not None else None
@@ -207,8 +207,8 @@ def other_waits_of(status: Status) -> list[Wait]:
 def failing(generation: Status) -> str:
     """Return why a generation's first programs failed, and the last line that they printed.
 
-    Returns "" if none failed, or once a program has worked.  Only --handoff stdio has first
-    programs: all programs until the first that works (docs/stdio.md).
+    Returns "" if none failed, or once a program has worked.  First programs exist only under
+    --handoff stdio: they are the programs that run before one has worked (docs/stdio.md).
     """
     found = generation.get("first_programs")
     if not isinstance(found, dict):

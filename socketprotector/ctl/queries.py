@@ -49,12 +49,13 @@ from .server_children import children_of
 
 #: The pause between attempts of `events --follow` to connect for the first time.
 _AGAIN_EVERY_S = 1.0
-#: How long to wait for the answer to `diff`.  The answer takes long because a new process reads the
-#: configuration and resolves the host names.
+#: How long to wait for the answer to `diff`.  The answer may take long, because a new process reads
+#: the configuration and resolves the host names.
 _DIFF_S = 60.0
 #: The longest single wait for an event.  `events` repeats the wait without end.
 _LISTEN_S = 3600.0
-#: How many addresses of a protector `list` shows, and how many characters of each address.
+#: `list` shows only the first _ADDRESSES addresses of a protector, and only the first
+#: _ADDRESS_CHARACTERS characters of an address.
 _ADDRESSES, _ADDRESS_CHARACTERS = 64, 200
 #: Connection.bound -> the sign before the age.
 _BOUNDS = {EXACT: "", AT_LEAST: ">=", AT_MOST: "<="}

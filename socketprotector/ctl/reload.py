@@ -213,9 +213,9 @@ def _count_losses(operation: Operation) -> Message:
 def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) -> int:
     """Request a reload or dry run, and return the number of its generation.
 
-    If the connection is cut, compare the status with `before`.  If a new reload has begun, our
-    request has arrived; otherwise repeat the request.  Always repeat it if the phase in `before` is
-    `reloading` or `waiting`: the new reload may belong to an earlier request.
+    If the connection is cut, request the status.  If a reload has begun since the status `before`,
+    our request has arrived; otherwise repeat the request.  Exception: if `before` has the phase
+    `reloading` or `waiting`, always repeat it: a new reload may belong to an earlier request.
     """
     dry_run = "dry_run" in arguments
     if dry_run and "dry_run" not in before:
@@ -281,10 +281,10 @@ def _await_verdict(operation: Operation, watched: Reload) -> Verdict:
 
 @contextmanager
 def _end_of_protector_suffices(when: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Suppress the block's NoProtector if the protector has ended and when() is true.
+    """Suppress NoProtector in the `with` block if the protector has ended and when() is true.
 
     The block waits until generations end, or until the protector ends.
-    when: called after the protector has ended; returns True if the block need not wait longer.
+    when: called after the protector has ended; True: the block has nothing more to wait for.
     """
     try:
         yield

@@ -3,8 +3,8 @@
 Events report each step at once, but events are lost while the connection is cut.  A status reports
 the same facts later.
 
-The answer to a `reload` request has the number N for the new generation.  If the protector then has
-to restart the old version first, the old version gets N, and the new generation a higher number.
+The answer to a `reload` request has the number N for the new generation.  If the protector must
+first start the old version again, the old version gets N, and the new generation a higher number.
 So the class Reload takes the first verdict on generation N or a later generation (docs/control.md).
 """
 
@@ -139,7 +139,7 @@ class Reload(Awaited):
         *,
         dry_run: bool = False,
     ) -> None:
-        """generation: N (see the module's docstring).  status: the status before the request."""
+        """generation: N, the number in the answer.  status: the status before the request."""
         super().__init__(tell)
         self.generation = generation
         self.dry_run = dry_run
@@ -322,8 +322,9 @@ class Losses:
         """
         before = self._before
         by_protector = measure(before, "lost"), measure(after, "lost")
-        # The number is unknown under --handoff listener, where the protector's `lost` is None.  It
-        # is also unknown after a restart of the protector, because we may have missed events.
+        # Under --handoff listener, the number is unknown: the protector's `lost` is None.  After an
+        # upgrade or crash, which increases `restarts`, it is unknown because we may have missed
+        # events.
         if None in by_protector or before.get("restarts") != after.get("restarts"):
             return None
         counted = [*listed(before, "generations"), *listed(after, "generations")]

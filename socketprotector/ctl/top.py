@@ -50,7 +50,7 @@ class Rates:
     def on_status(self, status: Message) -> None:
         """Compute the rate and wait times since the previous status.
 
-        The seconds between the statuses are by the protector's clock.
+        The field `now`, from the protector's clock, gives the time between the two statuses.
         """
         before, self._before = self._before, status
         if before is None:

@@ -147,7 +147,7 @@ class Client:
         """The pid of the process that last called listen().
 
         Normally this is the protector.  While a protector starts, this can still be the process
-        that launches it or, after a crash, the dead protector.
+        that launches the protector, or the previous protector, which crashed.
         """
         credentials = self._socket.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size

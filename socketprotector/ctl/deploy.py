@@ -161,8 +161,8 @@ def _is_unchanged(client: Client, before: Message, name: str, expect: str | None
     """Return whether the release is serving and unchanged, and `current` leads to it.
 
     Also returns False if nothing serves, if a stop or deploy is in progress, or if `expect` names
-    another release than `name`.  A reload, even with --dry-run, counts as a deploy once its
-    generation is open: before that, the status does not show the reload's release.
+    another release than `name`.  A reload or `reload --dry-run` counts as a deploy, but only once
+    its generation is open: before that, the status does not show its release.
     If the result is False, the caller requests the deploy, and the protector decides.
     """
     if before.get("route") is None or before.get("phase") == "stopping":
@@ -202,7 +202,7 @@ def _request_deploy(client: Client, before: Message, name: str, arguments: dict[
 def _shows_deploy(before: Message, after: Message, name: str, *, dry_run: bool) -> bool:
     """Return whether a deploy of this release began between two statuses.
 
-    dry_run: whether to look for a deploy with --dry-run, or for a deploy without --dry-run.
+    dry_run: True looks for a deploy with --dry-run, False for a deploy without --dry-run.
     """
     earlier, now, last = _releases_in(before), _releases_in(after), after.get("dry_run")
     if now.get("deploying") == name and earlier.get("deploying") != name:

@@ -77,8 +77,8 @@ def by_name(name: str) -> str:
     shown = dict(zip((each.path for each in alive), names(alive), strict=True))
     if len(matching) > 1:
         choices = [shown[path] for path in matching]
-        # Offer --control PATH if --name with one of the choices would fail again.  This is so if
-        # two choices are equal, or if a choice is `name` itself (see names()).
+        # --name with a choice would fail again if another choice is equal, or if the choice is
+        # `name` itself (see names()).  Then offer --control PATH for all of them.
         if len(set(choices)) < len(choices) or name in choices:
             choices = [f"--control {path}" for path in matching]
         raise UsageError(f"--name {name}: several match; choose one of {_shortened(choices)}")
@@ -161,8 +161,8 @@ def _query_silent_again(found: Sequence[SocketAnswer]) -> tuple[list[SocketAnswe
 def names_with_prefix(prefix: str) -> list[str]:
     """Return the protectors' names that begin with a prefix, for completion in a shell.
 
-    Includes a name while its socket exists, even if the protector was killed.  Any process can
-    choose any name, so leaves out names with characters that a shell treats specially.
+    Includes a name while its socket exists, even if the protector was killed.  Leaves out names
+    with characters that a shell treats specially: any process can choose any name.
     """
     found = names(query_all_sockets())
     return [each for each in found if each.startswith(prefix) and not set(each) - _SHELL_SAFE]
@@ -174,9 +174,9 @@ def names(found: Sequence[SocketAnswer]) -> list[str]:
     The name is NAME.  If several protectors share NAME, the name is NAME:PORT, or NAME:ADDRESS if
     they share NAME:PORT, too.
     If a protector does not answer, NAME is the name in its socket's path.
-    There are two exceptions.  A protector without a listener is always called NAME.  So is the
-    protector whose socket is in NAME's folder (docs/control.md): any process can claim NAME in its
-    status, but only the folder's owner can put a socket there.
+    Exceptions: a protector without a listener, and the protector whose socket is in NAME's folder
+    (docs/control.md), are always called NAME.  Any process can claim NAME in its status, but only
+    the folder's owner can put a socket there.
     """
     candidates = [_names_of(each) for each in found]
     chosen = [shortest for shortest, *_ in candidates]

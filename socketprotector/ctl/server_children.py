@@ -1,8 +1,8 @@
 """Finds the child processes of workers, such as the processes that gunicorn forks.
 
-SocketProtector knows only processes that it starts, or that the client library reports.  So this
-module reads /proc.  The module finds no child if /proc is missing, hides other users' processes, or
-belongs to another PID namespace.
+SocketProtector knows only processes that it starts, or that the client library reports.  To find
+other child processes, this module reads /proc.  The module finds no child if /proc is missing,
+hides other users' processes, or belongs to another PID namespace.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def children_of(status: Message) -> dict[int, list[int]]:
     """
     mode = MODES.get(text_in(status, "handoff"))
     # Under --handoff stdio and legacy, each worker is an adapter: a program of SocketProtector that
-    # starts the operator's programs.  Its children are those programs, not a server's workers.
+    # starts the operator's programs.  The adapter's children are these programs, not a server's
+    # workers.
     if mode is None or mode.adapter or not procfs.is_ours():
         return {}
     found = {}

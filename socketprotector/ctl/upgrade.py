@@ -55,8 +55,8 @@ def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json
 
 def _check_upgrade(instance: Instance, as_json: bool) -> None:
     """Print whether the installed program can take over.  Raises NewVersionFailed."""
-    # events=True: a check can take 30 s.  Without events, the protector disconnects a client that
-    # sends no request for 30 s.
+    # The protector disconnects a client that sends no request for 30 s, unless the client has
+    # requested the events.  A check can take 30 s, so request the events.
     with instance.client(_CHECK_S, events=True) as client:
         try:
             result = client.request("upgrade", check=True)

@@ -1,7 +1,7 @@
 """Carries out `deploy` and `releases`, and the rollback to an earlier release (docs/control.md).
 
-A release is *proved* when its start or reload has succeeded, even if a stop or `promote` has ended
---settle early.
+A release is *proved* when its start or reload has succeeded.  It counts as proved even if a stop or
+`promote` has ended --settle early.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def refuse_unexpected_incoming(effects: Effects, fleet: Fleet, expect: str) -> N
 def listed(effects: Effects) -> list[dict[str, Any]]:
     """Return the releases of the history, the most recently tried release last.
 
-    If the history lacks the release that `current` names, or the serving release, append that
-    release.
+    Also append the release that `current` names, and the serving release, unless the history has
+    them.
     """
     releases = _releases_of(effects)
     serving, named = releases.serving, releases.link.named
@@ -118,7 +118,7 @@ def listed(effects: Effects) -> list[dict[str, Any]]:
 
 
 def _time(entry: release.Entry | None, outcome: str) -> float | None:
-    """Return the time of an entry; None: there is no entry, or it has another outcome."""
+    """Return the time of an entry if it has this outcome; otherwise, or without an entry, None."""
     return entry.at if entry is not None and entry.outcome == outcome else None
 
 
@@ -161,7 +161,7 @@ def _releases_of(effects: Effects) -> Releases:
 def _incoming(effects: Effects, fleet: Fleet) -> tuple[Generation | None, str]:
     """Return the generation and the release of the start, reload, deploy or dry run in progress.
 
-    The generation is None until it is opened; the release is "" if it is unknown.
+    None: SocketProtector has not opened the generation yet.  "": the release is unknown.
     """
     incoming = fleet.incoming if fleet.incoming and fleet.incoming.fresh else None
     opened = effects.generations.get(incoming.number) if incoming else None

@@ -1,4 +1,4 @@
-"""Accepts clients at the control socket, and reads and answers their lines within limits.
+"""Accepts clients at the control socket, and answers their requests within limits.
 
 A client of the control socket must not delay the clients of the workers.  So each turn of the loop
 answers at most one request of each client, and no call blocks.  We disconnect a client that sends
@@ -31,8 +31,8 @@ CLIENTS = 256
 IDLE_S = 30.0
 #: The most bytes that we keep until a client reads them.
 UNREAD_BYTES = 1024 * 1024
-#: The pause between two requests of a client.  So a client that sends requests without end takes
-#: only a few percent of a core.
+#: The pause between two requests of a client.  The pause keeps a client that sends requests
+#: without end at a few percent of a core.
 PAUSE_S = 0.001
 _READ_BYTES = 65_536
 _SO_PEERGROUPS = 59
@@ -68,7 +68,7 @@ class Client:
         self._resume()
 
     def send_line(self, line: bytes) -> None:
-        """Send a line, after the earlier lines; disconnect a client with too much unread data."""
+        """Send a line, after the earlier lines; disconnect if the client leaves too much unread."""
         if self.gone or self._ending:
             return
         with self.within_memory():
@@ -131,7 +131,10 @@ class Client:
                 self.sock.close()
 
     def _receive(self) -> bytes | None:
-        """Return the received bytes; b"": end of file; None: nothing yet, or memory ran out."""
+        """Return the received bytes.
+
+        b"": the connection has ended or failed.  None: nothing has come yet, or memory ran out.
+        """
         with dropping(), self.within_memory():
             return read_now(self.sock.recv, _READ_BYTES, socket.MSG_DONTWAIT)
         return None
@@ -219,7 +222,7 @@ class Client:
                 self._awaited = events
 
     def _await_request(self) -> None:
-        """Disconnect a client that sends no request within IDLE_S, unless it follows events."""
+        """Disconnect the client if it sends no request within IDLE_S, unless it follows events."""
 
         def on_idle() -> None:
             if not self.follows:
@@ -259,7 +262,7 @@ class ControlServer:
             )
 
     def finish(self) -> None:
-        """Before close(): accept the waiting clients, and answer the requests received so far."""
+        """Accept the waiting clients, and answer the requests sent so far.  Call before close()."""
         for _ in range(CLIENTS):
             self._accept()
         for client in list(self._clients.values()):
@@ -311,8 +314,8 @@ class ControlServer:
             sock, _ = self.listener.socket.accept()
         except OSError as error:
             if error.errno not in TRANSIENT_ERRNOS:
-                # Descriptors or memory ran out.  Stop watching for a while: the socket stays
-                # readable, so the loop would call this method again at once.
+                # Descriptors or memory ran out.  The socket stays readable, so the loop would call
+                # this method again at once.  So stop watching for a while.
                 self.loop.unwatch(self.listener.fileno())
                 self._listen_later()
             return

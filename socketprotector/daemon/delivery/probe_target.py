@@ -22,13 +22,14 @@ SHUT_DOWN = "the generation's socket was shut down, closed to clients or replace
 class ProbeTarget:
     """The address to which probes of one generation connect, and the mark of these probes.
 
-    The mark of a probe tells the kernel which of the address's sockets gets the probe
-    (system/bpf.py).  Exception: the kernel ignores the mark of a probe that connects as clients do.
+    The sockets of two generations may share one TCP address.  The kernel then selects the socket by
+    the probe's mark (system/bpf.py).  But if a probe must reach the serving generation as clients
+    do, the kernel ignores its mark.
     """
 
     #: Host and port; for a UNIX socket: its path, or "@" and its name, with 0 as the port.
     address: tuple[str, int]
-    mark: bpf.Mark | None  # None: the kernel needs no mark to find the generation
+    mark: bpf.Mark | None  # None: the address alone leads to the generation
     #: Returns whether this connection still waits for a worker to accept it.  Raises OSError.
     waits: Callable[[socket.socket], bool]
     #: Releases the target after the last probe.
@@ -38,9 +39,9 @@ class ProbeTarget:
     #: Returns whether all answers so far surely came from this generation.  If False, discard
     #: earlier and later answers.
     is_unchanged: Callable[[], bool] = lambda: True
-    #: Compares the options that can keep clients out.  Returns whether the probed socket's values
-    #: differ from those of the serving generation's socket.  If True, a timer must not decide that
-    #: the probed generation is ready (ready_probe.py).
+    #: Returns whether the probed socket may keep clients out: an option that can do so has another
+    #: value than at the serving generation's socket.  If True, a timer must not decide that the
+    #: probed generation is ready (ready_probe.py).
     is_closed: Callable[[], bool] = lambda: False
 
     @property
@@ -50,7 +51,10 @@ class ProbeTarget:
 
     @property
     def needs_forwarding(self) -> bool:
-        """Return whether a check command needs another port, which we forward to this address."""
+        """Return whether a check command needs a loopback port that we forward to this address.
+
+        The command itself cannot set a mark, and perhaps cannot connect to a UNIX socket.
+        """
         return self.mark is not None or self.is_unix
 
     @property

@@ -21,13 +21,13 @@ from ....system.listener import Listener, accept_of
 from ....system.loop import Loop
 from .queue_watch import QueueWatch
 
-#: Sends one message, with these buffers, ancillary data and flags.  Channel.send() would cost one
-#: more Python call for each connection.
+#: Sends one message, with these buffers, ancillary data and flags, as socket.sendmsg() does.  We do
+#: not use Channel.send(), because it would cost one more Python call for each connection.
 Send = Callable[[list[bytes], list[tuple[int, int, bytes]], int], object]
-#: If we accept two connections within BUSY_NS, we assume that clients queue up.  From then on each
-#: wake-up accepts up to BURST connections, until a wake-up finds fewer than two.  Before and
-#: after, a wake-up accepts only one: a second accept() that finds no client would cost as much as
-#: another wake-up (4 us).
+#: Usually a wake-up accepts only one connection: a second accept() that finds no client would cost
+#: as much as another wake-up (4 us).  But if we accept two connections within BUSY_NS, we assume
+#: that clients queue up.  From then on each wake-up accepts up to BURST connections, until a
+#: wake-up finds fewer than two.
 BUSY_NS = 25_000
 BURST = 32
 #: After this many single connections in quick succession, we busy-poll for the next connection

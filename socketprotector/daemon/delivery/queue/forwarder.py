@@ -131,9 +131,9 @@ class Forwarder:
     def drain(self, channel: GenerationChannel) -> None:
         """Move untaken connections to the route while it has room; then end the channel.
 
-        The channel's workers take the remaining connections.  Exception: a worker has shut the
-        channel down, so perhaps no worker reads from it again.  In this case the remaining
-        connections also go to the route, once the route has room.
+        The channel's workers take the remaining connections.  But if a worker has shut the channel
+        down, perhaps no worker reads from it again.  Then the remaining connections also go to the
+        route, once the route has room.
         """
         is_shut = channel.is_shut()
         self._reclaim(channel)
@@ -162,7 +162,7 @@ class Forwarder:
     def remove(self, listener: Listener, to: GenerationChannel | None) -> None:
         """Refuse a listener's new clients, and send its backlog to a channel.
 
-        to: the channel; None: lose the backlog.  A passed-in socket's backlog goes to its owner.
+        to: the channel; None: lose the backlog.  But a passed-in socket's owner gets the backlog.
         """
         self._listeners.remove(listener)
         self._acceptor.end(listener)
@@ -257,7 +257,7 @@ class Forwarder:
         return ForwarderRecord(self.forwarded, self.lost, None, kept.number, kept.waiting, count)
 
     def adopt(self, record: ForwarderRecord, unclaimed: Inherited) -> None:
-        """Adopt an earlier program's record and kept connections.  Old versions set `pending`."""
+        """Adopt an earlier program's record and kept connections, also `pending` (old versions)."""
         self._forwarded, self._lost = record.forwarded, record.lost
         self._canary_count = record.shared
         first = ((record.number, record.pending),) if record.pending is not None else ()
@@ -316,12 +316,12 @@ class Forwarder:
     def _reclaim(self, channel: GenerationChannel, *, exited: bool = False) -> None:
         """Move a channel's connections to the route, the oldest first, while the route has room.
 
-        If the route does not know a connection's listener, the connection goes back to the end of
-        its channel.  Exception: if the channel has ended but its workers live, such a connection
-        and all connections behind it stay in place.
-
-        exited: True if the workers have exited; then no connection goes back.  undelivered.py keeps
-        connections that the route cannot get.  If their listener was closed, they are lost.
+        If the route does not know a connection's listener:
+        * Before channel.end(), the connection goes back to the end of its channel.
+        * After channel.end(), while workers live, the connection stays in place.  So do all
+          connections behind it.
+        * Once the workers have exited (`exited`), undelivered.py keeps the connection.  But if the
+          listener was closed, the connection is lost.
         """
         route = self.outlet.route
         has_unknown = route is not None and _may_have_unknown(channel, route)

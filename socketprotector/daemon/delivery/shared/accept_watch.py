@@ -1,10 +1,10 @@
 """Detects workers that do not accept, under --handoff listener.
 
-In this mode no connection passes through the protector.  To wake the protector for each connection
-would be costly.  So the event loop watches the sockets only until a client comes.  From then on we
-*look* at intervals: a look reads the backlogs from the kernel (sock_diag).  accept() takes the
-oldest client first.  So if a look finds all clients of the previous look again, no client was
-accepted meanwhile.  When a look finds no client, the event loop watches the sockets again.
+In this mode no connection passes through SocketProtector, and a wake-up for each connection would
+be costly.  So the event loop watches the sockets only until a client comes.  From then on we *look*
+at intervals: a look reads the backlogs from the kernel (sock_diag).  accept() takes the oldest
+client first.  So if all clients that the previous look found are still in the backlog, no client
+was accepted meanwhile.  When a look finds no client, the event loop watches the sockets again.
 
 A *line* lists the clients that one look found in a backlog (Line of system/sock_diag.py).
 """
@@ -54,9 +54,11 @@ def known_clients(
 ) -> dict[int, Line]:
     """Return the clients known to wait at these sockets, by listener index.
 
-    Where no client waits, the line is empty.  A listener is missing if clients wait there, but the
-    query fails or lists no client.  A listener may have two sockets, one for each of two
-    generations.  Over TCP, a line lists the clients at both.
+    If no client waits at a socket, the listener's line is empty.  If clients wait, but the query
+    fails or lists no client, the listener is missing.
+
+    A listener may have two sockets, one for each of two generations.  Over TCP, the query cannot
+    distinguish them: the line lists the clients of both.
     """
     found: dict[int, Line] = {}
     for each, number in sockets:
@@ -137,9 +139,8 @@ class AcceptWatch:
         """Look now; return whether workers at some listener are stuck.
 
         Workers are stuck at a listener if clients wait there, and none was accepted there since the
-        last look.  Also return True if clients wait at a listener where the last look found no
-        client.  If the watch knows of no waiting client at any listener, return False without a
-        look.
+        last look.  If the last look found no client there, one client that waits now is enough.
+        If no client is known to wait at any listener, return False without a look.
         """
         if not self._waiting:
             return False
@@ -166,7 +167,8 @@ class AcceptWatch:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                # A client left or was accepted, or the backlog is unknown: use the second limit.
+                # A client left or was accepted, or the backlog is unknown.  As a client may have
+                # been accepted, the second limit applies from now on.
                 self.accepted.add(index)
                 del self._waiting[index]
             else:

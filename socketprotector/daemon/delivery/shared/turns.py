@@ -40,14 +40,14 @@ class Turns:
     #: Index of a listener that the current generation does not know -> the number of the socket
     #: that gets the listener's clients.
     expected: dict[int, int] = field(default_factory=dict)
-    #: Pairs of generation and listener index.  Workers of the generation do not have the listener's
-    #: present socket.  The listener was added, or its socket replaced or dropped, after these
-    #: workers had started.
+    #: Pairs of generation and listener index: the generation has workers without the listener's
+    #: present socket.  These workers started before the listener was added, or before its socket
+    #: was replaced or dropped.
     unserved: frozenset[tuple[int, int]] = frozenset()
-    #: The pairs of `unserved` where the generation's later workers have the socket.
+    #: The pairs of `unserved` where workers that the generation started later have the socket.
     partly_served: frozenset[tuple[int, int]] = frozenset()
-    #: Indices of listeners whose socket the current generation lost, so that their clients go to
-    #: the next generation's socket.
+    #: Indices of listeners whose clients wait at the next generation's socket, because some or all
+    #: workers of the current generation lack the listener's present socket.
     passed_on: frozenset[int] = frozenset()
     #: True: each passed-in socket was given back to its owner.  All new clients of its address go
     #: to this socket, where the owner accepts them.
@@ -87,9 +87,9 @@ class Turns:
         return self.expected.get(listener.index, self.current)
 
     def share_of(self, listener: Listener) -> int:
-        """Return which share of a listener's new clients goes to socket number `1 - current`.
+        """Return the canary's share of a listener's new clients, in ten-thousandths.
 
-        The share is in ten-thousandths.
+        0: a single socket gets all new clients of the listener.
         """
         share, other = self.share, 1 - self.current
         if share is None or listener.index not in share.listeners or not listener.has_sibling:
@@ -118,9 +118,9 @@ class Turns:
         return {each for each in there if (each, listener.index) not in lacking}
 
     def is_served(self, listener: Listener, number: int) -> bool:
-        """Return whether all workers of at least one generation accept, or will, from this socket.
+        """Return whether all workers of some generation accept from this socket, or will.
 
-        Also True once a passed-in listener was given back: its owner accepts.
+        Also return True once a passed-in listener was given back: its owner accepts.
         """
         if self.given_back and listener.settings.foreign:
             return True
@@ -182,9 +182,9 @@ class Turns:
         at the current socket.
         """
         number = self.expected[listener.index] = self.current if dry_run else self.free
-        # Leave the listener out of `unserved` if it has a single socket, or in a dry run.  Its
-        # clients then wait at the current socket, and an entry in `unserved` would start a rescue
-        # (socket_watch.py) for them.
+        # Leave the listener out of `unserved` if it has a single socket, or in a dry run.  In both
+        # cases its clients wait at the current socket.  An entry in `unserved` would start a rescue
+        # (socket_watch.py) for these clients.
         if listener.has_sibling and not dry_run:
             self.unserved |= {(generation, listener.index) for generation in self.accepting}
         return number
@@ -199,8 +199,8 @@ class Turns:
         """Assign new clients to socket `number`, and a share of them to the other socket.
 
         indices: the indices of all listeners.  knows: returns whether the generation at socket
-        `number` knows a listener; None: no generation has this socket yet.  Clients of an
-        unknown listener stay at their present socket.
+        `number` knows a listener; None: no generation has this socket yet.  If this generation
+        does not know a listener, the listener's clients stay at their present socket.
         """
         if knows is not None and number != self.current:
             unknown = {index: self.current for index in indices if not knows(index)}
@@ -214,10 +214,10 @@ class Turns:
         self.current, self.share = number, share
 
     def lacks_workers(self, listener: Listener) -> bool:
-        """Return whether a UNIX path's clients go to a socket that some workers do not have.
+        """Return whether a UNIX path's clients go to a socket that workers of its generation lack.
 
-        Only workers of the socket's generation count.  One worker without the socket is enough,
-        even if later workers have the socket (`partly_served`).
+        One worker without the socket is enough, even if later workers have the socket
+        (`partly_served`).  Return False if the listener is already in `passed_on`.
         """
         if not listener.path or listener.index in self.passed_on:
             return False

@@ -15,7 +15,7 @@ from ..runtime import Runtime
 
 
 class Host(ABC):
-    """The part of the resident process that a delivery can use, and to which it reports.
+    """The part of the resident process that a delivery uses, and reports to.
 
     Effects (daemon/effects.py) implements this class.
     """
@@ -29,7 +29,7 @@ class Host(ABC):
 
     @abstractmethod
     def listener_bound(self, listener: Listener) -> None:
-        """Record that a listener got a new socket, and at a UNIX path perhaps a new socket file."""
+        """Record that a listener's sockets changed; a UNIX path may have a new socket file."""
 
     @abstractmethod
     def report_untaken(
@@ -37,9 +37,10 @@ class Host(ABC):
     ) -> None:
         """Report that the route's workers have accepted no client for this number of seconds.
 
-        waiting: how many clients wait.  listen: the addresses where clients wait; None: the clients
-        wait in the queue.  ever: whether the workers may have accepted an earlier
-        client at these addresses, or from the queue.
+        The route is the generation that gets the new clients.
+        waiting: how many clients wait.  listen: the addresses where these clients wait; None: they
+        wait in the queue.  ever: whether the workers may have accepted earlier clients at all these
+        addresses, or from the queue.
         """
 
     @property

@@ -18,15 +18,14 @@ class GenerationChannel(Channel):
         self.generation = generation
         #: Whether a worker has taken a connection; assumed True for an adopted channel.
         self.taken_from = adopted
-        #: Whether it was reported that no worker takes connections.
+        #: Whether we have reported that no worker takes connections.
         self.untaken_reported = False
-        #: How many new connections were accepted for this channel.  If a QueueWatch
-        #: (queue_watch.py) follows the channel now, those since its follow() are missing;
-        #: Forwarder.met() adds them.
+        #: How many new connections we accepted for this channel.  We update this number when a
+        #: QueueWatch (queue_watch.py) stops following the channel.  Until then Forwarder.met() adds
+        #: the connections accepted since the QueueWatch began.
         self.met = 0
-        #: How many connections a QueueWatch has counted as sent to this channel.  Set when
-        #: the QueueWatch stops following the channel.  A QueueWatch that follows the channel later
-        #: continues the count.
+        #: How many connections QueueWatches have counted as sent to this channel.  This number is
+        #: updated at the same time as `met`.  The next QueueWatch continues the count.
         self.sent = 0
 
     @property

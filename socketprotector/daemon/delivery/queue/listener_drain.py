@@ -1,9 +1,10 @@
 """Drains listeners that a reload has removed: refuses new clients, and delivers connected clients.
 
-Connected clients go to the newest generation that knows the listener, has had clients and has not
-ended.  A timer looks at the backlog until two looks in a row find no client.  If new clients
-cannot be refused, the drain also ends once LAST_S has passed and every accepted client is sent.
-Clients that are still in the backlog when the drain ends are lost.
+Connected clients go to the newest generation that was opened with the listener, has had clients and
+may still get clients.  A timer looks at the backlog until two looks in a row find no client.
+
+If new clients cannot be refused, the drain also ends after LAST_S, once every accepted client is
+sent.  Clients that are still in the backlog when the drain ends are lost.
 
 All remaining clients are lost in three cases:
 
@@ -11,7 +12,7 @@ All remaining clients are lost in three cases:
 * The channel that gets the clients breaks, or its generation's last worker exits.
 * A stop closes all listeners before the drain has ended.
 
-Exception: the owner of a passed-in socket, such as systemd, gets the clients in the backlog.
+Exception: the backlog of a passed-in socket goes to the socket's owner, such as systemd.
 
 We count and log lost clients.
 """
@@ -35,8 +36,8 @@ from .undelivered import Undelivered
 
 #: How many connections to send before the loop handles other events.
 BURST = 64
-#: How many lost clients to count at most.  Clients that we cannot refuse may come as fast as we
-#: count, so without a limit we might never finish.
+#: How many lost clients to count at most.  Without this limit we might never finish: clients that
+#: we cannot refuse may come as fast as we count.
 MOST_LOST = 4096
 
 
@@ -46,8 +47,8 @@ class _Draining:
 
     listener: Listener
     channel: Channel
-    #: Until this time, clients in the backlog prolong the drain.  After this time, only the kept
-    #: connections (undelivered.py) prolong the drain.  0: no limit, because we get no new client.
+    #: After this time, the drain ends once the kept connections (undelivered.py) are sent, even if
+    #: clients are in the backlog.  0: no limit, because we get no new client.
     until: float = 0.0
     #: Whether the last _look() found no client.  Also False if the channel was full, because then a
     #: client could still be in the backlog.
@@ -108,8 +109,8 @@ class DrainingListeners:
     def end(self, channel: Channel | None = None) -> None:
         """Close the listeners that drain to a channel, and lose their clients.
 
-        channel: None means that all draining listeners are closed.  The backlog of a passed-in
-        socket is not lost: see close().
+        channel: None: close all draining listeners.  The backlog of a passed-in socket is not lost:
+        the socket's owner gets it.
         """
         for each in self._draining_to(channel) if channel is not None else tuple(self._draining):
             self._end(each)
@@ -205,8 +206,8 @@ class DrainingListeners:
         try:
             fd, _ = accept_of(each.listener)()
         except OSError as error:
-            # If accept() failed for lack of a descriptor or memory, clients may still be waiting.
-            # Then this look ends the drain only if `until` has passed.
+            # After a shortage of descriptors or memory, clients may still wait.  So this look must
+            # not end the drain, unless `until` has passed.
             each.quiet = each.quiet and error.errno in TRANSIENT_ERRNOS
             return None
         self.accepted += 1

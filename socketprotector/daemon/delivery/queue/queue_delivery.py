@@ -2,11 +2,12 @@
 
 Each generation has one channel, from which all its workers take connections.  The protector keeps
 both ends of the channel, so the queue in the channel survives the death of all workers.  The route
-is the generation that gets all new clients, except the share of a canary.
+is the generation that gets the new clients; a canary may get a share of them.  A generation knows
+the listeners with which it was opened.
 
-When a generation drains, the connections that no worker has taken go to the route, as long as
-the route has room and knows their listener.  The draining workers take the connections that cannot
-go to the route.
+When a generation drains, the connections that no worker has taken go to the route, if the route
+knows their listener, and while the route has room.  The draining workers take the other
+connections.
 
 A generation is released after its last worker has exited.  Then the connections that remain in its
 channel go to the route, or to a later route that knows their listener.
@@ -142,7 +143,7 @@ class QueueDelivery(Delivery):
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool
     ) -> None:
-        on_quiet()  # at once: generations have no listening sockets of their own here
+        on_quiet()  # at once: here no client waits at a generation's own listening socket
 
     def drain(self, generation: OpenGeneration) -> None:
         channel = self._channel_of(generation)

@@ -1,16 +1,16 @@
 """Keeps accepted connections that are in no channel.
 
-Kept connections are few, because we accept only what we can deliver.  We keep a connection if its
-send failed, or if no generation that knows its listener can get the connection now.
+We keep a connection if its send failed, or if no generation that knows its listener can get the
+connection now.  Kept connections are few, because we accept only connections that we can deliver.
 
 After an upgrade or a kill, the program that replaces us (the next program) gets these connections:
 their headers from the state, and their descriptors by name.  This module follows two rules:
 
-* A connection is removed from the state before it is sent.  If we are killed in between, the
-  connection is lost.  In the reverse order, the next program would send the connection again, to a
+* We remove a connection from the state before we send it.  If we are killed in between, the
+  connection is lost.  If we sent the connection first, the next program might send it again, to a
   second worker.
-* A descriptor's name contains a number that no other connection ever had.  If numbers were reused,
-  the guard or the fd store might have an older descriptor under the same name.
+* A descriptor's name contains a number that no other connection ever had.  If we reused a number,
+  the guard or the fd store might still have an older descriptor under the same name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Undelivered:
     def __init__(self, persist: Callable[[], bool]) -> None:
         """persist: writes the state; returns False if that fails."""
         self.persist = persist
-        #: The last number that was used or skipped.  A new connection gets the next higher number.
+        #: The highest number that was used, or skipped by adopt().  A new connection gets the next
+        #: number.
         self.number = 0
         #: Number -> header and descriptor of a kept connection, in the order of sending.
         self._waiting: dict[int, tuple[bytes, int]] = {}
@@ -50,8 +51,9 @@ class Undelivered:
     def keep_older(self, header: bytes, fd: int, last_number: int) -> None:
         """Keep a connection that the caller has taken out of a queue.
 
-        The caller takes several connections, the oldest first, and calls this method for each.  We
-        keep these connections in this order, in front of those kept before the caller began.
+        The caller takes several connections, the oldest first, and may call this method for each.
+        We keep these connections in this order, in front of all connections that were kept before
+        the caller began.
         last_number: the value of `self.number` when the caller began.  Takes ownership of fd.
         """
         before = tuple(self._waiting.items())
@@ -104,9 +106,9 @@ class Undelivered:
     def adopt(self, number: int, waiting: Iterable[tuple[int, bytes]], unclaimed: Inherited) -> int:
         """Adopt the connections of the program that we replaced; take ownership of the descriptors.
 
-        number: the highest number in the state.  The replaced program may have stored a descriptor
-        under the next number, and been killed before it wrote the state.  So new connections get
-        numbers above that next number, and above the numbers of all stored descriptors.
+        number: the value of `self.number` in the state.  Perhaps the replaced program stored a
+        descriptor under `number + 1`, and was killed before it wrote the state.  So new connections
+        get numbers above `number + 1`, and above the numbers of all stored descriptors.
 
         Returns how many connections are certainly lost: their descriptor or header was not stored.
         """
@@ -120,9 +122,9 @@ class Undelivered:
                 lost += 1
         for each, fd in stored.items():
             os.close(fd)
-            # The state has no header for this descriptor.  A descriptor numbered up to `number`
-            # belongs to a connection that was removed from the state, to be sent or dropped.
-            # The connection of any other descriptor never reached the state, so it is lost.
+            # The state has no header for this descriptor.  If `each` is above `number`, the
+            # connection never reached the state, so the connection is lost.  Otherwise the
+            # connection was removed from the state, to be sent or dropped: do not count it.
             lost += each > number
         return lost
 

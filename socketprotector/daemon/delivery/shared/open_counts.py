@@ -2,9 +2,11 @@
 
 `status` shows the counts.  Each listening socket of a generation has a number, the accept tag,
 which the socket's connections inherit (system/accept_tags.py).  At a UNIX path, the tag is the
-number in the name of the socket's file (system/socket_file.py).  Connections without a tag (NO_TAG)
-belong to no generation's count.  We query the kernel so seldom that the queries take at most
-QUERY_SHARE (accept_watch.py) of our time.  Until the next query, `status` shows the last counts.
+number in the name of the socket's file (system/socket_file.py).  No generation's count includes
+connections without a tag (NO_TAG).
+
+We query the kernel so seldom that the queries take at most QUERY_SHARE (accept_watch.py) of our
+time.  Until the next query, `status` shows the last counts.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from ....system.listener import Listener
 from .accept_watch import QUERY_SHARE
 from .shared_listeners import SharedListeners
 
-#: The tag of a socket if no unused tag can be found, or if connections in its backlog may carry
-#: an earlier tag of the socket.
+#: A socket gets this tag if we find no unused tag, or if connections in the socket's backlog may
+#: carry an earlier tag.
 NO_TAG = 0
 _OTHERS_WAIT = "clients with the tag of another generation wait at the socket"
 
@@ -64,15 +66,16 @@ class OpenCounts:
         listening = listener.socket_for(socket_number)
         if listening.family == socket.AF_UNIX:
             tag = socket_file.number_of(listening)
-            # `taken` lacks the tags of released generations, and forgotten tags.  But open
-            # connections may still carry such a tag, so also look for connections with this tag.
+            # Open connections may carry a tag that `taken` lacks: the tag of a released generation,
+            # or a forgotten tag.  So also look for open connections with this socket's tag.
             if (listener.index, tag) in taken or socket_file.connections(listener.path)[tag]:
                 raise OSError(errno.EBUSY, "another generation has accepted from the socket")
             return listener.index, tag
         used = {tag for index, tag in taken if index == listener.index} - {NO_TAG}
         if accept_tags.tag_of(listening) in used and listener.has_waiting(socket_number):
-            # We refuse to count, and keep the tag.  If the protector is killed, the next program
-            # finds this tag, and also refuses.
+            # Clients in the backlog may carry the other generation's tag, so do not count.  Leave
+            # the tag as it is: if we are killed, the next program finds this tag, and does not
+            # count either.
             raise OSError(errno.EBUSY, _OTHERS_WAIT)
         tag = NO_TAG
         with suppress(OSError):  # for example no descriptor is free, or the kernel does not answer
@@ -80,8 +83,8 @@ class OpenCounts:
         earlier = accept_tags.tag(listening, tag, used)
         if earlier and listener.has_waiting(socket_number):
             # Connections in the backlog may carry an earlier tag.  A count by the new tag would
-            # miss these connections, so use NO_TAG.  Fail if another generation uses one of the
-            # earlier tags.
+            # miss these connections, so use NO_TAG.  If another generation uses an earlier tag, its
+            # count would include these connections, so fail.
             earlier |= accept_tags.tag(listening, NO_TAG, used)
             if not earlier.isdisjoint(used):
                 raise OSError(errno.EBUSY, _OTHERS_WAIT)
@@ -96,8 +99,8 @@ class OpenCounts:
         used: the tags of other generations.  Raises OSError.
         """
         listening, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
-        # Open connections may carry the tag of a generation whose workers have all exited: another
-        # process, such as a worker's child, may have these connections.
+        # Avoid the tags of open connections, too.  A connection may outlive its generation's
+        # workers: another process, such as a worker's child, may have the connection.
         ours = self.listeners.host.own_connection
         found, waiting = accept_tags.connections(listening, ours)
         self._found[listener.index] = found

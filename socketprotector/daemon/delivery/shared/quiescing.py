@@ -1,15 +1,16 @@
 """Finds out when an old generation has accepted all its clients, and has read from each client.
 
-Another generation has replaced this generation, or a stop has begun.  Some clients of this
-generation may be unaccepted or unread.  A server that is ordered to finish might close their
-connections.  So we repeatedly query the kernel (sock_diag) for such clients; each round of queries
-is a look.  The queries take at most QUERY_SHARE (accept_watch.py) of our time.  If the kernel has
-no sock_diag, no client counts as unread.
+Another generation has replaced the old generation, or a stop has begun.  The old generation may
+have clients that are not accepted, or not read from ("unread").  If we ordered its workers to
+finish now, the workers might close the connections of such clients.
+
+So we wait, and repeatedly query the kernel (sock_diag) for such clients.  Each round of queries is
+a look.  The queries take at most QUERY_SHARE (accept_watch.py) of our time.  If the kernel has no
+sock_diag, no client counts as unread.
 
 A TCP client is unread until its worker has read from it.  So clients in the handshake are unread.
-Silent clients, which were accepted and have sent nothing, are unread, too.  We wait at most
-SILENT_S for silent clients.  A UNIX client is unread while it has sent bytes that its worker has
-not read.
+Silent clients are unread, too: they were accepted, but have sent nothing.  We wait at most SILENT_S
+for silent clients.  A UNIX client is unread while it has sent bytes that its worker has not read.
 
 Workers on the client library read from all their accepted clients even after the order to finish.
 For a generation of such workers (`reads_on`) we do not wait until the workers have read.  We wait
@@ -38,8 +39,8 @@ _LOOK_S = 0.1
 _LOOK_SOON_S = 0.01
 #: With `reads_on`: how many looks in a row must find that all clients are accepted.
 _SOON_LOOKS = 2
-#: Without `reads_on`: a generation is quiet if, for this time, no client waited, and only silent
-#: clients were unread.
+#: Without `reads_on`: for how long all looks must find no waiting client, and no unread client
+#: except silent clients.  Then the generation is quiet.
 GENERATION_QUIET_S = 1.0
 #: How long to wait for silent clients.
 SILENT_S = 3.0
@@ -61,15 +62,15 @@ class _Generation:
     accept_until: float
     began: float  # when we began to wait (time.monotonic())
     delay_s: float = 0.0  # the planned pause before the next look
-    # Sums of planned pauses.  Elapsed time would include a time in which the protector and its
-    # workers were frozen, so that no worker could read.
+    # Sums of planned pauses, not elapsed times.  While the protector and its workers are frozen,
+    # time elapses, but no worker can read.
     waited_s: float = 0.0  # since `began`
     quiet_s: float = 0.0  # since the first of the `quiet_looks` looks
     quiet_looks: int = 0  # looks in a row that found no client, or only silent clients
-    # The clients that every look has found unread -> whether the client is silent.  With
-    # `reads_on`: the clients in the handshake.  The key: the listener's index, and for TCP the
-    # client's port and address, for UNIX the connection's inode.  None: the next look starts
-    # afresh.
+    # The clients that the first look and all later looks have found unread (with `reads_on`: in
+    # the handshake) -> whether the client is silent.  The key: the listener's index, and for TCP
+    # the client's port and address, for UNIX the connection's inode.  None: the next look counts
+    # as the first.
     unread: dict[tuple[int, bytes], bool] | None = None
 
 
@@ -81,10 +82,10 @@ def _unread_unix(
     The kernel reports 0 unread bytes for a silent client, as for a client whose bytes were read.
     So we wait for neither.
 
-    replaced: listeners whose socket was replaced after the generation's start.  The path is a link
-    to one of several socket files (socket_file.py), and a connection keeps the name of its file.
-    We no longer know the old file's name.  So we also count the unread clients of all former files
-    of the path.
+    replaced: listeners whose socket was replaced after the generation's start.  Each socket has its
+    own file beside the path (socket_file.py), and a connection keeps the name of the file to which
+    it came.  We no longer know the name of the replaced socket's file.  So we also count the unread
+    clients of all former files of the path.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}
@@ -135,8 +136,8 @@ class Quiescing:
         reads_on: call back once all clients are accepted, without waiting for the reading.
         accept_until: until this time, each look that finds clients waiting at the generation's own
         sockets restarts the limit GENERATION_LAST_S.  The reason: no other generation would accept
-        these clients.  Exception: a listener whose new clients can come to the wrong socket
-        (SharedListeners.can_stray()) does not count: its waiting clients restart nothing.
+        these clients.  Exception: if new clients of a listener can come to the wrong socket
+        (SharedListeners.can_stray()), its waiting clients restart nothing.
         """
         given = socket_number, on_quiet, common, leave_out, reads_on, accept_until
         self._generations[generation] = _Generation(*given, began=time.monotonic())
@@ -167,7 +168,7 @@ class Quiescing:
         pairs = [each for each in self._listeners.pairs if each.index not in state.leave_out]
         own = self._turns.own(pairs, state.socket_number, generation)
         # Unlike `own`, `queried` includes listeners whose socket was replaced since the generation
-        # started: the generation has accepted clients from the earlier socket.
+        # started: clients from the earlier socket may be unread.
         queried = self._turns.own(pairs, state.socket_number)
         number, can_stray = state.socket_number, self._listeners.can_stray
         with_waiting = [each for each in own if self._probes.clients_wait(each, number)]
@@ -177,16 +178,16 @@ class Quiescing:
             self.begin_again(generation)
         unread = state.unread
         # sock_diag reports by port: it cannot tell apart the backlogs of an address's two sockets.
-        # So if no client waits for this generation, leave out both backlogs: all clients in them
-        # are the other generation's.  While clients wait for this generation, the result does not
-        # matter: this look cannot find the generation quiet.
+        # If no client waits for this generation, all clients in both backlogs are the other
+        # generation's, so leave them out.  If clients wait for this generation, the result does not
+        # matter, because this look cannot find the generation quiet.
         query = partial(self._query, generation, queried, accepted=not waiting)
         if unread is None:
             unread = query()
         elif unread and (found := query()) is not None:
             unread = {client: found[client] for client in unread if client in found}
-        # The first result omits clients in a UNIX backlog, and later looks never add clients.  So
-        # while clients wait, keep no result: the next look starts afresh.
+        # The first result omits clients in a UNIX backlog, and later looks never add clients to a
+        # kept result.  So while clients wait, keep no result.
         state.unread = None if waiting else unread
         state.waited_s += state.delay_s
         state.quiet_s += state.delay_s if state.quiet_looks else 0.0
@@ -220,8 +221,8 @@ class Quiescing:
         """Return the unread clients at these addresses, and whether each is silent.
 
         For a generation with `reads_on`, return instead the clients whose handshake is under way.
-        None: the system is short of memory or descriptors, so try again.  After any other error,
-        the query's address family is left out.
+        None: the system is short of memory or descriptors, so try again.  If a query has failed for
+        another reason, leave out the clients of its address family.
 
         accepted: whether to leave out clients that wait in a backlog.
         """

@@ -12,7 +12,7 @@ from ..host import Host
 
 
 class SharedListeners:
-    """All listeners.  Only the delivery changes the list; the parts of the steering read it."""
+    """All listeners.  Only the delivery adds and removes listeners."""
 
     def __init__(self, host: Host, listeners: Iterable[Listener]) -> None:
         """Take ownership of the listeners."""
@@ -47,7 +47,8 @@ class SharedListeners:
     def rights_record(self) -> tuple[RightsRecord, ...]:
         """The rights of each socket file.
 
-        After an upgrade or a kill, the next program binds a removed file again with these rights.
+        After an upgrade or a kill, the program that replaces us (the next program) may find a file
+        removed.  Then it binds the file again with these rights.
         """
         found = ((each.index, each.file_rights) for each in self.all)
         return tuple(
@@ -98,10 +99,12 @@ class Steering(ABC):
     def adopt_held(self) -> None:
         """Give the held clients of UNIX paths to the next generation.
 
-        Also pass on the clients of listeners for which Turns.lacks_workers() is true.  While a
-        hold lasts, do nothing, so that its clients continue to wait.  If generations already accept
-        from both socket numbers, 0 and 1, the next generation has no socket yet: pass on nothing.
-        In this case, post HeldClientsWait if held clients wait.
+        Also give the next generation the clients of a UNIX path whose socket some workers lack
+        (Turns.lacks_workers()).
+
+        While a hold lasts, do nothing: its clients must continue to wait.  If generations already
+        accept from both socket numbers, 0 and 1, no socket is free for the next generation.  In
+        this case only post HeldClientsWait, if held clients wait.
         """
 
     @abstractmethod

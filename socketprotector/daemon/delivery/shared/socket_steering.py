@@ -81,8 +81,8 @@ class SocketSteering(Steering):
         """Prepare a socket for a generation whose workers will start soon.
 
         fresh: see Delivery.open(); if True, the back-off of rescues (socket_watch.py) ends.
-        Raises OSError if a new release must fail because clients could not reach it at a listener
-        (SocketRepair.must_be_reachable()).
+        Raises OSError if we cannot prepare a socket that a new release (`fresh`) must have (see
+        SocketRepair.must_be_reachable()).  Exception: the system is short of descriptors or memory.
         """
         if fresh:
             self._watch.note_new_release()
@@ -96,7 +96,7 @@ class SocketSteering(Steering):
                     raise
             self._repairs.undo_earlier_changes(each, socket_number, generation)
         self.turns.accepting[generation] = socket_number
-        self.steer()  # a path that has just got its second socket can be held from now on
+        self.steer()  # a hold must now include a path whose second socket was just made
         self._watch.watch()
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
@@ -190,7 +190,7 @@ class SocketSteering(Steering):
         dry_run: if True, steer to the current socket, because the next generation gets no clients.
         """
         if self.turns.expect(listener, dry_run=dry_run) == 1:
-            listener.swap()  # clients may already wait at the first socket: make it socket 1
+            listener.swap()  # clients may wait at socket 0: make it socket 1, which gets clients
         self.steer()
 
     def turn_to(
@@ -224,7 +224,7 @@ class SocketSteering(Steering):
         self.probes.discard()  # a kill may have prevented the earlier discard()
         self._repairs.repair_all()
         self.steer()
-        self.adopt_held()  # clients at the former free socket may have prevented an earlier try
+        self.adopt_held()  # an earlier try failed if clients waited at the former free socket
         self._report_held_clients()  # a kill may have prevented the earlier report
         self._watch.follow_canary()
         self._watch.watch()
@@ -266,7 +266,7 @@ class SocketSteering(Steering):
     def adopt_record(self, record: SteeringRecord, *, held: bool) -> None:
         """Resume from the record that record() returned before an upgrade or a kill.
 
-        held: whether the fleet is on hold; if not, a hold in the record ends now.
+        held: whether a hold is in force; if not, a hold in the record ends now.
         """
         probes = self.probes
         self.turns.adopt(record)
@@ -300,10 +300,10 @@ class SocketSteering(Steering):
         self._quiescing.begin(generation, number, on_quiet, leave_out=leave_out, reads_on=reads_on)
 
     def quiesce_last(self, generation: int, on_quiet: Callable[[], None], latest: float) -> None:
-        """At a stop, call back when the last generation has accepted and read from earlier clients.
+        """At a stop, call back when the last generation has accepted and read from its clients.
 
-        Earlier clients came before this call.  Later clients are refused, or wait for the next
-        start or the socket's owner.  Exception: the generation may accept later clients at a
+        Only clients that came before this call count.  Later clients are refused, or wait for the
+        next start or the socket's owner.  Exception: the generation may accept later clients at a
         listener's only socket.  Quiescing.begin() limits the wait; `latest` is its `accept_until`.
         """
         number = self.turns.accepting.get(generation, 0)
@@ -346,7 +346,7 @@ class SocketSteering(Steering):
         return any(each.settings.foreign for each in self._listeners.pairs)
 
     def give_back(self) -> None:
-        """Steer an address's new clients to its passed-in socket, whose owner keeps listening."""
+        """Steer new clients to each passed-in socket, because its owner keeps listening."""
         self.turns.given_back = True
         if self.has_passed_in_pair:
             self.steer()
@@ -423,9 +423,9 @@ class SocketSteering(Steering):
             self.steer()
 
     def _steer_one(self, listener: Listener, socket_number: int) -> str:
-        """Steer a listener's new clients to a socket, or during a hold to the reserved socket.
+        """Steer new clients to a socket; during a hold, to the reserved socket (listener_hold.py).
 
-        Clients of a path also go to the reserved socket while Turns.lacks_workers() is true.
+        A UNIX path's clients also go there while Turns.lacks_workers() is true.
         Returns why clients cannot be held, or "".  Raises OSError if clients go to a wrong socket.
         """
         if self.turns.given_back and listener.settings.foreign:

@@ -3,8 +3,8 @@
 Most commands either read values or post an event (core/events.py).
 
 A command that begins a long operation is answered at once.  Clients that have sent `events` get the
-operation's result as a log event (docs/control.md).  But `diff` and an upgrade check are answered
-only when their result is known.
+operation's result as a log event (docs/control.md).  Exceptions: `diff` and an upgrade check are
+answered only when their result is known.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class CommandHandler:
         except Exception as error:
             if not definition.reads:
                 # The command may be half done, so end this process.  With a guard or systemd's fd
-                # store, the protector is started again, and resumes from the state.
+                # store, the protector is started again, and resumes from the saved state.
                 raise
             self.runtime.log.write(
                 "error", "command-failed", command=request.command, error=repr(error)
@@ -297,7 +297,8 @@ class CommandHandler:
 
     def do_upgrade(self, check: bool = False) -> Mapping[str, Any]:
         # `check` is False here: handle() passes an upgrade check to _check_upgrade().
-        # Upgrade later, so that the client gets the answer before the exec.
+        # Begin the upgrade later: the client must get the answer before this process executes the
+        # new program.
         self.runtime.loop.call_after("upgrade-asked", 0.0, self.supervisor.begin_upgrade)
         return {"from": __version__, "starts": self._effects.reports.run.restarts + 1}
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     LeavingConnections = Mapping[int, tuple[int | None, float | None]]
 
 #: To find a worker's oldest connection, we need a system call for each of its descriptors.  So we
-#: search at most _MOST_WORKERS workers, each with at most _MOST_CONNECTIONS connections.
+#: skip workers with more than _MOST_CONNECTIONS connections, and search at most _MOST_WORKERS of
+#: the other workers.
 _MOST_CONNECTIONS, _MOST_WORKERS = 100, 4
 
 
@@ -85,8 +86,8 @@ def _share(fleet: Fleet, new: Generation) -> int:
 def _stage_left_s(new: Generation, effects: Effects) -> float | None:
     """Return how many seconds are left of the stage.
 
-    None: no timer ends the stage.  Also None if the stage's time is over, but a settle check must
-    still succeed.
+    None: no timer ends the stage, or the stage's time is over but a settle check must still
+    succeed.
     """
     if new.checked and effects.probing.settle_check_due:
         return None
@@ -103,9 +104,9 @@ def settle_left_s(number: int, effects: Effects) -> float | None:
 def _waits_for(
     fleet: Fleet, new: Generation, connections: LeavingConnections
 ) -> list[dict[str, Any]]:
-    """Return the leaving workers, one of which must end before the next worker can start.
+    """Return the leaving workers, if one of them must end before the next new worker can start.
 
-    Empty if the next worker can start now, or if no worker is missing.
+    Empty if the next new worker can start now, or if this stage needs no further worker.
     """
     stage = _stage(fleet, new)
     wanted = fleet.full_size(new) if stage == "replacing" else fleet.wanted_in(new)

@@ -116,10 +116,9 @@ def of_waits_for(
 def of_warnings(settings: Settings, listeners: Iterable[Listener]) -> list[str]:
     """Return the settings' warnings that still apply, and the listeners' warnings.
 
-    A listener has a warning if its network interface is missing.
-
-    A warning about a UNIX socket names the permissions of a file or folder.  If these permissions
-    have changed since the warning, omit the warning.
+    A warning about a UNIX socket names the permissions of a file or folder.  The warning no longer
+    applies if these permissions have changed.  A listener has a warning if its network interface is
+    missing.
     """
     lacking = [each.settings.address for each in listeners if each.lacks_interface]
     of_start = [each for each in settings.warnings if not _is_resolved(each)]
@@ -129,7 +128,7 @@ def of_warnings(settings: Settings, listeners: Iterable[Listener]) -> list[str]:
 def of_guard(settings: Settings, *, guarded: bool) -> list[str]:
     """Return a warning if the guard has died.  guarded: whether a guard runs."""
     died = "the guard died; restart SocketProtector, or its next crash loses connections"
-    # A reload cannot change --guard, so the settings say whether there was a guard.
+    # A reload cannot change --guard, so settings.guarded still says whether a guard was started.
     return [died] if settings.guarded and not guarded else []
 
 
@@ -180,17 +179,15 @@ def _of_generation(
 ) -> dict[str, Any]:
     opened = effects.generations[generation.number]
     slots = {worker.slot for worker in generation.workers if worker.state is not State.ORPHANED}
-    # If another worker uses an orphaned worker's slot, the orphaned worker's counts are unknown,
-    # and so are the sums.  Otherwise the sums include the orphaned worker's counts.  The state
-    # ORPHANED has two causes: the worker has exited and left orphans, or the worker's descriptors
-    # were lost when the protector was killed.  In the second case the worker may still run.
+    # Another worker may have got an orphaned worker's slot.  Then the counts in the slot are the
+    # other worker's, so the orphaned worker's counts are unknown.
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive
         if worker.state is not State.ORPHANED or worker.slot not in slots
     }
     known = [each for each in (opened.record.past, *counts.values()) if each is not None]
-    # If one worker may have connections and does not count them, the sums of counts are unknown.
+    # If a worker may have connections, and its counts are unknown, the sums are unknown, too.
     is_incomplete = any(
         each.state in _WITH_CONNECTIONS and counts.get(each.number) is None
         for each in generation.alive
@@ -316,11 +313,10 @@ def of_connections(
                     "pid": pid,
                     "accepted_at_by_fd": times,
                     "orphaned": record.orphaned,
-                    # In a draining generation, all connections of the worker began before this
-                    # time.  Exception: under --handoff listener, if two generations share one
-                    # socket, some may begin a little later.  In any other generation, all
-                    # connections of the worker began after this time.  socketprotectorctl uses
-                    # this time for connections whose accept time is unknown.
+                    # socketprotectorctl uses since_at for connections whose accept time is unknown.
+                    # If drained_at is set, all connections of the worker began before drained_at;
+                    # otherwise they began after started_at.  Exception: under --handoff listener,
+                    # if two generations share one socket, some begin a little after drained_at.
                     "since_at": opened.record.drained_at or record.started_at,
                 }
             )

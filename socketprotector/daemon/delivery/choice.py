@@ -12,16 +12,17 @@ if TYPE_CHECKING:
 def delivery_for(mode: HandoffMode) -> type[Delivery]:
     """Return the delivery class of a handoff mode.
 
-    Call this function at the start of the resident process: a package upgrade may later replace the
-    class's file.
+    This function imports the class.  Call it at the start of the resident process: a package
+    upgrade may later replace the class's file.
     """
     if mode.workers_accept:
         import array
 
         from .shared.shared_delivery import SharedDelivery
 
-        # `array` may be a stand-in (system/late_stdlib.py).  Load the real module now, while its
-        # file surely exists: system/bpf.py needs the module later.
+        # `array` may be a stand-in, which loads the real module at its first use
+        # (system/late_stdlib.py).  system/bpf.py uses the module later, when a package upgrade may
+        # have removed the module's file.  So load the module now.
         array.array("B")
         return SharedDelivery
     from .queue.queue_delivery import QueueDelivery

@@ -1,8 +1,8 @@
 """Sends connections to the route, and handles failed sends.
 
-A full queue, a broken channel or a shortage (shortage.py) blocks sending.  If a send fails,
-undelivered.py keeps the client's connection.  Once sending is possible again, we send the kept
-connection first.  But a probe whose send fails is dropped.
+A full queue, a broken channel, or a shortage of descriptors or memory (shortage.py) blocks sending.
+If a send fails, undelivered.py keeps the client's connection.  Once sending is possible again, we
+send the kept connection first.  But a probe whose send fails is dropped.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ class Outlet:
 
     @property
     def is_free(self) -> bool:
-        """Return whether a new connection can be sent now; kept connections go first."""
+        """Return whether a new connection can be sent now.
+
+        False if the route can get a kept connection: kept connections go first.
+        """
         return (
             self.route is not None
             and self._full is None
@@ -56,7 +59,10 @@ class Outlet:
         )
 
     def resume_if_room(self) -> None:
-        """Resume if the full channel has room again.  Called while long work blocks the loop."""
+        """Resume if the full channel has room again.
+
+        Called during long work that blocks the loop: a blocked loop cannot call _on_room().
+        """
         if self._full is not None and self._full.has_room():
             self._on_room()
 
@@ -70,7 +76,7 @@ class Outlet:
                 return
             taken = self.undelivered.take(route.knows_of)
             if taken is None:
-                # The state cannot be written; daemon/checkpoint.py has logged why.
+                # take() could not write the state; daemon/checkpoint.py has logged why.
                 self.shortage.pause()
             else:
                 self.send(route, *taken)
@@ -88,7 +94,8 @@ class Outlet:
     def send_again(self, route: GenerationChannel) -> None:
         """Take all queued connections back, and send them again in the same order.
 
-        queue_watch.py says why.
+        Called if workers leave the queue's oldest connection untaken: a send wakes a worker
+        (queue_watch.py).
         """
         for _ in range(route.depth()):
             taken = self.shortage.take_back(route) if self.is_free else None
@@ -117,7 +124,10 @@ class Outlet:
             self.shortage.begin("sendmsg", error)
 
     def let_go(self, fd: int) -> None:
-        """Close our copy of a connection; reopen the reserve (shortage.py) if it was spent."""
+        """Close our copy of a connection; reopen the reserve descriptor if it was spent.
+
+        shortage.py explains the reserve.
+        """
         os.close(fd)
         self.shortage.open_reserve()
 

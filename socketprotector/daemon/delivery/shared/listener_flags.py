@@ -2,9 +2,9 @@
 
 Workers may change the flag.  The flag belongs to the open file description, so a change affects all
 processes that share the socket.  When systemd starts the protector again after a crash, systemd
-sets the flag to the unit's NonBlocking=.  The workers that changed the flag may still run.  So we
-restore the recorded flag after such a start.  Sockets that we bound need no record: after a
-crash they come from the guard or systemd's fd store, which do not change flags.
+sets the flag to the unit's NonBlocking=.  The workers that changed the flag may still run, and rely
+on their change.  So we restore the recorded flag after such a start.  Sockets that we bound need no
+record: after a crash they come from the guard or systemd's fd store, which do not change flags.
 
 Source: systemd.service(5), fcntl(2).
 """

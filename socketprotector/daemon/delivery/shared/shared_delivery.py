@@ -86,7 +86,8 @@ class SharedDelivery(Delivery):
     # -- a generation ----------------------------------------------------------------
 
     def can_probe(self, listener: str) -> bool:
-        # A UNIX path that lost a socket may get a new socket for the next generation.
+        # A UNIX path may have only one socket left.  Even then, the next generation may get a new
+        # socket, which probes can reach.
         named = [each for each in self._listeners if listener in ("", each.settings.name)]
         return self.steering.probes.can_probe(listener) or any(each.path for each in named)
 
@@ -115,8 +116,9 @@ class SharedDelivery(Delivery):
     def _stop_counting(self, others: Iterable[OpenGeneration]) -> None:
         """Forget the accept tags (open_counts.py) of these generations.
 
-        Called when a newer generation has no known tags.  Connections of the newer generation may
-        carry the tags of the generations in `others`, so counts by these tags might include them.
+        Called when a newer generation has no known tags.  The newer generation's connections may
+        carry the tags of the generations in `others`.  So counts by these tags might include the
+        newer generation's connections.
         """
         for each in others:
             each.update_record(accept_tags=())
@@ -296,7 +298,7 @@ class SharedDelivery(Delivery):
         latest = float("inf") if stay else self._refuse_new()
         on_quiet = self._finish_closing if stay else partial(self._close_when_empty, latest)
         # quiesce_last() waits until the serving generation has accepted its clients and has read
-        # from them.  We need this wait in two cases.  First, with `stay`: on_quiet() itself does
+        # from them.  We need this wait in two cases.  First, with `stay`: _finish_closing() does
         # not wait for clients.  Second, if we bound a second socket for a passed-in listener:
         # clients may wait at this socket, but _close_when_empty() skips passed-in listeners.
         if serving is not None and (stay or self.steering.has_passed_in_pair):
@@ -315,9 +317,10 @@ class SharedDelivery(Delivery):
         return float("inf") if all(refused) else time.monotonic() + LAST_S
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
-        """Finish closing at the deadline.  Finish earlier if no waiting client can be accepted.
+        """Finish closing once no waiting client can be accepted, or at the deadline.
 
-        The first look comes after QUIET_S.  If no listener is awaited, finish at once.
+        We look for waiting clients every QUIET_S; the first call does not look.  If there is no
+        listener to wait for (`awaited`), finish at once.
         latest: the deadline, by time.monotonic().  again: False at the first call.
         """
         # A passed-in listener might never become empty, because its owner keeps listening.
@@ -343,8 +346,8 @@ class SharedDelivery(Delivery):
     def _report_lost(self, listener: Listener, accepting: Collection[int] = ()) -> None:
         """Report how many clients are lost when a listener is closed.
 
-        accepting: the sockets (0, 1) from which workers, or the next start, still accept; clients
-        that wait there are not lost.
+        accepting: socket numbers (0, 1).  Clients that wait at these sockets are not lost, because
+        workers or the next start will accept them.
         """
         left_out, probes = set(accepting), 0
         if listener.settings.foreign:
@@ -355,8 +358,8 @@ class SharedDelivery(Delivery):
                 if waiting <= ours:
                     left_out.add(number)
                 elif listener.socket.family != socket.AF_UNIX:
-                    # backlog() counts waiting probes at a TCP address.  At a UNIX socket it omits
-                    # disconnected clients, and our probes have disconnected by now.
+                    # At a TCP address backlog() counts waiting probes, so subtract them below.  At
+                    # a UNIX socket it omits disconnected clients, and our probes have disconnected.
                     probes += ours
         found = listener.backlog(0, left_out)
         lost = found[0] - probes if found else 0
@@ -409,11 +412,12 @@ class SharedDelivery(Delivery):
     def adopt_generation(
         self, generation: OpenGeneration, descriptors: Mapping[str, int], *, draining: bool
     ) -> bool:
-        # An earlier version of SocketProtector also made a channel in this mode: close its ends.
+        # An earlier version of SocketProtector also made a channel in this mode: close the
+        # channel's ends.
         for fd in descriptors.values():
             os.close(fd)
         # If the record has no tags, perhaps the protector was killed before open() could tag the
-        # sockets.  Then earlier generations' counts might include this generation's connections.
+        # sockets.  This generation's connections may then carry earlier generations' tags.
         if not generation.record.accept_tags:
             number = generation.record.number
             self._stop_counting(each for n, each in self._host.generations.items() if n < number)

@@ -1,14 +1,14 @@
 """Undoes a generation's changes to the options of a socket that other generations also use.
 
 Generations may share a listening socket.  A release that fails may have shortened the backlog by
-listen(), or set TCP_DEFER_ACCEPT, and such changes remain after its exit.  So we restore the
-options (system/socket_snapshot.py) in two cases:
+listen(), or set TCP_DEFER_ACCEPT.  Such changes remain after the release's workers have exited.  So
+we restore the options (system/socket_snapshot.py) in two cases:
 
 * Before a generation accepts from a socket that no other generation uses, we restore the initial
   options, which the listener had before its first generation.
-* When a release fails, we restore the options that the socket had when the release started.  So
-  earlier changes by the serving generation remain.  A release has failed if its generation ends
-  and only older generations still accept.
+* If a release has shared the socket with another generation and fails, we restore the options that
+  the socket had when the release started.  So earlier changes by the serving generation remain.  A
+  release has failed if its generation ends and only older generations still accept.
 
 If an option cannot be restored, we replace the socket.  Exception: if all generations share the
 socket, we replace it only if the option keeps clients out, and only if the socket can be dropped
@@ -16,8 +16,7 @@ without a loss (Listener.can_do_without()).  We log an option that stays changed
 
 We let the serving generation shorten a backlog while it accepts alone.  When another generation
 starts to accept from the socket, or when no generation accepts, we raise the backlog to its initial
-length.  If a generation has lengthened a backlog beyond the initial length, we change the backlog
-only in the two cases of the list.
+length.  If a backlog is longer than that, we change it only in the two cases of the list.
 """
 
 from __future__ import annotations
@@ -59,9 +58,9 @@ class SocketOptionRestore:
     ) -> None:
         """Prepare a socket's options before a generation accepts from the socket.
 
-        If another generation accepts from it, record the present options, for end().  Otherwise
-        restore the initial options or, if none are recorded yet, record the present options as the
-        initial options.
+        If another generation accepts from the socket, record the present options, for end().
+        Otherwise restore the initial options.  If no initial options are recorded yet, record the
+        present options as the initial options.
 
         is_alone: returns whether no other generation accepts from the socket.
         """
@@ -80,7 +79,9 @@ class SocketOptionRestore:
     def end(
         self, generation: int, socket_number: int, remaining: Collection[int], *, gone: bool
     ) -> None:
-        """If an ended generation is a failed release (see above), undo its changes.
+        """Undo the changes of an ended generation if it is a failed release (see the file's top).
+
+        If no generation accepts any more, also raise short backlogs to their initial length.
 
         remaining: the generations that still accept.  gone: whether all workers of the ended
         generation have exited, and so cannot change an option any more.

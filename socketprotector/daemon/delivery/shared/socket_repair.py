@@ -4,8 +4,8 @@ We make a broken socket listen again, or replace it by a new socket.  If we cann
 for a starting generation, SocketSteering.enter() decides whether the generation fails.
 
 A listening socket is an open file description that all workers share, so any worker can shut it
-down for all.  Running workers cannot get a new socket.  So if we replace a socket that workers
-have, another generation must start.
+down for all.  If we replace a socket that workers have, another generation must start, because
+running workers cannot get the new socket.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SocketRepair:
         self._watch.watch_later()
 
     def repair_all(self) -> None:
-        """Repair sockets that no longer listen, or that clients or probes need but cannot reach.
+        """Repair sockets that no longer listen, and replace sockets that are out of reach.
 
         Epoll reports only sockets that were shut down.  This method also finds sockets on which a
         worker has called connect(), and sockets whose network device or file is missing.
@@ -79,16 +79,14 @@ class SocketRepair:
         connect if the file of this socket (at a UNIX path) is gone.
 
         Probes need the starting generation's socket.  Probes cannot connect if the file or the
-        network device of this socket is gone.  Exception: if the device of all the listener's
-        sockets is gone, return False.
+        network device of this socket is gone.  Exception: return False if all the listener's
+        sockets have lost their device, because then no new socket can be bound.
         """
         turns = self._turns
         if number == turns.number_for(listener):
             return listener.is_out_of_reach(number)
         if turns.accepting.get(turns.starting or 0) != number or listener.lacks_interface:
-            # Neither clients nor probes need the socket.  Or the device of all the listener's
-            # sockets was removed, and so no new socket can be bound.
-            return False
+            return False  # neither clients nor probes need the socket, or no socket can be bound
         device_is_gone = socket_copy.device_is_gone(listener.socket_for(number))
         return device_is_gone or listener.is_out_of_reach(number)
 
@@ -100,9 +98,9 @@ class SocketRepair:
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
-        # Make no second socket if some running workers lack the listener's only socket.  Perhaps no
-        # running worker can accept the clients that wait at the only socket.  So the starting
-        # generation must get the only socket.
+        # If some running workers lack the listener's only socket, make no second socket: the
+        # starting generation must get the only socket.  Otherwise perhaps no worker could accept
+        # the clients that wait at the only socket.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)
@@ -138,7 +136,7 @@ class SocketRepair:
         return listener.has_sibling or all(each.is_cut_off for each in self._listeners.living)
 
     def undo_earlier_changes(self, listener: Listener, socket_number: int, generation: int) -> None:
-        """Undo an earlier generation's changes to a new generation's socket."""
+        """Undo earlier generations' changes to the socket that a new generation gets."""
         if not listener.has_sibling:
             listener.let_in()
             if listener.is_cut_off:
@@ -157,10 +155,10 @@ class SocketRepair:
     def replace(self, listener: Listener, socket_number: int) -> None:
         """Replace a broken socket by a new socket.
 
-        If no socket can be bound, use the listener's other or reserved socket instead.  Without
-        such a socket, the listener is lost.  Exceptions: keep the old socket, for a later repair,
-        if another try may succeed (RETRY_ERRNOS).  Also keep the old socket if a path with two
-        sockets has lost only its files.
+        If no socket can be bound, keep the old socket for a later repair in two cases.  First,
+        another try may succeed (RETRY_ERRNOS).  Second, a path with two sockets has lost only its
+        files.  In all other cases use the listener's other or reserved socket instead.  Without
+        such a socket, the listener is lost.
         """
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         address = listener.settings.address

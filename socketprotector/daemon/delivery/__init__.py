@@ -24,12 +24,11 @@ from .probe_target import ProbeTarget
 #: For a canary, a shorter time replaces NEVER_TAKEN_S (queue/canary.py, shared/canary_watch.py).
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
-#: A stop, and the drain of a removed listener, check for new clients at this interval.  A client
-#: whose handshake is under way at one check has connected by the next check, unless the network
-#: loses or delays a packet.
+#: A stop, and the drain of a removed listener, check for new clients at this interval.  The
+#: interval is long enough to complete a handshake, unless the network loses or delays a packet.
 QUIET_S = 0.2
-#: If new clients cannot be refused: how long a removed listener may drain, and how long a stop may
-#: wait before closing the listeners.  But queue/ first sends all connections that it has accepted.
+#: If new clients cannot be refused, a stop, or the drain of a removed listener, waits for clients
+#: for at most this time.  But queue/ first sends all connections that it has accepted.
 LAST_S = 10.0
 
 
@@ -70,9 +69,8 @@ class Delivery(ABC):
         """Make a listener from its first socket, its sibling and the reserved socket.
 
         fds: the three descriptors (see Listener); -1: no such socket.
-        again: a counter for each of the three sockets.  The counter rises when another socket
-        takes the socket's place.  The name of the socket's descriptor contains the counter, so no
-        name is used twice.
+        again: for each of the three sockets, how often another socket has taken its place.  The
+        name of the socket's descriptor contains this number, so no name is used twice.
         """
 
     @classmethod
@@ -167,8 +165,9 @@ class Delivery(ABC):
         """Call on_quiet when a generation without the route can be ordered to finish.
 
         queue/ calls on_quiet at once.  In shared/, clients may wait at a socket that only this
-        generation's workers have.  So shared/ waits, for a limited time, until the workers have
-        accepted these clients and have read from all accepted clients.
+        generation's workers have.  Workers that are ordered to finish might close the connections
+        of clients that they have not accepted, or have not read from.  So shared/ first waits, for
+        a limited time, until the workers have accepted all clients and have read from each client.
         reads_on: whether the workers read from accepted clients even after the order to finish.  If
         they do, shared/ waits only until the clients are accepted.
         """
@@ -300,11 +299,11 @@ class Delivery(ABC):
         """Refuse new clients, and post BacklogEmptied once all earlier clients are accepted.
 
         If new clients cannot be refused, accept them, too (see LAST_S).
-        Exception: the owner of a passed-in socket keeps listening, and may get earlier clients.
+        Exception: the owner (such as systemd) of a passed-in socket keeps listening, and may get
+        earlier clients.
         serving: the serving generation.  quick: close at once, and post nothing.
-        stay: do not refuse new clients.  Instead keep our own listeners open: new clients wait
-        there for the next start.  A listener that another process (such as systemd) passed in is
-        not our own.
+        stay: do not refuse new clients.  Instead keep the listeners open, except those that were
+        passed in: new clients wait there for the next start.
         """
 
     # -- the delivery as a whole ---------------------------------------------------------

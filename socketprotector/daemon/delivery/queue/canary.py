@@ -1,13 +1,13 @@
 """Sends a canary its share of the new connections; the route gets the rest.
 
-A canary is a new generation that at first gets a share of the clients, not all.  We number the
-connections to listeners that both the canary and the route know.  The number decides whether the
-canary gets a connection (in_share() of model/share.py).  If sending to the canary fails, the route
-gets the connection at once.
+A canary is a new generation that at first gets only a share of the clients.  The route is the
+generation that gets all other clients.  We number the connections to listeners that both know.  A
+connection's number decides whether the canary gets it (in_share() of model/share.py).  If sending
+to the canary fails, the route gets the connection at once.
 
 The route cannot get a connection to a listener that only the canary knows.  If sending such a
-connection fails, undelivered.py keeps it.  Until a timer has sent all kept connections, we accept
-nothing from listeners that only the canary knows.
+connection fails, undelivered.py keeps it, and a timer sends it later.  Until all kept connections
+are sent, we accept nothing from listeners that only the canary knows.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .probe_port import is_probe
 from .queue_watch import QueueWatch
 from .undelivered import listener_of
 
-#: The canary fails if, for this time, connections wait in its queue and its workers take none.
-#: After the workers have taken a connection, the limit is UNTAKEN_S: workers may be busy.
+#: The canary fails if connections wait in its queue, and its workers take none for this time.
+#: After the workers have taken a connection, the limit is UNTAKEN_S: the workers may just be busy.
 CANARY_NEVER_TAKEN_S = 2.0
 #: The longest pause between two looks at the canary's queue.
 _LAST_LOOK_S = 0.5
@@ -124,11 +124,11 @@ class CanaryQueue:
             try:
                 send_to_canary(buffers, rights, flags)
             except OSError:
-                # After this error the acceptor counts the connection as accepted, and subtracts it
-                # from the route's QueueWatch.  But the connection was meant for the canary, so we
-                # count it in our `accepted`.  This raises the count in the canary's QueueWatch, and
-                # lowers the count in the route's QueueWatch.  Undo both changes, because neither
-                # queue got the connection.
+                # The connection was meant for the canary, so count it in our `accepted`.  This
+                # raises `sent` of the canary's QueueWatch, and lowers `sent` of the route's
+                # QueueWatch.  Neither queue got the connection, so the two calls below undo both
+                # changes.  (After this error the acceptor leaves the route's `sent` as it is: the
+                # acceptor counts the connection as accepted, and then subtracts it again.)
                 self.accepted += 1
                 self.watch.take_away()
                 self._outlet.queue_watch.add_uncounted()
@@ -205,7 +205,8 @@ class CanaryQueue:
         if is_probe(header):
             self._outlet.let_go(fd)
         elif route is None or not route.knows_of(listener_of(header)):
-            # This connection is older than the connections kept before _send_again() began.
+            # This connection is older than the connections kept before _send_again() began, so
+            # keep it in front of them.
             self._outlet.undelivered.keep_older(header, fd, last_number)
             self._send_later()
         elif self._outlet.is_free:

@@ -1,9 +1,9 @@
 """A loopback port for probes of one generation.
 
 The port sends its connections, the probes, into the generation's channel.  Probes do not count as
-accepted clients.  Until a generation gets clients, its channel has only probes.  Afterwards probes
-(such as --health's) wait among clients.  When a channel's connections go to another generation, we
-discard the probes among them.
+accepted clients.  Until a generation gets clients, its channel has only probes.  Afterwards probes,
+such as the probes of --health, wait among clients.  When a channel's connections go to another
+generation, we discard the probes among them.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class ProbePort:
         if self._kept is not None or events_of(self._socket, select.POLLIN):
             return True
         # Connections leave the queue oldest first.  `behind` is the number of connections that we
-        # sent after the probe.  If the queue has more connections than that, the probe is still
-        # in the queue.
+        # sent after the probe.  If the queue has more than `behind` connections, the probe is
+        # still in the queue.
         watch = self._watch()
         behind = watch.sent - self._sent_before if watch is not None else 0
         return self._channel.depth() > behind
@@ -126,8 +126,8 @@ class ProbePort:
         else:
             watch = self._watch()
             if watch is not None:
-                # `sent` must include this probe: if the channel has another probe port, _waits() of
-                # that port derives from `sent` how many connections are behind that port's probe.
+                # Include this probe in `sent`.  The channel may have another probe port, whose
+                # _waits() computes from `sent` how many connections are behind its own probe.
                 watch.add_uncounted()
                 self._sent_before = watch.sent
         probe.close()

@@ -1,5 +1,7 @@
 """Detects workers that take no connections from the queue of the route or of a canary (canary.py).
 
+The route is the generation that gets all new clients, except the share of a canary.
+
 The kernel may wake only one worker for a connection (EPOLLEXCLUSIVE).  If that worker is killed or
 suspended before it reads, the other workers stay asleep while a client waits.  So while the queue
 is not empty, a timer calls _look(), which peeks at the oldest connection (the head).  If two looks
@@ -8,8 +10,8 @@ That wakes another worker.  If the head stays the same for too long, we report t
 look finds the queue empty, the timer stops.
 
 If we accepted connections since the last save, a look starts a timer that saves the state after
-SAVE_S.  So if the protector is killed, its replacement resumes the count of accepted connections
-from a number that is almost up to date.
+SAVE_S.  So the saved count of accepted connections is almost up to date.  If the protector is
+killed, the program that replaces it continues this count.
 """
 
 from __future__ import annotations
@@ -45,8 +47,9 @@ class QueueWatch:
     send_again: Callable[[GenerationChannel], None]
     #: See Forwarder.__init__().
     untaken: Callable[[float, int, bool], None]
-    #: After this many seconds with the same head, untaken() is called.  The first number applies
-    #: until a worker has taken a connection from the channel, the second number afterwards.
+    #: Two limits.  If the head stays the same for as long as the limit, untaken() is called.  The
+    #: first limit applies until a worker has taken a connection from the channel.  The second limit
+    #: applies afterwards.
     limits_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     #: Saves the state.  None, for a canary: the watch of the route saves the state.
     save: Callable[[], object] | None = None
@@ -92,10 +95,11 @@ class QueueWatch:
 
     @property
     def sent(self) -> int:
-        """Return how many connections were sent to the channel, as counted by QueueWatches.
+        """Return how many connections QueueWatches have counted as sent to the channel.
 
-        Connections that no QueueWatch of this program counted (such as early probes) count only if
-        they were queued at follow().  Connections sent by listener_drain.py do not count.
+        follow() begins with the count of the last QueueWatch that followed the channel, or with the
+        number of queued connections if that number is higher.  Connections sent by
+        listener_drain.py do not count.
         """
         return self.forwarded() + self._extra
 
@@ -121,10 +125,10 @@ class QueueWatch:
         return seconds if seconds >= self.limits_s[channel.taken_from] else None
 
     def is_stuck(self, channel: GenerationChannel) -> bool:
-        """Return whether the queue's present head is also the head that the last look found.
+        """Return whether a connection waits, and no worker has taken one since the last look.
 
-        Also return True if the queue has a head now, but the last look found none.  (The queue was
-        empty at that look, or there was no look yet.)  If the queue is empty now, return False.
+        If the last look found an empty queue, or if there was no look yet, return True if any
+        connection waits.
         """
         if channel is not self._channel or not self.runs:
             return False

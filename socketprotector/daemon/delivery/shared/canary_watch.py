@@ -1,8 +1,8 @@
 """Detects a canary whose workers do not accept their share of the new clients.
 
-A canary is a new generation that at first gets only a share of the clients.  The canary's clients
-wait at other sockets than the route's clients.  The canary fails if its workers accept none of
-the clients at one of its sockets.
+A canary is a new generation that at first gets only a share of the clients.  The route is the
+generation that gets all other clients.  The canary's clients wait at other sockets than the route's
+clients.  The canary fails if its workers accept none of the clients at one of its sockets.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .probes import Probes
 from .shared_listeners import SharedListeners
 from .turns import Turns
 
-#: The canary fails if, for this time, its workers accept none of the clients that wait at a
-#: listener.  After a first client is accepted at that listener, the limit is UNTAKEN_S: then the
-#: workers are perhaps just busy.
+#: The canary fails if clients wait at a listener, and the canary's workers accept none there for
+#: this time.  After a first client is accepted at the listener, the limit is UNTAKEN_S: the workers
+#: may just be busy.
 CANARY_NEVER_TAKEN_S = 2.0
 
 
@@ -39,9 +39,9 @@ class CanaryWatch(Backlogs):
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch
         self._canary = 0  # the generation's number; 0: no canary
-        #: The last report_untaken() with `ever` False: the reported generation, and the reported
-        #: listeners (by index) at which the generation had never accepted a client.  SocketWatch
-        #: also sets this attribute, for the generation that has the route.
+        #: Set by report_untaken() if `ever` is False: the reported generation, and the indices of
+        #: the reported listeners at which the generation had never accepted a client.
+        #: SocketWatch also sets this attribute, for the generation that has the route.
         self.never_accepted: tuple[int, Collection[int]] = (0, ())
         limits_s = CANARY_NEVER_TAKEN_S, UNTAKEN_S
         timer = "canary-untaken"

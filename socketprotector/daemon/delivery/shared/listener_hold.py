@@ -1,9 +1,10 @@
-"""Holds new clients under --handoff listener.
+"""Holds new clients under --handoff listener: they reach no worker, but are not refused.
 
 Workers accept every client that comes to their sockets.  So during a hold, we steer new clients to
-a listener's third socket, the reserved socket, which no worker has.  TCP clients get no answer from
-this socket (system/reuseport.py), so their kernels try again.  UNIX clients wait in its backlog.
-With a guard or an fd store, the reserved socket and the hold survive the protector's death.
+a third socket of each listener, the reserved socket, which no worker has.  TCP clients get no
+answer from this socket (system/reuseport.py), so their kernels try again.  UNIX clients wait in the
+reserved socket's backlog.  With a guard or an fd store, the reserved socket and the hold survive
+the protector's death.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Brings probes to a generation, and distinguishes waiting probes from waiting clients.
 
-At a TCP address each probe has a mark (system/bpf.py).  The kernel steers probes by their mark,
-except probes that connect as clients do.  If a generation has its own socket at a UNIX path, a
-probe connects to this socket's file.
+At a TCP address each probe has a mark: special values in the IP header (system/bpf.py).  By the
+mark, the kernel steers the probe to the socket of one generation.  Exception: the kernel ignores
+the marks of probes that connect as clients do.  If a generation has its own socket at a UNIX path,
+a probe connects to this socket's file.
 
 If no worker accepts from a socket, we discard the probes that wait there.  If we kept them,
 socket_watch.py would take them for clients, and start a generation.
@@ -72,12 +73,12 @@ class Probes:
     def __init__(self, listeners: SharedListeners, turns: Turns, steering: Steering) -> None:
         self._listeners, self._turns, self._steering = listeners, turns, steering
         self._persist = listeners.host.runtime.persist
-        #: Sockets, by listener index and number, that get probes and no clients.  At such a UNIX
+        #: Sockets (listener index, socket number) that get probes and no clients.  At such a UNIX
         #: socket, all waiting connections are probes.  At such an IPv6 socket, all waiting
         #: connections from the probes' source address are probes.
         self.probed: set[tuple[int, int]] = set()
-        #: Sockets that get IPv4 probes: listener, number, and the source address of the probes.  No
-        #: client has this address.
+        #: Sockets that get IPv4 probes: listener index, socket number, and the source address of
+        #: the probes.  No client has this address.
         self.probe_sources: set[tuple[int, int, str]] = set()
         #: The mark of probes that connect as clients do, by listener index and socket number.
         self._marks: dict[tuple[int, int], bpf.Mark] = {}
@@ -176,7 +177,7 @@ class Probes:
         def is_unchanged() -> bool:
             """Return whether the address still leads to the socket.
 
-            The options that can keep clients out must also be the same.
+            Also return False if an option that can keep clients out has changed.
             """
             with suppress(OSError):
                 is_same = found.identity(socket_number) == identity
@@ -207,7 +208,7 @@ class Probes:
     def _is_for_probes(self, listener: Listener, number: int) -> bool:
         """Return whether a socket gets only probes, and nothing waits there yet.
 
-        Call this only after Steering.steer(): before, new clients might still come.
+        Call this only after Steering.steer(): until then, clients might still come to the socket.
         """
         gets_clients = self._turns.gets_clients(listener, number)
         return not gets_clients and not _has_waiting(listener.socket_for(number))
@@ -269,7 +270,7 @@ class Probes:
         return waiting, len(ours)
 
     def clients_wait(self, listener: Listener, number: int) -> bool:
-        """Return whether a client waits at a listener's socket, or might wait beside the probes."""
+        """Return whether a client waits, or might wait, at a listener's socket."""
         try:
             return self._probes_at(listener, number) is None
         except OSError:

@@ -35,7 +35,7 @@ _MOUNTED = "clients use a mount of an old socket file; mount the folder, not the
 
 
 class SocketWatch(Backlogs):
-    """Wakes us when clients need a rescue, or when a listener needs another socket."""
+    """Wakes us when clients need a rescue, or when a socket needs a repair."""
 
     def __init__(
         self,
@@ -108,9 +108,9 @@ class SocketWatch(Backlogs):
         ]
 
     def watch(self) -> None:
-        """Watch for sockets that are shut down, and for clients where no worker accepts.
+        """Watch for sockets that are shut down, and for stranded clients.
 
-        Also watch for the next client if an AcceptWatch awaits a client.
+        If an AcceptWatch awaits the next client, watch for this client, too.
         """
         if self._ended:
             return
@@ -189,8 +189,9 @@ class SocketWatch(Backlogs):
     def never_accepted(self, generation: int) -> Collection[int]:
         """Return the indices of listeners at which a generation surely has accepted no client.
 
-        We know this only if there was a canary, and only of the newest generation.  An older
-        generation may have got the route back, and may have accepted clients since.
+        We record such listeners only if there was a canary.  We return them only for the newest
+        generation.  An older generation may have got the route back, and may have accepted clients
+        since.
         """
         if self.canary is None or generation != max(self._turns.accepting, default=0):
             return ()
@@ -218,7 +219,7 @@ class SocketWatch(Backlogs):
             self._rescue()
 
     def _rescue(self) -> None:
-        """Post Stranded, which starts a generation, if clients are stranded."""
+        """If clients are stranded, post Stranded, which starts a generation."""
         unreadable = self._probes.discard()
         readable = [
             (each, number)

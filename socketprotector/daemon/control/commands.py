@@ -211,7 +211,7 @@ class CommandHandler:
             raise RequestError("busy", "another diff is in progress; try again later")
 
     def _check_upgrade(self, client: Client, request: Request) -> None:
-        """Begin an upgrade check; the answer follows when its trial (upgrade.py) has ended.
+        """Begin an upgrade check; the answer follows when its trial process (upgrade.py) has ended.
 
         Raises RequestError.
         """

@@ -224,7 +224,7 @@ def _of_generation(
 def _of_closing(
     opened: OpenGeneration, slots: Sequence[tuple[int, Counts | None]]
 ) -> dict[str, Any]:
-    """Return the field `closing`; empty if no worker spreads the end of its connections."""
+    """Return the field `closing`; empty if no worker ends its connections evenly now."""
     found = spread.closing_rate(opened, slots) if opened.program.spreads else None
     return {"closing": found} if found else {}
 
@@ -316,7 +316,7 @@ def of_connections(
                     # socketprotectorctl uses since_at for connections whose accept time is unknown.
                     # If drained_at is set, all connections of the worker began before drained_at;
                     # otherwise they began after started_at.  Exception: under --handoff listener,
-                    # if two generations share one socket, some begin a little after drained_at.
+                    # if two generations share one socket, some may begin shortly after drained_at.
                     "since_at": opened.record.drained_at or record.started_at,
                 }
             )

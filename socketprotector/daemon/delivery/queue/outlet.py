@@ -49,7 +49,7 @@ class Outlet:
     def is_free(self) -> bool:
         """Return whether a new connection can be sent now.
 
-        False if the route can get a kept connection: kept connections go first.
+        Kept connections go first: return False while a kept connection waits for this route.
         """
         return (
             self.route is not None

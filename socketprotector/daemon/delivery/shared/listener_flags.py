@@ -17,7 +17,7 @@ from ....system.listener import Listener
 from .shared_listeners import SharedListeners
 
 #: A worker sets up its sockets soon after its start.  So we check the flags after _FIRST_S, then
-#: after pauses that double; the last is _LAST_S.
+#: after pauses that double; the last pause is _LAST_S.
 _FIRST_S = 1.0
 _LAST_S = 64.0
 _TIMER = "listener-flags"

@@ -358,8 +358,8 @@ class SharedDelivery(Delivery):
                 if waiting <= ours:
                     left_out.add(number)
                 elif listener.socket.family != socket.AF_UNIX:
-                    # At a TCP address backlog() counts waiting probes, so subtract them below.  At
-                    # a UNIX socket it omits disconnected clients, and our probes have disconnected.
+                    # backlog() counts probes that wait at a TCP address: subtract them below.  At a
+                    # UNIX socket, backlog() omits our probes, because they have disconnected.
                     probes += ours
         found = listener.backlog(0, left_out)
         lost = found[0] - probes if found else 0

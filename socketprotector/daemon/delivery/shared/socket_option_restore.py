@@ -16,7 +16,8 @@ without a loss (Listener.can_do_without()).  We log an option that stays changed
 
 We let the serving generation shorten a backlog while it accepts alone.  When another generation
 starts to accept from the socket, or when no generation accepts, we raise the backlog to its initial
-length.  If a backlog is longer than that, we change it only in the two cases of the list.
+length.  If a backlog is longer than its initial length, we change the backlog only in the two cases
+of the list.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class SocketOptionRestore:
 
     @property
     def record(self) -> tuple[tuple[int, int, str], ...]:
-        """The snapshots with keys, for the next program after an upgrade or a kill."""
+        """Each snapshot, with generation and listener, for the program after an upgrade or kill."""
         return tuple((*key, socket_snapshot.as_text(each)) for key, each in self._before.items())
 
     @record.setter

@@ -24,11 +24,12 @@ from .probe_target import ProbeTarget
 #: For a canary, a shorter time replaces NEVER_TAKEN_S (queue/canary.py, shared/canary_watch.py).
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
-#: A stop, and the drain of a removed listener, check for new clients at this interval.  The
-#: interval is long enough to complete a handshake, unless the network loses or delays a packet.
+#: A stop, and the drain of a removed listener, check for new clients at this interval, and end when
+#: no more clients come.  Handshakes that are under way complete within the interval, so no client
+#: is missed, unless the network loses or delays a packet.
 QUIET_S = 0.2
-#: If new clients cannot be refused, a stop, or the drain of a removed listener, waits for clients
-#: for at most this time.  But queue/ first sends all connections that it has accepted.
+#: How long a stop, or the drain of a removed listener, waits at most if new clients cannot be
+#: refused.  But queue/ waits longer if it has not yet sent all connections that it has accepted.
 LAST_S = 10.0
 
 
@@ -105,7 +106,8 @@ class Delivery(ABC):
         Raises OSError on failure; then the caller forgets the generation without calling release().
 
         queue: how many clients the generation's queue should hold (shared/ has no queue).
-        fresh: True: the generation runs the command as it is now; False: the last good command.
+        fresh: True: the generation runs the command as it is now.  False: the generation runs the
+        last good command, if there is one.
         """
 
     @abstractmethod
@@ -302,8 +304,8 @@ class Delivery(ABC):
         Exception: the owner (such as systemd) of a passed-in socket keeps listening, and may get
         earlier clients.
         serving: the serving generation.  quick: close at once, and post nothing.
-        stay: do not refuse new clients.  Instead keep the listeners open, except those that were
-        passed in: new clients wait there for the next start.
+        stay: do not refuse new clients.  Instead keep our own listeners (not passed in) open: new
+        clients wait there for the next start.
         """
 
     # -- the delivery as a whole ---------------------------------------------------------

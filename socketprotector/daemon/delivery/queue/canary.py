@@ -1,13 +1,13 @@
 """Sends a canary its share of the new connections; the route gets the rest.
 
 A canary is a new generation that at first gets only a share of the clients.  The route is the
-generation that gets all other clients.  We number the connections to listeners that both know.  A
-connection's number decides whether the canary gets it (in_share() of model/share.py).  If sending
-to the canary fails, the route gets the connection at once.
+generation that gets all other clients.  We number the connections to listeners that both
+generations know.  A connection's number decides whether the canary gets it (in_share() of
+model/share.py).  If sending to the canary fails, the route gets the connection at once.
 
-The route cannot get a connection to a listener that only the canary knows.  If sending such a
-connection fails, undelivered.py keeps it, and a timer sends it later.  Until all kept connections
-are sent, we accept nothing from listeners that only the canary knows.
+The route cannot get a connection to a listener that only the canary knows.  If sending a newly
+accepted connection of this kind fails, undelivered.py keeps it, and a timer sends it later.  Until
+all kept connections are sent, we accept nothing from listeners that only the canary knows.
 """
 
 from __future__ import annotations

@@ -47,9 +47,8 @@ class QueueWatch:
     send_again: Callable[[GenerationChannel], None]
     #: See Forwarder.__init__().
     untaken: Callable[[float, int, bool], None]
-    #: Two limits.  If the head stays the same for as long as the limit, untaken() is called.  The
-    #: first limit applies until a worker has taken a connection from the channel.  The second limit
-    #: applies afterwards.
+    #: How long the head may stay the same before untaken() is called.  The first limit applies
+    #: until a worker has taken a connection from the channel.  The second limit applies afterwards.
     limits_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     #: Saves the state.  None, for a canary: the watch of the route saves the state.
     save: Callable[[], object] | None = None
@@ -77,7 +76,7 @@ class QueueWatch:
         queued = channel.depth() if channel is not None else 0
         self._extra = max(queued, channel.sent if channel is not None else 0) - forwarded
         self._forwarded_before = forwarded
-        if queued:  # sent before an upgrade or a kill, or while we followed this channel before
+        if queued:  # sent earlier, for example before an upgrade or a kill
             self.start()
 
     def new_in(self, channel: GenerationChannel) -> int:
@@ -97,9 +96,9 @@ class QueueWatch:
     def sent(self) -> int:
         """Return how many connections QueueWatches have counted as sent to the channel.
 
-        follow() begins with the count of the last QueueWatch that followed the channel, or with the
-        number of queued connections if that number is higher.  Connections sent by
-        listener_drain.py do not count.
+        follow() begins with the count of the last QueueWatch that followed the channel.  If more
+        connections are queued (such as early probes), follow() begins with their number instead.
+        Connections that listener_drain.py sends later do not count.
         """
         return self.forwarded() + self._extra
 

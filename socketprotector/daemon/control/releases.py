@@ -161,7 +161,7 @@ def _releases_of(effects: Effects) -> Releases:
 def _incoming(effects: Effects, fleet: Fleet) -> tuple[Generation | None, str]:
     """Return the generation and the release of the start, reload, deploy or dry run in progress.
 
-    None: SocketProtector has not opened the generation yet.  "": the release is unknown.
+    None: no such generation is open (yet).  "": the release is unknown, or there is none.
     """
     incoming = fleet.incoming if fleet.incoming and fleet.incoming.fresh else None
     opened = effects.generations.get(incoming.number) if incoming else None

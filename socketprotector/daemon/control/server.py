@@ -27,7 +27,7 @@ from ...system.unix_listener import close_control
 
 #: The most clients at a time.
 CLIENTS = 256
-#: How long a client that follows no events may stay without sending a request.
+#: We disconnect a client that sends no request for this long, unless it follows events.
 IDLE_S = 30.0
 #: The most bytes that we keep until a client reads them.
 UNREAD_BYTES = 1024 * 1024

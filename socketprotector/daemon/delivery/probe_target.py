@@ -39,9 +39,9 @@ class ProbeTarget:
     #: Returns whether all answers so far surely came from this generation.  If False, discard
     #: earlier and later answers.
     is_unchanged: Callable[[], bool] = lambda: True
-    #: Returns whether the probed socket may keep clients out: an option that can do so has another
-    #: value than at the serving generation's socket.  If True, a timer must not decide that the
-    #: probed generation is ready (ready_probe.py).
+    #: Returns whether the probed socket and the serving generation's socket differ in an option
+    #: that can keep clients out.  If True, the probed socket perhaps refuses clients.  So a timer
+    #: must not decide that the probed generation is ready (ready_probe.py).
     is_closed: Callable[[], bool] = lambda: False
 
     @property

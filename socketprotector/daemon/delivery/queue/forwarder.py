@@ -41,7 +41,7 @@ class _Closing:
     """How close_listeners() was called, and the result of the last check for new clients."""
 
     stay: bool  # True: our own listeners (not passed in) stay open, and later clients wait there
-    latest: float = 0.0  # when to close at the latest; 0: no limit, because we get no new client
+    latest: float = 0.0  # when to close at the latest; 0: no limit, because new clients are refused
     forwarded: int = -1  # Forwarder.forwarded at the last check; -1: no check yet
 
 
@@ -160,9 +160,9 @@ class Forwarder:
         self._resume()
 
     def remove(self, listener: Listener, to: GenerationChannel | None) -> None:
-        """Refuse a listener's new clients, and send its backlog to a channel.
+        """Refuse a listener's new clients, and send its backlog to a channel; None: lose it.
 
-        to: the channel; None: lose the backlog.  But a passed-in socket's owner gets the backlog.
+        But if the socket was passed in, its owner keeps listening, and gets the backlog.
         """
         self._listeners.remove(listener)
         self._acceptor.end(listener)
@@ -257,7 +257,7 @@ class Forwarder:
         return ForwarderRecord(self.forwarded, self.lost, None, kept.number, kept.waiting, count)
 
     def adopt(self, record: ForwarderRecord, unclaimed: Inherited) -> None:
-        """Adopt an earlier program's record and kept connections, also `pending` (old versions)."""
+        """Adopt an earlier program's record and kept connections; old versions set `pending`."""
         self._forwarded, self._lost = record.forwarded, record.lost
         self._canary_count = record.shared
         first = ((record.number, record.pending),) if record.pending is not None else ()
@@ -325,7 +325,7 @@ class Forwarder:
         """
         route = self.outlet.route
         has_unknown = route is not None and _may_have_unknown(channel, route)
-        remaining = channel.depth() if has_unknown else -1  # -1: no limit, as none is put back
+        remaining = channel.depth() if has_unknown else -1  # -1: no limit, as nothing is put back
         while self.outlet.is_free and self.outlet.route not in (None, channel):
             if not remaining or (has_unknown and not exited and self._head_must_stay(channel)):
                 return

@@ -1,6 +1,6 @@
 """Detects workers that do not accept, under --handoff listener.
 
-In this mode no connection passes through SocketProtector, and a wake-up for each connection would
+In this mode no connection passes through SocketProtector, and to wake it for each connection would
 be costly.  So the event loop watches the sockets only until a client comes.  From then on we *look*
 at intervals: a look reads the backlogs from the kernel (sock_diag).  accept() takes the oldest
 client first.  So if all clients that the previous look found are still in the backlog, no client

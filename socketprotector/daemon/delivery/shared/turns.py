@@ -52,8 +52,8 @@ class Turns:
     #: True: each passed-in socket was given back to its owner.  All new clients of its address go
     #: to this socket, where the owner accepts them.
     given_back: bool = False
-    #: Not recorded: after an upgrade or a kill, the next program repeats the action RouteTo, which
-    #: has the share.
+    #: None: there is no canary.  Not recorded: after an upgrade or a kill, the next program repeats
+    #: the action RouteTo, which sets the share again.
     share: Share | None = None
 
     def adopt(self, record: SteeringRecord) -> None:
@@ -196,7 +196,7 @@ class Turns:
         knows: Callable[[int], bool] | None,
         share: Share | None = None,
     ) -> None:
-        """Assign new clients to socket `number`, and a share of them to the other socket.
+        """Assign new clients to socket `number`, and a canary's share to the other socket.
 
         indices: the indices of all listeners.  knows: returns whether the generation at socket
         `number` knows a listener; None: no generation has this socket yet.  If this generation

@@ -206,8 +206,8 @@ class DrainingListeners:
         try:
             fd, _ = accept_of(each.listener)()
         except OSError as error:
-            # After a shortage of descriptors or memory, clients may still wait.  So this look must
-            # not end the drain, unless `until` has passed.
+            # If descriptors or memory are short, clients may still wait.  So this look must not end
+            # the drain, unless `until` has passed.
             each.quiet = each.quiet and error.errno in TRANSIENT_ERRNOS
             return None
         self.accepted += 1

@@ -2,8 +2,8 @@
 
 `status` shows the counts.  Each listening socket of a generation has a number, the accept tag,
 which the socket's connections inherit (system/accept_tags.py).  At a UNIX path, the tag is the
-number in the name of the socket's file (system/socket_file.py).  No generation's count includes
-connections without a tag (NO_TAG).
+number in the name of the socket's file (system/socket_file.py).  Connections without a tag (NO_TAG)
+count for no generation.
 
 We query the kernel so seldom that the queries take at most QUERY_SHARE (accept_watch.py) of our
 time.  Until the next query, `status` shows the last counts.

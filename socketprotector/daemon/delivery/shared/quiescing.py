@@ -82,10 +82,10 @@ def _unread_unix(
     The kernel reports 0 unread bytes for a silent client, as for a client whose bytes were read.
     So we wait for neither.
 
-    replaced: listeners whose socket was replaced after the generation's start.  Each socket has its
-    own file beside the path (socket_file.py), and a connection keeps the name of the file to which
-    it came.  We no longer know the name of the replaced socket's file.  So we also count the unread
-    clients of all former files of the path.
+    replaced: listeners whose socket was replaced after the generation's start.  Each socket is
+    bound to its own name (socket_file.py), and its accepted connections keep this name.  We no
+    longer know the name of the replaced socket.  So we also count the unread clients of all former
+    sockets of the path.
     """
     by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}

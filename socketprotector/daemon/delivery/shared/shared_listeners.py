@@ -48,7 +48,7 @@ class SharedListeners:
         """The rights of each socket file.
 
         After an upgrade or a kill, the program that replaces us (the next program) may find a file
-        removed.  Then it binds the file again with these rights.
+        removed.  Then it makes a new file with these rights.
         """
         found = ((each.index, each.file_rights) for each in self.all)
         return tuple(

@@ -302,9 +302,9 @@ class SocketSteering(Steering):
     def quiesce_last(self, generation: int, on_quiet: Callable[[], None], latest: float) -> None:
         """At a stop, call back when the last generation has accepted and read from its clients.
 
-        Only clients that came before this call count.  Later clients are refused, or wait for the
-        next start or the socket's owner.  Exception: the generation may accept later clients at a
-        listener's only socket.  Quiescing.begin() limits the wait; `latest` is its `accept_until`.
+        Wait only for clients that came before this call.  Later clients are refused, or wait for
+        the next start or the socket's owner.  Exception: the generation may accept later clients at
+        a listener's only socket.  Quiescing.begin() limits the wait; `latest`: its `accept_until`.
         """
         number = self.turns.accepting.get(generation, 0)
         common = [each for each in self._listeners.living if not each.has_sibling]
@@ -346,7 +346,7 @@ class SocketSteering(Steering):
         return any(each.settings.foreign for each in self._listeners.pairs)
 
     def give_back(self) -> None:
-        """Steer new clients to each passed-in socket, because its owner keeps listening."""
+        """At a passed-in address, steer new clients to the socket whose owner keeps listening."""
         self.turns.given_back = True
         if self.has_passed_in_pair:
             self.steer()

@@ -19,9 +19,11 @@ from ..system import inherited
 from ..system.helper import HelperProcess, last_line
 from ..system.loop import Loop
 
-#: The most bytes of a record's name.  Each record of an answer has a name and a descriptor.
+#: An answer consists of records, each with a name and a descriptor.  A record's name has at most
+#: this many bytes.
 _RECORD_BYTES = 64
-#: The most bytes that we read from a record's memfd.
+#: The descriptors of some records (such as `settings`) are memfds that contain text.  We read at
+#: most this many bytes of the text.
 _MOST_BYTES = 16 * 1024 * 1024
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 

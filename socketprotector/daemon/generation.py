@@ -109,7 +109,9 @@ class OpenGeneration:
             if self.board is not None:
                 self.board.clear(slot)
         except OSError:
-            self.forget_board()  # otherwise the counts, still in the slot, would count twice
+            # The slot keeps the counts, and the record gets them below.  So never read the slot
+            # again: `accepted` would add the same counts twice.
+            self.forget_board()
         if found is None:
             return None
         past = (self.record.past or Counts()) + replace(found, active=0)
@@ -131,7 +133,7 @@ class OpenGeneration:
 
 
 class Generations(dict[int, OpenGeneration]):
-    """The open generations by number, and the released generations (`released`).
+    """The open generations by number; the attribute `released` has the released generations.
 
     All workers of a released generation have exited.  Clients that these workers did not accept may
     still wait; another generation then serves them.

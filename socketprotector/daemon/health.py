@@ -68,7 +68,7 @@ class Health:
         return self._probe.connection
 
     def set_serving(self, generation: OpenGeneration | None) -> None:
-        """Probe this generation, which gets new clients, from now on; None: stop the probes."""
+        """From now on, probe this generation, which gets new clients; None: stop the probes."""
         if generation is not self._generation:
             self._generation = generation
             self._begin()

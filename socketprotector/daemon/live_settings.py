@@ -69,8 +69,8 @@ class LiveSettings:
 
         Posts SettingsRead or SettingsFailed.
 
-        dry_run: if True, the new generation gets no clients, so no generation serves the clients
-        that connect to an added listener.
+        dry_run: if True, the new generation gets no clients.  Added listeners do listen, but no
+        worker accepts there: clients wait until the listeners are removed after the dry run.
         canary: whether the reload was requested with a canary.
         release: the release that the request names; "": it names none.
         """
@@ -123,8 +123,9 @@ class LiveSettings:
     def forget(self) -> None:
         """Drop the candidate settings, or call off the reader process that reads them.
 
-        Remove the listeners that the candidate settings added.  The settings in force then list
-        these listeners, marked as removed, because a listener's index is never reused.
+        Remove the listeners that the candidate settings added.  Add their entries, marked as
+        removed, to the settings in force: so the listeners' indices stay taken, and are never used
+        again.
         """
         if "reader" in self._readers:
             self._readers["reader"].call_off()
@@ -161,7 +162,7 @@ class LiveSettings:
     def stop_reading(self) -> None:
         """End the reader processes, because they cannot answer after an upgrade or our exit.
 
-        If a reload waits for its settings, the next program reads the configuration again.
+        If a reload was waiting for its settings, the next program reads the configuration again.
         `done` of compare() gets an answer at once: the comparison was called off.
         """
         for purpose, each in self._readers.items():

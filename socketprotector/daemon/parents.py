@@ -89,7 +89,7 @@ class Parents:
             on_exited(int(pid), *exit_text.status_of(int(status)))
 
     def _feed_watchdog(self, loop: Loop) -> None:
-        """Send WATCHDOG=1 to systemd now, and again after each half of WatchdogSec=."""
+        """Send WATCHDOG=1 to systemd now, and then every `watchdog_s`: half of WatchdogSec=."""
         self.systemd.send(WATCHDOG="1")
         loop.call_after(WATCHDOG, self.systemd.watchdog_s, lambda: self._feed_watchdog(loop))
 
@@ -113,8 +113,8 @@ class Parents:
     def finish(self, status: int, surviving: Iterable[str]) -> None:
         """Send our exit status; wait until all messages are sent, but only for a limited time.
 
-        surviving: the names of the descriptors that stay in systemd's fd store for the next start;
-        a guard keeps none.
+        surviving: the names of the descriptors that stay in systemd's fd store for the next start.
+        With a guard, these names are ignored: the guard exits, too, so it keeps no descriptor.
         """
         if self.line is None:
             self.store.sync(dict.fromkeys(surviving, -1))

@@ -87,8 +87,8 @@ class SettleCheck:
     def note_settle_over(self, number: int) -> bool:
         """Record that --settle is over; return whether a good answer must still come.
 
-        Only a good answer after the first call counts.  The caller repeats the call until the
-        result is False.  The result is also False if this generation is not checked.
+        The first call discards the good answers so far.  The caller calls this method again
+        until the result is False.  The result is also False if this generation is not checked.
         """
         generation = self._generation
         if generation is None or generation.record.number != number:

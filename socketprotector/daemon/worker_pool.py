@@ -35,7 +35,8 @@ from .runtime import Runtime
 from .worker_messages import WorkerMessages
 from .worker_spawn import Worker, WorkerSpawner, full_names
 
-#: Tells a --ready check the pid of the worker to check: old workers may serve the same port.
+#: This variable tells a --ready check the pid of the worker to check.  So the check can find out
+#: whether that worker answers, or an old worker that serves the same port.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
 
 
@@ -115,7 +116,8 @@ class WorkerPool:
         workers = self._workers_of(generation)
         if not workers:
             return ""
-        # One worker's listener is enough.  So sockets_of() need not read all workers' descriptors.
+        # The advice needs only one socket that any worker has bound itself.  So it does not matter
+        # that sockets_of() reads only a limited number of descriptors, of all workers together.
         pids = [each.process.pid for each in workers]
         return known_servers.advice(
             workers[0].generation.program,
@@ -208,10 +210,7 @@ class WorkerPool:
         self._note(worker, asked_to_exit=True)
 
     def _send(self, worker: Worker, number: int) -> bool:
-        """Send a signal and log it; return False if permission is missing.
-
-        KILL goes to the whole process group.
-        """
+        """Send a signal and log it; return False if permission is missing."""
         name = signal.Signals(number).name.removeprefix("SIG")
         try:
             if number == signal.SIGKILL:
@@ -396,7 +395,8 @@ class WorkerPool:
         return not early
 
     def allow_timer(self, generation: int) -> None:
-        """Let a timer make a generation's workers ready, because its probes prove nothing."""
+        """After an inconclusive probe of a generation, let a timer make its workers ready."""
+        # Such a probe may fail although the workers can already serve (see ready_probe.py).
         for worker in self._workers_of(generation):
             if not worker.became_ready:
                 worker.readiness.wait()

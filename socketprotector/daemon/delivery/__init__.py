@@ -28,16 +28,17 @@ UNTAKEN_S = 30.0
 #: no more clients come.  Handshakes that are under way complete within the interval, so no client
 #: is missed, unless the network loses or delays a packet.
 QUIET_S = 0.2
-#: How long a stop, or the drain of a removed listener, waits at most if new clients cannot be
-#: refused.  But queue/ waits longer if it has not yet sent all connections that it has accepted.
+#: A stop, and the drain of a removed listener, wait at most this long for clients if new clients
+#: cannot be refused.  But queue/ waits longer if it has not yet sent all connections that it has
+#: accepted.
 LAST_S = 10.0
 
 
 def untaken(seconds: float, *, ever: bool) -> str:
     """Return the message about workers that accept no client.
 
-    seconds: the time without an accepted client.  ever: whether the workers may have accepted a
-    client before that time.
+    seconds: the time without an accepted client.  ever: True if the workers have, perhaps, accepted
+    a client before that time.
     """
     return f"no worker has accepted a connection {f'for {seconds:.0f} s' if ever else 'yet'}"
 
@@ -258,8 +259,8 @@ class Delivery(ABC):
     def remove(self, listener: Listener) -> None:
         """Refuse a listener's new clients, but still bring its connected clients to workers.
 
-        Exception: the owner of a passed-in socket keeps listening, and may accept clients that wait
-        in the backlog.
+        Exception: a passed-in socket refuses no client, because its owner (such as systemd) keeps
+        listening.  The owner may also accept clients that already wait in the backlog.
         """
 
     @abstractmethod
@@ -301,11 +302,11 @@ class Delivery(ABC):
         """Refuse new clients, and post BacklogEmptied once all earlier clients are accepted.
 
         If new clients cannot be refused, accept them, too (see LAST_S).
-        Exception: the owner (such as systemd) of a passed-in socket keeps listening, and may get
-        earlier clients.
+        Exception: a passed-in socket refuses no client, because its owner (such as systemd) keeps
+        listening.  The owner may also get clients that came before this call.
         serving: the serving generation.  quick: close at once, and post nothing.
-        stay: do not refuse new clients.  Instead keep our own listeners (not passed in) open: new
-        clients wait there for the next start.
+        stay: do not refuse new clients.  Instead keep our own listeners (not passed in) open, where
+        new clients wait for the next start.
         """
 
     # -- the delivery as a whole ---------------------------------------------------------
@@ -328,8 +329,8 @@ class Delivery(ABC):
     def idle_s(self) -> float:
         """Return the time since the last client; 0: a client waits.
 
-        queue/: if no client has come since the last start, upgrade or kill, this is the time since
-        the machine's boot.
+        queue/: if no client has come since the protector was last started, upgraded or killed, the
+        time of the last client is unknown.  Then this is the time since the machine's boot.
         shared/: always 0 (unknown).
         """
 

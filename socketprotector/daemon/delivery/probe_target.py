@@ -23,8 +23,9 @@ class ProbeTarget:
     """The address to which probes of one generation connect, and the mark of these probes.
 
     The sockets of two generations may share one TCP address.  The kernel then selects the socket by
-    the probe's mark (system/bpf.py).  But if a probe must reach the serving generation as clients
-    do, the kernel ignores its mark.
+    the probe's mark (system/bpf.py).  Exception: if a probe must reach the serving generation as
+    clients do, its mark selects no socket.  The mark's source address then only keeps the probe on
+    this machine and, over IPv4, distinguishes the probe from clients.
     """
 
     #: Host and port; for a UNIX socket: its path, or "@" and its name, with 0 as the port.
@@ -39,9 +40,9 @@ class ProbeTarget:
     #: Returns whether all answers so far surely came from this generation.  If False, discard
     #: earlier and later answers.
     is_unchanged: Callable[[], bool] = lambda: True
-    #: Returns whether the probed socket and the serving generation's socket differ in an option
-    #: that can keep clients out.  If True, the probed socket perhaps refuses clients.  So a timer
-    #: must not decide that the probed generation is ready (ready_probe.py).
+    #: Returns whether the probed socket may be closed to clients: an option that can keep clients
+    #: out has another value than on the serving generation's socket.  If True, the probed
+    #: generation must not count as ready merely because a timer has ended (ready_probe.py).
     is_closed: Callable[[], bool] = lambda: False
 
     @property

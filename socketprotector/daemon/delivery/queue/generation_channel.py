@@ -20,12 +20,13 @@ class GenerationChannel(Channel):
         self.taken_from = adopted
         #: Whether we have reported that no worker takes connections.
         self.untaken_reported = False
-        #: How many new connections we accepted for this channel.  We update this number when a
-        #: QueueWatch (queue_watch.py) stops following the channel.  Until then Forwarder.met() adds
-        #: the connections accepted since the QueueWatch began.
+        #: How many new connections we accepted for this channel, without those accepted since the
+        #: present QueueWatch (queue_watch.py) began to follow the channel.  Forwarder.met() returns
+        #: the sum of both.  When the QueueWatch stops following, this number becomes the sum.
         self.met = 0
-        #: How many connections QueueWatches have counted as sent to this channel.  This number is
-        #: updated at the same time as `met`.  The next QueueWatch continues the count.
+        #: How many connections were counted as sent to this channel, by QueueWatches that followed
+        #: it.  This number is updated at the same time as `met`.  The next QueueWatch continues the
+        #: count.
         self.sent = 0
 
     @property

@@ -41,7 +41,7 @@ class QueueWatch:
     _: KW_ONLY
     #: Returns how many connections this program has accepted for the present and earlier routes.
     #: Connections that could not be sent count, too.  In a canary's watch: how many connections
-    #: this program has accepted for all canaries.
+    #: this program has accepted for the present and earlier canaries.
     forwarded: Callable[[], int]
     #: Sends all queued connections again.
     send_again: Callable[[GenerationChannel], None]
@@ -94,11 +94,13 @@ class QueueWatch:
 
     @property
     def sent(self) -> int:
-        """Return how many connections QueueWatches have counted as sent to the channel.
+        """Return how many connections were counted as sent to the channel.
 
-        follow() begins with the count of the last QueueWatch that followed the channel.  If more
-        connections are queued (such as early probes), follow() begins with their number instead.
-        Connections that listener_drain.py sends later do not count.
+        This QueueWatch counted them, or one that followed the channel earlier: follow() begins with
+        the earlier count.  Connections sent while no QueueWatch followed the channel (such as early
+        probes) are not in this count.  So if more connections are queued than were counted,
+        follow() begins with the number of queued connections instead.  Connections that
+        listener_drain.py sends later do not count.
         """
         return self.forwarded() + self._extra
 

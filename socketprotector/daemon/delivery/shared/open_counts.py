@@ -25,7 +25,7 @@ from .accept_watch import QUERY_SHARE
 from .shared_listeners import SharedListeners
 
 #: A socket gets this tag if we find no unused tag, or if connections in the socket's backlog may
-#: carry an earlier tag.
+#: carry a tag that the socket had before.
 NO_TAG = 0
 _OTHERS_WAIT = "clients with the tag of another generation wait at the socket"
 
@@ -66,25 +66,28 @@ class OpenCounts:
         listening = listener.socket_for(socket_number)
         if listening.family == socket.AF_UNIX:
             tag = socket_file.number_of(listening)
-            # Open connections may carry a tag that `taken` lacks: the tag of a released generation,
-            # or a forgotten tag.  So also look for open connections with this socket's tag.
+            # `taken` lacks the tags of released generations, and tags that were deleted from the
+            # records (by SharedListeners.note_bound() or SharedDelivery._stop_counting()).  Open
+            # connections may still carry such a tag.  So also look for open connections with this
+            # socket's tag.
             if (listener.index, tag) in taken or socket_file.connections(listener.path)[tag]:
                 raise OSError(errno.EBUSY, "another generation has accepted from the socket")
             return listener.index, tag
         used = {tag for index, tag in taken if index == listener.index} - {NO_TAG}
         if accept_tags.tag_of(listening) in used and listener.has_waiting(socket_number):
-            # Clients in the backlog may carry the other generation's tag, so do not count.  Leave
-            # the tag as it is: if we are killed, the next program finds this tag, and does not
-            # count either.
+            # The socket has another generation's tag, and clients in the backlog may carry it.  So
+            # do not count this generation's connections.  Leave the tag as it is: if we are killed,
+            # the next program repeats this check, finds the same tag, and does not count either.
             raise OSError(errno.EBUSY, _OTHERS_WAIT)
         tag = NO_TAG
         with suppress(OSError):  # for example no descriptor is free, or the kernel does not answer
             tag = self._unused(listener, socket_number, used)
         earlier = accept_tags.tag(listening, tag, used)
         if earlier and listener.has_waiting(socket_number):
-            # Connections in the backlog may carry an earlier tag.  A count by the new tag would
-            # miss these connections, so use NO_TAG.  If another generation uses an earlier tag, its
-            # count would include these connections, so fail.
+            # Connections in the backlog may carry one of this socket's earlier tags.  A count by
+            # the new tag would miss these connections, so use NO_TAG.  If one of the earlier tags
+            # now belongs to another generation, that generation's count would include these
+            # connections, so fail.
             earlier |= accept_tags.tag(listening, NO_TAG, used)
             if not earlier.isdisjoint(used):
                 raise OSError(errno.EBUSY, _OTHERS_WAIT)

@@ -116,9 +116,10 @@ class SharedDelivery(Delivery):
     def _stop_counting(self, others: Iterable[OpenGeneration]) -> None:
         """Forget the accept tags (open_counts.py) of these generations.
 
-        Called when a newer generation has no known tags.  The newer generation's connections may
-        carry the tags of the generations in `others`.  So counts by these tags might include the
-        newer generation's connections.
+        Called when a newer generation has no known tags, for example because its sockets could not
+        be tagged.  These sockets may still have the tags of the generations in `others`, and the
+        newer generation's connections inherit these tags.  So counts by these tags might include
+        the newer generation's connections.
         """
         for each in others:
             each.update_record(accept_tags=())
@@ -317,10 +318,10 @@ class SharedDelivery(Delivery):
         return float("inf") if all(refused) else time.monotonic() + LAST_S
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
-        """Finish closing once no waiting client can be accepted, or at the deadline.
+        """Finish closing once no client waits that a worker will accept, or at the deadline.
 
-        We look for waiting clients every QUIET_S; the first call does not look.  If there is no
-        listener to wait for (`awaited`), finish at once.
+        We look for waiting clients every QUIET_S; the first call does not look.  If every listener
+        was passed in or is lost, there is none to wait for (`awaited`): finish at once.
         latest: the deadline, by time.monotonic().  again: False at the first call.
         """
         # A passed-in listener might never become empty, because its owner keeps listening.
@@ -359,7 +360,7 @@ class SharedDelivery(Delivery):
                     left_out.add(number)
                 elif listener.socket.family != socket.AF_UNIX:
                     # backlog() counts probes that wait at a TCP address: subtract them below.  At a
-                    # UNIX socket, backlog() omits our probes, because they have disconnected.
+                    # UNIX socket, backlog() omits disconnected connections, and so our probes.
                     probes += ours
         found = listener.backlog(0, left_out)
         lost = found[0] - probes if found else 0

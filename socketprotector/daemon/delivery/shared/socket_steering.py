@@ -1,15 +1,14 @@
 """Steers new clients to the sockets of one generation, under --handoff listener.
 
 Usually an address has two sockets, 0 and 1.  The old and the new generation have one socket each.
-A TCP address leads to the socket that a filter in the kernel selects (system/reuseport.py).  A UNIX
-path leads to the file of one socket (system/path_group.py).
+If an address has only one socket, both generations accept from it.  A TCP address leads to the
+socket that a filter in the kernel selects (system/reuseport.py).  A UNIX path leads to the file of
+one socket (system/path_group.py).
 
 When the new generation is ready, we steer new clients to its socket.  The old generation then gets
 no new clients.  Before we order the old generation to finish, we wait until it has accepted its
 waiting clients and read from them.  Otherwise a worker might close their connections unread.
 quiescing.py limits the wait.
-
-If an address has only one socket, both generations accept from it.
 """
 
 from __future__ import annotations
@@ -96,7 +95,8 @@ class SocketSteering(Steering):
                     raise
             self._repairs.undo_earlier_changes(each, socket_number, generation)
         self.turns.accepting[generation] = socket_number
-        self.steer()  # a hold must now include a path whose second socket was just made
+        # If a hold is on: a path can be held only now that make_ready() has made its second socket.
+        self.steer()
         self._watch.watch()
 
     def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
@@ -190,7 +190,8 @@ class SocketSteering(Steering):
         dry_run: if True, steer to the current socket, because the next generation gets no clients.
         """
         if self.turns.expect(listener, dry_run=dry_run) == 1:
-            listener.swap()  # clients may wait at socket 0: make it socket 1, which gets clients
+            # Clients must come to socket 1, but some may wait at socket 0: exchange the numbers.
+            listener.swap()
         self.steer()
 
     def turn_to(
@@ -221,11 +222,13 @@ class SocketSteering(Steering):
             if turns.gets_clients(each, number)
         }
         self.probes.clients_come(places)
-        self.probes.discard()  # a kill may have prevented the earlier discard()
+        self.probes.discard()  # perhaps the protector was killed before it could discard them
         self._repairs.repair_all()
         self.steer()
-        self.adopt_held()  # an earlier try failed if clients waited at the former free socket
-        self._report_held_clients()  # a kill may have prevented the earlier report
+        # Try again: an earlier call may have failed because clients waited at the socket that was
+        # free then.
+        self.adopt_held()
+        self._report_held_clients()  # perhaps the protector was killed before it could report
         self._watch.follow_canary()
         self._watch.watch()
         is_watched = is_watched and self.accept_watch.runs
@@ -303,8 +306,9 @@ class SocketSteering(Steering):
         """At a stop, call back when the last generation has accepted and read from its clients.
 
         Wait only for clients that came before this call.  Later clients are refused, or wait for
-        the next start or the socket's owner.  Exception: the generation may accept later clients at
-        a listener's only socket.  Quiescing.begin() limits the wait; `latest`: its `accept_until`.
+        the next start; at a passed-in socket they wait for the socket's owner, such as systemd, to
+        accept them.  Exception: the generation may accept later clients at a listener's only
+        socket.  Quiescing.begin() limits the wait; `latest`: its `accept_until`.
         """
         number = self.turns.accepting.get(generation, 0)
         common = [each for each in self._listeners.living if not each.has_sibling]
@@ -359,11 +363,9 @@ class SocketSteering(Steering):
         return is_replaced and not any(map(self._listeners.can_stray, self._listeners.all))
 
     def _turn_away(self, generation: int) -> bool:
-        """If a generation gets new clients, steer them to the other socket; return whether we did.
-
-        Do nothing after end(), or if another generation accepts from the other socket.
-        """
+        """If a generation gets new clients, steer them to the other socket, and return True."""
         number, turns, ended = self.turns.accepting[generation], self.turns, self._repairs.ended
+        # Do nothing after end(), or if another generation accepts from the other socket.
         is_due = number == turns.current and not (ended or 1 - number in turns.accepting.values())
         if is_due:
             self.turn_to(1 - number)
@@ -404,10 +406,8 @@ class SocketSteering(Steering):
         self._persist()
 
     def _repair_while_starting(self) -> None:
-        """Repair repeatedly while a release starts, because its workers can divert clients.
-
-        Workers could clear SO_REUSEPORT, attach a filter, or connect() the socket.
-        """
+        """Repair repeatedly while a release starts, because its workers can divert clients."""
+        # Workers could clear SO_REUSEPORT, attach a filter, or connect() the socket.
         if self.turns.starting is not None and self._listeners.living and not self._repairs.ended:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
 

@@ -44,13 +44,14 @@ class Turns:
     #: present socket.  These workers started before the listener was added, or before its socket
     #: was replaced or dropped.
     unserved: frozenset[tuple[int, int]] = frozenset()
-    #: The pairs of `unserved` where workers that the generation started later have the socket.
+    #: Those pairs of `unserved` whose generation also has newer workers with the socket.
     partly_served: frozenset[tuple[int, int]] = frozenset()
     #: Indices of listeners whose clients wait at the next generation's socket, because some or all
     #: workers of the current generation lack the listener's present socket.
     passed_on: frozenset[int] = frozenset()
-    #: True: each passed-in socket was given back to its owner.  All new clients of its address go
-    #: to this socket, where the owner accepts them.
+    #: True, from the beginning of a stop: each socket that a service manager passed in (`foreign`
+    #: in model/settings.py) was given back to the service manager.  All new clients of the socket's
+    #: address go to this socket, where the service manager keeps listening.
     given_back: bool = False
     #: None: there is no canary.  Not recorded: after an upgrade or a kill, the next program repeats
     #: the action RouteTo, which sets the share again.
@@ -120,7 +121,8 @@ class Turns:
     def is_served(self, listener: Listener, number: int) -> bool:
         """Return whether all workers of some generation accept from this socket, or will.
 
-        Also return True once a passed-in listener was given back: its owner accepts.
+        Also return True once a passed-in listener was given back (`given_back`): then the service
+        manager accepts.
         """
         if self.given_back and listener.settings.foreign:
             return True
@@ -214,10 +216,11 @@ class Turns:
         self.current, self.share = number, share
 
     def lacks_workers(self, listener: Listener) -> bool:
-        """Return whether a UNIX path's clients go to a socket that workers of its generation lack.
+        """Return whether a UNIX path's clients go to a socket that some workers lack.
 
-        One worker without the socket is enough, even if later workers have the socket
-        (`partly_served`).  Return False if the listener is already in `passed_on`.
+        Only workers of the generation that accepts there matter.  One worker without the socket is
+        enough, even if the generation's newer workers have the socket (`partly_served`).  Return
+        False if the listener is already in `passed_on`.
         """
         if not listener.path or listener.index in self.passed_on:
             return False

@@ -77,8 +77,8 @@ def by_name(name: str) -> str:
     shown = dict(zip((each.path for each in alive), names(alive), strict=True))
     if len(matching) > 1:
         choices = [shown[path] for path in matching]
-        # --name with a choice would fail again if another choice is equal, or if the choice is
-        # `name` itself (see names()).  Then offer --control PATH for all of them.
+        # If two choices are equal, or if one is `name` itself (see names()), several protectors
+        # would match that choice again.  Then offer --control PATH for each matching protector.
         if len(set(choices)) < len(choices) or name in choices:
             choices = [f"--control {path}" for path in matching]
         raise UsageError(f"--name {name}: several match; choose one of {_shortened(choices)}")
@@ -124,8 +124,9 @@ def _with_key(name: str, found: Sequence[str]) -> tuple[list[str], list[str], st
     with_key: the paths of the sockets with the name's key.
     listening: the paths in with_key where a process listens.
     The certain match: the only path in `listening`; "" if there is not exactly one path.
-    The certain match is also "" if some socket's key is NAME:PORT, because that socket's protector
-    may be called NAME, too.  If the certain match is "", the caller must request the statuses.
+    The certain match is also "" if some socket's key is NAME:PORT: a protector called NAME gets
+    this key if another protector has the key NAME (docs/control.md), so two may be called NAME.
+    If the certain match is "", the caller must request the statuses.
     """
     key = control_path.key_of(name)
     with_key = [path for path in found if control_path.key(path) == key]

@@ -144,8 +144,9 @@ def await_success(
     """Wait for the verdict on a generation; return a text about its success.
 
     before: the status before the request.
-    promised: the generation's number in the answer to the request.  The new version gets a higher
-    number if the protector has to start the old version again first.
+    promised: the generation's number in the answer to the request.  The protector may have to start
+    the old version again before the new one, for example to serve waiting clients (core/rescue.py).
+    Then the old version may get this number, and the new version gets a higher one.
     failure: the first words of the error if the generation fails.
     dry_run: also wait for the end of this generation.
     drained: after a success, also wait for the end of the older generations.
@@ -178,9 +179,10 @@ def await_success(
 
 
 def _first_programs(status: Message, generation: int) -> str:
-    """Return a note that a generation's first programs failed, or that no program has run yet.
+    """Return a note about the programs of a generation under --handoff stdio.
 
-    Returns "" in other cases, and in any mode except --handoff stdio.
+    The note says that the first programs failed (see failing()), or that no program has run yet.
+    Returns "" in other cases, and in other modes.
     """
     mode = MODES.get(text_in(status, "handoff"))
     if mode is None or not mode.pooled:
@@ -255,10 +257,7 @@ def _request_arguments(dry_run: bool, canary: dict[str, Any] | None) -> dict[str
 
 
 def _generations_tried(status: Message, *, dry_run: bool) -> list[int]:
-    """Return the generation numbers of the reloads in a status.
-
-    With `dry_run`, return only the number of the last dry run's generation.
-    """
+    """Return the generation numbers of the reloads, or the dry run, that attempts_in() returns."""
     return [number_in(each, "generation") for each in attempts_in(status, dry_run=dry_run)]
 
 

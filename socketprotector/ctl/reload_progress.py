@@ -4,8 +4,9 @@ Events report each step at once, but events are lost while the connection is cut
 the same facts later.
 
 The answer to a `reload` request has the number N for the new generation.  If the protector must
-first start the old version again, the old version gets N, and the new generation a higher number.
-So the class Reload takes the first verdict on generation N or a later generation (docs/control.md).
+first start the old version again, for example to serve waiting clients (core/rescue.py), the old
+version may get N, and the new generation gets a higher number.  So the class Reload takes the first
+verdict on generation N or a later generation (docs/control.md).
 """
 
 from __future__ import annotations

@@ -72,9 +72,9 @@ class Resident:
         state.  command: the command line that executes this program again.
         """
         # A guard has copies of all descriptors.  So has systemd's store if we inherited a state.
-        # Otherwise the store has at most listeners (stored_listeners.py), which we store again.
+        # Else the store has only listeners, if any (stored_listeners.py): count none as stored.
         has_copies = inherited.GUARD in descriptors or inherited.STATE in descriptors
-        stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()
+        stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()  # store all again
         if isinstance(earlier, Snapshot):
             # We inherited these descriptors by an upgrade; the store had no room for them.
             stored -= set(earlier.left_out)

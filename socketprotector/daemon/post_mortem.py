@@ -128,7 +128,8 @@ class PostMortem:
     def close(self, worker: Worker, end: End, *, proved_ready: bool) -> WorkerExited:
         """Log and return a worker's exit; watch its process group, and close its sockets.
 
-        proved_ready: whether any worker so far, of any generation, became ready without a timer.
+        proved_ready: whether a worker of any generation has become ready by something other than a
+        timer.  A timer's end proves nothing.
         """
         record, number = worker.record, worker.record.number
         if end.how == exit_text.KILLED and not record.killed:

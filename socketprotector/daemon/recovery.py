@@ -52,9 +52,9 @@ class Recovery:
     def adopt(self) -> list[Event]:
         """Adopt everything except the workers; after that a generation can get new clients.
 
-        Returns an event for each living generation of --handoff stdio whose first NO_ACCIDENT
-        programs have failed (first_programs.py).  The earlier program may have been killed before
-        it handled that failure.
+        Returns an event for each living generation of --handoff stdio of which three programs
+        (NO_ACCIDENT, see first_programs.py) have failed, and none has worked.  The earlier program
+        may have been killed before it handled these failures.
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery
@@ -91,8 +91,9 @@ class Recovery:
         Such a worker was started just before the protector was killed.  We send the finish signal,
         if the worker's program has one, and close the worker's RETURN line.
 
-        Also close the descriptors of workers that the state mentions, but whose record, generation
-        or `process` descriptor is missing; _report_missing() handles these workers.
+        Also close the descriptors of workers that the fleet contains, but that adopt() could not
+        take over: their record, generation or `process` descriptor is missing.  _report_missing()
+        handles these workers.
         """
         fleet, programs = self.snapshot.fleet, self.snapshot.generations
         # Such workers most likely belong to the newest generation, which was starting.
@@ -207,8 +208,9 @@ class Recovery:
         programs = {each.number: each.program for each in self.snapshot.generations}
         retires = record is not None and record.retires
         # A worker on the client library finishes when its RETURN line is closed.  So send it no
-        # signal, which would shorten its time to finish.  With Policy.finish_alone (a rolling
-        # reload under --handoff listener), all workers use the library.
+        # signal: SIGTERM, for example, would order the worker to finish quickly (docs/protocol.md).
+        # With Policy.finish_alone (a rolling reload under --handoff listener), all workers use the
+        # library.
         watches_line = retires or self.snapshot.fleet.policy.finish_alone
         program = programs.get(generation_number, self.effects.live_settings.settings)
         finish_signal = 0 if watches_line else program.finish_signal

@@ -352,8 +352,8 @@ def advice(
     only given for a running program.
     ignores_socket: whether the program seems to accept no connection from our socket: a client
     waits there, or a probe or check has failed.
-    proved_ready: whether a worker has become ready, not by a timer.  Then only an address in use is
-    a possible cause.
+    proved_ready: whether a worker has become ready by something other than a timer.  Then only an
+    address in use is a possible cause.
     """
     if proved_ready and not _TAKEN.search(said):
         return ""

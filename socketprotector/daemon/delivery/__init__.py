@@ -37,8 +37,9 @@ LAST_S = 10.0
 def untaken(seconds: float, *, ever: bool) -> str:
     """Return the message about workers that accept no client.
 
-    seconds: the time without an accepted client.  ever: True if the workers have, perhaps, accepted
-    a client before that time.
+    seconds: the time without an accepted client.
+    ever: False if the workers have certainly never accepted a client (in shared/: at one of the
+    listeners where clients wait); otherwise True.
     """
     return f"no worker has accepted a connection {f'for {seconds:.0f} s' if ever else 'yet'}"
 
@@ -190,7 +191,10 @@ class Delivery(ABC):
 
     @abstractmethod
     def keeps(self, number: int) -> bool:
-        """Return whether clients of a released generation still wait for another generation."""
+        """Return whether a released generation's queue still holds clients.
+
+        Another generation will get these clients.  shared/ returns False: it has no queue.
+        """
 
     # -- counts --------------------------------------------------------------------
 

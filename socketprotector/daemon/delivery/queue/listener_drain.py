@@ -1,10 +1,11 @@
 """Drains listeners that a reload has removed: refuses new clients, and delivers connected clients.
 
-Connected clients go to the newest generation that was opened with the listener, has had clients and
-may still get clients.  A timer looks at the backlog until two looks in a row find no client.
+Connected clients go to the newest generation that was opened with the listener, has had clients,
+and whose channel has not been ended.  A timer looks at the backlog until two looks in a row find no
+client.
 
-If new clients cannot be refused, the drain also ends after LAST_S, once every accepted client is
-sent.  Clients that are still in the backlog when the drain ends are lost.
+If new clients cannot be refused, the drain also ends when LAST_S has passed and every accepted
+client has been sent.  Clients that are still in the backlog when the drain ends are lost.
 
 All remaining clients are lost in three cases:
 
@@ -206,8 +207,9 @@ class DrainingListeners:
         try:
             fd, _ = accept_of(each.listener)()
         except OSError as error:
-            # If descriptors or memory are short, clients may still wait.  So this look must not end
-            # the drain, unless `until` has passed.
+            # If descriptors or memory are short, clients may still wait.  These errors are not in
+            # TRANSIENT_ERRNOS, so they clear `quiet`: then this look does not end the drain, unless
+            # `until` has passed.
             each.quiet = each.quiet and error.errno in TRANSIENT_ERRNOS
             return None
         self.accepted += 1

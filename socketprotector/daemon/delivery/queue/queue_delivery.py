@@ -232,7 +232,7 @@ class QueueDelivery(Delivery):
         """Refuse a listener's new clients, and send its backlog to a generation.
 
         The backlog goes to the newest generation that knows the listener, has had the route or a
-        share of the clients, and may still get clients (not `ended`).
+        share of the clients, and whose channel has not been ended.
         Without such a generation the backlog is lost.
 
         Exception: if a service manager passed the socket in, the service manager keeps listening,

@@ -149,16 +149,19 @@ class SocketWatch(Backlogs):
         elif (listener, number) in self._without_worker():
             self._rescue_later()
         for watch, sockets in self._watches():
-            # Perhaps a worker has accepted the client already, so came() only plans a look.
+            # A worker may have accepted the client by now.  So came() does not conclude that the
+            # client waits: it plans a look at the backlog.
             if watch.awaits and (listener, number) in sockets:
                 watch.came(listener.index)
 
     def _watches(
         self, without_worker: Sequence[tuple[Listener, int]] = ()
     ) -> list[tuple[AcceptWatch, list[tuple[Listener, int]]]]:
-        """Return the watches of the route and of a canary, each with its sockets.
+        """Return accept_watch and the canary's watch, each with its sockets.
 
-        without_worker: the sockets that the route's watch must leave out.
+        accept_watch watches the current generation.  There is no second watch if there was no
+        canary yet.
+        without_worker: the sockets to leave out for accept_watch.
         """
         found = [(self.accept_watch, self._served_sockets(without_worker))]
         if self.canary is not None:
@@ -180,7 +183,9 @@ class SocketWatch(Backlogs):
 
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Report the addresses at which workers do not accept."""
-        if self.canary is not None and not ever:  # the generation may have been a canary
+        # For never_accepted().  There was a canary: perhaps this generation, before it got all
+        # clients.
+        if self.canary is not None and not ever:
             generation = max(self._turns.routed, default=0)
             self.canary.never_accepted = generation, at - self.accept_watch.accepted
         addresses = [each.settings.address for each in self._listeners.living if each.index in at]

@@ -146,8 +146,8 @@ def promote(instance: Instance, now: bool, as_json: bool) -> None:
     """End the current stage of a rollout.
 
     After a canary's stage, the new generation gets all new clients. After the stage of --settle,
-    a rolling reload first replaces the remaining old workers. Then, or at once in other reloads,
-    the new generation is serving.
+    the new generation is serving. In a rolling reload, the remaining old workers are replaced
+    before that.
 
     With --now the new generation skips all stages and is serving at once.
     """

@@ -124,8 +124,9 @@ def _with_key(name: str, found: Sequence[str]) -> tuple[list[str], list[str], st
     with_key: the paths of the sockets with the name's key.
     listening: the paths in with_key where a process listens.
     The certain match: the only path in `listening`; "" if there is not exactly one path.
-    The certain match is also "" if some socket's key is NAME:PORT: a protector called NAME gets
-    this key if another protector has the key NAME (docs/control.md), so two may be called NAME.
+    The certain match is also "" if some socket's key is NAME:PORT or NAME:ADDRESS.  A protector
+    called NAME gets such a key if another protector has the key NAME (docs/control.md).  So several
+    protectors may be called NAME.
     If the certain match is "", the caller must request the statuses.
     """
     key = control_path.key_of(name)

@@ -3,9 +3,9 @@
 Events report each step at once, but events are lost while the connection is cut.  A status reports
 the same facts later.
 
-The answer to a `reload` request has the number N for the new generation.  If the protector must
-first start the old version again, for example to serve waiting clients (core/rescue.py), the old
-version may get N, and the new generation gets a higher number.  When the old version
+The answer to a `reload` request has the number N for the new generation.  But the protector may
+have to start the old version again first, for example to serve waiting clients (core/rescue.py).
+Then the old version may get N, and the new generation gets a higher number.  When the old version
 serves again, its event is `recovered`, which is no verdict.  So the class Reload takes the first
 verdict on generation N or a later generation (docs/control.md).
 """
@@ -216,9 +216,8 @@ class Reload(Awaited):
                 else:
                     self._show_share(number)
         # Once we have shown which generation is starting, hide waits of kind `earlier-reload`: the
-        # user already knows what our reload waits for.  A wait of this kind is then either a later
-        # reload's, which waits for our generation, or ours, which waits for the restart of the old
-        # version.
+        # user already knows what our reload waits for.  In such a wait, either a later reload waits
+        # for our generation, or our reload waits for the restart of the old version.
         kinds = [
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]

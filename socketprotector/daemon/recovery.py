@@ -52,9 +52,9 @@ class Recovery:
     def adopt(self) -> list[Event]:
         """Adopt everything except the workers; after that a generation can get new clients.
 
-        Returns an event for each living generation of --handoff stdio of which three programs
-        (NO_ACCIDENT, see first_programs.py) have failed, and none has worked.  The earlier program
-        may have been killed before it handled these failures.
+        Returns an event for each living generation of --handoff stdio of which at least NO_ACCIDENT
+        (3) programs have failed, and none has worked (first_programs.py).  The earlier program may
+        have been killed before it handled these failures.
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery

@@ -24,9 +24,9 @@ class ProbeTarget:
 
     The sockets of two generations may share one TCP address.  The kernel then selects the socket by
     the probe's mark (system/bpf.py).  Exception: if a probe must reach the serving generation as
-    clients do, its mark selects no socket.  Such a probe uses only the mark's source address, an
-    address of this machine.  So the probe cannot leave the machine and, over IPv4, differs from
-    clients.
+    clients do, its mark selects no socket.  Only the mark's source address, an address of this
+    machine, then matters: with it the probe cannot leave the machine.  Over IPv4, no client has
+    this address.
     """
 
     #: Host and port; for a UNIX socket: its path, or "@" and its name, with 0 as the port.
@@ -41,8 +41,8 @@ class ProbeTarget:
     #: Returns whether all answers so far surely came from this generation.  If False, discard
     #: earlier and later answers.
     is_unchanged: Callable[[], bool] = lambda: True
-    #: Returns True if the probed socket perhaps refuses clients, because an option that can keep
-    #: clients out has another value than on the serving generation's socket.  If True, the probed
+    #: Returns whether the probed socket and the serving generation's socket differ in an option
+    #: that can keep clients out.  If True, the probed socket perhaps refuses clients.  Then the
     #: generation must not count as ready merely because a timer has ended (ready_probe.py).
     is_closed: Callable[[], bool] = lambda: False
 

@@ -95,7 +95,7 @@ class SocketSteering(Steering):
                     raise
             self._repairs.undo_earlier_changes(each, socket_number, generation)
         self.turns.accepting[generation] = socket_number
-        # If a hold is on: a path can be held only now that make_ready() has made its second socket.
+        # make_ready() may have made a UNIX path's second socket, without which no hold is possible.
         self.steer()
         self._watch.watch()
 
@@ -306,9 +306,9 @@ class SocketSteering(Steering):
         """At a stop, call back when the last generation has accepted and read from its clients.
 
         Wait only for clients that came before this call.  Later clients are refused, or wait for
-        the next start; at a passed-in socket they wait for the socket's owner, such as systemd, to
-        accept them.  Exception: the generation may accept later clients at a listener's only
-        socket.  Quiescing.begin() limits the wait; `latest`: its `accept_until`.
+        the next start.  At a passed-in socket, later clients wait until the socket's owner (such as
+        systemd) accepts them.  Exception: the generation may accept later clients at a listener's
+        only socket.  Quiescing.begin() limits the wait; `latest`: its `accept_until`.
         """
         number = self.turns.accepting.get(generation, 0)
         common = [each for each in self._listeners.living if not each.has_sibling]

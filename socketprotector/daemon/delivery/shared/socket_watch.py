@@ -183,8 +183,8 @@ class SocketWatch(Backlogs):
 
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Report the addresses at which workers do not accept."""
-        # For never_accepted().  There was a canary: perhaps this generation, before it got all
-        # clients.
+        # Record these listeners for never_accepted(), but only if there was a canary: perhaps this
+        # generation was the canary before it got all clients.
         if self.canary is not None and not ever:
             generation = max(self._turns.routed, default=0)
             self.canary.never_accepted = generation, at - self.accept_watch.accepted

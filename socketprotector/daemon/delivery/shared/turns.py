@@ -49,9 +49,9 @@ class Turns:
     #: Indices of listeners whose clients wait at the next generation's socket, because some or all
     #: workers of the current generation lack the listener's present socket.
     passed_on: frozenset[int] = frozenset()
-    #: True, from the beginning of a stop: each socket that a service manager passed in (`foreign`
-    #: in model/settings.py) was given back to the service manager.  All new clients of the socket's
-    #: address go to this socket, where the service manager keeps listening.
+    #: True once a stop has begun to close the listeners: each socket that a service manager passed
+    #: in (`foreign` in model/settings.py) was given back to the service manager.  All new clients
+    #: of the socket's address go to this socket, where the service manager keeps listening.
     given_back: bool = False
     #: None: there is no canary.  Not recorded: after an upgrade or a kill, the next program repeats
     #: the action RouteTo, which sets the share again.

@@ -346,7 +346,8 @@ def _raise_failed(operation: Operation, found: Verdict, failure: str) -> None:
         status = {}
     route = status.get("route")
     if isinstance(route, int) and status.get("phase") != "stopping":
-        text += f"; generation {route} is still serving"
+        still = "still " if route < found.generation else ""  # a rescue is newer
+        text += f"; generation {route} is {still}serving"
     raise NewVersionFailed(text + quoted(last_words))
 
 

@@ -316,6 +316,21 @@ def test_a_crash_in_the_middle_does_not_make_a_failure_a_success(fake: Fake, ctl
     )
 
 
+def test_a_rescue_that_serves_after_the_failure_is_not_still_serving(fake: Fake, ctl: Ctl) -> None:
+    def then(connection: Connection) -> None:
+        fake.status["reloads"] = [reload(9, "failed", "exited with status 1")]
+        fake.status["route"] = 10
+        fake.answers["crashes"] = lambda *_: {"crashes": []}
+        connection.cut()
+
+    reloading(fake, then)
+
+    said = ctl("reload")
+
+    assert said.status == 3
+    assert "failed: exited with status 1; generation 10 is serving\n" in said.err
+
+
 def test_a_request_that_was_cut_off_is_asked_again_unless_it_was_heard(
     fake: Fake, ctl: Ctl
 ) -> None:

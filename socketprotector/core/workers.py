@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count, islice
+from math import ceil
 from operator import attrgetter
 
 from ..model.backoff import backoff_s
@@ -98,8 +99,9 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
         _respawn(step, generation.number, worker, event)
     elif generation.phase in (Phase.STARTING, Phase.SETTLING):
         if worker.state is not State.RETIRING:
-            after = f", {in_units(round(event.served_s, 2))} after it was ready"
-            reason = event.reason + (after if event.served_s > 0 else "")
+            # If we were dead or suspended, we reap the worker late: the time is an upper limit.
+            within = f" within {in_units(ceil(event.served_s * 100) / 100)} of being ready"
+            reason = event.reason + (within if event.served_s > 0 and not event.lost else "")
             fail(step, generation.number, reason, retry=not event.detached)
     else:
         _take_over(step, worker.replaces)  # no other replacement will come

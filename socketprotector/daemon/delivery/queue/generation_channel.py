@@ -25,8 +25,7 @@ class GenerationChannel(Channel):
         #: the sum of both.  When the QueueWatch stops following, this number becomes the sum.
         self.met = 0
         #: How many connections were counted as sent to this channel, by QueueWatches that followed
-        #: it.  This number is updated at the same time as `met`.  The next QueueWatch continues the
-        #: count.
+        #: it.  The next QueueWatch continues the count.
         self.sent = 0
 
     @property

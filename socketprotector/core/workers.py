@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count, islice
-from math import ceil
 from operator import attrgetter
 
 from ..model.backoff import backoff_s
@@ -100,7 +99,7 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
     elif generation.phase in (Phase.STARTING, Phase.SETTLING):
         if worker.state is not State.RETIRING:
             # If we were dead or suspended, we reap the worker late: the time is an upper limit.
-            within = f" within {in_units(ceil(event.served_s * 100) / 100)} of being ready"
+            within = f" within {in_units((event.served_s * 100 // 1 + 1) / 100)} of being ready"
             reason = event.reason + (within if event.served_s > 0 and not event.lost else "")
             fail(step, generation.number, reason, retry=not event.detached)
     else:

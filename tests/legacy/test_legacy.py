@@ -191,7 +191,9 @@ def test_a_daemon_that_never_connects_fails_the_reload_and_is_ended(
     mark = daemon.signal(signal.SIGHUP)
 
     daemon.log.wait_for(
-        f"event=reload-failed .*not ready within {FAIR_START_S}s .* sock_srv_PORT", after=mark
+        rf"event=reload-failed .*not ready within {FAIR_START_S}s \(--start-timeout\); "
+        ".* sock_srv_PORT",
+        after=mark,
     )
     daemon.log.wait_for("event=exited generation=2", after=mark)
     # On a machine that is busy enough it may not have got so far.

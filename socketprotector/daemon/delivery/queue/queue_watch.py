@@ -96,10 +96,9 @@ class QueueWatch:
     def sent(self) -> int:
         """Return how many connections were counted as sent to the channel.
 
-        This QueueWatch counted them, or one that followed the channel earlier: follow() begins with
-        the earlier count.  Connections sent while no QueueWatch followed the channel (such as early
-        probes) are not in this count.  So if more connections are queued than were counted,
-        follow() begins with the number of queued connections instead.  Connections that
+        follow() begins with the count of the channel's earlier QueueWatch.  That count lacks
+        connections sent while no QueueWatch followed the channel, such as early probes.  So if more
+        connections are queued, follow() begins with their number instead.  Connections that
         listener_drain.py sends later do not count.
         """
         return self.forwarded() + self._extra

@@ -237,14 +237,17 @@ long my_syscall(long number, long a, long b, long c, long d, long e, long f) {
     return plain(number, a, b, c, d, e, f);
 }
 
-/* The interpreter's signal handler writes a signal's number to a pipe, in whichever line it comes. */
+/* The interpreter's signal handler writes a signal's number to a pipe, in whichever line it comes.
+ * That call does not count: the handler may have interrupted the thread while it changed the
+ * interpreter's lock, and site() would wait for that lock for ever.
+ */
 long my_write(long, const unsigned char *, long) __asm__("write");
 long my_write(long a, const unsigned char *b, long c) {
     static long (*real)(long, const unsigned char *, long);
     if (!real) real = (long (*)(long, const unsigned char *, long))dlsym(RTLD_NEXT, "write");
     int wakes = folder && !inside && c == 1 && b[0] - 1u < 64
         && strcmp(kind_of("write", a, 0, 0, 0), "pipe+nonblock") == 0;
-    int code = fault(wakes ? "wake" : "write", a, 0, c, 0);
+    int code = wakes ? 0 : fault("write", a, 0, c, 0);
     if (code) { errno = code; return -1; }
     return real(a, b, c);
 }

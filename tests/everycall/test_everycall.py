@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.c.building import installed
-from tests.everycall.life import OPERATIONS
+from tests.everycall.life import OPERATIONS, build
 from tests.everycall.trials import MENDED, found_sites, trials, try_one
+from tests.running import DEADLINE_S
 
 #: Of each operation, `make test-all` tries so many: 300 in all.
 EACH = -(-300 // len(OPERATIONS))
+#: Gets 500 signals during its calls; its handler in C writes each signal's number to a pipe.
+SIGNALLED = """
+import os, signal
+seen = 0
+def count(*_):
+    global seen
+    seen += 1
+_, write_end = os.pipe2(os.O_NONBLOCK)
+signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+signal.signal(signal.SIGALRM, count)
+signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+while seen < 500:
+    os.stat("/")
+signal.setitimer(signal.ITIMER_REAL, 0)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +62,18 @@ def test_faults_at_single_calls_do_no_harm(tmp_path: Path, operation: str) -> No
     assert sum(each["fired"] for each in outcomes) > EACH // 2
     failed = [each for each in outcomes if each["problems"]]
     assert not failed, "\n".join(map(str, failed))
+
+
+def test_a_signal_that_interrupts_a_call_hangs_nothing(tmp_path: Path) -> None:
+    """The library once took the interpreter's lock for a call of the signal handler."""
+    program = tmp_path / "socketprotector" / "signalled.py"  # its calls count by that folder
+    program.parent.mkdir()
+    program.write_text(SIGNALLED)
+    (tmp_path / "armed").touch()
+    preloaded = {"EVERYCALL": str(tmp_path), "LD_PRELOAD": str(build(tmp_path))}
+
+    subprocess.run(
+        [sys.executable, program], env={**os.environ, **preloaded}, check=True, timeout=DEADLINE_S
+    )
+
+    assert " path\n" in (tmp_path / "sites").read_text()  # os.stat() has counted

@@ -75,7 +75,7 @@ class Probe:
         #: reuses it, so that connections do not pile up at a server that does not accept.
         self._connection: socket.socket | None = None
         self._connecting_since = 0.0
-        self._was_reset = False  # the last _check_accepted() found the connection reset
+        self._was_reset = False  # the last accept probe ended with a reset of its connection
         self._prober: Prober | None = None
         #: The running command.  We kill a late command.  The kill may fail if the command runs as
         #: another user, and takes effect late if the command waits for a disk.
@@ -289,12 +289,17 @@ class Probe:
         assert target is not None
         assert connection is not None
         code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        was_reset, self._was_reset = self._was_reset, code == errno.ECONNRESET
+        waits = False
         try:
             waits = not code and self._waits()
         except OSError as error:
             code = error.errno or errno.EIO
-        if not target.is_unchanged():
+        is_unchanged = target.is_unchanged()
+        if is_unchanged and waits and self._left_s:
+            self._call_later(self._check_accepted)
+            return
+        was_reset, self._was_reset = self._was_reset, code == errno.ECONNRESET
+        if not is_unchanged:
             self._finish(verdicts.MOVED, SHUT_DOWN)
         elif code and not (was_reset and self._was_reset):
             # A reset has one of two causes: the listening socket was shut down, or a server has
@@ -302,12 +307,10 @@ class Probe:
             # Before the next probe, delivery/shared/socket_repair.py repairs a shut-down socket.
             # If the next probe is reset, too, a server accepts: the branch below reports GOOD.
             self._finish(verdicts.REFUSED, self._cannot_connect(code))
-        elif code or not waits:
-            self._finish(verdicts.GOOD)
-        elif not self._left_s:
+        elif waits:
             self._finish(*self._not_accepted())
         else:
-            self._call_later(self._check_accepted)
+            self._finish(verdicts.GOOD)
 
     # -- by HTTP ---------------------------------------------------------------------
 

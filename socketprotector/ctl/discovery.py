@@ -77,8 +77,8 @@ def by_name(name: str) -> str:
     shown = dict(zip((each.path for each in alive), names(alive), strict=True))
     if len(matching) > 1:
         choices = [shown[path] for path in matching]
-        # If two choices are equal, or if one is `name` itself (see names()), several protectors
-        # would match that choice again.  Then offer --control PATH for each matching protector.
+        # Two equal choices would both match several protectors.  So would a choice that is `name`
+        # itself (see names()).  In both cases offer --control PATH for each matching protector.
         if len(set(choices)) < len(choices) or name in choices:
             choices = [f"--control {path}" for path in matching]
         raise UsageError(f"--name {name}: several match; choose one of {_shortened(choices)}")

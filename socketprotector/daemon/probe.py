@@ -245,7 +245,8 @@ class Probe:
         target, connection = self._target, self._connection
         assert target is not None
         assert connection is not None
-        # No POLLOUT: a full backlog delays our connection, so it waits for a worker, too.
+        # Without POLLOUT the connection is not established yet, because the backlog is full.  Such
+        # a connection waits for a worker, too.
         return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
     def _continue_earlier(self) -> bool:

@@ -52,9 +52,9 @@ class Recovery:
     def adopt(self) -> list[Event]:
         """Adopt everything except the workers; after that a generation can get new clients.
 
-        Returns an event for each living generation of --handoff stdio of which at least NO_ACCIDENT
-        (3) programs have failed, and none has worked (first_programs.py).  The earlier program may
-        have been killed before it handled these failures.
+        Returns an event for each living generation of --handoff stdio if none of its programs has
+        worked, and 3 or more (NO_ACCIDENT) have failed (first_programs.py).  The earlier program
+        may have been killed before it handled these failures.
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery
@@ -249,6 +249,9 @@ def _exit_of(
 
 
 def _first_programs_failed(record: GenerationRecord) -> SettleFailed:
-    """Return the event that first_programs.py posts when a generation's first programs fail."""
+    """Return the event that first_programs.py posts when a generation's first programs fail.
+
+    Without last words, the event omits the hint where to look for the programs' output.
+    """
     words = f"{LAST_WORDS}\n{record.program_words}" if record.program_words else ""
     return SettleFailed(record.number, record.programs_fail + words)

@@ -39,8 +39,8 @@ _LOOK_S = 0.1
 _LOOK_SOON_S = 0.01
 #: With `reads_on`: how many looks in a row must find that all clients are accepted.
 _SOON_LOOKS = 2
-#: Without `reads_on`: for how long all looks must find no waiting client, and no unread client
-#: except silent clients.  Then the generation is quiet.
+#: Without `reads_on`: a generation is quiet when, for this long, each look has found no waiting
+#: client, and only silent clients unread.
 GENERATION_QUIET_S = 1.0
 #: How long to wait for silent clients.
 SILENT_S = 3.0
@@ -136,8 +136,8 @@ class Quiescing:
         reads_on: call back once all clients are accepted, without waiting for the reading.
         accept_until: until this time, each look that finds clients waiting at the generation's own
         sockets restarts the limit GENERATION_LAST_S.  The reason: no other generation would accept
-        these clients.  Exception: if new clients of a listener can come to the wrong socket
-        (SharedListeners.can_stray()), its waiting clients restart nothing.
+        these clients.  Exception: clients that wait at a listener whose new clients can come to the
+        wrong socket (SharedListeners.can_stray()) do not restart the limit.
         """
         given = socket_number, on_quiet, common, leave_out, reads_on, accept_until
         self._generations[generation] = _Generation(*given, began=time.monotonic())
@@ -186,8 +186,9 @@ class Quiescing:
             unread = query()
         elif unread and (found := query()) is not None:
             unread = {client: found[client] for client in unread if client in found}
-        # The first result omits clients in a UNIX backlog, and later looks never add clients to a
-        # kept result.  So while clients wait, keep no result.
+        # The first look cannot see clients in a UNIX backlog, and later looks only remove clients
+        # from `unread`.  So while clients wait, set `unread` to None: the next look counts as the
+        # first.
         state.unread = None if waiting else unread
         state.waited_s += state.delay_s
         state.quiet_s += state.delay_s if state.quiet_looks else 0.0
@@ -252,7 +253,9 @@ class Quiescing:
             except OSError as error:
                 if error.errno in RESOURCE_ERRNOS:
                     return None
-                continue  # no sock_diag: most workers read all within GENERATION_QUIET_S
+                # No sock_diag: no client counts as unread.  Without `reads_on`, most workers have
+                # read from all their clients when GENERATION_QUIET_S has passed.
+                continue
             for each in mine:
                 clients = known[each.port].items()
                 found.update(((each.index, client), silent) for client, silent in clients)

@@ -120,6 +120,7 @@ def test_a_file_of_bytecode_counts_if_it_is_of_this_source(package: Path) -> Non
     code += "print(k.whence.__code__.co_filename)"
     whence = source.read_text() + "\ndef whence() -> None: ...\n"
     for number, text in enumerate((f"{whence}advice = 'old'\n", f"{whence}advice = 'new'\n")):
+        source.unlink()  # its file is also that of other copies
         source.write_text(text)
         os.utime(source, (number, number))
         if not number:

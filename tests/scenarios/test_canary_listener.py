@@ -23,7 +23,7 @@ SERVERS = {"asyncio": worker("asyncio_accepts"), "library": library_worker("asyn
 #: A draw fails once in 30,000 times; a share that is 0 always does.
 SIGMAS = 4.5
 #: Take-backs under load.
-TAKE_BACKS = rounds(3, 20)
+TAKE_BACKS = rounds(2, 20)
 #: In percent, and how many clients it is drawn from: a share that is 0 has to fail.
 SHARE, CONNECTIONS = rounds(20, 5), rounds(120, 2000)
 #: Of clients from which a fifth is drawn.
@@ -56,7 +56,8 @@ def order(web: Operated, command: str, event: str, **arguments: bool) -> None:
 def generations(web: Operated, count: int, *numbers: int) -> Counter[int]:
     """Connect so many clients; return how many each of these generations has served."""
     of = {pid: number for number in numbers for pid in web.pids(number)}
-    return Counter(of[pid_of(ask(web.address))] for _ in range(count))
+    address = web.address  # which asks for the status
+    return Counter(of[pid_of(ask(address))] for _ in range(count))
 
 
 def is_about(found: int, count: int, share: float) -> bool:

@@ -60,7 +60,7 @@ def test_one_of_twenty_connections_over_two_listeners(
 ) -> None:
     reload = canary("5%")
 
-    hundreds = rounds(4, 20)
+    hundreds = rounds(2, 20)
     found = Counter(generations(web, 100 * hundreds))
 
     assert found == {1: 95 * hundreds, 2: 5 * hundreds}

@@ -60,8 +60,10 @@ def watched(operated: Operating, asked: Asked) -> Callable[..., Watched]:
 def check(asked: Asked) -> str:
     """A check that is content with what a client would be told."""
     script = (
-        "import os,sys,urllib.request as u\n"
-        "u.urlopen('http://'+os.environ['SOCKETPROTECTOR_PROBE']+'/healthz')"
+        "import os,socket\n"
+        "one=socket.create_connection(os.environ['SOCKETPROTECTOR_PROBE'].rsplit(':',1))\n"
+        "one.sendall(b'GET /healthz HTTP/1.0\\r\\n\\r\\n')\n"
+        "assert one.recv(99).split()[1]==b'200'"
     )
     return f'check:{sys.executable} -S -c "{script}" 2>/dev/null'
 

@@ -20,6 +20,7 @@ from socketprotector.launch.bind_unix import bind_unix, give_away
 from socketprotector.launch.listen_spec import Listen
 from socketprotector.system import socket_file
 from tests import needs
+from tests.rounds import rounds
 
 RIGHTS = socket_file.Rights(-1, -1, 0o640)
 
@@ -119,7 +120,7 @@ def test_every_client_comes_to_one_of_them_while_the_path_changes(sockets: Socke
     clients = [threading.Thread(target=connect) for _ in range(3)]
     for each in (*threads, *clients):
         each.start()
-    for number in range(4000):
+    for number in range(rounds(1000, 4000)):
         sockets.lead_to(number % 2)
     over.set()
     for each in clients:

@@ -14,6 +14,7 @@ from bench.earlier import NoSuchCommit, release_before, resolve
 from tests import needs
 from tests.c.building import shared_folder
 from tests.load import Load
+from tests.rounds import rounds
 from tests.running import Client, Protector
 from tests.scenarios.adopting import at_rest, kill_protector, revived, served, upgrade
 from tests.scenarios.earlier import Earlier, extracted_once, killed, upgraded
@@ -58,7 +59,7 @@ def test_upgrades_downgrades_and_reloads_under_load_fail_no_client(
             downgraded(daemon, earlier.version)
             daemon.reload()
             served(load)
-        for _ in range(2):
+        for _ in range(rounds(1, 2)):
             earlier.replace()
             upgraded(daemon)
             served(load)

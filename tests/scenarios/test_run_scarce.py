@@ -239,7 +239,7 @@ def test_reload_after_reload_leaks_nothing(protector: Start, handoff: str) -> No
 
     # What a heap takes for its holes grows ever less: a leak is what does not.
     first, more = (
-        (rounds(10, 250), rounds(20, 250))
+        (rounds(6, 250), rounds(10, 250))
         if handoff == "connection"
         else (rounds(2, 10), rounds(4, 50))
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.procfs import in_backlog
+from tests.rounds import rounds
 from tests.running import Client, Protector, eventually, wait_gone
 from tests.scenarios.tools import EITHER_HANDOFF, hold, pid_in, spawned, worker
 
@@ -179,7 +180,7 @@ def test_int_is_quick(protector: Start, handoff: str) -> None:
 def test_int_ends_the_draining_generations_too(protector: Start) -> None:
     daemon = protector("--kill-timeout", "0.3s", "127.0.0.1:0", "--", *worker("many")).ready()
     clients = []
-    for _ in range(3):
+    for _ in range(rounds(1, 3)):
         clients.append(Client(("127.0.0.1", daemon.port)))
         clients[-1].ask()
         daemon.reload()

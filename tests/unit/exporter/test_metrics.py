@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from socketprotector_exporter.counters import BUCKETS, Counters
 from socketprotector_exporter.metrics import MetricSet
 
+from tests.rounds import rounds
 from tests.unit.ctl.fake import (
     awaited,
     canary,
@@ -279,7 +280,7 @@ JUNK = PLAIN | OBJECT | some.lists(PLAIN | OBJECT, max_size=3)
 
 
 @given(some.dictionaries(some.sampled_from(sorted([*status(), "rollout", "releases"])), JUNK))
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=rounds(25, 100), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_status_breaks_it(told: dict[str, Any]) -> None:
     seen = Collected().see({**status(), **told}).see({**status(), **told})
 

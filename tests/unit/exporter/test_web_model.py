@@ -12,6 +12,7 @@ from socketprotector_exporter.web_model import CELLS, ENDING_LANES, Instance
 from socketprotector_exporter.web_series import POINTS, STEP_S, History
 from socketprotector_exporter.web_text import event_line, words_of
 
+from tests.rounds import rounds
 from tests.unit.ctl.fake import (
     awaited,
     canary,
@@ -507,7 +508,7 @@ JUNK = PLAIN | OBJECT | some.lists(PLAIN | OBJECT, max_size=3)
 
 
 @given(some.dictionaries(some.sampled_from(sorted(status())), JUNK), OBJECT)
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=rounds(25, 100), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_status_breaks_it(told: dict[str, Any], event: dict[str, Any]) -> None:
     seen = Seen()
     seen.see({**status(), **told})

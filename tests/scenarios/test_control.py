@@ -25,8 +25,9 @@ from socketprotector.launch.user_access import as_user
 from socketprotector.model.control_requests import COMMANDS
 from socketprotector.model.settings import Identity
 from socketprotector.system.control_path import sockets
+from tests import forked
 from tests.load import Load
-from tests.running import Client, Protector, ask, eventually, wait_gone
+from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import AS_ANOTHER_USER, kill_protector, revived, served, upgrade
 from tests.scenarios.operating import MANY, OBEYS, Line, Operated, Operating, default_path
 from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, hold, pid_in, spawned
@@ -128,6 +129,7 @@ def test_status_of_a_first_start_and_of_a_reload(
     assert [each["number"] for each in line.status()["generations"]] == [2]
 
 
+@pytest.mark.costly
 def test_status_of_one_that_settles_and_is_rolled_back(
     operated: Operating, release: Release
 ) -> None:
@@ -148,6 +150,7 @@ def test_status_of_one_that_settles_and_is_rolled_back(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_status_while_it_stops_and_what_it_then_refuses(operated: Operating) -> None:
     web = operated()
     line = web.line(follows=True)
@@ -346,6 +349,7 @@ def test_the_counts_of_several_workers_add_up(operated: Operating) -> None:
     assert web.until_generation(1, active=0)["finished"] == 12
 
 
+@pytest.mark.costly
 def test_of_workers_without_the_library_nothing_is_known(operated: Operating) -> None:
     web = operated()
     ask(web.address)
@@ -679,6 +683,7 @@ def test_what_drains_already_or_is_not_there_is_not_replaced(
         line.event("reloaded", generation=3)
 
 
+@pytest.mark.costly
 def test_a_refused_kill_of_a_starting_generation_names_the_rollback(
     operated: Operating, release: Release, gate: Gate
 ) -> None:
@@ -981,8 +986,10 @@ def listed_in(folder: Path) -> dict[str, str | None]:
     """The sockets that `list` shows, and why one has no status."""
     words = [sys.executable, "-m", "socketprotector.ctl", "list", "--json"]
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}
-    said = subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=True)
-    found = {each["control"]: each["why"] for each in json.loads(said.stdout)["instances"]}
+    with forked.popen(words, env=environment, stdout=subprocess.PIPE) as process:
+        said, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0
+    found = {each["control"]: each["why"] for each in json.loads(said)["instances"]}
     return {path: why for path, why in found.items() if path.startswith(str(folder))}
 
 

@@ -214,6 +214,7 @@ def test_a_stdout_of_its_own_stays_one_and_stderr_is_kept(web: Start, release: R
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_without_the_relay_a_failed_reload_says_where_to_look(web: Start, release: Release) -> None:
     daemon = web("--no-log-relay")
     release.write("#!/bin/sh\nexit 1\n")
@@ -241,6 +242,7 @@ def test_reload_under_load_ends_when_the_new_generation_serves(web: Start) -> No
     assert seen.failures == ()
 
 
+@pytest.mark.costly
 def test_a_broken_release_is_status_3_with_reason_and_last_words(
     web: Start, release: Release, tmp_path: Path
 ) -> None:
@@ -426,6 +428,7 @@ def test_whatever_happens_to_the_protector_the_verdict_is_what_the_log_says(
         assert (state()["route"] == number) is not failed
 
 
+@pytest.mark.costly
 def test_no_wait_only_asks(web: Start) -> None:
     daemon = web()
 

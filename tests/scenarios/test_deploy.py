@@ -128,6 +128,7 @@ def test_a_bad_release_changes_nothing(web: Web, releases: Releases) -> None:
         ("open", r"release.*open \(drwxrwxrwx\): other users can write it"),
     ],
 )
+@pytest.mark.costly
 def test_a_release_that_may_not_start_is_refused(
     web: Web, releases: Releases, name: str, why: str
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_name_that_is_none_reaches_no_protector(web: Web, name: str) -> None:
     one.daemon.stop()
 
 
+@pytest.mark.costly
 def test_current_moves_only_when_the_release_has_settled(
     web: Web, releases: Releases, beside: Beside
 ) -> None:
@@ -446,6 +448,7 @@ def test_a_scale_during_a_deploy_is_for_the_release(
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.costly
 def test_a_stop_during_a_deploy_leaves_current(
     deploying: Deploying, releases: Releases, sign: signal.Signals
 ) -> None:
@@ -789,6 +792,7 @@ def test_another_protector_follows_at_its_reload(
     other.daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_killed_ctl_changes_nothing(deploying: Deploying, releases: Releases) -> None:
     one, running, gate = deploying()
 

@@ -260,6 +260,7 @@ def test_a_worker_that_ends_while_no_protector_lives_is_replaced_and_its_end_kno
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_killed_while_a_reload_is_under_way_the_new_generation_takes_over(
     guarded: Starter, tmp_path: Path
 ) -> None:
@@ -436,6 +437,7 @@ def test_killed_before_anything_served_a_failed_start_is_still_reported(
 # --- signals -------------------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_signals_to_the_guard_reach_the_protector(guarded: Starter) -> None:
     daemon = guarded()
 

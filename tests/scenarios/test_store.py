@@ -363,6 +363,7 @@ def test_killed_while_a_generation_settles_it_asks_on(service: Service, tmp_path
     second.stop()
 
 
+@pytest.mark.costly
 def test_killed_while_it_stops_it_goes_on_to_stop(service: Service) -> None:
     words = ("127.0.0.1:0", "--", *MANY)
     first = service.start(*words).ready()

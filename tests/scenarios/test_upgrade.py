@@ -86,7 +86,7 @@ def test_the_workers_stay_and_what_they_hold_with_them(protector: Starter) -> No
     daemon = protector("127.0.0.1:0", "--", *MANY).ready()
     with Client(("127.0.0.1", daemon.port)) as held:
         first = pid_in(held.ask())
-        for _ in range(3):
+        for _ in range(rounds(2, 3)):
             upgraded(daemon)
         assert pid_in(held.ask()) == pid_in(ask(("127.0.0.1", daemon.port))) == first
     assert spawned(daemon) == [first]
@@ -305,6 +305,7 @@ def test_during_a_reload_the_new_generation_still_takes_over(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_during_a_drain_the_connections_go_on_and_the_old_generation_ends(
     protector: Starter,
 ) -> None:
@@ -373,6 +374,7 @@ def test_in_a_back_off_the_next_worker_still_comes(protector: Starter, tmp_path:
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_during_a_stop_it_stops(protector: Starter) -> None:
     daemon = protector("127.0.0.1:0", "--", *MANY).ready()
     with Client(("127.0.0.1", daemon.port)) as held:

@@ -206,6 +206,7 @@ def ready_by(status: dict[str, Any]) -> list[str]:
     return [each["ready_by"] for each in serving["workers"]]
 
 
+@pytest.mark.costly
 def test_a_server_that_says_nothing_is_ready_after_a_second(served_by: Starter) -> None:
     daemon = served_by(command=(*SERVER, "--ready", "never"))
 
@@ -277,6 +278,7 @@ def test_a_reload_waits_until_the_new_one_says_so(
     assert pid_in(ask(here(daemon))) == new
 
 
+@pytest.mark.costly
 def test_a_check_that_never_succeeds_fails_the_reload(served_by: Starter, tmp_path: Path) -> None:
     there = tmp_path / "there"
     there.touch()
@@ -424,6 +426,7 @@ def test_another_signal_may_tell_it_to_finish(served_by: Starter) -> None:
     assert daemon.log.count("signal=QUIT") == 2
 
 
+@pytest.mark.costly
 def test_clients_that_connect_while_no_worker_lives_are_served_by_the_next(
     served_by: Starter, tmp_path: Path
 ) -> None:
@@ -461,6 +464,7 @@ def test_a_stop_first_serves_clients_that_have_connected(served_by: Starter) -> 
         each.close()
 
 
+@pytest.mark.costly
 def test_a_unix_socket_s_file_is_gone_after_a_stop(served_by: Starter, tmp_path: Path) -> None:
     path = tmp_path / "s"
     daemon = served_by(*FAST, listen=(f"unix:{path}",))
@@ -490,6 +494,7 @@ def test_scaling_adds_one_and_has_one_finish(served_by: Starter) -> None:
     assert daemon.worker_pids() == spawned(daemon)[:1]
 
 
+@pytest.mark.costly
 def test_a_hold_of_a_unix_socket_is_refused_in_words(operated: Operating, tmp_path: Path) -> None:
     path = shared_path(tmp_path)
     daemon = operated(*MODE, *FAST, f"unix:{path}", command=SERVER)
@@ -683,7 +688,7 @@ def test_a_daemon_of_the_library_serves_from_listeners_too(served_by: Starter, n
         Load(f"127.0.0.1:{daemon.port}", concurrency=8) as load,
     ):
         assert held.hear().endswith(" first")
-        for _ in range(rounds(2, 10)):
+        for _ in range(rounds(1, 10)):
             daemon.reload()
             served(load)
         old = pid_in(held.ask())
@@ -806,6 +811,7 @@ def test_a_listener_that_a_reload_adds_is_handed_to_the_new_ones(
     assert re.search(r"\{fd:a\}: no listener has this name; there is: b", line)
 
 
+@pytest.mark.costly
 def test_the_command_returns_when_the_server_is_ready(start: Start) -> None:
     ended = start.up(*MODE, *FAST, "127.0.0.1:0", "--", *SERVER)
 

@@ -145,6 +145,7 @@ def test_a_worker_that_joins_a_generation_that_serves_is_ready_by_time(
 
 @EITHER_HANDOFF
 @pytest.mark.parametrize("kind", ["accept", "http:/healthz", "http:/healthz=200"])
+@pytest.mark.costly
 def test_a_release_is_asked_and_serves_then(protector: Starter, asked: Asked, kind: str) -> None:
     daemon = protector("--ready", kind, "127.0.0.1:0", "--", asked.release.path).ready()
     first = get(daemon.port)

@@ -67,6 +67,7 @@ def test_both_stacks_in_one_listener_where_that_is_asked_for(start: Start) -> No
     start.stop()
 
 
+@pytest.mark.costly
 def test_a_port_of_ones_own_choice_is_bound_and_not_said_again(
     start: Start, free_port: Callable[[], int]
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_port_of_ones_own_choice_is_bound_and_not_said_again(
 
 
 @needs_ipv6
+@pytest.mark.costly
 def test_an_ipv6_address_stands_in_brackets(start: Start) -> None:
     start.up("[::1]:0", "--", *MINIMAL)
 
@@ -103,6 +105,7 @@ def test_a_name_is_every_address_it_resolves_to(start: Start) -> None:
 
 @needs_root
 @needs_ipv6
+@pytest.mark.costly
 def test_a_name_of_many_addresses_is_bound_on_all_of_them(start: Start) -> None:
     if shutil.which("unshare") is None:
         needs.skip("unshare")
@@ -256,6 +259,7 @@ def test_a_listener_is_bound_to_a_device(start: Start) -> None:
 # -- UNIX ----------------------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_a_unix_socket_is_ours_to_remove_at_the_end(start: Start) -> None:
     start.up("unix:s", "--", *MINIMAL)
 

@@ -166,6 +166,7 @@ def test_files_removed_before_and_during_holds_keep_no_client_waiting(
     newest_answers(one, path)
 
 
+@pytest.mark.costly
 def test_the_path_removed_comes_back_at_the_next_reload(one: Operated, path: Path) -> None:
     for _ in range(2):
         path.unlink()

@@ -68,7 +68,7 @@ def own_files(path: Path) -> list[str]:
 
 def test_reloads_upgrades_and_kills_lose_no_client(one: Operated, path: Path) -> None:
     with Load(f"unix:{path}") as load:
-        for _ in range(3):
+        for _ in range(rounds(1, 3)):
             one.daemon.reload()
             served(load)
         assert "event=resumed" in upgrade(one.daemon)
@@ -554,6 +554,7 @@ def test_clients_of_a_full_backlog_are_answered_when_the_release_that_has_it_fai
         all_are_answered([*before, *waiting])
 
 
+@pytest.mark.costly
 def test_what_a_killed_protector_leaves_is_removed_by_the_next_start(
     protector: Starter, path: Path
 ) -> None:

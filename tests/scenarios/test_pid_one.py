@@ -169,6 +169,7 @@ def test_hup_reloads_and_term_stops_the_first_process(start: Start) -> None:
     [(signal.SIGINT,), (signal.SIGTERM, signal.SIGTERM), (signal.SIGQUIT, signal.SIGINT)],
     ids=["INT", "TERM TERM", "QUIT INT"],
 )
+@pytest.mark.costly
 def test_the_first_process_stops_at_once_when_it_is_told_so(
     start: Start, signals: tuple[signal.Signals, ...]
 ) -> None:

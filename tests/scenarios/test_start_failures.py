@@ -189,6 +189,7 @@ def test_control_characters_in_last_words_are_escaped(start: Start) -> None:
     assert "\x1b" not in ended.err
 
 
+@pytest.mark.costly
 def test_a_worker_that_is_killed_at_once_is_reported(start: Start) -> None:
     ended = start("127.0.0.1:0", "--", "sh", "-c", "kill -KILL $$")
 

@@ -66,6 +66,7 @@ def test_a_signal_while_a_refusal_is_said_is_no_traceback(start: Start) -> None:
     assert (ended.status, ended.err) == (130, "")
 
 
+@pytest.mark.costly
 def test_ctrl_c_on_the_terminal_stops_everything(start: Start, gate: Path) -> None:
     ours, theirs = pty.openpty()
     take_terminal = ("setsid", "--ctty", "--wait")

@@ -156,6 +156,7 @@ def test_of_eight_starters_at_once_exactly_one_wins(start: Start, stale: str | N
     assert start.left() == []
 
 
+@pytest.mark.costly
 def test_a_failed_start_leaves_none(start: Start) -> None:
     ended = start("unix:s", "--", "false")
 

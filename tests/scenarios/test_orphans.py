@@ -162,6 +162,7 @@ def test_what_a_dead_master_leaves_finishes_what_it_serves_and_keeps_its_generat
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_at_the_stop_orphans_have_the_time_of_workers_and_then_the_port_is_free(
     protector: Starter,
 ) -> None:
@@ -291,6 +292,7 @@ def test_orphans_are_known_to_the_next_program(protector: Starter, how: str) -> 
 # -- elsewhere they finish ------------------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_where_connections_are_handed_over_orphans_finish_and_end_at_the_limits(
     operated: Operating,
 ) -> None:
@@ -394,6 +396,7 @@ def test_a_worker_without_a_record_finishes_its_clients(
 
 @needs.programs("strace")
 @pytest.mark.parametrize("by", ["drain-timeout", "stop"])
+@pytest.mark.costly
 def test_a_worker_without_a_record_has_the_time_of_others(protector: Starter, by: str) -> None:
     limit = {"drain-timeout": ("--drain-timeout", "10ms")}.get(by, ("--stop-timeout", "10ms"))
     words = (*limit, "--kill-timeout", "10ms", "127.0.0.1:0", "--", *ECHO)

@@ -188,7 +188,9 @@ def test_parents_killed_under_load_leave_no_orphan_and_lose_no_client(
 def test_a_release_whose_children_cannot_start_fails(
     protector: Callable[..., Protector], way: str, says: str
 ) -> None:
-    daemon = protector("--log-prefix", "127.0.0.1:0", "--", *shares(3, way))
+    daemon = protector(
+        *("--log-prefix", "--start-tries", "1", "127.0.0.1:0", "--"), *shares(3, way)
+    )
 
     daemon.log.wait_for(says.replace("(", r"\(").replace(")", r"\)"))
 

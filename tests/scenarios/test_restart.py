@@ -119,6 +119,7 @@ def test_clients_from_before_the_stop_are_served_by_the_old_and_later_ones_by_th
     service.stop()
 
 
+@pytest.mark.costly
 def test_a_stop_leaves_the_listeners_alone_and_a_start_says_nothing_of_them(
     service: Service, free_port: Callable[[], int]
 ) -> None:

@@ -147,6 +147,7 @@ def test_what_arrives_while_the_first_worker_starts_is_answered(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_queue_filled_to_the_brim_by_stopped_workers_is_answered_in_order(
     protector: Start,
 ) -> None:
@@ -312,6 +313,7 @@ def test_reloads_lose_nothing_on_any_kind_of_listener(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_worker_sees_the_peers_own_address(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("names_listener")).ready()
     with Client(("127.0.0.1", daemon.port)) as client:

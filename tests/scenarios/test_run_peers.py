@@ -41,6 +41,7 @@ def test_node_3551_no_request_is_lost_when_workers_restart(protector: Start) -> 
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_node_21746_nothing_stays_behind_in_a_queue_whose_workers_all_died(
     protector: Start, tmp_path: Path
 ) -> None:

@@ -61,7 +61,7 @@ def test_reloads_under_load_lose_no_connection(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     load = Load(f"127.0.0.1:{daemon.port}", concurrency=16).start()
 
-    reloads = rounds(20, 400)
+    reloads = rounds(10, 400)
     for number in range(reloads):
         daemon.reload()
         if number % 2:  # the others may be replaced before they have answered anything
@@ -143,6 +143,7 @@ def test_a_release_that_crashes_after_ready_is_respawned_until_a_better_one_come
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_hup_during_a_reload_is_remembered_once(
     protector: Start, release: Release, gate: Gate
 ) -> None:
@@ -230,6 +231,7 @@ def test_hup_with_every_worker_dead_serves_what_was_queued_for_them(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_worker_that_dies_while_others_are_not_ready_yet_fails_the_reload(
     protector: Start, release: Release, gate: Gate
 ) -> None:
@@ -319,6 +321,7 @@ def test_a_time_may_be_longer_than_the_kernel_can_wait(protector: Start) -> None
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_settle_keeps_the_old_generation_until_the_new_one_has_lived_that_long(
     protector: Start,
 ) -> None:

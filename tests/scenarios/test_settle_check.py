@@ -154,6 +154,7 @@ def test_a_hold_makes_no_difference(operated: Operating, asked: Asked) -> None:
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_command_decides_by_its_own_measure_and_no_client_fails(
     protector: Starter, release: Release, check: Check
 ) -> None:

@@ -172,6 +172,10 @@ def test_a_worker_gets_what_the_options_say(start: Start) -> None:
     assert found["core"][0] == 0
     assert found["nice"] == os.nice(0) + 3
     assert found["argv"][1:] == ["one", "--", "-f"]
+    # They are the workers' alone.
+    soft, hard = resource.prlimit(start.pid, resource.RLIMIT_NOFILE)
+    assert soft == hard
+    assert os.getpriority(os.PRIO_PROCESS, start.pid) == os.getpriority(0, 0)
     start.stop()
 
 
@@ -227,6 +231,7 @@ def test_a_command_without_a_slash_is_found_in_the_workers_path(start: Start) ->
     start.stop()
 
 
+@pytest.mark.costly
 def test_several_workers_are_started(protector: Callable[..., Protector]) -> None:
     daemon = protector("--workers", "3", "127.0.0.1:0", "--", *MINIMAL).ready()
 

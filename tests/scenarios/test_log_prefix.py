@@ -113,6 +113,7 @@ def test_an_upgrade_and_its_own_death_under_a_guard_harm_no_workers_output(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_without_a_guard_the_relay_lives_as_long_as_its_last_writer(
     talking: Starter, marked_environment: dict[str, str]
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_relay_that_is_killed_costs_no_worker_its_life_and_no_line(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_the_log_file_is_followed_after_a_rotation(start: Start) -> None:
     start.up("--log-prefix", "unix:s", "--", *TALKS)
     with Client(f"{start.folder}/s", "one") as client:

@@ -110,6 +110,7 @@ def test_a_worker_gets_the_environment_of_the_contract(protector: Start, tmp_pat
         "SOCKETPROTECTOR_WORKERS": "1",
     }
     assert environment["NOTIFY_SOCKET"].startswith("/")
+    assert environment["NOTIFY_SOCKET"] != outer["NOTIFY_SOCKET"]
     assert environment["OTHER"] == "reaches it"
     assert seen["argv"][1:] == ["an argument", ""]
     daemon.reload()
@@ -118,6 +119,7 @@ def test_a_worker_gets_the_environment_of_the_contract(protector: Start, tmp_pat
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_each_worker_leads_a_session_of_its_own(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("tells")).ready()
 
@@ -162,6 +164,7 @@ def test_a_worker_starts_with_default_signals_and_an_empty_mask(
     assert int(status["SigIgn"], 16) & ~(0b11 << 31) == 0
 
 
+@pytest.mark.costly
 def test_limits_umask_directory_and_nice_are_the_workers_alone(
     protector: Start, tmp_path: Path
 ) -> None:
@@ -179,6 +182,7 @@ def test_limits_umask_directory_and_nice_are_the_workers_alone(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_worker_has_the_callers_soft_limit_on_descriptors(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("tells")).ready()
 
@@ -259,6 +263,7 @@ def test_a_stranger_is_not_believed(protector: Start, tmp_path: Path) -> None:
     daemon.wait()
 
 
+@pytest.mark.costly
 def test_ready_after_a_time_needs_no_word(protector: Start) -> None:
     daemon = protector("--ready", "after:0.2s", "127.0.0.1:0", "--", *worker("many", "--silent"))
     daemon.ready()
@@ -291,6 +296,7 @@ def test_extend_timeout_gives_a_slow_start_more_time(protector: Start, tmp_path:
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_nonsense_on_the_notify_socket_does_no_harm(protector: Start) -> None:
     command = worker("says_nonsense")
     daemon = protector("127.0.0.1:0", "--", *command).ready()
@@ -369,6 +375,7 @@ def test_a_reload_starts_as_many_workers_as_are_wanted_by_now(protector: Start) 
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_there_is_always_one_worker(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
 
@@ -379,6 +386,7 @@ def test_there_is_always_one_worker(protector: Start) -> None:
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_usr1_reopens_the_log(protector: Start, tmp_path: Path) -> None:
     log = tmp_path / "log"
     daemon = protector("--log-file", log, "127.0.0.1:0", "--", *worker("many"))

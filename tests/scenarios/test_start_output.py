@@ -81,6 +81,7 @@ def test_output_of_a_detached_protector_goes_to_syslog(start: Start, syslog: Sys
     assert [left for left in start.left() if "process" in left] == []
 
 
+@pytest.mark.costly
 def test_a_relay_that_is_killed_breaks_no_workers_output_and_comes_back(
     start: Start, syslog: Syslog
 ) -> None:
@@ -122,6 +123,7 @@ def test_lines_of_the_guard_have_the_priority_of_the_protectors(
     start.stop()
 
 
+@pytest.mark.costly
 def test_the_relay_lives_as_long_as_its_last_writer(start: Start, syslog: Syslog) -> None:
     ended = start("unix:s?mode=0600", "--", *TALKS, before=syslog.before)
     if ended.status == 77:
@@ -340,6 +342,7 @@ def test_the_log_file_is_appended_to_and_shared(start: Start) -> None:
     assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z \w+ event=", line) for line in own)
 
 
+@pytest.mark.costly
 def test_a_relative_log_file_is_the_callers(start: Start) -> None:
     ended = start("--log-file", "log", "--chdir", "/", "unix:s?mode=0600", "--", *MINIMAL)
 

@@ -386,6 +386,7 @@ def test_when_it_detaches_it_says_which_is_the_main_process_and_feeds_the_watchd
     assert wait_gone([pid]) == []
 
 
+@pytest.mark.costly
 def test_workers_get_neither_the_managers_socket_nor_its_watchdog(
     service: Callable[..., Protector], manager: Manager
 ) -> None:

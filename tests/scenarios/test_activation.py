@@ -130,6 +130,7 @@ def test_a_unix_socket_is_taken_and_its_file_stays(giver: Giver, tmp_path: Path)
     assert Path(path).exists()
 
 
+@pytest.mark.costly
 def test_several_sockets_of_one_name_are_all_taken(giver: Giver) -> None:
     ports = {giver.tcp("web"), giver.tcp("web")}
     daemon = giver.start("fd:web", "--", *MANY).ready()
@@ -209,10 +210,10 @@ def test_a_name_that_nothing_was_passed_under_is_refused_in_one_line(giver: Give
 
 
 def test_workers_get_none_of_what_was_passed(giver: Giver) -> None:
-    giver.tcp("web")
-    giver.tcp("web")
+    ports = {giver.tcp("web"), giver.tcp("web")}
     giver.tcp("other")
     daemon = giver.start("fd:web", "--", *MANY).ready()
+    assert {int(each.rpartition(":")[2]) for each in daemon.addresses} == ports
     [pid] = spawned(daemon)
 
     theirs, ours = descriptors(pid), descriptors(os.getpid())

@@ -338,6 +338,7 @@ def test_a_file_with_mistakes_is_a_failed_reload_that_changes_nothing(
         ("listen = 1", "Cannot overwrite a value"),
     ],
 )
+@pytest.mark.costly
 def test_what_cannot_change_is_refused(
     configured: Starter, file: File, more: str, said: str
 ) -> None:

@@ -94,6 +94,7 @@ def test_it_ends_when_no_client_comes(protector: Starter) -> None:
     assert daemon.wait() == 0
 
 
+@pytest.mark.costly
 def test_under_stdio_each_program_is_started_meanwhile(protector: Starter) -> None:
     daemon = protector("--handoff", "stdio", *LONG, "127.0.0.1:0", "--", "/bin/cat").ready()
     told(daemon)
@@ -102,6 +103,7 @@ def test_under_stdio_each_program_is_started_meanwhile(protector: Starter) -> No
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_under_legacy_the_daemon_is_handed_connections_meanwhile(
     protector: Starter,
     free_port: Callable[[], int],
@@ -187,6 +189,7 @@ def test_an_upgrade_and_a_guard_go_on_with_it(operated: Operating) -> None:
     assert listening(address[1]) == 0
 
 
+@pytest.mark.costly
 def test_on_outlives_the_program(operated: Operating) -> None:
     web = operated("--guard")
     web.line().ask("lame-duck", on=True)

@@ -241,6 +241,7 @@ def operated_by(operated: Operating, file: File) -> Operated:
         (ROLLING, "does not work with --reload-order rolling"),
     ],
 )
+@pytest.mark.costly
 def test_a_canary_is_refused_under_another_reload_order(
     operated: Operating, words: tuple[str, ...], said: str
 ) -> None:
@@ -527,6 +528,7 @@ def test_a_rolling_reload_goes_on_in_the_next_program(
     ],
     indirect=["handoff"],
 )
+@pytest.mark.costly
 def test_a_requested_canary_is_refused_where_the_new_settings_have_no_place_for_it(
     protector: Callable[..., Protector],
     place: Path,

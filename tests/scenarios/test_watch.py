@@ -91,6 +91,7 @@ def watcher_of(environment: str) -> list[int]:
     return running("file_watch.py", marked(environment))
 
 
+@pytest.mark.costly
 def test_a_change_is_a_reload(watching: Starter, source: Source) -> None:
     daemon = watching()
     assert says(daemon) == "one"

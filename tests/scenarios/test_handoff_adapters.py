@@ -108,6 +108,7 @@ def test_a_reload_lets_programs_go_on_and_starts_what_is_there_now(
     assert wait_gone(spawned(daemon, 1)) == []
 
 
+@pytest.mark.costly
 def test_a_program_that_is_missing_fails_the_reload(protector: Starter, tmp_path: Path) -> None:
     release = Release(tmp_path / "program")
     release.becomes(CAT)

@@ -14,6 +14,7 @@ import pytest
 from tests.channel import Channel
 from tests.load import Load
 from tests.procfs import parent_of, watched_by
+from tests.rounds import rounds
 from tests.running import Client, Protector, eventually, wait_gone
 from tests.scenarios.tools import Release
 from tests.stdio.pools import ANSWERS, PROGRAMS, TALKS, pool, refusing
@@ -31,6 +32,7 @@ def program(tmp_path: Path) -> Release:
     return made
 
 
+@pytest.mark.costly
 def test_a_reload_lets_running_programs_finish(protector: Start, program: Release) -> None:
     daemon = protector("127.0.0.1:0", "--", *pool(2, program.path)).ready()
     with Client(("127.0.0.1", daemon.port)) as before:
@@ -51,7 +53,7 @@ def test_reloads_under_load_fail_no_client(protector: Start) -> None:
     daemon = protector("--workers", "2", "127.0.0.1:0", "--", *command).ready()
     load = Load(f"127.0.0.1:{daemon.port}", concurrency=8).start()
 
-    for _ in range(5):
+    for _ in range(rounds(2, 5)):
         wanted = load.snapshot().connections + 20
         load.wait_for(lambda now: now.connections >= wanted)  # noqa: B023 (waited for here)
         daemon.reload()

@@ -22,6 +22,7 @@ Start = Callable[..., Protector]
 SIGNALS = "grep -E 'Sig(Blk|Ign)' /proc/self/status"
 
 
+@pytest.mark.costly
 def test_cat_is_an_echo_server(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *pool(4, "cat")).ready()
 
@@ -209,6 +210,7 @@ def test_the_environment_has_the_client_of_a_unix_socket(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_a_command_of_the_shell_is_run_by_it(protector: Start) -> None:
     command = "read a b; echo $((a + b)) | tr 0-9 a-j"
     daemon = protector("127.0.0.1:0", "--", *pool(4, command, shell=True)).ready()

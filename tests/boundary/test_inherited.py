@@ -132,6 +132,7 @@ needs_many = needs.unless(
 
 
 @needs_many
+@pytest.mark.costly
 def test_thousands_of_names_go_through() -> None:
     seen = shown(LEAVE, MAKE_MANY)
 

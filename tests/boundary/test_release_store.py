@@ -26,7 +26,7 @@ NEWER = release.added(NEW, Entry("3", 3.0))
 #: Every call by which the store and the writer change something, or wait for the disk.
 CALLS = ("symlink", "unlink", "rename", "open", "write", "fsync", "close", "listdir")
 #: Of the calls of two writers together, one in so many pairs is tried.
-EVERY = rounds(3, 1)
+EVERY = rounds(6, 1)
 
 
 class Place:
@@ -342,8 +342,15 @@ def in_a_child(place: Place, at: int, then: Callable[[], None], after: bool) -> 
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize("stale", [False, True], ids=["clean", "stale"])
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("after", "stale"),
+    [  # After a call is before the next one.
+        pytest.param(False, False, id="before-clean"),
+        pytest.param(False, True, id="before-stale", marks=pytest.mark.costly),
+        pytest.param(True, False, id="after-clean", marks=pytest.mark.costly),
+        pytest.param(True, True, id="after-stale"),
+    ],
+)
 def test_a_kill_at_any_call_leaves_the_old_or_the_new_release_and_history(
     tmp_path: Path, stale: bool, after: bool
 ) -> None:
@@ -413,7 +420,7 @@ def test_a_writer_of_an_earlier_owner_never_replaces_a_newer_history(tmp_path: P
     """Each writer is suspended at each of its calls, and the earlier one goes on first."""
     calls = calls_of_a_writer(tmp_path / "all")
     for at in range(1, len(calls) + 1):
-        # A third of the newer one's calls: another third for the earlier one's next call.
+        # A sixth of the newer one's calls: another sixth for the earlier one's next call.
         for newer_at in range(1 + at % EVERY, len(calls) + 1, EVERY):
             call = calls[newer_at - 1]
             place = Place(tmp_path / f"{at}-{newer_at}")
@@ -453,7 +460,16 @@ def test_a_writer_removes_no_copy_of_an_operator(tmp_path: Path) -> None:
     assert left == {*copies, "current.history.next.1"}
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize(
+    "number",
+    [
+        errno.ENOSPC,
+        *(
+            pytest.param(each, marks=pytest.mark.costly)
+            for each in (errno.EDQUOT, errno.EIO, errno.EROFS)
+        ),
+    ],
+)
 def test_an_error_at_any_call_leaves_the_old_or_the_new_release_and_history(
     tmp_path: Path, number: int
 ) -> None:

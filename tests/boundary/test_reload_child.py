@@ -208,7 +208,9 @@ def test_an_address_that_is_bound_already_is_kept_whatever_it_is_called_now(
     assert (listener.name, listener.removed) == ("http", False)
 
 
-@pytest.mark.parametrize("options", ["", "?backlog=7", "?nonblock=1"])
+@pytest.mark.parametrize(
+    "options", ["", "?backlog=7", pytest.param("?nonblock=1", marks=pytest.mark.costly)]
+)
 def test_other_options_of_a_bound_listener_are_listed_and_take_effect_at_a_restart(
     loop: Loop, web: Web, tmp_path: Path, options: str
 ) -> None:
@@ -272,7 +274,7 @@ def test_a_port_alone_can_get_a_name_where_its_socket_also_accepts_ipv4(
     assert answer.settings.notices == ()
 
 
-@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize("dry", [False, pytest.param(True, marks=pytest.mark.costly)])
 def test_one_address_twice_is_refused_as_at_a_start(
     loop: Loop, web: Web, tmp_path: Path, dry: bool
 ) -> None:

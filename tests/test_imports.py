@@ -7,8 +7,10 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from socketprotector_client import wire
@@ -88,25 +90,41 @@ def parsed(path: Path) -> ast.Module:
 
 
 @cache
+def nodes_of(path: Path) -> dict[type[ast.AST], list[Any]]:
+    """All nodes of a module, by their types: to walk through them is what takes the time."""
+    found: dict[type[ast.AST], list[Any]] = {}
+    for node in ast.walk(parsed(path)):
+        found.setdefault(type(node), []).append(node)
+    return found
+
+
+def imports_of(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    nodes = nodes_of(path)
+    return [*nodes.get(ast.Import, ()), *nodes.get(ast.ImportFrom, ())]
+
+
+@cache
 def names_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     """Each import: the absolute module, and the names taken from it."""
-    return names_in(parsed(path), path)
+    return names_in(imports_of(path), path)
 
 
 @cache
 def attributes_of(path: Path) -> set[str]:
     """The names of all attributes that a module reads or sets."""
-    return {node.attr for node in ast.walk(parsed(path)) if isinstance(node, ast.Attribute)}
+    return {node.attr for node in nodes_of(path).get(ast.Attribute, ())}
 
 
-def names_in(tree: ast.AST, path: Path) -> list[tuple[str, tuple[str, ...]]]:
-    """Each import in a part of a file, as names_of()."""
+def names_in(
+    imports: Iterable[ast.Import | ast.ImportFrom], path: Path
+) -> list[tuple[str, tuple[str, ...]]]:
+    """What some imports of a file import, as names_of()."""
     found: list[tuple[str, tuple[str, ...]]] = []
     package = path.parent.relative_to(ROOT).parts if ROOT in path.parents else ()
-    for node in ast.walk(tree):
+    for node in imports:
         if isinstance(node, ast.Import):
             found += [(name.name, ()) for name in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = package[: len(package) - node.level + 1] if node.level else ()
             words = (*base, *([node.module] if node.module else []))
             found.append((".".join(words), tuple(name.name for name in node.names)))
@@ -116,13 +134,13 @@ def names_in(tree: ast.AST, path: Path) -> list[tuple[str, tuple[str, ...]]]:
 @cache
 def siblings(module: str) -> set[str]:
     """The modules of the daemon's that one of them imports, however it spells it."""
-    return siblings_of(module, parsed(MODULES[module]))
+    return siblings_of(module, imports_of(MODULES[module]))
 
 
-def siblings_of(module: str, tree: ast.AST) -> set[str]:
-    """Those that a part of it imports."""
+def siblings_of(module: str, imports: Iterable[ast.Import | ast.ImportFrom]) -> set[str]:
+    """Those that some of its imports import."""
     found = set()
-    for base, names in names_in(tree, MODULES[module]):
+    for base, names in names_in(imports, MODULES[module]):
         if base != DAEMON.name and not base.startswith(f"{DAEMON.name}."):
             continue
         inside = base[len(DAEMON.name) + 1 :]
@@ -203,8 +221,8 @@ def test_decide_is_called_from_one_line_only() -> None:
     calls = [
         f"{module}:{node.lineno}"
         for module, path in MODULES.items()
-        for node in ast.walk(parsed(path))
-        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "decide"
+        for node in nodes_of(path).get(ast.Call, ())
+        if "decide" in (getattr(node.func, "attr", ""), getattr(node.func, "id", ""))
     ]
 
     assert len(calls) == 1, calls
@@ -229,7 +247,8 @@ def names_a_mode(node: ast.AST) -> bool:
 @together("module", [m for m in MODULES if m != "model.handoff_modes"])
 def test_a_handoff_mode_is_asked_what_it_can_do_and_never_for_its_name(module: str) -> None:
     found: list[ast.AST] = []
-    for node in ast.walk(parsed(MODULES[module])):
+    nodes = nodes_of(MODULES[module])
+    for node in (n for t in (ast.Compare, ast.MatchValue, ast.Subscript) for n in nodes.get(t, ())):
         match node:
             case ast.Compare(left, _, others):
                 found += filter(names_a_mode, (left, *others))
@@ -454,9 +473,10 @@ def test_the_resident_process_needs_no_file_of_its_package_later() -> None:
     found = set()
     for module in MODULES:
         if room_of(module) in {"daemon", *may_import("daemon")}:
-            for function in ast.walk(parsed(MODULES[module])):
-                if isinstance(function, ast.FunctionDef):
-                    found |= {(module, other) for other in siblings_of(module, function)}
+            for function in nodes_of(MODULES[module]).get(ast.FunctionDef, ()):
+                within = range(function.lineno, function.end_lineno + 1)
+                imports = [e for e in imports_of(MODULES[module]) if e.lineno in within]
+                found |= {(module, other) for other in siblings_of(module, imports)}
 
     assert found == LOADED_LATER
 

@@ -56,7 +56,8 @@ def test_each_way_to_write_a_line_of_the_log_is_known(tools: ModuleType) -> None
     found = {
         node.args[1].value
         for path in (ROOT / "socketprotector").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if any(f'"{level}"' in (text := path.read_text(encoding="utf-8")) for level in LEVELS)
+        for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Call) and len(node.args) > 1
         if isinstance(node.args[0], ast.Constant) and node.args[0].value in LEVELS
         if isinstance(node.args[1], ast.Constant) and isinstance(node.args[1].value, str)

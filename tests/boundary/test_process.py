@@ -24,6 +24,7 @@ from socketprotector.system.process import Process
 from socketprotector.system.spawn import spawn
 from tests import needs
 from tests.boundary.ending import SHELL, end_of, is_open, running, settle, traced, until
+from tests.rounds import rounds
 from tests.running import DEADLINE_S, ROOT, eventually
 from tests.together import together
 from tests.vm.programs import takes_a_number
@@ -403,7 +404,7 @@ def ended(status):
 assert reap_orphans() == (0, False)
 strangers = [ended(1)]
 known = Process(ended(3))
-strangers += [ended(1) for _ in range(1000)]
+strangers += [ended(1) for _ in range({strangers})]
 assert reap_orphans() == (1, True)
 assert reap_orphans() == (0, True)
 assert known.reap().how == "exited with status 3"
@@ -433,7 +434,7 @@ assert not [pid for pid in strangers if os.path.exists(f"/proc/{{pid}}")]
 
 def test_unknown_children_are_reaped_and_those_with_an_owner_are_left_to_it() -> None:
     """In a process of its own: this one has children that pytest knows."""
-    code = ORPHANS.format(path=sys.path)
+    code = ORPHANS.format(path=sys.path, strangers=rounds(300, 1000))
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

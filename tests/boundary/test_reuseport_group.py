@@ -18,10 +18,11 @@ from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
 from socketprotector.system.reuseport_group import OTHER, SILENT
 from tests.namespaces import two_links
+from tests.rounds import rounds
 from tests.running import DEADLINE_S
 from tests.unit.system.reuseport_group_model import DRAWN, EVENTS, OF_WORKERS, World
 
-SEQUENCES = 60
+SEQUENCES = rounds(20, 60)
 #: A share, in ten thousandths.
 HALF = 5_000
 LOCK_FILTER = 44

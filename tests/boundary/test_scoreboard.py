@@ -14,8 +14,9 @@ from socketprotector_client.scoreboard import Scoreboard
 
 from socketprotector.model.records import Counts
 from socketprotector.system.scoreboard import SLOTS, Board
+from tests.rounds import rounds
 
-READS = 20_000
+READS = rounds(5_000, 20_000)
 
 
 @pytest.fixture

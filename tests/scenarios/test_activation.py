@@ -14,6 +14,7 @@ import pytest
 from socketprotector.system import reuseport
 from tests import needs
 from tests.procfs import descriptors, environment_of, listening
+from tests.rounds import rounds
 from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import upgrade
 from tests.scenarios.managers import Giver
@@ -23,14 +24,14 @@ from tests.steady import Steady
 MANY = worker("many")
 
 
-def steady(port: int) -> Steady:
-    """Clients that come faster than any pause that is waited for."""
+def steady(port: int, pause_s: float = 0.0) -> Steady:
+    """Clients that come faster than any pause that is waited for, without one of their own."""
 
     def hello() -> None:
         reply = ask(("127.0.0.1", port))
         assert reply.endswith("hello"), reply
 
-    return Steady(hello)
+    return Steady(hello, pause_s)
 
 
 def served(clients: Steady, more: int) -> None:
@@ -271,7 +272,7 @@ def test_with_reuseport_each_generation_has_a_socket_and_the_owner_gets_all_back
     daemon = giver.start(*SHARED).ready()
     assert listening(port) == 2
 
-    with steady(port) as clients:
+    with steady(port, rounds(10, 0) / 1000) as clients:
         for _ in range(reloads):
             served(clients, 20)
             daemon.reload()

@@ -76,6 +76,7 @@ def generations_of_serving(web: Operated, count: int) -> list[int]:
     return [of.get(pid_of(ask(at[n % len(at)])), 1) for n in range(count)]
 
 
+@pytest.mark.costly
 def test_a_canary_whose_workers_are_stopped_is_returned_and_no_client_is_lost(
     web: Operated, canary: Callable[[str], Running]
 ) -> None:

@@ -110,6 +110,7 @@ def test_a_release_that_would_serve_serves_nobody_and_is_ended(
         ("is never ready", "not ready within"),
     ],
 )
+@pytest.mark.costly
 def test_a_release_that_would_not_serve_is_what_a_failed_reload_is(
     operated: Operating, release: Release, what: str, why: str
 ) -> None:

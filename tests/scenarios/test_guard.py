@@ -349,6 +349,7 @@ def test_killed_at_any_moment_of_a_stop_it_stops(protector: Starter, tmp_path: P
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_term_is_not_lost_when_the_protector_is_killed_right_after(guarded: Starter) -> None:
     daemon = guarded()
     hold(protector_pid(daemon))

@@ -276,6 +276,7 @@ def test_a_release_that_never_serves_gets_no_client(served_by: Starter, tmp_path
 
 
 @pytest.mark.parametrize("how", ["kill", "upgrade"])
+@pytest.mark.costly
 def test_another_protector_resumes_with_one_that_quiesces(protector: Starter, how: str) -> None:
     guard = ("--guard",) if how == "kill" else ()
     daemon = protector(*guard, *MODE, "127.0.0.1:0", "--", *SERVER).ready()

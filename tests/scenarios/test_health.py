@@ -159,6 +159,7 @@ def test_a_question_that_no_worker_takes_is_busy_and_no_failure(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_a_server_that_takes_it_and_hangs_is_unhealthy(
     watched: Callable[..., Watched], asked: Asked
 ) -> None:

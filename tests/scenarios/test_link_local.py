@@ -264,6 +264,7 @@ def test_after_a_stop_the_stored_socket_still_has_its_interface(
         second.stop()
 
 
+@pytest.mark.costly
 def test_a_passed_socket_is_taken_by_its_address(
     marked_environment: dict[str, str], links: tuple[str, str]
 ) -> None:

@@ -96,6 +96,7 @@ def test_a_stranger_cannot_get_at_a_workers_socket(protector: Starter) -> None:
     [(), ("--user", "games"), ("--user", "games", "--worker-user", "nobody"), ("--guard",)],
     ids=" ".join,
 )
+@pytest.mark.costly
 def test_workers_of_every_user_are_heard_there(
     protector: Starter, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
@@ -166,6 +167,7 @@ def test_an_upgrade_and_a_restart_by_the_guard_go_on_in_the_same_folder(
     assert folders() == []
 
 
+@pytest.mark.costly
 def test_a_worker_is_heard_on_its_path_after_an_upgrade(operated: Operating) -> None:
     web: Operated = operated(command=ECHO)
     [pid] = spawned(web.daemon)

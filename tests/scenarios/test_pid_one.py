@@ -105,6 +105,7 @@ def test_how_workers_ended_is_known_however_many_orphans_end_meanwhile(
     assert daemon.log.count('event=exited .*how="was killed by SIGKILL"') == 3
 
 
+@pytest.mark.costly
 def test_orphans_end_is_seen_at_once_where_they_are_left_to_us(
     start: Start, through: tuple[str, ...]
 ) -> None:
@@ -188,6 +189,7 @@ def test_the_first_process_stops_at_once_when_it_is_told_so(
 
 @IN_CONTAINER
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+@pytest.mark.costly
 def test_a_signal_while_the_first_process_starts_is_not_lost(
     start: Start, number: signal.Signals
 ) -> None:

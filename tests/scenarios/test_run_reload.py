@@ -378,6 +378,7 @@ def test_max_draining_ends_the_oldest(protector: Start) -> None:
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_the_fourth_draining_generation_is_warned_about(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     clients = []
@@ -416,6 +417,7 @@ def test_stop_first_lets_the_old_generation_end_before_the_new_one_starts(
 
 
 @EITHER_HANDOFF
+@pytest.mark.costly
 def test_stop_first_goes_back_to_the_previous_command_if_the_new_one_fails(
     protector: Start, tmp_path: Path
 ) -> None:

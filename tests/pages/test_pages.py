@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -167,8 +168,13 @@ def test_what_is_left_out_is_there() -> None:
         assert (ROOT / reason.split()[0]).exists(), reason
 
 
+@cache
+def all_tests() -> set[str]:
+    return {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py")}
+
+
 @together("name", PAGES)
 def test_each_test_that_it_names_exists(name: str) -> None:
-    paths = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py")}
     for named in re.findall(r"`((?:tests/[\w/]+|test_\w+)\.py)`", (ROOT / name).read_text()):
+        paths = all_tests()
         assert any(path == named or path.endswith(f"/{named}") for path in paths), named

@@ -295,7 +295,6 @@ def test_a_wait_that_fails_ends_the_protector_and_its_workers_finish(
 
 
 @EITHER_HANDOFF
-@pytest.mark.costly
 def test_a_wait_that_fails_under_a_guard_costs_no_connection(
     protector: Starter, tmp_path: Path
 ) -> None:

@@ -189,7 +189,6 @@ def test_an_upgrade_and_a_guard_go_on_with_it(operated: Operating) -> None:
     assert listening(address[1]) == 0
 
 
-@pytest.mark.costly
 def test_on_outlives_the_program(operated: Operating) -> None:
     web = operated("--guard")
     web.line().ask("lame-duck", on=True)

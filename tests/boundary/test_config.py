@@ -221,7 +221,7 @@ def test_a_surge_is_a_number_or_a_string(
     assert (policy.surge, policy.surge_is_percent) == surge
 
 
-@pytest.mark.parametrize("page", ["--help", "--help-all"])
+@pytest.mark.parametrize("page", [pytest.param("--help", marks=pytest.mark.costly), "--help-all"])
 def test_help_is_the_same_without_docstrings(page: str) -> None:
     said = [
         subprocess.run(

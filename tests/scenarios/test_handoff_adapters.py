@@ -134,6 +134,7 @@ def test_scaling_is_refused_in_words(operated: Operating) -> None:
     assert said in told
 
 
+@pytest.mark.costly
 def test_programs_survive_the_protector_and_its_upgrade(protector: Starter) -> None:
     daemon = protector("--guard", *STDIO, "127.0.0.1:0", "--", CAT).ready()
     with Client(here(daemon)) as client:

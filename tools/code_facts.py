@@ -162,7 +162,8 @@ def environment() -> set[str]:
 
 
 def _is_environment(node: ast.expr) -> bool:
-    return ast.unparse(node).rpartition(".")[2] in ("environ", "environment")
+    name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+    return name in ("environ", "environment")
 
 
 def _keys(function: ast.FunctionDef) -> Iterator[ast.expr]:

@@ -17,6 +17,7 @@ import pytest
 from socketprotector.ctl import orders
 from socketprotector.ctl.cli import program
 from socketprotector.ctl.client import Client
+from tests import forked
 from tests.running import DEADLINE_S, ROOT, Ended, Lines, eventually
 from tests.together import together
 from tests.unit.ctl.conftest import COMMAND
@@ -107,7 +108,7 @@ def test_hold_lasts_as_long_as_the_command_and_releases_at_its_end(
     fake.answers["hold"] = lambda *_: {"until_at": 1.0}
     fake.answers["release"] = lambda *_: {}
     receive, send = os.pipe()
-    process = subprocess.Popen([*COMMAND, "hold"], stdout=send)
+    process = forked.popen([*COMMAND, "hold"], stdout=send)
     os.close(send)
     lines = Lines(receive)
     lines.wait_for("on hold while this command runs; Ctrl-C ends the hold")
@@ -124,7 +125,7 @@ def test_hold_lasts_as_long_as_the_command_and_releases_at_its_end(
 
 def test_a_hold_that_cannot_be_released_is_not_called_released(fake: Fake) -> None:
     fake.answers["hold"] = lambda *_: {"until_at": 1.0}  # and `release` is refused
-    with subprocess.Popen(
+    with forked.popen(
         [*COMMAND, "hold"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:

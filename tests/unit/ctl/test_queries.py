@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.ctl import queries, render
+from tests import forked
 from tests.running import DEADLINE_S, Ended, Lines, eventually
 from tests.together import together
 from tests.unit.ctl.conftest import COMMAND, run
@@ -494,9 +495,7 @@ def test_events_go_on_across_a_cut_and_end_by_ctrl_c(fake: Fake) -> None:
     receive, send = os.pipe()
     # With this variable of the caller, a line comes even without a flush.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    process = subprocess.Popen(
-        [*COMMAND, "events"], stdout=send, stderr=subprocess.DEVNULL, env=env
-    )
+    process = forked.popen([*COMMAND, "events"], stdout=send, stderr=subprocess.DEVNULL, env=env)
     os.close(send)
     lines = Lines(receive)
     line = lines.wait_for("event=reloaded")
@@ -511,7 +510,7 @@ def test_events_go_on_across_a_cut_and_end_by_ctrl_c(fake: Fake) -> None:
 
 def test_events_follow_waits_for_a_protector_that_is_yet_to_come(folder: Path) -> None:
     receive, send = os.pipe()
-    process = subprocess.Popen(
+    process = forked.popen(
         [*COMMAND, "--control", str(folder / "late"), "events", "--follow"], stdout=send
     )
     os.close(send)
@@ -540,7 +539,7 @@ def test_events_of_an_unknown_name_are_an_error(folder: Path, ctl: Ctl) -> None:
 def test_a_reader_that_has_read_enough_is_no_failure(fake: Fake) -> None:
     receive, send = os.pipe()
     os.close(receive)
-    process = subprocess.Popen([*COMMAND, "status"], stdout=send, stderr=subprocess.PIPE)
+    process = forked.popen([*COMMAND, "status"], stdout=send, stderr=subprocess.PIPE)
     os.close(send)
     _, err = process.communicate(timeout=DEADLINE_S)
 

@@ -15,6 +15,7 @@ import pytest
 
 from socketprotector.ctl import client
 from socketprotector.ctl.reload_progress import Reload, WaitsShown
+from tests import forked
 from tests.running import DEADLINE_S, Ended, Lines, eventually
 from tests.together import together
 from tests.unit.ctl.conftest import COMMAND, run_into
@@ -554,7 +555,7 @@ def test_interrupted_it_waits_no_longer_and_claims_nothing(
 ) -> None:
     reloading(fake, lambda c: c.event("spawned", generation=9, worker=15, pid=1))
     receive, send = os.pipe()
-    process = subprocess.Popen([*COMMAND, "reload"], stdout=subprocess.PIPE, stderr=send)
+    process = forked.popen([*COMMAND, "reload"], stdout=subprocess.PIPE, stderr=send)
     os.close(send)
     err = Lines(receive)
     err.wait_for("generation 9 is starting")
@@ -575,7 +576,7 @@ def test_interrupted_it_says_whether_anything_was_requested(
     words = command.split()
     silent = words[0] if sent else "status"
     fake.answers[silent] = lambda *_: None
-    process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = forked.popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     eventually(lambda: silent in fake.commands(), "the request that is not answered")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=DEADLINE_S)

@@ -9,7 +9,6 @@ import pty
 import re
 import signal
 import struct
-import subprocess
 import termios
 import threading
 import time
@@ -19,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from socketprotector.ctl.top import _RECONNECT_S, Rates, draw
+from tests import forked
 from tests.running import DEADLINE_S, eventually
 from tests.unit.ctl.conftest import COMMAND
 from tests.unit.ctl.fake import Fake, Message, awaited, generation, rolling, status, worker
@@ -31,7 +31,7 @@ class Terminal:
         self.fd, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
         environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
-        self.process = subprocess.Popen(
+        self.process = forked.popen(
             [*COMMAND, *arguments],
             stdin=theirs,
             stdout=theirs,

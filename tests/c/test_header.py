@@ -260,7 +260,6 @@ def test_a_forked_child_takes_and_leaves_what_is_its_parents(
     assert channel.hear_all() == []  # no WATCHDOG=1
 
 
-@pytest.mark.costly
 def test_nothing_is_read_or_written_out_of_place(channel: Channel, build: Build) -> None:
     valgrind = working_valgrind()
     watched = (valgrind, "-q", "--error-exitcode=9", "--leak-check=full")

@@ -24,9 +24,9 @@ class ProbeTarget:
 
     The sockets of two generations may share one TCP address.  The kernel then selects the socket by
     the probe's mark (system/bpf.py).  Exception: if a probe must reach the serving generation as
-    clients do, its mark selects no socket.  Only the mark's source address, an address of this
-    machine, then matters: with it the probe cannot leave the machine.  Over IPv4, no client has
-    this address.
+    clients do, its mark selects no socket.  Then the mark's only use is its source address.  The
+    probe is bound to this address of this machine, so it cannot leave the machine.  Over IPv4, no
+    client has this address.
     """
 
     #: Host and port; for a UNIX socket: its path, or "@" and its name, with 0 as the port.

@@ -7,7 +7,7 @@ model/share.py).  If sending to the canary fails, the route gets the connection 
 
 The route cannot get a connection to a listener that only the canary knows.  If sending a newly
 accepted connection of this kind fails, undelivered.py keeps it, and a timer sends it later.  Until
-all kept connections are sent, we accept nothing from listeners that only the canary knows.
+then we accept nothing from listeners that only the canary knows.
 """
 
 from __future__ import annotations
@@ -124,11 +124,12 @@ class CanaryQueue:
             try:
                 send_to_canary(buffers, rights, flags)
             except OSError:
-                # The connection was meant for the canary, so count it in our `accepted`.  This
-                # raises `sent` of the canary's QueueWatch, and lowers `sent` of the route's
-                # QueueWatch.  Neither queue got the connection, so the two calls below undo both
-                # changes.  (After this error the acceptor leaves the route's `sent` as it is: the
-                # acceptor counts the connection as accepted, and then subtracts it again.)
+                # The connection was meant for the canary, so count it in our `accepted`.  The
+                # canary's QueueWatch adds this count to its `sent`.  The route's QueueWatch
+                # subtracts this count from all accepted connections.  Neither queue got the
+                # connection, so the two calls below undo both changes.  (The acceptor, which
+                # catches this error, adds the connection to the route's `sent`, and subtracts it
+                # again, so it needs no correction here.)
                 self.accepted += 1
                 self.watch.take_away()
                 self._outlet.queue_watch.add_uncounted()

@@ -234,7 +234,7 @@ def omitted_columns(status: Message) -> list[Text]:
     hidden = _unknown_columns(status, [*listed(status, "generations"), *_workers_of(status)])
     if not hidden:
         return []
-    why = "the workers do not use the client library, which counts these"
+    why = "the workers do not use the client library, or use its Channel, which counts nothing"
     if _workers_accept(status):
         why = "workers accept clients themselves, so SocketProtector cannot count these"
         why += with_instance("; see `connections`")

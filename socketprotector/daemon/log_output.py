@@ -142,7 +142,7 @@ class Output:
         """Close the oldest pipes of exited workers without orphans.
 
         The newest of these pipes, about LEFT_BEHIND (model/fd_budget.py), stay open.
-        living: how many workers run, or have exited and left orphans.
+        living: how many workers keep their pipes: running workers, and exited workers with orphans.
         numbers: returns these workers' numbers.
         """
         if self._relay is not None:

@@ -36,8 +36,8 @@ from .verdicts import Verdict
 
 #: The pause before we retry one of two steps: the check whether a worker has accepted our
 #: connection, or connect() to a UNIX socket with a full backlog.  The pause is a tenth of the time
-#: since the first probe over this connection was sent, but at least _FIRST_PAUSE_S and at most
-#: _LAST_PAUSE_S.
+#: since the probe was sent, but at least _FIRST_PAUSE_S and at most _LAST_PAUSE_S.  If the probe
+#: reuses an earlier probe's connection, that connection's first probe counts.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.005, 1.0, 0.1
 #: A silent prober gets this much time after the probe's limit, because it may be slow to start.
 #: Then we kill the prober.
@@ -80,8 +80,8 @@ class Probe:
         #: The running command.  We kill a late command.  The kill may fail if the command runs as
         #: another user, and takes effect late if the command waits for a disk.
         self._command: CheckCommand | None = None
-        #: Why the last late HTTP probe or command failed.  While that probe's connection waits or
-        #: its command runs, later probes report the same reason.
+        #: The reason that the latest late HTTP probe or command reported.  While its connection
+        #: waits, or its command runs, later probes report the same reason.
         self._late_why = ""
 
     def send(
@@ -123,9 +123,9 @@ class Probe:
 
     @property
     def target_is_closed(self) -> bool:
-        """Return whether the probed socket's options differ from the serving socket's.
+        """Whether the probed and the serving socket differ in an option that can keep clients out.
 
-        Compare only options that can keep clients out.
+        False without a target.
         """
         return self._target is not None and self._target.is_closed()
 

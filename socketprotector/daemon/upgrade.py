@@ -31,8 +31,8 @@ _OUTPUT_BYTES = 4096
 #: The descriptors that a trial reads.
 _NEEDED = (inherited.SETTINGS, inherited.STATE)
 
-#: Called with the new program's version and "" if that program can take over; otherwise with "" and
-#: the reason.  If the check was called off, both arguments are "".
+#: Its arguments are version and failure.  If the new program can take over: its version, and "".
+#: If not: "" and the reason.  If the check was called off: "" and "".
 Answered = Callable[[str, str], None]
 
 

@@ -87,8 +87,8 @@ class OpenCounts:
             # Connections in the backlog may carry one of this socket's earlier tags.  A count by
             # the new tag would miss these connections, so use NO_TAG.  If one of the earlier tags
             # now belongs to another generation, that generation's count would include these
-            # connections.  So fail: the caller then forgets the other generations' tags
-            # (SharedDelivery._stop_counting()).
+            # connections.  So raise OSError: tag_sockets() then returns no tags, and
+            # SharedDelivery.open() forgets the other generations' tags (_stop_counting()).
             earlier |= accept_tags.tag(listening, NO_TAG, used)
             if not earlier.isdisjoint(used):
                 raise OSError(errno.EBUSY, _OTHERS_WAIT)

@@ -250,7 +250,8 @@ def main() -> None:
     # Only end of file ends the relay: a stop of the service must not cut off its last lines.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    syslog.openlog(name, 0, syslog.LOG_DAEMON)
+    # A name that is not UTF-8 has surrogates, which openlog() refuses.
+    syslog.openlog(name.encode("utf-8", "replace").decode(), 0, syslog.LOG_DAEMON)
     relay = Relay(int(line), kind, prefixed=prefixed == "1")
     try:
         relay.add(Stream(0, -1, b""))

@@ -114,6 +114,16 @@ def test_the_file_has_each_line_as_it_was_written(start: Start, form: str) -> No
         assert found == lines
 
 
+def test_a_name_that_is_not_utf_8_costs_no_line(start: Start) -> None:
+    """A name is also what syslog gets, and the default name is the command's."""
+    name = os.fsdecode(b"d\xe4mon")
+    with talking(start, "--name", name), Client(f"{start.folder}/s", "one") as client:
+        start.wait_for("(?m)^one$")
+        assert client.ask("two")
+        start.wait_for("(?m)^two$")
+        assert "event=relay-ended" not in start.log
+
+
 def test_a_killed_protector_costs_no_worker_its_output(start: Start) -> None:
     """No process gets SIGPIPE: the relay reads on, until the last writer has gone."""
     release = Release(start.folder / "daemon.sh")

@@ -136,7 +136,7 @@ class Option(click.Option):
             kind = "dir" if self.values == "DIR" else "file"
             return [CompletionItem(incomplete, type=kind)]
         named = _NAMED.get(self.values)
-        words = named() if named else re.findall(r"\b[a-z]+\b(?!:)", self.values)
+        words = named() if named else re.findall(r"(?<![\w-])[a-z][a-z-]*\b(?!:)", self.values)
         found = [CompletionItem(word) for word in words if word.startswith(incomplete)]
         return found or super().shell_complete(ctx, incomplete)
 

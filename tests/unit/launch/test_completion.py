@@ -50,6 +50,10 @@ def test_a_value_is_what_its_option_takes(completed: Completed) -> None:
     assert completed("SocketProtector", "--chdir", "/x") == ["dir,/x"]
     assert completed("SocketProtector", "--handoff", "st") == ["plain,stdio"]
     assert completed("SocketProtector", "--ready", "a") == ["plain,ack", "plain,accept"]
+    assert completed("SocketProtector", "--reload-order", "st") == [
+        "plain,start-first",
+        "plain,stop-first",
+    ]
     assert completed("SocketProtector", "--drain-signal", "QU") == ["plain,QUIT"]
     assert "plain,KILL" not in completed("SocketProtector", "--drain-signal", "")
     assert "plain,root" in completed("SocketProtector", "--user", "ro")

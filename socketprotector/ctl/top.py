@@ -96,7 +96,8 @@ def top(instance: Instance, interval: float, as_json: bool) -> None:
 
     With --json, print the status as one line, once per interval.
     """
-    if not as_json and not (sys.stdin.isatty() and sys.stdout.isatty()):
+    is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")  # as rich judges it
+    if not as_json and (is_dumb or not (sys.stdin.isatty() and sys.stdout.isatty())):
         raise UsageError("top: needs a terminal; use status, or top --json")
     with instance.client() as client:
         while as_json:

@@ -27,7 +27,7 @@ from tests.unit.ctl.fake import Fake, Message, awaited, generation, rolling, sta
 class Terminal:
     """A command on a terminal, and what it has drawn."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, kind: str = "xterm") -> None:
         self.fd, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
         environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
@@ -36,7 +36,7 @@ class Terminal:
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            env={**environment, "TERM": "xterm"},
+            env={**environment, "TERM": kind},
             start_new_session=True,
         )
         os.close(theirs)
@@ -66,6 +66,15 @@ class Terminal:
         self.process.wait()
         self._thread.join()
         os.close(self.fd)
+
+
+def test_a_terminal_that_can_only_write_lines_is_refused(fake: Fake) -> None:
+    terminal = Terminal("top", kind="dumb")
+    try:
+        assert terminal.wait() == 2
+        assert "top: needs a terminal; use status, or top --json" in terminal.shown
+    finally:
+        terminal.end()
 
 
 @pytest.fixture

@@ -38,7 +38,6 @@ _HINTS = {
     errno.EACCES: "a port this low needs root or CAP_NET_BIND_SERVICE: start as root with "
     "--user, or choose another port",
     errno.EADDRNOTAVAIL: "no interface has this address: add ?freebind=1 if one gets it later",
-    errno.EINVAL: "a link-local address needs its interface, as in [fe80::1%eth0]:80",
 }
 
 
@@ -430,6 +429,10 @@ def _cannot_bind(listen: Listen, host: str, port: int, error: OSError) -> Refusa
         hint = error.hint
     elif error.errno == errno.EADDRINUSE:
         hint = port_owner.of_port(host, port)
+    elif error.errno == errno.EINVAL and host.startswith("fe80:"):
+        hint = "a link-local address needs its interface, as in [fe80::1%eth0]:80"
+    elif error.errno == errno.EINVAL and host.startswith("::ffff:"):
+        hint = "write the IPv4 address as such, or add ?v6only=0"
     else:
         hint = _HINTS.get(error.errno or 0, "check the address and its options")
     return SystemRefused(f"{what}; {hint}")

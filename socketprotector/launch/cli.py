@@ -86,7 +86,9 @@ def _launch(parsed: ParsedOptions) -> int:
     control = settings.control.address.removeprefix("unix:") if settings.control else None
     files["--control"] = control
     holder = preflight.check_pid_file(settings.pid_file, files, check=check)
-    preflight.check_log_file(settings.log_file)
+    program = settings.command[0]
+    files["the command"] = os.path.join(settings.directory, program) if "/" in program else None
+    preflight.check_log_file(settings.log_file, files)
     notices: list[str] = []
     given = activation.passed()
     passed = activation.take(listens, given.given)
@@ -161,7 +163,7 @@ def _launch(parsed: ParsedOptions) -> int:
 
 
 def _files_of(parsed: ParsedOptions) -> dict[str, str | None]:
-    """Return the files that neither the pid file nor the control socket may be, by option."""
+    """Return the files that no file that we write may be, by option."""
     return {
         "--config": parsed.config,
         "--env-file": parsed.settings.env_file,

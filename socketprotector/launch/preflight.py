@@ -317,9 +317,18 @@ def _is_same_file(path: str, other: str) -> bool:
     return False
 
 
-def check_log_file(path: str | None) -> None:
-    """Refuse a log file that could not be written.  This makes no file, as --check requires."""
+def check_log_file(path: str | None, others: Mapping[str, str | None]) -> None:
+    """Refuse a log file that cannot be used.  This makes no file, as --check requires.
+
+    others: the files that other options name, by option; the log file itself is left out.
+    """
     if path is not None:
+        for option, other in others.items():
+            if option != "--log-file" and other is not None and _is_same_file(path, other):
+                raise UsageError(
+                    f"the log file {path} is also the file of {option}, which log lines would "
+                    "damage; give each its own path"
+                )
         there = path if os.path.lexists(path) else os.path.dirname(path)
         _refuse_unwritable("log file", path, there)
 

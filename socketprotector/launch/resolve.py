@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 #: How much of the program's name becomes the instance's name, without --name: the limit of syslog
 #: (RFC 5424).
 _NAME_CHARS = 48
+#: No instance can have these names: the control socket would be in another folder.
+_PATHS = (".", "..")
 
 
 @frozen
@@ -244,6 +246,11 @@ class OptionResolver:
         if running is None:
             os.umask(umask)
         called = os.path.basename("sh" if given["shell"] else [*command, ""][0])[:_NAME_CHARS]
+        if running is None and given["name"] and ("/" in given["name"] or given["name"] in _PATHS):
+            raise UsageError(
+                f"--name {given['name']}: no instance can have this name, because the name is part "
+                "of a path; choose a name without / that is not . or .."
+            )
         mode = MODES[given["handoff"]]
         ready = given["ready"] or Ready(mode.ready, mode.ready_after_s)
         groups = {

@@ -41,7 +41,8 @@ def open_log(path: str, identity: Identity | None = None) -> int:
             fd, made = _open_strictly(path, identity)
     except OSError as error:
         if error.errno == errno.ENXIO:
-            error.strerror = "no process reads that FIFO"
+            is_fifo = stat.S_ISFIFO(os.stat(path).st_mode)
+            error.strerror = "no process reads that FIFO" if is_fifo else "that is a socket"
         raise
     with on_error(os.close, fd):
         if made and identity is not None:

@@ -385,6 +385,19 @@ def test_an_address_that_no_interface_has_is_refused(typed: Typed) -> None:
     assert typed.left() == []
 
 
+@together(
+    ("address", "advice"),
+    [
+        ("[::ffff:127.0.0.1]:0", r"write the IPv4 address as such, or add \?v6only=0"),
+        ("[ff02::1%lo]:0", "check the address and its options"),
+    ],
+)
+def test_an_address_that_the_kernel_finds_invalid_gets_fitting_advice(
+    typed: Typed, address: str, advice: str
+) -> None:
+    refused(typed("--check", address, "--", "true"), 111, "Invalid argument", advice)
+
+
 def test_what_was_bound_before_the_one_that_fails_is_given_back(
     typed: Typed, free_port: Callable[[], int]
 ) -> None:
@@ -680,6 +693,33 @@ def test_a_control_socket_is_not_the_file_of_another_option(typed: Typed, option
 
     named = option or f"unix:{file}"
     refused(ended, 2, f"--control {link / file.name} is also the file of {named}; give each")
+
+
+@together("option", ["--config", "--env-file", "", "the command"])
+def test_log_lines_are_written_into_no_file_of_another_option(typed: Typed, option: str) -> None:
+    file, link = typed.folder / f"logged{option}", typed.folder / f"to{option}"
+    link.symlink_to(typed.folder)
+    words: tuple[str | Path, ...] = (f"unix:{file}",) if not option else ()
+    program: str | Path = "true"
+    if option == "the command":
+        file.write_text("#!/bin/sh\n")
+        file.chmod(0o755)
+        program = file
+    elif option:
+        file.touch()
+        words = (option, file)
+
+    ended = typed("--check", "--log-file", link / file.name, *words, "unix:s", "--", program)
+
+    named = option or f"unix:{file}"
+    refused(ended, 2, f"the log file {link / file.name} is also the file of {named}, which log")
+
+
+@together("name", ["a/b", "/", ".", ".."])
+def test_a_name_is_no_path(typed: Typed, name: str) -> None:
+    ended = typed("--check", "--name", name, "unix:s", "--", "true")
+
+    refused(ended, 2, f"--name {name}: no instance can have this name")
 
 
 @together("spelling", ["{0}/twice", "{0}/./twice", "{0}//twice", "{0}/../{1}/twice", "{2}/twice"])

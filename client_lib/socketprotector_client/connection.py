@@ -67,11 +67,13 @@ class Connection(Socket):
 
     def close(self) -> None:
         """Close the socket; files made from it with makefile() keep it open."""
-        _close(self)
-        # The last of those files calls close() again.
-        ledger = self._ledger
-        if ledger is not None and self.fileno() < 0:
-            ledger.forget(self)
+        try:
+            _close(self)
+        finally:  # also if the program has closed the descriptor behind our back: EBADF
+            # The last of those files calls close() again.
+            ledger = self._ledger
+            if ledger is not None and self.fileno() < 0:
+                ledger.forget(self)
 
     def detach(self) -> int:
         """Return the descriptor without closing it; it counts as open until it is closed."""

@@ -176,4 +176,7 @@ def _serve_all(intake: Intake, handler: Handler) -> None:
             intake.board.count_error()
             _log.exception("handler failed for a client of %s", connection.listener)
         finally:
-            connection.close()
+            try:
+                connection.close()
+            except OSError as error:  # the handler has closed the descriptor itself
+                _log.error("cannot close a client of %s: %s", connection.listener, error.strerror)

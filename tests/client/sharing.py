@@ -124,8 +124,10 @@ def in_child(act: Callable[[], bool]) -> None:
 @contextmanager
 def serving(source: ListenSource, limit: int = 8) -> Iterator[Intake]:
     intake = Intake(source, Drain(()), limit, {}, Scoreboard(-1, 0))
-    yield intake
-    intake.close()
+    try:
+        yield intake
+    finally:
+        intake.close()
 
 
 def connect(intake: Intake, listener: int = 0) -> socket.socket:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 from pathlib import Path
 
 import pytest
-from socketprotector_client import aserve, connections, serve
+from socketprotector_client import Connection, aserve, connections, serve
+from socketprotector_client.serving import _serve_all
+from socketprotector_client.source import ListenSource
 
 from tests.channel import Channel
+
+from .sharing import connect, serving
 
 
 def test_ctrl_c_ends_a_pool_whose_clients_never_hang_up(channel: Channel) -> None:
@@ -92,6 +97,25 @@ def test_leaving_the_iteration_closes_the_listeners(tmp_path: Path) -> None:
         found.close()  # type: ignore[attr-defined]
 
     assert not path.exists()
+
+
+def test_a_handler_that_closes_the_descriptor_itself_does_not_end_the_service(
+    source: ListenSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    peers = []
+
+    def handle(connection: Connection, peer: object) -> None:
+        peers.append(peer)
+        if len(peers) == 2:
+            intake.drained()
+        os.close(connection.fileno())
+
+    # limit=1: the second client comes only if the first connection does not count as open.
+    with serving(source, limit=1) as intake, connect(intake) as one, connect(intake) as other:
+        _serve_all(intake, handle)
+
+        assert peers == [one.getsockname(), other.getsockname()]
+    assert caplog.text.count("Bad file descriptor") == 2
 
 
 def test_wrong_arguments_are_refused_before_anything_is_bound(tmp_path: Path) -> None:

@@ -208,10 +208,15 @@ _BYTES_RECEIVED_AT = 128
 _TCP_INFO_BYTES = 136
 
 
+def unread_bytes(fd: int) -> int:
+    """Return how many bytes the client has sent that were not read yet.  Raises OSError."""
+    (unread,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
+    return int(unread)
+
+
 def _is_unread(fd: int) -> bool:
     try:
-        unread: int = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]
-        if unread:
+        if unread_bytes(fd):
             return True
         borrowed = Socket(fileno=fd)
     except OSError:

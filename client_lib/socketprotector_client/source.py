@@ -11,11 +11,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 import time
 
 from .address import close_all, family_of, name_of, sockname_of
 from .channel import Channel
-from .connection import Connection
+from .connection import Connection, unread_bytes
 from .log import Logger
 from .system import Socket
 
@@ -41,6 +42,9 @@ NOTHING_TO_ACCEPT = frozenset(
         errno.EPROTO,
     }
 )
+
+# As getpeername(2), but also after a reset.  Source: sk_getsockopt() in net/core/sock.c.
+_SO_PEERNAME = 28
 
 
 class Source:
@@ -92,15 +96,35 @@ class ChannelSource(Source):
         connection = Connection(kind.family, kind.type, kind.proto, fd)
         try:
             connection.peer = Socket.getpeername(connection)
-        except OSError:
-            # The client reset the connection in the queue.  Its bytes are
-            # gone, and accept() would not have returned it either.
-            _log.debug("a client of %s was gone before its connection was taken", kind.name)
-            connection.close()
-            return None
+        except OSError:  # the client has reset the connection in the queue
+            connection.peer = _peer_of_reset(connection)
+            if connection.peer is None:
+                _log.debug("a client of %s was gone before its connection was taken", kind.name)
+                connection.close()
+                return None
         connection.listener = kind.name
         connection.accepted_at_ns = accepted_at_ns
         return connection
+
+
+def _peer_of_reset(connection: Connection) -> Any:
+    """Return the client's address after a reset; None if the client has left nothing to read.
+
+    What the client has sent can still be read, as from a socket that accept() returns.  Without
+    data the handler would only fail, as for each check by a load balancer.
+    """
+    is_v4 = connection.family == socket.AF_INET
+    try:
+        if not unread_bytes(connection.fileno()):
+            return None
+        raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERNAME, 16 if is_v4 else 28)
+    except OSError:
+        return None
+    port, flow = struct.unpack_from("!HI", raw, 2)
+    if is_v4:
+        return socket.inet_ntop(socket.AF_INET, raw[4:8]), port
+    (scope,) = struct.unpack_from("=I", raw, 24)
+    return socket.inet_ntop(socket.AF_INET6, raw[8:24]), port, flow, scope
 
 
 class _Kind:

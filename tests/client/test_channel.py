@@ -11,6 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 from socketprotector_client import Channel, Drained, OutOfDescriptors, ProtocolError, wire
+from socketprotector_client.source import ChannelSource
+
+from tests import needs
+from tests.running import Client, eventually
 
 LISTENERS = ("tcp:0.0.0.0:80", "tcp:[::]:80", "unix:/run/x", wire.REMOVED_LISTENER)
 
@@ -186,3 +190,39 @@ def test_without_a_free_descriptor_it_says_that_the_connection_is_lost(
             channel.take()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs.IPV6)])
+def test_only_a_client_that_has_sent_something_is_served_after_its_reset(
+    sender: socket.socket, channel: Channel, host: str
+) -> None:
+    source = ChannelSource(channel, wakes_one=True)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    header = wire.HEADER.pack(1, 1, int(family == socket.AF_INET6), 0, 12345)
+    addresses = []
+    with socket.create_server((host, 0), family=family) as listener:
+        for line in ("", "last words"):
+            client = Client(listener.getsockname(), line or None)
+            addresses.append(client.socket.getsockname())
+            client.reset()
+            accepted, peer = listener.accept()
+            with accepted:
+                assert peer == addresses[-1]
+                eventually(lambda end=accepted: is_reset(end), "a reset")  # type: ignore[misc]
+                send(sender, accepted.fileno(), header=header)
+
+    assert source.take(-1) is None
+    connection = source.take(-1)
+
+    assert connection is not None
+    with connection:
+        assert connection.getpeername() == addresses[1]
+        assert connection.recv(100) == b"last words\n"
+
+
+def is_reset(connection: socket.socket) -> bool:
+    try:
+        connection.getpeername()
+    except OSError:
+        return True
+    return False

@@ -52,7 +52,9 @@ class Environments:
             credentials = connection.getsockopt(
                 socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
             )
-        except OSError:  # ENOTCONN: the client has reset the connection
+        except OSError:
+            # ENOTCONN: the client has reset the connection.  What it has sent could be read.  But a
+            # program that answers it fails, which first_programs.py counts against a new release.
             return None
         finally:
             connection.detach()

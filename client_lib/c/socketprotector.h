@@ -91,6 +91,8 @@ struct sp_worker {
     size_t board_bytes;
     uint64_t *words;
     const char *listeners;
+    dev_t path_device; /* of the file of this process's own UNIX socket */
+    ino_t path_inode;
     socklen_t notify_bytes;
     struct sockaddr_un notify_address;
 };
@@ -347,7 +349,13 @@ static inline int sp__listen_unix(struct sp_worker *sp, const char *path, int ba
             unlink(path);
         sp__close(&probe);
     }
-    return sp__listen_on(sp, (struct sockaddr *)&at, bytes + 1, backlog);
+    if (sp__listen_on(sp, (struct sockaddr *)&at, bytes + 1, backlog) < 0)
+        return -1;
+    if (lstat(path, &is) == 0) {
+        sp->path_device = is.st_dev;
+        sp->path_inode = is.st_ino;
+    }
+    return 0;
 }
 
 static inline int sp__listen_tcp(struct sp_worker *sp, const char *address, int backlog)
@@ -393,10 +401,12 @@ static inline int sp__listen_tcp(struct sp_worker *sp, const char *address, int 
 /* ---- Open and close ---- */
 
 /* Releases everything that sp_open() acquired.  Other workers keep the channel; the path of this
- * process's own UNIX socket is removed.  Connections stay open.  Keeps errno. */
+ * process's own UNIX socket is removed, if no other program has bound it since.  Connections stay open.
+ * Keeps errno. */
 static inline void sp_close(struct sp_worker *sp)
 {
     struct sockaddr_un at;
+    struct stat is;
     socklen_t bytes;
     int i, error = errno;
     for (i = 0; i < sp->count; i++) {
@@ -404,7 +414,8 @@ static inline void sp_close(struct sp_worker *sp)
         memset(&at, 0, sizeof at);
         if (sp->channel < 0 && sp->owner == getpid() && sp->fds[i] != sp->return_line
             && !getsockname(sp->fds[i], (struct sockaddr *)&at, &bytes)
-            && at.sun_family == AF_UNIX && at.sun_path[0])
+            && at.sun_family == AF_UNIX && at.sun_path[0] && !lstat(at.sun_path, &is)
+            && is.st_dev == sp->path_device && is.st_ino == sp->path_inode)
             unlink(at.sun_path);
         sp__close(&sp->fds[i]);
     }

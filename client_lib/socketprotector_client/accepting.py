@@ -25,6 +25,7 @@ import sys
 import time
 
 from . import wire
+from .address import OwnPaths
 from .log import Logger
 from .source import NOTHING_TO_ACCEPT
 
@@ -105,6 +106,7 @@ class _Acceptor:
         self._parent = parent
         self._queue = queue
         self._listeners = {one.fileno(): (index, one) for index, one in enumerate(listeners)}
+        self._paths = OwnPaths(listeners)
         self._pending: Optional[tuple[bytes, socket.socket]] = None  # accepted; the queue is full
         self._shortage = 0  # the errno of the current shortage, 0 without one
 
@@ -117,6 +119,7 @@ class _Acceptor:
 
     def empty(self) -> None:
         """Refuse new clients, and move the connected ones.  Raises BrokenPipeError."""
+        self._paths.remove()
         for _, listener in self._listeners.values():
             _refuse_new(listener)
         # A UNIX socket has no handshake, and stays readable after its shutdown.
@@ -202,13 +205,6 @@ class _Acceptor:
 def _refuse_new(listener: socket.socket) -> None:
     """Let no new client connect; connected clients can still be accepted."""
     if listener.family == socket.AF_UNIX:
-        # Unlink first: once connections are refused, another program may bind the path.
-        path = listener.getsockname()
-        if isinstance(path, str) and path:
-            try:
-                os.unlink(path)
-            except OSError:
-                pass  # it was removed already
         listener.shutdown(socket.SHUT_RD)
         return
     # A socket that is bound to a device gets only clients of that device.  A handshake under way

@@ -154,16 +154,45 @@ def _remove_if_stale(path: str) -> None:
             os.unlink(path)
 
 
-def close_all(listeners: Iterable[socket.socket]) -> None:
-    """Close listening sockets, and remove the paths of UNIX sockets."""
+class OwnPaths:
+    """The paths of UNIX sockets that this process has bound.  Make it right after bind()."""
+
+    def __init__(self, listeners: Iterable[socket.socket]) -> None:
+        names = [one.getsockname() for one in listeners if one.family == socket.AF_UNIX]
+        names = [name for name in names if isinstance(name, str) and name]  # abstract: bytes
+        # Absolute, because the program may change its directory.  abspath() would follow no links.
+        paths = [name if name[0] == "/" else f"{os.getcwd()}/{name}" for name in names]
+        self._files = [(path, _file_at(path)) for path in paths]
+
+    def remove(self) -> None:
+        """Remove the paths, except those that another program has bound since.
+
+        Call it before the sockets are closed: from then on another program may bind the path, and
+        its file may get the same inode number.
+        """
+        while self._files:  # only once: later the inode may be another file's
+            path, file = self._files.pop()
+            if file is not None and _file_at(path) == file:
+                try:
+                    os.unlink(path)
+                except OSError:
+                    pass  # it was removed just now, or the program has given up the right to
+
+
+def _file_at(path: str) -> Optional[Tuple[int, int]]:
+    """Return what identifies the file at the path; None if there is no file."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def close_all(listeners: Sequence[socket.socket]) -> None:
+    """Close listening sockets that were just bound, and remove the paths of UNIX sockets."""
+    OwnPaths(listeners).remove()
     for listener in listeners:
-        path = listener.getsockname() if listener.family == socket.AF_UNIX else ""
         listener.close()
-        if isinstance(path, str) and path:
-            try:
-                os.unlink(path)
-            except FileNotFoundError:
-                pass
 
 
 def name_of(family: int, address: Any) -> str:

@@ -14,7 +14,7 @@ import socket
 import struct
 import time
 
-from .address import close_all, family_of, name_of, sockname_of
+from .address import OwnPaths, family_of, name_of, sockname_of
 from .channel import Channel
 from .connection import Connection, unread_bytes
 from .log import Logger
@@ -153,6 +153,7 @@ class ListenSource(Source):
             one.setblocking(False)
         self._owner_pid = os.getpid()
         self._handed = handed
+        self._paths = OwnPaths(() if handed else listeners)
         self.listeners = listeners
         self._by_fd = {
             one.fileno(): (one, _Kind(name_of(one.family, one.getsockname()))) for one in listeners
@@ -180,9 +181,9 @@ class ListenSource(Source):
             one.listen(backlog)
 
     def close(self) -> None:
-        if os.getpid() == self._owner_pid and not self._handed:
-            close_all(self.listeners)
-        else:  # UNIX paths stay for the other processes, such as a forked child's parent
-            for one in self.listeners:
-                one.close()
+        # In a forked child the paths stay for its parent.
+        if os.getpid() == self._owner_pid:
+            self._paths.remove()
+        for one in self.listeners:
+            one.close()
         self.listeners = []

@@ -374,6 +374,21 @@ def test_a_unix_socket_of_its_own_replaces_a_stale_one_and_no_living_one(
     assert not path.exists()
 
 
+@in_c
+def test_a_unix_path_that_another_program_has_bound_since_is_not_removed(
+    alone: Callable[..., Alone], program: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "x.sock"
+    server = alone(*program, f"unix:{path}")
+    eventually(lambda: path.exists() and answers(path), "it listens")
+    path.unlink()
+
+    with socket.create_server(str(path), family=socket.AF_UNIX):
+        assert server.end() == (0, "")
+
+    assert path.exists()
+
+
 def answers(path: Path) -> bool:
     try:
         return ask(str(path)).endswith("] hello")

@@ -18,6 +18,7 @@ from socketprotector_client.address import (
     resolve,
     sockname_of,
 )
+from socketprotector_client.source import ListenSource
 
 from tests.together import together
 
@@ -141,6 +142,45 @@ def test_a_live_unix_socket_is_not_stolen(tmp_path: Path) -> None:
 
         assert caught.value.errno == errno.EADDRINUSE
         assert path.exists()
+
+
+def test_a_path_that_another_program_has_bound_since_is_not_removed(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    source = ListenSource(listen(f"unix:{path}", 16), handed=False)
+    os.unlink(path)
+
+    with socket.create_server(path, family=UNIX):
+        source.close()
+
+        assert os.path.exists(path)
+
+
+def test_a_path_is_removed_before_another_program_may_bind_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+
+    class Listener(socket.socket):
+        def close(self) -> None:
+            super().close()
+            other.bind(path)
+
+    with socket.socket(UNIX) as other:
+        listener = Listener(UNIX)
+        listener.bind(path)
+        ListenSource([listener], handed=False).close()
+
+        assert os.path.exists(path)
+
+
+def test_a_relative_path_is_removed_from_another_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = ListenSource(listen("unix:socket", 16), handed=False)
+    monkeypatch.chdir("/")
+
+    source.close()
+
+    assert not (tmp_path / "socket").exists()
 
 
 def test_a_file_that_is_no_socket_is_not_removed(tmp_path: Path) -> None:

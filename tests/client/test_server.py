@@ -306,6 +306,16 @@ def test_a_failed_start_frees_the_address(
     assert not (tmp_path / "socket").exists()
 
 
+def test_it_leaves_a_path_that_another_program_has_bound_since(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with SocketServer(f"unix:{path}"):
+        path.unlink()
+        other = socket.create_server(str(path), family=socket.AF_UNIX)
+
+    other.close()
+    assert path.exists()
+
+
 def test_it_cannot_be_pickled_but_for_a_new_process() -> None:
     import pickle
 

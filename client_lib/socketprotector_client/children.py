@@ -60,18 +60,19 @@ class Children:
         Sends READY=1 once all serve.  USR1 forks one more.  Returns when all have ended.
         stop: called at SIGTERM, if the program does not handle that signal.
 
-        Raises ValueError for too many children, RuntimeError if other threads run, and
+        Raises ValueError for too few or too many children, RuntimeError if other threads run, and
         ChildProcessError if a child ends before all have served.
         """
-        if count > MOST:
-            raise ValueError(f"cannot fork {count} processes: at most {MOST} are possible")
+        # Without a child READY=1 would be a lie, and a stop would wait for the queued clients.
+        if not 1 <= count <= MOST:
+            raise ValueError(f"cannot fork {count} processes: 1 to {MOST} are possible")
         news = {signal.SIGCHLD, signal.SIGUSR1}
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             news.add(signal.SIGTERM)
         _prepare(allow_threads=allow_threads)
         self._seats, self._wanted = Seats(), count
         # A child that leaves keeps its record while the next one has begun.
-        current().board.open_children(2 * max(count, 1))
+        current().board.open_children(2 * count)
         signals = SignalWait(news)
         try:
             while True:

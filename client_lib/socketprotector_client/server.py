@@ -141,9 +141,9 @@ class SocketServer:
         SIGTERM, that signal closes the server: the children serve the connected clients, then end.
         Call it in the main thread.
 
-        Raises ValueError for more than 1,024 children.  Raises RuntimeError if other threads run,
-        unless allow_threads.  Raises ChildProcessError if a child ends before all have served, or
-        if the accepting process was killed.
+        Raises ValueError for fewer than 1 or more than 1,024 children.  Raises RuntimeError if
+        other threads run, unless allow_threads.  Raises ChildProcessError if a child ends before
+        all have served, or if the accepting process was killed.
         """
 
         def begin() -> None:

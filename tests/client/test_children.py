@@ -16,9 +16,10 @@ from socketprotector_client.worker import current
 from .sharing import in_child
 
 
-def test_more_children_than_there_are_seats_are_refused() -> None:
-    with pytest.raises(ValueError, match="cannot fork 1025 processes: at most 1024"):
-        Children().run(lambda: None, MOST + 1, lambda: None, lambda: False)
+@pytest.mark.parametrize("count", [-1, 0, MOST + 1])
+def test_no_child_or_more_than_there_are_seats_are_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot fork {count} processes: 1 to 1024"):
+        Children().run(lambda: None, count, lambda: None, lambda: True)
 
 
 def test_forks_that_fail_wait_ever_longer(monkeypatch: pytest.MonkeyPatch) -> None:

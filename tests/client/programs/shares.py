@@ -9,6 +9,7 @@ import signal
 import sys
 
 from socketprotector_client import SocketServer
+from socketprotector_client.worker import current
 
 from tests.client.programs.talk import say, talk
 
@@ -46,6 +47,14 @@ def by_multiprocessing(address: str, method: str) -> None:
         say(f"child ended {process.exitcode}")
 
 
+def until_usr1() -> None:
+    """Be ready without a child, until the signal."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    current().ready(takes=False)
+    signal.sigwait({signal.SIGUSR1})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+
+
 def main() -> None:
     logging.basicConfig()
     way, *rest = sys.argv[1:]
@@ -60,7 +69,9 @@ def main() -> None:
         children, queue, *addresses = rest
         with SocketServer(addresses, queue=int(queue)) as server:
             say(" ".join(server.listeners))
-            server.run(talk, int(children))
+            if children == "0":
+                until_usr1()
+            server.run(talk, max(1, int(children)))
     say("ended")
 
 

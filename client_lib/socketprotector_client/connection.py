@@ -218,7 +218,9 @@ def _is_unread(fd: int) -> bool:
     try:
         if unread_bytes(fd):
             return True
-        borrowed = Socket(fileno=fd)
+        # SOCK_NONBLOCK in the type: otherwise Python would set O_NONBLOCK on the program's
+        # connection after socket.setdefaulttimeout.
+        borrowed = Socket(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK, fileno=fd)
     except OSError:
         return False  # another thread has closed it
     try:

@@ -142,6 +142,17 @@ def test_it_knows_its_addresses_also_after_a_reset() -> None:
         connection.close()
 
 
+def test_it_stays_blocking_when_the_drain_looks_for_unread_clients(intake: Intake) -> None:
+    with taken(intake) as connection:
+        socket.setdefaulttimeout(30)
+        try:
+            intake.open.any_unread()
+        finally:
+            socket.setdefaulttimeout(None)
+
+        assert os.get_blocking(connection.fileno())
+
+
 def test_a_closed_one_has_no_addresses(listener: Listener) -> None:
     connection = accept(listener)
     connection.getsockname()

@@ -11,6 +11,7 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 import termios
 import weakref
 from socket import AddressFamily, SocketKind
@@ -93,6 +94,26 @@ class Connection(Socket):
         if self._ledger is not None:
             self._ledger.add(copy)
         return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Return the state for multiprocessing, which passes it to another process, as any socket.
+
+        It counts as open only in this process.
+        """
+        reduction: Any = sys.modules.get("multiprocessing.reduction")
+        if reduction is None:
+            return super().__reduce_ex__(protocol)  # raises TypeError
+        known = self.listener, self.peer, self.accepted_at_ns
+        duplicate = reduction.DupFd(self.fileno())
+        return _received, (duplicate, self.family, self.type, self.proto, known)
+
+
+def _received(duplicate: Any, family: int, type: int, proto: int, known: Any) -> Connection:
+    fd = duplicate.detach()
+    os.set_inheritable(fd, False)
+    connection = Connection(family, type, proto, fd)
+    connection.listener, connection.peer, connection.accepted_at_ns = known
+    return connection
 
 
 # Module variables, because super() would cost a lookup and an object for each connection.

@@ -192,6 +192,17 @@ def test_connections_that_end_while_the_limit_is_reached_wake_the_worker(
             client.close()
 
 
+def test_a_connection_can_be_passed_to_a_process_of_multiprocessing(channel: Channel) -> None:
+    worker = channel.start("passes.py")
+    client = channel.connect()
+
+    pid, *known = client.hear().split()
+    assert pid != str(worker.pid)
+    assert known == [name(channel.listeners[0]), str(client.socket.getsockname()[1])]
+    channel.end_channel()
+    assert worker.wait() == 0
+
+
 @pytest.mark.parametrize("program", ["serves.py", "streams.py"])
 def test_a_handler_that_fails_is_logged_and_harms_no_other_client(
     channel: Channel, program: str

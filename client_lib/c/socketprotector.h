@@ -363,8 +363,8 @@ static inline int sp__listen_tcp(struct sp_worker *sp, const char *address, int 
     const char *colon = strrchr(address, ':'), *port = colon ? colon + 1 : address, *end;
     size_t length = colon ? (size_t)(colon - address) : 0;
     int number = sp__number(port, &end), failed;
-    struct addrinfo hints, *found = NULL, *each;
-    struct sockaddr_in6 bound; /* the port is at the same place in sockaddr_in */
+    struct addrinfo hints, *found = NULL, *each, *same;
+    struct sockaddr_in6 at, bound; /* the port is at the same place in sockaddr_in */
     socklen_t bytes = sizeof bound;
     char host[256];
 
@@ -385,12 +385,20 @@ static inline int sp__listen_tcp(struct sp_worker *sp, const char *address, int 
     if (failed && failed != EAI_SYSTEM)
         errno = failed == EAI_MEMORY ? ENOMEM : EADDRNOTAVAIL;
     for (each = found; each && !failed; each = each->ai_next) {
+        /* A name may be in /etc/hosts twice, with the same address. */
+        same = found;
+        while (same->ai_addrlen != each->ai_addrlen
+               || memcmp(same->ai_addr, each->ai_addr, each->ai_addrlen))
+            same = same->ai_next;
+        if (same != each)
+            continue;
+        memcpy(&at, each->ai_addr, each->ai_addrlen);
         if (!number && sp->count) { /* port 0: all get the port that the system chose for the first */
             failed = getsockname(sp->fds[0], (struct sockaddr *)&bound, &bytes);
-            ((struct sockaddr_in6 *)(void *)each->ai_addr)->sin6_port = bound.sin6_port;
+            at.sin6_port = bound.sin6_port;
         }
         /* Without IPv6 on this machine the earlier addresses suffice. */
-        if (sp__listen_on(sp, each->ai_addr, each->ai_addrlen, backlog) < 0)
+        if (sp__listen_on(sp, (struct sockaddr *)&at, each->ai_addrlen, backlog) < 0)
             failed = !sp->count || (errno != EAFNOSUPPORT && errno != EADDRNOTAVAIL);
     }
     if (found)

@@ -54,6 +54,44 @@ def test_it_says_so_when_it_comes_after_a_system_header(tmp_path: Path) -> None:
     assert "include socketprotector.h before any system header" in done.stderr
 
 
+#: Finds each address twice, as for a name that is in /etc/hosts twice.
+DOUBLED = """
+#include "socketprotector.h"
+int __real_getaddrinfo(const char *, const char *, const struct addrinfo *, struct addrinfo **);
+int __wrap_getaddrinfo(const char *, const char *, const struct addrinfo *, struct addrinfo **);
+int __wrap_getaddrinfo(const char *host, const char *port, const struct addrinfo *hints,
+                       struct addrinfo **found)
+{
+    int failed = __real_getaddrinfo(host, port, hints, found);
+    while (!failed && *found)
+        found = &(*found)->ai_next;
+    return failed ? failed : __real_getaddrinfo(host, port, hints, found);
+}
+int main(int argc, char **argv)
+{
+    struct sp_worker sp;
+    for (; argc > 1; argc--, sp_close(&sp))
+        printf("%d\\n", sp_open(&sp, *++argv, 0) < 0 ? -1 : sp.count);
+    return 0;
+}
+"""
+
+
+def test_a_name_that_has_the_same_address_twice_is_listened_on_once(tmp_path: Path) -> None:
+    header = SOURCES["echo_epoll"].parent.parent
+    source, program = tmp_path / "doubled.c", tmp_path / "doubled"
+    source.write_text(DOUBLED)
+    gcc = installed("gcc")
+    flags = (*STRICT, "-Wl,--wrap=getaddrinfo", "-I", header, "-o", program)
+    subprocess.run([gcc, "-std=c99", *flags, source], check=True)
+
+    done = subprocess.run([program, "127.0.0.1:0", "0"], stdout=subprocess.PIPE, text=True)
+
+    alone, everywhere = done.stdout.split()
+    assert alone == "1"
+    assert everywhere in ("1", "2")  # with IPv6
+
+
 def probe(channel: Channel, build: Build, *arguments: str, **more: object) -> Worker:
     return channel.start(build("probe", *SANITIZED), *arguments, **more)  # type: ignore[arg-type]
 

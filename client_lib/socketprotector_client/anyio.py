@@ -45,7 +45,10 @@ class Listener(TaskListener, anyio.abc.Listener[anyio.abc.SocketStream]):
         When the worker drains, this waits until all returned connections are closed, and then
         raises anyio.EndOfStream.  Raises anyio.ClosedResourceError after aclose.
         """
-        return await self._stream(await self._take())
+        while True:
+            stream = await self._stream(await self._take())
+            if stream is not None:
+                return stream
 
     @property
     def extra_attributes(self) -> dict[Any, Callable[[], Any]]:
@@ -53,11 +56,14 @@ class Listener(TaskListener, anyio.abc.Listener[anyio.abc.SocketStream]):
         return {anyio.abc.SocketAttribute.local_address: lambda: self._intake.source.sockname}
 
     @staticmethod
-    async def _stream(plain: socket.socket) -> anyio.abc.SocketStream:
+    async def _stream(plain: socket.socket) -> Optional[anyio.abc.SocketStream]:
         unix, tcp = anyio.abc.UNIXSocketStream, anyio.abc.SocketStream
         kind = unix if plain.family == socket.AF_UNIX else tcp
         try:
             return await kind.from_socket(plain)
+        except ValueError:  # "the socket must be connected": the client has reset it
+            plain.close()
+            return None
         except BaseException:
             plain.close()
             raise

@@ -52,6 +52,7 @@ class TaskListener:
 
     @staticmethod
     async def _stream(plain: socket.socket) -> Any:
+        """Return the library's stream; None if the client has reset the connection."""
         raise NotImplementedError
 
     async def _take(self) -> socket.socket:
@@ -95,8 +96,10 @@ class TaskListener:
 
     async def _serve_one(self, handler: _Handler, plain: socket.socket) -> None:
         try:
-            async with await self._stream(plain) as stream:
-                await handler(stream)
+            stream = await self._stream(plain)
+            if stream is not None:
+                async with stream:
+                    await handler(stream)
         finally:
             self._intake.open.ended()
 

@@ -129,3 +129,22 @@ def test_gevent_never_sets_a_flag_on_the_channel_that_all_workers_share(
     client.close()
     channel.end_channel()
     assert worker.wait() == 0
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_a_client_that_resets_in_the_queue_ends_no_handler_of_anyio(
+    channel: Channel, loop: str
+) -> None:
+    needs.module("anyio")
+    needs.module("trio")
+    gone, client = channel.connect(), channel.connect()
+    gone.say("GET / HTTP/1.1\r")
+    gone.reset()
+    client.say("GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r")
+
+    worker = channel.start(sys.executable, PROGRAMS / "anyio_streams.py", "127.0.0.1:1", loop)
+
+    assert client.hear() == "HTTP/1.1 200 OK\r"
+    client.close()
+    channel.end_channel()
+    assert worker.wait() == 0

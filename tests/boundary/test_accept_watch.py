@@ -6,14 +6,17 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from socketprotector.daemon.delivery import NEVER_TAKEN_S, UNTAKEN_S
 from socketprotector.daemon.delivery.shared.accept_watch import AcceptWatch, Backlogs
+from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.system.loop import Loop
 from socketprotector.system.sock_diag import Line, stands, unaccepted
 from tests.boundary import ending
+from tests.boundary.deliveries import PathWorld, SharedWorld
 from tests.boundary.listening import KINDS, listening
 
 A, B, C = (bytes([each]) for each in b"abc")
@@ -29,12 +32,18 @@ class World(Backlogs):
         self.loop = Loop()
         self.lines: dict[int, Line] = {}
         self.asked = 0
+        self.open: set[int] = set()  # where an accepted client is still open
+        self.asked_open: list[int] = []
         self.said: list[tuple[float, int, bool, frozenset[int]]] = []
         self.untaken = AcceptWatch(self.loop, self)
 
     def waiting_clients(self) -> dict[int, Line]:
         self.asked += 1
         return self.lines
+
+    def has_open(self, index: int) -> bool:
+        self.asked_open.append(index)
+        return index in self.open
 
     def watch(self) -> None:
         pass
@@ -133,6 +142,29 @@ def test_one_that_has_accepted_is_reported_later_and_in_other_words(world: World
     [(seconds, *what)] = world.said
     assert seconds == pytest.approx(UNTAKEN_S)
     assert what == [1, True, frozenset({0})]
+
+
+def test_one_that_has_a_client_open_has_accepted_though_no_look_has_seen_it(world: World) -> None:
+    """Its workers accepted their first clients at once, and are busy with them."""
+    world.open = {0}
+    come(world, frozenset({B}))
+    world.pass_time(FIRST_LOOK_S + NEVER_TAKEN_S - 0.5)
+    assert world.asked_open == [], "a connection costs no such query"
+    world.pass_time(LOOK_S + 0.5)
+    assert world.said == []
+    assert world.untaken.has_accepted
+
+    world.pass_time(UNTAKEN_S - NEVER_TAKEN_S)
+    assert [each[1:] for each in world.said] == [(1, True, frozenset({0}))]
+    assert world.asked_open == [0]
+
+
+def test_a_client_that_is_open_at_one_listener_says_nothing_of_another(world: World) -> None:
+    world.open = {0}
+    come(world, frozenset({A}), 0)
+    come(world, frozenset({C}), 1)
+    world.pass_time(2 * FIRST_LOOK_S + NEVER_TAKEN_S)
+    assert [each[1:] for each in world.said] == [(1, False, frozenset({1}))]
 
 
 def test_one_that_is_busy_is_not_reported(world: World) -> None:
@@ -240,3 +272,23 @@ def test_clients_waiting_at_a_unix_socket_are_known_and_those_that_give_up_are_n
         assert stands(all_wait, unaccepted(listener))
         clients.enter_context(listener.accept()[0])
         assert not stands(all_wait, unaccepted(listener))
+
+
+@pytest.mark.parametrize("kind", [SharedWorld, PathWorld])
+def test_a_client_is_open_from_its_acceptance_on_until_the_worker_closes_it(
+    kind: type[SharedWorld],
+) -> None:
+    world = kind()
+    try:
+        world.serving(1)
+        watch = cast("SharedDelivery", world.delivery).steering.accept_watch
+        world.connect()
+        assert not watch.backlogs.has_open(0)
+        connection = world.accept(world.handed[1][0])
+        assert connection is not None
+        with connection:
+            assert watch.backlogs.has_open(0)
+            assert not watch.backlogs.has_open(1)
+        assert not watch.backlogs.has_open(0)
+    finally:
+        world.close()

@@ -235,6 +235,22 @@ def test_a_canary_that_accepts_is_not_failed(
     assert of_canary(world) == []
 
 
+def test_a_canary_that_is_busy_with_its_first_client_is_not_failed(
+    world: CanaryWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker has accepted this client before we looked; the next client waits."""
+    monkeypatch.setattr(canary_watch, "CANARY_NEVER_TAKEN_S", 0.05)
+    world.draw()
+    world.connect()
+    first = world.accept(world.handed[2][0])
+    assert first is not None
+    with first:
+        world.connect()
+        accepts = cast("Any", world.shared.steering)._watch.canary.accept_watch
+        world.until(lambda: accepts.has_accepted or of_canary(world) != [])
+    assert of_canary(world) == []
+
+
 @pytest.mark.parametrize("share", [WHOLE, 0])
 def test_it_is_stuck_until_a_client_that_waits_is_accepted(world: CanaryWorld, share: int) -> None:
     """share: 0: it gets all clients."""

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from socketprotector.core.events import Stranded, Untaken
 from socketprotector.daemon.delivery import NEVER_TAKEN_S
-from socketprotector.daemon.delivery.shared import accept_watch, canary_watch, socket_watch
+from socketprotector.daemon.delivery.shared import (
+    accept_watch,
+    canary_watch,
+    open_counts,
+    socket_watch,
+)
 from socketprotector.daemon.delivery.shared.socket_watch import (
     FIRST_RESCUE_S,
     LAST_RESCUE_S,
@@ -41,6 +48,11 @@ class Probes:
 class World(SharedWorld):
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         super().__init__(patch, socket_watch, accept_watch, canary_watch)
+        self.open: Counter[int] = Counter()  # the accepted connections, by tag
+        tags = SimpleNamespace(
+            tag_of=lambda one: one.tag, connections=lambda *_: (self.open, Counter[int]())
+        )
+        patch.setattr(open_counts, "accept_tags", tags)
         self.probes = Probes()
         probes: Any = self.probes
         self.watch = SocketWatch(self.listeners, self.turns, probes, self.steering)
@@ -441,3 +453,24 @@ def test_a_canary_has_a_watch_of_its_own(world: World, pair: MemoryListener) -> 
     assert not world.watch.canary.accept_watch.runs
     world.watch.end()
     assert not world.clock.waits
+
+
+def test_a_client_that_is_open_is_known_by_the_tag_of_the_generation_s_socket(
+    world: World, pair: MemoryListener
+) -> None:
+    world.starting(2)
+    world.turns.share = Share(2, 500, frozenset({pair.index}))
+    world.watch.follow_canary()
+    assert world.watch.canary is not None
+    backlogs = world.watch, world.watch.canary
+    pair.sockets[0].tag, pair.sockets[1].tag = 1, 2
+    assert [each.has_open(pair.index) for each in backlogs] == [False, False]
+    world.open[2] = 1
+    assert [each.has_open(pair.index) for each in backlogs] == [False, True]
+    world.open = Counter({1: 1})
+    assert [each.has_open(pair.index) for each in backlogs] == [True, False]
+    assert [each.has_open(pair.index + 1) for each in backlogs] == [False, False]
+
+    pair.sockets[0].tag = open_counts.NO_TAG
+    world.open[open_counts.NO_TAG] = 1
+    assert not world.watch.has_open(pair.index)

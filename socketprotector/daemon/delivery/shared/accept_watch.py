@@ -36,6 +36,10 @@ class Backlogs(ABC):
         """
 
     @abstractmethod
+    def has_open(self, index: int) -> bool:
+        """Return whether a client that workers have accepted at a listener is surely still open."""
+
+    @abstractmethod
     def watch(self) -> None:
         """Watch for the next client if AcceptWatch.awaits is True; otherwise stop watching."""
 
@@ -180,6 +184,12 @@ class AcceptWatch:
             self._await()
             return
         overdue = self._overdue()
+        if overdue and not self._reported:
+            # No look finds clients that workers accept at once.  If such a client is still open,
+            # workers may be busy with it.
+            never = overdue.keys() - self.accepted
+            self.accepted.update(index for index in never if self.backlogs.has_open(index))
+            overdue = self._overdue()
         if overdue and not self._reported:
             self._reported = True
             count = sum(len(self._waiting[index][0]) for index in overdue)

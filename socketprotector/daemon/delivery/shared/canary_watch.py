@@ -14,6 +14,7 @@ from ....system.listener import Listener
 from ....system.sock_diag import Line
 from .. import UNTAKEN_S, untaken
 from .accept_watch import AcceptWatch, Backlogs, known_clients
+from .open_counts import has_open
 from .probes import Probes
 from .shared_listeners import SharedListeners
 from .turns import Turns
@@ -80,6 +81,9 @@ class CanaryWatch(Backlogs):
     def waiting_clients(self) -> dict[int, Line]:
         """Return known_clients() of the canary's sockets."""
         return known_clients(self.sockets, self._probes.clients_wait)
+
+    def has_open(self, index: int) -> bool:
+        return has_open(self._listeners, self.sockets, index)
 
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Let the canary fail: post Untaken with the addresses at which its clients wait."""

@@ -15,7 +15,7 @@ import errno
 import socket
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 
 from ....model.lazy_dataclass import field, mutable
@@ -131,12 +131,34 @@ class OpenCounts:
         self._found.clear()
         ours = self.listeners.host.own_connection  # over TCP, leave out our health probe
         for each in self.listeners.pairs:
-            try:
-                if each.path:
-                    self._found[each.index] = socket_file.connections(each.path)
-                else:
-                    self._found[each.index], _ = accept_tags.connections(each.socket, ours)
-            except OSError:
-                continue
+            with suppress(OSError):
+                self._found[each.index] = _by_tag(each, ours)
         ended = time.monotonic()
         self._next_query_at = ended + (ended - began) / QUERY_SHARE
+
+
+def has_open(
+    listeners: SharedListeners, sockets: Iterable[tuple[Listener, int]], index: int
+) -> bool:
+    """Return whether a connection accepted at one of these sockets of a listener is still open.
+
+    Return False also if the socket has no tag, or if the kernel does not answer.
+    """
+    ours = listeners.host.own_connection
+    for each, number in sockets:
+        if each.index == index:
+            listening = each.socket_for(number)
+            with suppress(OSError):
+                tag = (socket_file.number_of if each.path else accept_tags.tag_of)(listening)
+                return tag != NO_TAG and _by_tag(each, ours)[tag] > 0
+    return False
+
+
+def _by_tag(listener: Listener, ours: socket.socket | None) -> Counter[int]:
+    """Return how many open connections of a listener carry each tag.  Raises OSError.
+
+    ours: our own TCP connection, which is not counted.
+    """
+    if listener.path:
+        return socket_file.connections(listener.path)
+    return accept_tags.connections(listener.socket, ours)[0]

@@ -17,6 +17,7 @@ from ....system.loop import READ, SHUT
 from ....system.sock_diag import Line
 from . import canary_watch
 from .accept_watch import AcceptWatch, Backlogs, known_clients
+from .open_counts import has_open
 from .probes import Probes
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
@@ -180,6 +181,9 @@ class SocketWatch(Backlogs):
         """Return known_clients() of the current generation's sockets."""
         served = self._served_sockets(self._without_worker())
         return known_clients(served, lambda each, number: each.has_waiting(number))
+
+    def has_open(self, index: int) -> bool:
+        return has_open(self._listeners, self._served_sockets(()), index)
 
     def report_untaken(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
         """Report the addresses at which workers do not accept."""

@@ -131,8 +131,7 @@ class Effects(Host):
             *(runtime, self.delivery, check_probes),
             settings=lambda: self.live_settings.settings,
             remember=self.reports.remember,
-            answered=self.pool.answered,
-            inconclusive=self.pool.allow_timer,
+            pool=self.pool,
         )
         self.live_settings = LiveSettings(
             settings, runtime, pool=self.pool, delivery=self.delivery, command=command

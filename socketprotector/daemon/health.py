@@ -24,7 +24,7 @@ from .delivery import Delivery
 from .generation import OpenGeneration
 from .probe import Probe
 from .runtime import Runtime
-from .verdicts import UNHEALTHY, Serving, Verdict
+from .verdicts import BAD, UNHEALTHY, UNMADE, UNTAKEN, Serving, Verdict
 
 _TIMER = "health"
 
@@ -39,14 +39,16 @@ class Health:
         settings: Callable[[], Settings],
         delivery: Delivery,
         remember: Callable[[Callable[[History], History]], None],
+        has_ready: Callable[[int], bool],
     ) -> None:
         """settings: returns the settings in force.
 
         remember(change): replaces the history with change(history).
+        has_ready: takes a generation's number, returns whether one of its workers is ready.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._remember = runtime.persist, remember
-        self._settings, self._delivery = settings, delivery
+        self._settings, self._delivery, self._has_ready = settings, delivery, has_ready
         self._probe = Probe(
             runtime.loop,
             lambda generation, name: delivery.reach(generation, name, as_client=True),
@@ -114,11 +116,16 @@ class Health:
             self._probe.send(generation, self._spec, settings.health_timeout_s, self._on_verdict)
 
     def _on_verdict(self, verdict: Verdict) -> None:
+        if self._generation is None:
+            return
+        number = self._generation.record.number
+        if verdict.kind in (UNMADE, UNTAKEN) and not self._has_ready(number):
+            verdict = Verdict(BAD, "no worker is ready")
         before, most = self.known, self._settings().health_failures
         self.known = known = before.after(verdict, most, time.time())
-        if known.state == before.state or self._generation is None:
+        if known.state == before.state:
             return
-        number, reason = self._generation.record.number, known.last or None
+        reason = known.last or None
         self._remember(
             lambda history: history.health_changed(number, known.state, known.last, known.since_at)
         )

@@ -16,6 +16,7 @@ from .check_probe import CheckProbes
 from .delivery import Delivery
 from .generation import OpenGeneration
 from .runtime import Runtime
+from .worker_pool import WorkerPool
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,16 +38,14 @@ class Probing:
         *,
         settings: Callable[[], Settings],
         remember: Callable[[Callable[[History], History]], None],
-        answered: Callable[[int, str], bool],
-        inconclusive: Callable[[int], None],
+        pool: WorkerPool,
     ) -> None:
         """addresses: the probe addresses for check commands.
 
-        settings, remember: see Health.  answered, inconclusive: see ReadyProbe.
+        settings, remember: see Health.
         """
         self._runtime, self._delivery, self._addresses = runtime, delivery, addresses
-        self._settings, self._remember = settings, remember
-        self._answered, self._inconclusive = answered, inconclusive
+        self._settings, self._remember, self._pool = settings, remember, pool
         #: Returns the counts that `status` shows, by generation, for --settle-check commands.
         self.counts: Callable[[], Mapping[int, Mapping[str, Any]]] = dict
         self.ready_probe: ReadyProbe | None = None
@@ -59,8 +58,8 @@ class Probing:
             self.ready_probe = ready_probe.ReadyProbe(
                 self._runtime,
                 reach=self._delivery.reach,
-                answered=self._answered,
-                inconclusive=self._inconclusive,
+                answered=self._pool.answered,
+                inconclusive=self._pool.allow_timer,
             )
         self.ready_probe.begin(generation)
 
@@ -106,6 +105,7 @@ class Probing:
                 settings=self._settings,
                 delivery=self._delivery,
                 remember=self._remember,
+                has_ready=self._pool.has_ready,
             )
         self.health.set_serving(generation)
 

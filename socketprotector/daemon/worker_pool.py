@@ -132,6 +132,10 @@ class WorkerPool:
         results = (each.readiness.last for each in self._workers_of(generation))
         return next(filter(None, results), "")
 
+    def has_ready(self, generation: int) -> bool:
+        """Return whether a worker of a generation is ready."""
+        return any(each.became_ready for each in self._workers_of(generation))
+
     def _workers_of(self, generation: int) -> list[Worker]:
         return [each for each in self._workers.values() if each.record.generation == generation]
 
@@ -315,6 +319,7 @@ class WorkerPool:
         self._loop.watch(worker.process.pidfd, lambda: self._ended(number))
         self._messages.watch(number, worker)
         program = worker.generation.program
+        fields = {"generation": worker.record.generation, "worker": number}
         worker.readiness.watch(
             lambda by: self._on_ready(number, by),
             lambda done, late: self._start_check(worker, done, late),
@@ -325,13 +330,7 @@ class WorkerPool:
                 check=check_command.first_program(program.ready_check),
                 for_s=check_command.LIMIT_S,
             ),
-            lambda why: self._log.write(
-                "info",
-                "probe-failed",
-                generation=worker.record.generation,
-                worker=number,
-                reason=why,
-            ),
+            lambda why: self._log.write("info", "probe-failed", **fields, reason=why),
             lambda: self._keep_descriptors(worker),
             known=worker.became_ready,
             probed=program.is_probed and not worker.generation.record.serving_since,

@@ -46,6 +46,7 @@ def asked(loop: Loop, command: str, written: list[History]) -> Health:
         settings=lambda: cast("Any", its),
         delivery=cast("Any", SimpleNamespace(reach=lambda *_, **__: way, is_silent=False)),
         remember=remember,
+        has_ready=lambda _: True,
     )
     program = replace(SHELL, environment=(("PATH", os.environ["PATH"]),))
     generation = SimpleNamespace(program=program, record=SimpleNamespace(number=1))

@@ -159,6 +159,22 @@ def test_a_question_that_no_worker_takes_is_busy_and_no_failure(
 
 
 @EITHER_HANDOFF
+@pytest.mark.parametrize("kind", ["accept", HTTP])
+def test_a_generation_whose_workers_die_at_their_start_is_unhealthy(
+    watched: Callable[..., Watched], asked: Asked, kind: str
+) -> None:
+    one = watched(kind, "--health-timeout", "100ms")
+    one.until(state="healthy")
+    asked.release.becomes("false")
+    for pid in one.daemon.worker_pids():
+        os.kill(pid, signal.SIGKILL)
+
+    one.until(state="unhealthy", last="no worker is ready")
+    asked.becomes()
+    one.until(state="healthy")
+
+
+@EITHER_HANDOFF
 @pytest.mark.costly
 def test_a_server_that_takes_it_and_hangs_is_unhealthy(
     watched: Callable[..., Watched], asked: Asked

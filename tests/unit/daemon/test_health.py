@@ -10,7 +10,16 @@ import pytest
 
 from socketprotector.daemon import health as module
 from socketprotector.daemon.health import Health
-from socketprotector.daemon.verdicts import BAD, CANNOT, GOOD, UNKNOWN, Verdict
+from socketprotector.daemon.verdicts import (
+    BAD,
+    CANNOT,
+    GOOD,
+    UNHEALTHY,
+    UNKNOWN,
+    UNMADE,
+    UNTAKEN,
+    Verdict,
+)
 from socketprotector.model.history import HEALTHY, History
 from socketprotector.model.settings import Settings
 
@@ -66,11 +75,13 @@ class World:
             health_failures=2,
         )
         self.delivery = SimpleNamespace(is_silent=False)
+        self.ready = {1, 2}  # the generations with a ready worker
         self.health = Health(
             runtime,
             settings=lambda: self.settings,
             delivery=cast("Any", self.delivery),
             remember=self._remember,
+            has_ready=lambda number: number in self.ready,
         )
 
     def _remember(self, change: Callable[[History], History]) -> None:
@@ -101,6 +112,26 @@ def test_each_change_of_the_health_is_logged_once_and_remembered(world: World) -
     world.answer(BAD, BAD, GOOD, CANNOT, CANNOT)
 
     assert world.clock.lines == ["healthy", "unhealthy", "healthy", "health-unknown"]
+
+
+@pytest.mark.parametrize("kind", [UNMADE, UNTAKEN])
+def test_a_probe_that_waits_is_a_failure_only_while_no_worker_is_ready(
+    world: World, kind: str
+) -> None:
+    world.serve(1)
+    world.answer(GOOD, kind, kind, kind)
+    assert world.health.known.state == HEALTHY
+
+    world.ready = {2}
+    world.answer(kind, kind)
+    known = world.health.known
+    assert (known.state, known.failures, known.last) == (UNHEALTHY, 2, "no worker is ready")
+
+    world.ready = {1}
+    world.answer(kind)
+    assert world.health.known.last.startswith("busy")
+    world.answer(GOOD)
+    assert world.clock.lines == ["healthy", "unhealthy", "healthy"]
 
 
 def test_no_second_probe_is_sent_while_one_has_no_answer(world: World) -> None:

@@ -231,6 +231,17 @@ def test_ready_is_noted_once(world: World) -> None:
     assert world.pool.proved_ready
 
 
+def test_a_generation_has_a_ready_worker_until_the_last_one_exits(world: World) -> None:
+    world.spawn(1)
+    world.spawn(2, world.generation(2))
+    assert not world.pool.has_ready(1)
+
+    world.started[1].ready_calls[0]("notify")
+    assert (world.pool.has_ready(1), world.pool.has_ready(2)) == (True, False)
+    world.clock.watched[201]()
+    assert not world.pool.has_ready(1)
+
+
 def test_a_timer_is_no_sign_of_life(world: World) -> None:
     world.spawn(1).ready_calls[0]("timer")
 

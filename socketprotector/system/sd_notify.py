@@ -155,7 +155,9 @@ def _is_number(text: str) -> bool:
 
 def parse(data: bytes) -> dict[str, str]:
     """Return the NAME=VALUE lines of a datagram, without other lines."""
-    lines = (line.partition("=") for line in data.decode("utf-8", "replace").split("\n"))
+    # A C program may send its string with the final NUL, which systemd permits.
+    text = data.removesuffix(b"\0").decode("utf-8", "replace")
+    lines = (line.partition("=") for line in text.split("\n"))
     return {name: value for name, found, value in lines if found and name}
 
 

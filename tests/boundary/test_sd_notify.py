@@ -145,6 +145,13 @@ def test_what_is_no_assignment_is_passed_over() -> None:
     }
 
 
+def test_a_c_string_may_be_sent_with_its_final_nul_byte() -> None:
+    assert parse(b"READY=1\0") == {"READY": "1"}
+    assert parse(b"READY=1\n\0") == {"READY": "1"}
+    assert parse(b"READY=1\0\0") == {"READY": "1\0"}
+    assert parse(b"\0") == {}
+
+
 def test_a_long_message_is_cut(notify: NotifySocket) -> None:
     send(notify, b"READY=1\nSTATUS=" + b"x" * 50_000)
 

@@ -52,6 +52,7 @@ def _ready(text: str) -> Ready:
     if kind == "check" and rest.strip():
         return Ready(kind, check=rest)
     if kind in NEED_ANSWER:
+        probe_spec.refuse_unclear(text)
         return Ready(probe_spec.read(text).kind, ALIVE_S, question=text)
     raise ValueError(
         f"{text!r}: write notify, ack, fd:N (3 to 1023), accept, http:/path, check:COMMAND or "
@@ -61,12 +62,14 @@ def _ready(text: str) -> Ready:
 
 def _health(text: str) -> str:
     probe_spec.read_health(text)
+    probe_spec.refuse_unclear(text)
     return text
 
 
 def _settle_check(text: str) -> str:
     """Return the text of --settle-check, with a bare command written as `check:COMMAND`."""
     check = probe_spec.read_settle_check(text)
+    probe_spec.refuse_unclear(text)
     return f"{probe_spec.CHECK}:{check.path}" if check.kind == probe_spec.CHECK else text
 
 

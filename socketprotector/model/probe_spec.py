@@ -17,6 +17,8 @@ _URL = re.compile(
     r"(?P<kind>https?):(?:\[(?P<name>[^][]+)\])?(?://(?P<host>[^/\s]+))?"
     r"(?P<path>/(?!/)\S*?)(?:=(?P<status>[1-5][0-9][0-9]))?"
 )
+#: The end of a path that may have been meant as a status.
+_NO_STATUS = re.compile(r"=(?P<text>[0-9][0-9xX]{2})")
 #: The good statuses if none is given, as in load balancers.
 _GOOD = range(200, 400)
 
@@ -63,6 +65,25 @@ def read(text: str) -> ProbeSpec:
         raise ValueError(f"{text!r}: write http:/path, http://name/path or http:[LISTENER]/path")
     status = int(found["status"] or 0)
     return ProbeSpec(found["kind"], found["name"] or "", found["host"] or "", found["path"], status)
+
+
+def refuse_unclear(text: str) -> None:
+    """Raise ValueError for an HTTP probe whose end may be a status, or part of the path.
+
+    Call this only for options, because a state from an earlier version may contain such a probe.
+    """
+    found = _URL.fullmatch(text)
+    path, status = (found["path"], found["status"]) if found else ("", None)
+    _, has_query, query = path.partition("?")
+    if has_query:
+        name = query.rpartition("&")[2]
+        if status and "=" not in name:
+            raise ValueError(
+                f"{text!r}: is {status} a status or part of the query? "
+                f"write {text}=200 (query, then status), or ?{query}=={status}"
+            )
+    elif not status and (end := _NO_STATUS.fullmatch(path[-4:])):
+        raise ValueError(f"{text!r}: {end['text']} is no status; write 100 to 599")
 
 
 def read_health(text: str) -> ProbeSpec:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from socketprotector.model.policy import Policy
-from socketprotector.model.probe_spec import ProbeSpec, read, read_health
+from socketprotector.model.probe_spec import ProbeSpec, read, read_health, refuse_unclear
 from tests.together import together
 
 
@@ -53,6 +55,43 @@ def test_each_part_of_it_may_be_said(text: str, spec: ProbeSpec) -> None:
 def test_nothing_else_may(text: str) -> None:
     with pytest.raises(ValueError, match="write http:/path"):
         read(text)
+
+
+@together(
+    ("text", "why"),
+    [
+        ("http:/h?depth=300", "write http:/h?depth=300=200 (query, then status), or ?depth==300"),
+        ("https:[a]//b/h?x=1&full=204", "is 204 a status or part of the query?"),
+        ("http:/=600", "600 is no status; write 100 to 599"),
+        ("http:/h=2xx", "2xx is no status"),
+        ("http:/h=099", "099 is no status"),
+    ],
+)
+def test_an_option_whose_end_may_be_a_status_or_not_is_refused(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(why)):
+        refuse_unclear(text)
+    assert read(text).by_http, "a state of an earlier version may have it"
+
+
+@together(
+    ("text", "path", "status"),
+    [
+        ("http:/h?depth=300=200", "/h?depth=300", 200),
+        ("http:/h?depth==300", "/h?depth=", 300),
+        ("http:/h?depth=300&", "/h?depth=300&", 0),
+        ("http:/h?x=1", "/h?x=1", 0),
+        ("http:/h?x=600", "/h?x=600", 0),
+        ("http:/h?x=1&y=2=204", "/h?x=1&y=2", 204),
+        ("http:/h=2xx=200", "/h=2xx", 200),
+        ("http:/h=204", "/h", 204),
+        ("http:/h;v=abc", "/h;v=abc", 0),
+        ("http:/a=1/200", "/a=1/200", 0),
+        ("accept", "", 0),
+    ],
+)
+def test_an_option_whose_end_is_clear_is_not(text: str, path: str, status: int) -> None:
+    refuse_unclear(text)
+    assert (read(text).path, read(text).status) == (path, status)
 
 
 def test_an_answer_is_good_as_load_balancers_have_it_or_as_it_was_asked_for() -> None:

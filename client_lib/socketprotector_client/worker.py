@@ -10,7 +10,6 @@ import atexit
 import os
 import socket
 import threading
-from functools import lru_cache
 
 from . import fork_hook, wire
 from .address import listen, name_of
@@ -36,10 +35,22 @@ if TYPE_CHECKING:
 DEFAULT_BACKLOG = 4096
 
 
-@lru_cache(maxsize=None)
+_made: List[Worker] = []
+# Two Workers would both close the descriptor of the scoreboard, the second perhaps another file.
+_making = threading.RLock()
+# A child that is forked meanwhile would wait for ever for the lock.
+os.register_at_fork(
+    before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release
+)
+
+
 def current() -> Worker:
     """Return this process's Worker.  Raises ProtocolError for a broken environment."""
-    return Worker(os.environ)
+    if not _made:
+        with _making:
+            if not _made:
+                _made.append(Worker(os.environ))
+    return _made[0]
 
 
 class Worker:

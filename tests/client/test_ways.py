@@ -317,3 +317,12 @@ def test_a_returned_connection_is_refused_and_the_next_one_served(
 
     assert returned.hear() == ""
     assert channel.connect().ask("hello") == "echo hello"
+
+
+@pytest.mark.parametrize("other", ["thread", "fork"])
+def test_threads_that_use_the_library_first_at_once_share_all_of_it(
+    channel: Channel, other: str
+) -> None:
+    worker = channel.spawn("first_use.py", other, alone=True)
+
+    assert worker.read_rest() == ["made: 1", "ended"]

@@ -133,6 +133,8 @@ class OpenConnections:
         No event announces the end of a detached connection: it must be polled for.
         """
         self._on_change = on_change
+        #: Whether connections may still be added.
+        self.takes = True
         self._when_collected = self._collected  # one bound method for all
         # All open connections: an object, or a detached descriptor.
         self._open: set[Union[weakref.ref[Connection], int]] = set()

@@ -6,6 +6,7 @@ connection only while a descriptor is certainly free.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import sys
@@ -22,6 +23,9 @@ if sys.version_info < (3, 9, 6):
 
 #: Descriptors that the default limit leaves to the program.
 LEFT_TO_PROGRAM = 64
+
+#: accept() fails with these errors while the system is short of a resource; the connection waits.
+OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 def default_limit() -> int:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 import select
 import threading
+import weakref
 
 from . import fork_hook, system
 from .log import Logger
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Callable, Optional, Sequence
+    from typing import Callable, Optional, Sequence, Tuple
+
+    from .intake import Intake
 
 _log = Logger(__name__)
 
@@ -30,6 +33,10 @@ class Drain:
         self._begun = False
         #: Called at the begin, perhaps in a signal handler.
         self.at_begin: Optional[Callable[[], None]] = None
+        #: Held once the end of this process has begun: only one listener may begin it.
+        self.end_begun = threading.Lock()
+        # A tuple, because signal handlers read it.
+        self._intakes: Tuple[weakref.ref[Intake], ...] = ()
         self._callbacks_called = False
         self._callbacks: list[Callable[[], object]] = []
         self._lock = threading.Lock()
@@ -43,6 +50,22 @@ class Drain:
         """Also watch fd, which its owner must not close before the process drains or ends."""
         if fd not in self._fds:
             self._fds = (*self._fds, fd)
+
+    def add(self, intake: Intake) -> None:
+        """Count the connections of a new intake as open ones of this process."""
+        with self._lock:
+            found = [each for each in self.intakes() if each.open.takes or each.open.known()]
+            found.append(intake)
+            self._intakes = tuple(map(weakref.ref, found))
+            intake.board.follow([each.open for each in found])
+
+    def intakes(self) -> list[Intake]:
+        """Return the intakes of this process that take connections or have open ones.
+
+        In a forked child: without those whose connections are its parent's.
+        """
+        found = [each() for each in self._intakes]
+        return [each for each in found if each is not None]
 
     def begin(self) -> None:
         """Begin the drain.  Safe in a signal handler: takes no lock, never raises."""
@@ -93,6 +116,9 @@ class Drain:
     def after_fork_in_child(self) -> None:
         parents = self._pipe or ()
         self.at_begin = None  # it is about the parent
+        self.end_begun = threading.Lock()
+        usable = [each for each in self.intakes() if not each.open.known()]
+        self._intakes = tuple(map(weakref.ref, usable))
         self._pipe, self._thread, self._callbacks = None, None, []
         self._lock = threading.Lock()
         for fd in parents:

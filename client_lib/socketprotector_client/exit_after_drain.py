@@ -1,8 +1,8 @@
-"""The end of a drained worker whose server does not know about drains.
+"""The end of a drained worker whose servers do not know about drains.
 
 A server that handles SIGTERM gets SIGTERM, and finishes.  The signal would kill any other
 server in the middle of its answers.  For such a server accept() waits until all handed-out
-connections are closed, and then exits.
+connections are closed, also those of other listeners, and then exits.
 
 A server that finishes closes idle connections.  A new connection looks idle while its first
 request is under way or unread, so the server would disconnect that client without an answer.
@@ -23,7 +23,7 @@ from .worker import current
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Optional
+    from typing import Optional, Set
 
 _log = Logger(__name__)
 
@@ -57,10 +57,13 @@ class DrainExit:
         self._hurries = False
 
     def begin(self) -> None:
-        """Send SIGTERM once the clients' bytes are read, if the program handles that signal."""
-        if self._waits:
-            self._intake.await_last()
-        elif not len(self._intake.open):
+        """Send SIGTERM once the clients' bytes are read, if the program handles that signal.
+
+        If several listeners drain, only the first of them sends it.
+        """
+        if self._waits or not self._intake.drain.end_begun.acquire(False):
+            return
+        if not self._left():
             self._send()
         else:
             # In a thread, because the event loop must keep reading from the clients.
@@ -90,25 +93,35 @@ class DrainExit:
     def wait(self, timeout_s: Optional[float]) -> None:
         """Wait up to timeout_s for the end of the process; return if the process still runs.
 
-        If the server does not handle SIGTERM, raises SystemExit(0) once the last connection is
-        closed.
+        If the server does not handle SIGTERM, raises SystemExit(0) once the last connection of
+        this process is closed.
         """
         while True:
-            if self._waits and not len(self._intake.open):
-                self._exit()
+            if self._waits:
+                if not self._left():
+                    self._exit()
+                self._intake.waits.hush()  # another intake may have taken one since the ring
+                self._intake.await_last(self._left)
             self._intake.waits.wait(timeout_s)
             if timeout_s is not None:
                 return
 
+    def _all(self) -> Set[Intake]:
+        return {self._intake, *self._intake.drain.intakes()}
+
+    def _left(self) -> int:
+        return sum(len(each.open) for each in self._all())
+
     def _term_when_read(self) -> None:
         spread = current().spread
         if spread is not None:
-            spread.wait(lambda: not self._hurries and len(self._intake.open) > 0)
+            spread.wait(lambda: not self._hurries and self._left() > 0)
         deadline = time.monotonic() + _FIRST_REQUEST_S
         polls = 0
         while polls < _POLLS and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-            polls = 0 if self._intake.open.any_unread() else polls + 1
+            is_unread = any(each.open.any_unread() for each in self._all())
+            polls = 0 if is_unread else polls + 1
         self._send()
 
     def _exit(self) -> None:
@@ -117,7 +130,8 @@ class DrainExit:
         # No event announces connections that ssl has closed; uncounted, they would look lost.
         self._intake.board.count_open()
         current().drain.finish()
-        if threading.current_thread() is not threading.main_thread():
+        is_first = self._intake.drain.end_begun.acquire(False)
+        if is_first and threading.current_thread() is not threading.main_thread():
             timer = threading.Timer(_MAIN_THREAD_GRACE_S, _interrupt_main)
             timer.daemon = True
             try:

@@ -9,7 +9,6 @@ Rule: never takes a connection without a free descriptor.
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import threading
@@ -17,7 +16,7 @@ import time
 
 from . import fork_hook, system
 from .connection import Connection, OpenConnections
-from .descriptors import Spare, default_limit, has_room
+from .descriptors import OUT_OF_RESOURCES, Spare, default_limit, has_room
 from .drain_state import Drain
 from .errors import Drained
 from .log import Logger
@@ -34,16 +33,11 @@ if TYPE_CHECKING:
 
 _log = Logger(__name__)
 
-# How soon to try again if no event announces the right moment.
-_RETRY_S = 0.05
+_RETRY_S = 0.05  # if no event announces the right moment
 
 # The number of free descriptors is checked once for a row of this many connections, if _OTHERS more
 # are free for other threads.
 _ROW, _OTHERS = 32, 256
-
-# accept() fails with these errors while the system is short of a resource; the
-# connection waits.
-_OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class Intake:
@@ -70,11 +64,10 @@ class Intake:
         opened = OpenConnections if spread is None else spread.open_connections
         self.open = opened(self._changed)
         self.board = board
-        board.follow(self.open)
         self.source = source
         #: Called in a forked child, after its descriptor got an epoll of its own.
         self.on_renewal: Optional[Callable[[], None]] = None
-        self._drain = drain
+        self.drain = drain
         self._limit = default_limit() if limit is None else limit
         self._names = names
         self._beside = -1  # an event loop's descriptor, which `sleep` also waits for
@@ -89,20 +82,19 @@ class Intake:
         self._ended = False
         # Whether several threads call `get`: all may be busy without being stuck.
         self._pooled = False
-        # The threads of the pool that wait for the kernel to choose one.
-        self._idle: set[int] = set()
-        self._awaits_last = False
+        self._idle: set[int] = set()  # threads of the pool that wait until the kernel chooses one
+        self._left: Optional[Callable[[], int]] = None  # see await_last
         self._will_look_again = False
         self._lacks = False  # whether the last try to wait for the queue failed
         # The descriptor that get_next takes from; -1: look at all descriptors first.
         self._row_fd = -1
-        # How many more descriptors are certainly free; -1: unknown.
-        self._room = -1
+        self._room = -1  # how many more descriptors are certainly free; -1: unknown
         self._spare = Spare(self.waits.fileno())
         self._spare.hold()
         self._turn = threading.Lock()
         self._pid = os.getpid()
         fork_hook.register(self)
+        drain.add(self)
 
     def fileno(self) -> int:
         """Return the descriptor that is readable when `get` would not wait."""
@@ -246,11 +238,11 @@ class Intake:
         """Begin the drain; stop taking at the next `get`.  Safe in a signal handler."""
         self._drain_requested = True
         self._row_fd = -1
-        self._drain.begin()
+        self.drain.begin()
 
     def drained(self) -> None:
         """Begin the drain and stop taking, as the protector requests."""
-        self._drain.begin()
+        self.drain.begin()
         self.end()
 
     def interrupt(self) -> None:
@@ -269,6 +261,7 @@ class Intake:
             return
         self._ended = True
         self._row_fd = -1
+        self.open.takes = False
         self.queue.waited = False
         self.queue.leave_loop()
         # Remove them before closing: other processes have these files open, so after close() they
@@ -277,9 +270,12 @@ class Intake:
         self.source.close()
         self._spare.release()
 
-    def await_last(self) -> None:
-        """After the end: make `fileno` readable once all handed-out connections are closed."""
-        self._awaits_last = True
+    def await_last(self, left: Optional[Callable[[], int]] = None) -> None:
+        """After the end: make `fileno` readable once all handed-out connections are closed.
+
+        left: returns how many are open, if those of other intakes count, too.
+        """
+        self._left = left or self.open.__len__
         self._look_again()
 
     def close(self) -> None:
@@ -368,7 +364,7 @@ class Intake:
             self.drained()
             return None
         except OSError as error:
-            if error.errno not in _OUT_OF_RESOURCES:
+            if error.errno not in OUT_OF_RESOURCES:
                 raise
             _log.error("%s; trying again in %s s", error, _RETRY_S)
             self._pause(short=True)
@@ -415,18 +411,19 @@ class Intake:
 
     def _changed(self) -> None:
         self.board.count_open()
-        if not self.queue.waited or self._awaits_last:
+        if not self.queue.waited or self._left is not None:
             self._look_again()
 
     def _look_again(self) -> None:
         """Resume or end, depending on the number of open connections.  For any thread."""
         if not self.queue.waited:
             self._resume()
-        if self._awaits_last and os.getpid() == self._pid:
-            if not len(self.open):
-                self._awaits_last = False
+        if self._left is not None and os.getpid() == self._pid:
+            left = self._left()
+            if not left:
+                self._left = None
                 self.waits.ring()
-            elif self.open.must_be_polled:
+            elif self.open.must_be_polled or left > self.open.known():
                 self._look_again_later()
 
     def _look_again_later(self) -> None:

@@ -16,11 +16,12 @@ import threading
 import time
 
 from . import fork_hook, wire
-from .connection import OpenConnections
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Callable, Optional, Tuple
+    from typing import Callable, Optional, Sequence
+
+    from .connection import OpenConnections
 
 _LAST_WAIT = wire.BOARD_WAIT_WORDS - 1
 # Module variables, because each connection needs them.
@@ -42,8 +43,6 @@ class Scoreboard:
         self._parents: Optional[memoryview] = None
         self._owner = os.getpid()
         self._lock = threading.Lock()
-        # Tuples, because finalizers read them.
-        self._open: Tuple[OpenConnections, ...] = ()
         self._now_open: Callable[[], int] = int  # returns 0
         if self._words is not None:
             self._words[wire.BOARD_STATE] = wire.BOARD_COUNTED
@@ -69,19 +68,20 @@ class Scoreboard:
             words[_ACCEPTED_AT + fd] = accepted_at_ns
         self.count_open()
 
-    def follow(self, connections: OpenConnections) -> None:
-        """Include these connections in the count of open ones, until the last is closed."""
-        if self._words is not None and not self._open:
+    def follow(self, opened: Sequence[OpenConnections]) -> None:
+        """Count these connections, and no others, as open."""
+        if self._words is not None and self._now_open is int:
             self._words[wire.BOARD_STATE] = wire.BOARD_COUNTED  # see leave_uncounted
-        self._open = opened = (*(each for each in self._open if each.known()), connections)
-        if len(opened) == 1:  # nearly always; it saves a sum for each connection
-            self._now_open = connections.known
+        # These refer to sets alone: the board keeps nothing else alive.
+        counts = [each.known for each in opened]
+        if len(counts) == 1:  # nearly always; it saves a sum for each connection
+            self._now_open = counts[0]
         else:
-            self._now_open = lambda: sum(each.known() for each in opened)
+            self._now_open = lambda: sum(count() for count in counts)
 
     def leave_uncounted(self) -> None:
         """Mark the record as uncounted, unless a connection is counted: unknown is not 0."""
-        if self._words is not None and not self._open:
+        if self._words is not None and self._now_open is int:
             self._words[wire.BOARD_STATE] = wire.BOARD_UNKNOWN
 
     def count_open(self) -> None:

@@ -60,7 +60,7 @@ def test_a_worker_that_does_not_count_is_unknown_rather_than_zero(record: Record
     record.board.leave_uncounted()
     assert record.word(wire.BOARD_STATE) == wire.BOARD_UNKNOWN
 
-    record.board.follow(OpenConnections(lambda: None))
+    record.board.follow([OpenConnections(lambda: None)])
     record.board.leave_uncounted()
     assert record.word(wire.BOARD_STATE) == wire.BOARD_COUNTED
 
@@ -102,7 +102,7 @@ def test_what_the_protector_asks_is_not_counted(record: Record) -> None:
 
 def test_what_is_open_is_counted_however_it_ends(record: Record) -> None:
     opened = OpenConnections(record.board.count_open)
-    record.board.follow(opened)
+    record.board.follow([opened])
     closed, dropped = connection(record.board, opened), connection(record.board, opened)
     record.board.count_taken(closed.fileno(), 1)
     assert record.word(wire.BOARD_ACTIVE) == 2
@@ -114,23 +114,21 @@ def test_what_is_open_is_counted_however_it_ends(record: Record) -> None:
     assert record.word(wire.BOARD_ACTIVE) == 0
 
 
-def test_a_source_that_has_ended_counts_until_its_last_connection_has(record: Record) -> None:
+def test_several_sources_are_counted_together(record: Record) -> None:
     first, second = OpenConnections(lambda: None), OpenConnections(lambda: None)
-    record.board.follow(first)
-    kept = connection(record.board, first)
-    record.board.follow(second)
-    record.board.count_open()
-    assert record.word(wire.BOARD_ACTIVE) == 1
+    record.board.follow([first, second])
+    with connection(record.board, first), connection(record.board, second):
+        record.board.count_open()
+        assert record.word(wire.BOARD_ACTIVE) == 2
 
-    kept.close()
-    record.board.follow(OpenConnections(lambda: None))
-    record.board.count_open()
-    assert record.word(wire.BOARD_ACTIVE) == 0
+        record.board.follow([second])
+        record.board.count_open()
+        assert record.word(wire.BOARD_ACTIVE) == 1
 
 
 def test_threads_lose_no_count(record: Record) -> None:
     opened = OpenConnections(record.board.count_open)
-    record.board.follow(opened)
+    record.board.follow([opened])
 
     def work() -> None:
         for _ in range(300):

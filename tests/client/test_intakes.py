@@ -1,0 +1,127 @@
+"""Several intakes of one process: they are counted, waited for and stopped together."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+from socketprotector_client import wire
+from socketprotector_client.address import listen
+from socketprotector_client.drain_state import Drain
+from socketprotector_client.intake import Intake
+from socketprotector_client.scoreboard import Scoreboard
+from socketprotector_client.source import ListenSource
+
+from tests.channel import Channel
+
+from .sharing import in_child, taken
+
+
+class Process:
+    """What the intakes of one process share."""
+
+    def __init__(self) -> None:
+        self.record = os.memfd_create("board")
+        os.ftruncate(self.record, wire.BOARD_BYTES)
+        self.board = Scoreboard(os.dup(self.record), 0)
+        self.drain = Drain(())
+
+    def open(self) -> Intake:
+        source = ListenSource(listen("127.0.0.1:0", 16), handed=False)
+        return Intake(source, self.drain, 2, {}, self.board)
+
+    def active(self) -> int:
+        words = os.pread(self.record, wire.BOARD_BYTES, 0)
+        return int.from_bytes(words[8 * wire.BOARD_ACTIVE :][:8], "little")
+
+
+@pytest.fixture
+def process() -> Iterator[Process]:
+    made = Process()
+    yield made
+    os.close(made.record)
+    del made.board, made.drain
+    gc.collect()  # otherwise the mapping stays
+
+
+@pytest.fixture
+def make_intake(process: Process) -> Iterator[Callable[[], Intake]]:
+    with ExitStack() as stack:
+
+        def make() -> Intake:
+            intake = process.open()
+            stack.callback(intake.close)
+            return intake
+
+        yield make
+
+
+def test_one_that_was_idle_when_another_began_is_counted(
+    process: Process, make_intake: Callable[[], Intake]
+) -> None:
+    first, second = make_intake(), make_intake()
+
+    with taken(first), taken(second):
+        assert process.active() == 2
+
+    assert process.active() == 0
+
+
+def test_one_that_has_ended_is_counted_until_its_last_connection_has(
+    process: Process, make_intake: Callable[[], Intake]
+) -> None:
+    first = make_intake()
+    with taken(first):
+        first.end()
+        second = make_intake()
+        assert process.drain.intakes() == [first, second]
+
+    assert process.drain.intakes() == [first, second]
+    assert first not in (make_intake(), *process.drain.intakes())
+
+
+def test_a_child_leaves_out_what_its_parent_serves(
+    process: Process, make_intake: Callable[[], Intake]
+) -> None:
+    first, second = make_intake(), make_intake()
+
+    with taken(first):
+        in_child(lambda: process.drain.intakes() == [second])
+        assert process.drain.intakes() == [first, second]
+
+
+def test_a_dropped_one_is_forgotten(process: Process) -> None:
+    intake = process.open()
+    dropped, spare = weakref.ref(intake), intake._spare
+
+    del intake
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        gc.collect()
+
+    assert dropped() is None
+    assert not process.drain.intakes()
+    spare.release()
+
+
+def test_a_listener_without_a_client_waits_for_the_clients_of_another(channel: Channel) -> None:
+    worker = channel.start("two_listeners.py")
+    client = channel.connect()
+    assert client.ask("hello") == "echo hello"
+
+    worker.retire()
+
+    assert [client.ask("draining") for _ in range(3)] == ["True"] * 3
+    client.close()
+    assert worker.wait() == 0
+
+
+def test_listeners_that_drain_send_one_sigterm(channel: Channel) -> None:
+    worker = channel.start("two_listeners.py", "handles")
+
+    worker.retire()
+
+    assert worker.read_rest() == ["SIGTERM: 1"]

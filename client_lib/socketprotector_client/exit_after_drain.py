@@ -42,17 +42,21 @@ _POLLS = 2
 class DrainExit:
     """The exit of the process whose listener has drained."""
 
-    def __init__(self, intake: Intake, pid: Optional[int] = None) -> None:
+    def __init__(
+        self, intake: Intake, pid: Optional[int] = None, *, outlives_term: bool = False
+    ) -> None:
         """Find out whether the program handles SIGTERM; `begin` begins the exit.
 
         pid: the process that gets SIGTERM instead, such as a parent that ends its children.
+        outlives_term: whether the server does not finish at SIGTERM, even with a handler.
         """
         self._intake = intake
         self._pid = os.getpid() if pid is None else pid
         # None: a handler installed from C.  A TermWatch's handler is ours, not the program's.
         handler = signal.getsignal(signal.SIGTERM)
         is_own = isinstance(getattr(handler, "__self__", None), TermWatch)
-        self._waits = pid is None and (is_own or handler in (signal.SIG_DFL, signal.SIG_IGN))
+        is_unhandled = is_own or handler in (signal.SIG_DFL, signal.SIG_IGN)
+        self._waits = pid is None and (is_unhandled or outlives_term)
         self._sent = 0  # signals from here
         self._hurries = False
 

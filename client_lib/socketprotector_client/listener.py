@@ -43,6 +43,8 @@ class Listener(Socket):
 
     #: The process that gets SIGTERM after the drain; None: this process.
     _ended_by: Optional[int] = None
+    #: Whether the server does not finish at SIGTERM, even if the program handles that signal.
+    _outlives_term = False
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class Listener(Socket):
                 self._take *= 2
         except Drained:
             if self._exit is None:
-                self._exit = DrainExit(intake, self._ended_by)
+                self._exit = DrainExit(intake, self._ended_by, outlives_term=self._outlives_term)
                 self._exit.begin()
             self._exit.wait(timeout_s)
         if connection is None:

@@ -46,6 +46,7 @@ def serve(
 
 def serve_on(listener: Listener, app: Any, **options: Any) -> None:
     """Serve on an existing Listener; takes ownership of it."""
+    listener._outlives_term = True  # the application's handler would cut off requests
     server = create_server(app, sockets=[listener], **options)
 
     def drain() -> None:

@@ -148,3 +148,13 @@ def test_a_client_that_resets_in_the_queue_ends_no_handler_of_anyio(
     client.close()
     channel.end_channel()
     assert worker.wait() == 0
+
+
+def test_waitress_is_not_ended_by_the_applications_handler(channel: Channel) -> None:
+    """waitress does not finish its requests at SIGTERM, so the library sends none."""
+    needs.module("waitress")
+    worker = channel.start(sys.executable, PROGRAMS / "waitress_handles.py")
+
+    worker.retire()
+
+    assert (worker.read_rest(), worker.wait()) == (["ended"], 0)

@@ -107,5 +107,5 @@ class TaskListener:
         with self._library.open_signal_receiver(signal.SIGTERM) as signals:
             task_status.started()
             async for _ in signals:
-                self._intake.drained()
+                self._intake.request_drain()
                 self._pause.cancel()

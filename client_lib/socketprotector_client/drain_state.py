@@ -78,6 +78,15 @@ class Drain:
             except OSError:
                 pass  # the pipe is full, so its reader is awake already
 
+    def request(self, own: Intake) -> None:
+        """Begin the drain; all intakes and `own` stop taking.  Safe in a signal handler."""
+        self.begin()
+        for each in {own, *self.intakes()}:
+            try:
+                each.stop_soon()
+            except OSError:
+                pass  # no free descriptor to wake it: it stops at its next `get`
+
     def begun(self) -> bool:
         """Return whether no more connections will come.  Costs one poll() until it is true."""
         # POLLRDHUP is reported while connections are still queued, and polling

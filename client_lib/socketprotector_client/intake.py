@@ -80,8 +80,7 @@ class Intake:
         self._channel_alone = [*self._fds] if len(self._fds) == 1 else [-1]
         self._drain_requested = False
         self._ended = False
-        # Whether several threads call `get`: all may be busy without being stuck.
-        self._pooled = False
+        self._pooled = False  # whether several threads call `get`: all may be busy, but not stuck
         self._idle: set[int] = set()  # threads of the pool that wait until the kernel chooses one
         self._left: Optional[Callable[[], int]] = None  # see await_last
         self._will_look_again = False
@@ -235,10 +234,15 @@ class Intake:
         return len(ready) > others, others
 
     def request_drain(self) -> None:
-        """Begin the drain; stop taking at the next `get`.  Safe in a signal handler."""
+        """Begin the drain; all intakes of this process stop taking.  Safe in a signal handler."""
+        self.drain.request(self)
+
+    def stop_soon(self) -> None:
+        """Wake `get`, which stops taking.  Safe in a signal handler; may raise OSError."""
         self._drain_requested = True
         self._row_fd = -1
-        self.drain.begin()
+        if not self._ended:
+            self.waits.ring()
 
     def drained(self) -> None:
         """Begin the drain and stop taking, as the protector requests."""

@@ -93,7 +93,8 @@ class _Service:
                 task.add_done_callback(self.tasks.discard)
 
     def drain(self) -> None:
-        self._intake.drained()
+        self._intake.request_drain()
+        self._intake.end()
         self._end(None)
 
     def _end(self, error: Optional[Exception]) -> None:

@@ -125,3 +125,16 @@ def test_listeners_that_drain_send_one_sigterm(channel: Channel) -> None:
     worker.retire()
 
     assert worker.read_rest() == ["SIGTERM: 1"]
+
+
+@pytest.mark.parametrize("way", ["aserve", "connections", "serve"])
+def test_sigterm_ends_all(channel: Channel, way: str) -> None:
+    worker = channel.start("several.py", way)
+    clients = [channel.connect() for _ in range(2)]
+    assert [client.ask("hello") for client in clients] == ["echo hello"] * 2
+
+    worker.term()
+    for client in clients:
+        client.close()
+
+    assert (worker.read_rest(), worker.wait()) == (["ended"], 0)

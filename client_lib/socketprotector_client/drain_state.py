@@ -143,7 +143,7 @@ class Drain:
         for callback in callbacks:
             try:
                 callback()
-            except Exception:
+            except BaseException:  # such as SystemExit, which would end this thread
                 _log.exception("callback %r for the drain failed", callback)
 
 

@@ -1,7 +1,8 @@
-"""Callbacks for the drain: several, one that fails, and one that comes late."""
+"""Callbacks for the drain: several, of which two fail, and one that comes late."""
 
 from __future__ import annotations
 
+import sys
 import threading
 
 from socketprotector_client import on_drain, serve
@@ -19,6 +20,7 @@ def say_where() -> None:
 
 on_drain(say_where)
 on_drain(fail)
+on_drain(sys.exit)
 on_drain(lambda: say("the one after it"))
 serve(talk, threads=1)
 on_drain(lambda: say("at once"))

@@ -176,7 +176,7 @@ class OwnPaths:
                 try:
                     os.unlink(path)
                 except OSError:
-                    pass  # it was removed just now, or the program has given up the right to
+                    pass  # it was removed just now, or the program has lost the right to
 
 
 def _file_at(path: str) -> Optional[Tuple[int, int]]:

@@ -714,13 +714,16 @@ def test_where_all_are_refused_there_is_no_limit(world: World) -> None:
     assert not world.clock.posted
 
 
-def test_a_quick_close_is_at_once_and_posts_nothing(world: World) -> None:
+def test_a_quick_close_is_at_once_posts_nothing_and_counts_the_clients_as_lost(
+    world: World,
+) -> None:
     world.route_to(world.channel(1))
-    world.one.backlog.append("a")
+    world.one.backlog += ["a", "b"]
     world.forwarder.close_listeners(quick=True)
     world.clock.pass_time(10 * QUIET_S)
     assert world.one.closed
-    assert world.one.backlog == ["a"]
+    assert world.forwarder.lost == 2
+    assert [*world.kernel.open.values()] == ["reserve"], "the clients are reset"
     assert not world.clock.posted
     assert not world.forwarder.listeners
 
@@ -792,7 +795,7 @@ def test_a_listener_that_fails_during_a_stop_is_not_repaired(world: World) -> No
     assert world.clock.posted == [BacklogEmptied()]
 
 
-def test_at_the_end_each_connection_that_only_we_have_is_counted_as_lost(world: World) -> None:
+def test_at_the_end_each_connection_that_no_worker_has_is_counted_as_lost(world: World) -> None:
     old, route = world.channel(1), world.channel(2, room=1)
     old.hold("a", "b", "c")
     old.line.append((PROBE, "probe"))
@@ -802,7 +805,7 @@ def test_at_the_end_each_connection_that_only_we_have_is_counted_as_lost(world: 
     world.turn()
     world.forwarder.close()
     assert route.names == ["a"]
-    assert world.forwarder.lost == 2
+    assert world.forwarder.lost == 3
     assert world.kernel.open == {}
     assert old.closed
     assert world.one.closed

@@ -438,7 +438,7 @@ class Forwarder:
             if self._closing and self._closing.stay and not listener.settings.foreign:
                 self._ended_listeners.append(listener)
                 continue
-            listener.close()
+            self._drains.close(listener)  # counts the clients that are lost
             self._listeners.remove(listener)
         self._drains.end()
 

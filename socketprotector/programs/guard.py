@@ -84,7 +84,8 @@ class Guard:
         self.finish = 0  # the signal that makes workers finish; 0: they need no signal
         self.deaths = 0  # crashes in a row, each soon after its start
         self.due: float | None = None  # when to start the next protector
-        self.untaken: list[int] = []  # signals that no protector has confirmed
+        #: Signals that no protector has confirmed; True: a stop signal that this one has taken.
+        self.untaken: dict[int, bool] = {}
         self.stopping = False  # a protector has confirmed a stop
         self.began = False  # this protector has sent a message: it handles signals
         self.statuses: list[tuple[float, bytes]] = []  # exits of workers: when, and the message
@@ -116,6 +117,7 @@ class Guard:
             if theirs is not None:
                 theirs.close()
             signal.pthread_sigmask(signal.SIG_SETMASK, _NO_SIGNALS)
+        self.untaken = dict.fromkeys(self.untaken, False)
         for number in self.untaken:
             os.kill(self.pid, number)
         # The previous protector may not have read recent messages.
@@ -219,11 +221,14 @@ class Guard:
         self.began = True
         self.stopping = self.stopping or "STOPPING" in said
         took = int(said.get("X_TOOK", "0"))
-        self.untaken = [
-            number
-            for number in self.untaken
-            if (not self.stopping if number in signals.STOPS else number != took)
-        ]
+        if took in self.untaken:
+            self.untaken[took] = True
+        # A stop signal is confirmed only once a stop has begun, too.
+        self.untaken = {
+            number: taken
+            for number, taken in self.untaken.items()
+            if not taken or (number in signals.STOPS and not self.stopping)
+        }
         name = said.get("FDNAME", "")
         if "FDSTORE" in said and fd >= 0 and name:
             self.forget(name)
@@ -312,9 +317,7 @@ class Guard:
         else:
             self.due = time.monotonic()
         # The protector may be dead, or die before it handles the signal.
-        took_a_stop = self.pid and self.stopping and number in signals.STOPS
-        if number not in self.untaken and not took_a_stop:
-            self.untaken.append(number)
+        self.untaken[number] = False
 
     def reap(self) -> None:
         """Reap every exited child, and report the exits of adopted workers to the protector."""

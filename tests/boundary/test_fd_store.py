@@ -233,17 +233,36 @@ def test_what_is_over_is_dropped_once_the_state_does_not_mention_it(
 
 
 def test_a_signal_is_given_to_the_next_one_unless_it_was_taken(guard: Guard) -> None:
-    guard.untaken = [signal.SIGHUP, signal.SIGTERM, signal.SIGTTIN]
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGTTIN):
+        guard.signalled(number)
     guard.take({"X_BEGAN": "1"}, -1)
     guard.take({"X_TOOK": f"{signal.SIGHUP:d}"}, -1)
-    assert guard.untaken == [signal.SIGTERM, signal.SIGTTIN]
+    assert [*guard.untaken] == [signal.SIGTERM, signal.SIGTTIN]
 
     guard.take({"X_TOOK": f"{signal.SIGTTIN:d}"}, -1)
     guard.take({"X_TOOK": f"{signal.SIGTERM:d}"}, -1)  # it may still be killed before it stops
-    assert guard.untaken == [signal.SIGTERM]
+    assert [*guard.untaken] == [signal.SIGTERM]
 
     guard.take({"STOPPING": "1"}, -1)
-    assert guard.untaken == []
+    assert [*guard.untaken] == []
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_so_is_a_second_stop_signal_though_the_first_has_begun_a_stop(
+    guard: Guard, second: int
+) -> None:
+    guard.signalled(signal.SIGTERM)
+    guard.take({"X_TOOK": f"{signal.SIGTERM:d}"}, -1)
+    guard.signalled(second)
+    guard.take({"STOPPING": "1"}, -1)
+    guard.take({"X_STATE": "1"}, -1)
+    assert [*guard.untaken] == [second]
+
+    guard.take({"X_TOOK": f"{second:d}"}, -1)
+    assert [*guard.untaken] == []
+    guard.signalled(second)
+    guard.take({"X_STATE": "1"}, -1)
+    assert [*guard.untaken] == [second]
 
 
 @pytest.mark.parametrize(("most", "names_bytes"), [(2, 1000), (1000, len("sp.a:sp.b:"))])

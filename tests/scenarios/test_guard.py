@@ -360,6 +360,23 @@ def test_term_is_not_lost_when_the_protector_is_killed_right_after(guarded: Star
     assert daemon.wait() == 0
 
 
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+def test_a_second_stop_signal_is_not_lost_when_the_protector_is_killed_right_after(
+    guarded: Starter, second: signal.Signals
+) -> None:
+    daemon = guarded()
+    with Client(("127.0.0.1", daemon.port)) as held:
+        held.ask()
+        daemon.signal(signal.SIGTERM)
+        daemon.log.wait_for("event=stopping")
+        hold(protector_pid(daemon))
+
+        daemon.signal(second)
+        kill_protector(daemon)
+
+        assert daemon.wait() == 0, "the second signal ends the held connection"
+
+
 @pytest.mark.parametrize(
     ("number", "done"),
     [
@@ -836,7 +853,7 @@ def test_a_protector_that_cannot_be_started_is_tried_again_only_while_something_
     one.first = when == "first"
     one.stopping = when == "stopping"
     if when == "stop":
-        one.untaken.append(signal.SIGTERM)
+        one.untaken[signal.SIGTERM] = False
     try:
         if when == "later":
             one.start()

@@ -77,10 +77,10 @@ def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
     elif serving or failed.fresh or settles:
         step.report_failure(number, reason)
         if not serving:  # the channel of the old generation broke during the reload
-            _recover(step, 0.0)
+            recover(step, 0.0)
     else:
         step.do(Report(ReportKind.RETRYING, number, reason))
-        _recover(step, _count_failure(step))
+        recover(step, _count_failure(step))
 
 
 def settle_failed(step: Step, number: int, reason: str) -> None:
@@ -159,10 +159,10 @@ def _serving_broken(step: Step, number: int, served_s: float) -> None:
     fleet = step.fleet
     reload_begun = fleet.to_open is Next.FRESH and not fleet.dry_run  # its caller awaits a verdict
     if fleet.incoming is None and not reload_begun:
-        _recover(step, delay_s)
+        recover(step, delay_s)
 
 
-def _recover(step: Step, delay_s: float) -> None:
+def recover(step: Step, delay_s: float) -> None:
     """Open the last good command again, because no generation serves."""
     step.fleet = replace(step.fleet, to_open=Next.LAST_GOOD)
     if delay_s > 0:

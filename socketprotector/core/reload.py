@@ -14,7 +14,7 @@ from ..model.share import Canary
 from . import rollout, stop
 from .actions import Open, Probe, Report, ReportKind, RouteTo
 from .events import Deadline, TimerKind
-from .failure import fail
+from .failure import fail, recover
 from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, Rollout, State
 from .step import Step
 
@@ -352,7 +352,10 @@ def cannot_call_off(fleet: Fleet) -> str:
     """Return why a rollback is impossible; "": a release under way can be called off."""
     incoming = fleet.incoming
     begun = fleet.reading or fleet.to_open is Next.FRESH or (incoming and incoming.fresh)
-    if begun and fleet.of(Phase.SERVING) and not (fleet.stop_requested or fleet.dry_run):
+    # Under stop-first no generation serves during a reload: then the last good command follows.
+    replaced = fleet.served and not (fleet.of(Phase.SETTLING) or fleet.is_renewing)
+    may_return = fleet.of(Phase.SERVING) or replaced
+    if begun and may_return and not (fleet.stop_requested or fleet.dry_run):
         return ""
     return "nothing to roll back: no reload can be called off; see `status`"
 
@@ -368,3 +371,5 @@ def rollback_requested(step: Step) -> None:
         step.forget_settings()
         step.fleet = replace(step.fleet, to_open=None)
         step.fail_unopened(ROLLED_BACK)
+        if not step.fleet.of(Phase.SERVING):
+            recover(step, 0.0)

@@ -76,7 +76,9 @@ def test_rollouts_share_and_stay_within_their_bound(handoff: str) -> None:
 def test_current_names_only_what_was_proved(handoff: str) -> None:
     """Releases are deployed and rolled back; each write may fail, or end the protector."""
     lives = str(rounds(15, 500))
-    seen = simulate("--deploys", "--verbose", "--handoff", handoff, "--lives", lives)
+    seen = simulate(
+        "--deploys", "--verbose", "--handoff", handoff, "--first", "16", "--lives", lives
+    )
 
     for event in ("deploy", "rollback", "current moved", "history-not-written"):
         assert f"'{event}': " in seen

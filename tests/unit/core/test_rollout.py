@@ -10,6 +10,7 @@ from socketprotector.core.actions import (
     Action,
     CancelTimer,
     Drain,
+    Open,
     Report,
     ReportKind,
     Retire,
@@ -47,6 +48,7 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Next, Phase, Policy, Rollout, State, Worker
+from socketprotector.core.reload import ROLLED_BACK
 from socketprotector.core.rollout import NO_COUNTS, NO_LIBRARY, no_canary_under
 from socketprotector.core.stop import CALLED_OFF
 from socketprotector.model.policy import STANDBY_S
@@ -1082,17 +1084,46 @@ NOTHING = "nothing to roll back: no reload can be called off; see `status`"
         (Policy(), ()),
         (Policy(), (RenewRequested(),)),
         (Policy(), (DryRunRequested(),)),
-        (Policy(stop_first=True), (ReloadRequested(),)),
+        (Policy(settle_s=5.0), (ReloadRequested(), WorkerReady(2), ChannelBroken(1))),
+        (Policy(stop_first=True), (RenewRequested(),)),
         (Policy(lame_duck_s=9.0), (ReloadRequested(), StopRequested())),
     ],
-    ids=["no reload", "a replacement", "a dry run", "no older generation", "a stop"],
+    ids=["no reload", "a replacement", "a dry run", "it serves alone", "stop-first", "a stop"],
 )
-def test_only_a_release_beside_an_older_generation_is_called_off(
+def test_only_a_release_that_does_not_serve_alone_is_called_off(
     story: Story, policy: Policy, events: tuple[Event, ...]
 ) -> None:
     story.given_serving(policy).and_also(*events)
 
     assert story.when(RollbackRequested()) == [Report(ReportKind.REFUSED, reason=NOTHING)]
+
+
+@pytest.mark.parametrize("moment", ["the old one drains", "the new one starts"])
+def test_rollback_under_stop_first_starts_the_last_good_command(story: Story, moment: str) -> None:
+    story.given_serving(Policy(stop_first=True)).and_also(ReloadRequested())
+    gone = WorkerExited(1, "exited with status 0")
+    if moment == "the old one drains":
+        said = story.when(RollbackRequested())
+        actions = [*said, *story.when(gone)]
+    else:
+        story.and_also(gone)
+        said = story.when(RollbackRequested())
+        actions = [*said, *story.when(WorkerExited(2, "killed by SIGTERM"))]
+
+    assert Report(ReportKind.RELOAD_FAILED, 2, ROLLED_BACK) in said
+    assert Open(3, fresh=False) in actions
+    worker = min(each.number for each in story.fleet[3].workers)
+    assert Report(ReportKind.RECOVERED, 3) in story.when(WorkerReady(worker))
+
+
+def test_a_reload_that_was_requested_meanwhile_follows_a_rollback_under_stop_first(
+    story: Story,
+) -> None:
+    story.given_serving(Policy(stop_first=True)).and_also(ReloadRequested(), ReloadRequested())
+
+    story.and_also(RollbackRequested())
+
+    assert Open(3, fresh=True) in story.when(WorkerExited(1, "exited with status 0"))
 
 
 def test_rollback_ends_a_reload_that_waits_to_be_opened(story: Story) -> None:

@@ -121,7 +121,7 @@ def test_a_refused_kill_names_what_is_possible(fleet: Fleet, killed: int, advice
         ),
         (  # stop-first
             Fleet(Policy(), generations=(_DRAINS, Generation(2)), served=True),
-            "a reload is in progress (generation 2); wait for its end",
+            "a reload is in progress (generation 2); wait for its end, or `rollback`",
         ),
         (
             Fleet(Policy(), generations=(Generation(2),)),

@@ -102,6 +102,12 @@ class Step:
             self.end_evenly(draining, worker.number)
         self.start(TimerKind.WORKER_START, worker.number, self.fleet.policy.start_timeout_s)
 
+    def spawn_one(self, generation: Generation) -> None:
+        """If all workers wait for a back-off, start one now: it must take the clients of a stop."""
+        if not generation.staying:
+            for worker in [each for each in generation.workers if not each.alive][:1]:
+                self.spawn(generation.number, worker)
+
     def end_worker(self, worker: Worker) -> None:
         """Send TERM to one worker, or ABRT if it is stuck; KILL follows."""
         self.do(Signal(worker.number, WorkerSignal.ABRT if worker.hung else WorkerSignal.TERM))
@@ -174,11 +180,8 @@ class Step:
             self.do(Quiesce(number))
         else:
             self._end_channel(number, timeout_s)
-        if self.fleet.queue_is_last and not generation.staying:
-            # All of its workers wait for a back-off, but one worker must take the queued
-            # connections.
-            for worker in [each for each in generation.workers if not each.alive][:1]:
-                self.spawn(number, worker)
+        if self.fleet.queue_is_last:
+            self.spawn_one(generation)
         self.forget_waiting(number)
         if self.fleet.stopping is None:
             self.limit_draining()

@@ -103,8 +103,9 @@ def _may_renew(fleet: Fleet) -> bool:
 def _serve_backlog(step: Step) -> None:
     """Accept only the clients that have already connected, and let all workers finish."""
     _call_off(step, Stop.GRACEFUL)
-    if step.fleet.route:
+    if serving := step.fleet.route:
         step.do(CloseListeners(quick=False))
+        step.spawn_one(serving)  # without a worker the backlog may never be empty
     else:
         # No worker can serve the waiting clients; draining workers still finish theirs.
         step.close_listeners()

@@ -787,7 +787,9 @@ def check_step(before: Fleet, event: Event, after: Fleet, actions: tuple[Action,
         assert route
         assert route.number == serving.number, "a failed reload changed what serves"
         if before.workers_wanted >= len(serving.workers):  # else some leave now for that
-            assert set(serving.workers) <= set(route.workers)
+            # A stop may start a worker that waits for a back-off.
+            assert set(serving.alive) <= set(route.workers)
+            assert {each.number for each in serving.workers} <= {w.number for w in route.workers}
     if failed:
         assert before.policy == after.policy
     if ReportKind.SCALED not in news and UseSettings() not in actions:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Up to so many detached descriptors are all polled at each taken connection: 0.3 us each.
 _FEW = 32
+# Those with detached connections: otherwise nothing may keep them, or their intake, alive.
+_KEPT: set[OpenConnections] = set()
 
 
 class Connection(Socket):
@@ -98,7 +100,8 @@ class Connection(Socket):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Return the state for multiprocessing, which passes it to another process, as any socket.
 
-        It counts as open only in this process.
+        It counts as open only in this process.  While multiprocessing is loaded, copy and pickle
+        make such a duplicate, too.
         """
         reduction: Any = sys.modules.get("multiprocessing.reduction")
         if reduction is None:
@@ -194,6 +197,7 @@ class OpenConnections:
         if fd >= 0:
             self._detached[fd] = os.fstat(fd).st_ino
             self._open.add(fd)
+            _KEPT.add(self)
             self.forget(connection)
 
     def exchange(self, connection: Connection) -> socket.socket:
@@ -224,6 +228,8 @@ class OpenConnections:
             if not is_open:
                 self._detached.pop(fd, None)
                 self._open.discard(fd)
+        if not self._detached:
+            _KEPT.discard(self)
 
 
 # struct tcp_info in linux/tcp.h: the offset of tcpi_bytes_received, and the size up to its end.

@@ -56,6 +56,9 @@ class Drain:
         with self._lock:
             found = [each for each in self.intakes() if each.open.takes or each.open.known()]
             found.append(intake)
+            if len(found) > 1:  # `request` must wake each, even if no descriptor is free then
+                for each in found:
+                    each.waits.make_bell()
             self._intakes = tuple(map(weakref.ref, found))
             intake.board.follow([each.open for each in found])
 
@@ -85,7 +88,7 @@ class Drain:
             try:
                 each.stop_soon()
             except OSError:
-                pass  # no free descriptor to wake it: it stops at its next `get`
+                pass  # in a forked child without a free descriptor: it stops at its next `get`
 
     def begun(self) -> bool:
         """Return whether no more connections will come.  Costs one poll() until it is true."""

@@ -68,7 +68,7 @@ class Intake:
         #: Called in a forked child, after its descriptor got an epoll of its own.
         self.on_renewal: Optional[Callable[[], None]] = None
         self.drain = drain
-        self._limit = default_limit() if limit is None else limit
+        self.limit = default_limit() if limit is None else limit
         self._names = names
         self._beside = -1  # an event loop's descriptor, which `sleep` also waits for
         self._actions: dict[int, Callable[[], None]] = {}
@@ -351,7 +351,7 @@ class Intake:
         return None
 
     def _take(self, fd: int) -> Optional[Connection]:
-        if self.open.reached(self._limit):
+        if self.open.reached(self.limit):
             self._pause(short=False)
             return None
         room = self._room
@@ -383,7 +383,7 @@ class Intake:
             self._names[number] = connection.listener
             self.open.add(connection)
             self.board.count_taken(number, connection.accepted_at_ns)
-            if self.open.known() >= self._limit and self.open.reached(self._limit):
+            if self.open.known() >= self.limit and self.open.reached(self.limit):
                 self._pause(short=False)
         return connection
 
@@ -391,7 +391,7 @@ class Intake:
         """Leave connections in the queue until one of ours is closed; if short, look again soon."""
         self._row_fd = -1
         self.queue.pause()
-        if not short and len(self.open) < self._limit:
+        if not short and len(self.open) < self.limit:
             self._resume()  # a connection was closed just before the pause began
         elif short or self.open.must_be_polled:
             self._look_again_later()

@@ -122,6 +122,9 @@ def serve(
 
 def serve_from(worker: Worker, intake: Intake, handler: Handler, threads: int) -> None:
     """Serve as `serve` does, from an intake; takes ownership of it."""
+    # More threads could serve no more clients at once.  The kernel might wake one of them for a
+    # client that this worker must leave to another one, which then would not wake.
+    threads = min(threads, intake.limit)
     errors: List[BaseException] = []
     # No thread takes a connection before all have begun.  For the ninth thread of a process glibc
     # briefly opens /sys/devices/system/cpu/online (arena_get2() in malloc/arena.c).  That open

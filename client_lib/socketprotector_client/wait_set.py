@@ -73,12 +73,15 @@ class WaitSet:
 
         Safe in a signal handler, but the first call may raise OSError.
         """
-        if self._epoll.closed:
-            return
+        if not self._epoll.closed:
+            self.add([self.make_bell().fileno()])
+
+    def make_bell(self) -> socket.socket:
+        """Make what `ring` needs, so that it raises no OSError later.  Raises OSError."""
         if self._bell is None:
             # A new stream socket polls as hung up, and takes one descriptor where a pipe takes two.
             self._bell = Socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.add([self._bell.fileno()])
+        return self._bell
 
     def ring_surely(self) -> None:
         """Ring, and wait until the kernel has room for that: other threads depend on it."""

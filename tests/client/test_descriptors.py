@@ -141,7 +141,7 @@ def test_a_pool_takes_no_connection_before_all_its_threads_have_begun(
     monkeypatch.setattr(Worker, "ready", lambda _: said.append(f"ready with {len(begun)}"))
     worker = Worker({})
     try:
-        serve_from(worker, Noting(source, worker.drain, 1, {}, Scoreboard(-1, 0)), print, 16)
+        serve_from(worker, Noting(source, worker.drain, 16, {}, Scoreboard(-1, 0)), print, 16)
     finally:
         source.close()
 

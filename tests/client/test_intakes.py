@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import weakref
@@ -105,6 +106,54 @@ def test_a_dropped_one_is_forgotten(process: Process) -> None:
     assert dropped() is None
     assert not process.drain.intakes()
     spare.release()
+
+
+def test_a_dropped_one_counts_what_it_has_detached(process: Process) -> None:
+    """As ssl does with a client: only the descriptor is left."""
+    dropped, client = drop_with_a_client(process)
+    gc.collect()
+    other = process.open()
+
+    assert process.active() == 1
+    assert process.drain.intakes() == [dropped(), other]
+
+    os.close(client)
+    for each in process.drain.intakes():
+        assert len(each.open) == 0
+        each.close()
+
+
+def drop_with_a_client(process: Process) -> tuple[weakref.ref[Intake], int]:
+    intake = process.open()
+    return weakref.ref(intake), taken(intake).detach()
+
+
+def test_each_can_be_stopped_without_a_free_descriptor(
+    make_intake: Callable[[], Intake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intakes = make_intake(), make_intake()
+    monkeypatch.setattr("socketprotector_client.wait_set.Socket", none_is_free)
+
+    intakes[0].request_drain()
+
+    assert [each.waits.wait(0) != [] for each in intakes] == [True, True]
+
+
+def none_is_free(*_: object) -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_a_call_has_no_more_threads_than_it_may_have_clients(channel: Channel) -> None:
+    """Otherwise the second client might wake the idle thread of the call that has the first."""
+    worker = channel.start("several.py", "serve-one")
+    clients = [channel.connect() for _ in range(2)]
+
+    assert [client.ask("hello") for client in clients] == ["echo hello"] * 2
+
+    worker.term()
+    for client in clients:
+        client.close()
+    assert (worker.read_rest(), worker.wait()) == (["ended"], 0)
 
 
 def test_a_listener_without_a_client_waits_for_the_clients_of_another(channel: Channel) -> None:

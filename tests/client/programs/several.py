@@ -1,4 +1,4 @@
-"""Two calls of the same function serve one client at a time each."""
+"""Two calls of the same function serve."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ async def both() -> None:
 
 def one() -> None:
     if sys.argv[1] == "serve":
+        serve(talk, threads=2)
+    elif sys.argv[1] == "serve-one":
         serve(talk, threads=2, limit=1)
     else:
         for connection, _ in connections(limit=1):

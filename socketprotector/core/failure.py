@@ -76,7 +76,7 @@ def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
         step.do(Report(ReportKind.RETRYING, number, reason))  # the queued reload brings the verdict
     elif serving or failed.fresh or settles:
         step.report_failure(number, reason)
-        if not serving:  # the channel of the old generation broke during the reload
+        if not serving:  # stop-first, or the channel of the old generation broke
             recover(step, 0.0)
     else:
         step.do(Report(ReportKind.RETRYING, number, reason))

@@ -47,7 +47,7 @@ OWN = {
         "launch/config_file.py _PLACE",
     ),
     *(r"launch/kernel_calls.py \d+", "launch/listen_spec.py _NAMED"),
-    *(r"launch/options.py \b[a-z]+\b(?!:)",),
+    *(r"launch/options.py (?<![\w-])[a-z][a-z-]*\b(?!:)",),
     *(f"launch/server_hints.py {name}" for name in ("_PLAIN", "_NAMED", "_SECRET")),
     *(f"launch/socket_options.py {name}" for name in ("_NUMBER", "_TIME", "_KEEPALIVE")),
     *("launch/toml_lines.py _OPAQUE", "launch/toml_lines.py _MARK", "launch/toml_lines.py \n"),
@@ -55,7 +55,8 @@ OWN = {
     *(f"model/known_servers.py {name}" for name in ("_SOCKET_OPTIONS", "_PRELOADS", "_PYTHON")),
     *(f"model/known_servers.py {name}" for name in ("_CLUSTERED", "_SEVERAL", "_CONFIGURED")),
     "model/known_servers.py _TCP_ALONE",
-    *("model/probe_spec.py _URL", "system/check_command.py _PROGRAM", "system/env_file.py _NAME"),
+    *("model/probe_spec.py _URL", "model/probe_spec.py _NO_STATUS"),
+    *("system/check_command.py _PROGRAM", "system/env_file.py _NAME"),
     "system/socket_file.py _NAME",  # a path of 108 bytes, or a file name of 255, as a whole
     "socketprotector_client/gevent.py watched",
 }

@@ -267,12 +267,11 @@ def check_pid_file(
     holder = 0
     if path is None:
         return holder
-    for option, other in others.items():
-        if other is not None and _is_same_file(path, other):
-            raise UsageError(
-                f"the pid file {path} is also the file of {option}, and would be replaced; "
-                "give each its own path"
-            )
+    if option := _sharer(path, others):
+        raise UsageError(
+            f"the pid file {path} is also the file of {option}, and would be replaced; "
+            "give each its own path"
+        )
     folder = os.path.dirname(path)
     try:
         PidFile(path).refuse_if_held("stop or reload that one")
@@ -293,17 +292,20 @@ def check_control(path: str, others: Mapping[str, str | None]) -> None:
 
     others: the files that other options name, by option.
     """
-    for option, other in others.items():
-        if other is not None and _is_same_file(path, other):
-            raise UsageError(
-                f"--control {path} is also the file of {option}; give each its own path"
-            )
+    if option := _sharer(path, others):
+        raise UsageError(f"--control {path} is also the file of {option}; give each its own path")
     with suppress(OSError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise UsageError(
                 f"--control {path}: a file that is no socket is there; remove it, or choose "
                 "another path"
             )
+
+
+def _sharer(path: str, others: Mapping[str, str | None]) -> str:
+    """Return the first option that names the same file; "": none does."""
+    named = ((option, other) for option, other in others.items() if other is not None)
+    return next((option for option, other in named if _is_same_file(path, other)), "")
 
 
 def _is_same_file(path: str, other: str) -> bool:
@@ -323,12 +325,11 @@ def check_log_file(path: str | None, others: Mapping[str, str | None]) -> None:
     others: the files that other options name, by option; the log file itself is left out.
     """
     if path is not None:
-        for option, other in others.items():
-            if option != "--log-file" and other is not None and _is_same_file(path, other):
-                raise UsageError(
-                    f"the log file {path} is also the file of {option}, which log lines would "
-                    "damage; give each its own path"
-                )
+        if option := _sharer(path, {**others, "--log-file": None}):
+            raise UsageError(
+                f"the log file {path} is also the file of {option}, which log lines would "
+                "damage; give each its own path"
+            )
         there = path if os.path.lexists(path) else os.path.dirname(path)
         _refuse_unwritable("log file", path, there)
 

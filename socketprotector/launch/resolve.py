@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 #: (RFC 5424).
 _NAME_CHARS = 48
 #: No instance can have these names: the control socket would be in another folder.
-_PATHS = (".", "..")
+_NO_NAMES = (".", "..")
 
 
 @frozen
@@ -246,9 +246,10 @@ class OptionResolver:
         if running is None:
             os.umask(umask)
         called = os.path.basename("sh" if given["shell"] else [*command, ""][0])[:_NAME_CHARS]
-        if running is None and given["name"] and ("/" in given["name"] or given["name"] in _PATHS):
+        name = given["name"] or ""
+        if running is None and ("/" in name or name in _NO_NAMES):
             raise UsageError(
-                f"--name {given['name']}: no instance can have this name, because the name is part "
+                f"--name {name}: no instance can have this name, because the name is part "
                 "of a path; choose a name without / that is not . or .."
             )
         mode = MODES[given["handoff"]]

@@ -1,4 +1,4 @@
-"""Callbacks for the drain: several, of which two fail, and one that comes late."""
+"""Registers callbacks for the drain: two fail, and one is registered after the drain has begun."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ async def both() -> None:
 
 def one() -> None:
     if sys.argv[1] == "serve":
-        serve(talk, threads=2)
+        serve(talk, threads=2, limit=2)
     elif sys.argv[1] == "serve-one":
         serve(talk, threads=2, limit=1)
     else:

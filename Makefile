@@ -59,6 +59,8 @@ test-tools: # install the other programs that tests need; if that fails, each te
 	-tools/install-packages jq netcat-openbsd python3-click python3-daemon python3-psutil python3-rich python3-prometheus-client
 
 test: $(INSTALLED) $(COLLECTED) test-tools ## run most tests in one combination (installs compilers, interpreters and servers)
+	@# Tests write this path into shell scripts and command lines, where a space would end it.
+	@case "$(CURDIR)" in *" "*) echo "make test: the path '$(CURDIR)' has a space; clone the repository to another path" >&2; exit 2;; esac
 	@# Where PYTHONDONTWRITEBYTECODE is set, each of thousands of processes would compile all it imports.
 	@$(BIN)/python -m compileall -q -j 0 client_lib exporter sample_client socketprotector tests
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(CHOSEN) $(if $(LOGS),--logs-in $(LOGS)) tests

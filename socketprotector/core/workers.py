@@ -374,8 +374,8 @@ def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> No
     A worker of another generation is ended if it is stuck, and stays otherwise.
     """
     found = step.fleet.find(number)
-    if found is None:
-        return
+    if found is None or (hung and found[1].hung):
+        return  # it is gone, or is known to be stuck: another ABRT would postpone its KILL
     generation, worker = found
     if hung and worker.state in (State.READY, State.RETIRING):
         worker = replace(worker, hung=True)

@@ -22,6 +22,7 @@ from socketprotector.core.actions import (
 from socketprotector.core.events import (
     Deadline,
     DeadlinePassed,
+    Event,
     KillRequested,
     Launched,
     ReloadRequested,
@@ -557,6 +558,23 @@ def test_one_that_hangs_while_it_retires_is_ended_at_once(story: Story) -> None:
         Signal(2, WorkerSignal.ABRT),
         StartTimer(Deadline(TimerKind.WORKER_KILL, 2), 5.0),
     ]
+
+
+@pytest.mark.parametrize(
+    "before", [[ReloadRequested(), WorkerReady(2)], []], ids=["draining", "retiring"]
+)
+def test_one_that_hangs_is_killed_no_later_if_it_is_late_again(
+    story: Story, before: list[Event]
+) -> None:
+    """It survives ABRT, and still sends WATCHDOG=1 now and then."""
+    story.given_serving().and_also(*before)
+    replaced(story, hung=True)
+    story.and_also(WorkerReady(2))
+    kill = Deadline(TimerKind.WORKER_KILL, 1)
+    assert kill in story.fleet.timers
+
+    assert replaced(story, hung=True) == []
+    assert story.when(DeadlinePassed(kill)) == [Signal(1, WorkerSignal.KILL)]
 
 
 def test_one_that_hangs_does_not_outlive_a_replacement_that_comes_to_nothing(story: Story) -> None:

@@ -85,16 +85,18 @@ class SettleCheck:
             self._send_probe()
 
     def note_settle_over(self, number: int) -> bool:
-        """Record that --settle is over; return whether a good answer must still come.
+        """Record that a stage is over; return whether a good answer must still come.
 
-        The first call discards the good answers so far.  The caller calls this method again
-        until the result is False.  The result is also False if this generation is not checked.
+        The first call of a stage discards the good answers so far.  The caller calls this method
+        again until the result is False.  It is also False if this generation is not checked.
         """
         generation = self._generation
         if generation is None or generation.record.number != number:
             return False
-        self._settling = self._settling.over()
-        return not self._settling.is_good
+        settling = self._settling.over()
+        # A canary settles in two stages; a good answer after the first says nothing of the second.
+        self._settling = replace(settling, is_over=not settling.is_good)
+        return not settling.is_good
 
     @property
     def is_due(self) -> bool:

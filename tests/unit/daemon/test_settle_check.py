@@ -87,6 +87,23 @@ def test_only_a_good_answer_after_the_time_of_settling_ends_it(world: World) -> 
     assert not world.check.is_due
 
 
+def test_each_stage_of_a_canary_awaits_an_answer_after_its_own_time(world: World) -> None:
+    world.begin()
+    assert world.check.note_settle_over(2)
+    world.answer(GOOD)
+    assert not world.check.note_settle_over(2)
+    world.clock.pass_time(1.0)
+    world.answer(GOOD)
+    assert not world.check.is_due
+
+    assert world.check.note_settle_over(2)
+    assert world.check.is_due
+    world.clock.pass_time(1.0)
+    world.answer(BAD)
+
+    assert world.posted == [SettleFailed(2, "--settle-check: why")]
+
+
 def test_no_other_generation_is_awaited(world: World) -> None:
     assert not world.check.note_settle_over(2)
     world.begin()

@@ -91,7 +91,7 @@ class Reports:
             self._lame_duck()
         elif fleet.served and not fleet.stopping:
             self._ready("resumed after a restart")
-            if fleet.incoming and not fleet.dry_run:
+            if (fleet.incoming or fleet.has_unopened) and not fleet.dry_run:
                 self._systemd.reloading()
         elif fleet.stopping:
             self._stopping()

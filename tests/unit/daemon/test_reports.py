@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from socketprotector.core.actions import Report, ReportKind
-from socketprotector.core.fleet import Fleet, LameDuck, Stop
+from socketprotector.core.fleet import Fleet, LameDuck, Next, Stop
 from socketprotector.daemon.reports import Reports
 from socketprotector.model.policy import Policy
 from socketprotector.model.records import RunRecord
@@ -142,6 +142,9 @@ def test_the_next_program_says_nothing_to_systemd_before_the_first_generation_se
     ("fleet", "keys"),
     [
         (Fleet(served=True), [{"READY", "MAINPID", "STATUS"}]),
+        (Fleet(served=True, reading=True), [{"READY", "MAINPID", "STATUS"}, {"RELOADING"}]),
+        (Fleet(served=True, to_open=Next.FRESH), [{"READY", "MAINPID", "STATUS"}, {"RELOADING"}]),
+        (Fleet(served=True, reading=True, dry_run=True), [{"READY", "MAINPID", "STATUS"}]),
         (Fleet(served=True, stopping=Stop.QUICK), [{"STOPPING", "STATUS", "EXTEND_TIMEOUT_USEC"}]),
         (
             Fleet(served=True, lame_duck=LameDuck.STOPPING),

@@ -71,6 +71,8 @@ def stop_gracefully(step: Step, reason: str = "") -> None:
     may_wait = fleet.policy.has_two_places and (fleet.held or fleet.is_renewing)
     if may_wait and fleet.of(Phase.SERVING):
         _call_off(step, None)
+        # Failures from before the serving generation became ready must not delay a rescue.
+        step.fleet = replace(step.fleet, failed_starts=0)
         step.start(TimerKind.STOP, 0, fleet.policy.stop_timeout_s)
     else:
         _serve_backlog(step)

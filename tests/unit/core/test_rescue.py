@@ -269,6 +269,15 @@ def test_a_stop_tries_again_after_a_pause_while_clients_of_a_hold_wait(story: St
     assert CloseListeners(quick=False) in story.when(WorkerReady(7))
 
 
+def test_clients_of_a_hold_do_not_wait_for_failures_of_the_first_start(story: Story) -> None:
+    story.given(replace(ACCEPT, start_tries=9)).and_also(Launched())
+    story.and_also(*(died(number, waiting=0) for number in range(1, 6)), WorkerReady(6))
+
+    actions = stop_while_clients_wait(story.and_also(HoldRequested(60.0)))
+
+    assert opened(actions) == [Open(7, fresh=False)]
+
+
 def test_a_stop_awaits_the_end_of_workers_that_failed_for_the_clients_of_a_hold(
     story: Story,
 ) -> None:

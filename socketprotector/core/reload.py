@@ -321,7 +321,6 @@ def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
     step.end_start(number)
     if rollout.begin(step, number, standby_s):
         return
-    step.fleet = replace(step.fleet, rollout=None)
     step.do(RouteTo(number))
     settle_s = max(standby_s, step.fleet.policy_of(step.fleet[number].fresh).settle_s)
     if settle_s > 0 and step.fleet.of(Phase.SERVING):

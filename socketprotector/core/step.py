@@ -161,7 +161,8 @@ class Step:
     def end_settling(self, number: int) -> None:
         """Cancel the timer and the check of a generation's settling, and end its rollout."""
         self.cancel(TimerKind.SETTLE, number)
-        self.fleet = replace(self.fleet, rollout=None)
+        if not self.fleet.has_unopened:  # otherwise it is the rollout of a release that follows
+            self.fleet = replace(self.fleet, rollout=None)
         generation = self.fleet[number]
         if generation.checked:
             self.fleet = self.fleet.with_generation(replace(generation, checked=False))

@@ -172,6 +172,19 @@ def test_a_queued_reload_keeps_its_share(story: Story) -> None:
     assert story.fleet.canary_wanted is None
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["read", "reading"])
+def test_a_reload_keeps_its_share_if_the_last_good_command_must_serve_first(
+    story: Story, late: bool
+) -> None:
+    story.given_serving()
+    story.fleet = replace(story.fleet, configured=True)
+    happened = [SettingsRead(Policy()), WorkerReady(2)]
+    story.and_also(ReloadRequested(FIVE), ChannelBroken(1), *(happened[::-1] if late else happened))
+    assert (story.serving, story.starting) == ({2}, {3})
+
+    assert RouteTo(2, 3, 500) in story.when(WorkerReady(3))
+
+
 def test_too_few_connections_extend_it_once_and_then_fail_it(story: Story) -> None:
     with_canary(story, canary=replace(FIVE, at_least=100))
 

@@ -97,6 +97,7 @@ class WorkerPool:
     def apply_settings(self, settings: Settings) -> None:
         """Use the settings of the start or of a reload."""
         self._spawner.settings = settings
+        self.orphans.kill_timeout_s = settings.policy.kill_timeout_s
         if self._limit_watch is not None:
             self._limit_watch.apply_settings(settings)
         elif settings.worker_limits.any:

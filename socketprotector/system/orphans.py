@@ -78,7 +78,7 @@ class Orphans:
         """
         self._loop, self._log, self._identity = loop, log, identity
         self._is_group_watched = is_group_watched
-        self._kill_timeout_s = kill_timeout_s
+        self.kill_timeout_s = kill_timeout_s
         self._searches: dict[str, _Search] = {}  # by notify address
         self._scan: proc_scan.Scan | None = None
         self._ended: Callable[[], None] | None = None  # called when all processes have ended
@@ -153,7 +153,7 @@ class Orphans:
     def when_ended(self, done: Callable[[], None]) -> None:
         """Call back, perhaps at once, when all processes have ended or the limit has passed."""
         self._ended = done
-        self._loop.call_after(_TIMER_END, self._kill_timeout_s + _SCAN_S, self._stop_waiting)
+        self._loop.call_after(_TIMER_END, self.kill_timeout_s + _SCAN_S, self._stop_waiting)
         self.schedule()
 
     def _stop_waiting(self) -> None:
@@ -218,7 +218,7 @@ class Orphans:
             self._signal(found, signal.SIGKILL)
         elif not search.lost:
             if found and search.sign:
-                search.sign, search.kill_at = 0, time.monotonic() + self._kill_timeout_s
+                search.sign, search.kill_at = 0, time.monotonic() + self.kill_timeout_s
                 self._signal(found, signal.SIGTERM)
         elif complete:
             leaders = [each for each in found if _leads(each[0])]

@@ -113,12 +113,12 @@ class World:
         )
         patch.setattr(module, "Groups", lambda *_: groups)
         self.orders_to_lost: list[tuple[object, ...]] = []
-        orphans = SimpleNamespace(
+        self.orphans = SimpleNamespace(
             retire=lambda addresses: self.orders_to_lost.append((addresses,)),
             order=lambda *order: self.orders_to_lost.append(order),
             drain=lambda generation: self.orders_to_lost.append(("drain", generation)),
         )
-        patch.setattr(module, "Orphans", lambda *_: orphans)
+        patch.setattr(module, "Orphans", lambda *_: self.orphans)
         spawner = SimpleNamespace(
             start=self._start, settings=SETTINGS, addresses=lambda number: (f"@{number}",)
         )
@@ -432,6 +432,12 @@ def test_the_words_of_workers_that_share_the_log_are_no_ones_own(world: World) -
 
     assert [each.output_start for each in world.pool.records()] == [-1, -1]
     assert second.record.output_start == -1
+
+
+def test_a_reload_changes_when_what_failed_workers_left_gets_kill(world: World) -> None:
+    world.pool.apply_settings(replace(SETTINGS, policy=Policy(kill_timeout_s=9.0)))
+
+    assert world.orphans.kill_timeout_s == 9.0
 
 
 def test_limits_are_watched_only_once_a_setting_asks_for_it(world: World) -> None:

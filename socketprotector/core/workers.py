@@ -35,8 +35,9 @@ def worker_ready(step: Step, number: int, retires: bool, *, alone: bool) -> None
     alone: the worker has declared that it can finish alone.
     """
     found = step.fleet.find(number)
-    if found is None:
-        return
+    is_killed = Deadline(TimerKind.WORKER_KILL, number) in step.fleet.timers
+    if found is None or (is_killed and found[1].state is State.STARTING):
+        return  # it is gone, or leaves because it was late: then it must replace no other worker
     if found[1].state is not State.STARTING:
         # The message is repeated, or the worker sent it before our signal arrived.
         if retires:

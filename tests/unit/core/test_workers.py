@@ -470,6 +470,18 @@ def test_a_worker_is_replaced_before_it_leaves(story: Story) -> None:
     assert story.when(WorkerExited(1, "exited with status 0", served_s=60.0)) == []
 
 
+def test_a_replacement_that_was_late_and_leaves_replaces_none(story: Story) -> None:
+    """It answers TERM only when its start is over, and says so."""
+    story.given_serving()
+    replaced(story)
+    assert Signal(2, WorkerSignal.TERM) in story.when_over(TimerKind.WORKER_START, 2)
+
+    assert story.when(WorkerReady(2, retires=True)) == []
+
+    assert Spawn(1, worker=3, slot=1) in story.when(WorkerExited(2, "exited with status 0"))
+    assert Signal(1, WorkerSignal.TERM) in story.when(WorkerReady(3))
+
+
 def test_one_that_hangs_is_replaced_before_it_is_aborted_and_killed(story: Story) -> None:
     story.given_serving()
     assert Spawn(1, worker=2, slot=1) in replaced(story, hung=True)

@@ -15,9 +15,9 @@ import pytest
 
 from socketprotector import __version__
 from tests.load import Load
-from tests.procfs import children_of, in_backlog
+from tests.procfs import children_of, in_backlog, state_of
 from tests.rounds import rounds
-from tests.running import Client, Protector, ask, eventually, wait_gone
+from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (
     ROUNDS,
     Chance,
@@ -46,6 +46,8 @@ AGREES = "from socketprotector.__main__ import main\nmain()\n"
 REMOVED_ONCE_TRIED = (
     "if 'sp.probe' in os.environ.get('LISTEN_FDNAMES', ''):\n    os.unlink(sys.argv[0])\n" + AGREES
 )
+#: A release that takes over once its trial has passed a gate.
+WAITS = "if 'sp.probe' in os.environ.get('LISTEN_FDNAMES', ''):\n    open({!r}).read()\n" + AGREES
 Starter = Callable[..., Protector]
 
 
@@ -508,16 +510,38 @@ def test_a_stop_ends_the_probe_of_an_upgrade(installation: Installation, tmp_pat
 
 
 @pytest.mark.costly
+def test_a_stop_answered_just_before_the_exec_is_not_lost(
+    installation: Installation, tmp_path: Path
+) -> None:
+    gate, place = Gate(tmp_path / "gate"), tmp_path / "control"
+    daemon = installation.start("--control", str(place), "127.0.0.1:0", "--", *MANY).ready()
+    installation.add("two")
+    installation.script("two", WAITS.format(str(gate.path)))
+    before = len(children_of(daemon.pid))
+    installation.switch("two")
+    with Line(place) as line, Line(place) as other:
+        other.ask("upgrade")  # so `line`, which is the earlier one, was accepted
+        eventually(lambda: len(children_of(daemon.pid)) > before, "the trial")
+        trial = max(children_of(daemon.pid))
+        # One turn of the loop gets the request, and then the end of the trial.
+        daemon.signal(signal.SIGSTOP)
+        line.send("stop")
+        gate.open()
+        eventually(lambda: state_of(trial) == "Z", "the end of the trial")
+        daemon.signal(signal.SIGCONT)
+
+        assert line.answer()["ok"]
+
+    assert daemon.process.wait(DEADLINE_S) == 0
+    assert daemon.log.count("event=resumed") == 1
+
+
+@pytest.mark.costly
 def test_usr2_twice_is_one_upgrade(installation: Installation, tmp_path: Path) -> None:
     gate = Gate(tmp_path / "gate")
     daemon = installation.start("127.0.0.1:0", "--", *MANY).ready()
     installation.add("two")
-    installation.script(
-        "two",
-        "if 'sp.probe' in os.environ.get('LISTEN_FDNAMES', ''):\n"
-        f"    open({str(gate.path)!r}).read()\n"
-        "from socketprotector.__main__ import main\nmain()\n",
-    )
+    installation.script("two", WAITS.format(str(gate.path)))
     installation.switch("two")
     daemon.signal(signal.SIGUSR2)
     mark = daemon.signal(signal.SIGUSR2)

@@ -303,9 +303,7 @@ class CommandHandler:
         return {"from": __version__, "starts": self._effects.reports.run.restarts + 1}
 
     def do_stop(self, quick: bool = False) -> Mapping[str, Any]:
-        self.runtime.loop.call_after(
-            ("stop-asked", quick), 0.0, lambda: self.runtime.post(StopRequested(quick))
-        )
+        self.runtime.post(StopRequested(quick))
         return {}
 
     def do_lame_duck(self, on: bool) -> Mapping[str, Any]:

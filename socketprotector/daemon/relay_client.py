@@ -46,6 +46,8 @@ _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _ANSWER_BYTES = 4096 + 64
 #: How long we wait for last words: time enough for a new relay if the old relay has just died.
 _WORDS_S = 2.0
+#: The most unanswered requests for a worker's last words, because the worker can cause requests.
+_MOST_REQUESTS = 256
 #: How long the relay may take to read output before we check its state.
 _READS_S = 0.5
 #: The first and the longest wait before another relay is started.  A relay that ignores _END is
@@ -165,9 +167,7 @@ class LogRelay:
 
     def descriptors(self) -> dict[str, int]:
         """Return the descriptors that the next program needs, except the workers' pipes."""
-        found = {}
-        if self._shared >= 0:
-            found[f"{inherited.RELAY}read"] = self._shared
+        found = {f"{inherited.RELAY}read": self._shared} if self._shared >= 0 else {}
         if self._helper is not None:
             process = self._helper.process
             found[f"{inherited.RELAY}process.{process.pid}"] = process.pidfd
@@ -218,10 +218,8 @@ class LogRelay:
 
     def _listen(self, line: socket.socket) -> None:
         self._line = line
-        try:
+        with suppress(OSError):  # out of memory: we get no last words, but the log gets all output
             self._loop.watch(line.fileno(), self._receive)
-        except OSError:  # out of memory: we get no last words, but the log gets all output
-            pass
 
     def _close_line(self) -> None:
         if self._line is not None:
@@ -307,10 +305,8 @@ class LogRelay:
         del self._named[pipe.name(number)]
         self._loop.cancel(("output", number))
         self._loop.unwatch(pipe.read)
-        try:
+        with suppress(FileNotFoundError):  # _keep() could not register it
             self._output_ready.unregister(pipe.read)
-        except FileNotFoundError:
-            pass  # _keep() could not register it
         os.close(pipe.read)
 
     def close_oldest(self, living: int, numbers: Callable[[], Set[int]]) -> None:
@@ -378,10 +374,13 @@ class LogRelay:
 
     def request_last_words(self, number: int, done: Callable[[bytes], None]) -> None:
         """Request a worker's last words; `done` gets them, or b"" if no answer comes in time."""
-        self._word_requests.setdefault(number, []).append(done)
-        self._loop.call_after(
-            (_WORDS, number), _WORDS_S, lambda: self._finish_without_words(number)
-        )
+        requests = self._word_requests.setdefault(number, [])
+        if len(requests) >= _MOST_REQUESTS:
+            done(b"")
+            return
+        requests.append(done)
+        too_late = partial(self._finish_without_words, number)
+        self._loop.call_after((_WORDS, number), _WORDS_S, too_late)
         self._unsent.append((_WORDS, number))
         self._send_unsent()
 

@@ -27,11 +27,16 @@ class Timers:
             self.set.pop(key)()
 
 
-def test_each_of_two_questions_about_one_worker_is_answered() -> None:
-    timers, heard = Timers(), list[str]()
+def made(timers: Timers) -> LogRelay:
+    """A relay without a process, so that no request is sent."""
     runtime: Any = SimpleNamespace(loop=timers, log=None, persist=lambda: None)
     named: Any = {}
-    relay = LogRelay("web", "lines", runtime, named, prefixed=False)
+    return LogRelay("web", "lines", runtime, named, prefixed=False)
+
+
+def test_each_of_two_questions_about_one_worker_is_answered() -> None:
+    timers, heard = Timers(), list[str]()
+    relay = made(timers)
 
     def hear(request: str, words: bytes) -> None:
         heard.append(f"{request} {words!r}")
@@ -43,3 +48,19 @@ def test_each_of_two_questions_about_one_worker_is_answered() -> None:
 
     assert heard == ["first b''", "second b''", "other b''"]
     assert timers.set == {}
+
+
+def test_questions_that_a_worker_causes_without_end_are_not_kept() -> None:
+    timers, heard = Timers(), list[int]()
+    relay = made(timers)
+
+    for number in range(10_000):
+        relay.request_last_words(7, lambda _, number=number: heard.append(number))  # type: ignore[misc]
+    relay.request_last_words(8, lambda _: heard.append(-1))
+
+    kept = 10_000 - len(heard)
+    assert 0 < kept < 1000
+    assert len(relay._unsent) == kept + 1
+    assert -1 not in heard  # another worker's words are still awaited
+    timers.run_out()
+    assert sorted(heard) == list(range(-1, 10_000))

@@ -32,6 +32,9 @@ _STATUS_CHARACTERS = 500
 #: A socket's queue holds fewer messages than this (net.unix.max_dgram_qlen, usually 10 to 512).
 #: So one read() after a worker's exit gets all messages of the worker.
 _READ_AT_ONCE = 1024
+#: The most messages of a worker that one turn of the loop handles, so that a worker that sends
+#: without end delays no other worker, and no operator.
+_READ_IN_A_TURN = 64
 #: How long to wait before reading again from a socket that could not be read.
 _READ_AGAIN_S = 0.1
 #: The most digits of EXTEND_TIMEOUT_USEC: about 30 years.
@@ -63,7 +66,7 @@ class WorkerMessages:
 
     def watch(self, number: int, worker: Worker) -> None:
         """Read a worker's messages from now on.  Raises OSError."""
-        self._loop.watch(worker.notify.fileno(), lambda: self.read(number))
+        self._loop.watch(worker.notify.fileno(), lambda: self.read(number, _READ_IN_A_TURN))
 
     def unwatch(self, number: int, worker: Worker) -> None:
         """Stop reading a worker's messages, and cancel its timers."""
@@ -71,9 +74,9 @@ class WorkerMessages:
         self._loop.cancel(("read-again", number))
         self._loop.cancel(("watchdog", number))
 
-    def read(self, number: int) -> None:
+    def read(self, number: int, most: int = _READ_AT_ONCE) -> None:
         worker = self._workers[number]
-        for _ in range(_READ_AT_ONCE):
+        for _ in range(most):
             try:
                 fields = worker.notify.hear(worker.process.pid)
                 if fields is None:
@@ -115,7 +118,7 @@ class WorkerMessages:
     def _read_again(self, number: int) -> None:
         worker = self._workers[number]
         try:
-            self._loop.watch(worker.notify.fileno(), lambda: self.read(number))
+            self.watch(number, worker)
         except OSError as error:
             self._read_later(number, worker, error)
 

@@ -139,6 +139,22 @@ def test_a_worker_that_sends_without_end_is_left_after_a_while(world: World) -> 
     assert FD in world.clock.watched  # so that the loop calls again
 
 
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_worker_that_sends_without_end_is_left_soon_in_a_turn_of_the_loop(
+    world: World, failed: bool
+) -> None:
+    """Each message may take a millisecond, and an operator's request takes several turns."""
+    if failed:  # then the socket is watched anew
+        world.notify.fails = errno.ENOMEM
+        world.messages.read(1)
+        world.notify.fails = 0
+        world.clock.pass_time(0.15)
+    world.notify.queued = [{"STATUS": "more"}] * 1000
+    world.clock.watched[FD]()
+
+    assert 800 < len(world.notify.queued) < 1000
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("2500000", 2.5), ("9" * 15, 999999999.999999), ("9" * 16, None), ("-1", None), ("²", None)],

@@ -36,6 +36,7 @@ class Counters:
 
     def see(self, status: Status) -> None:
         """Add a status; counts that are no longer in it stay."""
+        self._see_start(status)
         self._see_forwarded(status)
         self._see_generations(status)
         self._see_reloads(status)
@@ -56,11 +57,13 @@ class Counters:
             found = _merged(found, each, operator.add)
         return found
 
+    def _see_start(self, status: Status) -> None:
+        if (started_at := measure(status, "started_at")) != self._started_at:
+            # Another protector: its count begins at 0, and it has not reloaded yet.
+            self._started_at, self.forwarded, self.last_result = started_at, None, None
+
     def _see_forwarded(self, status: Status) -> None:
-        forwarded, started_at = measure(status, "forwarded"), measure(status, "started_at")
-        if started_at != self._started_at:
-            self._started_at, self.forwarded = started_at, None  # another protector's count
-        if forwarded is not None:
+        if (forwarded := measure(status, "forwarded")) is not None:
             # A protector of an earlier version reports a lower count after a crash.  To Prometheus
             # a drop would be a reset to 0, so rate() would add all connections once more.
             self.forwarded = max(forwarded, self.forwarded or 0.0)

@@ -273,6 +273,15 @@ def test_reloads_are_counted_by_result_once_each() -> None:
     assert one.value("last_reload_success_timestamp_seconds") == 291
 
 
+def test_a_failed_reload_is_over_once_another_protector_runs() -> None:
+    one = Collected().see(status(reloads=[ended(2, "failed")]))
+    assert one.value("last_reload_successful") == 0
+
+    one.see(status(started_at=99.0))
+    assert one.value("last_reload_successful") is None
+    assert one.value("reloads_total", result="failed") == 1
+
+
 PLAIN = some.none() | some.booleans() | some.floats() | some.integers() | some.text(max_size=3)
 NAMES = sorted({*status(), *generation(1), *canary(), *rolling()})
 OBJECT = some.dictionaries(some.sampled_from(NAMES), PLAIN)

@@ -190,7 +190,7 @@ class Output:
             self._relay.request_last_words(number, lambda data: done(_lines(data)))
         elif start >= 0:
             path = self._log_file or f"/proc/self/fd/{_STDERR}"
-            done(_lines(_end_of(path, start)))
+            done(_lines(_end_of(path, start), shared=True))
         else:
             done("")
 
@@ -246,9 +246,10 @@ def journal_command(proc: str = cgroups.PROC) -> str:
     return f"journalctl {'--user-unit' if of_user else '-u'} {units[-1]}"
 
 
-def _lines(data: bytes) -> str:
+def _lines(data: bytes, *, shared: bool = False) -> str:
+    """Return the last lines, escaped.  shared: data may contain our own lines; leave them out."""
     lines = data[-_LAST_BYTES:].decode("utf-8", "replace").splitlines()
-    lines = [line for line in lines if not is_own(line)]
+    lines = [line for line in lines if not (shared and is_own(line))]
     return "\n".join(text.output_line(line) for line in lines[-LAST_LINES:])
 
 

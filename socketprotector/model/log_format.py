@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LEVELS = {"debug": 7, "info": 6, "warning": 4, "error": 3}
 FORMATS = ("text", "json")
+_STAMP = len("1970-01-01T00:00:00.000Z")
 _PLAIN, _FAINT = "\x1b[0m", "\x1b[2m"
 _COLOURS = {"debug": _FAINT, "info": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[1;31m"}
 
@@ -70,9 +71,10 @@ def is_own(line: str) -> bool:
         return '", "level": "' in rest and '", "event": "' in rest
     if prioritized:
         return rest.startswith("event=")
-    _, _, rest = line.partition("Z ")
+    # Not after any "Z ": a worker's last line without a line end is before our time.
+    end, rest = line[_STAMP - 1 : _STAMP + 1], line[_STAMP + 1 :]
     level, _, rest = rest.partition(" ")
-    return level in LEVELS and rest.startswith("event=")
+    return end == "Z " and level in LEVELS and rest.startswith("event=")
 
 
 def _json(value: str | float) -> str:

@@ -276,6 +276,7 @@ def test_without_colour_if_the_user_wants_none(
         ("2026-01-02T03:04:05.678Z info event=ready generation=1", True),
         ("<6>event=ready", True),
         ("<3>disk full", False),
+        ("no newline2026-01-02T03:04:05.678Z info event=exited worker=1", False),
         ("2026-01-02T03:04:05.678Z info request served event=click", False),
         ("my daemon says event=start", False),
         ('{"time": "2026-01-02T03:04:05.678Z", "level": "info", "event": "ready"}', True),
@@ -311,6 +312,16 @@ def test_last_words_are_what_was_written_since_the_workers_start(file: Path) -> 
     with file.open() as log:
         assert last_words(log.fileno(), file) == ["no such table"]
         assert last_words(log.fileno(), file, -1) == [""]
+
+
+def test_a_last_line_without_an_end_is_among_the_last_words(file: Path) -> None:
+    with file.open("a") as log:
+        log.write("no such row2026-01-02T03:04:05.678Z info event=exited worker=1\n")
+        log.write("2026-01-02T03:04:05.679Z info event=drained generation=1\n")
+        log.flush()
+        found = last_words(log.fileno(), file)[0].splitlines()
+
+    assert [line[:11] for line in found] == ["no such tab", "no such row"]
 
 
 def test_last_words_are_not_read_from_another_file_of_that_name(file: Path) -> None:

@@ -182,6 +182,14 @@ def _read_all(fd: int) -> str:
     return data.decode()
 
 
+def test_last_words_may_have_the_form_of_our_log(start: Start) -> None:
+    line = '{"time": "12:00", "level": "error", "event": "no database"}'
+
+    ended = start("127.0.0.1:0", "--", "sh", "-c", f"echo '{line}' >&2; exit 3")
+
+    assert line in ended.err
+
+
 def test_control_characters_in_last_words_are_escaped(start: Start) -> None:
     ended = start("127.0.0.1:0", "--", "sh", "-c", r"printf 'a\033[31mb\n' >&2; exit 3")
 

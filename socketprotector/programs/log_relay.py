@@ -239,7 +239,11 @@ class Relay:
             data = b"\n" + data
         try:
             while data:
-                data = data[os.write(1, data) :]
+                try:
+                    data = data[os.write(1, data) :]
+                except BlockingIOError:  # our parent has set O_NONBLOCK on the pipe that we share
+                    select.select([], [1], [])
+                    continue
                 self.cut = bool(data)
         except OSError:
             pass

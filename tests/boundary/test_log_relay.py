@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import select
 import socket
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +23,8 @@ from socketprotector.programs import log_relay
 from socketprotector.system import inherited
 from socketprotector.system.log import Log
 from socketprotector.system.loop import Loop
-from tests.running import DEADLINE_S, Lines
+from tests.procfs import sleeps
+from tests.running import DEADLINE_S, Lines, eventually
 
 
 class Told:
@@ -306,6 +309,26 @@ def test_a_place_that_takes_nothing_does_not_end_it(start: Start) -> None:
     os.close(pipe)
 
     assert told.end() == 0
+
+
+def test_a_full_pipe_is_waited_for_though_it_is_non_blocking(start: Start) -> None:
+    """As below a parent such as Node, which sets O_NONBLOCK on the pipe of its own stderr."""
+    receive, send = os.pipe()
+    fcntl.fcntl(send, fcntl.F_SETPIPE_SZ, 4096)
+    os.set_blocking(send, False)
+    told = start("lines", send)
+    os.close(send)
+    pipe = told.pipe(1, 1, 11)
+    data = b"a line\n" * 8000
+    os.write(pipe, data)
+    os.close(pipe)
+    told.line.close()
+    full = (4096).to_bytes(4, sys.byteorder)
+    eventually(lambda: fcntl.ioctl(receive, termios.FIONREAD, bytes(4)) == full, "a full pipe")
+    eventually(lambda: told.process.poll() is not None or sleeps(told.process.pid), "a wait")
+
+    with open(receive, "rb") as reader:
+        assert reader.read() == data
 
 
 def test_after_a_line_that_was_cut_the_next_one_begins_a_new_line(start: Start, file: int) -> None:

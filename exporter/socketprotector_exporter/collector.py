@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
@@ -126,7 +127,8 @@ class ProtectorCollector(Collector):
         before, self._closed = self._closed, frozenset(paths)
         for path in sorted(paths - before):
             text = f"{path}: permission denied; start that instance with --status-group"
-            print(f"socketprotector-exporter: {escape(text)}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # the reader of stderr has exited
+                print(f"socketprotector-exporter: {escape(text)}", file=sys.stderr, flush=True)
 
 
 def _why_not(found: SocketAnswer | None) -> str:

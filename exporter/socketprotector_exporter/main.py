@@ -277,7 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(text: str) -> None:
     # In one write, because several threads print.
-    print(f"{NAME}: {escape(text)}\n", end="", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the reader of stderr has exited; the page and metrics have others
+        print(f"{NAME}: {escape(text)}\n", end="", file=sys.stderr, flush=True)
 
 
 def _remove_file(page: Page) -> None:

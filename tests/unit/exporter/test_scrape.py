@@ -13,10 +13,11 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TextIO
 
 import pytest
 from prometheus_client.core import Metric
@@ -28,10 +29,11 @@ from socketprotector_exporter.token_file import read_token
 
 from socketprotector.ctl.query_all import SocketAnswer
 from socketprotector.model.errors import UsageError
+from tests import forked
 from tests.running import DEADLINE_S, Ended, Lines
 from tests.together import together
 from tests.unit.ctl.fake import MALFORMED, Fake, health, listener, malformed, status
-from tests.unit.exporter.conftest import Exporter, run
+from tests.unit.exporter.conftest import COMMAND, Exporter, run
 
 Start = Callable[..., Exporter]
 Values = dict[tuple[str, str], float]
@@ -621,3 +623,29 @@ def test_an_instance_that_this_user_may_not_ask_is_named_once(
     whys["/run/a/control"] = "denied"
     asked.collect()
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.fixture
+def unread() -> Iterator[TextIO]:
+    """A pipe whose reader has exited."""
+    receive, send = os.pipe()
+    os.close(receive)
+    with suppress(BrokenPipeError), open(send, "w") as unread:
+        yield unread
+
+
+def test_a_line_that_nobody_reads_fails_no_scrape(
+    monkeypatch: pytest.MonkeyPatch, unread: TextIO
+) -> None:
+    monkeypatch.setattr(
+        collector, "query_all", lambda paths, **_: [SocketAnswer(paths[0], why="denied")]
+    )
+    asked = ProtectorCollector(paths=["/run/a/control"])
+    monkeypatch.setattr(sys, "stderr", unread)
+
+    assert asked.collect()
+
+
+def test_a_line_that_nobody_reads_does_not_change_the_exit_status(unread: TextIO) -> None:
+    with forked.popen([*COMMAND, "--name", "/"], stderr=unread) as process:
+        assert process.wait(DEADLINE_S) == 2

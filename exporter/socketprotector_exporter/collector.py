@@ -30,19 +30,22 @@ from .metrics import MetricSet
 ANSWER_S = 2.0
 
 
-def labels(found: Sequence[SocketAnswer]) -> list[str]:
+def labels(found: Sequence[SocketAnswer], taken: Sequence[str] = ()) -> list[str]:
     """Return distinct labels of instances: names, or the socket's path for an ambiguous name.
 
-    Labels are valid UTF-8, although a file's name may have any bytes.
+    taken: the labels of other instances.
     """
-    names, paths = (
-        [os.fsencode(each).decode("utf-8", "backslashreplace") for each in texts]
-        for texts in (discovery.names(found), (each.path for each in found))
-    )
+    names = list(map(_label, discovery.names(found)))
+    paths = [_label(each.path) for each in found]
     return [
-        name if names.count(name) == 1 and name not in paths else path
+        name if names.count(name) == 1 and name not in (*paths, *taken) else path
         for name, path in zip(names, paths, strict=True)
     ]
+
+
+def _label(name: str) -> str:
+    """Return a name as a label: valid UTF-8, although a file's name may have any bytes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 class ProtectorCollector(Collector):
@@ -117,9 +120,10 @@ class ProtectorCollector(Collector):
         self._name_closed({each.path for each in found if each.why == "denied"})
         by_path = {each.path: each for each in found}
         others = [by_path[path] for path in paths]
+        chosen = list(map(_label, self._names))
         return [
-            *zip(self._names, map(by_path.get, named), strict=True),
-            *zip(labels(others), others, strict=True),
+            *zip(chosen, map(by_path.get, named), strict=True),
+            *zip(labels(others, chosen), others, strict=True),
         ]
 
     def _name_closed(self, paths: set[str]) -> None:

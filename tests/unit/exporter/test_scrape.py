@@ -269,6 +269,18 @@ def test_two_sockets_of_one_name_are_told_apart(
     assert ups == {str(first.path), str(second.path)}
 
 
+@pytest.mark.parametrize("odd", [(), ("--name", os.fsdecode(b"\xff"))])
+def test_a_given_name_is_the_label_of_one_instance_and_can_be_encoded(
+    exporter: Start, fakes: Callable[[str], Fake], odd: tuple[str, ...]
+) -> None:
+    web = fakes("web")
+
+    values = scraped(exporter("--name", "web", *odd, "--control", web.path))
+
+    ups = {instance for name, instance in values if name == "socketprotector_up"}
+    assert ups == {"web", str(web.path), *(["\\xff"] if odd else [])}
+
+
 def test_an_instance_is_called_by_its_name_and_its_listener_where_two_have_one(
     exporter: Start, fakes: Callable[[str], Fake]
 ) -> None:

@@ -77,7 +77,7 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Total, "worker_crashes", "Workers that ended unexpectedly."),
     (Total, "connections_accepted", "Connections that SocketProtector accepted."),
     (Total, "connections_taken", "Connections that workers have taken."),
-    (Total, "connections_finished", "Connections that workers have finished."),
+    (Total, "connections_finished", "Connections that workers have finished or lost."),
     (Total, "connection_errors", "Connections whose handler failed."),
     (
         Total,

@@ -64,6 +64,7 @@ class World(Host):
         self.events: list[str] = []  # logged
         self.lines: dict[str, dict[str, object]] = {}  # the last line of each event
         self.lost: list[Listener] = []
+        self.removed: list[Listener] = []
         self.generations: dict[int, OpenGeneration] = {}
         self.released: dict[int, OpenGeneration] = {}  # whose clients still wait
         self.draining: set[int] = set()
@@ -115,9 +116,13 @@ class World(Host):
 
     # -- a generation ----------------------------------------------------------------
 
-    def open(self, number: int, *, queue: int = 64) -> OpenGeneration:
-        """Open a generation that knows the present listeners, with one worker."""
-        listeners = wire.pack_listeners([each.settings.address for each in self.delivery.listeners])
+    def open(self, number: int, *, queue: int = 64, without: int = -1) -> OpenGeneration:
+        """Open a generation that knows the present listeners but one, with one worker."""
+        known = [
+            each.settings.address if each.index != without else "-"
+            for each in self.delivery.listeners
+        ]
+        listeners = wire.pack_listeners(known)
         program = Program("/w", ("w",), "/", (), 0, (), 0, listeners=listeners)
         made = self.generations[number] = OpenGeneration.adopt(
             GenerationRecord(number, program), None
@@ -201,7 +206,9 @@ class World(Host):
         self._ordered()
 
     def remove(self, index: int) -> None:
-        self.delivery.remove(next(each for each in self.delivery.listeners if each.index == index))
+        removed = next(each for each in self.delivery.listeners if each.index == index)
+        self.delivery.remove(removed)
+        self.removed.append(removed)
         self._ordered()
 
     def _ordered(self) -> None:
@@ -287,6 +294,9 @@ class World(Host):
             draining = number in self.draining
             assert self.delivery.adopt_generation(each, mine, draining=draining)
         left.close()
+        gone = {each.index for each in self.removed}
+        for listener in [each for each in self.delivery.listeners if each.index in gone]:
+            self.delivery.remove(listener)
         for each in self.released.values():
             self.delivery.release(each)
         if self.held:
@@ -296,7 +306,8 @@ class World(Host):
             self.delivery.drain(self.generations[number])
 
     def _adopted(self, before: Delivery, left: Inherited) -> list[Listener]:
-        settings = [each.settings for each in before.listeners]
+        known = sorted((*before.listeners, *self.removed), key=lambda each: each.index)
+        settings = [each.settings for each in known]
         return inherited_listeners.adopt(left, settings, self.kind)
 
     def close(self) -> None:

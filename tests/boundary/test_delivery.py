@@ -17,6 +17,7 @@ import pytest
 from socketprotector.core.events import BacklogEmptied, HeldClientsWait, Stranded
 from socketprotector.daemon import inherited_listeners
 from socketprotector.daemon.delivery.probe_target import ProbeTarget
+from socketprotector.daemon.delivery.shared import quiescing
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.daemon.generation import OpenGeneration
 from socketprotector.launch.bind_unix import give_away
@@ -298,6 +299,58 @@ def test_clients_of_a_removed_listener_are_served_that_had_connected(
     world.remove(1)
     assert [each.index for each in world.delivery.listeners] == [0]
     world.until(lambda: client in world.taken[1], 1)
+
+
+@except_in(
+    queue="workers take from the queue until its end",
+    queue_unix="workers take from the queue until its end",
+    memory="workers take from the queue until its end",
+)
+def test_a_generation_finishes_after_it_has_accepted_the_clients_of_a_removed_listener(
+    world: World, kills: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An order to finish would reset them: no other generation knows that listener."""
+    monkeypatch.setattr(quiescing, "_LOOK_SOON_S", 0.0)
+    monkeypatch.setattr(quiescing, "QUERY_SHARE", float("inf"))  # a look at each turn of the loop
+    quiet: list[int] = []
+    world.add(world.listener(1))
+    old = world.serving(1)
+    clients = [world.connect(1) for _ in range(2)]
+    world.until(lambda: world.delivery.waiting(old) == 2)
+    world.open(2, without=1)
+    world.route_to(2)
+    world.kills = kills
+    world.remove(1)
+    world.delivery.begin_drain(old, lambda: quiet.append(1), reads_on=True)
+    for _ in range(10):
+        world.turn()
+    assert quiet == []
+
+    world.until(lambda: bool(quiet), 1, 2)
+    assert sorted(world.taken[1]) == clients
+    world.end(1)
+    assert "clients-lost" not in world.events
+    assert not {inherited.LISTENER + "1", inherited.SIBLING + "1"} & {*world.delivery.descriptors()}
+
+
+@except_in(
+    queue="the clients are accepted at once",
+    queue_unix="the clients are accepted at once",
+    memory="its clients cannot be lost",
+)
+def test_clients_of_a_removed_listener_that_a_quick_end_resets_are_counted(world: World) -> None:
+    world.add(world.listener(1))
+    old = world.serving(1)
+    clients = [world.connect(1) for _ in range(2)]
+    world.until(lambda: world.delivery.waiting(old) == len(clients))
+    world.open(2, without=1)
+    world.route_to(2)
+    world.remove(1)
+    assert "clients-lost" not in world.events
+
+    world.drain(1)
+
+    assert world.lines["clients-lost"]["lost"] == len(clients)
 
 
 def test_a_graceful_end_serves_those_who_have_connected(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Collection
 from copy import copy
 from types import SimpleNamespace
 from typing import Any, cast
@@ -49,12 +50,16 @@ class World:
         )
         host = SimpleNamespace(runtime=self.clock.use_in(patch, quiescing))
         self.turns = Turns()
+        listeners = SimpleNamespace(host=host, awaited=self._awaited, can_stray=self._can_stray)
         self.quiescing = Quiescing(
-            cast("Any", SimpleNamespace(host=host, pairs=self.pairs, can_stray=self._can_stray)),
+            cast("Any", listeners),
             self.turns,
             cast("Any", SimpleNamespace(clients_wait=lambda *_: self.in_backlog)),
             cast("Any", SimpleNamespace(gets_no_client=lambda _: self.is_steered)),
         )
+
+    def _awaited(self, _generation: int, leave_out: Collection[int]) -> list[Listener]:
+        return [each for each in self.pairs if each.index not in leave_out]
 
     def _unread(self, _family: int, ports: set[int], *, accepted: bool) -> Any:
         if self.scarce:

@@ -165,7 +165,7 @@ class Quiescing:
         # last client came before the queries, so the queries can find this client.
         gets_clients = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
-        pairs = [each for each in self._listeners.pairs if each.index not in state.leave_out]
+        pairs = self._listeners.awaited(generation, state.leave_out)
         own = self._turns.own(pairs, state.socket_number, generation)
         # Unlike `own`, `queried` includes listeners whose socket was replaced since the generation
         # started: clients from the earlier socket may be unread.

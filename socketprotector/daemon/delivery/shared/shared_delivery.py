@@ -12,7 +12,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 
 from ....core.events import BacklogEmptied
@@ -29,6 +28,7 @@ from ..probe_target import ProbeTarget
 from .accept_watch import AcceptWatch
 from .listener_flags import ListenerFlags
 from .open_counts import OpenCounts
+from .removed_listeners import RemovedListeners
 from .shared_listeners import SharedListeners
 from .socket_steering import SocketSteering
 from .turns import Share, Turns
@@ -78,6 +78,7 @@ class SharedDelivery(Delivery):
         shared = SharedListeners(host, listeners)
         self._listeners = shared.all
         self.steering = SocketSteering(shared)
+        self._removed = RemovedListeners(shared, self.steering)
         self._counts = OpenCounts(shared)
         self._flags = ListenerFlags(shared)
         self._route: int | None = None
@@ -200,9 +201,11 @@ class SharedDelivery(Delivery):
     def drain(self, generation: OpenGeneration) -> None:
         generation.note_ended()
         self.steering.leave(generation.record.number)
+        self._removed.close_unaccepted()
 
     def release(self, generation: OpenGeneration) -> None:
         self.steering.forget(generation.record.number)
+        self._removed.close_unaccepted()
 
     def keeps(self, number: int) -> bool:
         return False
@@ -261,10 +264,7 @@ class SharedDelivery(Delivery):
     def remove(self, listener: Listener) -> None:
         self._listeners.remove(listener)
         listener.refuse_new()
-        turns, generations = self.steering.turns, self._host.generations.items()
-        know = {number for number, each in generations if each.knows(listener.index)}
-        self._report_lost(listener, [n for n in (0, 1) if know & turns.takers(listener, n)])
-        self._close(listener)
+        self._removed.add(listener)
 
     def cannot_hold(self) -> str | None:
         return self.steering.hold.cannot_begin()
@@ -340,38 +340,9 @@ class SharedDelivery(Delivery):
         self._loop.cancel(_CLOSE)
         for each in self.listeners:
             if each.settings.foreign or not self._stay:
-                self._report_lost(each)
+                self._removed.report_lost(each)
                 self._listeners.remove(each)
-                self._close(each)
-
-    def _report_lost(self, listener: Listener, accepting: Collection[int] = ()) -> None:
-        """Report how many clients are lost when a listener is closed.
-
-        accepting: socket numbers (0, 1).  Clients that wait at these sockets are not lost, because
-        workers or the next start will accept them.
-        """
-        left_out, probes = set(accepting), 0
-        if listener.settings.foreign:
-            left_out.add(0)  # its owner accepts
-        for number in {n % len(listener.sockets) for n in (0, 1)} - left_out:
-            with suppress(OSError):  # if the probes cannot be counted, they count as clients
-                waiting, ours = self.steering.probes.waiting_at(listener, number)
-                if waiting <= ours:
-                    left_out.add(number)
-                elif listener.socket.family != socket.AF_UNIX:
-                    # backlog() counts probes that wait at a TCP address: subtract them below.  At a
-                    # UNIX socket, backlog() omits disconnected connections, and so our probes.
-                    probes += ours
-        found = listener.backlog(0, left_out)
-        lost = found[0] - probes if found else 0
-        if lost > 0:
-            address = listener.settings.address
-            self._log.write("warning", "clients-lost", address=address, lost=lost)
-
-    def _close(self, listener: Listener) -> None:
-        for each in listener.sockets:
-            self._loop.unwatch(each.fileno())
-        listener.close()
+                self._removed.close(each)
 
     # -- the delivery as a whole ---------------------------------------------------------
 
@@ -398,7 +369,8 @@ class SharedDelivery(Delivery):
         return DeliveryRecord(steering=self.steering.record(), nonblocking=self._flags.record())
 
     def descriptors(self) -> dict[str, int]:
-        return {n: fd for each in self._listeners for n, fd in each.descriptors().items()}
+        kept = (*self._listeners, *self._removed.listeners)
+        return {n: fd for each in kept for n, fd in each.descriptors().items()}
 
     def adopt(
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
@@ -432,7 +404,8 @@ class SharedDelivery(Delivery):
         surviving = []
         for each in self._listeners:
             number = self.steering.turns.number_for(each)
-            self._report_lost(each, (number,) if each.is_alive(number) else ())
+            self._removed.report_lost(each, (number,) if each.is_alive(number) else ())
             surviving.append(each.leave(number))
+        self._removed.close_all()
         self._listeners.clear()
         return tuple(filter(None, surviving))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from ....model.records import RightsRecord
 from ....system import socket_file
@@ -18,6 +18,9 @@ class SharedListeners:
         """Take ownership of the listeners."""
         self.host = host
         self.all = list(listeners)
+        #: The removed listeners from which generations still accept the last clients, each with the
+        #: numbers of its sockets that no generation has.
+        self.removed: dict[Listener, Collection[int]] = {}
         #: Address -> why clients may come to the wrong socket; set by SocketSteering.steer().
         self.not_steered: dict[str, str] = {}
 
@@ -42,6 +45,15 @@ class SharedListeners:
     def pairs(self) -> list[Listener]:
         """The listeners with two sockets, one for each of two generations."""
         return [each for each in self.all if each.has_sibling]
+
+    def awaited(self, generation: int, leave_out: Collection[int]) -> list[Listener]:
+        """Return the listeners whose clients a generation accepts before it is ordered to finish.
+
+        leave_out: indices of listeners to leave out.
+        """
+        known = self.host.generations.get(generation)
+        removed = [each for each in self.removed if known is None or known.knows(each.index)]
+        return [each for each in (*self.pairs, *removed) if each.index not in leave_out]
 
     @property
     def rights_record(self) -> tuple[RightsRecord, ...]:

@@ -294,7 +294,7 @@ class SocketSteering(Steering):
         If True, wait only until the clients are accepted.
         """
         leave_out = self._watch.never_accepted(generation)
-        awaited = [each for each in self._listeners.pairs if each.index not in leave_out]
+        awaited = self._listeners.awaited(generation, leave_out)
         if generation not in self.turns.accepting or not awaited:
             on_quiet()
             return

@@ -1,0 +1,94 @@
+"""Closes listeners: a removed listener when no generation accepts from it any more.
+
+The generations that know a removed listener finish soon after its removal.  Until they are ordered
+to finish, Quiescing waits for the removed listener's clients, too.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection
+from contextlib import suppress
+
+from ....system.listener import Listener
+from .shared_listeners import SharedListeners
+from .socket_steering import SocketSteering
+
+
+class RemovedListeners:
+    """The removed listeners from which generations still accept."""
+
+    def __init__(self, shared: SharedListeners, steering: SocketSteering) -> None:
+        self._host, self._steering = shared.host, steering
+        self._removed = shared.removed
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        return tuple(self._removed)
+
+    def add(self, listener: Listener) -> None:
+        """Take ownership of a listener; close it when its generations were ordered to finish.
+
+        If no generation accepts, close it now.  Also close a passed-in listener now: its owner
+        accepts.
+        """
+        taken = self._taken(listener)
+        self.report_lost(listener, taken)
+        if taken and not listener.settings.foreign:
+            self._unwatch(listener)
+            listener.close_reserved()
+            self._removed[listener] = {0, 1} - taken
+        else:
+            self.close(listener)
+
+    def _taken(self, listener: Listener) -> set[int]:
+        """Return the socket numbers at which a generation accepts a listener's clients."""
+        turns, generations = self._steering.turns, self._host.generations.items()
+        know = {number for number, each in generations if each.knows(listener.index)}
+        return {n for n in (0, 1) if know & turns.takers(listener, n)}
+
+    def close_unaccepted(self) -> None:
+        """Close the listeners from which no generation accepts any more."""
+        self._close([each for each in self._removed if not self._taken(each)])
+
+    def close_all(self) -> None:
+        """Close all listeners."""
+        self._close(self.listeners)
+
+    def _close(self, listeners: Collection[Listener]) -> None:
+        for each in listeners:
+            self.report_lost(each, self._removed.pop(each))
+            self.close(each)
+
+    def _unwatch(self, listener: Listener) -> None:
+        for each in listener.sockets:
+            self._host.runtime.loop.unwatch(each.fileno())
+
+    def close(self, listener: Listener) -> None:
+        """Close a listener, which need not be a removed one."""
+        self._unwatch(listener)
+        listener.close()
+
+    def report_lost(self, listener: Listener, accepting: Collection[int] = ()) -> None:
+        """Report how many clients are lost when a listener is closed.
+
+        accepting: socket numbers (0, 1).  Clients that wait at these sockets are not lost, because
+        workers or the next start will accept them; or they were reported before.
+        """
+        left_out, probes = set(accepting), 0
+        if listener.settings.foreign:
+            left_out.add(0)  # its owner accepts
+        for number in {n % len(listener.sockets) for n in (0, 1)} - left_out:
+            with suppress(OSError):  # if the probes cannot be counted, they count as clients
+                waiting, ours = self._steering.probes.waiting_at(listener, number)
+                if waiting <= ours:
+                    left_out.add(number)
+                elif listener.socket.family != socket.AF_UNIX:
+                    # backlog() counts probes that wait at a TCP address: subtract them below.  At a
+                    # UNIX socket, backlog() omits disconnected connections, and so our probes.
+                    probes += ours
+        found = listener.backlog(0, left_out)
+        lost = found[0] - probes if found else 0
+        if lost > 0:
+            address = listener.settings.address
+            self._host.runtime.log.write("warning", "clients-lost", address=address, lost=lost)

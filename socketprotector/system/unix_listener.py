@@ -381,7 +381,8 @@ class UnixListener(Listener):
     def refuse_new(self) -> bool:
         """Refuse new clients; clients that have connected can still be accepted.
 
-        Returns whether that is possible; it is not for a socket that was passed in.
+        Returns whether that is possible.  It is not for a socket that was passed in, or for an
+        abstract name whose socket workers have: after shutdown() their accept() would fail.
         """
         if self.settings.foreign:
             return False
@@ -389,7 +390,8 @@ class UnixListener(Listener):
         if not self.shared:
             self.socket.shutdown(socket.SHUT_RD)
             self.always_readable = True
-        return True  # a shared socket: only clients that know another name still reach it
+        # A shared socket of a path: only clients that know another name still reach it.
+        return not self.shared or bool(self.settings.inode)
 
     def remove_files(self) -> None:
         """Remove the path, and the file of each socket, if they are ours."""

@@ -86,6 +86,20 @@ def test_a_unix_socket_refuses_new_ones_and_keeps_the_queue(tmp_path: Path) -> N
     listener.close()
 
 
+def test_an_abstract_name_cannot_refuse_new_ones_while_workers_accept_there() -> None:
+    """So a stop must not wait until no more come."""
+    made = socket.socket(socket.AF_UNIX)
+    made.bind("")  # the kernel draws a name
+    name = made.getsockname()
+    listener = adopted(made, ListenerSettings(f"unix:@{name[1:].decode()}"), shared=True)
+    with socket.socket(socket.AF_UNIX) as client:
+        assert not listener.refuse_new()
+
+        client.connect(name)
+        listener.socket.accept()[0].close()
+    listener.close()
+
+
 def test_closing_removes_its_own_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     first = on_file(path)

@@ -198,17 +198,18 @@ def _alone(bound: Bound, why: str) -> str:
 def _why_not_shared(given: socket.socket, bound: Sequence[Bound]) -> str:
     """Return why a passed socket cannot share its address with a second socket; "" if it can.
 
-    The unit must have `ReusePort=yes`, and every listening socket of the port must be in `bound`.
-    A socket that an earlier protector has left behind would shift the positions in the group
-    (reuseport.py).
+    The unit must have `ReusePort=yes`, and every listening socket of the same address must be in
+    `bound`.  A socket that an earlier protector has left behind would shift the positions in the
+    group (reuseport.py).
     """
     if given.family not in _IP:
         return ""
     if not given.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
         return "it was passed in without ReusePort=yes"
     known = {os.fstat(each.socket.fileno()).st_ino for each in bound}
-    if not listening(given.family, given.getsockname()[1]).keys() <= known:
-        return "another program listens on that port"
+    like = (os.fstat(given.fileno()).st_ino,)
+    if not listening(given.family, given.getsockname()[1], like).keys() <= known:
+        return "another program listens at that address"
     return ""
 
 

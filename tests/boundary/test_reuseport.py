@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from socketprotector.launch.bind import Bound, pair
+from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import bpf, reuseport, socket_copy
 from tests import needs
 from tests.boundary.listening import KINDS, listening
@@ -480,6 +482,25 @@ def test_no_client_gets_to_the_second_one_at_the_moment_it_begins_to_listen(
         assert second is not None
         with second:
             assert came((one, second), ("127.0.0.1",), 40) == (40, 0)
+
+
+def test_passed_sockets_with_one_port_and_several_hosts_have_a_second_each() -> None:
+    """The second socket of one host is no other program at the next host."""
+    bound: list[Bound] = []
+    notices: list[str] = []
+    for host in ("127.0.0.1", "127.0.0.2"):
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind((host, bound[0].socket.getsockname()[1] if bound else 0))
+        sock.listen()
+        bound.append(Bound(sock, ListenerSettings(f"tcp:{host}:0", foreign=True)))
+
+    made = pair(bound, (), notices.append, lambda *_: "")
+
+    for each in (*bound, *made.values()):
+        each.socket.close()
+    assert [*made] == [0, 1]
+    assert notices == []
 
 
 def test_a_second_one_needs_no_privilege() -> None:

@@ -332,7 +332,7 @@ def test_a_second_socket_is_not_made_beside_one_that_an_earlier_protector_has_le
 
         assert listening(port) == 2
         assert pid_in(ask(("127.0.0.1", port))) == spawned(daemon)[0]
-        assert "no second socket (another program listens on that port)" in daemon.log.text()
+        assert "no second socket (another program listens at that address)" in daemon.log.text()
         daemon.stop()
 
 

@@ -893,3 +893,31 @@ def test_a_stop_refuses_clients_of_ours_while_it_serves_those_of_a_passed_in_pai
 
     assert world.taken[1] == [early]
     assert "clients-lost" not in world.events
+
+
+def test_clients_at_our_second_socket_of_a_passed_in_listener_that_is_removed_are_served(
+    request: pytest.FixtureRequest,
+) -> None:
+    """Later clients go to the socket of its owner."""
+    world = SharedWorld()
+    request.addfinalizer(world.close)
+    world.add(world.listener(1))
+    world.serving(1)
+    passed = world.delivery.listeners[1]
+    pass_in(passed)
+    world.replace(1, 2)
+    early, quiet = world.connect(1), list[int]()
+    world.until(lambda: world.delivery.waiting(world.generations[2]) == 1)
+    owner, address = passed.socket.dup(), passed.local_address
+    request.addfinalizer(owner.close)
+    world.open(3, without=1)
+    world.route_to(3)
+
+    world.remove(1)
+    late = world.connect_to(socket.socket(), address)
+    world.delivery.begin_drain(world.generations[2], lambda: quiet.append(2), reads_on=True)
+    world.until(lambda: bool(quiet), 2)
+
+    assert world.taken[2] == [early]
+    with owner.accept()[0] as accepted:
+        assert world.names[accepted.getpeername()] == late

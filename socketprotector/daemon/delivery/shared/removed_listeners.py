@@ -29,12 +29,16 @@ class RemovedListeners:
     def add(self, listener: Listener) -> None:
         """Take ownership of a listener; close it when its generations were ordered to finish.
 
-        If no generation accepts, close it now.  Also close a passed-in listener now: its owner
-        accepts.
+        If no generation accepts, close it now.  The owner of a passed-in socket accepts there, so
+        only clients at the second socket, which we bound, need a generation.
         """
         taken = self._taken(listener)
         self.report_lost(listener, taken)
-        if taken and not listener.settings.foreign:
+        if listener.settings.foreign:
+            taken &= {1} if listener.has_sibling else set()
+            with suppress(OSError):  # new clients come to the second socket until it is closed
+                listener.steer(0)
+        if taken:
             self._unwatch(listener)
             listener.close_reserved()
             self._removed[listener] = {0, 1} - taken

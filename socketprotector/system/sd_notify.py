@@ -43,6 +43,8 @@ _NOT_STORED = 64
 #: The digits of a 64-bit number, the longest in systemd's variables.
 _USEC_DIGITS = 20
 _DESCRIPTOR = struct.Struct("i")
+#: systemd ignores a datagram above 4,096 bytes, also its READY=1.  A character has up to 6 bytes.
+_MOST_CHARACTERS = 600
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _CREDENTIALS = struct.Struct("3i")
 _SENDER_BYTES = socket.CMSG_SPACE(_CREDENTIALS.size)
@@ -434,7 +436,7 @@ class Systemd:
 
     def send(self, **fields: str) -> None:
         """Send assignments as one datagram, after earlier assignments that are still unsent."""
-        text = "\n".join(f"{name}={value}" for name, value in fields.items())
+        text = "\n".join(f"{name}={value[:_MOST_CHARACTERS]}" for name, value in fields.items())
         for outbox in self._outboxes:
             outbox.send(text)
 

@@ -180,6 +180,17 @@ def test_systemd_hears_what_is_said(tmp_path: Path, started: Callable[..., Syste
         assert said == {"RELOADING": "1", "STATUS": "reloading"}
 
 
+def test_a_long_status_takes_no_ready_along(
+    notify: NotifySocket, started: Callable[..., Systemd]
+) -> None:
+    """systemd ignores a longer datagram whole; a byte that is not UTF-8 becomes six."""
+    started({"NOTIFY_SOCKET": notify.address}).send(READY="1", STATUS="\udcff" * 5000)
+
+    message = notify.socket.recv(100_000)
+    assert message.startswith(b"READY=1\n")
+    assert len(message) <= 4096
+
+
 def test_an_abstract_address_will_do(notify: NotifySocket, started: Callable[..., Systemd]) -> None:
     started({"NOTIFY_SOCKET": notify.address}).send(READY="1")
 

@@ -301,7 +301,8 @@ def _bind(
                 if family == socket.AF_INET6:
                     # `released` is from /proc, which names no interface.
                     here = scoped.without_interface(here)
-                free = not any(_overlap(here, other) for other in released)
+                # /proc does not show whether [::] takes IPv4 clients, too.
+                free = not any(_overlap(here, other, dual=True) for other in released)
                 each = inherited.get(address) or _bind_one(
                     listen, family, host, port, backlog, free=free, alone=alone
                 )
@@ -339,7 +340,10 @@ def refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) ->
     here = place(address)
     for other_place in earlier.keys() & {here} if here.startswith("unix:") else earlier:
         other = earlier[other_place]
-        if _overlap(here, other_place) and not {*listen.options, *other.options} & {"device"}:
+        if {*listen.options, *other.options} & {"device"}:
+            continue
+        dual = _takes_ipv4(here, listen) or _takes_ipv4(other_place, other)
+        if _overlap(here, other_place, dual=dual):
             same = here == other_place
             why = f"both are {here}" if same else f"{here} and {other_place} overlap"
             raise UsageError(
@@ -347,14 +351,21 @@ def refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) ->
             )
 
 
-def _overlap(first: str, second: str) -> bool:
-    """Return True if two addresses, in the form of place(), overlap."""
+def _takes_ipv4(address: str, listen: Listen) -> bool:
+    return address.startswith("tcp:[::]:") and listen.options.get("v6only") == "0"
+
+
+def _overlap(first: str, second: str, *, dual: bool) -> bool:
+    """Return True if two addresses, in the form of place(), overlap.
+
+    dual: whether [::] takes IPv4 clients, too.
+    """
     if first == second or "unix:" in (first[:5], second[:5]):
         return first == second
     (host, _, port), (host_2, _, port_2) = first.rpartition(":"), second.rpartition(":")
-    any_host = "tcp:[::]" if host.startswith("tcp:[") else "tcp:0.0.0.0"
     same_family = host.startswith("tcp:[") == host_2.startswith("tcp:[")
-    return same_family and port == port_2 and any_host in (host, host_2)
+    wild = {"tcp:[::]", "tcp:0.0.0.0"} if same_family else {"tcp:[::]"} if dual else set()
+    return port == port_2 and not wild.isdisjoint((host, host_2))
 
 
 def reuse(bound: Bound, listen: Listen, backlog: int) -> Bound:

@@ -18,7 +18,10 @@ from socketprotector.launch.bind import bind_all
 from socketprotector.launch.listen_spec import Listen, parse
 from socketprotector.model.errors import Refusal, SystemRefused, UsageError
 from socketprotector.system.dir_lock import locked
+from tests import needs
 from tests.together import together
+
+needs_dual_stack = needs.unless(socket.has_dualstack_ipv6(), "IPv6")
 
 
 @together(
@@ -102,6 +105,16 @@ def test_when_one_fails_all_before_it_are_given_back(tmp_path: Path) -> None:
         ("127.0.0.1:PORT", "0.0.0.0:PORT", "tcp:0.0.0.0:PORT and tcp:127.0.0.1:PORT overlap"),
         ("a=0.0.0.0:PORT", "b=0.0.0.0:PORT", "both are tcp:0.0.0.0:PORT"),
         ("unix:s", "unix:s?mode=600", "both are unix:"),
+        pytest.param(
+            *("127.0.0.1:PORT", "PORT?v6only=0"),
+            "tcp:[::]:PORT and tcp:127.0.0.1:PORT overlap",
+            marks=needs_dual_stack,
+        ),
+        pytest.param(
+            *("[::]:PORT?v6only=0", "0.0.0.0:PORT"),
+            "tcp:0.0.0.0:PORT and tcp:[::]:PORT overlap",
+            marks=needs_dual_stack,
+        ),
     ],
 )
 @pytest.mark.parametrize("dry", [True, False])
@@ -132,6 +145,9 @@ def test_addresses_that_do_not_meet_may_have_one_port(
 
     assert len(three) == 3
     for each in three:
+        each.discard()
+    # Without v6only=0, [::] takes no IPv4 clients.
+    for each in bound(f"127.0.0.1:{port}?v6only=0", f"[::]:{port}", folder=tmp_path):
         each.discard()
 
 
@@ -194,6 +210,24 @@ def test_dry_leaves_nothing(tmp_path: Path) -> None:
     assert [each.settings.address for each in would] == [f"unix:{tmp_path}/s", "tcp:127.0.0.1:0"]
     assert [each.socket.fileno() for each in would] == [-1, -1]
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_dual_stack
+@pytest.mark.parametrize("mine", ["[::]", "127.0.0.1"])
+def test_dry_knows_that_an_ipv6_address_may_take_ipv4_clients(mine: str) -> None:
+    """The running protector has the one, and the next start wants the other."""
+    dual = mine == "[::]"
+    host = "::" if dual else mine
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    with socket.create_server((host, 0), family=family, dualstack_ipv6=dual) as running:
+        port = running.getsockname()[1]
+        wanted = parse(f"127.0.0.1:{port}" if dual else f"{port}?v6only=0", "/")
+        taken = {f"tcp:{mine}:{port}"}
+
+        bind_all([wanted], 16, notice=lambda text: None, released=taken, dry=True)
+
+        with pytest.raises(SystemRefused, match="Address already in use"):
+            bind_all([wanted], 16, notice=lambda text: None, dry=True)
 
 
 def test_a_socket_file_that_was_replaced_is_not_discarded(tmp_path: Path) -> None:

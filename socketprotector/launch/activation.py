@@ -83,15 +83,24 @@ def _listening_socket(fd: int) -> socket.socket | None:
 def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[Bound]]:
     """Return the passed sockets that each LISTEN argument uses, by the argument's index.
 
-    Raises UsageError if an argument names a socket that was not passed.
+    Raises UsageError if an argument names a socket that was not passed, or that another one uses.
     """
     taken: dict[int, list[Bound]] = {}
+    users: dict[int, str] = {}
     for index, listen in enumerate(listens):
         matching = [
             each
             for each in passed
             if each.settings.name == listen.passed or listen.means(each.settings.address)
         ]
+        for each in matching:
+            fd = each.socket.fileno()
+            if fd in users:
+                raise UsageError(
+                    f"cannot listen on {listen.text} beside {users[fd]}: both are the passed "
+                    f"socket of {each.settings.address}; leave one of them out"
+                )
+            users[fd] = listen.text
         if matching:
             taken[index] = matching
         elif listen.passed is not None:

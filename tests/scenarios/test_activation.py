@@ -159,6 +159,18 @@ def test_several_sockets_of_one_name_cannot_be_told_apart_and_check_says_so(give
     assert still_listens(giver)
 
 
+@pytest.mark.parametrize("check", [("--check",), ()], ids=["check", "start"])
+def test_one_socket_is_not_two_listeners(giver: Giver, check: tuple[str, ...]) -> None:
+    """A reload of such a file would refuse it."""
+    address = f"127.0.0.1:{giver.tcp('web')}"
+    daemon = giver.start(*check, "fd:web", address, "--", *MANY)
+
+    assert daemon.wait() == 2
+    said = f"cannot listen on {address} beside fd:web: both are the passed socket of tcp:{address};"
+    assert said in daemon.log.text()
+    assert still_listens(giver)
+
+
 @pytest.mark.parametrize(
     "share", [("--canary", "5%"), ("--reload-order", "rolling", "--drain-timeout", "9s")]
 )

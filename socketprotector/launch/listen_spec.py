@@ -159,7 +159,7 @@ def uid_of(text: str, user: str) -> int:
     try:
         number = whole(user, MOST_ID)
         return pwd.getpwnam(user).pw_uid if number is None else number
-    except KeyError:
+    except (KeyError, ValueError):  # ValueError: no name can have a NUL
         raise UsageError(f"{shortened(text, 200)}: unknown user {shortened(user)}") from None
 
 
@@ -168,7 +168,7 @@ def gid_of(text: str, group: str) -> int:
     try:
         number = whole(group, MOST_ID)
         return grp.getgrnam(group).gr_gid if number is None else number
-    except KeyError:
+    except (KeyError, ValueError):  # ValueError: no name can have a NUL
         raise UsageError(f"{shortened(text, 200)}: unknown group {shortened(group)}") from None
 
 

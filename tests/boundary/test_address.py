@@ -74,6 +74,7 @@ def test_an_argument_is_read(text: str, meaning: Listen) -> None:
         *("1?backlog=-1", "1?backlog=99999999999", "1?backlog=\u00b2", "1?v6only=2", "1?device="),
         *("1?mode=660", "unix:/x?device=lo", "unix:/x?mode=8", "unix:/x?mode=-1", "1?nonsense=1"),
         *("unix:/x?user=no-such-user", "unix:/x?group=no-such-group", "1?backlog=0"),
+        *("unix:/x?user=a%00", "unix:/x?group=a%00"),
         *("udp:53", "UDP:53", "u53", "0.0.0.0:53/udp"),
     ],
 )

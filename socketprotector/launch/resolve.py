@@ -87,7 +87,7 @@ class OptionResolver:
         self._ctx, self._given, file = ctx, given, self.file
         if file is None:
             self._refuse_what_is_missing()
-        listens = [_fitting(each, MODES[given["handoff"]]) for each in self._listens()]
+        listens = self._listens()
         settings = self._settings(self._command())
         with self._about("env_file"):
             preflight.check_env_file(settings.env_file)
@@ -160,12 +160,13 @@ class OptionResolver:
     # -- the parts -------------------------------------------------------------
 
     def _listens(self) -> list[Listen]:
+        mode = MODES[self._given["handoff"]]
         if self._given["listen"] or self.file is None:
-            return [parse(text, self.directory) for text in self._given["listen"]]
+            return [_fitting(parse(each, self.directory), mode) for each in self._given["listen"]]
         found = []
         for index, text in enumerate(self.file.listens):
             with self.file.about("listen", index):
-                found.append(parse(text, self.file.folder))
+                found.append(_fitting(parse(text, self.file.folder), mode))
         return found
 
     def _command(self) -> tuple[str, ...]:
@@ -247,18 +248,19 @@ class OptionResolver:
             os.umask(umask)
         called = os.path.basename("sh" if given["shell"] else [*command, ""][0])[:_NAME_CHARS]
         name = given["name"] or ""
-        if running is None and ("/" in name or name in _NO_NAMES):
-            raise UsageError(
-                f"--name {name}: no instance can have this name, because the name is part "
-                "of a path; choose a name without / that is not . or .."
-            )
+        with self._about("name"):
+            if running is None and ("/" in name or name in _NO_NAMES):
+                raise UsageError(
+                    f"--name {name}: no instance can have this name, because the name is part "
+                    "of a path; choose a name without / that is not . or .."
+                )
         mode = MODES[given["handoff"]]
         ready = given["ready"] or Ready(mode.ready, mode.ready_after_s)
-        groups = {
-            field: users.gid_of(f"--{field.replace('_', '-')}", given[field])
-            for field in ("control_group", "status_group")
-            if given[field] is not None
-        }
+        groups = {}
+        for field in ("control_group", "status_group"):
+            with self._about(field):
+                if given[field] is not None:
+                    groups[field] = users.gid_of(f"--{field.replace('_', '-')}", given[field])
         default = users.status_group(os.environ)
         if default is not None:
             groups.setdefault("status_group", default)

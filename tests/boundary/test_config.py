@@ -352,6 +352,22 @@ def test_a_mistake_is_reported_with_what_is_allowed(read: Reader, text: str, sai
     assert line.startswith(said)
 
 
+def test_a_mistake_of_an_address_a_name_or_a_group_does_not_hide_the_others(read: Reader) -> None:
+    said = read.mistakes(
+        """listen = "1?priority=5"
+command = ["sleep"]
+handoff = "listener"
+name = "a/b"
+control-group = "no-such-group"
+workers = 0
+"""
+    )
+
+    assert [each.partition(": ")[2].partition(":")[0] for each in said] == [
+        *("listen", "name", "control-group", "workers")
+    ]
+
+
 def test_what_follows_from_a_mistake_is_not_reported(read: Reader) -> None:
     said = read.mistakes(
         'settle = "5 sec"\nsettle-check = "http:/"\ndrain-timeout = "x"\nlame-duck-idle = 5\n'

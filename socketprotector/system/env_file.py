@@ -19,7 +19,8 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 def parse(text: str, name: str) -> dict[str, str]:
     """Return the assignments in a text.  Raises ValueError with `name` and the line."""
     found = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines(): for Python, U+0085, U+2028 or a form feed would end a line, too.
+    for number, line in enumerate(text.split("\n"), 1):
         line = line.strip()
         if not line or line[0] in "#;":
             continue

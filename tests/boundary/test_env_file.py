@@ -34,6 +34,15 @@ def test_lines_are_assignments() -> None:
     }
 
 
+def test_only_a_line_feed_ends_a_line() -> None:
+    values = {each: f"a{each}B=1" for each in "\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
+
+    for character, value in values.items():
+        assert env_file.parse(f"A={value}\r\nC=2\r\n", "file") == {"A": value, "C": "2"}, (
+            f"{character!a}"
+        )
+
+
 @together("line", ["A", "=1", "9A=1", "A B=1", "A='x", 'A="', "A='x\"", "\u00e4=1"])
 def test_a_mistake_is_reported_with_its_line(line: str) -> None:
     with pytest.raises(ValueError, match=r"^file line 2: "):

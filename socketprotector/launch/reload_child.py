@@ -141,10 +141,13 @@ def _listeners(
     Raises Refusal with each listener that cannot be bound; then no new socket stays bound.
     """
     kept: dict[int, ListenerSettings] = {}
-    bound: list[Bound] = []
+    added: dict[int, list[Bound]] = {}
     refused: list[Refusal] = []
     earlier: dict[str, Listen] = {}
-    for listen in parsed.listens:
+    # UNIX paths come last: we may be killed while a host name is resolved (config_reader.py), and
+    # then nobody would remove their files.
+    paths_last = sorted(enumerate(parsed.listens), key=lambda each: each[1].path is not None)
+    for number, listen in paths_last:
         try:
             matching = _matching(present, listen, notice)
             have = {each.address for each in matching.values()}
@@ -157,7 +160,7 @@ def _listeners(
                 continue  # unchanged: a host name is not resolved again, port 0 keeps its number
             if listen.passed is not None:
                 raise UsageError(f"{listen.text}: sockets are passed only at a start; {RESTART}")
-            added = bind_all(
+            found = bind_all(
                 [listen],
                 parsed.backlog,
                 notice=notice,
@@ -166,10 +169,11 @@ def _listeners(
                 alone=_ALONE if parsed.settings.mode.workers_accept else None,
                 dry=dry,
             )
-            earlier |= {place(each.settings.address): listen for each in added}
-            bound += added
+            earlier |= {place(each.settings.address): listen for each in found}
+            added[number] = found
         except Refusal as error:
             refused.append(error)
+    bound = [each for number in sorted(added) for each in added[number]]
     if len(present) + len(bound) > _MOST_LISTENERS:
         refused.append(
             UsageError(f"more than {_MOST_LISTENERS} listeners since the start; {RESTART}")

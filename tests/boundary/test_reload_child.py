@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from socketprotector.daemon.config_reader import ConfigAnswer, ConfigReader
-from socketprotector.launch import cli, port_owner
+from socketprotector.launch import cli, port_owner, reload_child
+from socketprotector.launch.bind import discard_all
 from socketprotector.model.settings import ListenerSettings, Settings
 from socketprotector.system.loop import Loop
 from tests.boundary.ending import settle
@@ -292,6 +293,28 @@ def test_one_address_twice_is_refused_as_at_a_start(
     answer = read(loop, settings)
     assert answer.settings is not None, answer
     assert [each.removed for each in answer.settings.listeners] == [False], "it is the same one"
+
+
+def test_host_names_are_resolved_before_a_socket_file_is_made(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resolving may take so long that the reader process is killed, which removes no file."""
+    path = tmp_path / "s"
+
+    def resolve(*_: object, **__: object) -> list[tuple[object, ...]]:
+        assert not path.exists()
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    web.says(f'listen = ["unix:{path}", "a.example:0", "unix:{path}2"]\n')
+    asked = cli.parse(["--config", str(web.path)])
+    assert asked is not None
+
+    _, bound = reload_child._listeners((), asked, lambda text: None, dry=False)
+
+    texts = [each.settings.text for each in bound]
+    discard_all(bound)
+    assert texts == [f"unix:{path}", "a.example:0", f"unix:{path}2"], "the order of the file"
 
 
 @pytest.mark.parametrize(

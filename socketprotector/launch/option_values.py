@@ -178,8 +178,9 @@ def limit(name: str, text: str) -> int:
     if not (unlimited or low <= value <= high):
         raise UsageError(f"{said}: must be from {low} to {high}")
     if name == "nice":
-        floor = 20 - resource.getrlimit(resource.RLIMIT_NICE)[0]
-        if value < min(floor, 0) and os.geteuid() != 0:
+        most, _ = resource.getrlimit(resource.RLIMIT_NICE)
+        floor = -20 if most == resource.RLIM_INFINITY else min(20 - most, 0)
+        if value < floor and os.geteuid() != 0:
             raise UsageError(f"{said}: below 0 needs root, or RLIMIT_NICE raised")
         return value
     _, hard = resource.getrlimit(RLIMITS[name])

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.launch import cli, options, rollout_checks
+from socketprotector.launch import cli, option_values, options, rollout_checks
 from socketprotector.launch.preflight import check_siblings
 from socketprotector.launch.resolve import ParsedOptions
 from socketprotector.model import known_servers
@@ -655,6 +655,20 @@ def test_a_number_in_a_file_with_too_many_digits_is_refused_with_its_line(typed:
     file.write_text(f'listen = "unix:s"\nworkers = {"9" * 5000}\ncommand = ["true"]\n')
 
     refused(typed("--config", file), 2, f"{file} line 2: a number has too many digits")
+
+
+@pytest.mark.parametrize(
+    ("limit", "least"), [(0, 0), (23, -3), (40, -20), (resource.RLIM_INFINITY, -20)]
+)
+def test_a_nice_value_below_0_needs_root_or_the_limit(
+    monkeypatch: pytest.MonkeyPatch, limit: int, least: int
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+
+    assert option_values.limit("nice", str(least)) == least
+    with pytest.raises(UsageError, match="RLIMIT_NICE raised" if least > -20 else "from -20"):
+        option_values.limit("nice", str(least - 1))
 
 
 @together("size", ["1", "100", "1023K", "1000000"])

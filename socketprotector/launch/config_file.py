@@ -32,6 +32,7 @@ _NAMED = re.compile(r"--([a-z-]+)")
 #: The beginning of an error that names an option: `--chdir /x: `, `--limit nofile=x: `.
 _OPTION = re.compile(r"--([a-z-]+)(?: (?=[^ ]*: |[^ ]+=)|: )")
 _NUL = "must not contain a NUL"
+_NOT_IN_LOCALE = "has a character that this locale cannot encode; set LC_ALL=C.UTF-8"
 LISTEN, COMMAND = "listen", "command"
 #: A number with more digits than Python converts (sys.get_int_max_str_digits()).
 _DIGITS = re.compile(r"[0-9_]{4300}")
@@ -169,16 +170,16 @@ class ConfigFile:
             if not isinstance(each, str) or not each:
                 self.mistake((key, index), f"{_shown(each)}: must be a string")
                 wrong += 1
-            elif "\0" in each:
-                self.mistake((key, index), _NUL)
+            elif why := _unusable(each):
+                self.mistake((key, index), why)
                 wrong += 1
         return not wrong
 
     def _option(self, key: str, option: Option, value: Any) -> None:
         if option.multiple:
             self._table(key, option, value)
-        elif isinstance(value, str) and "\0" in value:
-            self.mistake((key,), _NUL)
+        elif isinstance(value, str) and (why := _unusable(value)):
+            self.mistake((key,), why)
         elif wanted := _wrong_kind(option, value):
             self.mistake((key,), f"{_shown(value)}: must be {wanted}")
         else:
@@ -195,8 +196,8 @@ class ConfigFile:
         for name, content in value.items():
             if isinstance(content, bool) or not isinstance(content, str | int):
                 self.mistake((key, name), f"{_shown(content)}: must be a string or a whole number")
-            elif "\0" in f"{name}{content}":
-                self.mistake((key, name), _NUL)
+            elif why := _unusable(f"{name}{content}"):
+                self.mistake((key, name), why)
             elif not name or "=" in name:
                 self.mistake((key, name), "not a name; it is empty, or has = in it")
             elif self._converts(option, f"{name}={content}", (key, name)):
@@ -209,6 +210,14 @@ class ConfigFile:
             self.mistake(where, in_one_line(error.message))
             return False
         return True
+
+
+def _unusable(text: str) -> str:
+    """Return why no system call could get this text; "" if one could."""
+    try:
+        return _NUL if b"\0" in os.fsencode(text) else ""
+    except UnicodeEncodeError:
+        return _NOT_IN_LOCALE
 
 
 def _wrong_kind(option: Option, value: Any) -> str:

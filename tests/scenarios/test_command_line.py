@@ -87,6 +87,25 @@ def test_check_says_where_a_reload_would_find_no_room(start: Start) -> None:
     assert "30 workers: a reload starts as many new ones first" in ended.err
 
 
+def test_what_the_locale_cannot_encode_is_refused_with_its_line(start: Start) -> None:
+    file = start.folder / "web.toml"
+    lines = (
+        "# caf\u00e9",
+        "listen = ['unix:\u00e9', '127.0.0.1:0']",
+        "command = ['true', '\u00e9']",
+    )
+    file.write_text("\n".join((*lines, "user = '\u00e9'", "[env]", "A = '\u00e9'")), "utf-8")
+    ascii_only = ("env", "LC_ALL=C", "PYTHONUTF8=0", "PYTHONCOERCECLOCALE=0")
+
+    ended = start("--check", "--config", file, before=ascii_only)
+
+    assert ended.status == 2, ended
+    why = "has a character that this locale cannot encode; set LC_ALL=C.UTF-8"
+    keys = {2: "listen", 3: "command", 4: "user", 6: "env.A"}
+    said = [f"{file} line {number}: {key}: {why}" for number, key in keys.items()]
+    assert ended.err.removeprefix("SocketProtector: ").splitlines() == said
+
+
 @pytest.mark.parametrize("guard", [["--guard"], []], ids=["guard", "plain"])
 @pytest.mark.costly
 def test_check_is_about_a_start_after_the_end_of_the_one_that_runs(

@@ -218,11 +218,15 @@ def hold_requested(step: Step, seconds: float, left_s: float | None) -> None:
     if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="cannot hold: a stop is in progress"))
         return
+    # `socketprotectorctl hold` renews its hold again and again.  So that a stage that began during
+    # the hold may end, only a stage that began earlier gets more time.
+    delays_stage = not step.fleet.held or step.fleet.stage_left_s is not None
     if not step.fleet.held:
         step.fleet = replace(step.fleet, held=True, stage_left_s=left_s)
         step.do(Hold(True), Report(ReportKind.HELD))
     step.start(TimerKind.HOLD, 0, seconds)
-    rollout.resume_stage(step, seconds)
+    if delays_stage:
+        rollout.resume_stage(step, seconds)
 
 
 def end_hold(step: Step) -> None:

@@ -508,6 +508,15 @@ def test_a_reload_that_an_operator_begins_during_a_hold_ends_in_it(
     assert ReportKind.RELOADED in dict(news(story.when(passed())))
 
 
+def test_a_reload_during_a_hold_ends_although_the_hold_is_renewed(story: Story) -> None:
+    """`socketprotectorctl hold` renews its hold each second, until the operator ends it."""
+    story.given_serving(Policy(settle_s=5.0)).and_also(HoldRequested(5.0))
+    story.and_also(ReloadRequested(), WorkerReady(2))
+
+    assert story.when(HoldRequested(5.0, left_s=4.0)) == [StartTimer(Deadline(TimerKind.HOLD), 5.0)]
+    assert StartTimer(SETTLE_2, 5.0) in story.when(HoldReleased())
+
+
 def test_a_hold_gives_no_time_to_workers_that_are_replaced(story: Story) -> None:
     story.given_serving(rolling(), workers=3).and_also(ReloadRequested(), WorkerReady(4))
 

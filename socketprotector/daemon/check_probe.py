@@ -17,6 +17,7 @@ generation's channel (delivery/queue/probe_port.py).
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 
 from ..model.lazy_dataclass import field, mutable
 from ..system.cleanup import on_error
@@ -35,9 +36,12 @@ if TYPE_CHECKING:
 class Forwarding:
     """A loopback socket, and the prober that forwards the socket's connections to a ProbeTarget."""
 
-    def __init__(self, loop: Loop, target: ProbeTarget, ended: Ended) -> None:
+    def __init__(
+        self, loop: Loop, target: ProbeTarget, ended: Ended, forwarded: Callable[[], None]
+    ) -> None:
         """Open the socket and start the prober.  Raises OSError if the socket cannot be opened.
 
+        forwarded: called for each connection to the target.
         ended: called with how the prober ended, or why it could not start.
         """
         self._loop, self._target = loop, target
@@ -45,7 +49,7 @@ class Forwarding:
         with on_error(self._listening.close):
             self._listening.bind(("127.0.0.1", 0))
             self._listening.listen(BACKLOG)
-        self._on_ended = ended
+        self._on_ended, self._forwarded = ended, forwarded
         self._prober: Prober | None = None
         self.start()
 
@@ -64,7 +68,10 @@ class Forwarding:
         if self._prober is None:
             try:
                 self._prober = prober_client.Prober(
-                    self._loop, ended=self._ended, forwards=(self._target, self._listening)
+                    self._loop,
+                    answered=lambda why: self._forwarded(),
+                    ended=self._ended,
+                    forwards=(self._target, self._listening),
                 )
             except OSError as error:
                 self._on_ended(f"cannot be started: {error.strerror}")
@@ -100,10 +107,10 @@ class CheckProbes:
             if target is None:
                 return ""
             with on_error(target.close):
-                found = (
-                    target,
-                    Forwarding(self.loop, target, ended) if target.needs_forwarding else None,
-                )
+                forwarding = None
+                if target.needs_forwarding:
+                    forwarding = Forwarding(self.loop, target, ended, generation.note_probe)
+                found = target, forwarding
             self._open[number] = found
         elif found[1] is not None:
             found[1].start()  # start the prober again if it has ended

@@ -98,6 +98,22 @@ class OpenGeneration:
         counted = [each.accepted for each in found if each is not None]
         return sum(counted) if counted else None
 
+    @property
+    def met(self) -> int | None:
+        """Return how many clients the workers have accepted, without probes; None: unknown."""
+        accepted = self.accepted
+        return accepted and max(0, accepted - (self.record.probes or 0))
+
+    def begin_share(self) -> None:
+        """Record that clients may come from now on; the connections accepted so far are probes."""
+        if self.record.probes is None:
+            self.update_record(probes=self.accepted or 0)
+
+    def note_probe(self) -> None:
+        """Record that the workers have accepted a probe."""
+        if self.record.probes is not None:
+            self.update_record(probes=self.record.probes + 1)
+
     def take_counts(self, slot: int, kept: int = 0) -> int | None:
         """Move an exited worker's counts from its slot to the generation's record; clear the slot.
 

@@ -36,7 +36,7 @@ class Prober:
         """Start the process.  Raises OSError.
 
         answered: called when a result comes in time, with a text: why the probe failed, or "" if
-        the answer was good.
+        the answer was good.  With `forwards`: called with "" for each connection to the target.
         late: called if no answer has come in time, with a text that says so.
         ended: called with a text that says how the process exited; not called after close().
         forwards: (target, socket); the prober forwards the socket's connections to the target.

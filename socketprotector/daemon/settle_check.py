@@ -120,6 +120,8 @@ class SettleCheck:
     def _on_verdict(self, verdict: Verdict) -> None:
         generation, now = self._generation, time.monotonic()
         assert generation is not None
+        if verdict.kind == verdicts.GOOD and not self._is_command:
+            generation.note_probe()  # check_probe.py notes each connection of a command
         self._settling = self._settling.after(verdict, self._sent_at, now)
         if self._settling.bad:
             self.stop()

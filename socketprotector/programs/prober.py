@@ -15,7 +15,8 @@ Under --handoff listener the prober also forwards connections from the probe add
 
     python prober.py LINE LISTENING
 
-Then the only message says where to connect, and the prober copies bytes in both directions.
+Then the only message says where to connect, and the prober copies bytes in both directions.  It
+reports `+0` for each connection to the generation.
 """
 
 from __future__ import annotations
@@ -270,24 +271,29 @@ def say(line: socket.socket, text: bytes) -> None:
 # -- the probe address -----------------------------------------------------------
 
 
-def forward(listening: socket.socket, request: ProbeRequest) -> None:
+def forward(listening: socket.socket, request: ProbeRequest, line: socket.socket) -> None:
     """Forward all connections of a listening socket to the generation; never return."""
     room = threading.BoundedSemaphore(_AT_ONCE)
     while True:
         room.acquire()
         try:
             client, _ = listening.accept()
-            threading.Thread(target=_forward_one, args=(client, request, room), daemon=True).start()
+            given = (client, request, room, line)
+            threading.Thread(target=_forward_one, args=given, daemon=True).start()
         except (OSError, RuntimeError):  # out of descriptors, memory or threads
             room.release()
             time.sleep(_PAUSE_S)
 
 
 def _forward_one(
-    client: socket.socket, request: ProbeRequest, room: threading.BoundedSemaphore
+    client: socket.socket,
+    request: ProbeRequest,
+    room: threading.BoundedSemaphore,
+    line: socket.socket,
 ) -> None:
     try:
         with client, request.connect(LIMIT_S) as server:
+            say(line, b"+0")
             server.settimeout(None)
             back = threading.Thread(target=_copy, args=(server, client), daemon=True)
             back.start()
@@ -325,7 +331,7 @@ def main() -> None:
         # start another prober.
         with contextlib.suppress(Exception):
             if len(sys.argv) > 2:
-                forward(socket.socket(fileno=int(sys.argv[2])), request)
+                forward(socket.socket(fileno=int(sys.argv[2])), request, line)
             else:
                 say(line, request.report(given))
                 return

@@ -27,7 +27,7 @@ def test_that_nothing_forwards_what_a_check_sends_is_logged(
     log = SimpleNamespace(write=lambda *words, **fields: lines.append((*words, fields)))
     way = SimpleNamespace(close=lambda: None, needs_forwarding=True)
     probes = CheckProbes(loop, cast("Any", log), lambda *_: cast("Any", way))
-    generation = SimpleNamespace(record=SimpleNamespace(number=2))
+    generation = SimpleNamespace(record=SimpleNamespace(number=2), note_probe=lambda: None)
 
     assert probes.address(cast("Any", generation)).startswith("127.0.0.1:")
 

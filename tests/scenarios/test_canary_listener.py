@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import pytest
 
 from tests.load import Load
 from tests.rounds import rounds
-from tests.running import Client, ask
+from tests.running import Client, ask, eventually
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.operating import Line, Operated, Operating
+from tests.scenarios.probed import get
 from tests.scenarios.tools import Release, library_worker, worker
 
 MODE = ("--handoff", "listener", "--ready", "notify", "--workers", "2")
@@ -148,6 +150,42 @@ def test_a_canary_whose_workers_stop_after_its_share_is_returned_too(operated: O
     assert not web.daemon.log.count("event=not-accepted")
     for each in clients:
         each.close()
+
+
+#: A worker on the client library that answers HTTP.
+ANSWERS = """
+import os
+from socketprotector_client import serve
+def answer(one, address):
+    with one:
+        one.recv(65536)
+        one.sendall(b"HTTP/1.1 200 OK\\r\\n\\r\\n[%d]" % os.getpid())
+serve(answer, threads=8)
+"""
+#: A check that makes a connection of its own.
+CONNECTS = "exec 3<>/dev/tcp/${SOCKETPROTECTOR_PROBE/://} && echo hello >&3 && head -c 1 <&3"
+
+
+@pytest.mark.parametrize("check", ["http:/healthz", f"check:bash -c '{CONNECTS}'"])
+def test_the_checks_of_a_canary_do_not_count_as_its_clients(
+    operated: Operating, check: str
+) -> None:
+    """Otherwise they would satisfy --at-least."""
+    words = ("--ready", "http:/healthz", "--settle", "1h", "--settle-check", check)
+    web = operated(*MODE[:2], *words, command=(sys.executable, "-c", ANSWERS))
+    begin(web, "50%")
+
+    def is_probed() -> bool:
+        status = web.status()
+        [canary] = [each for each in status["generations"] if each["number"] == 2]
+        # At most one probe has been accepted, but not reported yet.
+        return bool(canary["accepted"] >= 3 and status["rollout"]["met"] == 0)
+
+    eventually(is_probed, "probes that do not count")
+    old = get(web.address[1])
+    eventually(lambda: get(web.address[1]) != old, "a client in the canary")
+    eventually(lambda: web.status()["rollout"]["met"] >= 1, "a client that counts")
+    order(web, "rollback", "reload-failed")
 
 
 @pytest.mark.costly

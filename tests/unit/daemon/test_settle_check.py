@@ -49,7 +49,9 @@ class World:
 
     def begin(self, text: str = "http:/") -> None:
         generation = SimpleNamespace(
-            record=SimpleNamespace(number=2), program=SimpleNamespace(settle_check=text)
+            record=SimpleNamespace(number=2),
+            program=SimpleNamespace(settle_check=text),
+            note_probe=lambda: None,
         )
         self.check.begin(cast("Any", generation))
 

@@ -171,6 +171,8 @@ class SharedDelivery(Delivery):
         share: int = 0,
     ) -> None:
         self._route = generation.record.number if generation is not None else None
+        if sharing is not None:
+            sharing.begin_share()
         if generation is not None:
             self.steering.turn_to(
                 generation.record.socket_number,
@@ -187,11 +189,11 @@ class SharedDelivery(Delivery):
         return Share(sharing.record.number, share, both)
 
     def met(self, generation: OpenGeneration) -> int | None:
-        """Return how many connections the workers have accepted.
+        """Return how many clients the workers have accepted.
 
         None: no worker has counted them.  Workers on the client library count them.
         """
-        return generation.accepted
+        return generation.met
 
     def begin_drain(
         self, generation: OpenGeneration, on_quiet: Callable[[], None], *, reads_on: bool

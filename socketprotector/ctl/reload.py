@@ -70,7 +70,7 @@ TIMEOUT = click.option(
 @click.option(
     "--at-least",
     metavar="N",
-    type=click.IntRange(0),
+    type=click.IntRange(0, 1_000_000_000),
     help="With fewer than N connections, the canary lasts twice as long; if still fewer, it fails.",
 )
 @TIMEOUT

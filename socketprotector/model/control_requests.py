@@ -27,6 +27,8 @@ LINE_BYTES = 65_536
 _ID_CHARACTERS = 64
 #: No generation, worker or process has a higher number.
 _MOST = 2**31
+#: The longest canary; the option canary-for accepts no longer time.
+_LONGEST_S = 1e9
 _ENVELOPE = ("v", "id", "command")
 
 
@@ -58,7 +60,8 @@ def canary_of(value: Mapping[str, Any]) -> Canary:
     rest = dict(value)
     share, for_s = read_percent(str(rest.pop("share", ""))), rest.pop("for_s", CANARY_FOR_S)
     at_least = rest.pop("at_least", 0)
-    if rest or not _SECONDS[1](for_s) or not _whole(0, _MOST)[1](at_least):
+    is_time = type(for_s) in (int, float) and 0 < for_s <= _LONGEST_S
+    if rest or not is_time or not _whole(0, _MOST)[1](at_least):
         raise ValueError("no canary")
     return Canary(share, float(for_s), at_least)
 

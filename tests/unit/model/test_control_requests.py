@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from socketprotector.model.control_requests import (
     Request,
     RequestError,
     answer,
+    canary_of,
     event,
     parse,
     refusal,
 )
+from socketprotector.model.duration import Duration
 from tests.rounds import rounds
 from tests.together import together
 
@@ -223,6 +226,19 @@ def test_however_deep_a_value_is_it_is_refused_in_words() -> None:
             for name in ("to", "id", "command", "v", "x"):
                 deep = f"{opening * depth}1{closing * depth}"
                 refusal(wrong(f'{{"v":1,"command":"scale","{name}":{deep}}}'.encode()))
+
+
+@pytest.mark.parametrize("time", ["1ms", "2d", "11574d"])
+def test_a_canary_takes_each_time_that_its_option_takes(time: str) -> None:
+    seconds = Duration(zero=False).read(time)
+
+    assert canary_of({"share": "5%", "for_s": seconds}).for_s == seconds
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, "1s", None, math.inf, math.nan, 2e9])
+def test_a_canary_takes_no_other_time(wrong: object) -> None:
+    with pytest.raises(ValueError, match="no canary"):
+        canary_of({"share": "5%", "for_s": wrong})
 
 
 def test_an_event_s_own_fields_never_pass_for_those_of_every_event() -> None:

@@ -152,11 +152,10 @@ def await_success(
     drained: after a success, also wait for the end of the older generations.
     Raises NewVersionFailed if the generation fails.
     """
-    old = before.get("route")
     operation.outcome["generation"] = promised
     watched = Reload(promised, before, operation.tell, dry_run=dry_run)
     found = _await_verdict(operation, watched)
-    operation.outcome["generation"] = found.generation
+    operation.outcome |= {"generation": found.generation, "from": (old := watched.old)}
     protector_stays = False
     if dry_run or (drained and found.succeeded):
         ending = (_DryRunGeneration if dry_run else _OlderGenerations)(found.generation, watched)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..model.text import headline
 from ..model.wait_lines import WaitLines
@@ -154,6 +155,8 @@ class Reload(Awaited):
             for each in listed(status, "generations")
         )
         self._statuses_without = 0  # how many statuses in a row lacked this reload
+        #: The last two generations that got new clients.
+        self._routes: tuple[Any, Any] = (None, status.get("route"))
         self._phase = str(status.get("phase"))
         if self._has_earlier_reload:
             tell("an earlier reload is still in progress")
@@ -162,6 +165,8 @@ class Reload(Awaited):
         """Process an event; ignore progress and verdicts of earlier generations."""
         super().on_event(event)
         name, number = event.get("event"), number_in(event, "generation")
+        if name == "route":
+            self._note_route(number)
         # While two generations share the new connections, the event `route` has the old generation
         # in `generation`, and the new generation in `sharing`.
         if name == "route" and number_in(event, "sharing") >= self.generation:
@@ -186,6 +191,7 @@ class Reload(Awaited):
         self._phase = str(status.get("phase"))
         if self.verdict is not None:
             return
+        self._note_route(number_in(status, "route"))
         self._wanted = number_in(status, "workers_wanted") or self._wanted
         reloads = [
             each
@@ -233,6 +239,20 @@ class Reload(Awaited):
         if self._statuses_without > 2:
             reason = "the verdict is no longer known; see `history` and the log"
             self.verdict = Verdict(False, self.generation, reason)
+
+    def _note_route(self, number: int) -> None:
+        if number and number != self._routes[1]:
+            self._routes = self._routes[1], number
+
+    @property
+    def old(self) -> object:
+        """The generation that got new clients before the verdict's generation; None: unknown.
+
+        An earlier reload may have ended since the request, so the first status may not show it.
+        """
+        new = self.verdict.generation if self.verdict is not None else self.generation
+        earlier, last = self._routes
+        return earlier if last == new else last
 
     # -- progress -----------------------------------------------------------------
 

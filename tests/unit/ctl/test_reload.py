@@ -284,6 +284,30 @@ def test_what_became_of_an_earlier_reload_is_no_verdict(fake: Fake, ctl: Ctl) ->
     assert "an earlier reload is still in progress" in said.err
 
 
+@pytest.mark.parametrize(("earlier", "old"), [("reloaded", 9), ("reload-failed", 8)])
+def test_it_names_the_generation_that_an_earlier_reload_has_left(
+    fake: Fake, ctl: Ctl, earlier: str, old: int
+) -> None:
+    """The earlier reload settles when this one is requested, so generation 9 has the clients."""
+    fake.status = status(
+        generation(8, "serving", worker(14)), generation(9, "settling"), phase="settling", route=9
+    )
+
+    def then(connection: Connection) -> None:
+        if earlier == "reload-failed":
+            connection.event("route", generation=8)
+        connection.event(earlier, generation=9)
+        connection.event("route", generation=old, sharing=10, share="50%")
+        connection.event("route", generation=10)
+        connection.event("reloaded", generation=10)
+
+    reloading(fake, then, promised=10)
+
+    said = ctl("reload", "--json")
+
+    assert (said.status, json.loads(said.out)["from"]) == (0, old)
+
+
 def test_an_upgrade_in_the_middle_only_means_to_look_into_status(fake: Fake, ctl: Ctl) -> None:
     def then(connection: Connection) -> None:
         fake.status["reloads"] = [reload(9, "reloaded")]

@@ -88,6 +88,25 @@ def test_a_pool_that_is_added_brings_a_place(protector: Start) -> None:
     daemon.stop()
 
 
+def test_the_replacement_of_a_pool_has_as_many_places(protector: Start, tmp_path: Path) -> None:
+    place = tmp_path / "control"
+    words = ("--control", place, "127.0.0.1:0", "--", *pool(3, TALKS, shell=True))
+    daemon = protector(*words).ready()
+    with Client(("127.0.0.1", daemon.port)) as first:
+        assert first.hear()  # its program keeps the old pool, which keeps its slot
+        with control.Client(str(place)) as line:
+            line.request("replace", pid=daemon.worker_pids()[0])
+        daemon.log.wait_for("event=retired worker=1")
+
+        clients = [Client(("127.0.0.1", daemon.port)) for _ in range(3)]
+
+        for client in clients:
+            assert client.hear()
+        for client in clients:
+            client.close()
+    daemon.stop()
+
+
 def test_a_program_has_three_descriptors_and_nothing_else(protector: Start) -> None:
     # Not the one that it needs for looking.
     shown = (

@@ -95,8 +95,11 @@ def number(values: dict[str, str], option: str, default: int) -> int:
 
 
 def slots_of(at_once: int, pools: int, slot: int) -> int:
-    """Return how many of all slots this pool gets; a pool that is added later gets one slot."""
-    return at_once // pools + (slot < at_once % pools) if slot < pools else 1
+    """Return how many of all slots this pool gets.
+
+    slot: the worker's slot, which is above the usual ones if the pool that it replaces still runs.
+    """
+    return at_once // pools + (slot < at_once % pools)
 
 
 if __name__ == "__main__":

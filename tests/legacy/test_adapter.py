@@ -445,6 +445,30 @@ def test_each_port_has_a_stream_of_its_own(legacy: Legacy) -> None:
     assert worker.wait() == 0
 
 
+def test_a_child_of_two_streams_gets_the_end_when_it_has_read_both(legacy: Legacy) -> None:
+    """It ends at the first end of file."""
+    legacy.channel.listeners.append(socket.create_server(("127.0.0.1", 0)))
+    ports = ",".join(str(one.getsockname()[1]) for one in legacy.channel.listeners)
+    worker = legacy.spawn(*legacy.command("stuck", ports=ports), WATCHDOG_USEC="20000")
+    legacy.channel.wait_ready(worker)
+    child = pid_after("connected", worker)
+    clients = [legacy.channel.connect(index) for index in (0, 1)]
+    for client in clients:
+        client.say("hello")
+    eventually(lambda: legacy.channel.queued() == 0, "both are in their streams")
+    legacy.channel.end_channel()
+    legacy.channel.hear_all()
+    for _ in range(3):  # by then the adapter has seen the end
+        assert legacy.channel.notify.recv(100) == b"WATCHDOG=1"
+
+    os.kill(child, signal.SIGUSR1)
+
+    for client in clients:
+        assert client.hear() == f"[{child}] hello"
+        client.close()
+    assert worker.wait() == 0
+
+
 def test_two_addresses_with_one_port_are_one_stream(legacy: Legacy) -> None:
     port = legacy.port
     listeners = f"- tcp:0.0.0.0:{port} tcp:[::]:{port} tcp:[fe80::1%25lo]:{port}"
@@ -544,7 +568,8 @@ def test_it_loads_little() -> None:
         [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True
     )
     assert set(done.stdout.split()) <= {
-        *{"__future__", "_signal", "_socket", "errno", "posix", "select", "struct", "time"},
+        *{"__future__", "_signal", "_socket", "errno", "fcntl", "posix", "select", "struct"},
+        *{"termios", "time"},
         *{"_struct", "socketprotector", "socketprotector.programs", "socketprotector_client"},
         *{"socketprotector.programs.legacy", "socketprotector.programs.legacy.adapter"},
         *{"socketprotector.programs.legacy.stream", "socketprotector.system"},

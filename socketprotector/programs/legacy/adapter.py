@@ -29,7 +29,7 @@ from socketprotector_client import wire
 from ...system import signals
 from ...system.polling import events_of
 from ..worker_protocol import FAILED, Notifier, Refusal, inherited, receive, write_line
-from .stream import Stream, described, peer_of
+from .stream import Stream, described, is_unread, peer_of
 
 PROGRAM = "socketprotector.legacy"
 #: How often to try a name that is in use: if no other worker will report that it is free, and if
@@ -219,7 +219,19 @@ class Adapter:
                 if error.errno not in _SCARCE:
                     raise
                 self.look({}, _RETRY_S)  # poll() would report room at once
-        for _, connection in connections:
+        self.end_streams([connection for _, connection in connections])
+
+    def end_streams(self, connections: list[socket.socket]) -> None:
+        """Send end of file on all streams, once the child has read them.
+
+        A child of several streams may exit at its first end of file.
+        """
+        fds = {connection.fileno(): 0 for connection in connections}
+        while len(fds) > 1 and any(map(is_unread, connections)):
+            found = self.look(fds, _RETRY_S)
+            if self.pidfd in found or not fds.keys().isdisjoint(found):
+                break  # the child has exited, or reads no more
+        for connection in connections:
             connection.shutdown(socket.SHUT_WR)
 
     def move(self) -> None:

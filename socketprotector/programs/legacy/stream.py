@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import _socket as socket
 import errno
+import fcntl
 import sys
+import termios
 
 #: The C++ SocketProtector and its daemons use addresses of full length: names end in NULs.
 SUN_PATH_BYTES = 108
@@ -106,6 +108,11 @@ def connect(name: bytes) -> socket.socket | None:
         line.close()
         return None
     return line
+
+
+def is_unread(connection: socket.socket) -> bool:
+    """Return whether the other side has not read all that was sent."""
+    return fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)) != bytes(4)
 
 
 def peer_of(connection: socket.socket) -> int:

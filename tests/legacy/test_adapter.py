@@ -16,6 +16,7 @@ from socketprotector_client import wire
 from socketprotector.programs.legacy import adapter, stream
 from tests import needs
 from tests.legacy.conftest import ADAPTER, Legacy, is_root, padded, patched, pid_after, stranger
+from tests.procfs import sleeps, state_of
 from tests.running import ROOT, Client, eventually, wait_gone
 from tests.scenarios.tools import Gate, hold
 
@@ -355,6 +356,28 @@ def test_what_may_mean_anything_is_passed_on_as_it_is(
     worker = legacy.start()
     worker.process.send_signal(number)
     assert worker.wait() == -number  # which is what it means to a program that knows nothing of it
+
+
+def test_a_killed_child_is_not_waited_for_by_the_streams_of_its_children(legacy: Legacy) -> None:
+    worker = legacy.start("grandchild")
+    os.kill(pid_after("started", worker), signal.SIGKILL)
+
+    assert worker.wait() == -signal.SIGKILL
+
+
+def test_a_child_may_go_to_the_background(legacy: Legacy) -> None:
+    worker = legacy.start("grandchild")
+    child, served_by = pid_after("started", worker), pid_after("connected", worker)
+
+    os.kill(child, signal.SIGTERM)
+    eventually(lambda: state_of(child) == "Z", "it has exited")
+
+    eventually(lambda: sleeps(worker.pid), "its end keeps nothing awake")
+    client = legacy.channel.connect()
+    assert client.ask("hello") == f"[{served_by}] hello"
+    client.close()
+    legacy.channel.end_channel()
+    assert worker.wait() == 0
 
 
 def test_a_child_outlives_its_worker_and_finishes(legacy: Legacy) -> None:

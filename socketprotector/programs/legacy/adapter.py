@@ -198,6 +198,7 @@ class Adapter:
     def serve(self) -> None:
         """Send connections to the child until there are no more, or the child reads no more."""
         connections = [(each, each.connection) for each in self.streams if each.connection]
+        detached = False  # the child has gone to the background, where its children serve
         while self.pending is not None or not self.leaving:
             wanted = {
                 connection.fileno(): 0 if stream.room else select.POLLOUT
@@ -205,7 +206,10 @@ class Adapter:
             }
             if self.pending is None and all(each.room for each in self.streams):
                 wanted[self.channel.fileno()] = select.POLLIN
-            found = self.look(wanted)
+            found = self.look(wanted, child=not detached)
+            if self.pidfd in found and self.has_failed():
+                return self.closed()  # a process that it has started may still hold the stream
+            detached = detached or self.pidfd in found
             for stream, connection in connections:
                 events = found.get(connection.fileno(), 0)
                 if events & _CLOSED:
@@ -218,7 +222,7 @@ class Adapter:
                     return self.closed()
                 if error.errno not in _SCARCE:
                     raise
-                self.look({}, _RETRY_S)  # poll() would report room at once
+                self.look({}, _RETRY_S, child=not detached)  # poll() would report room at once
         self.end_streams([connection for _, connection in connections])
 
     def end_streams(self, connections: list[socket.socket]) -> None:
@@ -276,6 +280,11 @@ class Adapter:
         say(f"{self.command[0]} reads no more connections but has not exited; leaving it running")
         sys.exit(1)
 
+    def has_failed(self) -> bool:
+        """Return whether the exited child has failed; status() still has to reap it."""
+        end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        return end is not None and end.si_status != 0
+
     def status(self) -> int:
         """Wait for the child's exit; return its os.waitstatus_to_exitcode()."""
         while self.pidfd not in self.look({}):
@@ -284,10 +293,13 @@ class Adapter:
 
     # -- waiting ---------------------------------------------------------------
 
-    def look(self, wanted: dict[int, int], timeout_s: float | None = None) -> dict[int, int]:
+    def look(
+        self, wanted: dict[int, int], timeout_s: float | None = None, *, child: bool = True
+    ) -> dict[int, int]:
         """Wait for events of these descriptors, a signal, the child's exit or the RETURN line.
 
         Returns the events by descriptor, and has handled signals and the line.
+        child: whether to wait for the child's exit, too.
         """
         until = None if timeout_s is None else time.monotonic() + timeout_s
         if self.due is not None:
@@ -301,7 +313,7 @@ class Adapter:
         poll.register(self.wake, select.POLLIN)
         if self.line is not None:
             poll.register(self.line.fileno(), select.POLLIN)
-        if self.pid:
+        if self.pid and child:
             poll.register(self.pidfd, select.POLLIN)
         wait_ms = None if until is None else max(0.0, until - time.monotonic()) * 1000
         found = dict(poll.poll(wait_ms))

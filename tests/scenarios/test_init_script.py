@@ -355,6 +355,8 @@ def test_stop_says_when_the_end_does_not_come_in_time_and_kills_nothing(machine:
 
         assert f"has not ended yet (pid {machine.pid()})" in machine.output
         assert held.ask("still mine") == f"[{worker}] still mine"
+        assert machine.run("start") == 1, "it serves no new client"
+        assert f"is stopping (pid {machine.pid()})" in machine.output
         assert machine.run("restart") == 0, "the second TERM is a quick stop"
     assert worker_of(machine.address()) != worker
 

@@ -197,6 +197,13 @@ def test_start_returns_when_the_daemon_serves_and_stop_when_all_has_ended(machin
     assert machine.run("status") == 3
 
 
+def test_its_output_may_be_closed(machine: Machine) -> None:
+    machine.configure()
+    closed = ("sh", "-c", 'exec "$@" >&- 2>&-', "sh")
+    for action, status in (("status", 3), ("start", 0), ("status", 0), ("stop", 0)):
+        assert machine.run(action, before=closed) == status
+
+
 def test_the_lines_of_the_file_are_the_environment_of_the_daemon_but_not_our_own(
     machine: Machine,
 ) -> None:

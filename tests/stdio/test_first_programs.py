@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from collections.abc import Iterator
 
 import pytest
 
 from socketprotector.programs.stdio import first_programs
 from socketprotector.programs.stdio.first_programs import FirstPrograms
-from tests.running import DEADLINE_S
+from tests.running import DEADLINE_S, eventually
 
 Pair = tuple[socket.socket, socket.socket]
 FAILED = 1 << 8  # as wait(2) gives it
+PID = 1 << 23  # of no process
 
 
 # -- what a pool makes of the end of a program ---------------------------------------------
@@ -44,11 +46,16 @@ def tcp() -> Iterator[Pair]:
         each.close()
 
 
-def started(end: socket.socket, pid: int = 12) -> FirstPrograms:
+def started(end: socket.socket, pid: int = PID) -> FirstPrograms:
     first = FirstPrograms()
     assert first.watches
     first.started(pid, os.dup(end.fileno()))
     return first
+
+
+def holds_after_look(first: FirstPrograms) -> bool:
+    first.look()
+    return first.holds
 
 
 def test_a_program_that_ends_badly_and_has_sent_nothing_has_failed_at_once(pair: Pair) -> None:
@@ -56,9 +63,9 @@ def test_a_program_that_ends_badly_and_has_sent_nothing_has_failed_at_once(pair:
     first = started(end)
     client.sendall(b"hello\n")
     first.look()
-    first.ended(12, FAILED)
+    first.ended(PID, FAILED)
     assert (first.unsent, first.work, first.holds) == (
-        [f"X_SOCKETPROTECTOR_PROGRAM=failed 12 {FAILED}"],
+        [f"X_SOCKETPROTECTOR_PROGRAM=failed {PID} {FAILED}"],
         False,
         False,
     )
@@ -70,7 +77,7 @@ def test_one_that_has_sent_something_works_however_it_ends(pair: Pair, status: i
     first = started(end)
     client.sendall(b"hello\n")
     end.sendall(b"no\n")
-    first.ended(12, status)
+    first.ended(PID, status)
     assert (first.unsent, first.work) == (["X_SOCKETPROTECTOR_PROGRAM=works"], True)
     assert not first.watches
 
@@ -88,15 +95,15 @@ def test_one_that_sends_is_let_go_while_it_runs(pair: Pair) -> None:
 
 def test_status_0_works_whatever_was_sent(pair: Pair) -> None:
     first = started(pair[0])
-    first.ended(12, 0)
+    first.ended(PID, 0)
     assert first.work
 
 
 def test_a_program_that_was_not_watched_works_by_its_status_alone() -> None:
     first = FirstPrograms()
-    first.ended(12, FAILED)
+    first.ended(PID, FAILED)
     assert (first.work, first.unsent) == (False, [])
-    first.ended(13, 0)
+    first.ended(PID + 1, 0)
     assert first.work
 
 
@@ -105,7 +112,7 @@ def test_a_client_that_leaves_without_a_word_proves_nothing(tcp: Pair) -> None:
     first = started(end)
     client.close()
     end.recv(1)  # its end has come
-    first.ended(12, FAILED)
+    first.ended(PID, FAILED)
     assert (first.unsent, first.work, first.holds) == ([], False, False)
 
 
@@ -116,8 +123,8 @@ def test_a_client_that_has_sent_all_of_it_is_still_there(tcp: Pair) -> None:
     client.shutdown(socket.SHUT_WR)
     while end.recv(100):
         pass
-    first.ended(12, FAILED)
-    assert first.unsent == [f"X_SOCKETPROTECTOR_PROGRAM=failed 12 {FAILED}"]
+    first.ended(PID, FAILED)
+    assert first.unsent == [f"X_SOCKETPROTECTOR_PROGRAM=failed {PID} {FAILED}"]
 
 
 def test_a_unix_client_whose_words_were_read_proves_nothing() -> None:
@@ -126,7 +133,7 @@ def test_a_unix_client_whose_words_were_read_proves_nothing() -> None:
         first = started(end)
         client.sendall(b"hello")
         end.recv(100)
-        first.ended(12, FAILED)
+        first.ended(PID, FAILED)
     assert (first.unsent, first.work) == ([], False)
 
 
@@ -137,6 +144,25 @@ def test_one_that_lives_on_has_not_failed(tcp: Pair, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(first_programs, "LIVED_S", 0.0)
     first.look()
     assert (first.work, first.holds) == (True, False)
+
+
+def test_one_that_closes_its_connection_keeps_no_client_waiting(tcp: Pair) -> None:
+    end, client = tcp
+    words = ["sh", "-c", "read line; exec sleep 600 <&- >&-"]
+    with subprocess.Popen(words, stdin=end.fileno(), stdout=end.fileno()) as program:
+        try:
+            first = started(end, program.pid)
+            end.close()
+            first.look()
+            assert first.holds
+            client.sendall(b"hello\n")
+
+            eventually(lambda: not holds_after_look(first), "its connection is let go")
+
+            assert client.recv(1) == b""
+            assert (first.unsent, first.work) == ([], False)
+        finally:
+            program.kill()
 
 
 def test_only_so_many_connections_are_kept(tcp: Pair) -> None:

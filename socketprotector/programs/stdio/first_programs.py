@@ -6,9 +6,10 @@ that ends with status 0, sends something, or runs for LIVED_S proves that the re
 that no program is watched.
 
 To learn whether a program has sent something, we keep a copy of its connection for a short time.
-The client notices the program's end only when that copy is closed.
+The client notices the program's end only when that copy is closed.  So a program that has closed
+its connection is no longer watched.
 
-Source: tcp(7), linux/tcp.h (struct tcp_info), unix(7), tcp(7) (SIOCINQ, SIOCOUTQ).
+Source: tcp(7), linux/tcp.h (struct tcp_info), unix(7), tcp(7) (SIOCINQ, SIOCOUTQ), proc(5).
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class FirstPrograms:
             if sent or now - since >= LIVED_S:
                 self._works()
                 return
-            if sent is None:
+            if sent is None or has_closed(pid, fd):
                 self._let_go(pid)
 
     def ended(self, pid: int, status: int) -> None:
@@ -105,6 +106,20 @@ def has_sent(fd: int) -> bool | None:
     except OSError:
         return None
     return bool(unsent) if unread or unsent else None
+
+
+def has_closed(pid: int, fd: int) -> bool:
+    """Return whether a running program has closed its connection, of which fd is our copy.
+
+    The client waits for the end of file, perhaps while the program still works.
+    """
+    folder, connection = f"/proc/{pid}/fd", f"socket:[{os.fstat(fd).st_ino}]"
+    try:
+        names = os.listdir(folder)
+        # A program that exits has no descriptors at last: ended() judges that one.
+        return bool(names) and all(os.readlink(f"{folder}/{name}") != connection for name in names)
+    except OSError:
+        return False  # no /proc, a program of another user, or a descriptor closed just now
 
 
 def has_left(fd: int) -> bool:

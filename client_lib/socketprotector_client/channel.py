@@ -11,10 +11,11 @@ blocking mode set by one process would affect all.
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 
-from . import wire
+from . import system, wire
 from .address import family_of
 from .environment import read_environment
 from .errors import Drained, OutOfDescriptors, ProtocolError
@@ -108,6 +109,18 @@ class Channel:
     def detach(self) -> int:
         """Release ownership of the descriptor without closing it, and return it."""
         return self._socket.detach()
+
+
+def has_ended(channel: Channel) -> bool:
+    """Return whether no more connections will come; some may still wait."""
+    poll = system.poll()
+    poll.register(channel, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
+def has_waiting(channel: Channel) -> bool:
+    """Return whether connections wait in an ended channel; takes none."""
+    return bool(channel._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
 
 
 def _refuse(data: bytes, control: list[tuple[int, int, bytes]], flags: int) -> None:

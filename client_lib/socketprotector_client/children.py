@@ -52,6 +52,7 @@ class Children:
         count: int,
         stop: Callable[[], None],
         is_over: Callable[[], bool],
+        is_left: Callable[[], bool],
         *,
         allow_threads: bool = False,
     ) -> None:
@@ -59,6 +60,8 @@ class Children:
 
         Sends READY=1 once all serve.  USR1 forks one more.  Returns when all have ended.
         stop: called at SIGTERM, if the program does not handle that signal.
+        is_left: whether clients wait although it is over; if all children have died, more are
+        forked for these clients.
 
         Raises ValueError for too few or too many children, RuntimeError if other threads run, and
         ChildProcessError if a child ends before all have served.
@@ -79,7 +82,9 @@ class Children:
                 self._reap(is_over)
                 over = is_over()
                 if over and not self._numbers:
-                    return
+                    if self._failures > _FREE_FAILURES or not is_left():
+                        return
+                    over = False
                 if not over:
                     self._fill(work, signals)
                 self._look()

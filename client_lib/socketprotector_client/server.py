@@ -18,7 +18,7 @@ import sys
 
 from . import accepting, fork_hook, wire
 from .address import close_all, listen, name_of
-from .channel import Channel
+from .channel import Channel, has_ended, has_waiting
 from .children import Children
 from .intake import Intake
 from .serving import serve_from
@@ -153,7 +153,12 @@ class SocketServer:
 
         try:
             self._children.run(
-                begin, children, self._stop, self._is_over, allow_threads=allow_threads
+                begin,
+                children,
+                self._stop,
+                self._is_over,
+                self._is_left,
+                allow_threads=allow_threads,
             )
         finally:
             self.close()
@@ -303,6 +308,15 @@ class SocketServer:
         if self._process is not None:
             return self._process.poll() is not None
         return current().drain.begun()
+
+    def _is_left(self) -> bool:
+        """Return whether clients of a queue that ends would be lost without a child."""
+        if self._channel is None or self._channel.fileno() < 0:
+            return False
+        ended = has_ended(self._channel)
+        if self._process is None and (self._stopping or not ended):
+            return False  # under a protector, other workers take from the queue until it ends
+        return not ended or has_waiting(self._channel)
 
 
 def _pair(kind: int) -> tuple[socket.socket, socket.socket]:

@@ -19,7 +19,7 @@ from .sharing import in_child
 @pytest.mark.parametrize("count", [-1, 0, MOST + 1])
 def test_no_child_or_more_than_there_are_seats_are_refused(count: int) -> None:
     with pytest.raises(ValueError, match=f"cannot fork {count} processes: 1 to 1024"):
-        Children().run(lambda: None, count, lambda: None, lambda: True)
+        Children().run(lambda: None, count, lambda: None, lambda: True, lambda: False)
 
 
 def test_forks_that_fail_wait_ever_longer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,8 +41,9 @@ def test_a_child_counts_while_the_one_that_it_replaces_still_finishes(
     monkeypatch.setattr(current(), "board", board)
     monkeypatch.setattr(children, "_exit", os._exit)
     monkeypatch.setattr("gc.freeze", lambda: None)
+    run = Children().run
     with pytest.raises(ChildProcessError, match="before all children were ready"):
-        Children().run(lambda: None, 1, lambda: None, lambda: False, allow_threads=True)
+        run(lambda: None, 1, lambda: None, lambda: False, lambda: False, allow_threads=True)
 
     def counts() -> bool:
         board.begin_child(1)  # child 0 still finishes

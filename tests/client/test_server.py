@@ -75,6 +75,23 @@ def test_a_stop_serves_clients_that_have_connected_and_no_new_ones(channel: Chan
     assert refuses(sharing.listeners[0])
 
 
+def test_a_stop_serves_them_though_the_last_child_is_killed(channel: Channel) -> None:
+    sharing = Sharing(channel, "run", "1", "64", HOME)
+    clients = [sharing.connect() for _ in range(3)]
+    for client in clients:
+        client.say("pid")
+    child = int(clients[0].hear())
+    sharing.signal(signal.SIGTERM)
+    eventually(lambda: refuses(sharing.listeners[0]), "it stops")
+
+    os.kill(child, signal.SIGKILL)
+
+    for client in clients[1:]:
+        assert int(client.hear()) not in (child, sharing.program.pid)
+        client.close()
+    assert sharing.program.wait() == 0
+
+
 def test_a_handler_can_tell_that_it_is_the_last(channel: Channel) -> None:
     sharing = Sharing(channel, "run", "1", "64", HOME)
     client = sharing.connect()
@@ -245,6 +262,29 @@ def test_under_a_protector_a_killed_child_is_replaced(channel: Channel) -> None:
     assert client.hear() == ""
     assert int(channel.connect().ask("pid")) not in (child, program.pid)
     assert "ended with -9; 0 left" in channel.log.read_text()
+
+
+def test_under_a_protector_the_last_child_is_replaced_while_clients_wait(channel: Channel) -> None:
+    """And so is the parent.  There may be no other worker to take them."""
+    program = channel.spawn("shares.py", "run", "1", "64", HOME)
+    channel.wait_ready(program)
+    clients = [channel.connect() for _ in range(3)]
+    for client in clients:
+        client.say("pid")
+    first = int(clients[0].hear())
+    channel.end_channel()
+
+    os.kill(first, signal.SIGKILL)
+    second = int(clients[1].hear())
+    assert second not in (first, program.pid)
+    for pid in (program.pid, second):
+        os.kill(pid, signal.SIGKILL)
+    program.wait()
+
+    program = channel.spawn("shares.py", "run", "1", "64", HOME)
+    assert int(clients[2].hear()) not in (second, program.pid)
+    clients[2].close()
+    assert program.wait() == 0
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -42,6 +42,9 @@ class OpenGeneration:
         # The record of an earlier version may lack `knows`.
         if record.knows is None:
             record = replace(record, knows=known_to(record.program))
+        # It may also lack the probes of a canary: begin_share() must not take its clients for them.
+        if record.serving_since and record.probes is None:
+            record = replace(record, probes=0)
         return cls(record, Board(board) if board is not None else None)
 
     @property

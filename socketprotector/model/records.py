@@ -103,7 +103,7 @@ class GenerationRecord:
     drained_at: float | None = None
     past: Counts | None = None  # the counts of ended workers
     lost: int = 0  # connections that were open in workers that ended
-    probes: int | None = None  # accepted probes, where workers accept; None: before a rollout
+    probes: int | None = None  # accepted probes, where workers accept; None: before its share
     socket_number: int = 0  # the socket from which its workers accept: see delivery/shared/
     accept_tags: tuple[tuple[int, int], ...] = ()  # by listener's index; empty: unknown
     # For --handoff stdio: whether a program has worked.  Until then: how many programs failed at

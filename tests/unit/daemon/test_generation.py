@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from socketprotector.core.snapshot import CODEC
 from socketprotector.daemon.generation import OpenGeneration
-from socketprotector.model.records import GenerationRecord, Program
+from socketprotector.model.records import Counts, GenerationRecord, Program
 
 PROGRAM = Program("/w", ("w",), "/", (), 0, (), 0, listeners="tcp:127.0.0.1:80 - unix:/s")
 
@@ -22,6 +22,15 @@ def test_a_record_of_an_older_program_gets_the_listeners_that_its_program_names(
     adopted = OpenGeneration.adopt(GenerationRecord(1, PROGRAM), None)
 
     assert adopted.record.knows == frozenset({0, 2})
+
+
+def test_the_clients_of_an_older_program_s_canary_do_not_become_probes() -> None:
+    begun = GenerationRecord(2, PROGRAM, serving_since=1.0, past=Counts(accepted=20))
+    adopted = OpenGeneration.adopt(begun, None)
+
+    adopted.begin_share()
+
+    assert adopted.met == 20
 
 
 def test_the_accept_tags_of_an_older_program_are_read_by_their_old_name() -> None:

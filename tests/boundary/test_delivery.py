@@ -17,7 +17,7 @@ import pytest
 from socketprotector.core.events import BacklogEmptied, HeldClientsWait, Stranded
 from socketprotector.daemon import inherited_listeners
 from socketprotector.daemon.delivery.probe_target import ProbeTarget
-from socketprotector.daemon.delivery.shared import quiescing
+from socketprotector.daemon.delivery.shared import quiescing, shared_delivery
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.daemon.generation import OpenGeneration
 from socketprotector.launch.bind_unix import give_away
@@ -921,3 +921,22 @@ def test_clients_at_our_second_socket_of_a_passed_in_listener_that_is_removed_ar
     assert world.taken[2] == [early]
     with owner.accept()[0] as accepted:
         assert world.names[accepted.getpeername()] == late
+
+
+def test_a_stop_that_cannot_refuse_clients_at_one_listener_serves_those_of_another(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = SharedWorld()
+    request.addfinalizer(world.close)
+    world.add(world.listener(1))
+    serving = world.serving(1)
+    client, endless = world.connect(1), world.delivery.listeners[0]
+    monkeypatch.setattr(endless, "refuse_new", lambda: False)  # as at an abstract name
+    monkeypatch.setattr(shared_delivery, "LAST_S", -1.0)
+
+    world.delivery.close_listeners(serving, quick=False)
+    assert BacklogEmptied() not in world.posted
+    world.until(lambda: BacklogEmptied() in world.posted, 1)
+
+    assert world.taken[1] == [client]
+    assert "clients-lost" not in world.events

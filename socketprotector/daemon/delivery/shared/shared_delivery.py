@@ -83,6 +83,7 @@ class SharedDelivery(Delivery):
         self._flags = ListenerFlags(shared)
         self._route: int | None = None
         self._stay = False  # True: our own listeners survive this stop
+        self._unrefused: list[Listener] = []  # get new clients although they are being closed
 
     # -- a generation ----------------------------------------------------------------
 
@@ -315,23 +316,27 @@ class SharedDelivery(Delivery):
         self._post(BacklogEmptied())
 
     def _refuse_new(self) -> float:
-        """Refuse new clients; return the deadline for closing, by time.monotonic()."""
-        refused = [each.refuse_new() for each in self._listeners if not each.settings.foreign]
-        return float("inf") if all(refused) else time.monotonic() + LAST_S
+        """Refuse new clients; return the deadline of `_unrefused`, by time.monotonic()."""
+        ours = [each for each in self._listeners if not each.settings.foreign]
+        self._unrefused = [each for each in ours if not each.refuse_new()]
+        return time.monotonic() + LAST_S if self._unrefused else float("inf")
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
-        """Finish closing once no client waits that a worker will accept, or at the deadline.
+        """Finish closing once no client waits that a worker will accept.
 
         We look for waiting clients every QUIET_S; the first call does not look.  If every listener
         was passed in or is lost, there is none to wait for (`awaited`): finish at once.
-        latest: the deadline, by time.monotonic().  again: False at the first call.
+        latest: when we stop waiting for the clients of `_unrefused`, by time.monotonic().  again:
+        False at the first call.
         """
         # A passed-in listener might never become empty, because its owner keeps listening.
         awaited = [e for e in self._listeners if not (e.settings.foreign or e.lost)]
+        if time.monotonic() > latest:
+            awaited = [each for each in awaited if each not in self._unrefused]
         # Do not wait for clients that no worker will accept, such as the clients at the socket of
         # an abandoned generation.
         empty = again and not any(map(self.steering.clients_may_be_accepted, awaited))
-        if empty or not awaited or time.monotonic() > latest:
+        if empty or not awaited:
             self._finish_closing()
             return
         look = partial(self._close_when_empty, latest, again=True)

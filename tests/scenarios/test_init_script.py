@@ -368,6 +368,20 @@ def test_stop_says_when_the_end_does_not_come_in_time_and_kills_nothing(machine:
     assert worker_of(machine.address()) != worker
 
 
+def test_a_worker_that_says_stopping_does_not_make_the_protector_stop(machine: Machine) -> None:
+    program = machine.root / "says.py"
+    program.write_text(
+        "from socketprotector_client import notify, serve\n"
+        'notify("STATUS=stopping")\n'
+        "serve(lambda client, peer: None)\n"
+    )
+    machine.configure(command=f"{sys.executable} {program}")
+    machine.start()
+
+    assert machine.run("start") == 0
+    assert "is running already" in machine.output
+
+
 @pytest.mark.costly
 def test_stop_names_a_protector_that_is_suspended(machine: Machine) -> None:
     machine.configure(STOP_WAIT="0")

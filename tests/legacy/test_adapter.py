@@ -17,7 +17,7 @@ from socketprotector.programs.legacy import adapter, stream
 from tests import needs
 from tests.legacy.conftest import ADAPTER, Legacy, is_root, padded, patched, pid_after, stranger
 from tests.procfs import sleeps, state_of
-from tests.running import ROOT, Client, eventually, wait_gone
+from tests.running import DEADLINE_S, ROOT, Client, eventually, wait_gone
 from tests.scenarios.tools import Gate, hold
 
 #: As long as the child reads none of them.
@@ -468,12 +468,20 @@ def test_each_port_has_a_stream_of_its_own(legacy: Legacy) -> None:
     assert worker.wait() == 0
 
 
-def test_a_child_of_two_streams_gets_the_end_when_it_has_read_both(legacy: Legacy) -> None:
+@pytest.mark.parametrize("background", [False, True])
+def test_a_child_of_two_streams_gets_the_end_when_it_has_read_both(
+    legacy: Legacy, background: bool
+) -> None:
     """It ends at the first end of file."""
     legacy.channel.listeners.append(socket.create_server(("127.0.0.1", 0)))
     ports = ",".join(str(one.getsockname()[1]) for one in legacy.channel.listeners)
-    worker = legacy.spawn(*legacy.command("stuck", ports=ports), WATCHDOG_USEC="20000")
+    words = ("grandchild", "stuck") if background else ("stuck",)
+    worker = legacy.spawn(*legacy.command(*words, ports=ports), WATCHDOG_USEC="20000")
     legacy.channel.wait_ready(worker)
+    if background:
+        parent = pid_after("started", worker)
+        os.kill(parent, signal.SIGTERM)
+        eventually(lambda: state_of(parent) == "Z", "it has exited")
     child = pid_after("connected", worker)
     clients = [legacy.channel.connect(index) for index in (0, 1)]
     for client in clients:
@@ -481,6 +489,7 @@ def test_a_child_of_two_streams_gets_the_end_when_it_has_read_both(legacy: Legac
     eventually(lambda: legacy.channel.queued() == 0, "both are in their streams")
     legacy.channel.end_channel()
     legacy.channel.hear_all()
+    legacy.channel.notify.settimeout(DEADLINE_S)
     for _ in range(3):  # by then the adapter has seen the end
         assert legacy.channel.notify.recv(100) == b"WATCHDOG=1"
 

@@ -223,16 +223,17 @@ class Adapter:
                 if error.errno not in _SCARCE:
                     raise
                 self.look({}, _RETRY_S, child=not detached)  # poll() would report room at once
-        self.end_streams([connection for _, connection in connections])
+        self.end_streams([connection for _, connection in connections], child=not detached)
 
-    def end_streams(self, connections: list[socket.socket]) -> None:
+    def end_streams(self, connections: list[socket.socket], *, child: bool) -> None:
         """Send end of file on all streams, once the child has read them.
 
         A child of several streams may exit at its first end of file.
+        child: whether the child's exit ends the wait; not if its children serve.
         """
         fds = {connection.fileno(): 0 for connection in connections}
         while len(fds) > 1 and any(map(is_unread, connections)):
-            found = self.look(fds, _RETRY_S)
+            found = self.look(fds, _RETRY_S, child=child)
             if self.pidfd in found or not fds.keys().isdisjoint(found):
                 break  # the child has exited, or reads no more
         for connection in connections:

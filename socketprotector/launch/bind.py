@@ -301,8 +301,9 @@ def _bind(
                 if family == socket.AF_INET6:
                     # `released` is from /proc, which names no interface.
                     here = scoped.without_interface(here)
-                # /proc does not show whether [::] takes IPv4 clients, too.
-                free = not any(_overlap(here, other, dual=True) for other in released)
+                # /proc does not show whether another [::] takes IPv4 clients, too.
+                dual = family != socket.AF_INET6 or _takes_ipv4(address, listen)
+                free = not any(_overlap(here, other, dual=dual) for other in released)
                 each = inherited.get(address) or _bind_one(
                     listen, family, host, port, backlog, free=free, alone=alone
                 )

@@ -231,6 +231,17 @@ def test_dry_knows_that_an_ipv6_address_may_take_ipv4_clients(mine: str) -> None
             bind_all([wanted], 16, notice=lambda text: None, dry=True)
 
 
+@needs_dual_stack
+def test_dry_knows_that_an_ipv6_address_alone_takes_no_ipv4_clients() -> None:
+    """The running protector's IPv4 address does not make another program's IPv6 address free."""
+    with socket.create_server(("::", 0), family=socket.AF_INET6) as other:
+        port = other.getsockname()[1]
+        wanted, taken = parse(f"[::]:{port}", "/"), {f"tcp:127.0.0.1:{port}"}
+
+        with pytest.raises(SystemRefused, match="Address already in use"):
+            bind_all([wanted], 16, notice=lambda text: None, released=taken, dry=True)
+
+
 def test_a_socket_file_that_was_replaced_is_not_discarded(tmp_path: Path) -> None:
     (ours,) = bound("unix:s", folder=tmp_path)
     (tmp_path / "s").unlink()

@@ -14,6 +14,8 @@ import stat
 #: The limit of a file's size: more does not fit into the environment of a process (execve(2)).
 MAX_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+#: What does not belong to a value at its ends.  For Python, U+0085 or U+00A0 would be blank, too.
+_BLANK = " \t\r"
 
 
 def parse(text: str, name: str) -> dict[str, str]:
@@ -21,11 +23,11 @@ def parse(text: str, name: str) -> dict[str, str]:
     found = {}
     # Not splitlines(): for Python, U+0085, U+2028 or a form feed would end a line, too.
     for number, line in enumerate(text.split("\n"), 1):
-        line = line.strip()
+        line = line.lstrip()
         if not line or line[0] in "#;":
             continue
         variable, separator, value = line.removeprefix("export ").partition("=")
-        variable, value = variable.strip(), value.strip()
+        variable, value = variable.strip(), value.strip(_BLANK)
         if not separator or not _NAME.match(variable):
             raise ValueError(f"{name} line {number}: not NAME=VALUE")
         if value[:1] in ("'", '"'):

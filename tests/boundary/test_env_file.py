@@ -43,6 +43,12 @@ def test_only_a_line_feed_ends_a_line() -> None:
         )
 
 
+def test_a_value_ends_with_any_other_character_than_a_blank() -> None:
+    for character in "\v\f\x1c\x85\xa0\u2028\u3000":
+        value = f"{character}a{character}"
+        assert env_file.parse(f"A= {value} \t\r\n", "file") == {"A": value}, f"{character!a}"
+
+
 @together("line", ["A", "=1", "9A=1", "A B=1", "A='x", 'A="', "A='x\"", "\u00e4=1"])
 def test_a_mistake_is_reported_with_its_line(line: str) -> None:
     with pytest.raises(ValueError, match=r"^file line 2: "):

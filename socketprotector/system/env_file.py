@@ -15,14 +15,15 @@ import stat
 MAX_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 #: What does not belong to a value at its ends.  For Python, U+0085 or U+00A0 would be blank, too.
-_BLANK = " \t\r"
+_BLANK = " \t"
 
 
 def parse(text: str, name: str) -> dict[str, str]:
     """Return the assignments in a text.  Raises ValueError with `name` and the line."""
     found = {}
     # Not splitlines(): for Python, U+0085, U+2028 or a form feed would end a line, too.
-    for number, line in enumerate(text.split("\n"), 1):
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    for number, line in enumerate(lines, 1):
         line = line.lstrip()
         if not line or line[0] in "#;":
             continue

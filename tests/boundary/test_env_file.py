@@ -34,7 +34,9 @@ def test_lines_are_assignments() -> None:
     }
 
 
-def test_only_a_line_feed_ends_a_line() -> None:
+def test_only_a_line_feed_or_a_carriage_return_ends_a_line() -> None:
+    for end in ("\n", "\r", "\r\n"):
+        assert env_file.parse(f"A=1{end}B=2{end}", "file") == {"A": "1", "B": "2"}, f"{end!a}"
     values = {each: f"a{each}B=1" for each in "\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
 
     for character, value in values.items():

@@ -1,4 +1,4 @@
-"""Closes listeners: a removed listener when no generation accepts from it any more.
+"""Closes listeners; a removed listener stays open while a generation accepts from it.
 
 The generations that know a removed listener finish soon after its removal.  Until they are ordered
 to finish, Quiescing waits for the removed listener's clients, too.
@@ -27,7 +27,7 @@ class RemovedListeners:
         return tuple(self._removed)
 
     def add(self, listener: Listener) -> None:
-        """Take ownership of a listener; close it when its generations were ordered to finish.
+        """Take ownership of a listener; close it once its generations have been ordered to finish.
 
         If no generation accepts, close it now.  The owner of a passed-in socket accepts there, so
         only clients at the second socket, which we bound, need a generation.

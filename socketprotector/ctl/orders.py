@@ -133,7 +133,10 @@ def _end_requested() -> Iterator[Callable[[float], bool]]:
 
 @command(short_help="End a hold.")
 def release(instance: Instance, as_json: bool) -> None:
-    """End a hold: clients are accepted again."""
+    """End a hold: clients are accepted again.
+
+    While a `hold` command without --for runs, end that command instead: it would renew the hold.
+    """
     say_result(as_json, instance.request("release"), "released")
 
 

@@ -17,7 +17,7 @@ from ..model.text import in_units
 from . import rollout, stop
 from .actions import Report, ReportKind, RouteTo
 from .events import TimerKind
-from .fleet import Next, Phase, State, Worker
+from .fleet import Generation, Next, Phase, State, Worker
 from .step import Step
 
 #: The exit status of SocketProtector after a start that failed.
@@ -88,6 +88,19 @@ def settle_failed(step: Step, number: int, reason: str) -> None:
     generation = step.fleet.generation(number)
     if generation and generation.phase is Phase.SETTLING and step.fleet.of(Phase.SERVING):
         fail(step, number, reason)
+
+
+def end_stuck(step: Step, generation: Generation, worker: Worker, reason: str) -> None:
+    """End a stuck worker without a replacement; fail its generation at once if another serves.
+
+    If none serves, the worker's exit may fail its generation.
+    """
+    fails = bool(step.fleet.of(Phase.SERVING) or step.fleet.rollout)
+    if fails and generation.phase is Phase.SETTLING:
+        fail(step, generation.number, reason)  # first, so that clients already go elsewhere
+    step.end_worker(worker)
+    if fails and generation.phase is Phase.STARTING:
+        fail(step, generation.number, reason)  # last, so that ABRT comes before TERM
 
 
 def untaken(step: Step, number: int, reason: str) -> None:

@@ -34,17 +34,17 @@ PHASES: dict[Phase, dict[Phase | None, str]] = {
         Phase.SERVING: "every worker is ready, or the generation passed its probe",
         Phase.SETTLING: "it is ready while another serves: under --settle, in a rollout, or if "
         "without --ready it has only accepted a probe (--handoff listener)",
-        Phase.ABANDONED: "it could not be opened, a worker exited, was not ready in time, broke "
-        "the channel or lacks the required client library, a listening socket was lost, an "
-        "operator called it off, a dry run ended, a rescue generation for held clients must start "
-        "first, or a stop began",
+        Phase.ABANDONED: "it could not be opened, a worker exited, was stuck, was not ready in "
+        "time, broke the channel or lacks the required client library, a listening socket was "
+        "lost, an operator called it off, a dry run ended, a rescue generation for held clients "
+        "must start first, or a stop began",
     },
     Phase.SETTLING: {
         Phase.SERVING: "--settle or its rollout is over, an operator promoted it, a stop began, or "
         "(if clients still wait after a hold) it runs the command of the last generation that "
         "served",
-        Phase.DRAINING: "a worker exited or broke the channel, --settle-check failed, its rollout "
-        "failed (a lost socket, too few clients, or workers that are late or stuck, accept "
+        Phase.DRAINING: "a worker exited, was stuck or broke the channel, --settle-check failed, "
+        "its rollout failed (a lost socket, too few clients, or workers that are late, accept "
         "nothing, or lack the client library), an operator called it off, a rescue generation for "
         "held clients must start first, a stop began during its rollout, or a quick stop began",
     },

@@ -16,7 +16,7 @@ from ..model.text import in_units
 from . import rescue, rollout
 from .actions import Report, ReportKind, Signal, Spawn, StartTimer, WorkerSignal
 from .events import Deadline, TimerKind, WorkerExited
-from .failure import fail, not_ready
+from .failure import end_stuck, fail, not_ready
 from .fleet import LEAVING, Fleet, Generation, Phase, State, Worker
 from .step import Step
 
@@ -390,9 +390,7 @@ def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> No
         step.add(generation.number, next(_free_slots(generation)), replaces=number)
     elif hung:
         step.do(Report(ReportKind.REPLACING, generation.number, reason))
-        if step.fleet.rollout and generation.phase is Phase.SETTLING:
-            fail(step, generation.number, reason)  # first, so that clients already go elsewhere
-        step.end_worker(worker)  # without a replacement, so its exit may fail the generation
+        end_stuck(step, generation, worker, reason)
 
 
 def _replacement(generation: Generation, number: int) -> Worker | None:

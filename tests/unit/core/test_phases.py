@@ -75,7 +75,7 @@ ANSWERS: list[tuple[Event, dict[Phase, Phase | None]]] = [
     (RenewRequested(), {}),
     (KillRequested(2), {}),
     (ReplaceRequested(2, "too old"), {}),
-    (ReplaceRequested(2, "silent", hung=True), {}),
+    (ReplaceRequested(2, "silent", hung=True), {SETTLING: DRAINING}),
     (StopRequested(), {STARTING: ABANDONED, SETTLING: SERVING}),
     (
         StopRequested(quick=True),

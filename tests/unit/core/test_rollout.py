@@ -1199,12 +1199,36 @@ def test_a_stuck_worker_of_an_older_generation_leaves_the_canary_alone(story: St
     assert story.settling == {3}
 
 
-def test_a_stuck_worker_of_a_plain_settling_fails_it_by_its_exit(story: Story) -> None:
+def test_a_stuck_worker_fails_a_plain_settling_at_once(story: Story) -> None:
+    """Until ABRT or KILL has ended it, --settle could be over."""
     story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
 
     actions = story.when(ReplaceRequested(2, "silent", hung=True))
 
-    assert news(actions) == [(ReportKind.REPLACING, "silent")]
+    assert (ReportKind.RELOAD_FAILED, "silent") in news(actions)
+    assert actions.index(RouteTo(1)) < actions.index(Signal(2, WorkerSignal.ABRT))
+    assert SETTLE_2 not in story.fleet.timers
+
+
+def test_a_stuck_worker_fails_a_start_at_once_while_another_generation_serves(story: Story) -> None:
+    """Until it has ended, the last worker could become ready."""
+    story.given_serving(workers=2).and_also(ReloadRequested(), WorkerReady(3))
+
+    actions = story.when(ReplaceRequested(3, "silent", hung=True))
+
+    assert (ReportKind.RELOAD_FAILED, "silent") in news(actions)
+    abort, term = (Signal(3, each) for each in (WorkerSignal.ABRT, WorkerSignal.TERM))
+    assert actions.index(abort) < actions.index(term)
+    assert story.when(WorkerReady(4)) == []
+    assert story.serving == {1}
+
+
+def test_a_stuck_worker_fails_a_first_start_by_its_exit(story: Story) -> None:
+    story.given(Policy(), workers=2).and_also(Launched(), WorkerReady(1))
+
+    assert news(story.when(ReplaceRequested(1, "silent", hung=True))) == [
+        (ReportKind.REPLACING, "silent")
+    ]
 
 
 def test_a_worker_that_leaves_a_canary_too_slowly_does_not_fail_it(story: Story) -> None:

@@ -9,6 +9,8 @@ unknown class or value.  So new content gets a new field.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from ..model import settings
 from ..model.codec import Codec
 from ..model.history import Crash, History, Reload
@@ -25,7 +27,16 @@ from ..model.records import (
     SteeringRecord,
     WorkerRecord,
 )
-from .actions import Report, ReportKind, Retire, Signal, UseSettings, WorkerSignal
+from .actions import (
+    Action,
+    Report,
+    ReportKind,
+    Retire,
+    Signal,
+    StartTimer,
+    UseSettings,
+    WorkerSignal,
+)
 from .events import Deadline, TimerKind
 from .fleet import (
     Candidate,
@@ -72,6 +83,23 @@ class Snapshot:
     def delivery(self) -> DeliveryRecord:
         """The delivery's records."""
         return DeliveryRecord(self.forwarder, self.steering, self.nonblocking)
+
+
+def due_after(
+    actions: Iterable[Action], running: Mapping[Deadline, tuple[Deadline, float]], now: float
+) -> list[tuple[Deadline, float]]:
+    """Return when the timers that these actions start or extend will run out.
+
+    running: each timer that runs already, by its deadline, and when it runs out.
+    """
+    due: dict[Deadline, float] = {}
+    for each in actions:
+        if isinstance(each, StartTimer):
+            ends, deadline = now + each.seconds, each.deadline
+            if each.extend:
+                ends = max(ends, due.get(deadline) or running.get(deadline, (deadline, ends))[1])
+            due[deadline] = ends
+    return [*due.items()]
 
 
 #: All classes that a Snapshot is made of.

@@ -49,7 +49,7 @@ from ..core.events import (
 )
 from ..core.fleet import Fleet
 from ..core.reload import UPGRADED
-from ..core.snapshot import Snapshot, Undone
+from ..core.snapshot import Snapshot, Undone, due_after
 from ..model import known_servers, probe_spec, ready_kinds
 from ..model.errors import what_failed
 from ..model.lazy_dataclass import replace
@@ -217,11 +217,10 @@ class Effects(Host):
         """
         now, delivery = time.monotonic(), self.delivery.record()
         self.generations.forget_released(self.delivery.keeps)
-        ordered = [(a.deadline, now + a.seconds) for a in actions if isinstance(a, StartTimer)]
         return Snapshot(
             fleet=fleet,
             unfinished=tuple(a for a in actions if isinstance(a, Undone)),
-            timers=(*self._due.values(), *ordered),
+            timers=(*self._due.values(), *due_after(actions, self._due, now)),
             generations=self.generations.records(),
             last_good=self.last_good,
             workers=self.pool.records(),

@@ -7,11 +7,12 @@ from socketprotector.core.actions import (
     ReportKind,
     Retire,
     Signal,
+    StartTimer,
     UseSettings,
     WorkerSignal,
 )
 from socketprotector.core.events import Deadline, TimerKind
-from socketprotector.core.snapshot import CODEC, Snapshot
+from socketprotector.core.snapshot import CODEC, Snapshot, due_after
 from socketprotector.model.records import DeliveryRecord, ForwarderRecord, SettingsRecord
 from socketprotector.model.settings import Settings
 from tests.unit.conftest import Story
@@ -38,3 +39,14 @@ def test_the_next_delivery_gets_its_own_records(story: Story) -> None:
     snapshot = Snapshot(story.fleet, SETTINGS, forwarder=forwarder, nonblocking=(3, 4))
 
     assert snapshot.delivery == DeliveryRecord(forwarder, nonblocking=(3, 4))
+
+
+def test_an_extension_that_a_kill_prevents_shortens_no_timer() -> None:
+    start, drain = Deadline(TimerKind.START, 2), Deadline(TimerKind.DRAIN, 1)
+    running = {start: (start, 160.0), drain: (drain, 103.0)}
+    extended = [StartTimer(start, 5.0, extend=True), StartTimer(drain, 5.0, extend=True)]
+
+    assert due_after(extended, running, now=100.0) == [(start, 160.0), (drain, 105.0)]
+
+    restarted = [StartTimer(start, 20.0), Retire(1), StartTimer(start, 5.0, extend=True)]
+    assert due_after(restarted, running, now=100.0) == [(start, 120.0)]

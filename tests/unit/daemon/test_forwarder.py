@@ -528,6 +528,27 @@ def test_a_listener_that_a_worker_shut_down_is_repaired(world: World, unix: bool
     assert route.names == ["a"]
 
 
+@pytest.mark.parametrize("unix", [False, True])
+def test_a_socket_that_an_earlier_program_shut_down_for_its_stop_is_not_repaired(
+    world: World, unix: bool
+) -> None:
+    """The route comes back before the order to close the listeners."""
+    world.forwarder.adopt(ForwarderRecord(), Inherited({}), closing=True)
+    world.one.hangs_up, world.one.alive = unix, unix
+    world.one.fails = [errno.EAGAIN] if unix else []
+    world.two.backlog.append("a")
+    route = world.channel(1)
+    world.route_to(route)
+
+    world.forwarder.accept_waiting()
+
+    assert not world.repaired
+    assert route.names == ["a"], "a client of another listener"
+    world.forwarder.close_listeners(quick=False)
+    world.clock.pass_time(3 * QUIET_S)
+    assert world.clock.posted == [BacklogEmptied()]
+
+
 def test_a_repair_that_lacks_descriptors_is_repeated(world: World) -> None:
     route = world.channel(1)
     world.route_to(route)
@@ -852,7 +873,7 @@ def test_the_next_program_goes_on_with_the_counts_and_connections(world: World) 
     assert [world.kernel.open[fd] for fd in inherited.values()] == ["b"]
 
     after = world.made(MemoryListener(world.kernel, 2))
-    after.adopt(record, Inherited(inherited))
+    after.adopt(record, Inherited(inherited), closing=False)
     after.adopt_drained(any_of(route))
     next_route = world.channel(2)
     after.route_to(any_of(next_route))
@@ -863,7 +884,8 @@ def test_the_next_program_goes_on_with_the_counts_and_connections(world: World) 
 
 def test_the_record_of_an_older_program_has_its_one_undelivered_connection(world: World) -> None:
     fd = world.kernel.new("a")
-    world.forwarder.adopt(ForwarderRecord(3, 1, header(0), 5), Inherited({"sp.hand.5": fd}))
+    left = Inherited({"sp.hand.5": fd})
+    world.forwarder.adopt(ForwarderRecord(3, 1, header(0), 5), left, closing=False)
     route = world.channel(1)
     world.route_to(route)
     assert route.names == ["a"]
@@ -924,7 +946,7 @@ def test_a_canary_gets_its_share_and_its_own_counts(world: World) -> None:
 
 
 def test_the_share_goes_on_where_an_earlier_program_has_counted(world: World) -> None:
-    world.forwarder.adopt(ForwarderRecord(shared=7), Inherited({}))
+    world.forwarder.adopt(ForwarderRecord(shared=7), Inherited({}), closing=False)
     assert world.forwarder.record().shared == 7
     world.route_to(world.channel(1), world.channel(2), 1)
     assert world.forwarder.record().shared == 7

@@ -256,10 +256,10 @@ class Forwarder:
         kept, count = self.undelivered, self._canary.count if self._canary else self._canary_count
         return ForwarderRecord(self.forwarded, self.lost, None, kept.number, kept.waiting, count)
 
-    def adopt(self, record: ForwarderRecord, unclaimed: Inherited) -> None:
+    def adopt(self, record: ForwarderRecord, unclaimed: Inherited, *, closing: bool) -> None:
         """Adopt an earlier program's record and kept connections; old versions set `pending`."""
         self._forwarded, self._lost = record.forwarded, record.lost
-        self._canary_count = record.shared
+        self._canary_count, self._closing = record.shared, _Closing(False) if closing else None
         first = ((record.number, record.pending),) if record.pending is not None else ()
         self._lost += self.undelivered.adopt(record.number, (*first, *record.parked), unclaimed)
 
@@ -402,7 +402,7 @@ class Forwarder:
     def _repair_shut(self, listener: Listener) -> None:
         """Repair a listener that another process has shut down."""
         self._acceptor.end(listener)
-        if self._closing is None:
+        if self._closing is None:  # otherwise our own stop may have shut it down
             try:
                 self._repair(listener)
             except OSError as error:

@@ -324,7 +324,7 @@ class QueueDelivery(Delivery):
     def adopt(
         self, record: DeliveryRecord, unclaimed: Inherited, *, held: bool, closing: bool
     ) -> None:
-        self.forwarder.adopt(record.forwarder, unclaimed)
+        self.forwarder.adopt(record.forwarder, unclaimed, closing=closing)
         self._met_before = dict(record.forwarder.met)
 
     def adopt_generation(

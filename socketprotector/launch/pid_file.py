@@ -152,8 +152,9 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                         f"the pid file {self.path} is locked, but not by process {holder}, which "
                         f"it names; if `fuser {self.path}` shows no protector, remove the file"
                     ) from None
+                who = f"process {holder}" if holder else "a process that it does not name"
                 raise AlreadyRunning(
-                    f"the pid file {self.path} is held by process {holder}; {advice}", holder
+                    f"the pid file {self.path} is held by {who}; {advice}", holder
                 ) from None
             self._refuse_content(fd)
         return fd

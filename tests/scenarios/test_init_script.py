@@ -864,8 +864,9 @@ def test_no_number_means_a_group_of_processes(machine: Machine) -> None:
         machine.pid_file().write_text(f"{number}\n")
         with machine.pid_file().open() as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            assert machine.run("stop") == 0
-            assert "is not running" in machine.output
+            assert machine.run("stop") == 1
+        assert machine.run("stop") == 0
+        assert "is not running" in machine.output
 
 
 @pytest.mark.parametrize("content", ["dead", "foreign", "empty", "nonsense"])
@@ -958,6 +959,23 @@ def test_a_lock_of_another_program_on_a_left_pid_file_is_no_protector(machine: M
             assert machine.run(action, "web") == status
             assert f"another process locks {machine.pid_file()}" in machine.output
     assert machine.run("status", "web") == 1
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="by the lock alone")
+@pytest.mark.parametrize("content", ["", "0\n", "; reboot\n"])
+def test_a_locked_pid_file_without_a_number_may_be_a_protectors(
+    machine: Machine, content: str
+) -> None:
+    machine.configure()
+    machine.leave_pid_file(content)
+    with machine.pid_file().open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for action, status in (("status", 4), ("start", 1), ("stop", 1), ("restart", 1)):
+            assert machine.run(action, "web") == status
+            assert (
+                f"names no process, but another process locks {machine.pid_file()}"
+                in machine.output
+            )
 
 
 @needs.ANOTHER_USER

@@ -32,6 +32,7 @@ _MAX_BYTES = 32
 _HINTS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space there, or choose another disk"),
     **{number: f"raise {limit}" for number, limit in LIMITS.items()},
+    errno.ENXIO: "choose a regular file, or for a FIFO start its reader first",
 }
 
 

@@ -197,4 +197,7 @@ def nofile_of_workers(environment: Mapping[str, str]) -> int:
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = environment.get("SOCKETPROTECTOR_NOFILE", "")
-    return min(int(wanted), hard) if wanted.isascii() and wanted.isdigit() else soft
+    if not (wanted.isascii() and wanted.isdigit()):
+        return soft
+    limit = whole(wanted, hard)
+    return hard if limit is None else limit

@@ -671,6 +671,15 @@ def test_a_nice_value_below_0_needs_root_or_the_limit(
         option_values.limit("nice", str(least - 1))
 
 
+@together("wanted", ["", "many", "1024", "9" * 5000])
+def test_any_number_is_a_limit_of_the_workers_descriptors(wanted: str) -> None:
+    """Python reads no number of more than 4,300 digits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = {"1024": min(1024, hard), "9" * 5000: hard}.get(wanted, soft)
+
+    assert option_values.nofile_of_workers({"SOCKETPROTECTOR_NOFILE": wanted}) == limit
+
+
 @together("size", ["1", "100", "1023K", "1000000"])
 def test_a_size_that_no_worker_stays_below_is_refused(typed: Typed, size: str) -> None:
     ended = typed("--check", "--max-memory", size, "unix:s", "--", "true")

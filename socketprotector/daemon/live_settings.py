@@ -248,8 +248,8 @@ class LiveSettings:
     ) -> str | None:
         """Return why the reload cannot have its canary or its rolling order; None: it can.
 
-        canary: whether the reload was requested with a canary.  The `reload` command has checked
-        the canary only against the settings in force, not against `new`.
+        canary: whether the reload was requested with a canary.  The `reload` command has not
+        checked the canary, because only `new` decides.
         """
         policy = new.policy
         cannot = no_canary_under(policy) if canary else None

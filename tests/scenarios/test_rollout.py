@@ -556,3 +556,22 @@ def test_a_requested_canary_is_refused_where_the_new_settings_have_no_place_for_
     assert split(one, 1) == (0, 10)
     one.end()
     one.daemon.stop()
+
+
+@pytest.mark.costly
+def test_a_canary_has_the_reload_order_that_the_file_has_now(
+    protector: Callable[..., Protector], place: Path, tmp_path: Path
+) -> None:
+    file = File(tmp_path / "web.toml")
+    file.command = WORKER
+    file.says('reload-order = "stop-first"')
+    one = Operated(protector("--control", place, "--config", file.path), place)
+    one.line()
+    one.until("phase", "serving")
+    file.says()
+
+    ended = run("--control", str(one.path), "reload", "--canary", "50%", "--for", "0.1s", "--wait")
+
+    assert ended.status == 0, ended
+    one.end()
+    one.daemon.stop()

@@ -250,7 +250,8 @@ class CommandHandler:
             self.runtime.post(DryRunRequested())
             return {"generation": fleet.next_generation}
         share = control_requests.canary_of(canary) if canary else None
-        if share:
+        # If the configuration is read again, only its new settings decide: see live_settings.py.
+        if share and not (fleet.configured and fleet.served):
             self._refuse_canary()
         self.runtime.post(ReloadRequested(share))
         return {"generation": fleet.next_reload}

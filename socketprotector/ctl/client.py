@@ -39,8 +39,9 @@ RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
 #: A protector buffers at most 1 MiB for a client, so it never sends a longer line.
 LONGEST_LINE = 1024 * 1024
-#: The most events, and the most bytes of events, that answer() buffers.
-_MOST_EVENTS, _MOST_EVENT_BYTES = 10_000, 2 * 1024 * 1024
+#: The most events, and the most bytes of events, that answer() buffers: more than the lines that a
+#: protector buffers for a client, and that the kernel buffers.  Most lines have 100 bytes or more.
+_MOST_EVENTS, _MOST_EVENT_BYTES = 20_000, 2 * 1024 * 1024
 #: The size of sun_path without the final zero byte (unix(7)).
 _LONGEST_PATH = 107
 #: The format of SO_PEERCRED and SCM_CREDENTIALS: pid, uid and gid, in our own namespaces.
@@ -245,9 +246,14 @@ class Client:
             if "event" in message:
                 self._events.append(message)
                 self._events_bytes += size
-                most = _MOST_EVENTS if self._follows else 0
-                if len(self._events) > most or self._events_bytes > _MOST_EVENT_BYTES:
+                if not self._follows:
                     raise self.foreign_peer_error()
+                if len(self._events) > _MOST_EVENTS or self._events_bytes > _MOST_EVENT_BYTES:
+                    raise NoProtector(
+                        f"{self.path}: {len(self._events)} events came before the answer; if the "
+                        "process there is SocketProtector, see `events` for their cause",
+                        "no protector",
+                    )
             # Without id: a refusal of the connection (denied, busy), or of an invalid line.
             elif message.get("id") in (self._last_id, None):
                 return _result(message)

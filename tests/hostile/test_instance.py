@@ -85,6 +85,9 @@ def test_one_that_says_more_than_a_protector_could_is_none_before_its_time_is_ov
     ):
         client.request("status")
     assert refused.value.code == "no protector"
+    may_be_one = follows and behaviour == "events"
+    assert ("the process there is not SocketProtector" in str(refused.value)) != may_be_one
+    assert ("events came before the answer" in str(refused.value)) == may_be_one
 
 
 def cuts(send: false.Send) -> None:
@@ -204,14 +207,14 @@ def test_many_events_before_an_answer_are_kept_as_long_as_a_protector_could_send
 
     def behave(send: false.Send) -> None:
         send(b'{"v":1,"id":1,"ok":true,"result":{}}\n')
-        send(false.EVENT * 9000 + b'{"v":1,"id":2,"ok":true,"result":{"found":true}}\n')
+        send(false.EVENT * 19_000 + b'{"v":1,"id":2,"ok":true,"result":{"found":true}}\n')
 
     with (
         false.instance(folder / "x.control", behave) as path,
         Client(path, 30.0, events=True) as client,
     ):
         assert client.request("status") == {"found": True}
-        for _ in range(9000):
+        for _ in range(19_000):
             assert client.event(0.0) is not None
         assert client.event(0.0) is None
 

@@ -4,6 +4,7 @@ Usage: shared_queue.py [ADDRESS [CHILDREN]].  USR1 to the first process forks on
 """
 
 import os
+import signal
 import sys
 
 from socketprotector_client import SocketServer
@@ -18,5 +19,6 @@ def talk(client, peer):
 
 address, children = (sys.argv[1:] + ["8888", "1"][len(sys.argv) - 1 :])[:2]
 with SocketServer(address) as server:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # until run() handles it
     print("pid", os.getpid(), "listens on", *server.listeners, flush=True)
     server.run(talk, int(children))

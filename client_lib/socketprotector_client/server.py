@@ -137,9 +137,9 @@ class SocketServer:
         """Fork children that call work(); return when all have ended.  For the parent.
 
         work takes connections by any way of this library; all take from this server's queue.  A
-        child that ends is replaced at once.  USR1 forks one more.  If the program does not handle
-        SIGTERM, that signal closes the server: the children serve the connected clients, then end.
-        Call it in the main thread.
+        child that ends is replaced at once.  USR1 forks one more, also if it came while the program
+        blocked USR1.  If the program does not handle SIGTERM, that signal closes the server: the
+        children serve the connected clients, then end.  Call it in the main thread.
 
         Raises ValueError for fewer than 1 or more than 1,024 children.  Raises RuntimeError if
         other threads run, unless allow_threads.  Raises ChildProcessError if a child ends before

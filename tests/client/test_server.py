@@ -51,6 +51,13 @@ def test_a_client_may_send_before_there_is_a_child_and_usr1_forks_one(channel: C
     assert len({first, second, str(sharing.program.pid)}) == 3
 
 
+def test_a_usr1_that_was_blocked_until_run_forks_a_child_too(channel: Channel) -> None:
+    sharing = Sharing(channel, "run", "early", "64", HOME)
+    clients = [sharing.connect() for _ in range(2)]
+
+    assert len({client.ask("pid") for client in clients}) == 2
+
+
 def test_the_parent_has_no_thread_when_it_forks(channel: Channel) -> None:
     sharing = Sharing(channel, "run", "1", "64", HOME)
     sharing.connect().ask("hello")

@@ -71,7 +71,10 @@ def main() -> None:
             say(" ".join(server.listeners))
             if children == "0":
                 until_usr1()
-            server.run(talk, max(1, int(children)))
+            if children == "early":  # a USR1 before `run` handles it, as in shared_queue.py
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+                os.kill(os.getpid(), signal.SIGUSR1)
+            server.run(talk, int(children) if children.isdigit() and children != "0" else 1)
     say("ended")
 
 

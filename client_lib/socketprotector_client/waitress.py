@@ -2,7 +2,7 @@
 
 waitress has no graceful stop.  It closes idle keep-alive connections after `channel_timeout`
 (120 s), so a draining worker would live that long.  This module shortens that time when the drain
-begins.
+begins, but not for a client that is sending a request.
 
 Source: docs.pylonsproject.org/projects/waitress, "Arguments to waitress.serve".
 """
@@ -62,8 +62,17 @@ def serve_on(listener: Listener, app: Any, **options: Any) -> None:
 
         system.start_thread(end_last, ())  # other callbacks must not wait
 
+    def end_silent(now: float) -> None:
+        for each in server.active_channels.values():
+            # A client that pauses while it sends the body of its request is not idle.
+            in_body = each.request is not None and each.request.headers_finished
+            patience_s = server.adj.channel_timeout if in_body else _IDLE_S
+            if not each.requests and each.last_activity < now - patience_s:
+                each.will_close = True
+
     def end_idle() -> None:
-        server.adj.channel_timeout = server.adj.cleanup_interval = _IDLE_S
+        server.maintenance = end_silent
+        server.adj.cleanup_interval = _IDLE_S
         server.next_channel_cleanup = 0
         server.pull_trigger()
 

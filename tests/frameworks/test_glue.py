@@ -158,3 +158,23 @@ def test_waitress_is_not_ended_by_the_applications_handler(channel: Channel) -> 
     worker.retire()
 
     assert (worker.read_rest(), worker.wait()) == (["ended"], 0)
+
+
+def test_waitress_awaits_the_body_of_a_request_when_it_closes_idle_clients(
+    channel: Channel,
+) -> None:
+    needs.module("waitress")
+    sends = channel.connect()
+    sends.say("POST / HTTP/1.1\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r")
+    worker = channel.start(sys.executable, PROGRAMS / "waitress_app.py", "127.0.0.1:1")
+    assert sends.hear() == "HTTP/1.1 100 Continue\r"
+    idle = channel.connect()
+
+    channel.end_channel()
+
+    assert idle.hear() == ""  # closed: by then the client that sends has been silent for longer
+    assert sends.hear() == "\r"
+    sends.say("x")
+    assert sends.hear() == "HTTP/1.1 200 OK\r"
+    sends.close()
+    assert worker.wait() == 0

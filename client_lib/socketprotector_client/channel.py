@@ -24,7 +24,7 @@ from .system import Socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Optional
+    from typing import Optional, Union
 
 _log = Logger(__name__)
 
@@ -111,10 +111,10 @@ class Channel:
         return self._socket.detach()
 
 
-def has_ended(channel: Channel) -> bool:
-    """Return whether no more connections will come; some may still wait."""
+def has_ended(end: Union[Channel, socket.socket]) -> bool:
+    """Return whether nothing more will come on a channel or a line; connections may still wait."""
     poll = system.poll()
-    poll.register(channel, select.POLLRDHUP)
+    poll.register(end, select.POLLRDHUP)
     return bool(poll.poll(0))
 
 

@@ -314,8 +314,8 @@ class SocketServer:
         if self._channel is None or self._channel.fileno() < 0:
             return False
         ended = has_ended(self._channel)
-        if self._process is None and (self._stopping or not ended):
-            return False  # under a protector, other workers take from the queue until it ends
+        if self._process is None and (self._stopping or not ended or current().has_retired):
+            return False  # under a protector, other workers take from the queue
         return not ended or has_waiting(self._channel)
 
 

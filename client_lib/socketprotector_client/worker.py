@@ -13,7 +13,7 @@ import threading
 
 from . import fork_hook, wire
 from .address import listen, name_of
-from .channel import Channel
+from .channel import Channel, has_ended
 from .drain_state import Drain
 from .environment import read_environment
 from .intake import Intake
@@ -102,6 +102,11 @@ class Worker:
     def is_served(self) -> bool:
         """Whether another process gives this one connections, or listening sockets."""
         return self.channel is not None or bool(self.passed) or self.shared is not None
+
+    @property
+    def has_retired(self) -> bool:
+        """Whether the protector has ended the RETURN line: other workers take what still waits."""
+        return self._return_line is not None and has_ended(self._return_line)
 
     @property
     def _outlives_parent(self) -> bool:

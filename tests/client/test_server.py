@@ -294,6 +294,25 @@ def test_under_a_protector_the_last_child_is_replaced_while_clients_wait(channel
     assert program.wait() == 0
 
 
+def test_a_retired_parent_leaves_clients_that_wait_to_other_workers(channel: Channel) -> None:
+    """Its children would take none of them, so it would fork for ever."""
+    retired = channel.spawn("shares.py", "run", "1", "64", HOME)
+    channel.wait_ready(retired)
+    served, waits = channel.connect(), channel.connect()
+    assert served.ask("hello") == "echo hello"
+    waits.say("pid")
+    retired.retire()
+    channel.end_channel()
+
+    served.close()
+
+    assert retired.wait() == 0
+    other = channel.spawn("shares.py", "run", "1", "64", HOME)
+    assert int(waits.hear()) != other.pid
+    waits.close()
+    assert other.wait() == 0
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_under_a_protector_multiprocessing_takes_too(channel: Channel, method: str) -> None:
     program = channel.spawn("shares.py", "multiprocessing", HOME, method)

@@ -38,7 +38,12 @@ class TermWatch:
         self._previous_wakeup_fd = -1
         if term_is_free():
             read_fd, write_fd = self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            self._previous_wakeup_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+            found = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+            self._previous_wakeup_fd = found
+            if found >= 0 and system.running_asyncio() is not None:
+                # asyncio's own, without which it calls no handler of the program.  It wakes the
+                # loop, in which our handler then runs.
+                signal.set_wakeup_fd(found)
             signal.signal(signal.SIGTERM, self._on_term)
             fork_hook.register(self)
             intake.on_readable(read_fd, self._read)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 
 import pytest
+from socketprotector_client.intake import Intake
+from socketprotector_client.signals import TermWatch
 
 from tests.channel import Channel
 from tests.procfs import sleeps
-from tests.running import eventually
+from tests.running import DEADLINE_S, eventually
 
 
 def test_a_programs_own_handler_is_left_alone(channel: Channel) -> None:
@@ -91,3 +94,23 @@ def test_sigterm_reaches_a_pool_whose_threads_are_all_busy(channel: Channel) -> 
         pass
     client.close()
     assert (worker.read_last(), worker.wait()) == ("ended", 0)
+
+
+def test_asyncio_still_calls_the_programs_handlers_of_other_signals(intake: Intake) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        told, wakes = asyncio.Event(), asyncio.Event()
+        loop.add_signal_handler(signal.SIGUSR2, told.set)
+        loop.add_reader(intake.fileno(), wakes.set)
+        watch = TermWatch(intake)
+        try:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            await asyncio.wait_for(told.wait(), DEADLINE_S)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait_for(wakes.wait(), DEADLINE_S)
+        finally:
+            watch.stop()
+            loop.remove_reader(intake.fileno())
+
+    asyncio.run(main())
+    assert intake.drain.begun()

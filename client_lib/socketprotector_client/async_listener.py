@@ -85,14 +85,15 @@ class TaskListener:
         await self._library.to_thread.run_sync(current().drain.finish)
 
     async def _serve(self, handler: _Handler, own: Any, tasks: Any) -> None:
-        """Start a handler in `tasks` for each connection; once drained, cancel `own`."""
+        """Start a handler in `tasks` for each connection; once drained, end the task in `own`."""
+        obeying = self._library.CancelScope()
         if term_is_free():
-            await own.start(self._obey_term)
+            await own.start(self._obey_term, obeying)
         try:
             while True:
                 tasks.start_soon(self._serve_one, handler, await self._take())
         except self._ended:
-            own.cancel_scope.cancel()
+            obeying.cancel()  # not `own`: a handler may do more after it has closed its stream
 
     async def _serve_one(self, handler: _Handler, plain: socket.socket) -> None:
         try:
@@ -103,8 +104,8 @@ class TaskListener:
         finally:
             self._intake.open.ended()
 
-    async def _obey_term(self, *, task_status: Any) -> None:
-        with self._library.open_signal_receiver(signal.SIGTERM) as signals:
+    async def _obey_term(self, obeying: Any, *, task_status: Any) -> None:
+        with obeying, self._library.open_signal_receiver(signal.SIGTERM) as signals:
             task_status.started()
             async for _ in signals:
                 self._intake.request_drain()

@@ -178,3 +178,18 @@ def test_waitress_awaits_the_body_of_a_request_when_it_closes_idle_clients(
     assert sends.hear() == "HTTP/1.1 200 OK\r"
     sends.close()
     assert worker.wait() == 0
+
+
+@pytest.mark.parametrize("library", ["anyio", "trio"])
+def test_a_drain_cancels_no_handler_that_has_closed_its_stream(
+    channel: Channel, library: str
+) -> None:
+    needs.module("anyio")
+    needs.module("trio")
+    worker = channel.start(sys.executable, PROGRAMS / "ends_late.py", library)
+    client = channel.connect()
+    assert client.hear() == ""
+
+    channel.end_channel()
+
+    assert (worker.read_rest(), worker.wait()) == (["finished"], 0)

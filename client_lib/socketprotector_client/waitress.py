@@ -10,6 +10,7 @@ Source: docs.pylonsproject.org/projects/waitress, "Arguments to waitress.serve".
 from __future__ import annotations
 
 import select
+import socket
 from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
 
 from waitress import create_server, wasyncore
@@ -48,6 +49,7 @@ def serve_on(listener: Listener, app: Any, **options: Any) -> None:
     """Serve on an existing Listener; takes ownership of it."""
     listener._outlives_term = True  # the application's handler would cut off requests
     server = create_server(app, sockets=[listener], **options)
+    _take_all_families(server)
 
     def drain() -> None:
         spread = current().spread
@@ -79,6 +81,18 @@ def serve_on(listener: Listener, app: Any, **options: Any) -> None:
     on_drain(drain)
     server.asyncore = _Loop(listener)
     server.run()
+
+
+def _take_all_families(server: Any) -> None:
+    """Let a server take TCP and UNIX clients; waitress makes it for the first listener's family."""
+    set_options = server.set_socket_options
+
+    def set_options_of_tcp(connection: socket.socket) -> None:
+        if connection.family != socket.AF_UNIX:
+            set_options(connection)
+
+    server.set_socket_options = set_options_of_tcp
+    server.fix_addr = lambda peer: peer if isinstance(peer, tuple) else ("localhost", None)
 
 
 class _Loop:

@@ -193,3 +193,24 @@ def test_a_drain_cancels_no_handler_that_has_closed_its_stream(
     channel.end_channel()
 
     assert (worker.read_rest(), worker.wait()) == (["finished"], 0)
+
+
+@pytest.mark.parametrize("first", ["tcp", "unix"])
+def test_waitress_serves_tcp_and_unix_clients_in_one_worker(
+    channel: Channel, tmp_path: Path, first: str
+) -> None:
+    needs.module("waitress")
+    channel.listen_unix(tmp_path / "socket")
+    if first == "unix":
+        channel.listeners.reverse()
+    channel.start(sys.executable, PROGRAMS / "waitress_app.py", "127.0.0.1:1")
+
+    peers = []
+    for number in range(2):
+        client = channel.connect(number)
+        client.say("GET / HTTP/1.1\r\nConnection: close\r\n\r")
+        lines = list(iter(client.hear, "\r"))
+        assert lines[0] == "HTTP/1.1 200 OK\r"
+        peers += [line for line in lines if line.startswith("Peer")]
+
+    assert sorted(peers) == ["Peer: 127.0.0.1\r", "Peer: localhost\r"]

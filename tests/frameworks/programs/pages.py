@@ -37,7 +37,8 @@ def answer(request: bytes) -> tuple[bytes, bool]:
 def wsgi(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
     """The WSGI application."""
     body = page(environ["PATH_INFO"])
-    start_response("200 OK", [("Content-Length", str(len(body)))])
+    headers = [("Content-Length", str(len(body))), ("Peer", environ.get("REMOTE_ADDR", ""))]
+    start_response("200 OK", headers)
     return [body]
 
 

@@ -19,6 +19,9 @@ from ..system.sd_notify import WATCHDOG, Outbox, Store, Systemd, parse, room_of
 
 #: The size limit of a message from the guard.
 _MESSAGE_BYTES = 4096
+#: The most messages from the guard that one turn of the loop handles.  One at a time is too slow:
+#: of hundreds of exited workers, many reports would be read only after post_mortem.py's limit.
+_READ_IN_A_TURN = 1024
 #: How long finish() waits until the guard has room for our last messages.
 _FAREWELL_S = 5.0
 #: The same for the service manager, which may have stopped reading.
@@ -75,18 +78,19 @@ class Parents:
         self, loop: Loop, on_exited: Callable[[int, bool, str], None], on_gone: Callable[[], None]
     ) -> None:
         assert self.line is not None
-        data = read_now(self.line.recv, _MESSAGE_BYTES, socket.MSG_DONTWAIT)
-        if data is None:
-            return
-        if not data:
-            loop.unwatch(self.line.fileno())
-            self.guard.close()
-            self.systemd.pid = os.getpid()
-            on_gone()
-            return
-        pid, _, status = parse(data).get("X_EXITED", "").partition(" ")
-        if pid.isdigit() and status.isdigit():
-            on_exited(int(pid), *exit_text.status_of(int(status)))
+        for _ in range(_READ_IN_A_TURN):
+            data = read_now(self.line.recv, _MESSAGE_BYTES, socket.MSG_DONTWAIT)
+            if data is None:
+                return
+            if not data:
+                loop.unwatch(self.line.fileno())
+                self.guard.close()
+                self.systemd.pid = os.getpid()
+                on_gone()
+                return
+            pid, _, status = parse(data).get("X_EXITED", "").partition(" ")
+            if pid.isdigit() and status.isdigit():
+                on_exited(int(pid), *exit_text.status_of(int(status)))
 
     def _feed_watchdog(self, loop: Loop) -> None:
         """Send WATCHDOG=1 to systemd now, and then every `watchdog_s`: half of WatchdogSec=."""

@@ -44,8 +44,8 @@ LAST_WAIT_S = 10.0
 #: The guard's exit status if the protector cannot be started at all (errors.SystemRefused).
 FAILED = 111
 #: How many recent exits of workers are sent again to the next protector, and for how long: the
-#: killed protector may not have read them.
-LAST_STATUSES = 255
+#: killed protector may not have read them.  The line has room for 278 (net.core.wmem_default).
+LAST_STATUSES = 512
 SENT_AGAIN_S = 10.0
 #: Sockets that may have files, by the beginnings of their names.
 WITH_FILES = (inherited.LISTENER, inherited.SIBLING, inherited.RESERVED)

@@ -622,6 +622,7 @@ def test_how_workers_ended_is_reported_once_a_protector_that_stood_still_reads_o
         one.statuses.append((0.0, each))
         one.send_statuses()
     assert one.sent < len(one.statuses), "there was room for all of them"
+    assert [each for _, each in one.statuses] == ends, "the next protector would lack some"
     heard: list[bytes] = []
     protectors.settimeout(DEADLINE_S)
     while len(heard) < len(ends):

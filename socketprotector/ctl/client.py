@@ -37,8 +37,9 @@ ANSWER_S = 10.0
 #: protector dies again and again, the guard waits longer before each further start.
 RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
-#: A protector buffers at most 1 MiB for a client, so it never sends a longer line.
-LONGEST_LINE = 1024 * 1024
+#: A protector sends no longer line.  The status of 1,900 workers takes 1.3 MB during a reload, and
+#: more if the workers send long STATUS texts.
+LONGEST_LINE = 4 * 1024 * 1024
 #: The most events, and the most bytes of events, that answer() buffers: more than the lines that a
 #: protector buffers for a client, and that the kernel buffers.  Most lines have 100 bytes or more.
 _MOST_EVENTS, _MOST_EVENT_BYTES = 20_000, 2 * 1024 * 1024

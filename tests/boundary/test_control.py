@@ -295,6 +295,16 @@ def test_a_client_that_reads_no_answers_gets_no_more_until_it_does(desk: Desk) -
     assert len(asked) == 20
 
 
+def test_one_answer_may_be_longer_than_what_a_client_may_leave_unread(desk: Desk) -> None:
+    def say_all(client: Client, request: Request) -> None:
+        client.send_line(answer(request.id, {"much": "x" * (UNREAD_BYTES + 1)}))
+
+    desk.answers = say_all
+
+    for found in desk.call(STATUS * 2).hear(2):
+        assert len(found["result"]["much"]) > UNREAD_BYTES
+
+
 def test_a_client_with_too_many_unread_answers_is_ended(desk: Desk) -> None:
     def say_too_much(client: Client, request: Request) -> None:
         for _ in range(20):

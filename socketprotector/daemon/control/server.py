@@ -29,7 +29,7 @@ from ...system.unix_listener import close_control
 CLIENTS = 256
 #: We disconnect a client that sends no request for this long, unless it follows events.
 IDLE_S = 30.0
-#: The most bytes that we keep until a client reads them.
+#: If a client leaves more bytes than this unread, its next answer disconnects it.
 UNREAD_BYTES = 1024 * 1024
 #: The pause between two requests of a client.  The pause keeps a client that sends requests
 #: without end at a few percent of a core.
@@ -68,16 +68,18 @@ class Client:
         self._resume()
 
     def send_line(self, line: bytes) -> None:
-        """Send a line, after the earlier lines; disconnect if the client leaves too much unread."""
+        """Send a line, after the earlier lines; disconnect if the client leaves too much unread.
+
+        The line itself may be longer: so is the status of thousands of workers.
+        """
         if self.gone or self._ending:
-            return
-        with self.within_memory():
-            self._unsent += line
-        if self.gone:
             return
         if len(self._unsent) > UNREAD_BYTES:
             self.close()
-        else:
+            return
+        with self.within_memory():
+            self._unsent += line
+        if not self.gone:
             self._send()
 
     def send_event(self, line: Callable[[Mapping[str, object]], bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -110,6 +111,16 @@ def test_another_server_is_found_out(what: bytes, says: Says) -> None:
     with Client(path) as client, pytest.raises(NoProtector, match="not SocketProtector"):
         client.request("status")
     assert query_all([path])[0].why == "no protector"
+
+
+def test_the_status_of_thousands_of_workers_is_no_other_servers_answer(says: Says) -> None:
+    workers = ["x" * 1000] * 3800  # a reload of 1,900
+    path = says(
+        json.dumps({"v": 1, "id": 1, "ok": True, "result": {"workers": workers}}).encode() + b"\n"
+    )
+
+    with Client(path) as client:
+        assert client.request("status") == {"workers": workers}
 
 
 def test_a_line_without_end_is_not_kept(says: Says, monkeypatch: pytest.MonkeyPatch) -> None:

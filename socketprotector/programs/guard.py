@@ -140,6 +140,7 @@ class Guard:
 
     def _become(self, descriptors: dict[str, int]) -> None:
         """Execute the protector in this child process; never return."""
+        self.close_line()  # the guard's end: names() may need a descriptor
         try:
             # The descriptors keep their numbers: moving them would need as many free numbers.
             with inherited.kept_through_exec(descriptors) as variables:

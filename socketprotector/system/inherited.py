@@ -41,9 +41,11 @@ RELAY = "sp.relay."  # + read or write; or .process or .line, and its pid
 OUTPUT = "sp.output."  # + number, generation and pid of a worker: the pipe of its output
 WATCH = "sp.watch."  # + the watcher's pid, .process or .line
 NAMES = "sp.names."  # + the number of the memfd that has the names
-#: A string of the environment has at most 128 KiB, with the variable's name (execve(2)); this also
+#: Longer names go into a memfd.  The environment, which may be almost full (execve(2)), must not
+#: grow with the workers, or the guard could not start the next protector.
+NAMES_BYTES = 4 * 1024
+#: A string of the environment has at most 128 KiB, with the variable's name (execve(2)); this
 #: limits systemd's fd store (docs/reliability.md).
-NAMES_BYTES = 120 * 1024
 STORE_NAMES_BYTES = 128 * 1024 - len("LISTEN_FDNAMES=") - 1
 #: The name for an unused number between passed descriptors.
 UNUSED = "sp.none"

@@ -121,8 +121,10 @@ def test_left_in_place_and_not_executed_nothing_is_inherited(files: dict[str, in
 
 #: As many as 2,500 workers have, more than 128 KiB of names.
 MANY = [f"sp.worker.{n}.{what}" for n in range(2500) for what in ("process", "notify", "line")]
+LIMIT = "__import__('resource').setrlimit(7, (16000, 16000))"
 MAKE_MANY = (
-    "__import__('resource').setrlimit(7, (16000, 16000)) or {f'sp.worker.{n}.{what}':"
+    f"{LIMIT} or "
+    "{f'sp.worker.{n}.{what}':"
     " os.memfd_create(f'sp.worker.{n}.{what}')"
     " for n in range(2500) for what in ('process', 'notify', 'line')}"
 )
@@ -148,6 +150,17 @@ def test_a_gap_among_thousands_is_left_out() -> None:
     seen = shown(LEAVE, holed)
 
     assert seen["found"] == memfd(*(name for name in MANY if name != "sp.worker.0.line"))
+
+
+@needs_many
+def test_names_fit_into_an_environment_that_is_almost_full() -> None:
+    """With so small a stack limit, all strings together have 128 KiB."""
+    small = "__import__('resource').setrlimit(3, (512 * 1024, 512 * 1024))"
+    make = "{f'sp.worker.{n}.line': os.memfd_create(f'sp.worker.{n}.line') for n in range(2000)}"
+
+    seen = shown(LEAVE, f"{small} or {LIMIT} or {make}", BIG="x" * 90_000)
+
+    assert seen["found"] == memfd(*(f"sp.worker.{n}.line" for n in range(2000)))
 
 
 @needs_many

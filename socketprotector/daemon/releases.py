@@ -76,10 +76,12 @@ class Releases:
     def warning(self) -> str:
         """A warning if a restart would not start the serving release; otherwise ""."""
         named = self.link.named
-        if named == self.serving:
-            return ""
         if not named:
             return f"{self.link.path} leads to no release, so a restart would fail"
+        if not self._exists(named):
+            return f"current names {named}, which has no folder, so a restart would fail"
+        if named == self.serving:
+            return ""
         if release.failed_last(self.history.value, named):
             return release.named_failed(named)
         return f"current names {named}, and {self.serving} is serving; a restart starts {named}"

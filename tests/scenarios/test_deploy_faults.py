@@ -385,6 +385,22 @@ def test_a_link_that_leads_nowhere_needs_force(
     one.daemon.stop()
 
 
+@pytest.mark.costly
+def test_a_serving_release_that_loses_its_folder_is_warned_of(
+    operated: Operating, releases: Releases
+) -> None:
+    one = operated(*releases.options, command=COMMAND)
+    saved(one)
+    folder, away = releases.folder / "1", releases.folder.parent / "away"
+    folder.rename(away)
+
+    said = "current names 1, which has no folder, so a restart would fail"
+    assert one.status()["warnings"] == [said]
+    away.rename(folder)
+    assert one.status()["warnings"] == []
+    one.daemon.stop()
+
+
 # -- kills ----------------------------------------------------------------------------------------
 
 

@@ -157,6 +157,11 @@ class OptionResolver:
         folder = self.file.folder if self.file and self._from_file(name) else self.directory
         return release_choice.absolute(folder, value) if value else None
 
+    def _current(self) -> str:
+        """Return the link of --current.  With a `/` behind it, a path means what it leads to."""
+        path = self._path("current") or ""
+        return path.rstrip("/") or path
+
     # -- the parts -------------------------------------------------------------
 
     def _listens(self) -> list[Listen]:
@@ -205,7 +210,7 @@ class OptionResolver:
     ) -> None:
         """With --releases, choose the release whose path replaces {release}."""
         given, running = self._given, self._running
-        releases, current = self._path("releases"), self._path("current")
+        releases, current = self._path("releases"), self._current()
         release_choice.check_options(given, releases, current, command)
         if not releases or not current:
             return
@@ -294,7 +299,8 @@ class OptionResolver:
             "keep_env": () if given["clear_env"] and not given["keep_env"] else given["keep_env"],
             "env_file": fill(self._path("env_file") or "") or None,
             **{name: self._path(name) for name in ("pid_file", "log_file")},
-            **{name: self._path(name) or "" for name in ("releases", "current")},
+            "releases": self._path("releases") or "",
+            "current": self._current(),
             "release": self._release.name,
             "log_level": "debug" if given["verbose"] else given["log_level"],
             "log_relay": not given["no_log_relay"],

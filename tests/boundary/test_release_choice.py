@@ -168,6 +168,12 @@ def test_refusals(web: Web, text: str, said: str) -> None:
     assert "\n" not in refused
 
 
+def test_a_slash_behind_the_link_changes_nothing(web: Web) -> None:
+    read = web.read(KEYS.replace("live/current", "live/current/") + COMMAND)
+
+    assert (read.settings.current, read.settings.release) == (str(web.current), "1")
+
+
 def test_a_configuration_file_of_a_release_is_refused(web: Web) -> None:
     inside = web.folder / "releases" / "1" / "web.toml"
     for path, said in (

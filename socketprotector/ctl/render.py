@@ -7,6 +7,7 @@ Elsewhere the output is plain, so that awk can read it.  This module escapes all
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
@@ -151,12 +152,20 @@ def line(*parts: Cell) -> Text:
     return Text.assemble(*(cell(each) for each in parts))
 
 
+def console() -> Console:
+    """Return the console of stdout."""
+    # A size of 0 means that it is unknown, but rich would show nothing.
+    unknown = (("COLUMNS", "0"), ("LINES", "0"))
+    environment = {k: v for k, v in os.environ.items() if (k, v) not in unknown}
+    return Console(highlight=False, markup=False, emoji=False, _environ=environment)
+
+
 def show(*things: Table | Text) -> None:
     """Print tables and lines: coloured and fitted on a terminal, complete and plain elsewhere."""
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
+    screen = console()
     for thing in things:
-        if console.is_terminal:
-            console.print(thing, overflow="ellipsis" if isinstance(thing, Table) else "fold")
+        if screen.is_terminal:
+            screen.print(thing, overflow="ellipsis" if isinstance(thing, Table) else "fold")
         else:
             print(*(text.rstrip() for text in _plain(thing)), sep="\n", flush=True)
 

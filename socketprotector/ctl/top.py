@@ -108,13 +108,12 @@ def top(instance: Instance, interval: float, as_json: bool) -> None:
 
 def _screen(client: Client, interval: float) -> None:
     """Redraw the screen after each interval, until the operator quits."""
-    from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
     from . import render
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = render.console()
     rates = Rates()
     with (
         _keys() as quit_pressed,

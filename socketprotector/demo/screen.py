@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ..ctl import render
+
 
 class Screen:
     """Writes to stdout; only whole lines if it is no terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False, markup=False, emoji=False)
+        self._console = console or render.console()
         self._live: Live | None = None
 
     @contextmanager

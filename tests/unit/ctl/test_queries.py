@@ -350,6 +350,10 @@ def test_colours_only_on_a_terminal_and_not_with_no_color(fake: Fake) -> None:
     assert "\x1b" not in run("status").out
 
 
+def test_a_terminal_of_unknown_size_shows_all(fake: Fake) -> None:
+    assert "GEN" in terminal("status", COLUMNS="0", LINES="0")
+
+
 @pytest.mark.parametrize(
     ("more", "why"),
     [

@@ -221,6 +221,17 @@ def test_that_command_line_can_be_copied_from_a_terminal() -> None:
     assert shown.getvalue() == f"{cli.YOUR_TURN}\n"
 
 
+def test_a_terminal_of_unknown_width_shows_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+
+    Screen().say(cli.YOUR_TURN)
+
+    assert capsys.readouterr().out == f"{cli.YOUR_TURN}\n"
+
+
 def test_its_name_is_none_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
     monkeypatch.setattr(discovery, "query_all_sockets", list)

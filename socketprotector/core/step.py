@@ -100,7 +100,10 @@ class Step:
         if draining.phase is Phase.DRAINING and not draining.quiescing:
             # The order to the whole generation came before this worker was started.
             self.end_evenly(draining, worker.number)
-        self.start(TimerKind.WORKER_START, worker.number, self.fleet.policy.start_timeout_s)
+        incoming = self.fleet.incoming
+        is_new = incoming is not None and incoming.number == generation
+        policy = self.fleet.newest_policy if is_new else self.fleet.policy
+        self.start(TimerKind.WORKER_START, worker.number, policy.start_timeout_s)
 
     def spawn_one(self, generation: Generation) -> None:
         """If all workers wait for a back-off, start one now: it must take the clients of a stop."""

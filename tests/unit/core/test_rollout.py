@@ -930,6 +930,23 @@ def test_a_configuration_may_begin_and_end_rolling(story: Story) -> None:
     assert len(spawned(story.when(SettingsRead(Policy(), None)))) == 2
 
 
+def read_rolling(story: Story, start_timeout_s: float = 60.0) -> list[Action]:
+    """Reload with a configuration that replaces the default order by the rolling one."""
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(ReloadRequested())
+    return story.when(SettingsRead(rolling(start_timeout_s=start_timeout_s), None))
+
+
+def test_each_worker_has_the_start_timeout_that_the_reload_has_read(story: Story) -> None:
+    story.given_serving(rolling(start_timeout_s=2.0), workers=3)
+    read_rolling(story, 30.0)
+    story.and_also(WorkerReady(4))
+
+    actions = story.when(WorkerExited(3, "exited with status 0", served_s=20.0))
+
+    assert StartTimer(Deadline(TimerKind.WORKER_START, 5), 30.0) in actions
+
+
 def test_the_last_good_command_is_renewed_within_the_bound_too(story: Story) -> None:
     story.given_serving(rolling(), workers=4)
 

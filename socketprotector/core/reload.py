@@ -191,8 +191,15 @@ def _make_room(step: Step) -> None:
     if old:
         step.do(RouteTo(None))
         step.drain(old.number, policy.drain_limit_s)
+    _limit_drains(step, policy)
+
+
+def _limit_drains(step: Step, policy: Policy) -> None:
+    """Limit the drains that the next generation waits for.
+
+    A generation that began to drain under another policy may have no limit.
+    """
     for generation in step.fleet.all_of(Phase.DRAINING):
-        # A generation that began to drain under another policy may have no limit.
         ends = (
             Deadline(TimerKind.DRAIN, generation.number) in step.fleet.timers or generation.ending
         )
@@ -244,10 +251,13 @@ def open_if_due(step: Step) -> None:
         to_open=None,
     )
     step.do(Open(number, fresh, fleet.dry_run))  # its workers follow: workers.reconcile()
-    serving = fleet.of(Phase.SERVING)
-    if serving is not None and fleet.policy_of(fresh).rolls and not fleet.policy.rolls:
-        # From now on processes are limited, so orphans must make room.
-        step.retire_orphans(serving.workers)
+    policy, serving = fleet.policy_of(fresh), fleet.of(Phase.SERVING)
+    if policy.rolls and not fleet.policy.rolls:
+        # From now on processes are limited, so all that leave must make room.
+        _limit_drains(step, policy)
+        if serving is not None:
+            step.retire_orphans(serving.workers)
+            step.limit_retiring(serving.workers, policy)
 
 
 # -- a generation that succeeds -------------------------------------------------

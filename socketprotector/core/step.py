@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..model.lazy_dataclass import replace
+from ..model.policy import Policy
 from ..model.share import Canary
 from .actions import (
     Action,
@@ -127,8 +128,9 @@ class Step:
             self.end_evenly(found[0], worker.number)
         number = worker.number
         self.do(Retire(number) if finishes else Signal(number, WorkerSignal.TERM))
-        if self.fleet.policy.drain_timeout_s > 0:
-            self.start(TimerKind.WORKER_RETIRE, worker.number, self.fleet.policy.drain_timeout_s)
+        limit_s = self._leave_policy.drain_timeout_s
+        if limit_s > 0:
+            self.start(TimerKind.WORKER_RETIRE, worker.number, limit_s)
 
     def retire_orphans(self, workers: Iterable[Worker]) -> None:
         """Retire the orphans among these workers that no timer limits yet.
@@ -136,10 +138,18 @@ class Step:
         A second order would be a second signal, and would restart --drain-timeout.
         """
         for each in workers:
-            is_retired = Deadline(TimerKind.WORKER_RETIRE, each.number) in self.fleet.timers
-            is_killed = Deadline(TimerKind.WORKER_KILL, each.number) in self.fleet.timers
-            if each.state is State.ORPHANED and not (is_retired or is_killed):
+            if each.state is State.ORPHANED and not self._is_limited(each):
                 self.retire(each)
+
+    def limit_retiring(self, workers: Iterable[Worker], policy: Policy) -> None:
+        """Limit the time of the retiring workers among these that no timer limits yet."""
+        for each in workers:
+            if each.state is State.RETIRING and not self._is_limited(each):
+                self.start(TimerKind.WORKER_RETIRE, each.number, policy.drain_timeout_s)
+
+    def _is_limited(self, worker: Worker) -> bool:
+        waits = (TimerKind.WORKER_RETIRE, TimerKind.WORKER_KILL)
+        return any(Deadline(wait, worker.number) in self.fleet.timers for wait in waits)
 
     # -- generations ---------------------------------------------------------
 
@@ -202,6 +212,16 @@ class Step:
         """How long a generation may drain from now on; 0: only a stop limits the drain."""
         return 0.0 if self.fleet.stopping else self.fleet.policy.drain_limit_s
 
+    @property
+    def _leave_policy(self) -> Policy:
+        """The policy that limits how long a leaving worker may take.
+
+        A rolling reload waits for the workers that it replaces.  So its own limit counts, although
+        its policy is not in force yet: the policy in force may set no limit.
+        """
+        newest = self.fleet.newest_policy
+        return newest if newest.rolls else self.fleet.policy
+
     def end_evenly(self, generation: Generation, worker: int = 0) -> None:
         """If the policy says so, order leaving workers to end their connections evenly.
 
@@ -215,7 +235,7 @@ class Step:
         if not fleet.stopping:
             leaving = 1 if worker else len(generation.alive)
             part_s = policy.part_of(leaving, fleet.workers_wanted)
-            seconds = min(part_s, fleet.policy.drain_limit_s or part_s)
+            seconds = min(part_s, self._leave_policy.drain_limit_s or part_s)
         self.do(EndEvenly(generation.number, worker, seconds))
 
     def _end_channel(self, number: int, timeout_s: float) -> None:

@@ -947,6 +947,31 @@ def test_each_worker_has_the_start_timeout_that_the_reload_has_read(story: Story
     assert StartTimer(Deadline(TimerKind.WORKER_START, 5), 30.0) in actions
 
 
+def test_the_drain_timeout_that_begins_with_rolling_limits_the_replaced_workers(
+    story: Story,
+) -> None:
+    story.given_serving(workers=2)
+    read_rolling(story)
+
+    actions = story.when(WorkerReady(3))
+
+    assert StartTimer(Deadline(TimerKind.WORKER_RETIRE, 2), 9.0) in actions
+
+
+def test_the_drain_timeout_that_begins_with_rolling_limits_who_already_leaves(
+    story: Story,
+) -> None:
+    """Without a limit, the first new worker might wait for room without end."""
+    story.given_serving(workers=2).and_also(ReloadRequested(), WorkerReady(3), WorkerReady(4))
+    story.and_also(ScaleRequested(to=1))
+    assert not story.fleet.timers
+
+    actions = read_rolling(story)
+
+    assert StartTimer(Deadline(TimerKind.DRAIN, 1), 9.0) in actions
+    assert StartTimer(Deadline(TimerKind.WORKER_RETIRE, 4), 9.0) in actions
+
+
 def test_the_last_good_command_is_renewed_within_the_bound_too(story: Story) -> None:
     story.given_serving(rolling(), workers=4)
 

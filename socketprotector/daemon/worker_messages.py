@@ -12,6 +12,7 @@ recovery.py makes the event again from these facts.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
 from socketprotector_client import wire
@@ -37,6 +38,8 @@ _READ_AT_ONCE = 1024
 _READ_IN_A_TURN = 64
 #: How long to wait before reading again from a socket that could not be read.
 _READ_AGAIN_S = 0.1
+#: If a watchdog timer runs out later than this, we did not run for a while.
+_LATE_S = 0.1
 #: The most digits of EXTEND_TIMEOUT_USEC: about 30 years.
 _USEC_DIGITS = 15
 #: The name and the value of X_SOCKETPROTECTOR_RETIRE=1 (socketprotector_client/wire.py).
@@ -122,19 +125,25 @@ class WorkerMessages:
         except OSError as error:
             self._read_later(number, worker, error)
 
-    def await_watchdog(self, number: int, worker: Worker) -> None:
+    def await_watchdog(self, number: int, worker: Worker, *, again: bool = False) -> None:
         """Replace a worker if its next WATCHDOG=1 does not come in time.
 
         Do nothing until the worker is ready and has sent a first WATCHDOG=1.  (--start-timeout
         limits the worker's start.)
+        again: the worker has this time only because we stood still when its time ran out.
         """
         limit_s = worker.generation.program.watchdog_s
         if limit_s and worker.record.watched and worker.became_ready:
+            due_at = time.monotonic() + limit_s
 
             def silent() -> None:
                 self.read(number)  # the message may have come while we were too busy to read
                 if self._loop.due(("watchdog", number)) is not None:
                     return  # the message has come, and has set this timer again
+                if time.monotonic() > due_at + _LATE_S and not again:
+                    # If the whole machine or container stood still, the worker could send nothing.
+                    self.await_watchdog(number, worker, again=True)
+                    return
                 reason = f"no WATCHDOG=1 for {in_units(limit_s)}"
                 self._log.write("error", "worker-stuck", worker=number, reason=reason)
                 self._post(ReplaceRequested(number, reason, hung=True))

@@ -210,6 +210,21 @@ def test_a_watchdog_message_that_we_were_too_busy_to_read_counts(world: World) -
     assert world.clock.posted == [STUCK]
 
 
+def test_a_worker_that_stood_still_with_us_has_its_time_once_more(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a frozen container: the worker is not stuck, and its clients are waiting."""
+    world.clock.use_in(monkeypatch, module)
+    world.say(WATCHDOG="1")
+    world.clock.now += 1000
+    world.clock.pass_time(29)
+    assert world.clock.posted == []
+
+    world.clock.now += 1000
+    world.clock.pass_time(0)
+    assert world.clock.posted == [STUCK]
+
+
 @pytest.mark.parametrize("why", ["never sent one", "not ready", "no option"])
 def test_a_worker_without_a_watchdog_may_be_silent(world: World, why: str) -> None:
     world.worker.became_ready = why != "not ready"

@@ -345,8 +345,7 @@ def refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) ->
             continue
         dual = _takes_ipv4(here, listen) or _takes_ipv4(other_place, other)
         if _overlap(here, other_place, dual=dual):
-            same = here == other_place
-            why = f"both are {here}" if same else f"{here} and {other_place} overlap"
+            why = f"both are {here}" if here == other_place else f"{here} and {other_place} overlap"
             raise UsageError(
                 f"cannot listen on {listen.text} beside {other.text}: {why}; leave one of them out"
             )

@@ -252,7 +252,7 @@ def open_if_due(step: Step) -> None:
     )
     step.do(Open(number, fresh, fleet.dry_run))  # its workers follow: workers.reconcile()
     policy, serving = fleet.policy_of(fresh), fleet.of(Phase.SERVING)
-    if policy.rolls and not fleet.policy.rolls:
+    if policy.rolls and not fleet.policy.rolls and not fleet.dry_run:
         # From now on processes are limited, so all that leave must make room.
         _limit_drains(step, policy)
         if serving is not None:

@@ -237,7 +237,8 @@ def promote_requested(step: Step, met: int | None, *, now: bool) -> None:
 
 def room(fleet: Fleet, most: int) -> int:
     """Return how many workers may start now, at most `most`."""
-    if not fleet.newest_policy.rolls:
+    in_force = fleet.policy.rolls or not fleet.dry_run  # a dry run does not end who leaves
+    if not (fleet.newest_policy.rolls and in_force):
         return most
     return max(0, min(most, fleet.most_processes - sum(1 for _ in fleet.alive())))
 

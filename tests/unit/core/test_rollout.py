@@ -972,6 +972,21 @@ def test_the_drain_timeout_that_begins_with_rolling_limits_who_already_leaves(
     assert StartTimer(Deadline(TimerKind.WORKER_RETIRE, 4), 9.0) in actions
 
 
+def test_a_dry_run_of_rolling_neither_ends_who_leaves_nor_waits_for_them(story: Story) -> None:
+    """A dry run changes nothing for clients, and the order in force limits no processes."""
+    story.given_serving(workers=2).and_also(ReloadRequested(), WorkerReady(3), WorkerReady(4))
+    story.and_also(ScaleRequested(to=1))
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(DryRunRequested())
+
+    actions = story.when(SettingsRead(rolling(), None))
+
+    assert spawned(actions) == [5]
+    assert story.fleet.timers == {Deadline(TimerKind.START, 3)}
+    passed = story.when(WorkerReady(5))
+    assert ReportKind.DRY_RUN_PASSED in [kind for kind, _ in news(passed)]
+
+
 def test_the_last_good_command_is_renewed_within_the_bound_too(story: Story) -> None:
     story.given_serving(rolling(), workers=4)
 

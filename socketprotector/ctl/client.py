@@ -37,8 +37,8 @@ ANSWER_S = 10.0
 #: protector dies again and again, the guard waits longer before each further start.
 RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
-#: A protector sends no longer line.  The status of 1,900 workers takes 1.3 MB during a reload, and
-#: more if the workers send long STATUS texts.
+#: A longer line is not read.  The status of 1,900 workers takes 1.3 MB during a reload.  A STATUS
+#: text adds up to 500 bytes for each worker, or 3,000 if it is not ASCII.
 LONGEST_LINE = 4 * 1024 * 1024
 #: The most events, and the most bytes of events, that answer() buffers: more than the lines that a
 #: protector buffers for a client, and that the kernel buffers.  Most lines have 100 bytes or more.

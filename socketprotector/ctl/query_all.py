@@ -11,15 +11,15 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from .client import Client, Message
+from .client import LONGEST_LINE, Client, Message
 from .errors import NoProtector, RequestRefused
 
 #: The default timeout for all answers.  A socket without an answer by then counts as silent.
 _ALL_ANSWERS_S = 0.8
 #: The limit for all incomplete answers together.  Above this limit, query_all() closes the
-#: connection with the longest incomplete answer.  The status of a protector with 1,000 workers
-#: takes 300 KB.
-_MOST_BYTES = 4 * 1024 * 1024
+#: connection with the longest incomplete answer.  So several protectors may send an answer of
+#: almost LONGEST_LINE at once.
+_MOST_BYTES = 4 * LONGEST_LINE
 
 
 @dataclass(frozen=True, slots=True)

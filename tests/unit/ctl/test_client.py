@@ -27,6 +27,7 @@ from tests.unit.ctl.fake import (
 )
 
 Says = Callable[[bytes], str]
+LONG = ["x" * 1000] * 3800  # the workers of a reload of 1,900
 
 
 @pytest.fixture
@@ -114,13 +115,21 @@ def test_another_server_is_found_out(what: bytes, says: Says) -> None:
 
 
 def test_the_status_of_thousands_of_workers_is_no_other_servers_answer(says: Says) -> None:
-    workers = ["x" * 1000] * 3800  # a reload of 1,900
     path = says(
-        json.dumps({"v": 1, "id": 1, "ok": True, "result": {"workers": workers}}).encode() + b"\n"
+        json.dumps({"v": 1, "id": 1, "ok": True, "result": {"workers": LONG}}).encode() + b"\n"
     )
 
     with Client(path) as client:
-        assert client.request("status") == {"workers": workers}
+        assert client.request("status") == {"workers": LONG}
+
+
+def test_several_protectors_of_thousands_of_workers_answer_at_once(says: Says) -> None:
+    paths = []
+    for number in range(4):
+        line = json.dumps({"v": 1, "id": 1, "ok": True, "result": {"name": number, "x": LONG}})
+        paths.append(says(line.encode() + b"\n"))
+
+    assert [each.why for each in query_all(paths, DEADLINE_S)] == [""] * 4
 
 
 def test_a_line_without_end_is_not_kept(says: Says, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,8 @@ class Children:
         # A child that leaves keeps its record while the next one has begun.
         current().board.open_children(2 * count)
         signals = SignalWait(news)
+        # Only USR1: a program that blocks another signal may wait for it in a thread of its own.
+        blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
         try:
             while True:
                 self._reap(is_over)
@@ -94,6 +96,7 @@ class Children:
                 if news & {signal.SIGTERM} & set(found):
                     stop()
         finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, blocked & {signal.SIGUSR1})
             signals.close()
             self._seats.close()  # children that are left see the end of the pipe, and finish
 

@@ -88,14 +88,10 @@ class SignalWait:
     """
 
     def __init__(self, wanted: Iterable[signal.Signals]) -> None:
-        """Wait for these signals from now on, also for those that are blocked and pending.
-
-        Only for the main thread.
-        """
+        """Wait for these signals from now on.  Only for the main thread."""
         self._read_fd, self._write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._wakeup_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
         self._before = {each: signal.signal(each, _note) for each in wanted}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         self._poll = system.poll()
         self._poll.register(self._read_fd, select.POLLIN)
 

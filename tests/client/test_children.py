@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 
@@ -20,6 +21,27 @@ from .sharing import in_child
 def test_no_child_or_more_than_there_are_seats_are_refused(count: int) -> None:
     with pytest.raises(ValueError, match=f"cannot fork {count} processes: 1 to 1024"):
         Children().run(lambda: None, count, lambda: None, lambda: True, lambda: False)
+
+
+def test_of_blocked_signals_only_usr1_is_taken_and_only_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A program that blocks another one may wait for it in a thread of its own."""
+    monkeypatch.setattr("gc.freeze", lambda: None)
+    meanwhile: set[int] = set()
+
+    def is_over() -> bool:
+        meanwhile.update(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        return True
+
+    blocked = {signal.SIGTERM, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        Children().run(lambda: None, 1, lambda: None, is_over, lambda: False, allow_threads=True)
+    finally:
+        after = signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    assert (meanwhile & blocked, after & blocked) == ({signal.SIGTERM}, blocked)
 
 
 def test_forks_that_fail_wait_ever_longer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,11 +39,12 @@ class TermWatch:
         if term_is_free():
             read_fd, write_fd = self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             found = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-            self._previous_wakeup_fd = found
             if found >= 0 and system.running_asyncio() is not None:
                 # asyncio's own, without which it calls no handler of the program.  It wakes the
                 # loop, in which our handler then runs.
                 signal.set_wakeup_fd(found)
+            else:
+                self._previous_wakeup_fd = found
             signal.signal(signal.SIGTERM, self._on_term)
             fork_hook.register(self)
             intake.on_readable(read_fd, self._read)
@@ -72,9 +73,9 @@ class TermWatch:
             return
         if signal.getsignal(signal.SIGTERM) == self._on_term:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        found = signal.set_wakeup_fd(wakeup_fd)
-        if found != self._pipe[1]:
-            signal.set_wakeup_fd(found)  # the program has meanwhile set its own
+        found = signal.set_wakeup_fd(-1)
+        # Otherwise it is the program's, or asyncio's; the one before may be closed by now.
+        signal.set_wakeup_fd(wakeup_fd if found == self._pipe[1] else found)
         for fd in self._pipe:
             os.close(fd)
         self._pipe = None

@@ -114,3 +114,16 @@ def test_asyncio_still_calls_the_programs_handlers_of_other_signals(intake: Inta
 
     asyncio.run(main())
     assert intake.drain.begun()
+
+
+def test_a_wakeup_descriptor_of_asyncios_that_is_closed_by_now_is_not_restored(
+    intake: Intake,
+) -> None:
+    async def main() -> TermWatch:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, print)
+        return TermWatch(intake)
+
+    asyncio.run(main()).stop()
+
+    assert signal.set_wakeup_fd(-1) == -1
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -2,7 +2,7 @@
 
 waitress has no graceful stop.  It closes idle keep-alive connections after `channel_timeout`
 (120 s), so a draining worker would live that long.  This module shortens that time when the drain
-begins, but not for a client that is sending a request.
+begins, but not for a client that is sending the body of a request or reading an answer.
 
 Source: docs.pylonsproject.org/projects/waitress, "Arguments to waitress.serve".
 """
@@ -66,9 +66,11 @@ def serve_on(listener: Listener, app: Any, **options: Any) -> None:
 
     def end_silent(now: float) -> None:
         for each in server.active_channels.values():
-            # A client that pauses while it sends the body of its request is not idle.
+            # A client that pauses while it sends the body of its request is not idle, and neither
+            # is one that pauses while it reads an answer.
             in_body = each.request is not None and each.request.headers_finished
-            patience_s = server.adj.channel_timeout if in_body else _IDLE_S
+            is_busy = in_body or each.total_outbufs_len > 0
+            patience_s = server.adj.channel_timeout if is_busy else _IDLE_S
             if not each.requests and each.last_activity < now - patience_s:
                 each.will_close = True
 

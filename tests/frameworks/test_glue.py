@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -177,6 +178,27 @@ def test_waitress_awaits_the_body_of_a_request_when_it_closes_idle_clients(
     sends.say("x")
     assert sends.hear() == "HTTP/1.1 200 OK\r"
     sends.close()
+    assert worker.wait() == 0
+
+
+def test_waitress_awaits_a_slow_reader_when_it_closes_idle_clients(channel: Channel) -> None:
+    needs.module("waitress")
+    # Most of the answer waits in waitress.
+    channel.listeners[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    worker = channel.start(sys.executable, PROGRAMS / "waitress_app.py", "127.0.0.1:1")
+    reads = channel.connect()
+    path = "/hello-" + "x" * 240_000
+    reads.say(f"GET {path} HTTP/1.1\r\n\r")
+    assert reads.hear() == "HTTP/1.1 200 OK\r"
+    idle = channel.connect()
+
+    channel.end_channel()
+
+    assert idle.hear() == ""
+    while reads.hear() != "\r":
+        pass
+    assert reads.hear().endswith(path[1:])
+    reads.close()
     assert worker.wait() == 0
 
 

@@ -87,13 +87,13 @@ def serve_on(listener: Listener, app: Any, **options: Any) -> None:
 
 def _take_all_families(server: Any) -> None:
     """Let a server take TCP and UNIX clients; waitress makes it for the first listener's family."""
-    set_options = server.set_socket_options
 
-    def set_options_of_tcp(connection: socket.socket) -> None:
+    def set_options(connection: socket.socket) -> None:
         if connection.family != socket.AF_UNIX:
-            set_options(connection)
+            for option in server.adj.socket_options:
+                connection.setsockopt(*option)
 
-    server.set_socket_options = set_options_of_tcp
+    server.set_socket_options = set_options
     server.fix_addr = lambda peer: peer if isinstance(peer, tuple) else ("localhost", None)
 
 

@@ -236,3 +236,17 @@ def test_waitress_serves_tcp_and_unix_clients_in_one_worker(
         peers += [line for line in lines if line.startswith("Peer")]
 
     assert sorted(peers) == ["Peer: 127.0.0.1\r", "Peer: localhost\r"]
+
+
+def test_waitress_sets_its_options_of_tcp_clients_beside_a_unix_listener() -> None:
+    needs.module("waitress")
+    from socketprotector_client.waitress import _take_all_families
+    from waitress.adjustments import Adjustments
+    from waitress.server import UnixWSGIServer
+
+    server = UnixWSGIServer.__new__(UnixWSGIServer)
+    server.adj = Adjustments()
+    _take_all_families(server)
+    with socket.socket() as client:
+        server.set_socket_options(client)
+        assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

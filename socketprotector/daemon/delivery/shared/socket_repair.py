@@ -98,9 +98,9 @@ class SocketRepair:
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
-        # If some running workers lack the listener's only socket, make no second socket: the
-        # starting generation must get the only socket.  Otherwise perhaps no worker could accept
-        # the clients that wait at the only socket.
+        # Running workers may lack the listener's only socket, for example because we replaced it.
+        # Then make no second socket, and give the only socket to the starting generation: otherwise
+        # perhaps no worker could accept the clients that wait there.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)
@@ -156,9 +156,9 @@ class SocketRepair:
         """Replace a broken socket by a new socket.
 
         If no socket can be bound, keep the old socket for a later repair in two cases.  First,
-        another try may succeed (RETRY_ERRNOS).  Second, a path with two sockets has lost only its
-        files.  In all other cases use the listener's other or reserved socket instead.  Without
-        such a socket, the listener is lost.
+        another try may succeed (RETRY_ERRNOS).  Second, a UNIX path has two sockets, this socket
+        still listens, and only its files are missing.  In all other cases use the listener's other
+        or reserved socket instead.  Without such a socket, the listener is lost.
         """
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         address = listener.settings.address

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from typing import TYPE_CHECKING, Any, Awaitable, Callable, Optional, Tuple, Type
+from typing import TYPE_CHECKING, Any, Awaitable, Callable, List, Optional, Tuple, Type
 
 from .errors import Drained
 from .shared_epoll import BesideEpoll, loop_with_epoll
@@ -38,6 +38,9 @@ class TaskListener:
         self._intake = current().open_intake(address, limit)
         self._closed = False
         self._pause = self._library.CancelScope()
+        # Of the tasks that wait for SIGTERM; and how many calls of `serve` and handlers need them.
+        self._obeying: List[Any] = []
+        self._serving = 0
         # The object that holds the loop's epoll, which BesideEpoll replaces, and the attribute.
         self._loop: Tuple[object, str] = (None, "")
 
@@ -86,14 +89,25 @@ class TaskListener:
 
     async def _serve(self, handler: _Handler, own: Any, tasks: Any) -> None:
         """Start a handler in `tasks` for each connection; once drained, end the task in `own`."""
-        obeying = self._library.CancelScope()
         if term_is_free():
-            await own.start(self._obey_term, obeying)
+            self._obeying.append(self._library.CancelScope())
+            await own.start(self._obey_term, self._obeying[-1])
+        self._serving += 1
         try:
             while True:
-                tasks.start_soon(self._serve_one, handler, await self._take())
+                plain = await self._take()
+                self._serving += 1
+                tasks.start_soon(self._serve_one, handler, plain)
         except self._ended:
-            obeying.cancel()  # not `own`: a handler may do more after it has closed its stream
+            pass  # a handler may do more after it has closed its stream
+        finally:
+            self._one_ended()
+
+    def _one_ended(self) -> None:
+        self._serving -= 1
+        if not self._serving:
+            for each in self._obeying:
+                each.cancel()
 
     async def _serve_one(self, handler: _Handler, plain: socket.socket) -> None:
         try:
@@ -103,6 +117,7 @@ class TaskListener:
                     await handler(stream)
         finally:
             self._intake.open.ended()
+            self._one_ended()
 
     async def _obey_term(self, obeying: Any, *, task_status: Any) -> None:
         with obeying, self._library.open_signal_receiver(signal.SIGTERM) as signals:

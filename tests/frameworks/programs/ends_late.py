@@ -1,7 +1,8 @@
-"""A handler that still works after it has closed its stream, until the drain is over."""
+"""A handler that still works after it has closed its stream, and after the drain, at a SIGTERM."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
@@ -9,13 +10,19 @@ import anyio
 import trio
 from socketprotector_client.anyio import Listener
 from socketprotector_client.trio import serve
+from socketprotector_client.worker import current
+
+over: list[bool] = []
+finish = current().drain.finish
 
 
 async def talk(stream: anyio.abc.SocketStream | trio.SocketStream) -> None:
     await stream.aclose()
-    # The library handles the signal until the last connection is closed.
-    while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    while not over:
         await anyio.sleep(0.01)
+    await anyio.sleep(0.1)  # `serve` has learnt it by then
+    os.kill(os.getpid(), signal.SIGTERM)
+    await anyio.sleep(0.1)
     print("finished", flush=True)
 
 
@@ -24,6 +31,12 @@ async def main() -> None:
         await listener.serve(talk)
 
 
+def finished() -> None:
+    finish()
+    over.append(True)
+
+
+current().drain.finish = finished  # type: ignore[method-assign]
 if sys.argv[1] == "trio":
     trio.run(serve, talk)
 else:

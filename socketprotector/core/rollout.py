@@ -237,8 +237,9 @@ def promote_requested(step: Step, met: int | None, *, now: bool) -> None:
 
 def room(fleet: Fleet, most: int) -> int:
     """Return how many workers may start now, at most `most`."""
-    in_force = fleet.policy.rolls or not fleet.dry_run  # a dry run does not end who leaves
-    if not (fleet.newest_policy.rolls and in_force):
+    # A dry run cannot make room: it ends nobody's connections.
+    policy = fleet.policy if fleet.dry_run else fleet.newest_policy
+    if not policy.rolls:
         return most
     return max(0, min(most, fleet.most_processes - sum(1 for _ in fleet.alive())))
 

@@ -118,7 +118,7 @@ class WorkerPool:
         if not workers:
             return ""
         # The advice needs only one socket that any worker has bound itself.  So it does not matter
-        # that sockets_of() has one limit for all workers, and may leave out some descriptors.
+        # that sockets_of() searches a limited number of descriptors, counted over all workers.
         pids = [each.process.pid for each in workers]
         return known_servers.advice(
             workers[0].generation.program,
@@ -308,7 +308,7 @@ class WorkerPool:
     # -- readiness and exits -------------------------------------------------
 
     def _note_shared_output(self, worker: Worker) -> None:
-        """If several workers run, set output_start to -1 (shared) for all: the log mixes lines."""
+        """If several workers run, set output_start to -1 (shared) for all: their lines mix."""
         for each in reversed(self._workers.values()):
             if each.record.output_start < 0:
                 break  # all workers that started earlier have -1, too

@@ -44,10 +44,8 @@ LAST_WAIT_S = 10.0
 #: The guard's exit status if the protector cannot be started at all (errors.SystemRefused).
 FAILED = 111
 #: How many recent exits of workers are sent again to the next protector, and for how long: the
-#: killed protector may not have read them.  With LINE_BYTES, whatever net.core.wmem_default says,
-#: the line has room for 278.
-LAST_STATUSES, LINE_BYTES = 512, 106_496
-SENT_AGAIN_S = 10.0
+#: killed protector may not have read them.  A buffer of BUFFER_BYTES has room for 278 exits.
+LAST_STATUSES, SENT_AGAIN_S, BUFFER_BYTES = 512, 10.0, 106_496
 #: Sockets that may have files, by the beginnings of their names.
 WITH_FILES = (inherited.LISTENER, inherited.SIBLING, inherited.RESERVED)
 #: How long the guard waits before it looks again, if the kernel has no memory to wait for events.
@@ -104,7 +102,7 @@ class Guard:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self.line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LINE_BYTES)
+            self.line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
             self.pid = os.fork()
             if self.pid == 0:
                 self._become({**self.store, inherited.GUARD: theirs.fileno()})

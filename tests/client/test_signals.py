@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 from socketprotector_client.intake import Intake
@@ -96,6 +97,15 @@ def test_sigterm_reaches_a_pool_whose_threads_are_all_busy(channel: Channel) -> 
     assert (worker.read_last(), worker.wait()) == ("ended", 0)
 
 
+@pytest.fixture
+def _term_is_free() -> Iterator[None]:
+    """A process that pytest-xdist starts handles SIGTERM."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("_term_is_free")
 def test_asyncio_still_calls_the_programs_handlers_of_other_signals(intake: Intake) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -116,6 +126,7 @@ def test_asyncio_still_calls_the_programs_handlers_of_other_signals(intake: Inta
     assert intake.drain.begun()
 
 
+@pytest.mark.usefixtures("_term_is_free")
 def test_a_wakeup_descriptor_of_asyncios_that_is_closed_by_now_is_not_restored(
     intake: Intake,
 ) -> None:

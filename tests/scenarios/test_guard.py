@@ -616,7 +616,7 @@ def test_how_workers_ended_is_reported_once_a_protector_that_stood_still_reads_o
     ends = [b"X_EXITED=%d 0" % pid for pid in range(2000)]
     one = guard.Guard([], {})
     line, protectors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, guard.LINE_BYTES)
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, guard.BUFFER_BYTES)
     one.line = line
 
     for each in ends:

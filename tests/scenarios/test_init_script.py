@@ -961,7 +961,7 @@ def test_a_lock_of_another_program_on_a_left_pid_file_is_no_protector(machine: M
     assert machine.run("status", "web") == 1
 
 
-@pytest.mark.skipif(shutil.which("flock") is None, reason="by the lock alone")
+@needs.programs("flock")
 @pytest.mark.parametrize("content", ["", "0\n", "; reboot\n"])
 def test_a_locked_pid_file_without_a_number_may_be_a_protectors(
     machine: Machine, content: str

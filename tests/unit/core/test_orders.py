@@ -18,7 +18,6 @@ from socketprotector.core.events import (
     DeadlinePassed,
     DryRunRequested,
     Event,
-    HandingOver,
     Launched,
     Quiesced,
     ReloadRequested,
@@ -108,7 +107,7 @@ def take_all(world: World, *happened: Event) -> None:
             world.take(DeadlinePassed(TURN))
 
 
-def test_a_worker_that_waits_for_room_starts_once_a_dry_run_with_a_bound_is_over() -> None:
+def test_a_worker_starts_without_waiting_for_room_in_a_dry_run_with_a_bound() -> None:
     """A random order that was seen once."""
     world = World(Policy(), 2, configured=True)
     take_all(
@@ -127,11 +126,7 @@ def test_a_worker_that_waits_for_room_starts_once_a_dry_run_with_a_bound_is_over
         SettingsRead(Policy(surge=1, drain_timeout_s=9.0), 3),
         WorkerExited(6, DIED),
     )
-    assert [worker.alive for worker in world.fleet[1].workers] == [True, True, False]
-
-    world.take(HandingOver())
-
-    assert world.fleet[1].workers[2].alive
+    assert all(worker.alive for worker in world.fleet[1].workers)
 
 
 @pytest.mark.parametrize("quiesces", [True, False])

@@ -99,8 +99,8 @@ class SocketRepair:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
         # Running workers may lack the listener's only socket, for example because we replaced it.
-        # Then make no second socket, and give the only socket to the starting generation: otherwise
-        # perhaps no worker could accept the clients that wait there.
+        # Clients may already wait at it.  Then make no second socket: the starting generation would
+        # get the second socket, and perhaps no worker could accept those clients.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)
@@ -130,8 +130,8 @@ class SocketRepair:
     def must_be_reachable(self, listener: Listener) -> bool:
         """Return whether a new release must fail if clients cannot reach it at this listener.
 
-        True if the listener has two sockets, or if all listeners are cut off (their socket files
-        were removed).
+        True if the listener has two sockets.  Also true if all listeners are cut off (their socket
+        files were removed): then clients could reach the release nowhere.
         """
         return listener.has_sibling or all(each.is_cut_off for each in self._listeners.living)
 
@@ -156,9 +156,10 @@ class SocketRepair:
         """Replace a broken socket by a new socket.
 
         If no socket can be bound, keep the old socket for a later repair in two cases.  First,
-        another try may succeed (RETRY_ERRNOS).  Second, a UNIX path has two sockets, this socket
-        still listens, and only its files are missing.  In all other cases use the listener's other
-        or reserved socket instead.  Without such a socket, the listener is lost.
+        another try may succeed (RETRY_ERRNOS).  Second, the listener is a UNIX path with two
+        sockets, and this socket still listens: only its files are missing.  In all other cases use
+        the listener's other or reserved socket instead.  Without such a socket, the listener is
+        lost.
         """
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         address = listener.settings.address

@@ -118,7 +118,7 @@ class WorkerPool:
         if not workers:
             return ""
         # The advice needs only one socket that any worker has bound itself.  So it does not matter
-        # that sockets_of() searches a limited number of descriptors, counted over all workers.
+        # that sockets_of() stops after a limited number of descriptors, before the last workers.
         pids = [each.process.pid for each in workers]
         return known_servers.advice(
             workers[0].generation.program,

@@ -98,9 +98,9 @@ class SocketRepair:
         if listener.is_reserved_for_clients and not self._hold.on:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
-        # Running workers may lack the listener's only socket, for example because we replaced it.
-        # Clients may already wait at it.  Then make no second socket: the starting generation would
-        # get the second socket, and perhaps no worker could accept those clients.
+        # If running workers lack the listener's only socket (for example because we replaced it),
+        # clients may already wait at it.  So the starting generation must get this socket: if it
+        # got a second one, perhaps no worker could accept the waiting clients.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)

@@ -237,7 +237,7 @@ def promote_requested(step: Step, met: int | None, *, now: bool) -> None:
 
 def room(fleet: Fleet, most: int) -> int:
     """Return how many workers may start now, at most `most`."""
-    # A dry run cannot make room: it ends nobody's connections.
+    # A dry run cannot make room: it ends no connections.
     policy = fleet.policy if fleet.dry_run else fleet.newest_policy
     if not policy.rolls:
         return most

@@ -145,7 +145,7 @@ def _listeners(
     refused: list[Refusal] = []
     earlier: dict[str, Listen] = {}
     # UNIX paths come last: we may be killed while a host name is resolved (config_reader.py), and
-    # then nobody would remove their files.
+    # then no process would remove their files.
     paths_last = sorted(enumerate(parsed.listens), key=lambda each: each[1].path is not None)
     for number, listen in paths_last:
         try:

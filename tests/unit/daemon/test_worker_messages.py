@@ -144,7 +144,7 @@ def test_a_worker_that_sends_without_end_is_left_soon_in_a_turn_of_the_loop(
     world: World, failed: bool
 ) -> None:
     """Each message may take a millisecond, and an operator's request takes several turns."""
-    if failed:  # then the socket is watched anew
+    if failed:  # then the protector watches the socket again
         world.notify.fails = errno.ENOMEM
         world.messages.read(1)
         world.notify.fails = 0

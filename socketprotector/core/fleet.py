@@ -296,8 +296,11 @@ class Fleet:
 
     @property
     def newest_policy(self) -> Policy:
-        """The policy of the generation that starts or settles; otherwise the policy in force."""
-        incoming = self.incoming
+        """The policy of the generation that starts or settles; otherwise the policy in force.
+
+        A dry run brings none: it ends no connections, and its generation does not stay.
+        """
+        incoming = None if self.dry_run else self.incoming
         return self.policy_of(incoming.fresh) if incoming else self.policy
 
     @property

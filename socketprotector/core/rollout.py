@@ -237,9 +237,7 @@ def promote_requested(step: Step, met: int | None, *, now: bool) -> None:
 
 def room(fleet: Fleet, most: int) -> int:
     """Return how many workers may start now, at most `most`."""
-    # A dry run cannot make room: it ends no connections.
-    policy = fleet.policy if fleet.dry_run else fleet.newest_policy
-    if not policy.rolls:
+    if not fleet.newest_policy.rolls:
         return most
     return max(0, min(most, fleet.most_processes - sum(1 for _ in fleet.alive())))
 
@@ -253,7 +251,7 @@ def lacks_room(fleet: Fleet, starting: Generation) -> bool:
 def waits_to_replace(fleet: Fleet) -> bool:
     """Return whether replacements of single workers wait for the end of a rolling reload."""
     incoming = fleet.incoming if fleet.of(Phase.SERVING) else None
-    return incoming is not None and fleet.policy_of(incoming.fresh).rolls
+    return incoming is not None and fleet.newest_policy.rolls
 
 
 def may_respawn(fleet: Fleet, generation: Generation) -> bool:

@@ -102,8 +102,8 @@ class Step:
             # The order to the whole generation came before this worker was started.
             self.end_evenly(draining, worker.number)
         incoming = self.fleet.incoming
-        is_new = incoming is not None and incoming.number == generation
-        policy = self.fleet.newest_policy if is_new else self.fleet.policy
+        is_new = incoming is not None and incoming.number == generation and incoming.fresh
+        policy = self.fleet.policy_of(is_new)
         self.start(TimerKind.WORKER_START, worker.number, policy.start_timeout_s)
 
     def spawn_one(self, generation: Generation) -> None:

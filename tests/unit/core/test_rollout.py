@@ -987,6 +987,31 @@ def test_a_dry_run_of_rolling_neither_ends_who_leaves_nor_waits_for_them(story: 
     assert ReportKind.DRY_RUN_PASSED in [kind for kind, _ in news(passed)]
 
 
+def test_a_dry_run_that_ends_rolling_starts_a_worker_within_the_bound(story: Story) -> None:
+    """Its own order allows no process more than there are, but is not in force."""
+    story.given_serving(rolling(), workers=3)
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(DryRunRequested())
+
+    actions = story.when(SettingsRead(Policy(start_timeout_s=7.0), None))
+
+    assert spawned(actions) == [4]
+    assert StartTimer(Deadline(TimerKind.START, 2), 7.0) in actions
+    passed = story.when(WorkerReady(4))
+    assert ReportKind.DRY_RUN_PASSED in [kind for kind, _ in news(passed)]
+
+
+def test_the_timeout_of_a_dry_run_of_rolling_limits_no_leaving_worker(story: Story) -> None:
+    story.given_serving(workers=2)
+    story.fleet = replace(story.fleet, configured=True)
+    story.and_also(DryRunRequested(), SettingsRead(rolling(), None))
+
+    actions = story.when(ScaleRequested(to=1))
+
+    assert Signal(2, WorkerSignal.TERM) in actions
+    assert Deadline(TimerKind.WORKER_RETIRE, 2) not in story.fleet.timers
+
+
 def test_the_last_good_command_is_renewed_within_the_bound_too(story: Story) -> None:
     story.given_serving(rolling(), workers=4)
 

@@ -245,10 +245,8 @@ class World:
                     if p.generation == number and other not in self.orphaned
                 ]
                 assert slot not in others, "two living workers in one slot"
-                # A stop starts one for queued clients that no other worker can take.  A dry run has
-                # the bound only if the order in force has it, too.
-                bound = self.fleet.policy if self.fleet.dry_run else self.fleet.newest_policy
-                if bound.rolls and self.fleet.stopping is None:
+                # A stop starts one for queued clients that no other worker can take.
+                if self.fleet.newest_policy.rolls and self.fleet.stopping is None:
                     alive = sum(1 for _ in self.fleet.alive())
                     assert alive <= self.fleet.most_processes, "more processes than allowed"
                 if self.channels[number] != "failed":

@@ -30,8 +30,8 @@ def adopt(
         third, third_number = _newest(unclaimed.take(inherited.RESERVED, index))
         # A socket may change its role.  If the protector was killed during the change, the guard
         # or the fd store may have the socket under two names, so we inherit two copies.  Close one
-        # copy.  Its stored name must never be reused, so the next socket in the closed copy's role
-        # needs a higher number.
+        # copy.  Its name, which consists of a role and a number, stays in the store, and must never
+        # be reused.  So the next socket in that role needs a higher number.
         if _close_if_same(second, (first,)):
             second = -1  # UnixListener._place() will raise the number
         if _close_if_same(third, (first, second)):

@@ -37,7 +37,7 @@ from .verdicts import Verdict
 #: The pause before we retry one of two steps: the check whether a worker has accepted our
 #: connection, or connect() to a UNIX socket with a full backlog.  The pause is a tenth of the time
 #: since the probe was sent, but at least _FIRST_PAUSE_S and at most _LAST_PAUSE_S.  If the probe
-#: reuses an earlier probe's connection, that connection's first probe counts.
+#: reuses an earlier probe's connection, the time runs from that connection's first probe.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.005, 1.0, 0.1
 #: A silent prober gets this much time after the probe's limit, because it may be slow to start.
 #: Then we kill the prober.
@@ -80,8 +80,8 @@ class Probe:
         #: The running command.  We kill a late command.  The kill may fail if the command runs as
         #: another user, and takes effect late if the command waits for a disk.
         self._command: CheckCommand | None = None
-        #: The reason that the latest late HTTP probe or command reported.  While its connection
-        #: waits, or its command runs, later probes report the same reason.
+        #: Why the last HTTP probe or command was late.  While that probe's connection waits, or
+        #: that command runs, later probes report the same reason.
         self._late_why = ""
 
     def send(
@@ -123,9 +123,9 @@ class Probe:
 
     @property
     def target_is_closed(self) -> bool:
-        """Whether the probed and the serving socket differ in an option that can keep clients out.
+        """Whether the probed socket may keep clients out, unlike the serving socket.
 
-        False without a target.
+        Then the two sockets differ in an option.  False without a target.
         """
         return self._target is not None and self._target.is_closed()
 
@@ -306,7 +306,7 @@ class Probe:
             # A reset has one of two causes: the listening socket was shut down, or a server has
             # accepted and reset the connection.  One reset does not tell which, so report REFUSED.
             # Before the next probe, delivery/shared/socket_repair.py repairs a shut-down socket.
-            # If the next probe is reset, too, a server accepts: the branch below reports GOOD.
+            # If the next probe is reset, too, a server accepts: the last branch reports GOOD.
             self._finish(verdicts.REFUSED, self._cannot_connect(code))
         elif waits:
             self._finish(*self._not_accepted())

@@ -18,8 +18,8 @@ class SharedListeners:
         """Take ownership of the listeners."""
         self.host = host
         self.all = list(listeners)
-        #: The removed listeners from which generations still accept the last clients, each with the
-        #: numbers of its sockets that no generation has.
+        #: The removed listeners from which generations still accept the last clients.  The value
+        #: holds the numbers (0, 1) of the sockets from which no generation accepts.
         self.removed: dict[Listener, Collection[int]] = {}
         #: Address -> why clients may come to the wrong socket; set by SocketSteering.steer().
         self.not_steered: dict[str, str] = {}
@@ -111,8 +111,8 @@ class Steering(ABC):
     def adopt_held(self) -> None:
         """Give the held clients of UNIX paths to the next generation.
 
-        Also give the next generation the clients of a UNIX path whose socket some workers lack
-        (Turns.lacks_workers()).
+        Also give it the clients of a UNIX path if some workers of the serving generation lack
+        the path's current socket (Turns.lacks_workers()).
 
         While a hold lasts, do nothing: its clients must continue to wait.  If generations already
         accept from both socket numbers, 0 and 1, no socket is free for the next generation.  In

@@ -1,8 +1,9 @@
 """The prober: sends HTTP probes to a generation, and reports the answers.
 
-The prober is a separate process: http.client and ssl must not stay in the protector's memory, and a
-server may answer badly or never.  The prober exits when its line to the protector is closed.  It
-runs as a script, on the standard library alone:
+The prober is a separate process: ssl must not stay in the protector's memory, and a server may
+answer badly or never.  A reload waits for the prober's start, and clients for the processor that
+the start uses.  So it imports little; http.client would double the time.  The prober exits when its
+line to the protector is closed.  It runs as a script, on the standard library alone:
 
     python prober.py LINE
 
@@ -22,8 +23,6 @@ reports `+0` for each connection to the generation.
 from __future__ import annotations
 
 import contextlib
-import http.client
-import io
 import json
 import os
 import select
@@ -32,7 +31,10 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 #: The time limit of a probe that has none of its own.
 LIMIT_S = 5.0
@@ -54,52 +56,58 @@ class BadAnswer(Exception):
     """An answer that is not HTTP, or too long; the message says why."""
 
 
-class Answer(io.RawIOBase):
-    """The bytes from a socket, up to the probe's time limit and _MOST_BYTES."""
+class Answer:
+    """What a server answers, up to the probe's time limit and _MOST_BYTES.
+
+    Messages are read as RFC 9112 has them, but their fields are not checked.
+    """
 
     def __init__(self, connection: socket.socket, until: float) -> None:
         self._socket, self._until = connection, until
-        self._remaining = _MOST_BYTES
+        self._received = bytearray()
+        self._read = 0  # how many of the received bytes line() has returned
 
-    def readable(self) -> bool:
-        return True
+    def head(self) -> tuple[int, str, dict[bytes, bytes]]:
+        """Return the status, its reason and the header fields.  Raises BadAnswer, OSError."""
+        first = self.line()
+        version, _, rest = first.partition(b" ")
+        code, _, reason = rest.partition(b" ")
+        if version[:7] != b"HTTP/1." or len(code) != 3 or not code.isdigit() or code < b"100":
+            raise BadAnswer(f"no HTTP: {_shown(first.decode('latin-1'))}")
+        fields = {}
+        while line := self.line():
+            name, _, value = line.partition(b":")
+            fields[name.strip().lower()] = value.strip()
+        return int(code), reason.decode("latin-1"), fields
 
-    def readinto(self, buffer: Any) -> int:
-        if not self._remaining:
+    def body(self, fields: dict[bytes, bytes]) -> bytes:
+        """Return the first bytes of the body.  Raises BadAnswer, OSError; ValueError: no number."""
+        length = int(fields.get(b"content-length", b"%d" % _SHOWN))
+        if fields.get(b"transfer-encoding", b"").lower() == b"chunked":
+            length = int(self.line().partition(b";")[0], 16)
+        if self._read == len(self._received) and length:
+            self._receive()
+        return bytes(self._received[self._read :][: min(length, _SHOWN)])
+
+    def line(self) -> bytes:
+        """Return the next line of a header, without its end."""
+        while (end := self._received.find(b"\n", self._read)) < 0:
+            if not self._receive():
+                where = "within its header" if self._received else "without an answer"
+                raise BadAnswer(f"closed {where}")
+        line = bytes(self._received[self._read : end])
+        self._read = end + 1
+        return line.removesuffix(b"\r")
+
+    def _receive(self) -> bool:
+        """Receive more bytes; return False at the end of the answer."""
+        left = _MOST_BYTES - len(self._received)
+        if not left:
             raise BadAnswer(f"more than {_MOST_BYTES // 1024} KiB")
         self._socket.settimeout(max(0.001, self._until - time.monotonic()))
-        count = self._socket.recv_into(memoryview(buffer)[: self._remaining])
-        self._remaining -= count
-        return count
-
-
-class Lines(io.BufferedReader):
-    """An answer that must have a complete header: http.client does not check that."""
-
-    _begun = False
-
-    def flush(self) -> None:
-        """Do nothing: a response may flush this reader after an earlier (1xx) one closed it.
-
-        Python 3.13 would report that on stderr.
-        """
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        line = super().readline(size)
-        if not line.endswith(b"\n") and (line or self._begun) and len(line) != size:
-            raise BadAnswer("closed within its header")
-        self._begun = True
-        return line
-
-
-class Answering:
-    """An answer in the form of a socket, for http.client.HTTPResponse."""
-
-    def __init__(self, answer: Answer) -> None:
-        self._lines = Lines(answer)
-
-    def makefile(self, mode: str) -> Lines:
-        return self._lines
+        data = self._socket.recv(left)
+        self._received += data
+        return bool(data)
 
 
 class ProbeRequest:
@@ -160,10 +168,6 @@ class ProbeRequest:
             why = f"no answer within {self._limit}"
         except BadAnswer as error:
             why = str(error)
-        except http.client.RemoteDisconnected:
-            why = "closed without an answer"
-        except http.client.HTTPException as error:
-            why = f"no HTTP: {_shown(str(error) or type(error).__name__)}"
         except ConnectionRefusedError:
             why = "refused"
         except OSError as error:
@@ -177,34 +181,29 @@ class ProbeRequest:
 
     def _fetch(self, plain: socket.socket, until: float) -> str:
         """Send the request, and return why the answer is bad; "": it is good."""
-        fields = self._fields
+        request = self._fields
         plain.settimeout(max(0.001, until - time.monotonic()))
         with self._secured(plain) as connection:
             header = (
-                f"GET {fields['path']} HTTP/1.1",
-                f"Host: {fields['host'] or _shown_address(*fields['address'])}",
+                f"GET {request['path']} HTTP/1.1",
+                f"Host: {request['host'] or _shown_address(*request['address'])}",
                 "User-Agent: SocketProtector",
                 "Accept: */*",
                 "Connection: close",
             )
             connection.sendall("".join(f"{line}\r\n" for line in (*header, "")).encode("ascii"))
-            answering = Answering(Answer(connection, until))
-            # All responses are kept: a discarded one would close the connection.
-            responses: list[http.client.HTTPResponse] = []
-            while not responses or (
-                100 <= responses[-1].status < 200 and responses[-1].status != 101
-            ):
-                responses.append(http.client.HTTPResponse(answering, method="GET"))  # type: ignore[arg-type]
-                responses[-1].begin()  # for example 103 comes before the answer
-            response = responses[-1]
-            if response.status in fields["good"]:
+            answer = Answer(connection, until)
+            status, reason, fields = answer.head()
+            while status < 200 and status != 101:  # for example 103 comes before the answer
+                status, reason, fields = answer.head()
+            if status in request["good"]:
                 return ""
-            try:
-                body = response.read1(_SHOWN)
-            except (OSError, BadAnswer, http.client.HTTPException):
-                body = b""
+            body = b""
+            if status not in (101, 204, 304):  # these have no body
+                with contextlib.suppress(OSError, BadAnswer, ValueError):
+                    body = answer.body(fields)
             says = _shown(body.decode("utf-8", "replace").strip()) if body.strip() else ""
-            return f"{response.status}, {says or _line(response.reason) or 'no text'}"
+            return f"{status}, {says or _line(reason) or 'no text'}"
 
     def _secured(self, plain: socket.socket) -> socket.socket:
         if self._fields["kind"] != "https":

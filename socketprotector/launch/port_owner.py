@@ -13,6 +13,7 @@ from contextlib import suppress
 from ..system.socket_file import path_of
 
 _CREDENTIALS = struct.Struct("3i")
+_OURS = "SocketProtector"  # the name of a protector's process, and of its guard's
 #: At a reload, the pid of the running protector: no advice may be to stop it.  At a start, 0.
 protector = 0
 
@@ -64,11 +65,11 @@ def addresses_of(pid: int) -> frozenset[str]:
 def _advice(pid: int | None) -> str:
     """Return which process has an address, and what to do."""
     if pid and protector and _is_of_protector(pid):
-        which = "SocketProtector" if pid == protector else f"its process {pid}"
+        which = _OURS if pid == protector else f"its process {pid}"
         return f"{which} has it: leave it out, and add it when the old workers have exited"
-    program = _program(pid) if pid else ""
+    pid, program = _holder_to_name(pid) if pid else (0, "")
     called = f"process {pid} ({program})" if program else "another program"
-    if program == "SocketProtector":
+    if program == _OURS:
         hint = "if that is this instance, use `socketprotectorctl diff`; otherwise"
         return f"{called} has it: {hint} stop it, or choose another address"
     return f"{called} has it: stop that program, or choose another address"
@@ -83,13 +84,23 @@ def _is_of_protector(pid: int) -> bool:
     return False
 
 
-def _program(pid: int) -> str:
-    """Return the name of a process's program; "" if the process has ended."""
+def _holder_to_name(pid: int) -> tuple[int, str]:
+    """Return the pid and program of a process, or of the SocketProtector that started it.
+
+    Under --handoff listener, workers have the socket, too.  If an operator stopped a worker, the
+    protector would replace the worker, and the address would still be in use.
+    The program is "" if the process has ended.
+    """
     import psutil
 
+    program = ""
     with suppress(psutil.Error):  # a child of the process may still have the socket
-        return psutil.Process(pid).name()
-    return ""
+        process = psutil.Process(pid)
+        program = process.name()
+        for each in (process, *process.parents()):
+            if each.name() == _OURS:
+                return each.pid, _OURS
+    return pid, program
 
 
 def of_path(path: str) -> str:

@@ -9,13 +9,15 @@ import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from socketprotector.launch import port_owner
 from tests import needs
-from tests.running import MARK, Ended, marked
+from tests.running import MARK, Ended, Protector, marked
 from tests.scenarios.starting import MINIMAL, Start, start_of
 from tests.scenarios.tools import worker
 
@@ -48,6 +50,20 @@ def test_a_port_in_use_is_refused_with_the_name_of_the_process_that_has_it(
     who = rf"process {os.getpid()} \(.+\) has it: stop that program, or choose another address"
     refused(ended, 111, rf"cannot listen on 127.0.0.1:{port} .*Address already in use", who)
     assert start.left() == []
+
+
+def test_a_port_that_a_worker_has_too_is_refused_with_the_name_of_its_protector(
+    protector: Callable[..., Protector],
+) -> None:
+    """A worker that is stopped by hand is replaced, and the replacement has the port."""
+    command = ("--", *worker("master", "v1"))
+    daemon = protector("--handoff", "listener", "--ready", "notify", "127.0.0.1:0", *command)
+    daemon.ready()
+    expected = f"process {daemon.pid} (SocketProtector) has it: if that is this instance, use "
+
+    assert port_owner.of_port("127.0.0.1", daemon.port).startswith(expected)
+    daemon.reload()  # a worker of this generation has the address's other socket
+    assert port_owner.of_port("127.0.0.1", daemon.port).startswith(expected)
 
 
 def test_the_wildcard_is_in_use_where_one_address_is(start: Start) -> None:

@@ -136,9 +136,9 @@ def prepare(current: str, target: str) -> None:
 
     Raises OSError.
     """
-    if found := in_the_way(current):
-        raise OSError(errno.EEXIST, found)
     following = f"{current}.next"
+    if found := in_the_way(current) or in_the_way(following):
+        raise OSError(errno.EEXIST, found)
     for _ in range(2):
         try:
             os.symlink(target, following)

@@ -253,6 +253,10 @@ class Host(Machine):
         """Whether a release is there, served or not."""
         return version in self.run("ls", "/srv/web/releases").stdout.split()
 
+    def mode(self, version: str) -> str:
+        """The mode of a release's folder."""
+        return self.run("stat", "-c", "%a", f"/srv/web/releases/{version}").stdout.strip()
+
     @property
     def reloads(self) -> list[str]:
         """How each ended."""
@@ -345,7 +349,8 @@ class Fleet:
         self.machines.append(host)
         self.hosts.append(host)
         host.serve(self.folder, self.options)
-        host.sshd = host.start("/usr/sbin/sshd", "-D", "-e", "-f", self.folder / "sshd_config")
+        words = ("/usr/sbin/sshd", "-D", "-e", "-f", self.folder / "sshd_config")
+        host.sshd = host.start(*words, umask=0o077)  # as logins of hardened hosts have it
         return host
 
     def close(self) -> None:

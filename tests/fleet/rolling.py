@@ -56,6 +56,8 @@ def test_a_release_fails_no_request(five: Fleet, load: Load, number: int) -> Non
 
     assert status == 0, said
     assert five.versions == [version] * five.SIZE
+    modes = [each.mode(version) for each in five.hosts]
+    assert modes == ["755"] * five.SIZE, "not what the login's umask would make of it"
     no_request_failed(load)
 
 

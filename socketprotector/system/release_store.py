@@ -30,17 +30,20 @@ def named(current: str, releases: str) -> str:
 
     Raises ReleaseError if it does not lead to a direct child of the folder of releases.
     """
+    link = f"{os.path.join(releases, 'NAME')} {current}"
     try:
         target = os.path.join(os.path.dirname(current), os.readlink(current))
-        folder, name = os.path.split(target.rstrip("/"))
+    except OSError as error:
+        why = error.strerror if error.errno != errno.EINVAL else "it is no symbolic link"
+        raise ReleaseError(f"{current}: {why}; make it once: ln -s {link}") from error
+    folder, name = os.path.split(target.rstrip("/"))
+    why = f"which is no direct child of {releases}"
+    try:
         if is_name(name) and os.path.samestat(os.stat(folder), os.stat(releases)):
             return name
     except OSError as error:
-        why = error.strerror if error.errno != errno.EINVAL else "it is no symbolic link"
-        raise ReleaseError(
-            f"{current}: {why}; make it once: ln -s {os.path.join(releases, 'NAME')} {current}"
-        ) from error
-    raise ReleaseError(f"{current} leads to {target}, which is no direct child of {releases}")
+        why = f"but {what_failed(error)}"
+    raise ReleaseError(f"{current} leads to {target}, {why}; change it: ln -sfn {link}")
 
 
 def check(releases: str, name: str, owners: Collection[int]) -> str:

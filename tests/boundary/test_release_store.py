@@ -97,7 +97,7 @@ def test_it_names_a_release_by_a_relative_or_absolute_link(place: Place) -> None
         ("../releases/1/x", "No such file|no direct child"),
         ("/etc", "no direct child"),
         ("../live/x", "no direct child"),
-        ("../nothing/1", "No such file"),
+        ("../nothing/1", "/nothing/1, but .*/nothing: No such file or dir.*; change it: ln -sfn"),
         ("current", "no direct child"),
         (None, "No such file or directory; make it once: ln -s"),
         ("", "it is no symbolic link; make it once"),

@@ -17,6 +17,7 @@ from .channel import Channel, has_ended
 from .drain_state import Drain
 from .environment import read_environment
 from .intake import Intake
+from .log import Logger
 from .scoreboard import Scoreboard
 from .sd_notify import notify
 from .source import ChannelSource, ListenSource, Source
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 DEFAULT_BACKLOG = 4096
 
 
+_log = Logger(__name__)
 _made: List[Worker] = []
 # Two Workers would both close the descriptor of the scoreboard, the second perhaps another file.
 _making = threading.RLock()
@@ -93,6 +95,7 @@ class Worker:
             from .spread import Spread
 
             self.spread = Spread(self.drain, environment.spread_s, self.board)
+        self._first_address = ""
         self._said_ready = False
         self._parents_watchdog_s = 0.0
         self._lock = threading.Lock()
@@ -134,6 +137,8 @@ class Worker:
         # Checked before a socket is bound.
         if limit is not None and limit < 1:
             raise ValueError(f"cannot work with limit={limit}: at least 1 is needed")
+        if self.is_served and address is not None:
+            self._compare(str(address))
         if self.shared is not None:
             return self.open_queue(self.shared, limit)
         source: Source
@@ -144,6 +149,17 @@ class Worker:
         else:
             source = ListenSource(listen(address, DEFAULT_BACKLOG), handed=False)
         return self._open(source, limit)
+
+    def _compare(self, address: str) -> None:
+        """Warn if this process names a second address: both get the clients of all listeners."""
+        self._first_address = first = self._first_address or address
+        if first != address:
+            _log.warning(
+                "clients of %s and %s can reach either: under a protector they share one queue; "
+                "use one listener, and ask client.listener",
+                first,
+                address,
+            )
 
     def open_queue(self, channel: Channel, limit: Optional[int]) -> Intake:
         """Return a new intake of a channel; the caller keeps the channel and closes the intake."""

@@ -18,6 +18,7 @@ from socketprotector_client.scoreboard import Scoreboard
 from socketprotector_client.source import ListenSource
 
 from tests.channel import Channel
+from tests.running import eventually
 
 from .sharing import in_child, taken
 
@@ -144,7 +145,7 @@ def none_is_free(*_: object) -> None:
 
 
 def test_a_listener_without_a_client_waits_for_the_clients_of_another(channel: Channel) -> None:
-    worker = channel.start("two_listeners.py")
+    worker = channel.start("two_listeners.py", "8001", "8001")
     client = channel.connect()
     assert client.ask("hello") == "echo hello"
 
@@ -153,10 +154,19 @@ def test_a_listener_without_a_client_waits_for_the_clients_of_another(channel: C
     assert [client.ask("draining") for _ in range(3)] == ["True"] * 3
     client.close()
     assert worker.wait() == 0
+    assert not channel.log.read_text(), "two listeners of one address are no mistake"
+
+
+def test_two_addresses_that_share_a_queue_cause_a_warning(channel: Channel) -> None:
+    """A client of the public port could reach the server of the private one."""
+    channel.start("two_listeners.py", "8001", "127.0.0.1:8002")
+
+    text = "clients of 8001 and 127.0.0.1:8002 can reach either"
+    eventually(lambda: text in channel.log.read_text(), "a warning")
 
 
 def test_listeners_that_drain_send_one_sigterm(channel: Channel) -> None:
-    worker = channel.start("two_listeners.py", "handles")
+    worker = channel.start("two_listeners.py", "8001", "8001", "handles")
 
     worker.retire()
 

@@ -1,4 +1,7 @@
-"""Two servers of asyncio, each on a Listener with room for one; `handles`: SIGTERM ends both."""
+"""Two servers of asyncio, each on a Listener with room for one; `handles`: SIGTERM ends both.
+
+two_listeners.py ADDRESS ADDRESS [handles]
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,15 @@ async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 async def main() -> None:
     terms: list[int] = []
     stop = asyncio.Event()
-    if sys.argv[1:] == ["handles"]:
+    if sys.argv[3:] == ["handles"]:
 
         def end() -> None:
             terms.append(signal.SIGTERM)
             stop.set()
 
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end)
-    for _ in range(2):
-        await asyncio.start_server(talk, sock=Listener(limit=1))
+    for address in sys.argv[1:3]:
+        await asyncio.start_server(talk, sock=Listener(address, limit=1))
     await stop.wait()
     say(f"SIGTERM: {len(terms)}")
 

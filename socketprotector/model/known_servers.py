@@ -142,8 +142,9 @@ WANTS = (
 )
 #: The advice for a server that should accept from the passed socket.
 TAKES = (
-    f"the server must accept on the inherited socket, by number or variable ({_PAGE}); a server "
-    "that can only bind its own port needs a proxy in front (docs/comparison.md)"
+    f"the server must accept on the inherited socket, by number or variable ({_PAGE}); a wrapper "
+    "must exec the server, which compares LISTEN_PID; a server that can only bind its own port "
+    "needs a proxy in front (docs/comparison.md)"
 )
 STDIN = "does it serve on stdin and stdout, as under inetd? use --handoff stdio (docs/modes.md)"
 _PYTHON = re.compile(r"python[0-9.]*$")

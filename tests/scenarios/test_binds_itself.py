@@ -324,6 +324,7 @@ def test_one_that_was_handed_the_socket_and_accepts_no_client_is_reported(
         assert 'reason="no worker has accepted a connection yet"' in line
         assert "it listens on its own socket at 127.0.0.1:" in line
         assert "the server must accept on the inherited socket" in line
+        assert "a wrapper must exec the server" in line
         [generation] = json.loads(run("--name", "web", "status", "--json").out)["generations"]
         assert generation["oldest_waiting_s"] >= 5
         assert "no worker has taken a waiting client" in run("--name", "web", "status").out

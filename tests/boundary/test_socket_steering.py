@@ -723,6 +723,22 @@ def test_clients_of_a_new_listener_go_to_the_next_generation(world: World) -> No
     assert world.waiting() == [1] == [world.steering.turns.free]
 
 
+def test_to_steer_one_of_many_new_listeners_steers_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steering all for each took minutes where a reload added hundreds."""
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    added = world.add_pair(1)
+    monkeypatch.setattr(world.listener, "steer", lambda *_, **__: pytest.fail("another one"))
+
+    world.steering.expect(added, dry_run=False)
+
+    world.clients.append(socket.create_connection(added.socket.getsockname()))
+    assert added.has_waiting(1)
+    monkeypatch.undo()
+
+
 def test_they_do_so_too_once_the_next_generation_is_asked(world: World) -> None:
     world.steering.enter(1, 0)
     world.steering.turn_to(0)

@@ -192,7 +192,7 @@ class SocketSteering(Steering):
         if self.turns.expect(listener, dry_run=dry_run) == 1:
             # Clients must come to socket 1, but some may wait at socket 0: exchange the numbers.
             listener.swap()
-        self.steer()
+        self.steer(listener)
 
     def turn_to(
         self,
@@ -215,12 +215,7 @@ class SocketSteering(Steering):
         # If only the share changes, accept_watch continues.
         is_watched = socket_number == turns.current and (share or turns.share) is not None
         turns.turn_to(socket_number, {each.index for each in listeners}, knows, share)
-        places = {
-            (each.index, number)
-            for each in listeners
-            for number in (0, 1)
-            if turns.gets_clients(each, number)
-        }
+        places = {(e.index, n) for e in listeners for n in (0, 1) if turns.gets_clients(e, n)}
         self.probes.clients_come(places)
         self.probes.discard()  # perhaps the protector was killed before it could discard them
         self._repairs.repair_all()
@@ -376,13 +371,15 @@ class SocketSteering(Steering):
         self._repairs.ended = True
         self._watch.end()
 
-    def steer(self) -> bool:
-        """Update the steering of all listeners; return whether that succeeded.
+    def steer(self, only: Listener | None = None) -> bool:
+        """Update the steering of all listeners, or of one; return whether all are steered.
 
         If steering fails, clients go to the same socket as before, whose workers keep accepting.
         """
         not_steered, not_held = dict[str, str](), ""
-        for each in self._listeners.to_steer(closing=self._repairs.ended):
+        if only:
+            not_steered, not_held = {**self._listeners.not_steered}, self._not_held
+        for each in (only,) if only else self._listeners.to_steer(closing=self._repairs.ended):
             try:
                 not_held = self._steer_one(each, self.turns.number_for(each)) or not_held
             except OSError as error:

@@ -19,7 +19,7 @@ protector = 0
 
 
 def of_port(host: str, port: int) -> str:
-    """Return, for an error, which process listens on a TCP port, and what to do."""
+    """Return, for an error, which process has a TCP port, and what to do."""
     try:
         return _of_port(host, port)
     except MemoryError:  # `ulimit -v`
@@ -32,14 +32,15 @@ def _of_port(host: str, port: int) -> str:
     host = host.partition("%")[0]  # /proc names no interface
     pid = None
     with suppress(psutil.Error, OSError):  # there is no /proc, or we may not read it
-        pids = [
-            each.pid
+        found = [
+            each
             for each in psutil.net_connections("tcp")
-            if each.status == psutil.CONN_LISTEN
-            and (each.laddr and each.laddr.port == port)
+            if (each.laddr and each.laddr.port == port)
             and (each.laddr.ip == host or {each.laddr.ip, host} & {"0.0.0.0", "::"})
         ]
-        pid = next(filter(None, pids), None)
+        # Without a listening socket, an outgoing connection has the port.
+        listening = [each for each in found if each.status == psutil.CONN_LISTEN]
+        pid = next((each.pid for each in listening or found if each.pid), None)
     if pid == os.getpid():  # at a reload: the configuration has the address twice
         return "another listener of this protector has it: leave one of them out"
     return _advice(pid)

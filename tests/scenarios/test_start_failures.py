@@ -74,6 +74,18 @@ def test_the_wildcard_is_in_use_where_one_address_is(start: Start) -> None:
     assert start.left() == []
 
 
+def test_an_outgoing_connection_has_its_port(start: Start) -> None:
+    """`ss -l` does not show that one."""
+    here = ("127.0.0.1", 0)
+    with (
+        socket.create_server(here) as server,
+        socket.create_connection(server.getsockname(), source_address=here) as client,
+    ):
+        ended = start(str(client.getsockname()[1]), "--", *MINIMAL)
+
+    refused(ended, 111, "Address already in use", f"process {os.getpid()} ")
+
+
 @needs_root
 def test_a_privileged_port_without_the_right_is_refused(start: Start) -> None:
     if Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text().strip() == "0":

@@ -107,6 +107,25 @@ def of_user(uid: int, code: str, *arguments: str) -> Iterator[subprocess.Popen[b
 
 
 @contextmanager
+def socket_elsewhere() -> Iterator[socket.socket]:
+    """A listening socket of another network namespace, as of a unit with PrivateNetwork=yes."""
+    code = """if True:
+        import socket, sys
+        made = socket.socket()
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        made.listen()
+        socket.send_fds(socket.socket(fileno=int(sys.argv[1])), [b"x"], [made.fileno()])
+    """
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        words = ("unshare", "--net", sys.executable, "-I", "-S", "-c", code, str(theirs.fileno()))
+        subprocess.run(words, pass_fds=(theirs.fileno(),), check=True)
+        _, [fd], _, _ = socket.recv_fds(ours, 1, 1)
+    with socket.socket(fileno=fd) as made:
+        yield made
+
+
+@contextmanager
 def two_links() -> Iterator[tuple[str, str]]:
     """Two interfaces of this run's own network, each with the same link-local address.
 

@@ -20,7 +20,7 @@ from ..model.lazy_dataclass import frozen
 from ..model.settings import ListenerSettings
 from ..system import reuseport, scoped, socket_copy, socket_file
 from ..system.cleanup import on_error
-from ..system.sock_diag import listening
+from ..system.sock_diag import is_elsewhere, listening
 from ..system.unix_listener import remove_file
 from . import port_owner, socket_options
 from .bind_unix import bind_unix, give_away, reapply_options
@@ -198,14 +198,15 @@ def _alone(bound: Bound, why: str) -> str:
 def _why_not_shared(given: socket.socket, bound: Sequence[Bound]) -> str:
     """Return why a passed socket cannot share its address with a second socket; "" if it can.
 
-    The unit must have `ReusePort=yes`, and every listening socket of the same address must be in
-    `bound`.  A socket that an earlier protector has left behind would shift the positions in the
-    group (reuseport.py).
+    Every listening socket of the same address must be in `bound`: a socket that an earlier
+    protector has left behind would shift the positions in the group (reuseport.py).
     """
     if given.family not in _IP:
         return ""
     if not given.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
         return "it was passed in without ReusePort=yes"
+    if is_elsewhere(given):
+        return "it was opened in another network namespace"
     known = {os.fstat(each.socket.fileno()).st_ino for each in bound}
     like = (os.fstat(given.fileno()).st_ino,)
     if not listening(given.family, given.getsockname()[1], like).keys() <= known:
@@ -256,8 +257,7 @@ def _resolved(listen: Listen, host: str) -> list[_Address]:
         if "%" in host:
             hint = "see `ip link` for the interfaces there are"
         raise SystemRefused(f"cannot resolve {host} in {listen.text}: {reason}; {hint}") from error
-    found = ((family, scoped.host_of(address)) for family, _, _, _, address in answers)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys((each[0], scoped.host_of(each[4])) for each in answers))
 
 
 def _has_ipv6() -> bool:

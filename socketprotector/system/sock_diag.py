@@ -60,6 +60,7 @@ _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _BYTES_RECEIVED_OFFSET = 128  # in a tcp_info; an end of file counts as one byte
 _COUNT = struct.Struct("=Q")
 _NO_COOKIE = b"\xff" * 8
+_SO_NETNS_COOKIE = 71
 _ANSWER_BYTES = 65_536
 
 #: The clients that a socket has not accepted: TCP clients by port and address; UNIX clients by
@@ -217,6 +218,18 @@ def _at(listening: socket.socket) -> Callable[[tuple[Any, ...]], bool]:
         )
 
     return is_here
+
+
+def is_elsewhere(sock: socket.socket) -> bool:
+    """Return True if a socket was opened in another network namespace (since Linux 5.14)."""
+    try:
+        with socket.socket(sock.family, socket.SOCK_STREAM) as ours:
+            here, there = (
+                each.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8) for each in (ours, sock)
+            )
+    except OSError:
+        return False  # unknown: assume that it was not
+    return here != there
 
 
 def end_of(client: socket.socket, family: int) -> bytes:

@@ -13,6 +13,7 @@ import pytest
 
 from socketprotector.system import reuseport
 from tests import needs
+from tests.namespaces import socket_elsewhere
 from tests.procfs import descriptors, environment_of, listening
 from tests.rounds import rounds
 from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
@@ -273,6 +274,18 @@ def test_a_listener_that_workers_accept_from_is_common_to_two_generations(giver:
 
 
 SHARED = ("--handoff", "listener", "--ready", "notify", "fd:web", "--", *worker("accepts"))
+
+
+@needs.root_with("unshare")
+def test_so_is_one_that_was_opened_in_another_network_namespace(giver: Giver) -> None:
+    """No client would come to a second socket, which would be of our own namespace."""
+    with socket_elsewhere() as given:
+        giver.given.append(("web", given))
+        daemon = giver.start(*SHARED).ready()
+
+        said = "no second socket (it was opened in another network namespace)"
+        assert said in daemon.log.text()
+        daemon.stop()
 
 
 @pytest.mark.parametrize("reloads", [0, 1, 2])

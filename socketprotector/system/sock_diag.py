@@ -1,11 +1,11 @@
-"""Socket facts from sock_diag: unaccepted and unread clients, listen order, a UNIX socket's path.
+"""Socket facts from netlink: unaccepted and unread clients, listen order, a UNIX socket's path.
 
 An unread client is in a handshake, or has connected and sent nothing, or has sent data that no
 process has read.
 
 The kernel reports only on this process's network namespace.
 
-Source: sock_diag(7), netlink(7); linux/inet_diag.h, linux/unix_diag.h, linux/tcp.h;
+Source: sock_diag(7), netlink(7), rtnetlink(7); linux/inet_diag.h, linux/unix_diag.h, linux/tcp.h;
 __inet_hash() in net/ipv4/inet_hashtables.c for the order.
 """
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     #: The fixed fields of a reply about one socket, and its attributes.
     DiagReply = tuple[tuple[Any, ...], bytes]
 
-_SOCK_DIAG = 4  # the netlink family
-_BY_FAMILY = 20
+_ROUTES, _SOCK_DIAG = 0, 4  # the netlink families
+_GET_ROUTE, _BY_FAMILY = 26, 20
 _DONE, _ERROR = 3, 2
 _REQUEST, _REQUEST_AND_DUMP = 0x001, 0x301
 _ESTABLISHED, _SYN_RECV, _CLOSE_WAIT, _LISTEN = 1, 3, 8, 10
@@ -60,6 +60,9 @@ _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _BYTES_RECEIVED_OFFSET = 128  # in a tcp_info; an end of file counts as one byte
 _COUNT = struct.Struct("=Q")
 _NO_COOKIE = b"\xff" * 8
+#: Family, length of the destination; length of the source, TOS, table, origin, scope, type; flags.
+_ROUTE = struct.Struct("=BB6BI")
+_LOCAL = 2  # the type of a route to this machine
 _SO_NETNS_COOKIE = 71
 _ANSWER_BYTES = 65_536
 
@@ -232,6 +235,31 @@ def is_elsewhere(sock: socket.socket) -> bool:
     return here != there
 
 
+def why_unreachable(listening: socket.socket, host: str) -> str:
+    """Return why our own connections cannot reach a listening socket; "" if they can.
+
+    host: its IP address, or its path or @name.  Even if another machine has the IP address now, a
+    connection would succeed, and reach that machine.
+    """
+    if listening.family == socket.AF_UNIX and not host.startswith("@"):
+        return ""
+    if is_elsewhere(listening):
+        return "its socket is of another network namespace"
+    if listening.family == socket.AF_UNIX or "%" in host:
+        return ""
+    bare = host.removeprefix("::ffff:") if "." in host else host
+    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+    packed = socket.inet_pton(family, bare)
+    query = _ROUTE.pack(family, 8 * len(packed), *bytes(7))
+    query += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(packed), 1) + packed
+    try:
+        ((fields, _),) = _query(query, _ROUTE, dump=False, kind=_GET_ROUTE, netlink_family=_ROUTES)
+        is_here = fields[7] == _LOCAL
+    except OSError as error:
+        is_here = error.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH)  # no route
+    return "" if is_here else f"no interface has the address {host} now"
+
+
 def end_of(client: socket.socket, family: int) -> bytes:
     """Return the key of a TCP client in replies about a listener of this family."""
     host, port = client.getsockname()[:2]
@@ -354,27 +382,34 @@ def _unix(states: int, inode: int, show: int) -> Iterator[DiagReply]:
     return _query(query, _UNIX_REPLY, dump=not inode)
 
 
-def _query(query: bytes, form: struct.Struct, *, dump: bool) -> Iterator[DiagReply]:
-    """Send a query and yield the reply about each socket.
+def _query(
+    query: bytes,
+    form: struct.Struct,
+    *,
+    dump: bool,
+    kind: int = _BY_FAMILY,
+    netlink_family: int = _SOCK_DIAG,
+) -> Iterator[DiagReply]:
+    """Send a query and yield the reply about each socket, or another object of its kind.
 
     dump: the kernel sends many replies and an end marker.  Raises OSError, also for a refusal.
     """
     flags = _REQUEST_AND_DUMP if dump else _REQUEST
-    header = _HEADER.pack(_HEADER.size + len(query), _BY_FAMILY, flags, 1, 0)
+    header = _HEADER.pack(_HEADER.size + len(query), kind, flags, 1, 0)
     with socket.socket(
-        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _SOCK_DIAG
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, netlink_family
     ) as netlink:
         # The kernel replies during send(): nothing here ever waits.
         netlink.send(header + query, socket.MSG_DONTWAIT)
         while data := netlink.recv(_ANSWER_BYTES, socket.MSG_DONTWAIT):
             at = 0
             while at + _HEADER.size <= len(data):
-                length, kind, *_ = _HEADER.unpack_from(data, at)
+                length, found, *_ = _HEADER.unpack_from(data, at)
                 body = at + _HEADER.size
-                if kind == _ERROR:
+                if found == _ERROR:
                     number = -struct.unpack_from("=i", data, body)[0]
                     raise OSError(number, "the kernel does not report that")
-                if kind == _DONE or length < _HEADER.size:
+                if found == _DONE or length < _HEADER.size:
                     return
                 yield form.unpack_from(data, body), data[body + form.size : at + length]
                 at += (length + 3) & ~3

@@ -43,6 +43,7 @@ from socketprotector.system.loop import READ, Loop
 from tests import needs
 from tests.boundary import ending
 from tests.boundary.listening import ignore_clients
+from tests.namespaces import socket_elsewhere
 from tests.running import DEADLINE_S, shared_path
 from tests.unanswered import Unanswered
 
@@ -280,6 +281,33 @@ def test_one_that_asks_never_leaves_this_machine(world: World) -> None:
     assert way is not None
     with way.connecting() as ours:
         assert ours.getsockname()[0].startswith("127.")
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1"])
+def test_nor_does_a_health_check_where_another_machine_has_the_address(
+    world: World, host: str
+) -> None:
+    """Its command would check that machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family)
+    made.setsockopt(socket.IPPROTO_IP, socket_copy.IP_FREEBIND, 1)
+    made.bind((host, 0))
+    made.listen()
+    settings = ListenerSettings(f"tcp:[{host}]:{made.getsockname()[1]}", name="away")
+    world.listeners.append(listener_of(made.detach(), 1, settings, shared=True))
+
+    with pytest.raises(OSError, match=f"no interface has the address {host} now"):
+        world.steering.reach("away")
+
+
+@needs.root_with("unshare")
+def test_nor_does_it_look_for_a_socket_of_another_network_namespace_here(world: World) -> None:
+    with socket_elsewhere() as made:
+        settings = ListenerSettings("tcp:127.0.0.1:80", name="away")
+        world.listeners.append(listener_of(os.dup(made.fileno()), 1, settings, shared=True))
+
+        with pytest.raises(OSError, match="another network namespace"):
+            world.steering.reach("away")
 
 
 def test_the_next_generation_gets_the_other_socket_and_no_client_before_its_turn(

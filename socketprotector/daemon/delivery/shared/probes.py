@@ -23,7 +23,7 @@ from functools import partial
 from ....system import bpf, reuseport, socket_copy, socket_snapshot
 from ....system.cleanup import on_error
 from ....system.listener import RESOURCE_ERRNOS, TRANSIENT_ERRNOS, Listener
-from ....system.sock_diag import end_of, is_waiting, unaccepted
+from ....system.sock_diag import end_of, is_waiting, unaccepted, why_unreachable
 from ..probe_target import ProbeTarget
 from .shared_listeners import SharedListeners, Steering
 from .turns import Turns
@@ -94,7 +94,8 @@ class Probes:
         """Return the target for probes that reach the serving generation as clients do.
 
         None: no such listener.  name: the name of the listener; "": the first listener.  knows:
-        returns whether the serving generation knows a listener, by index.
+        returns whether the serving generation knows a listener, by index.  Raises OSError, also if
+        our connections cannot reach the listener.
         """
         each = self._first(self._listeners.living, name, knows)
         if each is None:
@@ -102,6 +103,8 @@ class Probes:
         listening = each.socket_for(self._turns.current)
         unix = listening.family == socket.AF_UNIX
         address = each.ensure_address(self._turns.current)
+        if why := why_unreachable(listening, address[0]):
+            raise OSError(errno.EADDRNOTAVAIL, why)
         waits: Callable[[socket.socket], bool] = partial(_waits, listening, address)
         if each.path_fault:  # connect to the path, as clients do, not to the socket's own file
             address, waits = each.local_address, _waits_elsewhere

@@ -414,8 +414,8 @@ class Effects(Host):
     def _start_advice(self, number: int) -> str:
         """Return the likely cause of a generation's start timeout; "": unknown."""
         known = self.probing.why_not_ready or self.pool.check_result(number)
-        if self.pool.proved_ready:
-            return known  # a worker was ready: advice on using our sockets would mislead
+        if self.pool.proved_ready or self.probing.was_accepted:
+            return known  # a worker has accepted: advice on using our sockets would mislead
         more = self.pool.advice(number, ignores_socket=bool(known))
         return "; ".join(filter(None, (known, more)))
 

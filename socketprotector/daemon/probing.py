@@ -73,6 +73,11 @@ class Probing:
         """Return why the starting generation is not ready, according to the last probe."""
         return self.ready_probe.why_not_ready if self.ready_probe is not None else ""
 
+    @property
+    def was_accepted(self) -> bool:
+        """Return whether a worker of the starting generation accepted the last HTTP probe."""
+        return self.ready_probe is not None and self.ready_probe.was_accepted
+
     def check_settling(self, generation: OpenGeneration) -> None:
         """Probe a settling generation until it fails, or until stop_checking()."""
         if self.settle_check is None:

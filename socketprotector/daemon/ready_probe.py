@@ -57,6 +57,8 @@ class ReadyProbe:
         self._began = 0.0
         #: Why the generation is not ready, according to the last probe.
         self.why_not_ready = ""
+        #: Whether the last HTTP probe reached a worker, which gave a bad answer or none in time.
+        self.was_accepted = False
 
     def begin(self, generation: OpenGeneration) -> None:
         """Probe until `answered` returns True, until the verdict NO_TARGET, or until stop().
@@ -75,7 +77,7 @@ class ReadyProbe:
 
     def stop(self) -> None:
         self.suspend()
-        self._generation, self.why_not_ready = None, ""
+        self._generation, self.why_not_ready, self.was_accepted = None, "", False
 
     def suspend(self) -> None:
         """Stop the probes; resume(), or the upgraded SocketProtector, starts them again."""
@@ -116,7 +118,7 @@ class ReadyProbe:
         waits = verdict.kind in (verdicts.UNMADE, verdicts.UNTAKEN) and not self._spec.by_http
         if why != self.why_not_ready and not waits:  # an accept probe that waits has not failed
             self._log.write("info", "probe-failed", generation=number, reason=why)
-        self.why_not_ready = why
+        self.why_not_ready, self.was_accepted = why, verdict.kind == verdicts.BAD
         if verdict.kind != verdicts.NO_TARGET:
             self._send_later()
         timer_may_decide = verdicts.timer_may_decide(generation.program.ready, verdict)

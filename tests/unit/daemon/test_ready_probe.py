@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 
 from socketprotector.daemon import ready_probe, verdicts
+from socketprotector.daemon.effects import Effects
 from socketprotector.daemon.ready_probe import ReadyProbe
 from socketprotector.daemon.verdicts import Verdict
 from tests.unit.daemon.clock import Clock
@@ -59,3 +60,28 @@ def test_the_answer_may_begin_the_probes_of_a_reload_that_has_waited(
     clock.pass_time(60)
     expected = {"waiting reload": 2, "stop": 0, "": 0 if done else 1}
     assert sent.number == expected[ends]
+
+
+@pytest.mark.parametrize(
+    ("kind", "advised"), [(verdicts.BAD, "why"), (verdicts.REFUSED, "why; use the socket")]
+)
+def test_who_has_answered_badly_is_not_advised_to_accept(
+    monkeypatch: pytest.MonkeyPatch, kind: str, advised: str
+) -> None:
+    monkeypatch.setattr(ready_probe, "Probe", Sender)
+    runtime = Clock().use_in(monkeypatch, ready_probe)
+    started = generation(1)
+    started.program.ready_question = "http:/"
+    unready: Any = {"answered": lambda *_: True, "inconclusive": print}
+    probe = ReadyProbe(runtime, reach=cast("Any", None), **unready)
+    sent = cast("Any", probe)._probe
+    sent.target_is_closed = False
+    pool = SimpleNamespace(proved_ready=False, advice=lambda *_, **__: "use the socket")
+
+    probe.begin(started)
+    sent.verdict(Verdict(kind, "why"))
+
+    effects = SimpleNamespace(probing=probe, pool=pool)
+    assert Effects._start_advice(cast("Any", effects), 1) == advised
+    probe.begin(started)
+    assert not probe.was_accepted

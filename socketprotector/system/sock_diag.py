@@ -247,9 +247,8 @@ def why_unreachable(listening: socket.socket, host: str) -> str:
         return "its socket is of another network namespace"
     if listening.family == socket.AF_UNIX or "%" in host:
         return ""
-    bare = host.removeprefix("::ffff:") if "." in host else host
-    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
-    packed = socket.inet_pton(family, bare)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    packed = socket.inet_pton(family, host)
     query = _ROUTE.pack(family, 8 * len(packed), *bytes(7))
     query += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(packed), 1) + packed
     try:

@@ -61,6 +61,8 @@ class TcpListener(Listener):
         host, port = _bound_to(self.settings.address)
         if host == "::" and self.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
             return "::1", port
+        if "." in host:  # perhaps an IPv4 address in the form of IPv6, which ::1 cannot reach
+            host = host.removeprefix("::ffff:")
         return ("127.0.0.1" if host in ("0.0.0.0", "::") else host), port
 
     def swap(self) -> None:

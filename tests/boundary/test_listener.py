@@ -143,10 +143,10 @@ def test_closing_refuses_clients_even_if_a_copy_is_open_elsewhere() -> None:
 HOW = [socket.SHUT_RD, socket.SHUT_RDWR]
 
 
-def shared(listen: str, *, second: bool = True) -> Listener:
-    """As it is handed to workers."""
+def shared(listen: str, *, second: bool = True, both: bool = False) -> Listener:
+    """As it is handed to workers.  both: IPv4 clients may come to an IPv6 address."""
     host, _, port = listen.rpartition(":")
-    words = Listen(listen, port=int(port), host=host.strip("[]"))
+    words = Listen(listen, int(port), host.strip("[]"), options={"v6only": "0"} if both else {})
     [bound] = bind_all([words], 40, notice=print)
     sibling = reuseport.make(bound.socket) if second else None
     fd = sibling.detach() if sibling is not None else -1
@@ -309,6 +309,19 @@ def test_while_one_is_asked_what_is_for_one_that_is_shut_down_comes_to_no_other(
                 listener.steer(serving, marked)
     listener.steer(serving)
     assert len(sock_diag.listening(listener.socket.family, listener.port)) == 2
+    listener.close()
+
+
+def test_one_of_an_ipv4_address_in_the_form_of_ipv6_is_asked_over_ipv4() -> None:
+    """From ::1 there is no way to it."""
+    listener = shared("[::ffff:127.0.0.1]:0", both=True)
+    mark = bpf.Mark.draw(listener.local_address[0])
+
+    for number in (0, 1):
+        listener.steer(1 - number, {mark: number})
+        with Unanswered(listener.local_address, mark.put):
+            assert [listener.has_waiting(n) for n in (number, 1 - number)] == [True, False]
+            listener.socket_for(number).accept()[0].close()
     listener.close()
 
 

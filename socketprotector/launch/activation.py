@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, repeat
 
 from ..model.errors import UsageError
@@ -109,6 +109,15 @@ def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[B
                 f"{listen.text}: no listening socket was passed under this name; there is: {names}"
             )
     return taken
+
+
+def unused(passed: Sequence[Bound], taken: Mapping[int, Sequence[Bound]]) -> Iterator[str]:
+    """Yield a line for each passed socket that no LISTEN argument uses."""
+    used = {each.socket.fileno() for found in taken.values() for each in found}
+    for each in passed:
+        if each.socket.fileno() not in used:
+            name, address = each.settings.name, each.settings.address
+            yield f"no worker gets clients of {address}, a passed socket: add fd:{name} to LISTEN"
 
 
 def _address(passed: socket.socket) -> str:

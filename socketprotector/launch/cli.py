@@ -89,9 +89,9 @@ def _launch(parsed: ParsedOptions) -> int:
     program = settings.command[0]
     files["the command"] = os.path.join(settings.directory, program) if "/" in program else None
     preflight.check_log_file(settings.log_file, files)
-    notices: list[str] = []
     given = activation.passed()
     passed = activation.take(listens, given.given)
+    notices = [*activation.unused(given.given, passed)]
     kept, released = {}, frozenset[str]()
     if holder:
         released = port_owner.addresses_of(holder)

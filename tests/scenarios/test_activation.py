@@ -55,11 +55,12 @@ def still_listens(giver: Giver) -> bool:
 
 
 def test_a_socket_is_taken_by_its_name_and_listens_on_after_our_stop(giver: Giver) -> None:
-    port = giver.tcp("web")
-    giver.tcp("other")
+    port, other = giver.tcp("web"), giver.tcp("other")
     daemon = giver.start("fd:web", "--", *MANY).ready()
 
     assert daemon.addresses == [f"tcp:127.0.0.1:{port}"]
+    said = f"no worker gets clients of tcp:127.0.0.1:{other}, a passed socket: add fd:other"
+    assert said in daemon.log.text()
     assert pid_in(ask(("127.0.0.1", port))) == spawned(daemon)[0]
     daemon.stop()
 

@@ -38,6 +38,7 @@ class World(SharedWorld):
         )
         patch.setattr(module, "bpf", calls)
         patch.setattr(module, "is_waiting", self._is_waiting)
+        patch.setattr(module, "why_unreachable", lambda *_: "")
         patch.setattr(module, "end_of", lambda client, _: client.end)
         patch.setattr(module, "os", SimpleNamespace(fstat=lambda n: SimpleNamespace(st_ino=n)))
         snapshots = SimpleNamespace(closing=lambda one: self.closing.get(one, ""))

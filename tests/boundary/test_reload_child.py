@@ -172,7 +172,7 @@ def test_what_cannot_change_and_what_cannot_be_bound_are_reported_together(
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_an_address_of_this_instance_is_no_reason_to_stop_it(
-    loop: Loop, web: Web, kind: str
+    loop: Loop, web: Web, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A removed listener is in use until its workers have exited; they are children of ours."""
     with socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET) as taken:
@@ -191,6 +191,8 @@ def test_an_address_of_this_instance_is_no_reason_to_stop_it(
             port_owner.protector = os.getpid()
             try:
                 assert f"its process {child.pid} has it" in port_owner._advice(child.pid)
+                monkeypatch.setattr(port_owner, "_program", lambda _: "SocketProtector")
+                assert "diff`" not in port_owner._advice(1)  # another protector: `diff` asks itself
             finally:
                 port_owner.protector = 0
 

@@ -188,14 +188,17 @@ def _settle_check(settings: Settings) -> tuple[str, str] | None:
 def _reaches_one(settings: Settings, probe: str, name: str, listens: Sequence[Listen]) -> None:
     """Refuse a probe if at each of its listeners two generations would share one socket."""
     probed = _probed_by(probe, name, listens)
-    if settings.mode.workers_accept and not any(map(_can_have_two_sockets, probed)):
+    if probed and settings.mode.workers_accept and not any(map(_can_have_two_sockets, probed)):
         raise UsageError(probe_spec.refusal(probe, " ".join(each.text for each in probed)))
 
 
 def _probed_by(probe: str, name: str, listens: Sequence[Listen]) -> list[Listen]:
-    """Return the listeners with this name, or all for "".  Raises UsageError if there is none."""
+    """Return the listeners with this name, or all for "".  Raises UsageError if there is none.
+
+    Without any listener, the missing or mistaken LISTEN is the mistake, not the probe.
+    """
     probed = [each for each in listens if name in ("", each.name)]
-    if not probed:
+    if listens and not probed:
         names = ", ".join(each.name for each in listens)
         raise UsageError(f"{probe}: no listener is called {name}; there is: {names}")
     return probed

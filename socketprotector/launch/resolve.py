@@ -165,6 +165,7 @@ class OptionResolver:
     # -- the parts -------------------------------------------------------------
 
     def _listens(self) -> list[Listen]:
+        """Return the LISTEN arguments; none if the file has a mistake in one of them."""
         mode = MODES[self._given["handoff"]]
         if self._given["listen"] or self.file is None:
             return [_fitting(parse(each, self.directory), mode) for each in self._given["listen"]]
@@ -172,7 +173,7 @@ class OptionResolver:
         for index, text in enumerate(self.file.listens):
             with self.file.about("listen", index):
                 found.append(_fitting(parse(text, self.file.folder), mode))
-        return found
+        return found if len(found) == len(self.file.listens) else []
 
     def _command(self) -> tuple[str, ...]:
         """Return the command; a relative path is resolved from the folder where it was written."""

@@ -380,6 +380,25 @@ def test_what_follows_from_a_mistake_is_not_reported(read: Reader) -> None:
     ]
 
 
+@pytest.mark.parametrize("listen", ["", 'listen = ["b=1", "web=x:y:z"]'])
+def test_a_probe_of_a_listener_that_is_missing_or_mistaken_is_no_mistake(
+    read: Reader, listen: str
+) -> None:
+    said = read.mistakes(
+        f"""{COMMAND}
+{listen}
+handoff = "listener"
+ready = "http:[web]/x"
+health = "accept"
+settle = "1s"
+settle-check = "http:[web]/x"
+"""
+    )
+
+    assert len(said) == 1
+    assert said[0].startswith("line 3: listen: web=x:y:z: " if listen else "no LISTEN; ")
+
+
 def test_a_mistake_is_reported_before_an_error_of_a_default(read: Reader) -> None:
     """The default of the mistaken key is refused beside another key."""
     (said,) = read.mistakes('handoff = "listner"\ndrain-signal = "QUIT"\n')

@@ -12,13 +12,12 @@ from contextlib import suppress
 from io import TextIOWrapper
 
 import click
-from click.shell_completion import ShellComplete, get_completion_class
 
 from ..model.errors import Refusal, UsageError, what_failed
 from ..model.text import escape, in_one_line
 from ..system.answer import discard_output
 from ..system.terminal import open_missing_standard_streams
-from . import deploy, orders, queries, reload, top, upgrade
+from . import completion_script, deploy, orders, queries, reload, top, upgrade
 from .cli import (
     NAME,
     Instance,
@@ -41,7 +40,7 @@ PROGRAMS = ("SocketProtector", "socketprotector", NAME, "socketprotector-exporte
 
 
 @command(short_help="Print the completion script for a shell.")
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", type=click.Choice(completion_script.SHELLS))
 @click.argument("programs", nargs=-1, type=click.Choice(PROGRAMS), metavar="[PROGRAM]...")
 def completion(instance: Instance, shell: str, programs: Sequence[str], as_json: bool) -> None:
     """Print a shell's completion script.
@@ -51,13 +50,7 @@ def completion(instance: Instance, shell: str, programs: Sequence[str], as_json:
     Without PROGRAM, the script is for all four programs.
     """
     _ = instance
-    shell_class = get_completion_class(shell)
-    assert shell_class is not None
-    scripts = []
-    for name in programs or PROGRAMS:
-        variable = f"_{name.replace('-', '_')}_COMPLETE".upper()
-        # Call the base class's source(): BashComplete.source() would run bash to check its version.
-        scripts.append(ShellComplete.source(shell_class(program, {}, name, variable)))
+    scripts = [completion_script.make(shell, program, each) for each in programs or PROGRAMS]
     script = "\n".join(scripts)
     if as_json:
         say_json({"shell": shell, "script": script})

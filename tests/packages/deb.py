@@ -137,7 +137,10 @@ def test_zsh_completes_at_the_first_tab(built: Path, tmp_path: Path) -> None:
         os.close(theirs)
         try:
             shown(ours, b"at> ")
-            for begun, word in COMPLETED.items():
+            for begun, word in {
+                **COMPLETED,
+                "SocketProtector --log-level=w": "level=warning",
+            }.items():
                 os.write(ours, f"{begun}\t".encode())
                 shown(ours, word.encode())
                 os.write(ours, b"\x15")
@@ -175,6 +178,7 @@ def test_fish_completes(built: Path, tmp_path: Path) -> None:
         assert completed(begun) == [word]
     assert completed("socketprotectorctl rel") == ["release", "releases", "reload"]
     assert completed(f"SocketProtector --config {tmp_path}/ro") == [f"{tmp_path}/root/"]
+    assert completed("SocketProtector --log-level=w") == ["--log-level=warning"]
     assert "--dry-run" in completed("socketprotectorctl reload --d")
 
 

@@ -257,7 +257,8 @@ def live_as_deb() -> None:
     for line, word in COMPLETED.items():
         name = line.split()[0]
         script = (
-            f". /usr/share/bash-completion/completions/{name}; COMP_WORDS=({line}); COMP_CWORD=1; "
+            f". /usr/share/bash-completion/completions/{name}; COMP_LINE='{line}'; "
+            "COMP_POINT=${#COMP_LINE}; "
             f"_{name.replace('-', '_')}_completion {name}; echo ${{COMPREPLY[@]}}"
         )
         assert inside("bash", "-c", script) == f"{word}\n"

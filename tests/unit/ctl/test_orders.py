@@ -21,7 +21,16 @@ from tests import forked
 from tests.running import DEADLINE_S, ROOT, Ended, Lines, eventually
 from tests.together import together
 from tests.unit.ctl.conftest import COMMAND
-from tests.unit.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
+from tests.unit.ctl.fake import (
+    Connection,
+    Fake,
+    Message,
+    Refusing,
+    generation,
+    listener,
+    status,
+    worker,
+)
 
 Ctl = Callable[..., Ended]
 
@@ -397,6 +406,27 @@ def test_completion_knows_names_and_generations(fake: Fake) -> None:
     assert completed("--name", "w") == ["web"]
     assert completed("--name", "web", "kill", "8") == ["8"]
     assert completed("relo") == ["reload"]
+
+
+def test_bash_completes_what_it_breaks_at_an_equals_sign_or_a_colon(
+    fakes: Callable[[str], Fake], ctl: Ctl
+) -> None:
+    for key, port in (("web", 80), ("web:81", 81)):
+        listeners = [listener(f"tcp:127.0.0.1:{port}")]
+        fakes(key).status.update(name="web", listeners=listeners)
+    script = ctl("completion", "bash", "socketprotectorctl").out
+
+    def completed(line: str) -> list[str]:
+        # Where there is no terminal, bash does not set this variable.
+        breaks = r"""COMP_WORDBREAKS=$' \t\n"\'><=;|&(:'"""
+        does = '_socketprotectorctl_completion "$1"; printf "%s\n" "${COMPREPLY[@]}"'
+        words = ("-c", f"{script}\n{breaks}\n{does}", "-", "\n".join(COMMAND))
+        typed = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
+        return subprocess.check_output(("bash", *words), env=typed, text=True).splitlines()
+
+    assert completed("socketprotectorctl --name web:8") == ["80", "81"]
+    assert completed("socketprotectorctl --name=") == ["web:80", "web:81"]
+    assert completed("socketprotectorctl --name web:81 kill ") == ["8"]
 
 
 @together("option", ["", "--name", "--control", "--pid-file"])

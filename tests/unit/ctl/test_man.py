@@ -149,6 +149,15 @@ def test_the_site_knows_each_macro(page: str) -> None:
     assert {each for each in used if set(each) - set("BIR")} <= {*known, "so"}
 
 
+@together("page", FILES)
+def test_the_tag_of_a_paragraph_is_one_line(page: str) -> None:
+    """What follows in the next line is shown as the paragraph's text."""
+    source = FILES[page].read_text(encoding="utf-8")
+
+    for tag in re.findall(r"^\.TP\n(.*)", source, re.MULTILINE):
+        assert tag.count("[") == tag.count("]"), tag
+
+
 def test_the_page_and_the_reference_name_each_option_of_a_listener() -> None:
     listed = text_of("SocketProtector.8").partition("Options follow a question mark: ")[2]
     of_tcp, of_unix = re.split(r";\s+for a UNIX path\s+", listed.partition(".\n")[0])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 import termios
 import time
@@ -29,6 +30,7 @@ from .server_children import children_of
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.live import Live
 
 #: How many rates are kept, each for one bar.
 _KEPT = 200
@@ -116,8 +118,8 @@ def _screen(client: Client, interval: float) -> None:
     console = render.console()
     rates = Rates()
     with (
-        _keys() as quit_pressed,
         Live(Text("..."), console=console, screen=True, auto_refresh=False) as live,
+        _keys(live) as quit_pressed,
     ):
         while True:
             try:
@@ -144,13 +146,22 @@ def _status(client: Client) -> Message:
 
 
 @contextmanager
-def _keys() -> Iterator[Callable[[float], bool]]:
+def _keys(live: Live) -> Iterator[Callable[[float], bool]]:
     """Yield a function that waits for the key q; its argument is the longest wait, in seconds.
 
     The function returns True at q or the end of the input, and False after the longest wait.
+    Ctrl-Z stops the process, after the terminal has got its modes and the earlier screen back;
+    once the process continues, the function returns False.
     """
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
+    suspend = before[6][termios.VSUSP]
+
+    def take_keys() -> None:
+        tty.setcbreak(fd)
+        modes = termios.tcgetattr(fd)
+        modes[6][termios.VSUSP] = b"\0"  # Ctrl-Z is a key, not a signal
+        termios.tcsetattr(fd, termios.TCSADRAIN, modes)
 
     def quit_pressed(seconds: float) -> bool:
         until = time.monotonic() + seconds
@@ -160,10 +171,17 @@ def _keys() -> Iterator[Callable[[float], bool]]:
             keys = os.read(fd, 64)
             if not keys or b"q" in keys or b"Q" in keys:
                 return True
+            if suspend in keys and suspend != b"\0":
+                live.stop()
+                termios.tcsetattr(fd, termios.TCSADRAIN, before)
+                os.killpg(0, signal.SIGTSTP)
+                take_keys()
+                live.start()
+                return False
         return False
 
     try:
-        tty.setcbreak(fd)
+        take_keys()
         yield quit_pressed
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)

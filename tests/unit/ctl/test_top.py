@@ -109,6 +109,19 @@ def test_ctrl_c_ends_too(top: Terminal) -> None:
     assert "\x1b[?1049l" in top.shown
 
 
+def test_ctrl_z_gives_the_screen_back_until_the_process_continues(top: Terminal) -> None:
+    """The kernel stops no process whose session has no other: it continues at once."""
+    eventually(lambda: "web" in top.shown, "a screen")
+    assert termios.tcgetattr(top.fd)[6][termios.VSUSP] == b"\0"
+    os.write(top.fd, b"\x1a")
+    eventually(lambda: top.shown.count("\x1b[?1049h") == 2, "the screen again")
+    assert top.shown.count("\x1b[?1049l") == top.shown.count("\x1b[?25h") == 1
+    os.write(top.fd, b"q")
+
+    assert top.wait() == 0
+    assert top.shown.count("\x1b[?1049l") == 2
+
+
 def test_no_line_is_wider_and_no_screen_higher_than_the_terminal(top: Terminal) -> None:
     eventually(lambda: top.shown.count("web") > 2, "a screen")
     os.write(top.fd, b"q")

@@ -43,15 +43,20 @@ def sockets() -> list[str]:
 def by_path(path: str) -> str:
     """Return the absolute path of a control socket.
 
-    Raises UsageError if the path names a file that is not a socket.
+    Raises UsageError if the path is empty, or names a file that is not a socket.
     """
+    if not path:
+        raise UsageError("--control: the path is empty")
     with suppress(OSError):  # connect() reports a missing file or permission
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise UsageError(
                 f"--control {path}: not a socket; `socketprotectorctl list` shows the control "
                 "sockets"
             )
-    return os.path.abspath(path)
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:  # the current folder was removed, so connect() finds no socket
+        return path
 
 
 def by_name(name: str) -> str:

@@ -278,6 +278,21 @@ def test_a_control_path_of_another_kind_of_file_is_refused(tmp_path: Path, ctl: 
         assert f"--control {path}: not a socket; `socketprotectorctl list` shows " in said.err
 
 
+def test_a_control_path_that_leads_nowhere_is_called_so(
+    tmp_path: Path, ctl: Ctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty one, as of a variable that is not set, is not the current folder."""
+    empty = level(ctl, "--control", "")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    relative = level(ctl, "--control", "web.control")
+
+    assert (empty.status, empty.err) == (2, "socketprotectorctl: --control: the path is empty\n")
+    assert relative.status == 1
+    assert relative.err.startswith("socketprotectorctl: web.control: no such socket; ")
+
+
 def test_by_pid_file(fakes: Fakes, tmp_path: Path, ctl: Ctl) -> None:
     # SO_PEERCRED of all fakes is this process; so the pid of another shows that it is status's.
     web, api = fakes("web"), fakes("api")

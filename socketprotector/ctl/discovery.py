@@ -232,8 +232,10 @@ def by_pid_file(file: str) -> str:
         folder = os.path.dirname(os.path.abspath(file))
         matching.sort(key=lambda each: (os.path.dirname(each.path) != folder, each.pid != pid))
         return matching[0].path
-    unanswered = [each.path for each in found if each.why in ("denied", "silent")]
-    hint = f" (no answer from {_shortened(unanswered)})" if unanswered else ""
+    hint = ""
+    for why, words in (("denied", "no permission for"), ("silent", "no answer from")):
+        if paths := [each.path for each in found if each.why == why]:
+            hint += f" ({words} {_shortened(paths)})"
     raise NoProtector(
         f"--pid-file {file}: no control socket of process {pid} in {where()}{hint}; "
         "pass --control PATH"

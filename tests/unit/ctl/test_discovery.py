@@ -426,6 +426,22 @@ def test_a_pid_file_that_leads_nowhere_is_reported(
     assert said.err.count("\n") == 1
 
 
+def test_a_pid_file_of_another_users_protector_says_that_permission_is_missing(
+    fakes: Fakes, tmp_path: Path, ctl: Ctl
+) -> None:
+    def no(*_: object) -> None:
+        raise Refusing("denied", "permission denied")
+
+    secret = fakes("secret")
+    secret.answers["status"] = no
+    (tmp_path / "pid").write_text("1")
+
+    said = level(ctl, "--pid-file", str(tmp_path / "pid"))
+
+    assert said.status == 1
+    assert f" (no permission for {secret.path}); pass --control PATH\n" in said.err
+
+
 def test_only_one_way_at_a_time(ctl: Ctl) -> None:
     said = level(ctl, "--name", "a", "--control", "b")
 

@@ -71,7 +71,11 @@ def _resolve_one(address: OneAddress) -> list[Endpoint]:
         return [Endpoint(family, (any_host, int(port))) for family, any_host in everywhere]
     # Pass bytes: to encode a str, even an ASCII one, Python loads `re` and tables of Unicode.
     name = host.encode() if host.isascii() else host
-    found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        why = f"cannot listen on {address!r}: {error.strerror}"
+        raise socket.gaierror(error.errno, why) from error
     return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in dict.fromkeys(found)]
 
 

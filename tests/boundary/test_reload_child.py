@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -195,6 +196,20 @@ def test_an_address_of_this_instance_is_no_reason_to_stop_it(
                 assert "diff`" not in port_owner._advice(1)  # another protector: `diff` asks itself
             finally:
                 port_owner.protector = 0
+
+
+def test_a_protector_is_named_and_not_its_worker_that_accepts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    programs = {21: "python3", 20: "SocketProtector"}
+    rows = [
+        SimpleNamespace(pid=pid, status="LISTEN", laddr=SimpleNamespace(ip="127.0.0.1", port=80))
+        for pid in (None, *programs)
+    ]
+    monkeypatch.setattr("psutil.net_connections", lambda _: rows)
+    monkeypatch.setattr(port_owner, "_program", programs.__getitem__)
+
+    assert port_owner.of_port("127.0.0.1", 80).startswith("process 20 (SocketProtector) has it: ")
 
 
 def test_an_address_that_is_bound_already_is_kept_whatever_it_is_called_now(

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from typing import Any
 
+from ..model.control_requests import COMMANDS
 from ..model.text import escape, in_units
 from ..system.cleanup import on_error
 from ..system.foreign_descriptors import refuse_descriptors
@@ -203,9 +204,10 @@ class Client:
         self.send(command, arguments, until)
         result = self.answer(until)
         if result is None:
+            later = "" if COMMANDS[command].reads else " It may still carry out the request"
             raise NoProtector(
                 f"{self.path}: no answer to {command!r} within {in_units(round(within_s, 1))}; "
-                "is the protector suspended (SIGSTOP) or starting?",
+                f"is the protector suspended (SIGSTOP) or starting?{later}",
                 "silent",
             )
         return result

@@ -143,14 +143,16 @@ def test_a_line_without_end_is_not_kept(says: Says, monkeypatch: pytest.MonkeyPa
 
 
 def test_no_answer_is_reported_in_time(fake: Fake) -> None:
-    fake.answers["status"] = lambda *_: None
+    fake.answers["status"] = fake.answers["scale"] = lambda *_: None
 
-    with (
-        Client(str(fake.path), answer_s=0.1) as client,
-        pytest.raises(NoProtector, match="no answer to 'status' within") as told,
-    ):
-        client.request("status")
-    assert not isinstance(told.value, ConnectionLost)
+    with Client(str(fake.path), answer_s=0.1) as client:
+        with pytest.raises(NoProtector, match=r"no answer to 'status' .* starting\?$") as told:
+            client.request("status")
+        assert not isinstance(told.value, ConnectionLost)
+        with pytest.raises(
+            NoProtector, match=r"'scale' within .* may still carry out the request$"
+        ):
+            client.request("scale", to=2)
 
 
 def test_a_cut_connection_is_an_error_of_its_own(fake: Fake) -> None:

@@ -16,6 +16,8 @@ MAX_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 #: What does not belong to a value at its ends.  For Python, U+0085 or U+00A0 would be blank, too.
 _BLANK = " \t"
+#: Some editors write this before the first line, where they do not show it.
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def parse(text: str, name: str) -> dict[str, str]:
@@ -42,7 +44,7 @@ def parse(text: str, name: str) -> dict[str, str]:
 
 
 def contents(path: str) -> bytes:
-    """Return the contents of a file that is read again later.
+    """Return the contents of a file that is read again later, without a byte order mark.
 
     Raises OSError, or ValueError for a file that is too long or cannot be read twice.
     """
@@ -60,7 +62,7 @@ def contents(path: str) -> bytes:
         raise BlockingIOError(errno.EAGAIN, "reading it would wait", path)
     if len(data) > MAX_BYTES:
         raise ValueError(f"{path}: more than {MAX_BYTES} bytes")
-    return data
+    return data.removeprefix(_BYTE_ORDER_MARK)
 
 
 def refuse_kind(found: os.stat_result, path: str) -> None:

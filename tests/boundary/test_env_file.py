@@ -62,9 +62,10 @@ def test_a_nul_is_a_mistake() -> None:
         env_file.parse("A=\0\n", "file")
 
 
-def test_bytes_that_are_no_text_are_passed_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte-order-mark"])
+def test_bytes_that_are_no_text_are_passed_on(tmp_path: Path, mark: bytes) -> None:
     path = tmp_path / "env"
-    path.write_bytes(b"A=\xff\n")
+    path.write_bytes(mark + b"A=\xff\n")
 
     assert os.fsencode(env_file.read(str(path))["A"]) == b"\xff"
 

@@ -148,7 +148,7 @@ def _become_resident(
             made.callback(folder.discard)
             settings = replace(settings, notify_folder=folder.path)
             descriptors[inherited.NOTIFY] = folder.fd
-        if not settings.foreground and settings.identity is not None:
+        if not settings.foreground:
             _tell(verdict, made=_files_made(settings, bound))
         try:
             _exec(settings, bound, descriptors, pid_file, verdict)
@@ -198,8 +198,8 @@ def _context(
 def _files_made(settings: Settings, bound: Mapping[str, Bound]) -> dict[str, list[int]]:
     """Return the files that this start has made, each with numbers that identify it.
 
-    If the start fails, the waiting process removes the files, because the resident process may run
-    as a user who has no permission to remove them.
+    If the start fails, the waiting process removes the files, because the resident process may be
+    killed, or run as a user who has no permission to remove them.
     """
     sockets = (each.settings for each in bound.values() if not each.inherited)
     paths = [each.address.removeprefix("unix:") for each in sockets if each.inode]

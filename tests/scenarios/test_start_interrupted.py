@@ -113,8 +113,9 @@ def test_killing_the_protector_that_starts_is_reported(start: Start, gate: Path)
         said = process.stderr.read()
         assert "was killed before a generation was serving" in said
         os.write(held, b"go")
-    # Its worker sees end of file on the channel; the files are a stale start's.
+    # Its worker sees end of file on the channel.
     eventually(lambda: not marked(start.environment[MARK]), "the end of the worker")
+    assert start.left() == []
 
 
 def test_term_to_the_protector_that_starts_stops_it_and_says_so(start: Start, gate: Path) -> None:

@@ -33,6 +33,8 @@ _HOW = {
     errno.ENOEXEC: "give it a first line such as #!/bin/sh, or check what was installed there",
 }
 _SOMAXCONN = "/proc/sys/net/core/somaxconn"
+#: A start writes less than this into a memfd (system/late_modules.py).
+_KEPT_BYTES = 1024 * 1024
 #: What a user needs to execute a further process of ours: this Python and our package's folder.
 _OURSELVES = {
     sys.executable: os.X_OK,
@@ -395,10 +397,12 @@ def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iter
         yield doubtful
     most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if most != resource.RLIM_INFINITY and most < state_file.MOST_BYTES:
+        limit = f"the limit of {most} bytes for files (ulimit -f, LimitFSIZE= of a unit) is too low"
+        advice = f"allow {state_file.MOST_BYTES} or more"
+        if most < _KEPT_BYTES:
+            raise SystemRefused(f"{limit} for a start; {advice}")
         yield (
-            f"the limit of {most} bytes for files (ulimit -f, LimitFSIZE= of a unit) is too low "
-            "for the state, so upgrades fail, and a restart finds an old state; "
-            f"allow {state_file.MOST_BYTES} or more"
+            f"{limit} for the state, so upgrades fail, and a restart finds an old state; {advice}"
         )
     yield from unix_access.notices(listens, settings.listeners)
     if settings.identity is None:

@@ -88,7 +88,7 @@ def test_without_memory_the_start_fails_in_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("mode", [(), ("-f",), ("--guard",)], ids=["detached", "-f", "guarded"])
-@pytest.mark.parametrize("limit", ["-n 10", "-f 1"])
+@pytest.mark.parametrize("limit", ["-n 10", "-f 1", "-f 100"])
 def test_with_too_low_a_limit_the_start_says_which_and_leaves_nothing(
     start: Start, limit: str, mode: tuple[str, ...]
 ) -> None:
@@ -104,11 +104,22 @@ def test_with_too_low_a_limit_the_start_says_which_and_leaves_nothing(
 
     assert ended.status == 111, ended
     *_, line = ended.lines
-    which = "ulimit -Hn" if "n" in limit else "ulimit -f"
-    assert line.startswith("SocketProtector: cannot pass descriptors to the resident process: ")
-    assert which in line
+    if "n" in limit:
+        assert line.startswith("SocketProtector: cannot pass descriptors to the resident process: ")
+        assert "ulimit -Hn" in line
+    else:
+        assert "for files (ulimit -f, LimitFSIZE= of a unit) is too low for a start; allow" in line
     assert start.left() == []
     assert "Traceback" not in start.log
+
+
+def test_with_the_lowest_limit_of_file_sizes_it_starts(start: Start) -> None:
+    limited = ("/bin/sh", "-c", 'ulimit -f 2048 && exec "$@"', "sh")  # of 512 bytes each
+
+    ended = start("unix:s?mode=0600", "--", *MINIMAL, before=limited)
+
+    assert ended.status == 0, ended
+    start.stop()
 
 
 @pytest.mark.costly

@@ -46,7 +46,11 @@ def open_log(path: str, identity: Identity | None = None) -> int:
         raise
     with on_error(os.close, fd):
         if made and identity is not None:
-            os.fchown(fd, identity.uid, identity.gid)  # this user will reopen the file
+            try:
+                os.fchown(fd, identity.uid, identity.gid)  # this user will reopen the file
+            except PermissionError as error:
+                error.strerror = f"root needs CAP_CHOWN to make {identity.user} the owner"
+                raise
         os.set_blocking(fd, True)
     return fd
 

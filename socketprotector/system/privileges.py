@@ -61,9 +61,9 @@ def become(identity: Identity, nice: int, *, starts_others: bool) -> None:
             _prctl(_PR_CAP_AMBIENT, _AMBIENT_CLEAR_ALL)
             _set_capabilities(())
     except OSError as error:
+        needed = "CAP_SETUID, CAP_SETGID" + (", CAP_KILL, CAP_SETPCAP" if starts_others else "")
         raise SystemRefused(
-            f"cannot become {identity.user}: {error.strerror}; root without CAP_SETUID and "
-            "CAP_SETGID cannot"
+            f"cannot become {identity.user}: {error.strerror}; root needs {needed} for that"
         ) from error
 
 

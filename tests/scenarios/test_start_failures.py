@@ -138,6 +138,23 @@ def test_a_user_that_may_not_be_taken_on_is_refused(start: Start, mode: tuple[st
     assert start.left() == []
 
 
+@needs_root
+@pytest.mark.parametrize("lacks", ["kill", "setpcap", "chown"])
+def test_a_capability_that_another_user_needs_is_named(start: Start, lacks: str) -> None:
+    if shutil.which("setpriv") is None:
+        needs.skip("setpriv")
+    users = ("--user", "nobody", "--worker-user", "games", "--log-file", "log")
+
+    ended = start(
+        *(*users, "--chdir", "/", "127.0.0.1:0", "--", "/bin/sleep", "1000"),
+        before=("setpriv", f"--bounding-set=-{lacks}"),
+    )
+
+    assert ended.status == 111
+    assert f"CAP_{lacks.upper()}" in ended.lines[-1]
+    assert start.left() == []
+
+
 # -- when workers are started --------------------------------------------------
 
 

@@ -50,8 +50,9 @@ def working_directory() -> str:
             return logical
         return os.getcwd()
     except OSError as error:
+        how = "cannot be entered" if isinstance(error, PermissionError) else "is gone"
         raise SystemRefused(
-            f"the current directory is gone ({error.strerror}); cd to an existing directory"
+            f"the current directory {how} ({error.strerror}); cd to another directory"
         ) from error
 
 
@@ -135,9 +136,10 @@ def _reachable(settings: Settings, path: str) -> None:
     for option, identity, needed in checks:
         closed = user_access.as_user(identity, partial(user_access.closed, needed))
         if closed:
+            is_start = closed.startswith(f"cannot enter {settings.directory.rstrip('/')}/:")
             raise SystemRefused(
-                f"{option} {identity.user} {closed}; let that user through (chmod, chown), "
-                "or install it elsewhere"
+                f"{option} {identity.user} {closed}; let that user through (chmod, chown), or "
+                + ("start workers elsewhere (--chdir)" if is_start else "install it elsewhere")
             )
 
 

@@ -6,6 +6,7 @@ another process's socket, and each exit status once as a shell sees it: tests/sc
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
@@ -516,8 +517,22 @@ def test_a_current_directory_that_is_gone_is_refused(
 
     ended = typed("127.0.0.1:0", "--", "true")
 
-    refused(ended, 111, "the current directory is gone", "cd to an existing directory")
+    refused(ended, 111, "the current directory is gone", "cd to another directory")
     assert typed.left() == []
+
+
+def test_a_current_directory_that_may_not_be_entered_is_refused(
+    typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), ".")
+
+    monkeypatch.setattr(os.path, "samefile", closed)
+    monkeypatch.setenv("PWD", str(typed.folder))
+
+    ended = typed("127.0.0.1:0", "--", "true")
+
+    refused(ended, 111, "the current directory cannot be entered", "cd to another directory")
 
 
 @pytest.mark.parametrize("option", ["--pid-file", "--log-file"])

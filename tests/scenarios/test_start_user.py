@@ -302,6 +302,7 @@ def test_what_that_user_cannot_execute_is_refused_at_once(
     whose = f"{script} is closed to that user (-rwx------ root)"
     folder = f"the folder {closed} is closed to that user (drwx------ root)"
     assert (whose if what == "script" else folder) in line
+    assert ("(--chdir)" in line) == (what == "directory")
     assert start.left() == []
 
 

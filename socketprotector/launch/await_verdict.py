@@ -36,7 +36,7 @@ _CANCELLING = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 def wait(line: socket.socket, log: str = "syslog") -> int:
     """Wait for the verdict, print why a start failed, and return the exit status.
 
-    line: the connection to the resident process, which this function closes.
+    line: the connection to the resident process.
     log: where the resident process writes its log.
     Call this with signals blocked; it unblocks them.
     """

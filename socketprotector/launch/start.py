@@ -84,9 +84,10 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
         each.socket.close()
     os.waitpid(child, 0)  # the child ends at once: DaemonContext forks again
     try:
-        return wait(ours, settings.log_file or "syslog")
+        with ours:
+            return wait(ours, settings.log_file or "syslog")
     except OSError as error:
-        # This process exits, so its connection closes, and the resident process cancels the start.
+        # The connection is closed, so the resident process cancels the start.
         raise SystemRefused(f"cannot wait for the start: {what_failed(error)}") from error
 
 

@@ -57,6 +57,15 @@ def test_standard_descriptors_may_be_closed(
     assert start.left() == []
 
 
+def test_the_starting_process_closes_what_it_has_opened(start: Start) -> None:
+    environment = {"PYTHONWARNINGS": "error::ResourceWarning"}
+
+    ended = start.up("unix:s?mode=0600", "--", *MINIMAL, environment=environment)
+
+    assert ended.err == ""
+    start.stop()
+
+
 @relayed
 def test_standard_descriptors_may_be_closed_in_the_foreground(
     start: Start, relay: tuple[str, ...]

@@ -159,6 +159,8 @@ def _become_resident(
                     f"cannot pass descriptors to the resident process: {what_failed(error)}; "
                     "raise its limits (ulimit -n), or free memory"
                 ) from error
+            if error.filename == os.devnull:
+                raise SystemRefused(f"cannot start: {what_failed(error)}") from error
             raise SystemRefused(
                 f"cannot execute {error.filename}: {error.strerror}; was it removed meanwhile, "
                 "or is a folder on its path closed to --user?"

@@ -122,6 +122,28 @@ def test_with_the_lowest_limit_of_file_sizes_it_starts(start: Start) -> None:
     start.stop()
 
 
+NO_DEV_NULL = """
+real = os.open
+def open(path, *more, **named):
+    if path == os.devnull:
+        raise FileNotFoundError(2, os.strerror(2), path)
+    return real(path, *more, **named)
+if not resident():
+    os.open = open
+"""
+
+
+def test_without_dev_null_the_start_names_it_and_leaves_nothing(start: Start) -> None:
+    environment = injected(start.folder / "fault.py", NO_DEV_NULL)
+
+    ended = start("-f", "unix:s?mode=0600", "--", *MINIMAL, environment=environment)
+
+    assert ended.status == 111, ended
+    said = "SocketProtector: cannot start: /dev/null: No such file or directory"
+    assert ended.lines[-1] == said
+    assert start.left() == []
+
+
 @pytest.mark.costly
 def test_where_workers_accept_a_few_descriptors_too_few_are_one_line_each_time(
     start: Start,

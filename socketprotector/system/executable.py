@@ -82,11 +82,13 @@ def command_of(label: tuple[str, ...], safe: Sequence[str] = ("-P",)) -> tuple[s
 
     A script is executed by the path by which it was called, so that a link to another release is
     followed.  Without a script, the command is the interpreter with -m.
-    label: words for the process list.
+    label: words for the process list.  safe: the interpreter's options, unless it is isolated.
     """
     script = sys.argv[0]
     if os.path.basename(script) != "__main__.py" and os.access(script, os.X_OK):
         return (os.path.abspath(script), *label)
+    if sys.flags.isolated:  # otherwise the next program would take modules from PYTHONPATH
+        safe = ("-I",)
     return (sys.executable, *safe, "-m", "socketprotector", *label)
 
 

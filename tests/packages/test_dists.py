@@ -372,6 +372,14 @@ def test_an_image_has_no_unpinned_part() -> None:
             assert "--hash=sha256:" in part, part
 
 
+def test_the_example_for_compose_asks_for_nothing_that_the_image_does_not_take() -> None:
+    example = (ROOT / "packaging" / "compose.yaml").read_text(encoding="utf-8")
+    image = (ROOT / "packaging" / "Containerfile").read_text(encoding="utf-8")
+
+    asked = re.findall(r"\$\{?(\w+)", example)
+    assert set(asked) <= set(re.findall(r"(?m)^ARG (\w+)", image))
+
+
 def test_the_profile_of_apparmor_lets_no_worker_replace_another_service_s_pid_file() -> None:
     text = (ROOT / "init.d" / "apparmor").read_text(encoding="utf-8")
 

@@ -311,7 +311,9 @@ def orders(told: Path) -> list[str]:
 
 
 def live_as_deb_beside_systemd() -> None:
-    """What the package tells systemd: to read its units, and what to stop at the end; no more."""
+    """What the package tells systemd: to read its units, to restart the exporter if it runs, and
+    what to stop at the end; no more.
+    """
     (ROOT / "run/systemd/system").mkdir(parents=True)
     for path, text in (("usr/bin/systemctl", SYSTEMCTL), ("usr/sbin/policy-rc.d", POLICY)):
         (ROOT / path).write_text(text)
@@ -327,7 +329,8 @@ def live_as_deb_beside_systemd() -> None:
 
     said = install("next")
 
-    assert orders(told) == []
+    exporters = "socketprotector-exporter.service socketprotector-page.service"
+    assert orders(told) == [f"try-restart {exporters}"]
     assert "policy-rc.d forbids to restart socketprotector@web.service" in said
     assert (status()["version"], status("shop/control")["version"]) == ("0.9.0", "0.9.1")
 

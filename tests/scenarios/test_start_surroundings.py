@@ -44,11 +44,12 @@ def test_standard_descriptors_may_be_closed(
 ) -> None:
     before = ("sh", "-c", f'exec "$@" {closed}', "-")
     words = (*relay, "--log-file", "log", "127.0.0.1:0", "unix:s?mode=0600", "--", *TELLS)
+    shown = {"PYTHONWARNINGS": "default::ResourceWarning"}
 
-    ended = start(*words, before=before)
+    ended = start(*words, before=before, environment=shown)
 
     assert ended.status == 0, ended
-    assert ended.err == ""
+    assert ended.err == "", "it closes what it has opened, too"
     found = told(f"{start.folder}/s")
     assert found["descriptors"]["0"] == "/dev/null"
     assert is_output(found["descriptors"]["2"], start, relay)

@@ -263,6 +263,12 @@ def live_as_deb() -> None:
         )
         assert inside("bash", "-c", script) == f"{word}\n"
 
+    rotated = (
+        "sed -n '/postrotate/,/endscript/{//!p}' /etc/logrotate.d/socketprotector | sh -s web.log"
+    )
+    inside("sh", "-c", rotated)
+    assert "event=reopened" in (ROOT / "var/log/socketprotector/web.log").read_text()
+
     say_of_policy(policy, 104)  # no init runs here, so invoke-rc.d would do nothing by itself
     start_by_hand("hand", 4322)
     by_hand = f"hand.control (pid {status('hand.control')['pid']}) was started by hand and is not"
@@ -274,6 +280,7 @@ def live_as_deb() -> None:
     os.kill(int(by_hand.split("pid ")[1].split(")")[0]), signal.SIGTERM)
     assert not (ROOT / "usr/bin/SocketProtector").exists()
     assert (ROOT / "etc/init.d/socketprotector").exists()  # a setting of the operator's, so far
+    inside("sh", "-c", rotated)
 
     inside("dpkg", "-P", "socketprotector", EXPORTER, CLIENT)
     assert not left(), left()

@@ -279,6 +279,20 @@ def test_an_exporter_that_is_started_again_is_found_again(
     assert browser.run(f"return {happened('reloading')}")  # of before
 
 
+def test_events_from_before_the_page_was_opened_are_not_announced(
+    browser: Browser, exporter: Starter, fakes: Fakes
+) -> None:
+    fake = fakes("web")
+    one = exporter(*WEB, "--control", fake.path)
+    seen(browser, one, "web")
+    fake.following()[-1].event("reload-failed", reason="why", generation=2)
+    browser.until("document.querySelector('#said').textContent.startsWith('web: reload-failed')")
+
+    seen(browser, one, "web")
+    browser.until(happened("reload-failed"))
+    assert browser.text("#said") == ""
+
+
 def test_everything_is_reached_by_keys(browser: Browser, exporter: Starter, fakes: Fakes) -> None:
     fake = fakes("web")
     fake.status["reloads"] = [reload(9, "failed", "exit 1; its last words:\nno such table")]

@@ -5,7 +5,7 @@
 const STEPS = 120, SILENT_S = 20, DENSE = 24, TROUBLES = 40;
 const $ = (id) => document.getElementById(id);
 const instances = new Map(); // id -> {data, card, points: Map of step -> [rate, active, p99], lanes}
-let offset = 0, version = null, source = null, step = 0, filter = "", heard = 0, frozen = null;
+let offset = 0, version = null, opened = null, source = null, step = 0, filter = "", heard = 0, frozen = null;
 
 // -- words ---------------------------------------------------------------------
 
@@ -397,12 +397,12 @@ function hear(message) {
 const lost = () => link("lost", `no exporter since ${clock(frozen ?? now())}; trying again`);
 
 function connect() {
-  let live = false;
   source = new EventSource("events");
   source.addEventListener("hello", (message) => {
     const hello = hear(message);
     if (version !== null && version !== hello.version) location.reload(); // another exporter, another page
     version = hello.version;
+    opened ??= hello.now;
     offset = Date.now() / 1000 - hello.now;
     text($("host"), hello.host);
     keep(hello.ids);
@@ -426,8 +426,7 @@ function connect() {
         sparklines(one);
       }
     }
-    for (const happened of state.events) tell(happened, live);
-    live = true;
+    for (const happened of state.events) tell(happened, happened.at > opened);
     summarize();
   });
   source.onerror = () => {

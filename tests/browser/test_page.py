@@ -221,10 +221,11 @@ def hundred(fakes: Fakes) -> list[Fake]:
     made = [fakes(f"shop-{number:02}") for number in range(100)]
     for number, each in enumerate(made):
         workers = [worker(place, active=place % 2) for place in range(4)]
-        each.status["generations"] = [generation(8, "serving", *workers)]
+        busy = {"active": 12345, "queue": 278}
+        each.status["generations"] = [generation(8, "serving", *workers, **busy)]
         if number % 10 == 3:
             old = [worker(9, active=3), worker(10, active=0)]
-            each.status["generations"].append(generation(7, "draining", *old, active=3))
+            each.status["generations"].append(generation(7, "draining", *old, **busy))
     made[42].status["reloads"] = [reload(9, "failed", "exit 1; its last words:\nno such table")]
     return made
 
@@ -356,6 +357,8 @@ def test_axe_finds_nothing(
             "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )
         assert browser.run(overflow) == 0
+        fits = "[...document.querySelectorAll('.card')].every(c => c.scrollWidth <= c.clientWidth)"
+        assert browser.run(f"return {fits}")
         one.end()
 
 

@@ -280,6 +280,22 @@ def test_an_exporter_that_is_started_again_is_found_again(
     assert browser.run(f"return {happened('reloading')}")  # of before
 
 
+def test_a_connection_that_ends_silently_is_made_again(
+    browser: Browser, exporter: Starter, fakes: Fakes
+) -> None:
+    fake = fakes("web")
+    seen(browser, exporter(*WEB, "--control", fake.path), "web")
+
+    browser.run("window.before = source")
+    # As after half a minute, in which the page heard nothing.
+    browser.until("(source === window.before && (heard -= 30_000), source !== window.before)")
+    assert browser.run("return window.before.readyState === EventSource.CLOSED")
+
+    browser.until("document.querySelector('#link').textContent === 'live'")
+    fake.following()[-1].event("reloaded", generation=9)
+    browser.until(happened("reloaded"))
+
+
 def test_events_from_before_the_page_was_opened_are_not_announced(
     browser: Browser, exporter: Starter, fakes: Fakes
 ) -> None:

@@ -429,6 +429,7 @@ function connect() {
     for (const happened of state.events) tell(happened, happened.at > opened);
     summarize();
   });
+  source.onopen = () => (heard = Date.now());
   source.onerror = () => {
     lost();
     if (source.readyState === EventSource.CLOSED) setTimeout(connect, 2000); // it was refused
@@ -443,7 +444,11 @@ $("host-cells").addEventListener("keydown", walk);
 $("host-cells").addEventListener("focusin", (focus) => enter(focus.target));
 setInterval(() => {
   // The exporter sends a message every 5 s.  A connection through a tunnel may end silently.
-  if (source.readyState === EventSource.OPEN && Date.now() - heard > 1000 * SILENT_S) lost();
+  if (source.readyState === EventSource.OPEN && Date.now() - heard > 1000 * SILENT_S) {
+    lost();
+    source.close();
+    connect();
+  }
   document.querySelectorAll("[data-since]").forEach(age);
 }, 1000);
 connect();

@@ -130,7 +130,10 @@ class ProtectorCollector(Collector):
         """Write a line for each instance that denies this user, the first time."""
         before, self._closed = self._closed, frozenset(paths)
         for path in sorted(paths - before):
-            text = f"{path}: permission denied; start that instance with --status-group"
+            text = (
+                f"{path}: permission denied; start that instance with --status-group, or, if it "
+                "has DynamicUser=, run the exporter as root"
+            )
             with suppress(OSError):  # the reader of stderr has exited
                 print(f"socketprotector-exporter: {escape(text)}", file=sys.stderr, flush=True)
 

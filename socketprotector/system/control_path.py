@@ -67,8 +67,19 @@ def sockets(environment: Mapping[str, str], user: int) -> list[str]:
         paths = [os.path.join(folder, name) for name in names]
         found += [path for path in paths if path.endswith(SUFFIX)]
         own = [os.path.join(path, IN_OWN_FOLDER) for path in paths if not path.endswith(SUFFIX)]
-        found += [path for path in own if os.path.exists(path)]
+        found += [path for path in own if _may_exist(path)]
     return [path for path in found if not _has_ended(path)]
+
+
+def _may_exist(path: str) -> bool:
+    try:
+        os.stat(path)
+    except PermissionError:
+        # Only root may look into the folder of a unit with DynamicUser=, which is a link.
+        return os.path.islink(os.path.dirname(path))
+    except OSError:
+        return False
+    return True
 
 
 def _has_ended(path: str) -> bool:

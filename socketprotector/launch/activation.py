@@ -111,11 +111,15 @@ def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[B
     return taken
 
 
-def unused(passed: Sequence[Bound], taken: Mapping[int, Sequence[Bound]]) -> Iterator[str]:
-    """Yield a line for each passed socket that no LISTEN argument uses."""
+def close_unused(passed: Sequence[Bound], taken: Mapping[int, Sequence[Bound]]) -> Iterator[str]:
+    """Close each passed socket that no LISTEN argument uses, and yield a line about it.
+
+    If a LISTEN argument then cannot be bound beside that socket, the error names systemd, not us.
+    """
     used = {each.socket.fileno() for found in taken.values() for each in found}
     for each in passed:
         if each.socket.fileno() not in used:
+            each.socket.close()
             name, address = each.settings.name, each.settings.address
             yield f"no worker gets clients of {address}, a passed socket: add fd:{name} to LISTEN"
 

@@ -91,7 +91,7 @@ def _launch(parsed: ParsedOptions) -> int:
     preflight.check_log_file(settings.log_file, files)
     given = activation.passed()
     passed = activation.take(listens, given.given)
-    notices = [*activation.unused(given.given, passed)]
+    notices = [*activation.close_unused(given.given, passed)]
     kept, released = {}, frozenset[str]()
     if holder:
         released = port_owner.addresses_of(holder)

@@ -70,6 +70,10 @@ def _advice(pid: int | None) -> str:
         return f"{which} has it: leave it out, and add it when the old workers have exited"
     pid, program = _holder_to_name(pid) if pid else (0, "")
     called = f"process {pid} ({program})" if program else "another program"
+    if program == "systemd":
+        return (
+            f"{called} has it for a .socket unit: listen on that unit's address, or stop the unit"
+        )
     if program == _OURS and not protector:
         hint = "if that is this instance, use `socketprotectorctl diff`; otherwise"
         return f"{called} has it: {hint} stop it, or choose another address"

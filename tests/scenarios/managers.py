@@ -49,6 +49,7 @@ import os, sys
 fds = [int(word) for word in sys.argv[1].split(",") if word]
 for place, fd in enumerate(fds):
     os.dup2(fd, 100 + place)
+    os.close(fd)
 for place, fd in enumerate(fds):
     os.dup2(100 + place, 3 + place)
     os.close(100 + place)

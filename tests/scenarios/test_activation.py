@@ -212,6 +212,24 @@ def test_what_was_given_survives_an_upgrade_and_still_is_not_ours(giver: Giver) 
     assert still_listens(giver)
 
 
+@pytest.fixture
+def _called_systemd() -> Iterator[None]:
+    name = Path(f"/proc/{os.getpid()}/comm")
+    before = name.read_text(encoding="utf-8")
+    name.write_text("systemd", encoding="utf-8")
+    yield
+    name.write_text(before, encoding="utf-8")
+
+
+@pytest.mark.usefixtures("_called_systemd")
+def test_of_an_address_within_the_passed_one_the_error_names_systemd(giver: Giver) -> None:
+    port = giver.tcp("web", socket.AF_INET6, both=True)
+    daemon = giver.start(f"127.0.0.1:{port}", "--", *MANY)
+
+    assert daemon.wait() == 111
+    assert f"process {os.getpid()} (systemd) has it for a .socket unit" in daemon.log.text()
+
+
 def test_a_name_that_nothing_was_passed_under_is_refused_in_one_line(giver: Giver) -> None:
     giver.tcp("web")
     daemon = giver.start("fd:wbe", "--", *MANY)

@@ -1761,6 +1761,7 @@ def installed(world: World) -> Iterator[None]:
         for module in (accept_watch, probes):
             put(module, "unaccepted", kernel.unaccepted)
         put(probes, "is_waiting", kernel.is_waiting)
+        put(probes, "why_unreachable", lambda *_: "")
         put(probes, "end_of", kernel.end_of)
         put(bpf, "comes_from", kernel.comes_from)
         put(socket_file, "give", kernel.give)

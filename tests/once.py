@@ -2,8 +2,9 @@
 
 Which one: that whose values were met least in its file so far, so that a file's tests take
 handoffs, servers, kinds of listener in turns.  The same are chosen in every run, and by every
-process of one.  Tests within one process cost little and are run whole, unless one at a system
-boundary is `slow`; so are pages, which have no common parts.  None is run that is marked `costly`.
+process of one.  Tests within one process cost little and are run whole, except simulations, and
+those at a system boundary that are `slow`; so are pages, which have no common parts.  None is run
+that is marked `costly`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from types import FunctionType
 import pytest
 
 _ROOT = Path(__file__).parent
-_RUN_WHOLE = {"unit", "boundary", "pages", "simulation", "test_imports.py"}
+_RUN_WHOLE = {"unit", "boundary", "pages", "test_imports.py"}
 
 
 def chosen(items: Iterable[pytest.Item]) -> set[pytest.Item]:

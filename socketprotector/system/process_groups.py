@@ -105,16 +105,12 @@ class Groups:
         self._look_later(record.number)
 
     def retire(self, number: int) -> None:
-        """Order a group to finish, once: end its RETURN line, or send its drain signal.
-
-        Forked children of a worker that retires watch the line.  A signal would cut off a child
-        that handles none.
-        """
+        """Order a group to finish, once: end its RETURN line, and send its drain signal, if any."""
         group = self._groups.get(number)
         if group is not None and not group.retired:
             group.retired = True
             self._end_line(group)
-            if group.drain_signal and not group.record.retires:
+            if group.drain_signal:
                 self.signal(number, group.drain_signal)
 
     def drain(self, generation: int) -> None:

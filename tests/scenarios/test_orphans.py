@@ -291,37 +291,6 @@ def test_orphans_are_known_to_the_next_program(protector: Starter, how: str) -> 
 
 # -- elsewhere they finish ------------------------------------------------------------------
 
-#: Forks a child for each client, and exits at a drain while children serve.
-FORKS = """
-import socketserver
-from socketprotector_client import Listener
-
-class Echo(socketserver.StreamRequestHandler):
-    def handle(self):
-        for line in self.rfile:
-            self.wfile.write(line)
-
-class Server(socketserver.ForkingTCPServer):
-    def server_bind(self):
-        self.socket.close()
-        self.socket = Listener(4321)
-
-Server(("", 0), Echo).serve_forever()
-"""
-
-
-def test_children_of_a_worker_on_the_library_finish_without_a_signal(protector: Starter) -> None:
-    daemon = protector(*MODE, "127.0.0.1:0", "--", sys.executable, "-c", FORKS).ready()
-    with Client(here(daemon)) as client:
-        assert client.ask("taken") == "taken"
-        daemon.reload()
-        daemon.log.wait_for("event=exited generation=1 ")
-
-        assert client.ask("still here") == "still here"
-    daemon.log.wait_for("event=drained generation=1")
-    assert daemon.log.count("event=signalled") == 0
-    daemon.stop()
-
 
 @pytest.mark.costly
 def test_where_connections_are_handed_over_orphans_finish_and_end_at_the_limits(

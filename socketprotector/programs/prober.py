@@ -70,8 +70,7 @@ class Answer:
     def head(self) -> tuple[int, str, dict[bytes, bytes]]:
         """Return the status, its reason and the header fields.  Raises BadAnswer, OSError."""
         first = self.line()
-        version, _, rest = first.partition(b" ")
-        code, _, reason = rest.partition(b" ")
+        version, code, reason = (*first.split(None, 2), b"", b"", b"")[:3]
         if version[:7] != b"HTTP/1." or len(code) != 3 or not code.isdigit() or code < b"100":
             raise BadAnswer(f"no HTTP: {_shown(first.decode('latin-1'))}")
         fields = {}

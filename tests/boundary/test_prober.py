@@ -94,6 +94,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
         (HTTP + b"100 Continue\r\n\r\n", HTTP + b"200 OK\r\nContent-Length: 3\r\n\r\nabc"),
         (HTTP + b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"3\r\nabc\r\n0\r\n\r\n"),
         (HTTP + b"200 OK\r\nContent-Length: 100000000\r\n\r\n",),
+        (b"HTTP/1.1  200  OK\r\n\r\n",),
         (HTTP + b"103 Early Hints\r\nLink: </x>\r\n\r\n", HTTP + b"200 OK\r\n\r\n"),
     ],
 )

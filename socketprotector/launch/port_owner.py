@@ -30,7 +30,7 @@ def _of_port(host: str, port: int) -> str:
     import psutil  # late: this takes a tenth of the time of a start
 
     host = host.partition("%")[0]  # /proc names no interface
-    pid = None
+    pid, listening = None, []
     with suppress(psutil.Error, OSError):  # there is no /proc, or we may not read it
         found = [
             each
@@ -43,7 +43,7 @@ def _of_port(host: str, port: int) -> str:
         pid = next((each.pid for each in listening or found if each.pid), None)
     if pid == os.getpid():  # at a reload: the configuration has the address twice
         return "another listener of this protector has it: leave one of them out"
-    return _advice(pid)
+    return _advice(pid, listens=bool(listening))
 
 
 def addresses_of(pid: int) -> frozenset[str]:
@@ -63,12 +63,15 @@ def addresses_of(pid: int) -> frozenset[str]:
     return frozenset(found)
 
 
-def _advice(pid: int | None) -> str:
-    """Return which process has an address, and what to do."""
+def _advice(pid: int | None, *, listens: bool = True) -> str:
+    """Return which process has an address, and what to do.
+
+    listens: otherwise an outgoing connection has it, and the process alone can end that.
+    """
     if pid and protector and _is_of_protector(pid):
         which = _OURS if pid == protector else f"its process {pid}"
         return f"{which} has it: leave it out, and add it when the old workers have exited"
-    pid, program = _holder_to_name(pid) if pid else (0, "")
+    pid, program = _holder_to_name(pid, listens) if pid else (0, "")
     called = f"process {pid} ({program})" if program else "another program"
     if program == "systemd":
         return (
@@ -89,8 +92,8 @@ def _is_of_protector(pid: int) -> bool:
     return False
 
 
-def _holder_to_name(pid: int) -> tuple[int, str]:
-    """Return the pid and program of a process, or of the SocketProtector that started it.
+def _holder_to_name(pid: int, listens: bool) -> tuple[int, str]:
+    """Return the pid and program of a process, or of the SocketProtector that started a listener.
 
     Under --handoff listener, workers have the socket, too.  If an operator stopped a worker, the
     protector would replace the worker, and the address would still be in use.
@@ -102,7 +105,7 @@ def _holder_to_name(pid: int) -> tuple[int, str]:
     with suppress(psutil.Error):  # a child of the process may still have the socket
         process = psutil.Process(pid)
         program = process.name()
-        for each in (process, *process.parents()):
+        for each in (process, *process.parents()) if listens else ():
             if each.name() == _OURS:
                 return each.pid, _OURS
     return pid, program

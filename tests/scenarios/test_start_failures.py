@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from socketprotector.launch import port_owner
 from tests import needs
 from tests.running import MARK, Ended, Protector, marked
 from tests.scenarios.starting import MINIMAL, Start, start_of
-from tests.scenarios.tools import worker
+from tests.scenarios.tools import spawned, worker
 
 needs_root = needs.ANOTHER_USER
 
@@ -84,6 +85,26 @@ def test_an_outgoing_connection_has_its_port(start: Start) -> None:
         ended = start(str(client.getsockname()[1]), "--", *MINIMAL)
 
     refused(ended, 111, "Address already in use", f"process {os.getpid()} ")
+
+
+def test_an_outgoing_connection_of_a_worker_is_no_reason_to_stop_its_protector(
+    protector: Callable[..., Protector],
+) -> None:
+    code = """if True:
+        import signal, socket, sys
+        here = "127.0.0.1", 0
+        kept = socket.create_connection(("127.0.0.1", int(sys.argv[1])), source_address=here)
+        signal.pause()
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        command = (sys.executable, "-I", "-c", code, str(server.getsockname()[1]))
+        mode = ("--handoff", "listener", "--ready", "after:10ms")
+        daemon = protector(*mode, "127.0.0.1:0", "--", *command).ready()
+        accepted, (_, port) = server.accept()
+        with accepted:
+            expected = f"process {spawned(daemon)[0]} (python"
+            assert port_owner.of_port("127.0.0.1", port).startswith(expected)
+        daemon.stop()
 
 
 @needs_root

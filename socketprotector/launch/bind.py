@@ -341,7 +341,7 @@ def refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) ->
     here = place(address)
     for other_place in earlier.keys() & {here} if here.startswith("unix:") else earlier:
         other = earlier[other_place]
-        if socket_options.keep_apart(listen.options.get("device"), other.options.get("device")):
+        if {*listen.options, *other.options} & {"device"}:
             continue
         dual = _takes_ipv4(here, listen) or _takes_ipv4(other_place, other)
         if _overlap(here, other_place, dual=dual):

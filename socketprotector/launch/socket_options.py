@@ -4,8 +4,7 @@ Accepted connections inherit all options except the priority, which is set on ea
 system/socket_copy.py has the options that are copied to further sockets of the address.
 system/socket_snapshot.py has the options that are restored after a worker has changed them.
 
-Source: socket(7), ip(7), ipv6(7), tcp(7); sk_clone_lock() in net/core/sock.c; inet_csk_get_port()
-and inet_csk_bind_conflict() in net/ipv4/inet_connection_sock.c.
+Source: socket(7), ip(7), ipv6(7), tcp(7); sk_clone_lock() in net/core/sock.c.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import re
 import socket
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 
 from ..model.errors import UsageError
 from ..model.lazy_dataclass import frozen
@@ -29,9 +27,6 @@ _KEEPALIVE = re.compile(r"([0-9]{0,5})(?::([0-9]{0,5}))?(?::([0-9]{0,5}))?")
 _KEEP = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 #: The errno values of a missing permission.
 FORBIDDEN = (errno.EPERM, errno.EACCES)
-
-#: Folders of this machine's network devices.
-NETWORK = "/sys/class/net"
 
 _Set = Callable[[socket.socket, str], None]
 
@@ -180,24 +175,3 @@ def put(sock: socket.socket, options: Mapping[str, str]) -> None:
             OPTIONS[name].put(sock, value)
         except OSError as error:
             raise Unsettable(name, value, error) from error
-
-
-def keep_apart(device: str | None, other: str | None) -> bool:
-    """Return whether `?device` lets two sockets have one address; None: no device.
-
-    Two devices do, and so does a VRF: its ports are its own (since Linux 5.0).
-    """
-    if device == other:
-        return False
-    return None not in (device, other) or _vrf_of(device) != _vrf_of(other)
-
-
-def _vrf_of(device: str | None) -> str:
-    """Return the number of the VRF that a device is, or belongs to; "": none."""
-    for each in (f"/{device}", f"/{device}/master") if device else ():
-        with suppress(OSError, ValueError):
-            with open(f"{NETWORK}{each}/uevent", encoding="ascii") as file:
-                found = dict(line.split("=", 1) for line in file.read().split())
-            if found.get("DEVTYPE") == "vrf":
-                return found["IFINDEX"]
-    return ""

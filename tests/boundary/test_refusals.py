@@ -778,13 +778,6 @@ def test_one_socket_file_is_refused_twice_however_it_is_spelled(
     refused(ended, 2, f"cannot listen on {other} beside unix:{typed.folder}/twice: {both}")
 
 
-@together("second", ["1?device=lo", "1"])
-def test_an_address_is_refused_twice_unless_each_has_its_device(typed: Typed, second: str) -> None:
-    """The start would refuse it, too."""
-    said = typed("--check", "--no-control", "1?device=lo", second, "--", "true")
-    refused(said, 2, re.escape(f"cannot listen on {second} beside 1?device=lo: both are tcp:"))
-
-
 # -- handoff modes -------------------------------------------------------------
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from socketprotector.launch import socket_options
-from socketprotector.launch.bind import Bound, bind_all, refuse_twice
+from socketprotector.launch.bind import Bound, bind_all
 from socketprotector.launch.listen_spec import parse
 from socketprotector.model.errors import SystemRefused, UsageError
 from socketprotector.system import reuseport
@@ -214,30 +213,3 @@ def test_each_option_is_tried_here_or_where_it_was_before() -> None:
     elsewhere = {"backlog", "defer_accept", "device", "freebind", "nonblock", "v6only"}
 
     assert tried | elsewhere | {"congestion", "fastopen"} == set(socket_options.OPTIONS)
-
-
-def test_a_device_of_a_vrf_has_ports_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Few kernels of test machines have VRFs: these folders are like those of one that has."""
-    monkeypatch.setattr(socket_options, "NETWORK", tmp_path)
-    for number, (name, kind) in enumerate({"eth0": "", "blue": "vrf", "eth1": ""}.items()):
-        (tmp_path / name).mkdir()
-        says = f"INTERFACE={name}\nIFINDEX={number}\n"
-        (tmp_path / name / "uevent").write_text(f"DEVTYPE={kind}\n{says}" if kind else says)
-    (tmp_path / "eth1" / "master").symlink_to(tmp_path / "blue")
-
-    together = {("blue", None), ("eth1", None), ("eth0", "eth1"), ("blue", "eth1")}
-    devices = (None, "eth0", "eth1", "blue", "absent")
-    found = {(a, b) for a in devices for b in devices if socket_options.keep_apart(a, b)}
-    with_absent = {("absent", each) for each in ("eth0", "eth1", "blue")}
-    expected = together | with_absent | {("eth0", "blue")}
-    assert found == expected | {(b, a) for a, b in expected}
-
-
-def test_an_address_may_be_of_a_vrf_and_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket_options, "_vrf_of", lambda device: device or "")
-    earlier = {"tcp:0.0.0.0:80": parse("80", "/")}
-    refuse_twice("tcp:0.0.0.0:80", parse("80?device=blue", "/"), earlier)
-    with pytest.raises(UsageError, match="both are tcp"):
-        refuse_twice("tcp:0.0.0.0:80", parse("80", "/"), earlier)

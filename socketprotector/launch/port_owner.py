@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import Any, cast
 
 from ..system.socket_file import path_of
 
@@ -30,20 +32,23 @@ def _of_port(host: str, port: int) -> str:
     import psutil  # late: this takes a tenth of the time of a start
 
     host = host.partition("%")[0]  # /proc names no interface
-    pid, listening = None, []
+
+    def has_port(each: Any) -> bool:
+        if not each.laddr or each.laddr.port != port:
+            return False
+        return each.laddr.ip == host or bool({each.laddr.ip, host} & {"0.0.0.0", "::"})
+
+    def listens(each: Any) -> bool:
+        return each.status == psutil.CONN_LISTEN and has_port(each)
+
+    found = []
     with suppress(psutil.Error, OSError):  # there is no /proc, or we may not read it
-        found = [
-            each
-            for each in psutil.net_connections("tcp")
-            if (each.laddr and each.laddr.port == port)
-            and (each.laddr.ip == host or {each.laddr.ip, host} & {"0.0.0.0", "::"})
-        ]
-        # Without a listening socket, an outgoing connection has the port.
-        listening = [each for each in found if each.status == psutil.CONN_LISTEN]
-        pid = next((each.pid for each in listening or found if each.pid), None)
-    if pid == os.getpid():  # at a reload: the configuration has the address twice
+        found = [each for each in psutil.net_connections("tcp") if has_port(each)]
+    # Without a listening socket, an outgoing connection has the port.
+    pids = [each.pid for each in [*filter(listens, found)] or found if each.pid]
+    if os.getpid() in pids:  # the configuration has the address twice
         return "another listener of this protector has it: leave one of them out"
-    return _advice(pid, listens=bool(listening))
+    return _advice(pids[0] if pids else None, listens)
 
 
 def addresses_of(pid: int) -> frozenset[str]:
@@ -52,9 +57,7 @@ def addresses_of(pid: int) -> frozenset[str]:
 
     found = set[str]()
     with suppress(psutil.Error, OSError):
-        process = psutil.Process(pid)
-        listed = getattr(process, "net_connections", None) or process.connections  # psutil < 6
-        for each in listed("all"):
+        for each in _sockets_of(psutil.Process(pid)):
             if each.family == socket.AF_UNIX and each.laddr:
                 found.add(f"unix:{path_of(str(each.laddr))}")
             elif each.status == psutil.CONN_LISTEN:
@@ -63,10 +66,17 @@ def addresses_of(pid: int) -> frozenset[str]:
     return frozenset(found)
 
 
-def _advice(pid: int | None, *, listens: bool = True) -> str:
+def _sockets_of(process: Any) -> Iterable[Any]:
+    """Return the sockets of a psutil.Process.  Raises psutil.Error and OSError."""
+    listed = getattr(process, "net_connections", None) or process.connections  # psutil < 6
+    return cast("Iterable[Any]", listed("all"))
+
+
+def _advice(pid: int | None, listens: Callable[[Any], bool]) -> str:
     """Return which process has an address, and what to do.
 
-    listens: otherwise an outgoing connection has it, and the process alone can end that.
+    pid: a process that has the address; None: unknown.
+    listens: returns True for a socket that listens on the address.
     """
     if pid and protector and _is_of_protector(pid):
         which = _OURS if pid == protector else f"its process {pid}"
@@ -92,40 +102,60 @@ def _is_of_protector(pid: int) -> bool:
     return False
 
 
-def _holder_to_name(pid: int, listens: bool) -> tuple[int, str]:
-    """Return the pid and program of a process, or of the SocketProtector that started a listener.
+def _holder_to_name(pid: int, listens: Callable[[Any], bool]) -> tuple[int, str]:
+    """Return the pid and program of a process, or of the SocketProtector that also has the socket.
 
     Under --handoff listener, workers have the socket, too.  If an operator stopped a worker, the
-    protector would replace the worker, and the address would still be in use.
+    protector would replace the worker, and the address would still be in use.  A guard would
+    replace a protector, so the guard is named.
     The program is "" if the process has ended.
     """
     import psutil
 
-    program = ""
+    named = (pid, "")
     with suppress(psutil.Error):  # a child of the process may still have the socket
         process = psutil.Process(pid)
-        program = process.name()
-        for each in (process, *process.parents()) if listens else ():
-            if each.name() == _OURS:
-                return each.pid, _OURS
-    return pid, program
+        named = (pid, process.name())
+        for each in (process, *process.parents()):
+            if each.name() == _OURS and _may_listen(each, listens):
+                named = (each.pid, _OURS)
+    return named
+
+
+def _may_listen(process: Any, listens: Callable[[Any], bool]) -> bool:
+    """Return True if a process has such a socket, or if we may not read which it has.
+
+    A worker may also have bound the address itself; then its protector does not have it.
+    """
+    import psutil
+
+    try:
+        return any(map(listens, _sockets_of(process)))
+    except psutil.AccessDenied:
+        return True
+    except (psutil.Error, OSError):
+        return False
 
 
 def of_path(path: str) -> str:
     """Return, for an error, which process listens on a UNIX socket or @name, and what to do."""
+
+    def listens(each: Any) -> bool:
+        return each.family == socket.AF_UNIX and path_of(str(each.laddr)) == path
+
     pid = _peer("\0" + path[1:] if path.startswith("@") else path)
     if pid and not os.path.exists(f"/proc/{pid}"):  # the program was killed; its children have it
-        pid = _holder(path)
-    return _advice(pid)
+        pid = _holder(listens)
+    return _advice(pid, listens)
 
 
-def _holder(path: str) -> int | None:
+def _holder(listens: Callable[[Any], bool]) -> int | None:
     """Return a process with a socket of a UNIX path; None: unknown."""
     import psutil
 
     with suppress(psutil.Error, OSError):  # there is no /proc, or we may not read it
         for each in psutil.net_connections("unix"):
-            if each.pid and each.laddr and path_of(str(each.laddr)) == path:
+            if each.pid and listens(each):
                 return each.pid
     return None
 

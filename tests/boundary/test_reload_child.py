@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -173,7 +172,7 @@ def test_what_cannot_change_and_what_cannot_be_bound_are_reported_together(
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_an_address_of_this_instance_is_no_reason_to_stop_it(
-    loop: Loop, web: Web, kind: str, monkeypatch: pytest.MonkeyPatch
+    loop: Loop, web: Web, kind: str
 ) -> None:
     """A removed listener is in use until its workers have exited; they are children of ours."""
     with socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET) as taken:
@@ -191,25 +190,46 @@ def test_an_address_of_this_instance_is_no_reason_to_stop_it(
         with subprocess.Popen((sys.executable, "-c", "input()"), stdin=subprocess.PIPE) as child:
             port_owner.protector = os.getpid()
             try:
-                assert f"its process {child.pid} has it" in port_owner._advice(child.pid)
-                monkeypatch.setattr(port_owner, "_program", lambda _: "SocketProtector")
-                assert "diff`" not in port_owner._advice(1)  # another protector: `diff` asks itself
+                said = port_owner._advice(child.pid, lambda _: False)
+                assert f"its process {child.pid} has it" in said
             finally:
                 port_owner.protector = 0
 
 
-def test_a_protector_is_named_and_not_its_worker_that_accepts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    programs = {21: "python3", 20: "SocketProtector"}
-    rows = [
-        SimpleNamespace(pid=pid, status="LISTEN", laddr=SimpleNamespace(ip="127.0.0.1", port=80))
-        for pid in (None, *programs)
-    ]
-    monkeypatch.setattr("psutil.net_connections", lambda _: rows)
-    monkeypatch.setattr(port_owner, "_program", programs.__getitem__)
+ELSE = "stop that program, or choose another address"
+#: A process that has the name of a protector and a listening socket, and whose child listens, too.
+#: It prints both ports and the child's pid.
+PARENT = """
+import os, socket, sys
+open("/proc/self/comm", "w").write("SocketProtector")
+shared = socket.create_server(("127.0.0.1", 0))
+if os.fork() == 0:
+    open("/proc/self/comm", "w").write("server")
+    own = socket.create_server(("127.0.0.1", 0))
+    print(shared.getsockname()[1], own.getsockname()[1], os.getpid(), flush=True)
+sys.stdin.read()
+"""
 
-    assert port_owner.of_port("127.0.0.1", 80).startswith("process 20 (SocketProtector) has it: ")
+
+def test_a_protector_is_named_and_not_its_worker_that_accepts() -> None:
+    """But the worker is named if it has bound the address itself."""
+    words = (sys.executable, "-S", "-c", PARENT)
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout
+        shared, own, child = map(int, parent.stdout.readline().split())
+        of_shared, of_own = (port_owner.of_port("127.0.0.1", each) for each in (shared, own))
+        port_owner.protector = -1  # at a reload of another protector
+        try:
+            of_another = port_owner.of_port("127.0.0.1", shared)
+        finally:
+            port_owner.protector = 0
+
+    protector = f"process {parent.pid} (SocketProtector) has it: "
+    assert of_shared.startswith(f"{protector}if that is this instance, use ")
+    assert of_own == f"process {child} (server) has it: {ELSE}"
+    assert of_another == f"{protector}{ELSE}"  # at a reload, `diff` would ask itself
 
 
 def test_an_address_that_is_bound_already_is_kept_whatever_it_is_called_now(

@@ -25,7 +25,7 @@ from ..model.errors import NO_PROCESSES, Refusal, SystemRefused, what_failed
 from ..model.settings import Settings, dump
 from ..model.text import escape
 from ..programs import guard
-from ..system import inherited, privileges
+from ..system import inherited, privileges, socket_file
 from ..system.cleanup import on_error
 from ..system.executable import command_of, need_descriptors
 from ..system.log_file import open_log
@@ -204,11 +204,13 @@ def _files_made(settings: Settings, bound: Mapping[str, Bound]) -> dict[str, lis
     If the start fails, the waiting process removes the files, because the resident process may be
     killed, or run as a user who has no permission to remove them.
     """
-    sockets = (each.settings for each in bound.values() if not each.inherited)
-    paths = [each.address.removeprefix("unix:") for each in sockets if each.inode]
-    return {
-        path: known_by(path) for path in (*paths, settings.notify_folder, settings.pid_file) if path
-    }
+    paths = [settings.notify_folder, settings.pid_file]
+    for each in bound.values():
+        if each.settings.inode and not each.inherited:
+            path = each.settings.address.removeprefix("unix:")
+            own = socket_file.own_file(path, each.socket)
+            paths += [path, own if os.path.lexists(own) else None]
+    return {path: known_by(path) for path in paths if path}
 
 
 def _exec(

@@ -26,9 +26,9 @@ def gate(start: Start) -> Path:
 
 
 @contextmanager
-def waiting(start: Start, gate: Path, **more: object) -> Iterator[tuple[Popen, int]]:
+def waiting(start: Start, gate: Path, *options: str, **more: object) -> Iterator[tuple[Popen, int]]:
     """A launching process that waits for a worker; and a descriptor that holds the worker back."""
-    words = (f"unix:{start.folder}/s?mode=0600", "--", *worker("ready_at_gate", gate))
+    words = (*options, f"unix:{start.folder}/s?mode=0600", "--", *worker("ready_at_gate", gate))
     with start_of(start, "--log-file", start.log_file, *words, **more) as process:
         held = os.open(gate, os.O_WRONLY)  # succeeds when the worker reads
         try:
@@ -105,15 +105,18 @@ def test_killing_the_one_that_waits_stops_everything(start: Start, gate: Path) -
         nothing_is_left(start)
 
 
-def test_killing_the_protector_that_starts_is_reported(start: Start, gate: Path) -> None:
-    with waiting(start, gate) as (process, held):
+@pytest.mark.parametrize("options", [(), ("--handoff", "listener")], ids=["", "listener"])
+def test_killing_the_protector_that_starts_is_reported(
+    start: Start, gate: Path, options: tuple[str, ...]
+) -> None:
+    with waiting(start, gate, *options) as (process, held):
         os.kill(start.pid, signal.SIGKILL)
         assert process.wait(DEADLINE_S) == 111
         assert process.stderr
         said = process.stderr.read()
         assert "was killed before a generation was serving" in said
         os.write(held, b"go")
-    # Its worker sees end of file on the channel.
+    # Its worker sees end of file on the channel, or has none.
     eventually(lambda: not marked(start.environment[MARK]), "the end of the worker")
     assert start.left() == []
 

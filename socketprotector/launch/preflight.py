@@ -136,7 +136,8 @@ def _reachable(settings: Settings, path: str) -> None:
     for option, identity, needed in checks:
         closed = user_access.as_user(identity, partial(user_access.closed, needed))
         if closed:
-            is_start = closed.startswith(f"cannot enter {settings.directory.rstrip('/')}/:")
+            start = f"cannot enter {settings.directory.rstrip('/')}/"
+            is_start = closed.startswith((f"{start}:", f"{start}, a link "))
             raise SystemRefused(
                 f"{option} {identity.user} {closed}; let that user through (chmod, chown), or "
                 + ("start workers elsewhere (--chdir)" if is_start else "install it elsewhere")

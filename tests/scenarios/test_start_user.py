@@ -270,7 +270,7 @@ def test_a_nice_value_below_zero_is_had_as_another_user(
 
 
 @pytest.mark.parametrize("check", [True, False])
-@pytest.mark.parametrize("what", ["command", "interpreter", "directory", "script"])
+@pytest.mark.parametrize("what", ["command", "interpreter", "directory", "link", "script"])
 def test_what_that_user_cannot_execute_is_refused_at_once(
     start: Start, theirs: Path, what: str, check: bool
 ) -> None:
@@ -279,8 +279,11 @@ def test_what_that_user_cannot_execute_is_refused_at_once(
     shutil.copy("/bin/sleep", closed / "sleep")
     script.write_text(f"#!{closed}/sleep\n")
     script.chmod(0o700 if what == "script" else 0o755)
-    command = {"command": closed / "sleep", "directory": Path("/bin/sleep")}.get(what, script)
-    where = closed if what == "directory" else theirs
+    (closed / "inner").mkdir()
+    (theirs / "link.sh").symlink_to(closed / "inner")
+    where = {"directory": closed, "link": theirs / "link.sh"}.get(what, theirs)
+    elsewhere = Path("/bin/sleep") if where != theirs else script
+    command = closed / "sleep" if what == "command" else elsewhere
     words = (
         "--ready",
         "after:1ms",
@@ -296,13 +299,13 @@ def test_what_that_user_cannot_execute_is_refused_at_once(
 
     assert ended.status == 111
     [line] = ended.lines
-    verb = {"command": f"execute {command}", "directory": f"enter {closed}/"}
-    assert line.startswith("SocketProtector: --user nobody cannot ")
-    assert verb.get(what, "execute ") in line
+    verb = f"enter {where}/" if where != theirs else "execute "
+    assert line.startswith(f"SocketProtector: --user nobody cannot {verb}")
+    assert what != "command" or f"execute {command}" in line
     whose = f"{script} is closed to that user (-rwx------ root)"
     folder = f"the folder {closed} is closed to that user (drwx------ root)"
     assert (whose if what == "script" else folder) in line
-    assert ("(--chdir)" in line) == (what == "directory")
+    assert ("(--chdir)" in line) == (where != theirs)
     assert start.left() == []
 
 

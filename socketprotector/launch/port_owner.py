@@ -84,8 +84,10 @@ def _advice(pid: int | None, listens: Callable[[Any], bool]) -> str:
     pid, program = _holder_to_name(pid, listens) if pid else (0, "")
     called = f"process {pid} ({program})" if program else "another program"
     if program == "systemd":
+        # For a .socket unit, perhaps another service's, or in a stopped unit's descriptor store.
         return (
-            f"{called} has it for a .socket unit: listen on that unit's address, or stop the unit"
+            f"{called} has it for a unit: in the service of a .socket unit, listen on that unit's "
+            "address; otherwise stop the unit, or choose another address"
         )
     if program == _OURS and not protector:
         hint = "if that is this instance, use `socketprotectorctl diff`; otherwise"

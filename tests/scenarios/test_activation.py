@@ -227,7 +227,23 @@ def test_of_an_address_within_the_passed_one_the_error_names_systemd(giver: Give
     daemon = giver.start(f"127.0.0.1:{port}", "--", *MANY)
 
     assert daemon.wait() == 111
-    assert f"process {os.getpid()} (systemd) has it for a .socket unit" in daemon.log.text()
+    assert f"process {os.getpid()} (systemd) has it for a unit: in the" in daemon.log.text()
+
+
+@pytest.mark.usefixtures("_called_systemd")
+@pytest.mark.parametrize("unix", [False, True])
+def test_of_an_address_of_another_service_s_unit_the_error_says_more(
+    giver: Giver, tmp_path: Path, unix: bool
+) -> None:
+    if unix:
+        address = f"unix:{giver.unix('web', tmp_path / 's')}?mode=0600"
+    else:
+        address = f"127.0.0.1:{giver.tcp('web')}"
+    started = Protector((address, "--", *MANY), giver.environment)
+    giver.started.append(started)
+
+    assert started.wait() == 111
+    assert "; otherwise stop the unit, or choose another address" in started.log.text()
 
 
 def test_a_name_that_nothing_was_passed_under_is_refused_in_one_line(giver: Giver) -> None:

@@ -296,6 +296,31 @@ def test_a_connection_that_ends_silently_is_made_again(
     browser.until(happened("reloaded"))
 
 
+def test_over_a_slow_network_the_page_waits_longer_each_time(
+    browser: Browser, exporter: Starter, fakes: Fakes
+) -> None:
+    """Otherwise it would never show a start of which one message takes longer than 20 seconds."""
+    seen(browser, exporter(*WEB, "--control", fakes("web").path), "web")
+    browser.run(
+        """window.before = source;
+        window.made = [];
+        window.EventSource = class {
+            static OPEN = 1;
+            readyState = 1;
+            addEventListener() {}
+            close() { this.readyState = 2; }
+            constructor() { made.push(this); heard = Date.now(); }
+        };"""
+    )
+    browser.until("(source === window.before && (heard -= 30_000), made.length === 1)")
+
+    browser.run("heard -= 30_000; window.ticks = 0; setInterval(() => (ticks += 1), 1000)")
+    browser.until("ticks >= 2")
+    assert browser.run("return made.length") == 1
+    browser.run("heard -= 15_000")
+    browser.until("made.length === 2")
+
+
 def test_events_from_before_the_page_was_opened_are_not_announced(
     browser: Browser, exporter: Starter, fakes: Fakes
 ) -> None:

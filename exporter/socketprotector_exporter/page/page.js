@@ -5,7 +5,8 @@
 const STEPS = 120, SILENT_S = 20, DENSE = 24, TROUBLES = 40;
 const $ = (id) => document.getElementById(id);
 const instances = new Map(); // id -> {data, card, points: Map of step -> [rate, active, p99], lanes}
-let offset = 0, version = null, opened = null, source = null, step = 0, filter = "", heard = 0, frozen = null;
+let offset = 0, version = null, opened = null, source = null, step = 0, filter = "", frozen = null;
+let heard = 0, patience_s = SILENT_S;
 
 // -- words ---------------------------------------------------------------------
 
@@ -419,6 +420,7 @@ function connect() {
     let moved = false;
     for (const data of state.instances) moved = show(data) || moved;
     if (moved) arrange();
+    if (state.points) patience_s = SILENT_S; // the start is over
     for (const [id, points] of Object.entries(state.points || {})) {
       const one = instances.get(id);
       if (one) {
@@ -444,8 +446,10 @@ $("host-cells").addEventListener("keydown", walk);
 $("host-cells").addEventListener("focusin", (focus) => enter(focus.target));
 setInterval(() => {
   // The exporter sends a message every 5 s.  A connection through a tunnel may end silently.
-  if (source.readyState === EventSource.OPEN && Date.now() - heard > 1000 * SILENT_S) {
-    lost();
+  const silent_s = source.readyState === EventSource.OPEN ? (Date.now() - heard) / 1000 : 0;
+  if (silent_s > SILENT_S) lost();
+  if (silent_s > patience_s) {
+    patience_s *= 2; // one message of the start may take longer over a slow network
     source.close();
     connect();
   }

@@ -13,6 +13,7 @@ Source: sd_listen_fds(3), systemd.socket(5).
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, repeat
@@ -120,8 +121,8 @@ def close_unused(passed: Sequence[Bound], taken: Mapping[int, Sequence[Bound]]) 
     for each in passed:
         if each.socket.fileno() not in used:
             each.socket.close()
-            name, address = each.settings.name, each.settings.address
-            yield f"no worker gets clients of {address}, a passed socket: add fd:{name} to LISTEN"
+            listen, address = shlex.quote(f"fd:{each.settings.name}"), each.settings.address
+            yield f"no worker gets clients of {address}, a passed socket: add {listen} to LISTEN"
 
 
 def _address(passed: socket.socket) -> str:

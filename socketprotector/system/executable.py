@@ -87,8 +87,8 @@ def command_of(label: tuple[str, ...], safe: Sequence[str] = ("-P",)) -> tuple[s
     script = sys.argv[0]
     if os.path.basename(script) != "__main__.py" and os.access(script, os.X_OK):
         return (os.path.abspath(script), *label)
-    if sys.flags.isolated:  # otherwise the next program would take modules from PYTHONPATH
-        safe = ("-I",)
+    if sys.flags.ignore_environment:  # otherwise the next program would use PYTHONPATH
+        safe = ("-I",) if sys.flags.isolated else (*safe, "-E")
     return (sys.executable, *safe, "-m", "socketprotector", *label)
 
 

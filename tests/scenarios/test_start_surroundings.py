@@ -265,12 +265,13 @@ def test_it_needs_no_install_but_a_python_path(start: Start, path: str) -> None:
         assert f"{copy}/socketprotector_client/__init__.py" in start.log
 
 
-def test_an_isolated_python_stays_isolated(start: Start) -> None:
-    """PYTHONPATH, which -I ignores, has another package of this name."""
+@pytest.mark.parametrize("option", ["-I", "-E"])
+def test_an_isolated_python_stays_isolated(start: Start, option: str) -> None:
+    """PYTHONPATH, which the option lets it ignore, has another package of this name."""
     planted = start.folder / "planted"
     (planted / "socketprotector").mkdir(parents=True)
     (planted / "socketprotector/__init__.py").write_text("raise SystemExit('planted')\n")
-    isolated = (sys.executable, "-I", "-m", "socketprotector")
+    isolated = (sys.executable, option, "-m", "socketprotector")
     if subprocess.run([*isolated, "--version"], capture_output=True).returncode:
         needs.skip("an install that a Python finds without PYTHONPATH")
 

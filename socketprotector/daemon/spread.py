@@ -37,7 +37,7 @@ def order(
 
     records: the records of all workers.  worker: the number of one worker; 0: all workers
     of the generation.
-    seconds: how long connections may stay open; 0: order the workers to end no connections.
+    seconds: how long connections may stay open; 0: no limit, so the workers end none of them.
     """
     board = generation.board
     if board is None or not generation.program.spreads:

@@ -38,7 +38,7 @@ _READ_AT_ONCE = 1024
 _READ_IN_A_TURN = 64
 #: How long to wait before reading again from a socket that could not be read.
 _READ_AGAIN_S = 0.1
-#: If a watchdog timer runs out later than this, we did not run for a while.
+#: If a watchdog timer is handled this much later than it was due, we did not run for a while.
 _LATE_S = 0.1
 #: The most digits of EXTEND_TIMEOUT_USEC: about 30 years.
 _USEC_DIGITS = 15
@@ -130,7 +130,7 @@ class WorkerMessages:
 
         Do nothing until the worker is ready and has sent a first WATCHDOG=1.  (--start-timeout
         limits the worker's start.)
-        again: the worker has this time only because we stood still when its time ran out.
+        again: the worker gets a second period, because we stood still when the first ran out.
         """
         limit_s = worker.generation.program.watchdog_s
         if limit_s and worker.record.watched and worker.became_ready:

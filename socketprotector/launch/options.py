@@ -253,8 +253,9 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "--reload-order stop-first.",
                "policy.settle_s", default="0"),
         Option("releases", TEXT, "Start a release, a subfolder of this folder.\n"
-               "The release's path replaces {release} in COMMAND, --chdir, --env, --env-file and "
-               "checks. socketprotectorctl deploy NAME starts another release. See docs/deploy.md.",
+               "The release's path replaces {release} in COMMAND, checks, --chdir, --env and "
+               "--env-file. socketprotectorctl deploy NAME starts another release. See "
+               "docs/deploy.md.",
                "releases", STAYS, metavar="DIR", show=lambda path: path or "none"),
         Option("current", TEXT, "Start the release to which this symbolic link leads.\n"
                "SocketProtector moves the link once a deploy has succeeded.",

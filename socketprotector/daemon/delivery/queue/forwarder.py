@@ -160,8 +160,9 @@ class Forwarder:
         self._resume()
 
     def remove(self, listener: Listener, to: GenerationChannel | None) -> None:
-        """Refuse a listener's new clients, and send its backlog to a channel; None: lose it.
+        """Refuse a listener's new clients, and send the clients in its backlog to a channel.
 
+        to: the channel; None: there is none, so these clients are lost.
         But if the socket was passed in, its owner keeps listening, and gets the backlog.
         """
         self._listeners.remove(listener)
@@ -257,7 +258,10 @@ class Forwarder:
         return ForwarderRecord(self.forwarded, self.lost, None, kept.number, kept.waiting, count)
 
     def adopt(self, record: ForwarderRecord, unclaimed: Inherited, *, closing: bool) -> None:
-        """Adopt an earlier program's record and kept connections; old versions set `pending`."""
+        """Adopt the record of an earlier program, and the connections that it has kept.
+
+        Of these fields only old versions of SocketProtector write `pending`.
+        """
         self._forwarded, self._lost = record.forwarded, record.lost
         self._canary_count, self._closing = record.shared, _Closing(False) if closing else None
         first = ((record.number, record.pending),) if record.pending is not None else ()
@@ -317,7 +321,7 @@ class Forwarder:
         """Move a channel's connections to the route, the oldest first, while the route has room.
 
         If the route does not know a connection's listener:
-        * Before channel.end(), the connection goes back to the end of its channel.
+        * Before channel.end(), the connection goes back to its channel, behind all others there.
         * After channel.end(), while workers live, the connection stays in place.  So do all
           connections behind it.
         * Once the workers have exited (`exited`), undelivered.py keeps the connection.  But if the

@@ -75,7 +75,7 @@ def change_of(record: GenerationRecord) -> str:
     if record.program.mode.pooled:
         return f"generation {record.number} runs the same changed file: {file}"
     crash = f"if a worker of generation {record.number} crashes"
-    return f"{crash}, its replacement runs {file} as it is then"
+    return f"restore {file}: {crash}, its replacement runs the changed file"
 
 
 def changed_file(program: Program, since: float) -> str:

@@ -160,9 +160,8 @@ class Forwarder:
         self._resume()
 
     def remove(self, listener: Listener, to: GenerationChannel | None) -> None:
-        """Refuse a listener's new clients, and send the clients in its backlog to a channel.
+        """Refuse new clients of a listener, and send its backlog to `to`; None: lose that backlog.
 
-        to: the channel; None: there is none, so these clients are lost.
         But if the socket was passed in, its owner keeps listening, and gets the backlog.
         """
         self._listeners.remove(listener)
@@ -258,10 +257,7 @@ class Forwarder:
         return ForwarderRecord(self.forwarded, self.lost, None, kept.number, kept.waiting, count)
 
     def adopt(self, record: ForwarderRecord, unclaimed: Inherited, *, closing: bool) -> None:
-        """Adopt the record of an earlier program, and the connections that it has kept.
-
-        Of these fields only old versions of SocketProtector write `pending`.
-        """
+        """Adopt an earlier program's record and its connections; old versions wrote `pending`."""
         self._forwarded, self._lost = record.forwarded, record.lost
         self._canary_count, self._closing = record.shared, _Closing(False) if closing else None
         first = ((record.number, record.pending),) if record.pending is not None else ()

@@ -1,9 +1,9 @@
 """Reports to the operator's command whether the first generation is serving.
 
-The command (launch/await_verdict.py) is our parent, or our guard's.  It waits for the report, and
-exits with a matching status.  Meanwhile it asks us what the start waits for, and shows our
-answer.  Each of our messages is one line with a JSON object.  In the foreground no process waits
-for the report, and the reason of a failure goes to the terminal.
+The command (launch/await_verdict.py) waits for the report, and exits with a matching status.
+Meanwhile it asks us what the start waits for, and shows our answer.  Each of our messages is one
+line with a JSON object.  In the foreground no process waits for the report, and the reason of a
+failure goes to the terminal.
 """
 
 from __future__ import annotations

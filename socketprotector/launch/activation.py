@@ -118,10 +118,13 @@ def close_unused(passed: Sequence[Bound], taken: Mapping[int, Sequence[Bound]]) 
     If a LISTEN argument then cannot be bound beside that socket, the error names systemd, not us.
     """
     used = {each.socket.fileno() for found in taken.values() for each in found}
+    names = [each.settings.name for each in passed]
     for each in passed:
         if each.socket.fileno() not in used:
             each.socket.close()
-            listen, address = shlex.quote(f"fd:{each.settings.name}"), each.settings.address
+            name, address = each.settings.name, each.settings.address
+            # The sockets of one .socket unit have one name, which would take all of them.
+            listen = shlex.quote(f"fd:{name}") if names.count(name) == 1 else "its address"
             yield f"no worker gets clients of {address}, a passed socket: add {listen} to LISTEN"
 
 

@@ -49,7 +49,8 @@ def open_log(path: str, identity: Identity | None = None) -> int:
             try:
                 os.fchown(fd, identity.uid, identity.gid)  # this user will reopen the file
             except PermissionError as error:
-                error.strerror = f"root needs CAP_CHOWN to make {identity.user} the owner"
+                # root lacks CAP_CHOWN, or the file system keeps no owners (vfat).
+                error.strerror = f"cannot make {identity.user} its owner (CAP_CHOWN missing?)"
                 raise
         os.set_blocking(fd, True)
     return fd

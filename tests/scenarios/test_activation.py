@@ -56,11 +56,14 @@ def still_listens(giver: Giver) -> bool:
 
 def test_a_socket_is_taken_by_its_name_and_listens_on_after_our_stop(giver: Giver) -> None:
     port, other = giver.tcp("web"), giver.tcp("the other")
+    giver.tcp("twice")
+    twice = giver.tcp("twice")
     daemon = giver.start("fd:web", "--", *MANY).ready()
 
     assert daemon.addresses == [f"tcp:127.0.0.1:{port}"]
     said = f"no worker gets clients of tcp:127.0.0.1:{other}, a passed socket: add 'fd:the other'"
     assert said in daemon.log.text()
+    assert f"{twice}, a passed socket: add its address to LISTEN" in daemon.log.text()
     assert pid_in(ask(("127.0.0.1", port))) == spawned(daemon)[0]
     daemon.stop()
 

@@ -386,7 +386,10 @@ def _syslog_listens() -> bool:
 
 
 def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iterator[str]:
-    """Yield a warning for each setting that will work less well than the operator may expect."""
+    """Yield a warning for each setting that will work less well than the operator may expect.
+
+    Raises SystemRefused if the limit of file sizes is too low for a start.
+    """
     wanted = max(listen.backlog(backlog) for listen in listens)
     try:
         with open(_SOMAXCONN, encoding="ascii") as file:

@@ -89,11 +89,11 @@ def test_a_no_keeps_its_code(fake: Fake) -> None:
     fake.answers["kill"] = answer
     with (
         Client(str(fake.path)) as client,
-        pytest.raises(RequestRefused, match="no generation 7") as told,
+        pytest.raises(RequestRefused, match="no generation 7") as failure,
     ):
         client.request("kill", generation=7)
 
-    assert (told.value.code, told.value.status) == ("unknown", 100)
+    assert (failure.value.code, failure.value.status) == ("unknown", 100)
 
 
 def test_denied_is_heard_although_the_connection_is_closed_already(says: Says) -> None:
@@ -146,9 +146,9 @@ def test_no_answer_is_reported_in_time(fake: Fake) -> None:
     fake.answers["status"] = fake.answers["scale"] = lambda *_: None
 
     with Client(str(fake.path), answer_s=0.1) as client:
-        with pytest.raises(NoProtector, match=r"no answer to 'status' .* starting\?$") as told:
+        with pytest.raises(NoProtector, match=r"no answer to 'status' .* starting\?$") as failure:
             client.request("status")
-        assert not isinstance(told.value, ConnectionLost)
+        assert not isinstance(failure.value, ConnectionLost)
         with pytest.raises(
             NoProtector, match=r"'scale' within .* may still carry out the request$"
         ):

@@ -421,5 +421,5 @@ def _before_kill(fleet: Fleet, found: Generation) -> str:
         return "`replace` it first"
     if found.fresh and not cannot_call_off(fleet):
         return "`rollback` first"
-    then = "if it is then abandoned or draining, `kill` it; if it is serving, `replace` it first"
-    return f"wait until it is neither starting nor settling; {then}"
+    instead = "if it becomes serving instead, `replace` it first"
+    return f"try again when it is abandoned or draining; {instead}"

@@ -82,20 +82,20 @@ _DRAINS = Generation(1, Phase.DRAINING)
         (
             Fleet(Policy(), generations=(Generation(1),)),
             1,
-            "starting; wait until it is neither starting nor settling; if it is then abandoned or "
-            "draining, `kill` it; if it is serving, `replace` it first",
+            "starting; try again when it is abandoned or draining; if it becomes serving instead, "
+            "`replace` it first",
         ),
         (
             Fleet(Policy(), generations=(_SERVES, Generation(2, fresh=False))),
             2,
-            "starting; wait until it is neither starting nor settling; if it is then abandoned or "
-            "draining, `kill` it; if it is serving, `replace` it first",
+            "starting; try again when it is abandoned or draining; if it becomes serving instead, "
+            "`replace` it first",
         ),
         (
             Fleet(Policy(), generations=(_SERVES, Generation(2)), dry_run=True),
             2,
-            "starting; wait until it is neither starting nor settling; if it is then abandoned or "
-            "draining, `kill` it; if it is serving, `replace` it first",
+            "starting; try again when it is abandoned or draining; if it becomes serving instead, "
+            "`replace` it first",
         ),
     ],
 )

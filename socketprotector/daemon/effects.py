@@ -1,7 +1,8 @@
 """Carries out the actions that core/ orders, and turns their results into events.
 
-After a kill, the next program carries out actions that the state does not show as done, perhaps a
-second time.  So the supervisor writes the state right after an action that must not be repeated.
+After a kill, the next program carries out each action that the state does not show as done.  So the
+program may repeat an action that was done just before the kill.  Therefore the supervisor writes
+the state right after an action that must not be repeated.
 """
 
 from __future__ import annotations
@@ -73,12 +74,12 @@ from .runtime import Runtime
 from .start_report import StartReport
 from .worker_pool import WorkerPool
 
-#: The state lists these actions until done; decide.resume() derives all others from the fleet.
+#: The state lists these actions until they are done; decide.resume() derives the others.
 RECORDED = Undone | Report | StartTimer
 #: Reports after which a generation's program counts as the last good program.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
-#: How often we look, after the time of --settle, for one more good answer of --settle-check.
+#: After the time of --settle, we check this often whether one more good answer has come.
 _SETTLE_AGAIN_S = 0.1
 #: Until this timer runs out, a stop accepts late clients.  These are TCP clients that got no answer
 #: during a hold under --handoff listener, and whose kernels may still retry.

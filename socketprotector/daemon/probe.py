@@ -123,9 +123,9 @@ class Probe:
 
     @property
     def target_is_closed(self) -> bool:
-        """Whether the probed socket may keep clients out, unlike the serving socket.
+        """Whether the probed and the serving socket differ in an option that may keep clients out.
 
-        Then the two sockets differ in an option.  False without a target.
+        False without a target.
         """
         return self._target is not None and self._target.is_closed()
 

@@ -88,13 +88,13 @@ class SettleCheck:
         """Record that a stage is over; return whether a good answer must still come.
 
         The first call of a stage discards the good answers so far.  The caller calls this method
-        again until the result is False.  It is also False if this generation is not checked.
+        again until the result is False.  Also returns False if this generation is not checked.
         """
         generation = self._generation
         if generation is None or generation.record.number != number:
             return False
         settling = self._settling.over()
-        # A canary settles in two stages; a good answer after the first says nothing of the second.
+        # A canary settles in two stages.  A good answer in the first does not count in the second.
         self._settling = replace(settling, is_over=not settling.is_good)
         return not settling.is_good
 

@@ -31,8 +31,9 @@ _OUTPUT_BYTES = 4096
 #: The descriptors that a trial reads.
 _NEEDED = (inherited.SETTINGS, inherited.STATE)
 
-#: Its arguments are version and failure.  If the new program can take over: its version, and "".
-#: If not: "" and the reason.  If the check was called off: "" and "".
+#: A callback for the result of a trial; its arguments are version and failure.  If the new program
+#: can take over: the new version, and "".  If not: "" and the reason.  If the check was called off:
+#: "" and "".
 Answered = Callable[[str, str], None]
 
 

@@ -33,8 +33,8 @@ _STATUS_CHARACTERS = 500
 #: A socket's queue holds fewer messages than this (net.unix.max_dgram_qlen, usually 10 to 512).
 #: So one read() after a worker's exit gets all messages of the worker.
 _READ_AT_ONCE = 1024
-#: The most messages of a worker that one turn of the loop handles, so that a worker that sends
-#: without end delays no other worker, and no operator.
+#: The most messages of a worker that one turn of the loop handles.  Without this limit, a worker
+#: that sends without end would delay the other workers and operators.
 _READ_IN_A_TURN = 64
 #: How long to wait before reading again from a socket that could not be read.
 _READ_AGAIN_S = 0.1
@@ -130,7 +130,7 @@ class WorkerMessages:
 
         Do nothing until the worker is ready and has sent a first WATCHDOG=1.  (--start-timeout
         limits the worker's start.)
-        again: the worker gets a second period, because we stood still when the first ran out.
+        again: the worker gets a second period, because we did not run when the first ended.
         """
         limit_s = worker.generation.program.watchdog_s
         if limit_s and worker.record.watched and worker.became_ready:
@@ -141,7 +141,7 @@ class WorkerMessages:
                 if self._loop.due(("watchdog", number)) is not None:
                     return  # the message has come, and has set this timer again
                 if time.monotonic() > due_at + _LATE_S and not again:
-                    # If the whole machine or container stood still, the worker could send nothing.
+                    # If the machine or container was suspended, the worker could send nothing.
                     self.await_watchdog(number, worker, again=True)
                     return
                 reason = f"no WATCHDOG=1 for {in_units(limit_s)}"

@@ -1,7 +1,7 @@
 """Finds and retires the forked children of a worker.
 
-A worker with the client library's SocketServer forks children that share its memory.  Only the
-worker starts, reaps and replaces its children.  We read the children's pids and counts from the
+A worker that uses the client library's SocketServer forks children, which share its memory.  Only
+the worker starts, reaps and replaces its children.  We read the children's pids and counts from the
 scoreboard (system/scoreboard.py).  A worker could write any pid into the scoreboard, so we signal
 only processes of the worker's own session.
 """

@@ -23,7 +23,7 @@ _TIMER = "memory"
 
 
 class MemoryWatch:
-    """Matches counted kills with ends of workers and their children, and logs the other kills."""
+    """Matches kills with ends of workers and their children, and logs kills of other processes."""
 
     def __init__(self, runtime: Runtime, workers: Mapping[int, Worker]) -> None:
         """workers: the running workers by number, always up to date."""
@@ -52,7 +52,7 @@ class MemoryWatch:
         self._loop.call_after(_TIMER, _LOOK_S, self._look)
 
     def _look(self) -> None:
-        """Log the kills that explain no end; wait while a worker or forked child is ending."""
+        """Log the kills of other processes; wait while a worker or forked child is ending."""
         if self._events is not None:
             self._events.take()
         now, before = memory_group.counts(), self._handled
@@ -86,9 +86,9 @@ class MemoryWatch:
         if now.kills <= before.kills:
             return exit_text.KILLED
         # If several kills are unexplained, the counts do not tell which of them came from the
-        # cgroup's own limit.  So give all of them the same cause: that limit, if the count at_limit
-        # has risen since the last kill before them.  For this comparison, keep the old at_limit
-        # until the last of these kills is explained.
+        # cgroup's own limit.  So give all of them the same cause: the limit, if the count at_limit
+        # has risen since the last handled kill.  For this comparison, keep the old at_limit until
+        # the last of these kills is explained.
         more = now.kills > before.kills + 1
         at_limit = before.at_limit if more else now.at_limit
         self._handled = OutOfMemory(before.kills + 1, at_limit)

@@ -19,12 +19,13 @@ from ..system.sd_notify import WATCHDOG, Outbox, Store, Systemd, parse, room_of
 
 #: The size limit of a message from the guard.
 _MESSAGE_BYTES = 4096
-#: The most messages from the guard that one turn of the loop handles.  One at a time is too slow:
-#: of hundreds of exited workers, many reports would be read only after post_mortem.py's limit.
+#: The most messages from the guard that one turn of the loop handles.  One message in each turn is
+#: too slow: if hundreds of workers exit, many reports would be read too late (_STATUS_S of
+#: post_mortem.py).
 _READ_IN_A_TURN = 1024
 #: How long finish() waits until the guard has room for our last messages.
 _FAREWELL_S = 5.0
-#: The same for the service manager, which may have stopped reading.
+#: How long finish() waits for the service manager, which may have stopped reading.
 _MANAGER_S = 1.0
 
 

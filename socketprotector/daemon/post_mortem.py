@@ -1,4 +1,4 @@
-"""Determines an exited worker's status, the reason of its exit, and the processes it left.
+"""Determines an exited worker's status, the reason for its exit, and the processes it left.
 
 The steps have a fixed order:
 

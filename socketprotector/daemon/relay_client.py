@@ -46,7 +46,8 @@ _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _ANSWER_BYTES = 4096 + 64
 #: How long we wait for last words: time enough for a new relay if the old relay has just died.
 _WORDS_S = 2.0
-#: The most unanswered requests for a worker's last words, because the worker can cause requests.
+#: The most unanswered requests for a worker's last words.  Without this limit, a worker could cause
+#: any number of requests.
 _MOST_REQUESTS = 256
 #: How long the relay may take to read output before we check its state.
 _READS_S = 0.5
@@ -273,7 +274,7 @@ class LogRelay:
         self._send_unsent()
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
-        # If a protector was killed before it saved its state, a pipe with this number may exist.
+        # If the protector was killed before it saved the state, an older pipe may have this number.
         if number in self._pipes:
             self._close_pipe(number)
         self._pipes[number] = pipe
@@ -289,7 +290,7 @@ class LogRelay:
         """Close a pipe that has no writer and no unread output."""
         pipe = self._pipes[number]
         has_hung_up = events_of(pipe.read, 0)
-        # If the pipe stays open, a timer repeats this check.  Under a descriptor limit of 0
+        # If the pipe stays open, a timer repeats this check.  With a descriptor limit of 0,
         # events_of() returns 0; if we kept the watch, the loop would then call us without a pause.
         self._loop.unwatch(pipe.read)
         # Check for hang-up first, then for output: a single call might miss the last output.

@@ -71,12 +71,12 @@ class Resident:
         earlier: the state of an earlier program; StateError: why that state is unusable; None: no
         state.  command: the command line that executes this program again.
         """
-        # A guard has copies of all descriptors.  So has systemd's store if we inherited a state.
-        # Else the store has only listeners, if any (stored_listeners.py): count none as stored.
+        # A guard has copies of all descriptors.  systemd's store has them if we inherited a state.
+        # Otherwise it has listeners at most (stored_listeners.py), so store all descriptors again.
         has_copies = inherited.GUARD in descriptors or inherited.STATE in descriptors
-        stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()  # store all again
+        stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()
         if isinstance(earlier, Snapshot):
-            # We inherited these descriptors by an upgrade; the store had no room for them.
+            # An upgrade passed on the descriptors in left_out, for which the store had no room.
             stored -= set(earlier.left_out)
         self.settings = settings
         self.unclaimed = unclaimed = Inherited(descriptors)
@@ -148,8 +148,8 @@ class Resident:
         def inform_guard() -> None:
             """Tell the guard that we handle signals, and which signal makes workers finish.
 
-            Once the guard stops restarting SocketProtector, the guard sends workers this signal.
-            If the signal's number is 0, the workers need no signal, and the guard sends none.
+            The guard sends workers this signal if it gives up restarting SocketProtector.  If the
+            signal's number is 0, the workers need no signal, and the guard sends none.
             """
             self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={live.settings.finish_signal}")
 
@@ -286,13 +286,13 @@ class Resident:
         """
         store = self.parents.store
         if self.parents.line is None:
-            # Remove the settings from systemd's fd store first: if we are killed after that, the
-            # next start finds no settings, and so starts normally, with the stored listeners.
+            # Remove the settings from systemd's fd store first.  If we are killed after that, the
+            # next start finds no settings, so it starts normally, with the stored listeners.
             store.forget(inherited.SETTINGS)
-            # Perhaps systemd still passes the settings to the next start.  So also empty their
-            # memfd: inherited.is_ours() ignores empty settings.
+            # systemd may still pass the memfd with the settings to the next start.  So also empty
+            # the memfd: inherited.is_ours() ignores empty settings.
             os.ftruncate(self.own[inherited.SETTINGS], 0)
-        # The relay exits only once all copies of its pipes are closed, also the store's copies.
+        # The relay exits only once all copies of its pipes are closed, including the store's.
         for name in self.output.descriptors():
             store.forget(name)
         self.output.finish()
@@ -317,7 +317,7 @@ class Resident:
             why = f"cannot start the relay {target}{purpose}: {what_failed(error)}"
             if settings.to_syslog or purpose:
                 raise SystemRefused(why) from error
-            # Without syslog and --log-prefix, workers can write to our stderr, without a relay.
+            # Only syslog and --log-prefix need a relay: otherwise workers can write to our stderr.
             self.output = Output(settings, relay_failed=True)
             runtime.log.reopen()
             runtime.log.write("warning", "notice", text=why)

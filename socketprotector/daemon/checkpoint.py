@@ -98,9 +98,9 @@ class Checkpoint:
     def write(self) -> bool:
         """Write the state; return whether an upgrade may execute the next program now.
 
-        The next program assumes that the store already has each descriptor that it inherits,
-        except the descriptors that the state lists as left out.  So an upgrade must wait until
-        all other descriptors have been sent to the store.
+        The next program assumes that the store already has each inherited descriptor, except the
+        descriptors that the state lists as left out.  So an upgrade must wait until all other
+        descriptors have been sent to the store.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)

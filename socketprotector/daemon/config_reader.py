@@ -73,7 +73,7 @@ class ConfigReader:
         The reader process is killed after --start-timeout.  If it cannot start, `done` is called
         before this method returns.
 
-        dry: only test whether new listeners can be bound, and answer only what would change.
+        dry: only test whether new listeners can be bound, and report only what would change.
         """
         assert not self.busy
         self._failure = ""

@@ -1,7 +1,7 @@
 """Carries every event to the supervisor.
 
-The queue is no part of the supervisor, because the queue must exist first: the supervisor needs
-parts that post events, and these parts need the queue.
+The queue is created before the supervisor: the supervisor needs parts that post events, and these
+parts need the queue.
 """
 
 from __future__ import annotations

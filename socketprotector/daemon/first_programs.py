@@ -35,7 +35,7 @@ class FirstPrograms:
 
     runtime: Runtime
     output: Output
-    #: Calls a function with the history, and keeps the new history that the function returns.
+    #: remember(change): replaces the history with change(history).
     remember: Callable[[Callable[[History], History]], None]
 
     def handle(self, worker: Worker, text: str) -> None:

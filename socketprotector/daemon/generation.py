@@ -1,7 +1,7 @@
 """An open generation: its record, and the scoreboard in which its workers count connections.
 
-After an upgrade or a kill, the program that replaces us (the next program) gets the record from the
-state, and the scoreboard's descriptor by name (system/inherited.py).
+After an upgrade or a kill, the next program gets the record from the state, and the scoreboard's
+descriptor by name (system/inherited.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class OpenGeneration:
         # The record of an earlier version may lack `knows`.
         if record.knows is None:
             record = replace(record, knows=known_to(record.program))
-        # It may also lack the probes of a canary: begin_share() must not take its clients for them.
+        # It may also lack `probes`: begin_share() would then count accepted clients as probes.
         if record.serving_since and record.probes is None:
             record = replace(record, probes=0)
         return cls(record, Board(board) if board is not None else None)
@@ -139,7 +139,7 @@ class OpenGeneration:
         return lost
 
     def scoreboard_slot(self, slot: int) -> tuple[int, int] | None:
-        """Return the scoreboard's descriptor and a slot's offset; None: the slot is not counted."""
+        """Return the scoreboard's descriptor and a slot's offset; None: no board has this slot."""
         if self.board is None or self.board.offset(slot) < 0:
             return None
         return self.board.fd, self.board.offset(slot)

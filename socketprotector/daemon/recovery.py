@@ -52,9 +52,9 @@ class Recovery:
     def adopt(self) -> list[Event]:
         """Adopt everything except the workers; after that a generation can get new clients.
 
-        Returns an event for each living generation of --handoff stdio if none of its programs has
-        worked, and 3 or more (NO_ACCIDENT) have failed (first_programs.py).  The earlier program
-        may have been killed before it handled these failures.
+        Under --handoff stdio, returns an event for each living generation whose first programs have
+        failed: none has worked, and at least NO_ACCIDENT (3) have failed (first_programs.py).  The
+        earlier program may have been killed before it handled these failures.
         """
         effects, snapshot = self.effects, self.snapshot
         fleet, delivery = snapshot.fleet, effects.delivery
@@ -251,7 +251,7 @@ def _exit_of(
 def _first_programs_failed(record: GenerationRecord) -> SettleFailed:
     """Return the event that first_programs.py posts when a generation's first programs fail.
 
-    Without last words, the event omits the hint where to look for the programs' output.
+    Without last words, the event does not say where to find the programs' output.
     """
     words = f"{LAST_WORDS}\n{record.program_words}" if record.program_words else ""
     return SettleFailed(record.number, record.programs_fail + words)

@@ -174,9 +174,9 @@ class Releases:
     def _counts_against(self, name: str, report: Report, program: Program | None) -> bool:
         """Return whether a failure counts against a release; if so, a rollback skips the release.
 
-        A reload that a stop called off does not count.  Any other failure after a generation was
-        opened counts, even if an operator's `rollback` called off the reload: the operator has
-        rejected the release.
+        A reload that a stop called off does not count.  If a generation was opened, any other
+        failure counts.  This includes a reload that an operator's `rollback` called off: the
+        operator has rejected the release.
 
         A failure before a generation was opened counts only if its message names the release's
         folder.  Otherwise the configuration may be wrong, not the release.

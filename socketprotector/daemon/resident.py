@@ -136,7 +136,7 @@ def _name_process() -> None:
         with open("/proc/self/comm", "w", encoding="ascii") as file:
             file.write("SocketProtector")
     except OSError:
-        pass  # no /proc: the name is a courtesy
+        pass  # no /proc: the process keeps its old name, which does no harm
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class WorkerPool:
         delivery: Delivery,
         probes: CheckProbes,
     ) -> None:
-        """remember: calls a function with the history, and keeps the history that it returns."""
+        """remember(change): replaces the history with change(history)."""
         self._probes, self._output, self._delivery = probes, output, delivery
         self._runtime, self._remember = runtime, remember
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
@@ -117,8 +117,8 @@ class WorkerPool:
         workers = self._workers_of(generation)
         if not workers:
             return ""
-        # The advice needs only one socket that any worker has bound itself.  So it does not matter
-        # that sockets_of() stops after a limited number of descriptors, before the last workers.
+        # The advice needs only one socket that any worker has bound itself.  So sockets_of() need
+        # not see all workers: it stops after a limited number of descriptors.
         pids = [each.process.pid for each in workers]
         return known_servers.advice(
             workers[0].generation.program,

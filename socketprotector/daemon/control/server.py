@@ -70,7 +70,7 @@ class Client:
     def send_line(self, line: bytes) -> None:
         """Send a line, after the earlier lines; disconnect if the client leaves too much unread.
 
-        The line itself may be longer: so is the status of thousands of workers.
+        The line itself may exceed this limit, as the `status` of thousands of workers does.
         """
         if self.gone or self._ending:
             return

@@ -315,8 +315,8 @@ def of_connections(
                     "orphaned": record.orphaned,
                     # socketprotectorctl uses since_at for connections whose accept time is unknown.
                     # If drained_at is set, all connections of the worker began before drained_at;
-                    # otherwise they began after started_at.  Exception: under --handoff listener,
-                    # if two generations share one socket, some may begin shortly after drained_at.
+                    # otherwise they began after started_at.  Exception: if two generations share
+                    # a socket (--handoff listener), connections may begin soon after drained_at.
                     "since_at": opened.record.drained_at or record.started_at,
                 }
             )

@@ -6,7 +6,7 @@ core/decide.py, before the decision's actions are carried out.
 Descriptors go to the store: the guard or, if there is no guard, systemd's fd store.  The state
 memfd says what each descriptor is for.  We first store new descriptors, then write the state, then
 remove old descriptors from the store.  So whenever we are killed, the store has the descriptors
-that the state mentions.  A descriptor can be missing in these cases:
+that the state mentions.  Exceptions:
 
 * The store is full.
 * The guard or systemd reads slowly, so we could not yet send our message with the descriptor.

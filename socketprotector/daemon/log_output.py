@@ -11,8 +11,8 @@ Otherwise workers write to our stdout and stderr: for example a terminal, or FIL
 A relay process (programs/log_relay.py) reads the pipes and writes the log.  So running workers need
 not reopen a rotated log, and the relay knows which worker wrote a line.
 
-If the relay cannot start, we exit in two cases: --log-prefix is set, or the log is syslog.  In
-other cases we go on, and workers write to our stdout and stderr.
+If the relay cannot start, we exit in two cases: --log-prefix is set, or the log is syslog.
+Otherwise we continue without a relay, and workers write to our stdout and stderr.
 
 A worker's last words are its last lines of output.
 """

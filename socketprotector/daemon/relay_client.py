@@ -5,8 +5,8 @@ Our socket to the relay is called the line.
 
 The protector keeps a copy of the read end of every pipe.  So if the relay dies, workers can still
 write, and the next relay continues reading.  We keep a pipe until its last writer has exited.
-Exception: a pipe's writers may all have left the worker's process group.  We keep about
-LEFT_BEHIND of such pipes, the newest (model/fd_budget.py).
+Exception: of the pipes whose writers have all left the worker's process group, we keep only the
+newest, about LEFT_BEHIND (model/fd_budget.py).
 
 If the relay is suspended (SIGSTOP), each worker blocks once its pipe is full.  The relay's pidfd
 does not report the suspension, and we must not poll while idle.  So we start a timer when a worker

@@ -379,7 +379,7 @@ class WorkerPool:
             self.descriptors[name] = worker.registered[name]
 
     def answered(self, generation: int, by: str) -> bool:
-        """Record that a generation has answered the probe, so its workers are ready.
+        """Record that a generation has answered the probe, which makes its workers ready.
 
         If a worker has exited meanwhile, post no event: its exit ends the generation's start.
         Under --handoff listener, while only some workers have sent X_SOCKETPROTECTOR_RETIRE=1,

@@ -96,6 +96,7 @@ def test_a_web_server_that_is_idle_sleeps_while_another_one_serves(
     assert len(shares) == WORKERS
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("way", ["connections", "blocking", "listener", "aserve", "serve"])
 def test_one_idle_worker_wakes_for_a_connection_and_they_take_turns(
     channel: Channel, way: str

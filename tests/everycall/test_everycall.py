@@ -64,6 +64,7 @@ def test_faults_at_single_calls_do_no_harm(tmp_path: Path, operation: str) -> No
     assert not failed, "\n".join(map(str, failed))
 
 
+@pytest.mark.costly
 def test_a_signal_that_interrupts_a_call_hangs_nothing(tmp_path: Path) -> None:
     """The library once took the interpreter's lock for a call of the signal handler."""
     program = tmp_path / "socketprotector" / "signalled.py"  # its calls count by that folder

@@ -88,6 +88,7 @@ def serve(protector: Callable[..., Protector]) -> Callable[[Framework], Protecto
     return start
 
 
+@pytest.mark.costly
 @each_framework
 def test_no_connection_fails_while_it_is_reloaded_under_load(
     serve: Callable[[Framework], Protector], framework: Framework

@@ -50,6 +50,7 @@ def get(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("mode", [(), LISTENER], ids=["connection", "listener"])
 def test_each_connection_ends_as_its_protocol_wants(
     protector: Callable[..., Protector], mode: tuple[str, ...], tmp_path: Path

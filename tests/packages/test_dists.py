@@ -89,6 +89,7 @@ def test_they_are_the_same_built_elsewhere_and_from_the_sdists(dists: Path, tmp_
         assert (again / name).read_bytes() == (dists / name).read_bytes(), name
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", NAMES)
 def test_times_are_those_given_and_owners_nobodys(dists: Path, name: str) -> None:
     if name.endswith(".whl"):

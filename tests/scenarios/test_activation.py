@@ -296,6 +296,7 @@ def test_systemd_socket_activate_starts_it_with_the_first_client(
         print(daemon.log.text())
 
 
+@pytest.mark.costly
 def test_a_listener_that_workers_accept_from_is_common_to_two_generations(giver: Giver) -> None:
     """Unless the process that has opened it lets others have its address."""
     port = giver.tcp("http")

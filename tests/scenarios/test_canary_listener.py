@@ -68,6 +68,7 @@ def is_about(found: int, count: int, share: float) -> bool:
     return abs(found - count * share) < SIGMAS * sigma
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("server", SERVERS)
 def test_a_share_of_all_connections_within_chance(operated: Operating, server: str) -> None:
     web = operated(*MODE, command=SERVERS[server])

@@ -141,6 +141,7 @@ def test_what_was_asked_of_workers_by_signal_stays_while_the_file_says_the_same(
     assert len(spawned(daemon, 3)) == 1
 
 
+@pytest.mark.costly
 @EITHER_HANDOFF
 def test_a_new_policy_holds_from_the_reload_on_that_reads_it(
     configured: Starter, file: File, handoff: str

@@ -360,6 +360,7 @@ def test_term_is_not_lost_when_the_protector_is_killed_right_after(guarded: Star
     assert daemon.wait() == 0
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
 def test_a_second_stop_signal_is_not_lost_when_the_protector_is_killed_right_after(
     guarded: Starter, second: signal.Signals

@@ -376,6 +376,7 @@ def lose_worker(daemon: Protector) -> Client:
     return client
 
 
+@pytest.mark.costly
 @needs.programs("strace")
 @pytest.mark.parametrize("words", LOST.values(), ids=LOST)
 def test_a_worker_without_a_record_finishes_its_clients(

@@ -72,6 +72,7 @@ def zombies(pid: int) -> list[int]:
     return [child for child in children_of(pid) if state_of(child) == "Z"]
 
 
+@pytest.mark.costly
 def test_what_others_leave_to_it_is_reaped(start: Start, through: tuple[str, ...]) -> None:
     daemon = start(through, *LEAVES).ready()
     pid = inner(daemon)

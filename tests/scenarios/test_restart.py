@@ -243,6 +243,7 @@ def settings_of(pid: int) -> bytes:
     return next(each.read_bytes() for each in files if "sp.settings" in os.readlink(each))
 
 
+@pytest.mark.costly
 @EITHER_HANDOFF
 def test_a_path_keeps_its_file_and_clients_that_connect_meanwhile_wait(
     service: Service, handoff: str, tmp_path: Path

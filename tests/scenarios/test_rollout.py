@@ -404,6 +404,7 @@ def awaiting(one: Operated, beside: Beside, clients: ExitStack) -> Running:
     return reload
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
 def test_a_failure_in_any_batch_brings_all_old_workers_back(
     operated: Operating, tmp_path: Path, batch: int

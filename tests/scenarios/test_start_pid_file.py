@@ -122,6 +122,7 @@ def test_the_rest_of_a_writer_that_was_killed_is_not_in_the_way(start: Start) ->
 PLANT = 'echo rest > "pid.$$"; exec "$@"'
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("stale", [None, f"{dead_pid()}\n", ""], ids=["none", "dead", "empty"])
 def test_of_eight_starters_at_once_exactly_one_wins(start: Start, stale: str | None) -> None:
     if stale is not None:

@@ -176,6 +176,7 @@ def test_no_more_is_stored_than_systemd_can_pass_on_below_the_soft_limit(service
     wait_stored(service, set())
 
 
+@pytest.mark.costly
 # 8 are its own, 3 a generation's, 4 each worker's: no room for a channel, for half of one, for any
 # worker, for half of one, for more than two generations need.  Where workers accept 2 more are its
 # own: one's twin for the next generation, and the address reserved meanwhile.

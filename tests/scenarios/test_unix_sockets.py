@@ -83,6 +83,7 @@ def test_reloads_upgrades_and_kills_lose_no_client(one: Operated, path: Path) ->
     assert len(own_files(path)) == 2
 
 
+@pytest.mark.costly
 def test_each_generation_has_its_own_socket(one: Operated, path: Path, release: Release) -> None:
     release.becomes(*KEEPS)
     one.daemon.reload()

@@ -101,6 +101,7 @@ def test_the_workers_stay_and_what_they_hold_with_them(protector: Starter) -> No
 # --- releases ---------------------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_a_new_release_behind_the_symlink_takes_over_and_says_its_version(
     installation: Installation,
 ) -> None:

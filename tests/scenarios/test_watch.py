@@ -236,6 +236,7 @@ def test_a_watcher_that_dies_is_started_again(
     daemon.stop()
 
 
+@pytest.mark.costly
 def test_it_stays_through_an_upgrade(
     watching: Starter, source: Source, marked_environment: dict[str, str]
 ) -> None:

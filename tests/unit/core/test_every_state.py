@@ -192,6 +192,7 @@ def test_the_invariants_hold_whatever_happens(policy: Policy) -> None:
     assert found.states > rounds(100, 10_000)
 
 
+@pytest.mark.costly
 @pytest.mark.timeout(1800)
 def test_the_invariants_hold_after_long_orders_of_reloads_exits_and_stops() -> None:
     begun_s = time.process_time()

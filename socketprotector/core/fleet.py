@@ -32,8 +32,8 @@ class Phase(Enum):
 PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
         Phase.SERVING: "every worker is ready, or the generation passed its probe",
-        Phase.SETTLING: "it is ready while another serves: under --settle, in a rollout, or if "
-        "without --ready it has only accepted a probe (--handoff listener)",
+        Phase.SETTLING: "it is ready while another serves: under --settle, in a rollout, or after "
+        "merely accepting a probe (--handoff listener without --ready)",
         Phase.ABANDONED: "it could not be opened, a worker exited, was stuck, was not ready in "
         "time, broke the channel or lacks the required client library, a listening socket was "
         "lost, an operator called it off, a dry run ended, a rescue generation for held clients "

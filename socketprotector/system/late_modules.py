@@ -256,8 +256,8 @@ def _keep_stdlib(kept: int) -> None:
 def _marshalled(loader: SourceFileLoader, name: str) -> bytes:
     """Return the code of a module, as marshal writes it.
 
-    A valid .pyc file contains these bytes after its head.  To load and marshal the code instead would add
-    2 ms to each start.
+    A valid .pyc file contains these bytes after its head.  To load and marshal the code instead
+    would add 2 ms to each start.
     """
     with suppress(OSError, NotImplementedError):  # Python may have no place for such files
         stats = loader.path_stats(loader.path)

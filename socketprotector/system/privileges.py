@@ -34,7 +34,7 @@ _CAPABILITY_VERSION_3 = 0x20080522
 def become(identity: Identity, nice: int, *, starts_others: bool) -> None:
     """Become another user for good, with its groups and without capabilities.
 
-    nice: the workers' nice value; a value below 0 is permitted to that user first.
+    nice: the workers' nice value.  If it is below 0, first permit that user to set it.
     starts_others: keep the capabilities for starting and killing processes of a third user.
     Raises SystemRefused.
     """

@@ -173,7 +173,7 @@ def leads_to(current: str, releases: str) -> str:
 def discard(current: str) -> None:
     """Remove the link of a release that has failed, if it is there."""
     following = f"{current}.next"
-    with suppress(OSError):  # prepare() replaces it
+    with suppress(OSError):  # on failure the next prepare() replaces the link
         if os.path.islink(following):  # an operator's file stays
             os.unlink(following)
 

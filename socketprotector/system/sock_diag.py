@@ -55,7 +55,7 @@ _UNIX_REPLY = struct.Struct("=BBBBI8s")
 #: listening socket's queue; the unread and unsent bytes.
 _FILE, _PENDING, _QUEUES = (2, 1), (8, 3), (16, 4)
 _BOUND_AS = (1, 0)
-_INODE = struct.Struct("=I")  # in an attribute about a file the device follows
+_INODE = struct.Struct("=I")  # in an attribute about a file, the device follows
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _BYTES_RECEIVED_OFFSET = 128  # in a tcp_info; an end of file counts as one byte
 _COUNT = struct.Struct("=Q")
@@ -107,8 +107,8 @@ def listening(family: int, port: int, like: Collection[int] = ()) -> dict[int, i
 
     The value says how connections accepted there are shut down (bits: 1 for reading, 2 for
     writing).
-    like: only sockets with the address and device of these.  Raises OSError where sock_diag is
-    unavailable.
+    like: inodes.  Return only sockets with the address and device of one of these.  Raises OSError
+    where sock_diag is unavailable.
     """
     replies = list(_tcp(family, port, 1 << _LISTEN))
     places = {fields[6:9:2] for fields, _ in replies if fields[-1] in like}
@@ -268,7 +268,7 @@ def end_of(client: socket.socket, family: int) -> bytes:
     return bytes(port.to_bytes(2, "big") + address.ljust(16, b"\0"))
 
 
-def stands(before: Line, now: Line) -> bool:
+def none_accepted(before: Line, now: Line) -> bool:
     """Return whether every client of `before` still waits or has disconnected."""
     if isinstance(before, tuple) and isinstance(now, tuple):
         return len(before) <= len(now) and all(

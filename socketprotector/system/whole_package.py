@@ -16,7 +16,7 @@ _OTHERS = (
 
 
 def load() -> None:
-    """Load those modules, and compile all others; raise the error of a broken or missing module."""
+    """Load _OTHERS, and compile all modules; raise the error of a broken or missing module."""
     for each in _OTHERS:
         __import__(f"{_PACKAGE}.{each}")
     for root in sys.modules[_PACKAGE].__path__:

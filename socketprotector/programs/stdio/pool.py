@@ -293,7 +293,7 @@ class Pool:
             say("a connection was closed: no program could be started for it before the end")
             os.close(self._pending[0])
             self._pending = None
-        # To the whole process group, as KILL goes: it includes processes that programs started.
+        # To the whole process group, as with KILL: it includes processes that programs started.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGTERM)

@@ -36,7 +36,8 @@ def tag(
     """Tag the connections that a socket accepts from now on.  Raises OSError.
 
     The options are set one by one, and a client may connect in between.  Returns the tags that the
-    socket had until the last option was set.  The order avoids tags of `exclude` if possible.
+    socket had until the last option was set.  number: the new tag.  exclude: tags that the socket
+    gets in between only if there is no other way.
     """
     untagged, before = _untagged(listening.family), tag_of(listening)
     changed = [place for place in range(len(_BITS)) if (before ^ number) >> place & 1]

@@ -31,7 +31,7 @@ _READ_BYTES = 4096
 
 @frozen
 class OutOfMemory:
-    """The counts of the kernel so far; zeros if they are unknown."""
+    """The kernel's counts so far; zeros if they are unknown."""
 
     kills: int = 0  # at any limit
     at_limit: int = 0  # at the cgroup's own limit

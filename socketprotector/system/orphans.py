@@ -99,7 +99,7 @@ class Orphans:
 
     @property
     def found(self) -> bool:
-        """Whether a scan has found processes, which were sent TERM, or KILL is due."""
+        """Whether a scan has found processes and sent them TERM, or KILL was ordered."""
         return any(each.kill_at is not None for each in self._searches.values())
 
     def end(self, address: str) -> None:

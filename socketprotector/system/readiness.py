@@ -79,7 +79,7 @@ class Readiness:
         """Make the lines, and keep the worker's ends open until the block has started its process.
 
         Yields the readiness, number in the worker -> our descriptor, and environment variables.
-        free: unused numbers in the worker.  If the block raises, no line is left.
+        free: unused numbers in the worker.  If the block raises, all lines are closed.
         Raises OSError.
         """
         theirs: dict[int, int] = {}

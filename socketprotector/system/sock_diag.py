@@ -238,8 +238,8 @@ def is_elsewhere(sock: socket.socket) -> bool:
 def why_unreachable(listening: socket.socket, host: str) -> str:
     """Return why our own connections cannot reach a listening socket; "" if they can.
 
-    host: its IP address, or its path or @name.  Even if another machine has the IP address now, a
-    connection would succeed, and reach that machine.
+    host: its IP address, or its path or @name.  A test connection would not show this: if another
+    machine has the IP address now, the connection would reach that machine.
     """
     if listening.family == socket.AF_UNIX and not host.startswith("@"):
         return ""

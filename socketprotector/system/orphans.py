@@ -110,8 +110,8 @@ class Orphans:
     def watch(self, address: str, generation: int, finish: int, gone: Callable[[], None]) -> None:
         """Watch a lost worker that has this address, until its last process is gone.
 
-        If end() has the address, the worker had failed.
-        finish: the signal that retire() sends; 0: nothing, because its RETURN line has ended.
+        If end() was called for the address, the worker had failed.
+        finish: the signal that retire() sends; 0: none, because the worker's RETURN line has ended.
         gone: called when no such process is left.
         """
         search = self._searches.setdefault(address, _Search(0, lost=True))

@@ -140,7 +140,7 @@ class Group:
         """Steer new clients to a socket, or during a hold to SILENT, and each mark to its socket.
 
         guarded: SILENT must take the position of a socket that is shut down.  share: the part of
-        new clients of the other socket; it gets none while it is shut down, or during a hold.
+        new clients for the other socket: none during a hold, or while that socket is shut down.
         """
         yield from self._restore_order()
         self.to, self.marked = SILENT if held else to, dict(marked)

@@ -3,7 +3,8 @@
 systemd's variables, and the modules that read them: LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES in
 launch/activation.py (the resident process: inherited.py); NOTIFY_SOCKET in daemon/parents.py;
 WATCHDOG_USEC, WATCHDOG_PID and FDSTORE here; INVOCATION_ID in daemon/parents.py; JOURNAL_STREAM in
-log.py; RUNTIME_DIRECTORY in launch/preflight.py.  Variables of workers: daemon/worker_spawn.py.
+terminal.py; RUNTIME_DIRECTORY in launch/preflight.py.  For variables of workers see
+daemon/worker_spawn.py.
 
 Source: sd_notify(3); unix(7) for SCM_CREDENTIALS.
 """

@@ -3,9 +3,9 @@
 Each socket has its own file beside the path, and the path is a hard link to one of these files.  A
 rename makes it a link to another file; at every moment the path leads to a listening socket.
 
-A socket is bound under a name whose file is renamed at once.  getsockname() returns that name, so a
-server that removes its socket's file at its exit removes nothing.  Accepted connections have the
-name, too.
+A socket is bound to a temporary name, and its file is renamed at once.  getsockname() still returns
+the temporary name.  So a server that removes its socket's file at its exit removes nothing.
+Accepted connections have the temporary name, too.
 
 The state has no record of the path's target: files and inodes show it, even if a kill has
 interrupted a change.  path_group.py uses that.

@@ -98,7 +98,7 @@ class Guard:
         self.due = None
         self.accepted_at, self.began = None, False
         theirs = None
-        # Blocked until the protector has its handlers: an earlier signal waits, and kills nothing.
+        # Block signals until the protector has its handlers: an earlier signal must kill nothing.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -89,7 +89,7 @@ def no_new_privileges() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
-def adopt_group() -> None:
+def become_subreaper() -> None:
     """Make this process the parent of the children of its dead children, also after an exec.
 
     Raises OSError.
@@ -105,7 +105,7 @@ def end_with_parent(number: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, number)
 
 
-def hand_over(identity: Identity) -> None:
+def become_worker_user(identity: Identity) -> None:
     """Become a worker's user, without capabilities; for a forked child.  Raises OSError."""
     import ctypes  # noqa: F401 -- loaded now, because that user may be unable to read it
 

@@ -115,7 +115,8 @@ class Scan:
 def _send_found(line: socket.socket, wanted: tuple[str, ...], identity: Identity | None) -> None:
     """Scan, in the child, and send each process found with its pidfd, then an end marker."""
     os.setpgid(0, 0)  # so that a signal to our group does not end it
-    hand_over = privileges.hand_over  # a late module: loaded while its memfd is still open
+    # `privileges` is a late module: load it while its memfd is still open.
+    become_worker_user = privileges.become_worker_user
     # A long scan must not keep a connection or a channel open.
     os.closerange(0, line.fileno())
     os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
@@ -126,7 +127,7 @@ def _send_found(line: socket.socket, wanted: tuple[str, ...], identity: Identity
         with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
             file.write("sp-orphans")
         if identity is not None:
-            hand_over(identity)
+            become_worker_user(identity)
         # This child may wait for room.
         for address, pid, pidfd in _with_address(wanted):
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", pidfd))

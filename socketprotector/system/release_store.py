@@ -209,7 +209,7 @@ def withdraw_writers(current: str) -> None:
     folder, name = os.path.split(current)
     for each in os.listdir(folder):
         if each.startswith(f"{name}.history.next."):
-            # It is gone, or no file that we have made.
+            # The file is gone, or is a folder, which we have not made.
             with suppress(FileNotFoundError, IsADirectoryError):
                 os.unlink(os.path.join(folder, each))
 

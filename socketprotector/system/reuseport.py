@@ -170,7 +170,7 @@ def reserve(sock: socket.socket, address: SocketAddress) -> socket.socket:
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     made = socket_copy.bind_beside(sock, address)
-    with suppress(OSError):  # since 2026 kernels require CAP_NET_ADMIN for that on a TCP socket
+    with suppress(OSError):  # since 2026 kernels require CAP_NET_ADMIN for a TCP socket
         bpf.attach(made, bpf.SO_ATTACH_FILTER, bpf.NOTHING)
     return made
 

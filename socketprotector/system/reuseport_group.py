@@ -170,8 +170,8 @@ class Group:
         yield from self._do(Join(number))
         yield from self._do(Leave(number))
         if self.is_silent and not self._order[-1] == self.listed[-1] == SILENT:
-            # If it joined behind SILENT, it would later take SILENT's position, before an older
-            # member.
+            # If the socket joined behind SILENT, it would later take SILENT's position, before an
+            # older member.
             yield from self._end_silence()
         held = self.to == SILENT and self.is_silent
         yield from self._attach(self._order if held else (*self._without_silent, number))

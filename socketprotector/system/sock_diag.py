@@ -37,7 +37,7 @@ _ESTABLISHED, _SYN_RECV, _CLOSE_WAIT, _LISTEN = 1, 3, 8, 10
 _STATES = 1 << _ESTABLISHED | 1 << _SYN_RECV | 1 << _CLOSE_WAIT
 #: States in which a process may have the socket open: not CLOSE, TIME_WAIT, LISTEN or handshakes.
 _OPEN = 1 << _ESTABLISHED | 1 << 4 | 1 << 5 | 1 << _CLOSE_WAIT | 1 << 9 | 1 << 11
-_INFO = 2  # attribute: a tcp_info; the bit that requests it is one less
+_INFO = 2  # attribute: a tcp_info; the number of its request bit is one less
 _SHUTDOWN = 8  # attribute: which directions are shut down; always sent
 _OPTIONS = 22  # attribute: some socket options, as bits; always sent, since Linux 5.10
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
@@ -215,7 +215,7 @@ def _at(listening: socket.socket) -> Callable[[tuple[Any, ...]], bool]:
     device = device_of(listening)
 
     def is_here(fields: tuple[Any, ...]) -> bool:
-        # A connection keeps the device that the listening socket had; that may be gone meanwhile.
+        # A connection keeps the device that the listening socket had, even if the device is gone.
         return (not any(address) or fields[6][: len(address)] == address) and (
             fields[8] in (0, device) or device in (0, NO_DEVICE)
         )

@@ -254,7 +254,7 @@ def _become(
     if tell_pid:
         environment = {**environment, tell_pid: str(os.getpid())}
     if program.identity is not None:
-        privileges.hand_over(program.identity)
+        privileges.become_worker_user(program.identity)
     if lifeline >= 0:  # after the change of user, because that user must be allowed to kill it
         fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())

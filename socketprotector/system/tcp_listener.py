@@ -92,7 +92,7 @@ class TcpListener(Listener):
         try:
             found = sock_diag.listening(sock.family, self.port)
         except OSError:
-            return True  # unknown: assume that it is
+            return True  # unknown: assume that it is sound
         return not found.get(os.fstat(sock.fileno()).st_ino, 0)
 
     def note(self) -> None:

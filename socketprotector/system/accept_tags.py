@@ -1,4 +1,4 @@
-"""Tags listening sockets, so that their connections inherit the tag, and counts them by tag.
+"""Tags listening sockets; counts connections by the tag that they inherit from their socket.
 
 The kernel does not report which socket accepted a connection.  But a connection inherits the
 options of its listening socket, and sock_diag reports some of them.  A tag is encoded in options
@@ -86,5 +86,5 @@ def connections(
 
 
 def _untagged(family: int) -> int:
-    """Return the options of a socket that no process has changed."""
+    """Return the initial values of the options, as bits."""
     return 0b001 if family == socket.AF_INET6 else 0b101

@@ -1,4 +1,4 @@
-"""Filters on sockets: classic BPF programs, and programs that select connections.
+"""Classic BPF programs for sockets: filters of packets, and programs that select group members.
 
 A mark distinguishes our probe connections (daemon/ready_probe.py) from clients.
 An IPv4 mark is a random source address of 127/8, which no packet from a network may have.

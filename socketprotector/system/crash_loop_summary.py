@@ -130,7 +130,7 @@ class CrashLoopFilter:
         return (event == "recovered" or None in self._crashing) and self._withholds(None, line)
 
     def _withholds(self, key: Key, line: Line) -> bool:
-        """Withhold a line if its worker or generation is in a crash loop; return whether it is."""
+        """Withhold a line if its worker or generation is in a crash loop; return True if so."""
         now, _, event, _ = line
         crashes = self._crashing.setdefault(key, _CrashLoop(now))
         ready = event == ("recovered" if key is None else "worker-ready")

@@ -131,7 +131,7 @@ class Listener:
 
     @property
     def local_address(self) -> tuple[str, int]:
-        """Its host and port for local clients.  UNIX sockets: the path or @name, and 0."""
+        """Host and port for local clients; for a UNIX socket the path or @name, and 0."""
         raise NotImplementedError
 
     def is_alive(self, socket_number: int = 0) -> bool:

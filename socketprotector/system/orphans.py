@@ -71,7 +71,7 @@ class Orphans:
         identity: Identity | None,
         is_group_watched: Callable[[int], bool],
     ) -> None:
-        """Make it without addresses; end() and watch() add them.
+        """Begin without addresses; end() and watch() add them.
 
         identity: the user that the workers run as, if not ours.
         is_group_watched: returns whether process_groups.py watches a process group.
@@ -212,7 +212,7 @@ class Orphans:
             gone()
 
     def _act(self, search: _Search, found: Sequence[tuple[int, int]], *, complete: bool) -> None:
-        """Send the processes that a scan has found the signal that is due, if any."""
+        """Send the signal that is due, if any, to the processes that a scan has found."""
         if search.kill_at is not None and search.kill_at <= time.monotonic():
             search.kills += bool(found) or not complete
             self._signal(found, signal.SIGKILL)

@@ -173,7 +173,7 @@ class PathGroup:
     # -- plans -----------------------------------------------------------------------
 
     def steer(self, number: int, *, held: bool) -> Plan:
-        """Lead the path to socket 0 or 1, or during a hold to its own socket.
+        """Lead the path to socket 0 or 1, or during a hold to the socket of the hold.
 
         If another program has removed the only socket's file, no path can lead to it.
         """

@@ -1,4 +1,4 @@
-"""Drops privileges for good, and keeps the few that starting workers as another user needs.
+"""Drops privileges for good, except the few that are needed to start another user's workers.
 
 With --worker-user the protector keeps only CAP_SETUID, CAP_SETGID and CAP_KILL.  Only the guard and
 the protector's next program inherit these (`lent()`); other executed programs do not.

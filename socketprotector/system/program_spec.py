@@ -79,7 +79,7 @@ def change_of(record: GenerationRecord) -> str:
 
 
 def changed_file(program: Program, since: float) -> str:
-    """Return a file of a program that has changed since a time; "" for none, or if unknown.
+    """Return a file of a program, if the file has changed since a time; "": none, or unknown.
 
     This checks the executable, and the first argument that is a file, such as a script.
     since: seconds since the epoch.

@@ -128,14 +128,14 @@ def unlock(fd: int) -> None:
 
 
 def in_the_way(current: str) -> str:
-    """Return why `current` must not be replaced: it is no symbolic link; "": it may be."""
+    """Return why `current` must not be replaced (it is no symbolic link); "" if it may."""
     if not os.path.lexists(current) or os.path.islink(current):
         return ""
     return f"{current} is no symbolic link, and is not replaced; move it away"
 
 
 def prepare(current: str, target: str) -> None:
-    """Make the link that move() renames, so that a missing right shows before the switch.
+    """Make the link that move() renames, so that a missing permission shows before the switch.
 
     Raises OSError.
     """

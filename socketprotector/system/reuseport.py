@@ -79,7 +79,7 @@ def _steer_to_listening(beside: socket.socket) -> None:
 
 
 def make(first: socket.socket, room: int = 0) -> socket.socket | None:
-    """Return a sibling of a listening socket, which gets no clients yet; the caller owns it.
+    """Return a listening socket's new sibling, which gets no clients yet; the caller owns it.
 
     room: the sibling's backlog, needed if the first socket was shut down; 0: as the first socket.
 

@@ -389,7 +389,7 @@ def _query(
     kind: int = _BY_FAMILY,
     netlink_family: int = _SOCK_DIAG,
 ) -> Iterator[DiagReply]:
-    """Send a query and yield the reply about each socket, or another object of its kind.
+    """Send a query, and yield each reply: about a socket, or about a route.
 
     dump: the kernel sends many replies and an end marker.  Raises OSError, also for a refusal.
     """

@@ -1,4 +1,4 @@
-"""Snapshots of the options that workers can change on a listening socket, and their restoring.
+"""Takes and restores snapshots of a listening socket's options, which workers can change.
 
 A worker shares its listening socket with SocketProtector, with other workers, and with the
 generation that uses the socket next.  An option that a worker sets outlives the worker.  OPTIONS is
@@ -129,7 +129,7 @@ def take(sock: socket.socket) -> Snapshot:
 
 
 def closing(sock: socket.socket) -> Snapshot:
-    """Return the options of a socket that can keep clients out."""
+    """Return those options of a socket that can keep clients out."""
     return {name: content for name, content in take(sock).items() if name in _CAN_CLOSE}
 
 

@@ -64,7 +64,7 @@ class UnixListener(Listener):
         return path if path and socket_file.has_room(path) else ""
 
     def ensure_address(self, socket_number: int) -> tuple[str, int]:
-        """Return the address of one of its sockets for processes of this machine.
+        """Return the address at which local processes reach one of its sockets.
 
         Make the socket's file again if another program has removed it and the path leads there.
         """

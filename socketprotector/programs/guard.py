@@ -401,7 +401,7 @@ def write(fd: int, line: bytes) -> None:
 def remove_if_stale(path: str) -> None:
     """Remove the files of a socket on which no process listens.  path: the bound address."""
     try:
-        # Imported only at the exit, because of its memory; fails if descriptors have run out.
+        # Imported only at the exit, to save memory; the import fails if descriptors have run out.
         from socketprotector.system.dir_lock import locked
         from socketprotector.system.socket_file import files_of
 

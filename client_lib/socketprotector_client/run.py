@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--factory", action="store_true", help="APP() returns the application")
     kind = parser.add_mutually_exclusive_group()
     for each in (_ASGI, _WSGI):
-        text = f"treat it as {each}; default: detect the kind"
+        text = f"treat the application as {each}; default: detect the kind"
         kind.add_argument(
             f"--{each.lower()}", dest="kind", action="store_const", const=each, help=text
         )

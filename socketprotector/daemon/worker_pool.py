@@ -416,7 +416,7 @@ class WorkerPool:
         if worker.became_ready:
             return True
         self.proved_ready = self.proved_ready or by != ready_kinds.TIMER
-        worker.readiness.is_known()
+        worker.readiness.note_ready()
         self._release_probe_address(worker)
         if worker.process.has_ended():
             self._note(worker, ready_by=by)  # _ended() handles the exit

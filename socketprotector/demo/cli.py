@@ -57,8 +57,8 @@ class _Command(Answering, click.Command):
 
     The demo needs no root and chooses its ports, and leaves nothing behind.
 
-    Exit status: 0: no connection failed; 1: some failed, or a step had another result; 111:
-    this machine lacks something, and the message says what; 130: interrupted.
+    Exit status: 0: no connection failed; 1: some failed, or a step had an unexpected
+    result; 111: this machine lacks something, and the message says what; 130: interrupted.
     """,
 )
 @click.option("--pause", default="3s", type=Duration(), help="How long each step is shown.")

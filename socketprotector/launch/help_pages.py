@@ -53,7 +53,7 @@ class HelpCommand(Answering, click.Command):
         for title, group in options.GROUPS.items():
             with formatter.section(title):
                 formatter.write_dl([each.help_row() for each in group])
-        with formatter.section("Servers that bind their own port, as in"):
+        with formatter.section("Servers that otherwise bind their own port, for example"):
             _write_lines(formatter, map(known_servers.line, known_servers.KNOWN))
         return formatter.getvalue().rstrip("\n")
 

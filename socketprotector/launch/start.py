@@ -239,7 +239,7 @@ def _exec(
         privileges.no_new_privileges()
     starts_others = settings.worker_identity is not None
     if settings.guarded:
-        privileges.adopt_group()
+        privileges.become_subreaper()
         # The guard holds every descriptor of the protector, so it needs the same limit.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

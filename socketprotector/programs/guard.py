@@ -98,7 +98,7 @@ class Guard:
         self.due = None
         self.accepted_at, self.began = None, False
         theirs = None
-        # Blocked until the protector has its handlers: an earlier signal waits, and kills nothing.
+        # Block signals until the protector has its handlers: an earlier signal must kill nothing.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -224,7 +224,7 @@ class Guard:
         took = int(said.get("X_TOOK", "0"))
         if took in self.untaken:
             self.untaken[took] = True
-        # A stop signal is confirmed only once a stop has begun, too.
+        # A stop signal counts as confirmed only once a stop has also begun.
         self.untaken = {
             number: taken
             for number, taken in self.untaken.items()
@@ -370,7 +370,7 @@ class Guard:
                 wait_ms = max(0.0, self.due - time.monotonic()) * 1000
             try:
                 ready = [fd for fd, _ in poll.poll(wait_ms)]
-            except OSError:  # no memory; without the guard a death of the protector is the end
+            except OSError:  # no memory: do not exit, or no process restarts a killed protector
                 time.sleep(SHORTAGE_S)
                 continue
             self.hear()
@@ -401,7 +401,7 @@ def write(fd: int, line: bytes) -> None:
 def remove_if_stale(path: str) -> None:
     """Remove the files of a socket on which no process listens.  path: the bound address."""
     try:
-        # Imported only at the exit, because of its memory; fails if descriptors have run out.
+        # Imported only at the exit, to save memory; the import fails if descriptors have run out.
         from socketprotector.system.dir_lock import locked
         from socketprotector.system.socket_file import files_of
 
@@ -439,7 +439,7 @@ def main() -> None:
         with open("/proc/self/comm", "w", encoding="ascii") as file:
             file.write(NAME)
     except OSError:
-        pass  # no /proc: the name is a courtesy
+        pass  # no /proc: this process keeps the name of the interpreter
     try:
         Guard(command, store, json=json, pid_file_path=path).run()
     finally:

@@ -1,8 +1,8 @@
 """The relay: carries the output of the workers and the protector to the log.
 
-The relay is a separate process, so that no output depends on the protector.  It exits after its
-last writer.  It also remembers the last output of each worker: the protector requests these last
-words when a worker fails.  It runs as a script, on the standard library alone:
+The relay is a separate process, so that no output depends on the protector.  It exits when its
+last writer has exited.  It also remembers the last output of each worker: the protector requests
+these last words when a worker fails.  It runs as a script, on the standard library alone:
 
     python log_relay.py NAME KIND PREFIXED LINE
 

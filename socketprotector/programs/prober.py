@@ -1,9 +1,9 @@
 """The prober: sends HTTP probes to a generation, and reports the answers.
 
 The prober is a separate process: ssl must not stay in the protector's memory, and a server may
-answer badly or never.  A reload waits for the prober's start, and clients for the processor that
-the start uses.  So it imports little; http.client would double the time.  The prober exits when its
-line to the protector is closed.  It runs as a script, on the standard library alone:
+answer badly or never.  A reload waits until the prober has started, and the start takes processor
+time from clients.  So the prober imports little; http.client would double the time.  The prober
+exits when its line to the protector is closed.  It runs as a script, on the standard library alone:
 
     python prober.py LINE
 
@@ -59,7 +59,7 @@ class BadAnswer(Exception):
 class Answer:
     """What a server answers, up to the probe's time limit and _MOST_BYTES.
 
-    Messages are read as RFC 9112 has them, but their fields are not checked.
+    Messages are read as RFC 9112 defines them, but their fields are not checked.
     """
 
     def __init__(self, connection: socket.socket, until: float) -> None:

@@ -73,7 +73,7 @@ class Notifier:
 
 
 def inherited(environ: Mapping[str, str], name: str) -> int:
-    """Make the descriptor that a variable names close-on-exec, and return it; -1: there is none.
+    """Return the descriptor that a variable names, and set close-on-exec; -1: there is none.
 
     Raises OSError.
     """

@@ -1,4 +1,4 @@
-"""Tags listening sockets, so that their connections inherit the tag, and counts them by tag.
+"""Tags listening sockets; counts connections by the tag that they inherit from their socket.
 
 The kernel does not report which socket accepted a connection.  But a connection inherits the
 options of its listening socket, and sock_diag reports some of them.  A tag is encoded in options
@@ -36,7 +36,8 @@ def tag(
     """Tag the connections that a socket accepts from now on.  Raises OSError.
 
     The options are set one by one, and a client may connect in between.  Returns the tags that the
-    socket had until the last option was set.  The order avoids tags of `exclude` if possible.
+    socket had until the last option was set.  number: the new tag.  exclude: tags that the socket
+    gets in between only if there is no other way.
     """
     untagged, before = _untagged(listening.family), tag_of(listening)
     changed = [place for place in range(len(_BITS)) if (before ^ number) >> place & 1]
@@ -85,5 +86,5 @@ def connections(
 
 
 def _untagged(family: int) -> int:
-    """Return the options of a socket that no process has changed."""
+    """Return the initial values of the options, as bits."""
     return 0b001 if family == socket.AF_INET6 else 0b101

@@ -1,11 +1,12 @@
-"""Filters on sockets: classic BPF programs, and programs that select connections.
+"""Classic BPF programs for sockets: filters of packets, and programs that select group members.
 
 A mark distinguishes our probe connections (daemon/ready_probe.py) from clients.
 An IPv4 mark is a random source address of 127/8, which no packet from a network may have.
 IPv6 has only one loopback address, so its mark is a random traffic class and the highest hop limit.
 No system uses that limit by default.  Both values are in the fixed part of the IP header.
 
-A share of the other connections may go to another group member: the kernel draws for each.
+A share of the other connections may go to another group member: for each, the kernel draws a
+random number.
 
 Source: SO_ATTACH_FILTER and SO_ATTACH_REUSEPORT_CBPF in socket(7); SKF_NET_OFF and
 SKF_AD_RANDOM in linux/filter.h.
@@ -120,9 +121,9 @@ class Mark:
 
 
 def source_of_ipv6(host: str) -> str:
-    """Return the source address of our IPv6 connections to a host; clients here may have it, too.
+    """Return the source address of our IPv6 connections to a host; local clients may have it, too.
 
-    A socket of one interface has no route to ::1, but to its own address.
+    A socket of a link-local address has no route to ::1, so its own address is the source.
     """
     return host if "%" in host else "::1"
 
@@ -143,8 +144,9 @@ def _packed(address: str) -> bytes:
 def selecting(
     member: int, marked: Mapping[Mark, int], drawn: int = 0, share: int = 0
 ) -> Sequence[Instruction]:
-    """Return a program that selects a group member, with another member for each mark.
+    """Return a program that selects the group member that gets a connection.
 
+    member: for connections without a mark.  marked: the member for connections with each mark.
     drawn: the member that gets `share` parts of WHOLE of the connections without a mark.
     """
     by_mark = [each for mark, target in marked.items() for each in mark.program(target)]

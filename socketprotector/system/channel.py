@@ -56,7 +56,7 @@ class Channel:
     def make(queue: int) -> Channel:
         """Return a new channel with room for about `queue` untaken connections (--queue).
 
-        Only the kernel limits it: we accept until a send fails with EAGAIN.
+        Only the kernel limits the number: we accept connections until a send fails with EAGAIN.
 
         Raises OSError if the system is out of descriptors or memory.
         """

@@ -3,8 +3,9 @@
 The shell runs the command as the worker's user and in the worker's environment.  The exit status
 decides; the last line of output is the reason, for people.
 Output goes to a pipe, not to the log.  In the log, a verbose command would fill the disk, and a
-command that prints client data could forge lines.  We read the pipe to its end, so that the command
-never blocks, but little at once, so that a verbose command cannot keep the event loop busy.
+command that prints client data could forge lines.  We read the pipe to its end: otherwise the
+command could block.  Each read is limited: otherwise a verbose command could keep the event loop
+busy.
 """
 
 from __future__ import annotations

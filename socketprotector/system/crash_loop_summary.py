@@ -1,8 +1,8 @@
 """Keeps a crash loop from filling the log: after SHOWN deaths, lines with a count replace the rest.
 
 Further deaths are counted.  At growing intervals, a line has the count and the last cause.  When a
-worker has proved itself, and at a stop, the remaining deaths are summed up, and the withheld lines
-of the running worker are written.  Observers of the log get every line.
+worker has run for PROVEN_S, and at a stop, the remaining deaths are summed up, and the withheld
+lines of the running worker are written.  Observers of the log get every line.
 
 The limit holds for each slot of a generation, and for generations that fail in a row while no
 generation is serving.  This module reads the log's own lines, which also say when a worker was
@@ -130,7 +130,7 @@ class CrashLoopFilter:
         return (event == "recovered" or None in self._crashing) and self._withholds(None, line)
 
     def _withholds(self, key: Key, line: Line) -> bool:
-        """Withhold a line if its worker or generation is in a crash loop; return whether it is."""
+        """Withhold a line if its worker or generation is in a crash loop; return True if so."""
         now, _, event, _ = line
         crashes = self._crashing.setdefault(key, _CrashLoop(now))
         ready = event == ("recovered" if key is None else "worker-ready")

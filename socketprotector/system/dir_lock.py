@@ -48,7 +48,7 @@ def locked(path: str, patience_s: float = _LOCK_S) -> Iterator[None]:
 
 
 def give(path: str, uid: int, gid: int, chown: Callable[[int, int, int], None]) -> os.stat_result:
-    """Give a socket file that we have just made to a user and group (-1: unchanged).
+    """Set the user and group (-1: unchanged) of a socket file that we have just made.
 
     Returns the file's stat result.  Raises OSError.
     This uses a descriptor, because another user with write access to the folder could replace the

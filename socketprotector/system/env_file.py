@@ -14,9 +14,10 @@ import stat
 #: The limit of a file's size: more does not fit into the environment of a process (execve(2)).
 MAX_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-#: What does not belong to a value at its ends.  For Python, U+0085 or U+00A0 would be blank, too.
+#: The characters that are stripped from a value's ends.  By default, Python would also strip U+0085
+#: and U+00A0.
 _BLANK = " \t"
-#: Some editors write this before the first line, where they do not show it.
+#: Some editors write these bytes before the first line, and do not show them.
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -44,9 +45,10 @@ def parse(text: str, name: str) -> dict[str, str]:
 
 
 def contents(path: str) -> bytes:
-    """Return the contents of a file that is read again later, without a byte order mark.
+    """Return a file's contents, without a byte order mark.
 
-    Raises OSError, or ValueError for a file that is too long or cannot be read twice.
+    The file is read again later.  So this raises ValueError if it cannot be read twice, such as a
+    FIFO, or is too long.  Raises OSError.
     """
     # The workers' user may own the file, so it must not make the protector wait or grow.
     # Check first, because even opening a device may have an effect.

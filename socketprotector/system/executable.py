@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # the guard, which must stay small, imports this module
     from collections.abc import Sequence
 
-#: The descriptors that a starting program has open at once: a folder, a module, the loop's own.
+#: The descriptors that a starting program has open at once: a folder, a module, the event loop's.
 _NEEDED = 6
 #: The bytes that the kernel examines (BINPRM_BUF_SIZE), and the folder that lists extra formats.
 _HEAD_BYTES, _FORMATS = 256, "/proc/sys/fs/binfmt_misc"
@@ -39,7 +39,7 @@ def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, t
 
 
 def refuse_format(path: str, directory: str = "") -> None:
-    """Raise OSError for an executable file that the kernel certainly cannot execute.
+    """Raise OSError for a file that the kernel certainly cannot execute, despite its permissions.
 
     directory: the working directory of the execution.
     """

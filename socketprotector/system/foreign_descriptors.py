@@ -29,7 +29,7 @@ _NEXT_S = 0.0001
 
 @contextmanager
 def dropping() -> Iterator[None]:
-    """Limit the kernel's wait when it drops descriptors to a millisecond for each message."""
+    """Limit the kernel's wait to a millisecond for each message whose descriptors it drops."""
     handler = signal.signal(signal.SIGALRM, _interrupt)
     timer = signal.setitimer(signal.ITIMER_REAL, _FIRST_S, _NEXT_S)
     try:

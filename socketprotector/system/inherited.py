@@ -29,7 +29,7 @@ RESERVED = "sp.reserved."  # + its index: a third socket, for a hold
 NOTIFY = "sp.notify"  # holds the lock of the folder of notify sockets
 STATE = "sp.state"
 GUARD = "sp.guard"  # the line to the guard
-READER = "sp.reader"  # this process reads the configuration again, and answers on it
+READER = "sp.reader"  # this process reads the configuration, and sends the result here
 READER_DRY = "sp.reader.dry"  # the same, but it only reports what would change
 PROBE = "sp.probe"  # this process only answers whether it could take over
 CHECK = "sp.check"  # with PROBE: it also loads what only later processes of the program need
@@ -212,7 +212,7 @@ def number_in(text: str) -> int:
 
 
 def is_ours() -> bool:
-    """Return True if this process inherits a state to resume, which shows by non-empty settings.
+    """Return True if this process inherits a state to resume: then the settings are not empty.
 
     After a graceful stop the settings are empty.
     """

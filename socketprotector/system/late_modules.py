@@ -1,11 +1,11 @@
-"""Late modules: code kept at the start and loaded at its first use; memory saved in all modules.
+"""Saves memory: loads late modules at their first use, and strips all modules of docstrings.
 
 An idle protector never uses most of LATE.  Such a module is imported whole, as in
 `from ..model import known_servers`; the first look-up of a name in it loads it.  By then an
 upgrade may have replaced the package's files.  So the compiled code of the running version is kept
-in one memfd, compressed: loading it needs no file and no descriptor, but memory, for which there is
-a reserve.  The memfd also has the late modules of the standard library, and the programs that we
-start later: these as source, because the interpreter may have been replaced.
+in one memfd, compressed.  Loading it needs no file and no descriptor.  It needs memory, for which
+there is a reserve.  The memfd also has the late modules of the standard library, and the programs
+that we start later: these as source, because the interpreter may have been replaced.
 
 Compressing takes most of the time, and a program that starts or resumes has clients waiting.  So
 keep() does not compress, and pack() does it some seconds later.
@@ -165,7 +165,7 @@ class _KeptLoader:
 
 
 class Finder:
-    """Finds modules of the package as Python does, and gives them our loader; and kept modules."""
+    """Finds the package's modules, and gives them our loader; also finds kept modules."""
 
     #: The specs of kept modules of the standard library.
     stdlib: ClassVar[dict[str, ModuleSpec]] = {}
@@ -207,7 +207,7 @@ def keep() -> None:
     for each in LATE:
         name = f"{_PACKAGE}.{each}"
         parent = name.rpartition(".")[0]
-        # The parent is not imported yet: it may import late modules that have no stand-in yet.
+        # Do not import the parent: it may import late modules that have no stand-in yet.
         folders = parent.split(".")[1:]
         spec = Finder.find_spec(name, [os.path.join(root, *folders) for root in roots])
         if spec is None or not isinstance(spec.loader, _Loader):
@@ -226,7 +226,7 @@ def keep() -> None:
 
 def pack() -> Iterator[None]:
     """Compress what keep() has kept; yield after each part, so that clients need not wait."""
-    # Without descriptors or memory some code stays as it is, and takes more memory.
+    # Without free descriptors or memory, some code stays uncompressed.
     with suppress(OSError, MemoryError):
         packed = os.memfd_create("sp.late", os.MFD_CLOEXEC)
         modules = (sys.modules.get(f"{_PACKAGE}.{each}") for each in LATE)
@@ -256,11 +256,12 @@ def _keep_stdlib(kept: int) -> None:
 def _marshalled(loader: SourceFileLoader, name: str) -> bytes:
     """Return the code of a module, as marshal writes it.
 
-    A valid .pyc file has it so: to load it and write it again took 2 ms of each start.
+    A valid .pyc file contains these bytes after its head.  To load and marshal the code instead
+    would add 2 ms to each start.
     """
     with suppress(OSError, NotImplementedError):  # Python may have no place for such files
         stats = loader.path_stats(loader.path)
-        numbers = (0, int(stats["mtime"]), stats["size"])  # 0: valid for a source of these two
+        numbers = (0, int(stats["mtime"]), stats["size"])  # 0: valid for this time and size
         head = b"".join((each & 0xFFFFFFFF).to_bytes(4, "little") for each in numbers)
         pyc = loader.get_data(importing.cache_from_source(loader.path))
         if pyc.startswith(importing.MAGIC_NUMBER + head):
@@ -349,7 +350,8 @@ def _forget_in(names: Mapping[str, Any], module: str) -> None:
 def _forget_of(function: FunctionType) -> None:
     del function.__annotations__
     code = function.__code__
-    # The docstring is also the first constant of the code.  A wrapper has that of another function.
+    # The docstring is also the first constant of the code.  But a wrapper has the docstring of
+    # another function.
     if function.__doc__ is not None and code.co_consts[0] is function.__doc__:
         function.__doc__ = None
         function.__code__ = code.replace(co_consts=(None, *code.co_consts[1:]))

@@ -92,7 +92,7 @@ class Listener:
         sibling: another socket of the same address, so that two generations have one socket each.
         reserved: a third socket, which no worker gets; new clients go to it during a hold.  It also
         replaces a broken socket if we may not bind the address.
-        again: for each socket, the number in its name; a replacement gets a higher number.
+        again: for each socket, how often it was replaced; the count is in its descriptor's name.
         """
         #: Socket 0, and its sibling, socket 1, if there is one.
         self.sockets = [socket.socket(fileno=each) for each in (fd, sibling) if each >= 0]
@@ -101,8 +101,8 @@ class Listener:
         self.shared = shared
         if not shared:
             # The process that passed the socket in may have made it blocking.  A socket shared with
-            # workers must not be changed: living workers may rely on its flags and options.
-            # An asyncio server would get stuck in accept() if the socket blocked.
+            # workers must not be changed: living workers may rely on its flags and options,
+            # for example on a blocking accept().
             self.socket.setblocking(False)
         self.index = index
         self.settings = settings
@@ -131,7 +131,7 @@ class Listener:
 
     @property
     def local_address(self) -> tuple[str, int]:
-        """Its address for processes of this machine; for a UNIX socket path or @name, and 0."""
+        """Host and port for local clients; for a UNIX socket the path or @name, and 0."""
         raise NotImplementedError
 
     def is_alive(self, socket_number: int = 0) -> bool:
@@ -193,14 +193,14 @@ class Listener:
 
     @property
     def path(self) -> str:
-        """The path that leads to one of its sockets, each with its own file; "" if impossible.
+        """The path, if each socket can have a file of its own beside it; otherwise "".
 
         See socket_file.py.
         """
         return ""
 
     def ensure_address(self, socket_number: int) -> tuple[str, int]:
-        """Make and return a socket's address for this machine; over TCP a mark selects it."""
+        """Return a socket's address for local clients; over TCP a probe mark selects the socket."""
         return self.local_address
 
     def identity(self, socket_number: int) -> tuple[int, int]:
@@ -288,7 +288,7 @@ class Listener:
     @property
     def lacks_interface(self) -> bool:
         """Whether its interface was removed: no socket, not even the reserved one, has it."""
-        return all(map(socket_copy.interface_is_gone, self._sockets_but(())))
+        return all(map(socket_copy.interface_is_gone, self._sockets_except(())))
 
     @property
     def blocks(self) -> bool:
@@ -407,21 +407,21 @@ class Listener:
     def _steer_last(self, socket_number: int) -> None:
         """Steer clients to the socket that the next start gets.  Raises OSError."""
 
-    def backlog(self, socket_number: int, but: Collection[int] = ()) -> tuple[int, int] | None:
+    def backlog(self, socket_number: int, exclude: Collection[int] = ()) -> tuple[int, int] | None:
         """Return how many clients wait at the sockets, and how many can; None if unknown.
 
-        socket_number: the socket whose limit counts.  but: sockets whose clients do not count.
+        socket_number: the socket whose limit counts.  exclude: sockets that do not count.
         """
         try:
-            waiting = sum(reuseport.queue(each)[0] for each in self._sockets_but(but))
+            waiting = sum(reuseport.queue(each)[0] for each in self._sockets_except(exclude))
             return waiting, reuseport.backlog(self.socket_for(socket_number))
         except (OSError, struct.error):
             return None
 
-    def _sockets_but(self, numbers: Collection[int]) -> list[socket.socket]:
+    def _sockets_except(self, numbers: Collection[int]) -> list[socket.socket]:
         """Return all sockets, also the socket of a hold, except those with these numbers."""
-        but = [*map(self.socket_for, numbers)]
-        return [each for each in (*self.sockets, self._reserved) if each and each not in but]
+        excluded = [*map(self.socket_for, numbers)]
+        return [each for each in (*self.sockets, self._reserved) if each and each not in excluded]
 
     def has_waiting(self, socket_number: int | None = None) -> bool:
         """Return True if a connected client waits to be accepted.  None: at any of the sockets."""

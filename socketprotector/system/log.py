@@ -29,7 +29,7 @@ class Log:
     """Writes lines to stderr without raising; only a file on a stuck disk can block it."""
 
     def __init__(self, level: str, *, prioritized: bool = False, form: str = "text") -> None:
-        """Write lines from this level on.
+        """Write lines of this level and of more severe levels.
 
         prioritized: the reader adds the time and expects a <N> priority (sd-daemon(3)).
         form: one of log_format.FORMATS.
@@ -49,7 +49,7 @@ class Log:
         self.reopen()
 
     def set_level(self, level: str) -> None:
-        """Write lines from this level on.  Raises KeyError."""
+        """Write lines of this level and of more severe levels from now on.  Raises KeyError."""
         self._threshold = LEVELS[level]
         self.level = level
         self.flush()
@@ -151,7 +151,7 @@ class Log:
             os.close(fd)
 
     def _release_fd(self) -> int:
-        """Return the descriptor of the output, or -1, and leave it to the caller."""
+        """Return the descriptor of the output, or -1; the caller then owns it."""
         fd = self._fd if self._socket is None else self._socket.detach()
         self._socket, self._fd = None, -1
         return fd

@@ -4,7 +4,7 @@ Root opens the file, often in a folder of the daemon's user.  A symbolic link or
 must not make root write to a file that this user cannot write.  Root's own links, in folders that
 only root may write, are followed.
 
-When the file is opened again, after a rotation: daemon/log_output.py.
+daemon/log_output.py opens the file again after a rotation.
 
 Source: open(2), symlink(7), fifo(7).
 """

@@ -1,6 +1,6 @@
 """Reads how often the kernel killed a process of our memory cgroup, and the limit of that cgroup.
 
-It kills a process when memory runs out: at the limit of the cgroup, or elsewhere.
+The kernel kills a process when memory runs out, at the cgroup's limit or in the whole machine.
 
 Events: version 2 wakes a process that polls `memory.events`.  Version 1 writes to an eventfd at
 each shortage of the cgroup, before the kill, but not at a shortage of the whole machine.
@@ -31,7 +31,7 @@ _READ_BYTES = 4096
 
 @frozen
 class OutOfMemory:
-    """The counts of the kernel so far; zeros if they are unknown."""
+    """The kernel's counts so far; zeros if they are unknown."""
 
     kills: int = 0  # at any limit
     at_limit: int = 0  # at the cgroup's own limit
@@ -62,7 +62,7 @@ class Events:
 
     @classmethod
     def open(cls, proc: str = PROC) -> Events | None:
-        """Return the events of our cgroup from now on; None: it has none for us."""
+        """Return the events of our cgroup from now on; None if we cannot get them."""
         version, folder = _own(proc)
         fd = -1
         try:
@@ -93,7 +93,7 @@ class Events:
 
 
 def _register(folder: str, fd: int) -> None:
-    """Order version 1 to write to an eventfd at a shortage.  Raises OSError."""
+    """Make version 1 write to an eventfd at each shortage.  Raises OSError."""
     file = os.open(f"{folder}/{_FILES[1][0][0]}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         order = os.open(f"{folder}/cgroup.event_control", os.O_WRONLY | os.O_CLOEXEC)

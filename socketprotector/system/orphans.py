@@ -1,4 +1,4 @@
-"""Finds and ends processes that failed workers have left behind, and workers without a record.
+"""Ends processes that failed workers have left behind; lets workers without a record finish.
 
 A program may detach itself, or fail while its children run.  It would keep its port and files
 although the start is reported as failed.  Its processes have the worker's notify address, which is
@@ -48,7 +48,7 @@ class _Search:
 
     #: The signal that the next scan sends to the processes it finds; 0: none.
     sign: int
-    #: A lost worker: it gets only signals that were ordered.
+    #: Whether this is a lost worker, which gets only signals that were ordered.
     lost: bool = False
     generation: int = 0
     finish: int = 0  # the signal that makes it finish; 0: it finishes without a signal
@@ -56,8 +56,8 @@ class _Search:
     kill_at: float | None = None  # when KILL is due; None: not decided yet
     kills: int = 0  # rounds of KILL
     gone: Callable[[], None] | None = None  # called when no process is left
-    leader: tuple[int, int] | None = None  # the lost worker's pid and pidfd, which tells its exit
-    seen: bool = False  # a scan has found it
+    leader: tuple[int, int] | None = None  # the lost worker's pid and pidfd, which reports its exit
+    seen: bool = False  # a scan was complete, and the lost worker has not exited since
 
 
 class Orphans:
@@ -71,7 +71,7 @@ class Orphans:
         identity: Identity | None,
         is_group_watched: Callable[[int], bool],
     ) -> None:
-        """Make it without addresses; end() and watch() add them.
+        """Begin without addresses; end() and watch() add them.
 
         identity: the user that the workers run as, if not ours.
         is_group_watched: returns whether process_groups.py watches a process group.
@@ -92,14 +92,14 @@ class Orphans:
 
     @property
     def orders(self) -> tuple[tuple[str, int], ...]:
-        """The signals that lost workers are to get, by address; 0: none after an earlier one."""
+        """The signals ordered for lost workers, by address; 0: the signal was sent already."""
         asked = ((a, each) for a, each in self._searches.items() if each.lost and each.asked)
         signs = ((a, each.sign if each.kill_at is None else signal.SIGKILL) for a, each in asked)
         return tuple((address, int(sign)) for address, sign in signs)
 
     @property
     def found(self) -> bool:
-        """Whether a scan has found processes, which were sent TERM, or KILL is due."""
+        """Whether a scan has found processes and sent them TERM, or KILL was ordered."""
         return any(each.kill_at is not None for each in self._searches.values())
 
     def end(self, address: str) -> None:
@@ -110,8 +110,8 @@ class Orphans:
     def watch(self, address: str, generation: int, finish: int, gone: Callable[[], None]) -> None:
         """Watch a lost worker that has this address, until its last process is gone.
 
-        If end() has the address, the worker had failed.
-        finish: the signal that retire() sends; 0: nothing, because its RETURN line has ended.
+        If end() was called for the address, the worker had failed.
+        finish: the signal that retire() sends; 0: none, because the worker's RETURN line has ended.
         gone: called when no such process is left.
         """
         search = self._searches.setdefault(address, _Search(0, lost=True))
@@ -119,7 +119,7 @@ class Orphans:
         self._scan_after(0.0)
 
     def retire(self, addresses: Collection[str]) -> None:
-        """Order the lost worker that has one of these addresses, once, to finish its clients."""
+        """Order the lost worker with one of these addresses to finish; do this only once."""
         for each in self._lost(addresses):
             if each.finish and not each.asked:
                 self._order(each, each.finish)
@@ -131,7 +131,7 @@ class Orphans:
     def order(self, addresses: Collection[str], sign: int) -> None:
         """Signal the lost worker that has one of these addresses; KILL also its children.
 
-        sign: 0: it got its signal from an earlier program.
+        sign: 0 if an earlier program has sent the signal.
         """
         for each in self._lost(addresses):
             self._order(each, sign)
@@ -145,7 +145,7 @@ class Orphans:
             search.kill_at = time.monotonic()
         search.asked = True
         if search.leader is not None and sign:
-            self._signal([search.leader], signal.Signals(sign))  # at once: a scan may hang
+            self._signal([search.leader], signal.Signals(sign))  # now: a scan may get stuck
         else:
             search.sign = sign
         self._scan_after(0.0)
@@ -189,13 +189,13 @@ class Orphans:
             self._scanned(tuple(self._searches), {}, error.strerror or str(error))
 
     def _scanned(self, wanted: Collection[str], found: proc_scan.Found, why: str) -> None:
-        """Signal the processes found and close their pidfds.  why: the scan was incomplete."""
+        """Signal the processes found and close their pidfds.  why: an incomplete scan's error."""
         self._scan = None
         done = []
         for address in wanted:
             search, processes = self._searches[address], found.get(address, ())
             self._act(search, processes, complete=not why)
-            # What a failed worker has left delays nothing, so failed scans for it go on.
+            # No wait depends on what a failed worker has left: repeat its failed scans for ever.
             is_over = search.kills >= _MOST_KILLS and not (why and search.gone is None)
             if is_over or not (processes or why):
                 done.append(search.gone)
@@ -212,7 +212,7 @@ class Orphans:
             gone()
 
     def _act(self, search: _Search, found: Sequence[tuple[int, int]], *, complete: bool) -> None:
-        """Send the processes that a scan has found the signal that is due, if any."""
+        """Send the signal that is due, if any, to the processes that a scan has found."""
         if search.kill_at is not None and search.kill_at <= time.monotonic():
             search.kills += bool(found) or not complete
             self._signal(found, signal.SIGKILL)
@@ -222,9 +222,9 @@ class Orphans:
                 self._signal(found, signal.SIGTERM)
         elif complete:
             leaders = [each for each in found if _leads(each[0])]
-            if not (leaders or search.asked):  # its children finish, as those of any dead worker
+            if not (leaders or search.asked):  # the worker has exited: its children must finish
                 search.sign, search.asked = search.finish, True
-            if search.sign:  # as from any worker, its children get what it passes on
+            if search.sign:  # the worker passes it on; without a worker, to its children
                 self._signal(leaders or found, signal.Signals(search.sign))
             search.sign, search.seen = 0, True
             if leaders and search.leader is None:

@@ -54,7 +54,7 @@ class RemovePath:
 
 @frozen
 class RemoveStaged:
-    """Remove the link that a program killed during a Switch has left."""
+    """Remove the link that is left if a program was killed during a Switch."""
 
 
 @frozen
@@ -108,7 +108,7 @@ class PathGroup:
     own: frozenset[int] = frozenset()  # the members that have files of their own
     waiting: frozenset[int] = frozenset()  # the members at which clients wait
     leftovers: tuple[str, ...] = ()  # files of closed sockets, at the path or beside it
-    #: Sockets 0 and 1 that had no client at a moment when the path led elsewhere.
+    #: Those of sockets 0 and 1 that had no client at a moment when the path led elsewhere.
     left_empty: frozenset[int] = frozenset()
     path: str | None = None  # for messages
 
@@ -173,7 +173,7 @@ class PathGroup:
     # -- plans -----------------------------------------------------------------------
 
     def steer(self, number: int, *, held: bool) -> Plan:
-        """Lead the path to socket 0 or 1, or during a hold to its own socket.
+        """Lead the path to socket 0 or 1, or during a hold to the socket of the hold.
 
         If another program has removed the only socket's file, no path can lead to it.
         """
@@ -247,7 +247,7 @@ class PathGroup:
     def withdraw(self, member: int) -> Plan:
         """Keep new clients from a member; its workers can still accept waiting clients.
 
-        While the path leads to it its file stays, because that file shows that the path is ours.
+        While the path leads to the member, its file stays: the file shows that the path is ours.
         """
         stays = self.leads_to == member or member not in self.own
         return () if stays else (RemoveFile(member),)

@@ -1,4 +1,4 @@
-"""Drops privileges for good, and keeps the few that starting workers as another user needs.
+"""Drops privileges for good, except the few that are needed to start another user's workers.
 
 With --worker-user the protector keeps only CAP_SETUID, CAP_SETGID and CAP_KILL.  Only the guard and
 the protector's next program inherit these (`lent()`); other executed programs do not.
@@ -34,7 +34,7 @@ _CAPABILITY_VERSION_3 = 0x20080522
 def become(identity: Identity, nice: int, *, starts_others: bool) -> None:
     """Become another user for good, with its groups and without capabilities.
 
-    nice: the workers' nice value; a value below 0 is permitted to that user first.
+    nice: the workers' nice value.  If it is below 0, first permit that user to set it.
     starts_others: keep the capabilities for starting and killing processes of a third user.
     Raises SystemRefused.
     """
@@ -89,7 +89,7 @@ def no_new_privileges() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
-def adopt_group() -> None:
+def become_subreaper() -> None:
     """Make this process the parent of the children of its dead children, also after an exec.
 
     Raises OSError.
@@ -105,7 +105,7 @@ def end_with_parent(number: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, number)
 
 
-def hand_over(identity: Identity) -> None:
+def become_worker_user(identity: Identity) -> None:
     """Become a worker's user, without capabilities; for a forked child.  Raises OSError."""
     import ctypes  # noqa: F401 -- loaded now, because that user may be unable to read it
 

@@ -1,4 +1,4 @@
-"""One scan of /proc for the processes that have one of some notify addresses.
+"""One scan of /proc for processes by the notify addresses in their environment.
 
 A child process scans /proc for all addresses at once: there may be thousands of processes, and a
 process with locked memory (a page on a dead disk) blocks the reader of its environment.  The child
@@ -60,8 +60,8 @@ class Scan:
 
         identity: the user to scan as, if not ours: other users' environments cannot be read.
         limit_s: a scan that takes longer is stuck, and is killed.
-        done: called with the addresses, the processes found, whose pidfds it owns, and the reason
-        if the scan is incomplete.
+        done: called with the addresses, the processes found, and the reason if the scan is
+        incomplete; it then owns the pidfds.
         """
         self._loop = loop
         self._wanted = wanted
@@ -115,7 +115,8 @@ class Scan:
 def _send_found(line: socket.socket, wanted: tuple[str, ...], identity: Identity | None) -> None:
     """Scan, in the child, and send each process found with its pidfd, then an end marker."""
     os.setpgid(0, 0)  # so that a signal to our group does not end it
-    hand_over = privileges.hand_over  # a late module: loaded while its memfd is still open
+    # `privileges` is a late module: load it while its memfd is still open.
+    become_worker_user = privileges.become_worker_user
     # A long scan must not keep a connection or a channel open.
     os.closerange(0, line.fileno())
     os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
@@ -126,7 +127,7 @@ def _send_found(line: socket.socket, wanted: tuple[str, ...], identity: Identity
         with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
             file.write("sp-orphans")
         if identity is not None:
-            hand_over(identity)
+            become_worker_user(identity)
         # This child may wait for room.
         for address, pid, pidfd in _with_address(wanted):
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", pidfd))
@@ -163,7 +164,7 @@ def _scan_once(wanted: Mapping[bytes, str]) -> tuple[list[tuple[str, int, int]],
     ended = set()
     for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
         try:
-            # Open the pidfd first: so the environment cannot be another process's with this pid.
+            # Open the pidfd first: it shows below whether the pid was reused in between.
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             ended.add(pid)

@@ -1,4 +1,4 @@
-"""Child processes: signals to them and their reaping, by pidfd, because a pid may be reused.
+"""Signals and reaps child processes, by pidfd, because a pid may be reused.
 
 Source: pidfd_open(2), pidfd_send_signal(2), waitid(2); F_SETOWN_EX in fcntl(2).
 """
@@ -185,7 +185,7 @@ class Process:
     def discard(self) -> None:
         """Kill the process with its group, and close the pidfd.
 
-        reap_orphans() reaps it later, because a process that waits for a disk cannot be waited for.
+        reap_orphans() reaps it later: it may be waiting for a disk, and we must not wait for it.
         """
         if not self.reaped:
             with suppress(PermissionError):  # it has changed its user, and cannot be killed

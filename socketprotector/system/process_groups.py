@@ -6,8 +6,8 @@ master would serve an old version for ever, and programs of a stdio pool finish 
 
 The kernel does not report a group's end.  So we poll, soon at first and rarely later, and at once
 when a process that may have been in a group was reaped.  For the kernel a group of ended but
-unreaped processes still exists: such as in a container whose first process does not reap.  A scan
-of /proc, some processes at a time, finds such groups.
+unreaped processes still exists, for example in a container whose first process does not reap.  A
+scan of /proc, some processes at a time, finds such groups.
 
 Source: pidfd_send_signal(2), proc(5) for `stat`.
 """
@@ -116,7 +116,7 @@ class Groups:
     def drain(self, generation: int) -> None:
         """End the RETURN lines of a generation's groups; send the drain signal, if none was sent.
 
-        A worker that a kill of the protector has lost has served until now.
+        After a kill of the protector, a worker in such a group may have served until now.
         """
         for number, group in self._groups.items():
             if group.record.generation != generation:
@@ -198,7 +198,7 @@ class Groups:
         group.ended()
 
     def _end_line(self, group: _Group) -> None:
-        """Let the forked children finish that watch the line."""
+        """Make the forked children that watch the line finish."""
         if group.line is not None:
             with suppress(OSError):
                 group.line.shutdown(socket.SHUT_WR)  # at once, although the guard has a copy

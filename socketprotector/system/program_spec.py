@@ -1,4 +1,4 @@
-"""The program of a new generation: command, environment and limits, resolved when it is made."""
+"""Resolves the program of a new generation: its command, environment and limits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RUN = (
 
 
 def program_of(settings: Settings) -> Program:
-    """Return the program of the command, as it is now.  Raises OSError or ValueError."""
+    """Resolve the command as it is now; return its program.  Raises OSError or ValueError."""
     environment = inherited_environment(settings)
     own = env_file.read(settings.env_file) if settings.env_file is not None else {}
     own = {**own, **dict(settings.environment)}
@@ -79,9 +79,9 @@ def change_of(record: GenerationRecord) -> str:
 
 
 def changed_file(program: Program, since: float) -> str:
-    """Return a file of a program that has changed since a time; "" for none, or if unknown.
+    """Return a file of a program, if the file has changed since a time; "": none, or unknown.
 
-    Checked are the executable and the first argument that is a file, such as a script.
+    This checks the executable, and the first argument that is a file, such as a script.
     since: seconds since the epoch.
     """
     path, argv = program.path, program.argv

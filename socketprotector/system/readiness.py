@@ -9,7 +9,7 @@ number of fd.
 accept, http and https: the same as any, but the timer does not run while the generation is probed.
 
 A line stays open until it is used or the worker ends.  A worker that became ready in another way
-may write to it later, and SIGPIPE would kill it.
+may write to the line later; on a closed line, SIGPIPE would kill the worker.
 
 Source: einhorn.py; s6's notification-fd.
 """
@@ -79,7 +79,7 @@ class Readiness:
         """Make the lines, and keep the worker's ends open until the block has started its process.
 
         Yields the readiness, number in the worker -> our descriptor, and environment variables.
-        free: unused numbers in the worker.  If the block raises, no line is left.
+        free: unused numbers in the worker.  If the block raises, all lines are closed.
         Raises OSError.
         """
         theirs: dict[int, int] = {}
@@ -223,7 +223,7 @@ class Readiness:
             self._check.close()
             self._check = None
 
-    def is_known(self) -> None:
+    def note_ready(self) -> None:
         """Record that the worker is ready; its lines are still read, but have no effect."""
         self.stop_check()
         self._loop.cancel((_AFTER, self._number))
@@ -233,7 +233,7 @@ class Readiness:
 
     def close(self) -> None:
         """Close the lines."""
-        self.is_known()
+        self.note_ready()
         for name in tuple(self._lines):
             self._forget(name)
         # The callback refers to our owner, and the garbage collector finds such cycles late.

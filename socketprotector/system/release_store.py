@@ -128,14 +128,14 @@ def unlock(fd: int) -> None:
 
 
 def in_the_way(current: str) -> str:
-    """Return why `current` must not be replaced: it is no symbolic link; "": it may be."""
+    """Return why `current` must not be replaced (it is no symbolic link); "" if it may."""
     if not os.path.lexists(current) or os.path.islink(current):
         return ""
     return f"{current} is no symbolic link, and is not replaced; move it away"
 
 
 def prepare(current: str, target: str) -> None:
-    """Make the link that move() renames, so that a missing right shows before the switch.
+    """Make the link that move() renames, so that a missing permission shows before the switch.
 
     Raises OSError.
     """
@@ -173,7 +173,7 @@ def leads_to(current: str, releases: str) -> str:
 def discard(current: str) -> None:
     """Remove the link of a release that has failed, if it is there."""
     following = f"{current}.next"
-    with suppress(OSError):  # prepare() replaces it
+    with suppress(OSError):  # on failure the next prepare() replaces the link
         if os.path.islink(following):  # an operator's file stays
             os.unlink(following)
 
@@ -209,7 +209,7 @@ def withdraw_writers(current: str) -> None:
     folder, name = os.path.split(current)
     for each in os.listdir(folder):
         if each.startswith(f"{name}.history.next."):
-            # It is gone, or no file that we have made.
+            # The file is gone, or is a folder, which we have not made.
             with suppress(FileNotFoundError, IsADirectoryError):
                 os.unlink(os.path.join(folder, each))
 

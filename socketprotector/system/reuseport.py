@@ -3,11 +3,12 @@
 Two consecutive generations accept from one socket each (daemon/delivery/shared/).  Sockets 0 and 1
 belong to one SO_REUSEPORT group.  For each new connection the kernel runs a one-instruction BPF
 filter, which selects the group member by index.  While the two generations share the clients, the
-filter draws for each client first.
+filter first draws a random number for each client.
 
-During a hold (listener_hold.py there) the group has a third member, which answers no client.  No
-worker has it, so it is gone if the protector dies.  The filter then selects a missing member, and
-the kernel gives each client to a remaining member: a filter of this kind cannot refuse a client.
+During a hold (listener_hold.py in that folder) the group has a third member, which answers no
+client.  No worker has it, so it is gone if the protector dies.  The filter then selects a missing
+member, and the kernel gives each client to a remaining member: a filter of this kind cannot refuse
+a client.
 
 While a generation is probed (daemon/ready_probe.py), the filter (bpf.py) also sends connections
 with a mark to that generation's socket.  The third member is then the last member, so it takes the
@@ -68,7 +69,7 @@ def steer_if_can(sock: socket.socket) -> None:
 
 
 def _steer_to_listening(beside: socket.socket) -> None:
-    """Steer to a listening socket, before another one listens beside it.
+    """Steer to a listening socket, before another socket listens beside it.
 
     Do not steer to a socket after shutdown(): it would get a group of its own, and listen() would
     fail while another group has the address.
@@ -78,7 +79,7 @@ def _steer_to_listening(beside: socket.socket) -> None:
 
 
 def make(first: socket.socket, room: int = 0) -> socket.socket | None:
-    """Return a sibling of a listening socket, which gets no clients yet; the caller owns it.
+    """Return a listening socket's new sibling, which gets no clients yet; the caller owns it.
 
     room: the sibling's backlog, needed if the first socket was shut down; 0: as the first socket.
 
@@ -154,7 +155,7 @@ def steer(
 ) -> None:
     """Steer new clients to a member of the socket's group, counted from 0.  Raises OSError.
 
-    marked: the member for each mark.  drawn: the member that gets a share, in ten thousandths.
+    marked: the member for each mark.  drawn: the member that gets `share` ten thousandths.
     Members are in the order of listen(2); when a member leaves, the last member takes its position.
     A handshake finishes at the member at which it began.
     """
@@ -169,7 +170,7 @@ def reserve(sock: socket.socket, address: SocketAddress) -> socket.socket:
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     made = socket_copy.bind_beside(sock, address)
-    with suppress(OSError):  # since 2026 kernels require CAP_NET_ADMIN for that on a TCP socket
+    with suppress(OSError):  # since 2026 kernels require CAP_NET_ADMIN for a TCP socket
         bpf.attach(made, bpf.SO_ATTACH_FILTER, bpf.NOTHING)
     return made
 

@@ -4,9 +4,9 @@ The value makes no system call and has no socket.  A plan is a generator of step
 carries each step out and sends back its error, or None.
 
 The kernel counts members in the order of listen(2) until a member leaves: the last member then
-takes its position.  A program selects members by position.  sock_diag reports only the order of
-listen(2), which differs once a member other than the last has left.  So SILENT joins last, and
-leaves before another socket could join behind it.  Between plans both orders are the same, or
+takes that position.  A program selects members by position.  sock_diag reports only the order of
+listen(2), which is another order once a member other than the last has left.  So SILENT joins last,
+and leaves before another socket could join behind it.  Between plans both orders are the same, or
 SILENT has the position of a shut-down socket, whose clients then get no answer.
 
 A foreign member, which this module cannot remove, breaks that rule.  No plan can restore the order
@@ -34,9 +34,9 @@ SILENT, OTHER = 2, -1
 
 @frozen
 class Attach:
-    """Attach a program to the group: the position of new clients, and of each mark."""
+    """Attach a program to the group, with the positions for new clients and for each mark."""
 
-    to: int  # the member by whose socket it is attached
+    to: int  # the member whose socket it is attached to
     position: int
     marked: Mapping[Any, int]
     drawn: int = 0  # the position of new clients in the share
@@ -73,7 +73,7 @@ class Group:
     order: Order | None  # the members by the kernel's positions; None: unknown
     to: int | None = None  # the target of new clients: 0, 1 or SILENT; None: not steered yet
     marked: Mapping[Any, int] = field(default_factory=dict)  # the target of each mark
-    share: int = 0  # the part of new clients, in ten thousandths, of the other of sockets 0 and 1
+    share: int = 0  # the ten thousandths of new clients that go to the other socket
 
     @classmethod
     def of(cls, count: int) -> Group:
@@ -101,13 +101,13 @@ class Group:
         if SILENT in listed[:-1] and OTHER not in listed:
             return None  # a server has called listen() again, perhaps more than once
         left, joined = _changes(self.listed, listed)
-        # If some have left and others have joined, the sequence of that is unknown.
+        # If some have left and others have joined, we do not know in which sequence.
         if self.order is not None and not (left and joined):
             order = self.order
             for each in left:
                 order = _without(order, each)
             return (*order, *joined)
-        # Members in front of SILENT have listened since before it joined.
+        # The members in front of SILENT began to listen earlier than SILENT.
         is_known = SILENT not in listed or set(self.sockets) <= set(listed)
         return listed if is_known else None
 
@@ -140,7 +140,7 @@ class Group:
         """Steer new clients to a socket, or during a hold to SILENT, and each mark to its socket.
 
         guarded: SILENT must take the position of a socket that is shut down.  share: the part of
-        new clients of the other socket; it gets none while it is shut down, or during a hold.
+        new clients for the other socket: none during a hold, or while that socket is shut down.
         """
         yield from self._restore_order()
         self.to, self.marked = SILENT if held else to, dict(marked)
@@ -170,8 +170,8 @@ class Group:
         yield from self._do(Join(number))
         yield from self._do(Leave(number))
         if self.is_silent and not self._order[-1] == self.listed[-1] == SILENT:
-            # If it joined behind SILENT, it would later take SILENT's position, before an older
-            # member.
+            # If the socket joined behind SILENT, it would later take SILENT's position, before an
+            # older member.
             yield from self._end_silence()
         held = self.to == SILENT and self.is_silent
         yield from self._attach(self._order if held else (*self._without_silent, number))
@@ -246,7 +246,7 @@ class Group:
         """Attach a program with the targets' positions in an order.
 
         away: a member that is treated as if it had left.
-        If servers have locked the filters of their sockets, SILENT joins to attach it.
+        If servers have locked the filters of their sockets, SILENT joins to attach the program.
         """
         error: OSError | None = OSError(errno.ENOTCONN, "it does not listen")
         present = [each for each in order if each not in (away, OTHER)]

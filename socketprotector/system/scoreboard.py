@@ -19,9 +19,9 @@ from socketprotector_client import wire
 from ..model.records import Counts
 from .cleanup import on_error
 
-#: The slots that are counted; the memory of an unused slot is never touched.
+#: The number of workers' slots that are counted; the memory of an unused slot is never touched.
 SLOTS = wire.BOARD_WORKER_SLOTS
-#: With those of forked children, which follow.
+#: The number of slots with those of forked children, which follow.
 _ALL_SLOTS = SLOTS + wire.BOARD_CHILD_SLOTS
 _COUNTERS = struct.Struct(f"{wire.BOARD_ACCEPTED_AT}Q")
 _TIMES = struct.Struct(f"{wire.BOARD_DESCRIPTORS}Q")
@@ -80,7 +80,7 @@ class Board:
         return range(first, first + count) if is_valid else range(0)
 
     def pid(self, slot: int) -> int:
-        """Return the pid of the forked child in a slot, as it says; 0: there is none."""
+        """Return the pid that the forked child in a slot has written; 0: there is none."""
         return min(self._words(slot)[wire.BOARD_PID], _MOST_PID)
 
     def _words(self, slot: int) -> tuple[int, ...]:
@@ -107,13 +107,13 @@ class Board:
         return spreads == 1, until
 
     def order_spread(self, slot: int, until: int) -> None:
-        """Order the worker in a slot to have ended its connections by a time."""
+        """Order the worker in a slot to end its connections by this time."""
         if slot < SLOTS:
             at = slot * wire.BOARD_BYTES + 8 * wire.BOARD_SPREAD_UNTIL
             os.pwrite(self.fd, until.to_bytes(8, sys.byteorder), at)
 
     def clear(self, slot: int) -> None:
-        """Clear a slot's record for its next worker, with those of the children."""
+        """Clear a slot's record, and its forked children's records, for its next worker."""
         for each in (*self.child_slots(slot), slot) if slot < SLOTS else ():
             os.pwrite(self.fd, _NOTHING, each * wire.BOARD_BYTES)
 

@@ -3,7 +3,8 @@
 systemd's variables, and the modules that read them: LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES in
 launch/activation.py (the resident process: inherited.py); NOTIFY_SOCKET in daemon/parents.py;
 WATCHDOG_USEC, WATCHDOG_PID and FDSTORE here; INVOCATION_ID in daemon/parents.py; JOURNAL_STREAM in
-log.py; RUNTIME_DIRECTORY in launch/preflight.py.  Variables of workers: daemon/worker_spawn.py.
+terminal.py; RUNTIME_DIRECTORY in launch/preflight.py.  For variables of workers see
+daemon/worker_spawn.py.
 
 Source: sd_notify(3); unix(7) for SCM_CREDENTIALS.
 """
@@ -200,7 +201,7 @@ class Outbox:
         return bool(self._unsent)
 
     def send(self, text: str, fd: int = -1) -> bool:
-        """Send a message, with a copy of `fd`, if given; return False if that cannot be copied."""
+        """Send a message, with a copy of `fd` if given; return False if `fd` cannot be copied."""
         if self._line is None:
             return True
         try:
@@ -267,8 +268,9 @@ class Outbox:
 def room_of(environment: Mapping[str, str], soft_limit: int) -> int:
     """Return the number of descriptors that a service manager can store and pass on.
 
-    soft_limit: the descriptor limit that the manager has set for us.  systemd also sets it for the
-    next program before it passes the stored descriptors; with more descriptors the start fails.
+    soft_limit: the descriptor limit that the manager has set for us.  Before systemd passes the
+    stored descriptors to the next program, it sets this limit; with more descriptors the start
+    fails.
 
     Source: systemd.exec(5), $FDSTORE (since systemd 254); exec_child() in its sources.
     """
@@ -302,8 +304,8 @@ class Store:
         self.kept = set(kept)
         self._most, self._names_bytes = most, names_bytes
         self._bytes = sum(len(name) + 1 for name in self.kept)
-        #: Not stored, because the store was full; in order, so that what one worker frees goes to
-        #: one other worker.  (A worker with a part of its descriptors is lost, too.)
+        #: Not stored, because the store was full.  In this order they are stored later, so that the
+        #: room of one worker goes to one other worker: a worker stored in part would be lost, too.
         self._left_out: dict[str, None] = {}
         self._few: set[str] = set()  # the names in the last sync()'s argument `few`
         self._due = dict.fromkeys(kept)  # to be stored, or to be forgotten

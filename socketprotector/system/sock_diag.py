@@ -37,7 +37,7 @@ _ESTABLISHED, _SYN_RECV, _CLOSE_WAIT, _LISTEN = 1, 3, 8, 10
 _STATES = 1 << _ESTABLISHED | 1 << _SYN_RECV | 1 << _CLOSE_WAIT
 #: States in which a process may have the socket open: not CLOSE, TIME_WAIT, LISTEN or handshakes.
 _OPEN = 1 << _ESTABLISHED | 1 << 4 | 1 << 5 | 1 << _CLOSE_WAIT | 1 << 9 | 1 << 11
-_INFO = 2  # attribute: a tcp_info; the bit that requests it is one less
+_INFO = 2  # attribute: a tcp_info; the number of its request bit is one less
 _SHUTDOWN = 8  # attribute: which directions are shut down; always sent
 _OPTIONS = 22  # attribute: some socket options, as bits; always sent, since Linux 5.10
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
@@ -55,7 +55,7 @@ _UNIX_REPLY = struct.Struct("=BBBBI8s")
 #: listening socket's queue; the unread and unsent bytes.
 _FILE, _PENDING, _QUEUES = (2, 1), (8, 3), (16, 4)
 _BOUND_AS = (1, 0)
-_INODE = struct.Struct("=I")  # in an attribute about a file the device follows
+_INODE = struct.Struct("=I")  # in an attribute about a file, the device follows
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _BYTES_RECEIVED_OFFSET = 128  # in a tcp_info; an end of file counts as one byte
 _COUNT = struct.Struct("=Q")
@@ -107,8 +107,8 @@ def listening(family: int, port: int, like: Collection[int] = ()) -> dict[int, i
 
     The value says how connections accepted there are shut down (bits: 1 for reading, 2 for
     writing).
-    like: only sockets with the address and device of these.  Raises OSError where sock_diag is
-    unavailable.
+    like: inodes.  Return only sockets with the address and device of one of these.  Raises OSError
+    where sock_diag is unavailable.
     """
     replies = list(_tcp(family, port, 1 << _LISTEN))
     places = {fields[6:9:2] for fields, _ in replies if fields[-1] in like}
@@ -215,7 +215,7 @@ def _at(listening: socket.socket) -> Callable[[tuple[Any, ...]], bool]:
     device = device_of(listening)
 
     def is_here(fields: tuple[Any, ...]) -> bool:
-        # A connection keeps the device that the listening socket had; that may be gone meanwhile.
+        # A connection keeps the device that the listening socket had, even if the device is gone.
         return (not any(address) or fields[6][: len(address)] == address) and (
             fields[8] in (0, device) or device in (0, NO_DEVICE)
         )
@@ -238,8 +238,8 @@ def is_elsewhere(sock: socket.socket) -> bool:
 def why_unreachable(listening: socket.socket, host: str) -> str:
     """Return why our own connections cannot reach a listening socket; "" if they can.
 
-    host: its IP address, or its path or @name.  Even if another machine has the IP address now, a
-    connection would succeed, and reach that machine.
+    host: its IP address, or its path or @name.  A test connection would not show this: if another
+    machine has the IP address now, the connection would reach that machine.
     """
     if listening.family == socket.AF_UNIX and not host.startswith("@"):
         return ""
@@ -268,7 +268,7 @@ def end_of(client: socket.socket, family: int) -> bytes:
     return bytes(port.to_bytes(2, "big") + address.ljust(16, b"\0"))
 
 
-def stands(before: Line, now: Line) -> bool:
+def none_accepted(before: Line, now: Line) -> bool:
     """Return whether every client of `before` still waits or has disconnected."""
     if isinstance(before, tuple) and isinstance(now, tuple):
         return len(before) <= len(now) and all(
@@ -389,7 +389,7 @@ def _query(
     kind: int = _BY_FAMILY,
     netlink_family: int = _SOCK_DIAG,
 ) -> Iterator[DiagReply]:
-    """Send a query and yield the reply about each socket, or another object of its kind.
+    """Send a query, and yield each reply: about a socket, or about a route.
 
     dump: the kernel sends many replies and an end marker.  Raises OSError, also for a refusal.
     """

@@ -152,7 +152,7 @@ def device_is_gone(listening: socket.socket) -> bool:
 
 
 def interface_is_gone(listening: socket.socket) -> bool:
-    """Return whether a socket's interface was removed; leave_devices() removes none."""
+    """Return whether a socket's interface was removed; False after leave_devices()."""
     return device_is_gone(listening) and device_of(listening) != NO_DEVICE
 
 

@@ -3,12 +3,12 @@
 Each socket has its own file beside the path, and the path is a hard link to one of these files.  A
 rename makes it a link to another file; at every moment the path leads to a listening socket.
 
-A socket is bound under a name whose file is renamed at once.  getsockname() returns that name, so a
-server that removes its socket's file at its exit removes nothing.  Accepted connections have the
-name, too.
+A socket is bound to a temporary name, and its file is renamed at once.  getsockname() still returns
+the temporary name.  So a server that removes its socket's file at its exit removes nothing.
+Accepted connections have the temporary name, too.
 
-The state has no record of the path's target: files and inodes show it, even after a kill in
-between.  path_group.py decides from that.
+The state has no record of the path's target: files and inodes show it, even if a kill has
+interrupted a change.  path_group.py uses that.
 
 Source: unix(7); link(2), rename(2), which replaces a file without a gap.
 """
@@ -64,7 +64,7 @@ class Rights:
 
 
 def path_of(name: str) -> str:
-    """Return the path that clients connect to, from the name to which a socket of it is bound."""
+    """Return the path for clients, from the name that one of its sockets is bound to."""
     found = _NAME.fullmatch(name)
     return found["folder"] + found["name"] if found else name
 
@@ -81,7 +81,7 @@ def number_of(sock: socket.socket) -> int:
 
 
 def connections(path: str) -> Counter[int]:
-    """Return the number of open accepted connections, by number_of() their socket.
+    """Return how many accepted connections each socket of a path has open, by number_of().
 
     Raises OSError if the kernel does not report them.
     """
@@ -203,9 +203,9 @@ def has_file(path: str, sock: socket.socket) -> bool:
 
 
 def keep_file(path: str, sock: socket.socket) -> None:
-    """Give a socket its own file if it has none; the path leads to that socket.
+    """Give the socket to which the path leads its own file, if it has none.
 
-    An earlier program may have bound it to the path itself.  Raises OSError.
+    An earlier program may have bound the socket to the path itself.  Raises OSError.
     """
     for step in look(path, {0: sock}).keep():
         perform(path, step, {0: sock})
@@ -245,7 +245,7 @@ def remove(path: str, ours: Iterable[socket.socket]) -> None:
 
 
 def look(path: str, members: Members) -> PathGroup:
-    """Return what the file system has of a path's sockets.  Raises OSError."""
+    """Return the value of a path, as the file system shows it.  Raises OSError."""
     found = _identity(path)
     target = next((n for n, sock in members.items() if _is_file_of(path, sock, found)), None)
     if target is None:
@@ -285,7 +285,7 @@ def _is_leftover(name: str) -> bool:
 
 
 def perform(path: str, step: Step, members: Members) -> None:
-    """Carry out a step that changes files.  Raises OSError if it makes or renames one."""
+    """Carry out a step that changes files.  Raises OSError, but ignores a failed removal."""
     match step:
         case path_group.Keep(number):
             os.link(path, own_file(path, members[number]), follow_symlinks=False)

@@ -1,8 +1,9 @@
-"""Snapshots of the options that workers can change on a listening socket, and their restoring.
+"""Takes and restores snapshots of a listening socket's options, which workers can change.
 
 A worker shares its listening socket with SocketProtector, with other workers, and with the
-generation that uses the socket next.  An option that a worker sets outlives it.  OPTIONS is the
-only list of the options that matter: options that connections inherit, or that keep clients out.
+generation that uses the socket next.  An option that a worker sets outlives the worker.  OPTIONS is
+the only list of the options that matter: options that connections inherit, or that keep clients
+out.
 
 Not listed, because other modules own them: SO_REUSEPORT and its filters (reuseport.py), and the
 options of accept tags (accept_tags.py).
@@ -81,7 +82,7 @@ OPTIONS = (
     # By number: the name of a device that is gone cannot be read.
     Option(_DEVICE, _SO, 62, privilege="CAP_NET_RAW to change"),
     Option("SO_LOCK_FILTER", _SO, 44, stays="locked for ever"),
-    # Any process may set a key, on SO_MEMINFO's account; so does a filter that is locked.
+    # Any process may set a key.  SO_MEMINFO counts its memory, and that of a locked filter.
     Option(_KEYS, _SO, 55, 36, stays="cannot be deleted without knowing them"),
     Option("IP_TOS", _IP, socket.IP_TOS),
     Option("IP_TTL", _IP, socket.IP_TTL),
@@ -128,7 +129,7 @@ def take(sock: socket.socket) -> Snapshot:
 
 
 def closing(sock: socket.socket) -> Snapshot:
-    """Return the options of a socket that can keep clients out."""
+    """Return those options of a socket that can keep clients out."""
     return {name: content for name, content in take(sock).items() if name in _CAN_CLOSE}
 
 

@@ -1,4 +1,4 @@
-"""Start child processes, with their descriptors, limits, user and scheduling policy.
+"""Starts child processes, with their descriptors, limits, user and scheduling policy.
 
 Source: posix_spawn(3), fork(2), setrlimit(2), sched_setscheduler(2).
 """
@@ -46,7 +46,7 @@ def spawn(
     posix_spawn sets neither directory, umask nor limits.  So we set ours before the call and
     restore them afterwards, which is safe because this process has one thread.  Some features need
     a fork, see _fork(): a nice value, which cannot be restored; the pid, which is known only
-    afterwards; another user; and a limit below the descriptors that we have.
+    afterwards; another user; `mortal`; and a limit below the descriptors that we have.
     """
     environment = {**dict(program.environment), **extra}
     if not mortal:
@@ -69,7 +69,7 @@ def spawn(
 def fork(act: Callable[[], None]) -> Process:
     """Start a child that calls `act` in a copy of our memory, and ends.  Raises OSError.
 
-    It receives no signal but KILL.
+    It receives no signal except KILL.
     """
     reserved = _reserve_fd()  # for its pidfd
     try:
@@ -151,8 +151,8 @@ def _limit(program: Program) -> None:
 def use_batch_policy() -> None:
     """Use SCHED_BATCH, so that the protector does not preempt a worker that it has just woken.
 
-    Under load such a preemption costs both time (bench/README.md).  A protector that was started
-    with another policy, or a nice value below 0, keeps it.
+    Under load such a preemption costs both processes time (bench/README.md).  A protector that was
+    started with another policy, or a nice value below 0, keeps it.
     """
     if scheduler() == os.SCHED_OTHER and os.getpriority(os.PRIO_PROCESS, 0) >= 0:
         with suppress(OSError):  # a system call filter forbids it: we are slower, but correct
@@ -175,9 +175,9 @@ def _fork(
     tell_pid: str,
     lifeline: int,
 ) -> int:
-    """Start a program by fork and exec, for the features that posix_spawn lacks; return its pid.
+    """Start a program by fork and exec; return its pid.
 
-    These are another user, its pid in a variable, and its kill when we exit: see spawn().
+    spawn() lists the features that need this, because posix_spawn lacks them.
 
     We do not use a program that changes the user: its loader would obey the worker's environment
     (LD_PRELOAD) while the program can still become any user.  Nor do we use a shell that sets the
@@ -254,7 +254,7 @@ def _become(
     if tell_pid:
         environment = {**environment, tell_pid: str(os.getpid())}
     if program.identity is not None:
-        privileges.hand_over(program.identity)
+        privileges.become_worker_user(program.identity)
     if lifeline >= 0:  # after the change of user, because that user must be allowed to kill it
         fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())

@@ -66,7 +66,7 @@ class TcpListener(Listener):
         return ("127.0.0.1" if host in ("0.0.0.0", "::") else host), port
 
     def swap(self) -> None:
-        """Exchange sockets 0 and 1, if there are two; only before a generation has one."""
+        """Exchange sockets 0 and 1, if there are two; only before a generation has a socket."""
         super().swap()
         if self.has_sibling:
             self._group.swap()
@@ -92,7 +92,7 @@ class TcpListener(Listener):
         try:
             found = sock_diag.listening(sock.family, self.port)
         except OSError:
-            return True  # unknown: assume that it is
+            return True  # unknown: assume that it is sound
         return not found.get(os.fstat(sock.fileno()).st_ino, 0)
 
     def note(self) -> None:

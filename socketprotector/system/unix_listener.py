@@ -50,7 +50,7 @@ class UnixListener(Listener):
 
     @property
     def path(self) -> str:
-        """The path that leads to one of its sockets, each with its own file; "" if impossible.
+        """The path, if each socket can have a file of its own beside it; otherwise "".
 
         See socket_file.py.
         """
@@ -64,7 +64,7 @@ class UnixListener(Listener):
         return path if path and socket_file.has_room(path) else ""
 
     def ensure_address(self, socket_number: int) -> tuple[str, int]:
-        """Return the address of one of its sockets for processes of this machine.
+        """Return the address at which local processes reach one of its sockets.
 
         Make the socket's file again if another program has removed it and the path leads there.
         """
@@ -237,11 +237,11 @@ class UnixListener(Listener):
         if path_group.Place(path_group.RESERVE, number) in plan:
             self.is_fresh[number] = True
 
-    def backlog(self, socket_number: int, but: Collection[int] = ()) -> tuple[int, int] | None:
+    def backlog(self, socket_number: int, exclude: Collection[int] = ()) -> tuple[int, int] | None:
         """Return how many clients wait, without those that have disconnected, and how many can."""
-        found = super().backlog(socket_number, but)
+        found = super().backlog(socket_number, exclude)
         with suppress(OSError):  # the kernel lists up to about 900 clients
-            lines = map(sock_diag.unaccepted, self._sockets_but(but))
+            lines = map(sock_diag.unaccepted, self._sockets_except(exclude))
             left = sum(not client for line in lines for client in line)
             return found and (found[0] - left, found[1])
         return found
@@ -381,8 +381,8 @@ class UnixListener(Listener):
     def refuse_new(self) -> bool:
         """Refuse new clients; clients that have connected can still be accepted.
 
-        Returns whether that is possible.  It is not for a socket that was passed in, or for an
-        abstract name whose socket workers have: after shutdown() their accept() would fail.
+        Returns whether that is possible.  It is impossible for a socket that was passed in, and for
+        an abstract name whose socket workers have: after shutdown() their accept() would fail.
         """
         if self.settings.foreign:
             return False
@@ -415,10 +415,10 @@ def remove_file(settings: ListenerSettings) -> None:
 def close_control(listener: Listener) -> None:
     """Close a control socket, and remove its file.
 
-    A protector that has changed its user cannot remove the file from root's folder.  Then take its
-    read permissions: control_path.sockets() leaves out such a file, because its protector has not
-    crashed.  (connect() needs only write permission.)  Do this while the socket listens: later,
-    another protector may replace the file.
+    A protector that has changed its user cannot remove the file from root's folder.  Then this
+    removes the file's read permissions: control_path.sockets() leaves out such a file, because its
+    protector has not crashed.  (connect() needs only write permission.)  Do this while the socket
+    listens: later, another protector may replace the file.
     """
     listener.remove_files()
     path = listener.settings.address.removeprefix("unix:")

@@ -6,8 +6,8 @@ import os
 import sys
 
 _PACKAGE = __name__.partition(".")[0]
-#: What a start, a configuration reader, socketprotectorctl, and the workers of the handoffs stdio
-#: and legacy load, at their start or later.
+#: The modules that other processes load, at their start or later: the launching process, a
+#: configuration reader, socketprotectorctl, and the workers of --handoff stdio and legacy.
 _OTHERS = (
     *("launch.cli", "launch.config_file", "launch.reload_child"),
     *("ctl.__main__", "ctl.render", "ctl.status_table"),
@@ -16,7 +16,7 @@ _OTHERS = (
 
 
 def load() -> None:
-    """Load those modules, and compile all others; raise the error of a broken or missing module."""
+    """Load _OTHERS, and compile all modules; raise the error of a broken or missing module."""
     for each in _OTHERS:
         __import__(f"{_PACKAGE}.{each}")
     for root in sys.modules[_PACKAGE].__path__:

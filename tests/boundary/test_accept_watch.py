@@ -14,7 +14,7 @@ from socketprotector.daemon.delivery import NEVER_TAKEN_S, UNTAKEN_S
 from socketprotector.daemon.delivery.shared.accept_watch import AcceptWatch, Backlogs
 from socketprotector.daemon.delivery.shared.shared_delivery import SharedDelivery
 from socketprotector.system.loop import Loop
-from socketprotector.system.sock_diag import Line, stands, unaccepted
+from socketprotector.system.sock_diag import Line, none_accepted, unaccepted
 from tests.boundary import ending
 from tests.boundary.deliveries import PathWorld, SharedWorld
 from tests.boundary.listening import KINDS, listening
@@ -242,8 +242,8 @@ def test_a_waiting_client_is_known_until_it_is_accepted(
         now = unaccepted(listener)
 
         assert len(now) == 2 * len(hosts) - 1
-        assert stands(now, all_wait)
-        assert not stands(all_wait, now)
+        assert none_accepted(now, all_wait)
+        assert not none_accepted(all_wait, now)
 
 
 def test_clients_waiting_elsewhere_on_the_same_port_are_not_counted() -> None:
@@ -269,9 +269,9 @@ def test_clients_waiting_at_a_unix_socket_are_known_and_those_that_give_up_are_n
         assert len(all_wait) == 3
 
         made[0].close()
-        assert stands(all_wait, unaccepted(listener))
+        assert none_accepted(all_wait, unaccepted(listener))
         clients.enter_context(listener.accept()[0])
-        assert not stands(all_wait, unaccepted(listener))
+        assert not none_accepted(all_wait, unaccepted(listener))
 
 
 @pytest.mark.parametrize("kind", [SharedWorld, PathWorld])

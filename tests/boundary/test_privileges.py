@@ -140,10 +140,10 @@ def test_what_is_lent_is_taken_back() -> None:
     assert [found[name] for name in ("CapPrm", "CapInh", "CapAmb")] == [KEPT, NONE, NONE]
 
 
-def test_a_process_that_was_handed_over_can_do_nothing() -> None:
-    def hand_over() -> None:
+def test_a_process_that_became_a_worker_user_can_do_nothing() -> None:
+    def become() -> None:
         keep_three()
-        privileges.hand_over(B)
+        privileges.become_worker_user(B)
         for uid in (0, A.uid):
             with pytest.raises(PermissionError):
                 os.setuid(uid)
@@ -152,7 +152,7 @@ def test_a_process_that_was_handed_over_can_do_nothing() -> None:
         with pytest.raises(PermissionError):
             os.kill(os.getppid(), 0)  # not CONT: within a session any user may send that
 
-    found = in_a_child(hand_over)
+    found = in_a_child(become)
 
     assert set(found["Uid"].split()) == {str(B.uid)}
     assert {found[name] for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")} == {NONE}

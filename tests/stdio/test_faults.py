@@ -69,7 +69,7 @@ def test_a_program_that_a_deploy_took_away_is_waited_for(protector: Start, tmp_p
         (tmp_path / "aside").rename(program.path)
 
         assert client.hear() == "hello"
-    daemon.log.wait_for(f"starts {program.path} again")
+    daemon.log.wait_for(f"can start {program.path} again")
     assert daemon.log.count("cannot start") == 1
     daemon.stop()
 

@@ -32,8 +32,8 @@ from ..worker_protocol import FAILED, Notifier, Refusal, inherited, receive, wri
 from .stream import Stream, described, is_unread, peer_of
 
 PROGRAM = "socketprotector.legacy"
-#: How often to try a name that is in use: if no other worker will report that it is free, and if
-#: another worker will.
+#: The pauses between tries to bind a name that is in use.  The second is for a name of another
+#: worker, which reports when the name is free.
 _RETRY_S = 0.1
 _LOOK_S = 1.0
 #: If a name is in use for longer, the log says so.
@@ -92,7 +92,7 @@ class Adapter:
             return self.status()
         except Exception:
             if self.pid:
-                os.kill(self.pid, signal.SIGTERM)  # without us it gets no connections
+                os.kill(self.pid, signal.SIGTERM)  # without us the child gets no connections
             raise
 
     # -- the start -------------------------------------------------------------
@@ -226,7 +226,7 @@ class Adapter:
         self.end_streams([connection for _, connection in connections], child=not detached)
 
     def end_streams(self, connections: list[socket.socket], *, child: bool) -> None:
-        """Send end of file on all streams, once the child has read them.
+        """Send end of file on all streams, once the child has read their connections.
 
         A child of several streams may exit at its first end of file.
         child: whether the child's exit ends the wait; not if its children serve.

@@ -35,7 +35,7 @@ class Stream:
         self.room = False  # for one more message
 
     def claim(self) -> bool:
-        """Take the next place for the name (queue), then the name; return whether we have it."""
+        """Become the next in line for the name (queue), then take it; return whether we have it."""
         if self.queue is None:
             self.queue = listen((_QUEUE_NAME % self.port).encode())
         if self.queue is not None:
@@ -43,15 +43,15 @@ class Stream:
         return self.listener is not None
 
     def knock(self) -> socket.socket | None:
-        """Return a connection that ends when the next place for the name is free; None: we have it.
+        """Return a connection that ends when no worker is next in line for the name any more.
 
-        Also None if the connection fails.
+        None: we are the next in line, or the connection fails.
         """
         return None if self.queue is not None else connect((_QUEUE_NAME % self.port).encode())
 
     def holder(self) -> str:
         """Return which process has the name that we want, in words."""
-        # If we have the next place, no other worker has the name.  Otherwise do not connect to the
+        # If we are the next in line, no other worker has the name.  Otherwise do not connect to the
         # name itself, because its worker would log that connection.
         line = self.knock() if self.queue is None else connect(self.name)
         if line is None:

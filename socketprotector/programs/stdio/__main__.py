@@ -47,7 +47,7 @@ def run(words: list[str]) -> None:
     channel, line = (inherited(environ, name) for name in (wire.ENV_CHANNEL, wire.ENV_RETURN))
     inherited(environ, wire.ENV_SCOREBOARD)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would hide how programs end
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, it would hide how programs end
     try:
         starter = starter_of(command, shell, values.get("--file", ""))
     except OSError as error:
@@ -95,9 +95,9 @@ def number(values: dict[str, str], option: str, default: int) -> int:
 
 
 def slots_of(at_once: int, pools: int, slot: int) -> int:
-    """Return how many of all slots this pool gets.
+    """Return how many of the `at_once` programs this pool may run.
 
-    slot: the worker's slot, which is above the usual ones if the pool that it replaces still runs.
+    slot: the worker's slot.  While the replaced pool still runs, the slot is `pools` or above.
     """
     return at_once // pools + (slot < at_once % pools)
 

@@ -116,7 +116,7 @@ def has_closed(pid: int, fd: int) -> bool:
     folder, connection = f"/proc/{pid}/fd", f"socket:[{os.fstat(fd).st_ino}]"
     try:
         names = os.listdir(folder)
-        # A program that exits has no descriptors at last: ended() judges that one.
+        # A program that is exiting may have no descriptors left: ended() judges it.
         return bool(names) and all(os.readlink(f"{folder}/{name}") != connection for name in names)
     except OSError:
         return False  # no /proc, a program of another user, or a descriptor closed just now

@@ -168,7 +168,7 @@ class Pool:
         if self._programs.unseen or self._first.holds:
             self._look_soon()
         if self._trouble:
-            say(f"starts {self._starter.path} again")
+            say(f"can start {self._starter.path} again")
             self._trouble, self._wait_s = 0, FIRST_WAIT_S
         self._call_after(_STATUS_S, self._say_status)
 
@@ -290,10 +290,10 @@ class Pool:
         os.read(self._wake, 4096)
         self._stop_taking()
         if self._pending:
-            say("a connection was closed: no program could be started for it before the end")
+            say("a connection was closed: TERM came before its program could be started")
             os.close(self._pending[0])
             self._pending = None
-        # To the whole process group, as KILL goes: it includes processes that programs started.
+        # To the whole process group, as with KILL: it includes processes that programs started.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGTERM)

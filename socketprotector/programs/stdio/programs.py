@@ -40,7 +40,7 @@ class Programs:
         return bool(self._unwatched)
 
     def add(self, pid: int) -> None:
-        """Wait for the end of a child of ours."""
+        """Add a program that was started, and watch for its end."""
         pidfd = -1
         try:
             pidfd = os.pidfd_open(pid)

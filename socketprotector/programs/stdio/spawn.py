@@ -10,7 +10,7 @@ import os
 
 from ...system.executable import refuse_format, resolve
 
-#: Python ignores these two, and an ignored signal stays so through exec.
+#: Python ignores these two signals, and an ignored signal stays ignored after exec.
 _DEFAULT = (signal.SIGPIPE, signal.SIGXFSZ)
 _SHELL = "/bin/sh"
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from ....model.lazy_dataclass import field, mutable
 from ....system.listener import Listener
 from ....system.loop import Loop
-from ....system.sock_diag import Line, stands, unaccepted
+from ....system.sock_diag import Line, none_accepted, unaccepted
 from .. import NEVER_TAKEN_S, UNTAKEN_S
 
 #: Queries to the kernel take at most this share of our time, however many connections there are.
@@ -151,7 +151,7 @@ class AcceptWatch:
         before = {index: line for index, (line, _) in self._waiting.items() if line}
         self._look()
         now = {index: line for index, (line, _) in self._waiting.items()}
-        return any(index not in before or stands(before[index], now[index]) for index in now)
+        return any(index not in before or none_accepted(before[index], now[index]) for index in now)
 
     def _await(self) -> None:
         self.end()
@@ -170,7 +170,7 @@ class AcceptWatch:
         found = self.backlogs.waiting_clients()
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
-            if line is None or not line or not stands(before, line):
+            if line is None or not line or not none_accepted(before, line):
                 # A client left or was accepted, or the backlog is unknown.  As a client may have
                 # been accepted, the second limit applies from now on.
                 self.accepted.add(index)

@@ -207,8 +207,9 @@ def other_waits_of(status: Status) -> list[Wait]:
 def failing(generation: Status) -> str:
     """Return why a generation's first programs failed, and the last line that they printed.
 
-    Returns "" if none failed, or once a program has worked.  First programs exist only under
-    --handoff stdio: they are the programs that run before one has worked (docs/stdio.md).
+    Under --handoff stdio, a generation's first programs are those that start before any program has
+    ended with status 0, sent something or run for 10 s (docs/stdio.md).  Returns "" if none of them
+    failed, once such a program exists, and in other modes.
     """
     found = generation.get("first_programs")
     if not isinstance(found, dict):

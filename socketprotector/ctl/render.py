@@ -154,7 +154,7 @@ def line(*parts: Cell) -> Text:
 
 def console() -> Console:
     """Return the console of stdout."""
-    # A size of 0 means that it is unknown, but rich would show nothing.
+    # If COLUMNS or LINES is 0, the terminal's size is unknown; rich would show nothing.
     unknown = (("COLUMNS", "0"), ("LINES", "0"))
     environment = {k: v for k, v in os.environ.items() if (k, v) not in unknown}
     return Console(highlight=False, markup=False, emoji=False, _environ=environment)

@@ -139,7 +139,7 @@ class _Queue(WaitSet):
     def __init__(self, intake: Intake, ready: Callable[[], None]) -> None:
         """Watch the intake's queue.
 
-        ready: called for each wake-up.  After it the queue is not watched until `wait_again`.
+        ready: called for each wake-up.  Then the queue is not watched until wait_again() is called.
         """
         self._intake = intake
         (self._fd,) = intake.source.fds

@@ -247,7 +247,7 @@ class Listener(Socket):
 
 
 def _refuse_uvloop() -> None:
-    # Without the error it would listen on a descriptor that is no socket, and serve no client.
+    # Without this error uvloop would listen on a descriptor that is no socket, and serve no client.
     if type(running_asyncio()).__module__.partition(".")[0] == "uvloop":
         raise RuntimeError(
             "cannot use a Listener on uvloop, which accepts below Python: use asyncio's own event "

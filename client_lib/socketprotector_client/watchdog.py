@@ -54,9 +54,9 @@ class Watchdog:
     def start(self) -> None:
         """Begin to ping.  Call this when the program serves, because it may fork before.
 
-        The first ping comes at once, and the loop answers before it takes its first connection:
-        only a worker that has answered once is watched, and a bad release may get stuck with its
-        first client.
+        The first ping comes at once, so that the loop answers before it takes its first connection.
+        The protector watches only a worker that has answered once, and a bad release may get stuck
+        with its first client.
         """
         os.write(self._write_fd, b"\0")
         threading.Thread(target=self._ping, name="watchdog", daemon=True).start()

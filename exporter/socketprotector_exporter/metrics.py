@@ -35,7 +35,7 @@ PHASES = ("starting", "serving", "reloading", "settling", "stopping", "waiting")
 GENERATION_PHASES = ("starting", "settling", "serving", "draining", "abandoned")
 STAGES = ("starting", "share", "all", "settling", "replacing")
 STATES = ("starting", "ready", "retiring", "orphaned", "waiting")
-#: Phases without connections: in them an unknown count is no gap.
+#: Phases in which a generation has no connections, so that its unknown count is no gap in a sum.
 _WITHOUT_CONNECTIONS = ("starting", "abandoned")
 _INSTANCE = "instance"
 #: The buckets' upper bounds in seconds; the last bucket has none.
@@ -138,7 +138,7 @@ class MetricSet:
         self._put("up", instance, 0.0)
 
     def add(self, instance: str, status: Status, totals: Counters) -> None:
-        """Add an instance's samples; none if its status is malformed: others must stay valid."""
+        """Add an instance's samples; if its status is malformed, add the instance as silent."""
         before = {name: len(family.samples) for name, family in self._families.items()}
         try:
             totals.see(status)
@@ -252,7 +252,7 @@ class MetricSet:
 
 
 def _sum(generations: Iterable[Status], name: str) -> float | None:
-    """Return the sum over the generations; None if one is unknown, or without any."""
+    """Return the sum over the generations; None if a value is unknown, or if there is no value."""
     total = None
     for each in generations:
         value = measure(each, name)

@@ -1,9 +1,9 @@
 """Polls the exporters of other hosts for their metrics, while the page has a viewer.
 
-A host that is stuck, or sends without end, delays no other host: none waits for another.  The cost
-is bounded: every TURN_S, AT_ONCE polls begin; a host is polled at most every EVERY_S, and a poll
-takes at most ANSWER_S.  So at most AT_ONCE * ANSWER_S / TURN_S polls run at a time.  That number is
-small because asyncio's TLS takes 256 KiB for a connection.
+A host that is stuck, or sends without end, delays no other host, because each poll is a task of its
+own.  The cost is bounded: every TURN_S, at most AT_ONCE polls begin; a host is polled at most every
+EVERY_S, and a poll takes at most ANSWER_S.  So at most AT_ONCE * ANSWER_S / TURN_S polls run at a
+time.  This number is small because asyncio's TLS takes 256 KiB for each connection.
 
 Source: RFC 9110, 9112; docs.openssl.org, X509_STORE_CTX_get_error.
 """
@@ -58,7 +58,7 @@ class Files:
     token: str | None = None
 
     def stamp(self) -> tuple[object, ...]:
-        """Return a value that differs once a file has changed."""
+        """Return a value that changes when one of the files changes."""
         return tuple(map(_stamp, filter(None, (self.peers, self.ca, self.token))))
 
     def read(self) -> Plan:
@@ -108,7 +108,7 @@ class Peers:
     def __init__(self, files: Files, say: Callable[[str], None]) -> None:
         """Read the files.  Raises UsageError.
 
-        say: called with one line when the files become wrong later; the earlier hosts then stay.
+        say: called with one line if a later change makes a file invalid; the earlier hosts stay.
         """
         self._files, self._say = files, say
         self._stamp = files.stamp()
@@ -125,7 +125,7 @@ class Peers:
         """Poll the hosts while there is a viewer, until cancelled.
 
         looked: set while there is a viewer.
-        tell: called with hosts that may have changed, and when the file has other hosts.
+        tell: called with hosts that may have changed, and after a change of the file's hosts.
         """
         while True:
             await looked.wait()
@@ -168,7 +168,7 @@ class Peers:
         try:
             self._plan = self._files.read()
         except UsageError as error:
-            self._say(f"{error}; until then everything stays as it was")
+            self._say(f"{error}; until this is fixed, the earlier hosts stay")
             return []
         known = self._hosts
         self._hosts = {peer: known.get(peer) or Host(peer.name) for peer in self._plan.peers}

@@ -53,9 +53,9 @@ EVENTS = 200
 _GATHER_S = 0.1
 #: The interval of empty messages, by which both sides notice a dead connection.
 _BEAT_S = 15.0
-#: The read buffer for an instance; asyncio reads twice as much ahead.
+#: The read buffer for an instance; asyncio reads up to twice as many bytes ahead.
 _UNREAD_BYTES = 64 * 1024
-#: Instances at a time for a new viewer.
+#: How many instances a new viewer gets in one message.
 _PART = 8
 
 _EVENTS_PLEASE = json.dumps({"v": VERSION, "id": "events", "command": "events"}).encode() + b"\n"

@@ -36,7 +36,7 @@ class Connection(Socket):
         "_entry", "_ledger", "_sockname", "accepted_at_ns", "family", "listener", "peer", "type"
     )  # fmt: skip
 
-    # Attributes, because the socket's own properties look up an enum, at the cost of an accept().
+    # Attributes: the socket's own properties look up an enum, which costs as much as an accept().
     family: AddressFamily
     type: SocketKind
 

@@ -23,7 +23,7 @@ class QueueWait:
     def __init__(self, source: Source, own: WaitSet, cannot: Callable[[OSError], None]) -> None:
         """Begin to wait in the intake's own set.
 
-        cannot: called when a later addition to a set fails; calls pause(), and later resume().
+        cannot: called when a later addition to a set fails; must call pause(), and later resume().
         """
         self.fds = tuple(source.fds)
         #: Whether the intake waits for connections: it has neither paused nor ended.

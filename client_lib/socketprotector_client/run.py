@@ -38,7 +38,7 @@ _IMPORTED = {
     ),
     _WSGI: (f"{__package__}.waitress",),
 }
-#: The threshold for gc.set_threshold() that no program reaches.
+#: A threshold for gc.set_threshold() that no program reaches.
 _NEVER = 2**31 - 1
 _T = TypeVar("_T")
 

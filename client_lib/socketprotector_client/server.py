@@ -44,7 +44,7 @@ class SocketServer:
     """
 
     _closed = _stopping = False
-    # In the parent only: the accepting process, and the line to it; closing the line stops it.
+    # In the parent only: the accepting process, and its line; closing the line stops the process.
     _process: Optional[subprocess.Popen[bytes]] = None
     _line: Optional[socket.socket] = None
     # In a child, while it takes connections.

@@ -5,10 +5,10 @@ clients leave: each connection has its own turn.  Those without a byte for the l
 first turns.  At its turn a connection gets an end of file (SHUT_RD): the handler reads what the
 client has sent, then the end, and may still write.  Nothing here closes a connection.
 
-The protector writes the time by which all should have ended into the scoreboard.  Only the
-protector knows whether this is a reload or a stop, and how many other workers are ending.  It may
-bring the time forward, if a stop begins during a drain.  Without a scoreboard the environment's
-time counts.
+In the scoreboard, the protector sets the time by which all connections should have ended.  Only the
+protector knows whether this is a reload or a stop, and how many other workers are ending.  If a
+stop begins during a drain, the protector may set an earlier time.  Without a scoreboard the
+environment's time counts.
 
 A separate thread does all of this, because every thread of the program may be busy.
 

@@ -3,7 +3,7 @@
 A host that is stuck, or sends without end, delays no other host, because each poll is a task of its
 own.  The cost is bounded: every TURN_S, at most AT_ONCE polls begin; a host is polled at most every
 EVERY_S, and a poll takes at most ANSWER_S.  So at most AT_ONCE * ANSWER_S / TURN_S polls run at a
-time.  This number is small because asyncio's TLS takes 256 KiB for each connection.
+time.  This number must be small, because asyncio's TLS takes 256 KiB for each connection.
 
 Source: RFC 9110, 9112; docs.openssl.org, X509_STORE_CTX_get_error.
 """

@@ -154,7 +154,7 @@ def line(*parts: Cell) -> Text:
 
 def console() -> Console:
     """Return the console of stdout."""
-    # If COLUMNS or LINES is 0, the terminal's size is unknown; rich would show nothing.
+    # COLUMNS=0 or LINES=0 means an unknown size, but rich would take 0 literally and show nothing.
     unknown = (("COLUMNS", "0"), ("LINES", "0"))
     environment = {k: v for k, v in os.environ.items() if (k, v) not in unknown}
     return Console(highlight=False, markup=False, emoji=False, _environ=environment)

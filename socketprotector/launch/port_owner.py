@@ -86,8 +86,8 @@ def _advice(pid: int | None, listens: Callable[[Any], bool]) -> str:
     if program == "systemd":
         # For a .socket unit, perhaps another service's, or in a stopped unit's descriptor store.
         return (
-            f"{called} has it for a unit: in the service of a .socket unit, listen on that unit's "
-            "address; otherwise stop the unit, or choose another address"
+            f"{called} has it for a unit: if a .socket unit starts this service, listen on that "
+            "unit's address; otherwise stop the unit, or choose another address"
         )
     if program == _OURS and not protector:
         hint = "if that is this instance, use `socketprotectorctl diff`; otherwise"

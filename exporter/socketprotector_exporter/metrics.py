@@ -26,7 +26,7 @@ from socketprotector.ctl.api import (
     measure,
     rollout_of,
     serves,
-    standing_dry_run,
+    valid_dry_run,
 )
 
 from .counters import BUCKETS, RESULTS, Counters
@@ -162,7 +162,7 @@ class MetricSet:
         if totals.last_result is not None:
             succeeded = float(totals.last_result == "reloaded")
             self._put("last_reload_successful", instance, succeeded)
-        if (dry_run := standing_dry_run(status)) is not None:
+        if (dry_run := valid_dry_run(status)) is not None:
             passed = float(label(dry_run, "result") == "passed")
             self._put("last_dry_run_successful", instance, passed)
         success = "last_reload_success_timestamp_seconds"

@@ -121,31 +121,31 @@ class Peers:
         """All hosts, in the order of the file."""
         return list(self._hosts.values())
 
-    async def run(self, looked: asyncio.Event, tell: Callable[[Iterable[Host]], None]) -> None:
+    async def run(self, has_viewer: asyncio.Event, tell: Callable[[Iterable[Host]], None]) -> None:
         """Poll the hosts while there is a viewer, until cancelled.
 
-        looked: set while there is a viewer.
+        has_viewer: set while there is a viewer.
         tell: called with hosts that may have changed, and after a change of the file's hosts.
         """
         while True:
-            await looked.wait()
-            async with asyncio.TaskGroup() as asks:
-                await self._ask_all(asks, looked, tell)
+            await has_viewer.wait()
+            async with asyncio.TaskGroup() as polls:
+                await self._poll_all(polls, has_viewer, tell)
             self._names.forget()
             for host in self.hosts:
                 host.forget()
             tell(self.hosts)
 
-    async def _ask_all(
+    async def _poll_all(
         self,
-        asks: asyncio.TaskGroup,
-        looked: asyncio.Event,
+        polls: asyncio.TaskGroup,
+        has_viewer: asyncio.Event,
         tell: Callable[[Iterable[Host]], None],
     ) -> None:
         waiting: deque[Peer] = deque()
         heard: list[Host] = []
         due = 0.0
-        while looked.is_set():
+        while has_viewer.is_set():
             waiting.extendleft(self._read_again())
             if not waiting and time.monotonic() >= due:
                 waiting.extend(self._hosts)
@@ -154,7 +154,7 @@ class Peers:
                 for _ in range(min(AT_ONCE, len(waiting))):
                     peer = waiting.popleft()
                     if peer in self._hosts:  # otherwise it is no longer in the file
-                        asks.create_task(self._ask(peer, self._hosts[peer], heard))
+                        polls.create_task(self._poll(peer, self._hosts[peer], heard))
                 await asyncio.sleep(TURN_S)
             tell(heard)
             heard.clear()
@@ -174,7 +174,7 @@ class Peers:
         self._hosts = {peer: known.get(peer) or Host(peer.name) for peer in self._plan.peers}
         return [peer for peer in self._hosts if peer not in known]
 
-    async def _ask(self, peer: Peer, host: Host, heard: list[Host]) -> None:
+    async def _poll(self, peer: Peer, host: Host, heard: list[Host]) -> None:
         scan = Scan()
         try:
             async with asyncio.timeout(ANSWER_S):

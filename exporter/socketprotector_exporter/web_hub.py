@@ -99,7 +99,7 @@ class Hub:
         self._ticked = 0
         self._events: deque[tuple[int, bytes]] = deque(maxlen=EVENTS)
         self._viewers: set[asyncio.Event] = set()
-        self._looked = asyncio.Event()  # set while there is a viewer
+        self._has_viewer = asyncio.Event()  # set while there is a viewer
         if peers is not None:
             self._show_hosts(peers.hosts)
 
@@ -112,7 +112,7 @@ class Hub:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._tick())
             if self._peers is not None:
-                tasks.create_task(self._peers.run(self._looked, self._show_hosts))
+                tasks.create_task(self._peers.run(self._has_viewer, self._show_hosts))
             while True:
                 self._follow(await asyncio.to_thread(self._find), tasks)
                 await asyncio.sleep(_LOOK_FOR_S)
@@ -122,13 +122,13 @@ class Hub:
         """Count one more viewer.  Yields an event that is set when there are changes."""
         news = asyncio.Event()
         self._viewers.add(news)
-        self._looked.set()
+        self._has_viewer.set()
         try:
             yield news
         finally:
             self._viewers.discard(news)
             if not self._viewers:
-                self._looked.clear()
+                self._has_viewer.clear()
 
     async def watch(self, news: asyncio.Event) -> AsyncIterator[bytes]:
         """Yield server-sent events for a viewer: the whole state, then the changes."""

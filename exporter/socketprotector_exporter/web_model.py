@@ -23,10 +23,10 @@ from socketprotector.ctl.api import (
     quantile_us,
     rollout_text,
     share_of,
-    standing_dry_run,
     text,
     text_in,
     unhealthy,
+    valid_dry_run,
 )
 
 from .web_series import SPARKLINES, History, Key, Window, key_of, rounded
@@ -254,7 +254,7 @@ def _shown_lanes(lanes: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _tried(status: Status) -> dict[str, Any] | None:
     """Return the result of the last dry run; None if a reload has begun since."""
-    dry_run = standing_dry_run(status)
+    dry_run = valid_dry_run(status)
     if dry_run is None:
         return None
     return {**verdict_of(dry_run), "passed": label(dry_run, "result") == "passed"}

@@ -69,8 +69,8 @@ def why_not_ready(status: Status) -> str:
     return "" if serves(status) else text_in(status, "phase") or "no generation is serving"
 
 
-def standing_dry_run(status: Status) -> Status | None:
-    """Return the last dry run, if it has ended and no reload has begun after it; otherwise None."""
+def valid_dry_run(status: Status) -> Status | None:
+    """Return the last dry run; None if it has not ended, or if a reload has begun after it."""
     dry_run = status.get("dry_run")
     if not isinstance(dry_run, dict) or label(dry_run, "result") not in ("passed", "failed"):
         return None

@@ -542,7 +542,7 @@ static inline int sp_listener(const struct sp_worker *sp, int index, char *name,
  * each request; if the result is true, the server ends the connection with that answer. */
 static inline int sp_draining(const struct sp_worker *sp)
 {
-    struct pollfd lines[2]; /* POLLRDHUP is reported while connections are still queued, and takes none */
+    struct pollfd lines[2]; /* POLLRDHUP is reported while connections are queued; poll() takes none of them */
     lines[0].fd = sp->channel;
     lines[1].fd = sp->return_line;
     lines[0].events = lines[1].events = POLLRDHUP;

@@ -21,7 +21,7 @@ _Handler = Callable[[Any], Awaitable[object]]
 
 
 class TaskListener:
-    """A listener that tasks accept from; after a drain it ends with its last connection."""
+    """A listener for tasks; once drained, it ends when its last connection has ended."""
 
     #: The library, its module with wait_readable, and its exception for the end of connections.
     _library: Any

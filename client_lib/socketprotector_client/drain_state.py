@@ -92,8 +92,8 @@ class Drain:
 
     def begun(self) -> bool:
         """Return whether no more connections will come.  Costs one poll() until it is true."""
-        # POLLRDHUP is reported while connections are still queued, and polling
-        # for it takes none.
+        # POLLRDHUP is reported while connections are still queued, and poll()
+        # takes none of them.
         if not self._begun and self._fds and _hung_up(self._fds):
             self.begin()
         return self._begun

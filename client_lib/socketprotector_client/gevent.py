@@ -202,7 +202,7 @@ class _Queue(WaitSet):
 
     def _is_ready(self) -> None:
         if self._wanted:
-            # Until the server has accepted, or is full, other workers may take connections.
+            # Watch the queue again only after accept(): until then other workers may take from it.
             super().remove((self._fd,))
             self._ready()
 

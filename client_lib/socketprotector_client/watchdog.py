@@ -2,7 +2,7 @@
 
 A thread pings a descriptor that the serving loop watches, and the loop answers with WATCHDOG=1.
 So a blocked loop falls silent.  Before the first answer no message is sent, and the protector
-expects none.  While a worker needs no turning loop (it drains, say), the thread itself sends
+expects none.  While a worker needs no loop, for example during a drain, the thread itself sends
 WATCHDOG=1; otherwise that worker would look stuck.
 
 Only the process that the protector started is pinged, and answers.  A forked child would take

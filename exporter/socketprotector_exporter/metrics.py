@@ -42,7 +42,7 @@ _INSTANCE = "instance"
 _BOUNDS = [*(str(2**n / 1_000_000) for n in range(BUCKETS - 1)), "+Inf"]
 
 
-#: Kind, name, meaning, labels beside `instance`.
+#: Kind, name, meaning, labels besides `instance`.
 _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Gauge, "up", "1 if the instance answered"),
     (Info, "build", "`version` of the protector."),

@@ -81,7 +81,7 @@ class SocketServer:
         if worker.is_lent:
             raise RuntimeError(
                 "cannot make a second SocketServer under a protector: its workers share one "
-                "queue; close the first one, or give both ports to one and ask client.listener"
+                "queue; close the first, or give it both ports and read client.listener"
             )
         worker.is_lent = True
         self._channel = worker.channel

@@ -156,7 +156,7 @@ class Worker:
         if first != address:
             _log.warning(
                 "clients of %s and %s can reach either: under a protector they share one queue; "
-                "use one listener, and ask client.listener",
+                "use one listener, and read client.listener",
                 first,
                 address,
             )

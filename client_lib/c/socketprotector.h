@@ -14,7 +14,7 @@
  *     sp_close(&sp);
  *
  * Under a protector the connections come from its channel; without a protector this process binds and
- * listens on the address itself.  More: README.md beside this file; the protocol: docs/protocol.md.
+ * listens on the address itself.  More: client_lib/README.md; the protocol: docs/protocol.md.
  *
  * No global state, no malloc.  On failure a function returns -1 (SP_ERROR) and sets errno.  Only one
  * thread at a time may call sp_next or sp_take.  Meanwhile any thread may call sp_closed, sp_failed,
@@ -81,7 +81,7 @@ struct sp_worker {
     int channel;     /* -1 without a protector.  All workers share it: never set a flag on it */
     int return_line; /* -1: none */
     int generation, worker;
-    int watchdog_ms; /* call sp_alive() at least so often; -1: never.  Usable as poll()'s timeout */
+    int watchdog_ms; /* call sp_alive() at least this often; -1: never.  Usable as poll()'s timeout */
 
     enum sp_result ended;
     int spare, notify;
@@ -542,7 +542,7 @@ static inline int sp_listener(const struct sp_worker *sp, int index, char *name,
  * each request; if the result is true, the server ends the connection with that answer. */
 static inline int sp_draining(const struct sp_worker *sp)
 {
-    struct pollfd lines[2]; /* POLLRDHUP is reported while connections are still queued, and takes none */
+    struct pollfd lines[2]; /* POLLRDHUP is reported while connections are queued; poll() takes none of them */
     lines[0].fd = sp->channel;
     lines[1].fd = sp->return_line;
     lines[0].events = lines[1].events = POLLRDHUP;
@@ -569,7 +569,7 @@ static inline enum sp_result sp__receive(struct sp_worker *sp, struct sp_connect
     message.msg_iov = &data;
     message.msg_iovlen = 1;
     message.msg_control = &control;
-    /* CMSG_SPACE has room for two: a second descriptor would be received unnoticed, and stay open. */
+    /* Not CMSG_SPACE, which has room for two: a second descriptor would be received unnoticed. */
     message.msg_controllen = CMSG_LEN(sizeof(int));
     /* MSG_DONTWAIT, not O_NONBLOCK, because all workers share that flag of the channel. */
     got = recvmsg(sp->channel, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
@@ -642,7 +642,7 @@ static inline enum sp_result sp_take(struct sp_worker *sp, int fd, struct sp_con
             return poll(&end, 1, 0) > 0 ? sp->ended = SP_RETIRED : SP_NOTHING;
         }
         got = recv(fd, nothing, sizeof nothing, MSG_DONTWAIT);
-        /* Only the end of the line counts: a later protector may send messages on it.  The line also ends
+        /* Only the end of the line counts: a newer protector may send messages on it.  The line also ends
          * when the protector dies. */
         if (got > 0 || (got < 0 && (errno == EAGAIN || errno == EINTR)))
             return SP_NOTHING;

@@ -84,7 +84,7 @@ channel = inherited('SOCKETPROTECTOR_CHANNEL')
 line = inherited('SOCKETPROTECTOR_RETURN')
 notify("READY=1\nX_SOCKETPROTECTOR_RETIRE=1")
 until (readable = wait_for(line, channel)).empty?
-  # Only the end of the line counts: a later protector may send messages on it.
+  # Only the end of the line counts: a newer protector may send messages on it.
   break if readable.include?(line) && line.recv(64).to_s.empty? # nil since Ruby 3.3
 
   client = take(channel) or next # another worker may have been quicker

@@ -1,9 +1,9 @@
 """The accepting process of a SocketServer: it moves connections from the backlog to the queue.
 
-It is not a thread, because a program that forks must have no thread: the children would inherit
-locks that are never released.  The accepting process is a fresh interpreter with only the
-descriptors below.  When the parent closes its line, or is killed, the accepting process refuses
-new clients, queues the connected clients, and exits.
+A thread cannot do this, because a program that forks must have no thread: the children would
+inherit locks that are never released.  The accepting process is a fresh interpreter with only the
+descriptors below.  Its line to the parent is a socket pair.  When the parent closes the line, or is
+killed, the accepting process refuses new clients, queues the connected clients, and exits.
 
 Rule: the process holds at most one connection.  While the queue is full, the backlog holds the
 rest.
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _log = Logger(__name__)
 
-#: What `python -c` runs; the arguments are those of `arguments`.
+#: The program that `python -c` runs; arguments() returns its arguments.
 PROGRAM = (
     "import sys; sys.path.append(sys.argv[1]); "
     "from socketprotector_client.accepting import main; main()"
@@ -45,10 +45,10 @@ PROGRAM = (
 _RETRY_S = 0.05
 # A handshake that is under way at the stop finishes within this time, or the client repeats it.
 _QUIET_MS = 200
-# The limit of connections queued after the stop, more than a backlog holds.  It matters if the
-# system does not let us refuse new clients, because they might come for ever.
+# The most connections to queue after the stop: more than a backlog holds.  Without this limit, the
+# process might never end if the system does not let us refuse new clients.
 _MOST_AT_STOP = 1 << 16
-# The limit of connections to take from a listener before other listeners and the parent are served.
+# The most connections to take from a listener before looking at other listeners and the parent.
 _BURST = 64
 
 # The errors of sending when no process is left to take connections.
@@ -107,7 +107,7 @@ class _Acceptor:
         self._queue = queue
         self._listeners = {one.fileno(): (index, one) for index, one in enumerate(listeners)}
         self._paths = OwnPaths(listeners)
-        self._pending: Optional[tuple[bytes, socket.socket]] = None  # accepted; the queue is full
+        self._pending: Optional[tuple[bytes, socket.socket]] = None  # accepted, not queued
         self._shortage = 0  # the errno of the current shortage, 0 without one
 
     def accept_for_parent(self) -> None:
@@ -118,11 +118,11 @@ class _Acceptor:
             self._move(ready)
 
     def empty(self) -> None:
-        """Refuse new clients, and move the connected ones.  Raises BrokenPipeError."""
+        """Refuse new clients, and queue the connected clients.  Raises BrokenPipeError."""
         self._paths.remove()
         for _, listener in self._listeners.values():
             _refuse_new(listener)
-        # A UNIX socket has no handshake, and stays readable after its shutdown.
+        # Wait only for TCP: a UNIX socket has no handshake, and stays readable after its shutdown.
         over_tcp = [fd for fd, (_, one) in self._listeners.items() if one.family != socket.AF_UNIX]
         remaining = _MOST_AT_STOP
         while remaining > 0:
@@ -136,7 +136,7 @@ class _Acceptor:
                 return
 
     def close(self) -> None:
-        """End the queue for its readers, by shutdown(): other processes may have copies."""
+        """End the queue for its readers; shutdown() does so even if other processes have copies."""
         for end in (self._queue, *(one for _, one in self._listeners.values())):
             try:
                 end.shutdown(socket.SHUT_RDWR)
@@ -145,7 +145,7 @@ class _Acceptor:
             end.close()
 
     def _wait(self, fds: Iterable[int], timeout_ms: Optional[int] = None) -> list[int]:
-        """Return which fds are readable; while the queue is full, listeners are left out."""
+        """Wait, and return the readable fds; while the queue is full, ignore the listeners."""
         poll = select.poll()
         if self._pending is not None:
             poll.register(self._queue, select.POLLOUT)
@@ -221,4 +221,4 @@ def _refuse_new(listener: socket.socket) -> None:
             socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", length // 8, address)
         )
     except OSError:
-        pass  # no permission (since 2026 only root has it): clients come until the socket is closed
+        pass  # no permission (since 2026 only root has it): clients still connect until close()

@@ -164,15 +164,16 @@ class OwnPaths:
     def __init__(self, listeners: Iterable[socket.socket]) -> None:
         names = [one.getsockname() for one in listeners if one.family == socket.AF_UNIX]
         names = [name for name in names if isinstance(name, str) and name]  # abstract: bytes
-        # Absolute, because the program may change its directory.  abspath() would follow no links.
+        # Absolute, because the program may change its directory.  Not abspath(), which would remove
+        # `..` without following links.
         paths = [name if name[0] == "/" else f"{os.getcwd()}/{name}" for name in names]
         self._files = [(path, _file_at(path)) for path in paths]
 
     def remove(self) -> None:
         """Remove the paths, except those that another program has bound since.
 
-        Call it before the sockets are closed: from then on another program may bind the path, and
-        its file may get the same inode number.
+        Call this before closing the sockets.  Afterwards another program may bind a path, and the
+        new file may get the same inode number.
         """
         while self._files:  # only once: later the inode may be another file's
             path, file = self._files.pop()
@@ -180,11 +181,11 @@ class OwnPaths:
                 try:
                     os.unlink(path)
                 except OSError:
-                    pass  # it was removed just now, or the program has lost the right to
+                    pass  # the file was removed just now, or we may no longer remove it
 
 
 def _file_at(path: str) -> Optional[Tuple[int, int]]:
-    """Return what identifies the file at the path; None if there is no file."""
+    """Return the device and inode number of the file at the path; None if there is no file."""
     try:
         found = os.lstat(path)
     except OSError:
@@ -234,6 +235,6 @@ def sockname_of(name: str) -> Any:
     try:
         index = socket.if_nametoindex(interface) if interface else 0
     except OSError:  # the interface is gone, or of another network namespace
-        # Then getnameinfo() has written the interface's number into the name.
+        # For an interface without a name, getnameinfo() writes the number.
         index = int(interface) if interface.isdecimal() else 0
     return host, int(port), 0, index

@@ -1,6 +1,7 @@
 """Connections for anyio, on asyncio and on trio: an anyio.abc.Listener.
 
-anyio's own listeners pass their socket to the event loop, and trio accepts no subclass of socket.
+The drop-in Listener does not work there: anyio's own listeners pass their socket to the event loop,
+and trio accepts no subclass of socket.
 
 Source: anyio.readthedocs.io, "API reference", anyio.abc.Listener.
 """

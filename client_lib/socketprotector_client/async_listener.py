@@ -21,7 +21,7 @@ _Handler = Callable[[Any], Awaitable[object]]
 
 
 class TaskListener:
-    """A listener that tasks accept from; after a drain it ends with its last connection."""
+    """A listener for tasks; once drained, it ends when its last connection has ended."""
 
     #: The library, its module with wait_readable, and its exception for the end of connections.
     _library: Any
@@ -38,10 +38,11 @@ class TaskListener:
         self._intake = current().open_intake(address, limit)
         self._closed = False
         self._pause = self._library.CancelScope()
-        # Of the tasks that wait for SIGTERM; and how many calls of `serve` and handlers need them.
+        # The cancel scopes of the tasks that wait for SIGTERM; and how many calls of `serve` and of
+        # handlers need these tasks.
         self._obeying: List[Any] = []
         self._serving = 0
-        # The object that holds the loop's epoll, which BesideEpoll replaces, and the attribute.
+        # The object that holds the loop's epoll, and the attribute; BesideEpoll replaces the epoll.
         self._loop: Tuple[object, str] = (None, "")
 
     async def aclose(self) -> None:
@@ -99,7 +100,7 @@ class TaskListener:
                 self._serving += 1
                 tasks.start_soon(self._serve_one, handler, plain)
         except self._ended:
-            pass  # a handler may do more after it has closed its stream
+            pass  # drained; a handler may still run after it has closed its stream
         finally:
             self._one_ended()
 

@@ -32,8 +32,8 @@ _log = Logger(__name__)
 # would come without close-on-exec.
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
-# CMSG_SPACE of one int has room for two on 64-bit machines: a second descriptor
-# would be received unnoticed, and stay open.
+# Not CMSG_SPACE of one int, which has room for two on 64-bit machines: a second
+# descriptor would be received unnoticed, and stay open.
 _CONTROL_BYTES = socket.CMSG_LEN(struct.calcsize("i"))
 _FD = struct.Struct("i")
 
@@ -54,7 +54,7 @@ class Channel:
     def __init__(self, fd: int, listeners: tuple[str, ...] = ()) -> None:
         """Take ownership of fd; listeners are the listen addresses in index order."""
         # SOCK_NONBLOCK in the type makes Python believe that the flag is set, and never set it.
-        # Without it, Python would set the flag after socket.setdefaulttimeout.
+        # Otherwise Python would set the flag if the program has called socket.setdefaulttimeout().
         kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
         self._socket = Socket(socket.AF_UNIX, kind, 0, fileno=fd)
         #: Listen addresses in index order, such as `tcp:0.0.0.0:4321`.

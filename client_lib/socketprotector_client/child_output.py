@@ -49,7 +49,7 @@ class _Marked(io.RawIOBase):
         self._lock = threading.RLock()
 
     def _put(self, pieces: list[bytes]) -> None:
-        # A pipe never mixes the parts of one such write with another process's.
+        # A pipe never mixes a write of at most PIPE_BUF bytes with another process's output.
         is_short = sum(map(len, pieces)) <= select.PIPE_BUF
         for text in [b"".join(pieces)] if is_short else pieces:
             while text:
@@ -67,7 +67,7 @@ def mark_lines(number: int) -> None:
         return
     mark = b"[%d %d] " % (number, os.getpid())
     for fd, stream in ((1, sys.stdout), (2, sys.stderr)):
-        # A program may have put something else there.
+        # The program may have replaced the stream.
         if type(stream) is io.TextIOWrapper and not stream.closed and stream.fileno() == fd:
             marked = _Marked(fd, mark)
             atexit.register(marked.end, stream)

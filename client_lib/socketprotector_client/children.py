@@ -1,8 +1,8 @@
 """The forked children of a SocketServer's parent: forking, signals, reaping and replacing.
 
 The parent waits for signals, and its handlers do nothing.  So the parent never forks in the
-middle of other work.  A child that changes its state sends its parent SIGCHLD, as the kernel does
-at its end.
+middle of other work.  A child that changes its state sends SIGCHLD to its parent.  The kernel sends
+SIGCHLD, too, when a child ends.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 _log = Logger(__name__)
 
-#: So many children in a row may fail at their start before forking waits, and how long.
+#: How many children in a row may fail at their start before each further fork is delayed, and the
+#: first and longest delay.
 _FREE_FAILURES = 3
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
 
@@ -56,12 +57,13 @@ class Children:
         *,
         allow_threads: bool = False,
     ) -> None:
-        """Fork `count` children that call work, and replace those that end until is_over().
+        """Fork `count` children that call work; until is_over(), replace each child that ends.
 
         Sends READY=1 once all serve.  USR1 forks one more.  Returns when all have ended.
         stop: called at SIGTERM, if the program does not handle that signal.
-        is_left: whether clients wait although it is over; if all children have died, more are
-        forked for these clients.
+        is_over: whether no more connections will come.
+        is_left: whether clients still wait after that; if all children have died, more are forked
+        for these clients.
 
         Raises ValueError for too few or too many children, RuntimeError if other threads run, and
         ChildProcessError if a child ends before all have served.
@@ -74,7 +76,7 @@ class Children:
             news.add(signal.SIGTERM)
         _prepare(allow_threads=allow_threads)
         self._seats, self._wanted = Seats(), count
-        # A child that leaves keeps its record while the next one has begun.
+        # A finishing child and its replacement each have a record.
         current().board.open_children(2 * count)
         signals = SignalWait(news)
         # Only USR1: a program that blocks another signal may wait for it in a thread of its own.
@@ -92,13 +94,13 @@ class Children:
                 self._look()
                 found = signals.wait(self._due(over=over))
                 self._wanted += found.count(signal.SIGUSR1)
-                # Python also writes a signal to the pipe that the program itself handles.
+                # `found` also has signals that the program itself handles.
                 if news & {signal.SIGTERM} & set(found):
                     stop()
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, blocked & {signal.SIGUSR1})
             signals.close()
-            self._seats.close()  # children that are left see the end of the pipe, and finish
+            self._seats.close()  # the remaining children see the end of the pipe, and finish
 
     def terminate(self) -> None:
         """Send SIGTERM to all children."""
@@ -114,7 +116,7 @@ class Children:
         return self._wanted - len(taking)
 
     def _due(self, *, over: bool) -> Optional[float]:
-        """Return when there is something to do, also without a signal; None: never."""
+        """Return the time of the next action that needs no signal; None if there is none."""
         due = []
         if not over and self._missing > 0:
             due.append(self._fork_at)
@@ -241,7 +243,7 @@ def _prepare(*, allow_threads: bool) -> None:
 
 
 def _native_threads() -> int:
-    """Return how many threads of this process `threading` does not know; 0 if /proc is missing."""
+    """Return the number of threads that `threading` does not know; 0 if /proc is missing."""
     try:
         return max(0, len(os.listdir("/proc/self/task")) - threading.active_count())
     except OSError:
@@ -255,7 +257,7 @@ def _how(status: int) -> str:
 def _exit(status: int) -> None:
     """End this child as an interpreter ends, but without returning into the parent's program."""
     try:
-        threading._shutdown()  # type: ignore[attr-defined]  # waits, as for any program's threads
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
         atexit._run_exitfuncs()
         _flush()
     finally:

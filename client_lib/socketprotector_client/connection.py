@@ -22,9 +22,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Callable, Optional, Union
 
-# Up to so many detached descriptors are all polled at each taken connection: 0.3 us each.
+# Up to this many detached descriptors, all are polled for each taken connection: 0.3 us each.
 _FEW = 32
-# Those with detached connections: otherwise nothing may keep them, or their intake, alive.
+# The objects with detached connections: perhaps nothing else keeps them, or their intake, alive.
 _KEPT: set[OpenConnections] = set()
 
 
@@ -36,7 +36,7 @@ class Connection(Socket):
         "_entry", "_ledger", "_sockname", "accepted_at_ns", "family", "listener", "peer", "type"
     )  # fmt: skip
 
-    # Attributes, because the socket's own properties look up an enum as slowly as accept() runs.
+    # Attributes: the socket's own properties look up an enum, which costs as much as an accept().
     family: AddressFamily
     type: SocketKind
 
@@ -98,10 +98,10 @@ class Connection(Socket):
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Return the state for multiprocessing, which passes it to another process, as any socket.
+        """Return the state by which multiprocessing passes the connection to another process.
 
-        It counts as open only in this process.  While multiprocessing is loaded, copy and pickle
-        make such a duplicate, too.
+        The connection counts as open only in this process.  While multiprocessing is loaded, copy
+        and pickle make such a duplicate, too.
         """
         reduction: Any = sys.modules.get("multiprocessing.reduction")
         if reduction is None:
@@ -126,8 +126,8 @@ _init, _close = Socket.__init__, Socket.close
 class OpenConnections:
     """The handed-out connections that are open.  Thread-safe without a lock.
 
-    With a lock, the garbage collector could deadlock in a thread that holds it.
-    Single operations on sets and dicts are atomic instead.
+    A lock could deadlock, because the garbage collector may call _collected() in the thread that
+    holds the lock.  Instead, single operations on sets and dicts are atomic.
     """
 
     def __init__(self, on_change: Callable[[], None]) -> None:
@@ -156,7 +156,7 @@ class OpenConnections:
     def reached(self, limit: int) -> bool:
         """Return whether at least `limit` connections are open.
 
-        Many detached descriptors are not all polled at each call.
+        If there are many detached descriptors, not every call polls them.
         """
         if self._detached:
             detached = len(self._detached)
@@ -171,9 +171,9 @@ class OpenConnections:
         return bool(self._detached)
 
     def any_unread(self) -> bool:
-        """Return whether a client has sent nothing yet, or bytes that were not read.
+        """Return whether some client has sent nothing yet, or has sent bytes that are still unread.
 
-        For any thread.  A connection closed meanwhile may be mistaken for a new one.
+        Safe in any thread.  A connection that is closed meanwhile may be mistaken for a new one.
         """
         known = [one if isinstance(one, int) else one() for one in list(self._open)]
         numbers = [one.fileno() if isinstance(one, Connection) else one for one in known]
@@ -186,7 +186,7 @@ class OpenConnections:
 
     def forget(self, connection: Connection) -> None:
         entry = connection._entry
-        if entry is not None:  # a kept reference: a new one costs more to make and to hash
+        if entry is not None:  # we keep the reference: a new one costs more to make and to hash
             connection._entry = None  # otherwise the reference would report the object's end
             self._open.discard(entry)
         on_change = self._on_change  # a local variable is faster to call than an attribute
@@ -248,7 +248,7 @@ def _is_unread(fd: int) -> bool:
         if unread_bytes(fd):
             return True
         # SOCK_NONBLOCK in the type: otherwise Python would set O_NONBLOCK on the program's
-        # connection after socket.setdefaulttimeout.
+        # connection if the program has called socket.setdefaulttimeout().
         borrowed = Socket(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK, fileno=fd)
     except OSError:
         return False  # another thread has closed it

@@ -65,7 +65,7 @@ class Drain:
     def intakes(self) -> list[Intake]:
         """Return the intakes of this process that take connections or have open ones.
 
-        In a forked child: without those whose connections are its parent's.
+        In a forked child, leaves out intakes whose connections belong to the parent.
         """
         found = [each() for each in self._intakes]
         return [each for each in found if each is not None]
@@ -92,8 +92,8 @@ class Drain:
 
     def begun(self) -> bool:
         """Return whether no more connections will come.  Costs one poll() until it is true."""
-        # POLLRDHUP is reported while connections are still queued, and polling
-        # for it takes none.
+        # POLLRDHUP is reported while connections are still queued, and poll()
+        # takes none of them.
         if not self._begun and self._fds and _hung_up(self._fds):
             self.begin()
         return self._begun
@@ -127,7 +127,7 @@ class Drain:
 
     def after_fork_in_child(self) -> None:
         parents = self._pipe or ()
-        self.at_begin = None  # it is about the parent
+        self.at_begin = None  # meant for the parent only
         self.end_begun = threading.Lock()
         usable = [each for each in self.intakes() if not each.open.known()]
         self._intakes = tuple(map(weakref.ref, usable))
@@ -156,7 +156,7 @@ def _hung_up(fds: Sequence[int], *, or_readable: Optional[int] = None) -> bool:
     With or_readable, first wait for an end of file, or until or_readable is readable.
     Each call has its own poll object, because two threads cannot share a poll object.
     """
-    # With gevent's patches a waiting poll is gevent's, and only or_readable wakes it.
+    # If gevent has patched select.poll, only or_readable wakes a waiting poll.
     poll = system.poll() if or_readable is None else select.poll()
     for fd in fds:
         poll.register(fd, select.POLLRDHUP)

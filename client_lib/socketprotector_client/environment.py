@@ -114,8 +114,8 @@ def _kind_of(fd: int) -> Tuple[int, int, int]:
     """Return a socket's family, its type, and 1 if it listens; (-1, -1, 0) for any other file."""
     options = socket.SO_DOMAIN, socket.SO_TYPE, socket.SO_ACCEPTCONN
     try:
-        # SOCK_NONBLOCK keeps Python from setting the flag, after socket.setdefaulttimeout, on a
-        # socket that other processes share.
+        # SOCK_NONBLOCK keeps Python from setting the flag on a socket that other processes share.
+        # Python would set it if the program has called socket.setdefaulttimeout().
         probe = Socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, 0, fd)
     except (OSError, ValueError):
         return -1, -1, 0
@@ -127,7 +127,7 @@ def _kind_of(fd: int) -> Tuple[int, int, int]:
 
 
 def _seconds(text: str) -> float:
-    # A later protector may write something else; then only its order at the drain counts.
+    # A newer protector may write another format; then only the time in the scoreboard counts.
     whole, _, part = text.partition(".")
     fits = whole.isdecimal() and len(whole) <= _DIGITS and (part or "0").isdecimal()
     return float(text) if fits else 0.0

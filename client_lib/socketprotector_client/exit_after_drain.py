@@ -4,7 +4,7 @@ A server that handles SIGTERM gets SIGTERM, and finishes.  The signal would kill
 server in the middle of its answers.  For such a server accept() waits until all handed-out
 connections are closed, also those of other listeners, and then exits.
 
-A server that finishes closes idle connections.  A new connection looks idle while its first
+When a server finishes, it closes idle connections.  A new connection looks idle while its first
 request is under way or unread, so the server would disconnect that client without an answer.
 SIGTERM is therefore delayed until the first requests are read.
 """
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 _log = Logger(__name__)
 
-# If the server runs in its own thread, the main thread may wait for something else for ever.
-# A main thread that waits for the server has exited long before this time.
+# How long the main thread may still run after a server in another thread has ended.  A main thread
+# that waits for the server exits much sooner; any other main thread might run for ever.
 _MAIN_THREAD_GRACE_S = 2.0
 
 # How long a connected client may take to begin its request.  Browsers open
@@ -47,8 +47,8 @@ class DrainExit:
     ) -> None:
         """Find out whether the program handles SIGTERM; `begin` begins the exit.
 
-        pid: the process that gets SIGTERM instead, such as a parent that ends its children.
-        outlives_term: whether the server does not finish at SIGTERM, even with a handler.
+        pid: the process to signal instead of this one, such as a parent that ends its children.
+        outlives_term: whether the server keeps running after SIGTERM, even with a handler.
         """
         self._intake = intake
         self._pid = os.getpid() if pid is None else pid
@@ -57,7 +57,7 @@ class DrainExit:
         is_own = isinstance(getattr(handler, "__self__", None), TermWatch)
         is_unhandled = is_own or handler in (signal.SIG_DFL, signal.SIG_IGN)
         self._waits = pid is None and (is_unhandled or outlives_term)
-        self._sent = 0  # signals from here
+        self._sent = 0  # how often this object has sent SIGTERM
         self._hurries = False
 
     def begin(self) -> None:
@@ -84,7 +84,7 @@ class DrainExit:
         """Send SIGTERM again, for a handler that took the first SIGTERM as the begin of the drain.
 
         Call this in that handler.  SIGTERM is repeated only once: the drain begins only once.
-        During a spread it ends the spread.
+        A call during a spread ends the spread.
         """
         self._hurries = True
         if self._sent == 1:
@@ -104,7 +104,8 @@ class DrainExit:
             if self._waits:
                 if not self._left():
                     self._exit()
-                self._intake.waits.hush()  # another intake may have taken one since the ring
+                # Another intake may have taken a connection since ring().
+                self._intake.waits.hush()
                 self._intake.await_last(self._left)
             self._intake.waits.wait(timeout_s)
             if timeout_s is not None:

@@ -139,7 +139,7 @@ class _Queue(WaitSet):
     def __init__(self, intake: Intake, ready: Callable[[], None]) -> None:
         """Watch the intake's queue.
 
-        ready: called for each wake-up.  After it the queue is not watched until `wait_again`.
+        ready: called for each wake-up.  Then the queue is not watched until wait_again() is called.
         """
         self._intake = intake
         (self._fd,) = intake.source.fds
@@ -202,7 +202,7 @@ class _Queue(WaitSet):
 
     def _is_ready(self) -> None:
         if self._wanted:
-            # Until the server has accepted, or is full, other workers may take connections.
+            # Watch the queue again only after accept(): until then other workers may take from it.
             super().remove((self._fd,))
             self._ready()
 

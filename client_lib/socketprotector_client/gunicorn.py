@@ -1,4 +1,4 @@
-"""gunicorn on the connections of a protector: a configuration for its `-c`.
+"""gunicorn on the connections of a protector: a configuration for gunicorn's option `-c`.
 
     gunicorn -c python:socketprotector_client.gunicorn -b ADDRESS MODULE:APP
 
@@ -53,7 +53,8 @@ def on_starting(server: Any) -> None:
     if current().channel is None:
         return
     _check_worker_class(server)
-    # The first worker that drains makes the master stop, and with it workers with connections.
+    # No spread: the first worker that drains makes the master stop, and the master then stops all
+    # workers, also those with connections.
     current().spread = None
     # take=None: both kinds of worker accept once for each wake-up.
     server.LISTENERS = [_Listener(take=None)]

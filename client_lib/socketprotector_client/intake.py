@@ -65,7 +65,7 @@ class Intake:
         self.open = opened(self._changed)
         self.board = board
         self.source = source
-        #: Called in a forked child, after its descriptor got an epoll of its own.
+        #: Called in a forked child, after this intake's descriptor has become a new epoll.
         self.on_renewal: Optional[Callable[[], None]] = None
         self.drain = drain
         self.limit = default_limit() if limit is None else limit
@@ -188,7 +188,7 @@ class Intake:
             self._turn.release()
 
     def get_next(self) -> Optional[Connection]:
-        """Return the row's next connection, right after get_now; check nothing but connections."""
+        """Return the row's next connection, right after get_now(); look at no other descriptors."""
         turn = self._turn
         if not turn.acquire(False):
             return None
@@ -374,7 +374,7 @@ class Intake:
             self._pause(short=True)
             return None
         finally:
-            # Before the next wake-up: if this worker wakes and cannot take, no other worker wakes.
+            # Before the next wake-up: if this worker wakes but cannot take, no other worker wakes.
             if room <= 0 and not self._ended and not self._spare.hold():
                 self._pause(short=True)
         if connection is not None:
@@ -388,7 +388,7 @@ class Intake:
         return connection
 
     def _pause(self, *, short: bool) -> None:
-        """Leave connections in the queue until one of ours is closed; if short, look again soon."""
+        """Stop taking until a connection of ours is closed; if short of a resource, retry soon."""
         self._row_fd = -1
         self.queue.pause()
         if not short and len(self.open) < self.limit:

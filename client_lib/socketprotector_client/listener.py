@@ -56,11 +56,11 @@ class Listener(Socket):
         """Take connections from the protector; without one, bind `address` now, or in bind().
 
         limit: while this number of accepted connections is open, others stay in the queue.
-        take: after so many connections in a row, accept fails once with BlockingIOError.  Without
-        that error an event loop would take the whole queue before it serves.  0 adapts the row: 1
-        connection, or, while the queue is never empty, up to about 32 divided by the workers.
-        None: no such errors, for loops that accept once for each wake-up.  A blocking listener
-        ignores `take`.
+        take: after this many connections in a row, accept fails once with BlockingIOError.  Without
+        that error an event loop would take the whole queue before it serves.  0: begin with 1, and
+        double the number while connections keep waiting, up to about 32 divided by the number of
+        workers.  None: no such errors, for loops that accept once for each wake-up.  A blocking
+        listener ignores `take`.
 
         Raises the errors of `connections`, except that the address may be missing.
         """
@@ -247,7 +247,7 @@ class Listener(Socket):
 
 
 def _refuse_uvloop() -> None:
-    # Without the error it would listen on a descriptor that is no socket, and serve no client.
+    # Without this error uvloop would listen on a descriptor that is no socket, and serve no client.
     if type(running_asyncio()).__module__.partition(".")[0] == "uvloop":
         raise RuntimeError(
             "cannot use a Listener on uvloop, which accepts below Python: use asyncio's own event "

@@ -19,11 +19,11 @@ def draining(connection: Optional[Union[HasFileno, HasExtraInfo]] = None) -> boo
     """Return True if this worker gets no more connections and should finish.
 
     A server with keep-alive connections calls this after each request; if the result is true, the
-    server answers with `Connection: close`.  Once true it stays true; until then a call costs one
-    poll().
+    server answers with `Connection: close`.  Once true, the result stays true; before that, each
+    call costs one poll().
 
-    connection: as for listener_of.  Under --drain-spread and --stop-spread the result is true only
-    from this connection's own turn on.
+    connection: as for listener_of.  Under --drain-spread and --stop-spread, the result becomes true
+    only when this connection's own turn to end has come.
     """
     worker = current()
     if connection is None or worker.spread is None:
@@ -34,9 +34,9 @@ def draining(connection: Optional[Union[HasFileno, HasExtraInfo]] = None) -> boo
 def on_drain(callback: Callable[[], object]) -> None:
     """Call callback() once when the drain begins, or now if the drain has already begun.
 
-    The callback runs in the library's own thread, which logs an exception, or now in yours; in
-    asyncio, use loop.call_soon_threadsafe to reach the event loop.  `serve`, `aserve` and
-    `connections` return after the callback has ended.
+    If the drain has already begun, the callback runs in your thread; otherwise it runs in a thread
+    of the library, which logs exceptions.  In asyncio, use loop.call_soon_threadsafe to reach the
+    event loop.  `serve`, `aserve` and `connections` return after the callback has ended.
     """
     current().drain.on_begin(callback)
 

@@ -1,4 +1,4 @@
-"""How many processors this process may use: those allowed, and its cgroups' quota.
+"""How many processors this process may use: the allowed processors, limited by cgroups' quotas.
 
 The set of allowed processors does not show a quota: a container with half a processor sees all.
 

@@ -23,7 +23,7 @@ class QueueWait:
     def __init__(self, source: Source, own: WaitSet, cannot: Callable[[OSError], None]) -> None:
         """Begin to wait in the intake's own set.
 
-        cannot: called when a later addition to a set fails; it pauses, and resumes later.
+        cannot: called when a later addition to a set fails; must call pause(), and later resume().
         """
         self.fds = tuple(source.fds)
         #: Whether the intake waits for connections: it has neither paused nor ended.
@@ -84,7 +84,7 @@ class QueueWait:
 
     def pause(self) -> None:
         """Leave further connections in the queue."""
-        # In this order: a thread that sees the flag cleared adds the removed descriptors.
+        # In this order: once the flag is cleared, another thread may add the descriptors again.
         self._set.remove(self.fds)
         self.waited = False
 

@@ -38,7 +38,7 @@ _IMPORTED = {
     ),
     _WSGI: (f"{__package__}.waitress",),
 }
-#: So many new objects between two garbage collections.
+#: A threshold for gc.set_threshold() that no program reaches.
 _NEVER = 2**31 - 1
 _T = TypeVar("_T")
 
@@ -163,7 +163,7 @@ def _fork(serve: Callable[[], None], given: argparse.Namespace, kind: str) -> No
 
 
 def _load_and_freeze(text: str, factory: bool) -> Any:
-    """Load without garbage collections, which would examine again and again what is loaded.
+    """Load without garbage collections, which would examine the loaded objects again and again.
 
     One collection at the end is enough, because the loaded objects are kept.  Source: gc.freeze().
     """
@@ -251,7 +251,7 @@ def _serve_wsgi(app: Any, given: argparse.Namespace) -> None:
 def _serve_asgi(app: Any, given: argparse.Namespace) -> None:
     import uvicorn
 
-    # After its shutdown uvicorn raises the signal again: without a handler that would kill it.
+    # After its shutdown uvicorn raises SIGTERM again, which without a handler would kill us.
     # waitress needs no handler, because it ends after its last client.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # loop: uvloop would accept below Python.  interface: known here; uvicorn would guess it.
@@ -261,11 +261,11 @@ def _serve_asgi(app: Any, given: argparse.Namespace) -> None:
     listener = _listening(lambda: Listener(given.bind, take=1))
 
     class Server(uvicorn.Server):
-        """A uvicorn server whose first SIGTERM goes to the listener, under `--handoff listener`.
+        """A uvicorn server that reads its clients' requests before it obeys SIGTERM.
 
-        Under that mode, and in a forked child, SIGTERM may begin the drain.  At a SIGTERM uvicorn
-        disconnects clients whose request is unread.  So the listener first stops accepting, and
-        sends SIGTERM again once all requests are read.
+        Under `--handoff listener`, and in a forked child, SIGTERM may begin the drain.  At SIGTERM
+        uvicorn disconnects clients whose request is unread.  So at a first SIGTERM the listener
+        only stops accepting, and sends SIGTERM again once all requests are read.
         """
 
         _has_stopped = not (current().passed or current().seat)

@@ -72,7 +72,7 @@ class Scoreboard:
         """Count these connections, and no others, as open."""
         if self._words is not None and self._now_open is int:
             self._words[wire.BOARD_STATE] = wire.BOARD_COUNTED  # see leave_uncounted
-        # These refer to sets alone: the board keeps nothing else alive.
+        # `known` refers only to a set, so the board keeps nothing else alive.
         counts = [each.known for each in opened]
         if len(counts) == 1:  # nearly always; it saves a sum for each connection
             self._now_open = counts[0]
@@ -80,7 +80,7 @@ class Scoreboard:
             self._now_open = lambda: sum(count() for count in counts)
 
     def leave_uncounted(self) -> None:
-        """Mark the record as uncounted, unless a connection is counted: unknown is not 0."""
+        """Mark the counts as unknown, unless follow() has been called: unknown is not 0."""
         if self._words is not None and self._now_open is int:
             self._words[wire.BOARD_STATE] = wire.BOARD_UNKNOWN
 
@@ -97,7 +97,7 @@ class Scoreboard:
 
     @property
     def words(self) -> Optional[memoryview]:
-        """The record, for the words that are no counts; None without one."""
+        """The record, for the words that are no counts; None if there is no record."""
         return self._words
 
     def count_error(self) -> None:
@@ -106,7 +106,7 @@ class Scoreboard:
             if self._words is not None:
                 self._words[wire.BOARD_ERRORS] += 1
 
-    # Children: each counts in a record of its own, and the parent in its record for the dead ones
+    # Children: each has a record of its own; the parent's record gets the counts of ended children
 
     def open_children(self, count: int) -> None:
         """Make room for the records of `count` children; without room they are not counted."""
@@ -119,7 +119,7 @@ class Scoreboard:
         self._words[wire.BOARD_CHILDREN_FROM] = first
 
     def begin_child(self, number: int) -> None:
-        """Count in the record of this child, right after the fork."""
+        """Begin to count in this child's own record; for a child, right after the fork."""
         words = self._child(self._parents, number)
         if words is not None:
             self._parents, self._words = None, words
@@ -129,7 +129,7 @@ class Scoreboard:
     def end_child(self, number: int) -> Optional[int]:
         """Add the counts of a dead child to this record; return how many connections it had open.
 
-        Returns None if it did not count.
+        Returns None if the child did not count.
         """
         ours, words = self._words, self._child(self._words, number)
         if ours is None or words is None:
@@ -144,7 +144,7 @@ class Scoreboard:
         return active if is_counted else None
 
     def leave(self) -> None:
-        """Count nothing any more: the record may belong to another process by now."""
+        """Stop counting: the record may belong to another process by now."""
         self._words = self._parents = None
 
     def _child(self, parents: Optional[memoryview], number: int) -> Optional[memoryview]:
@@ -166,7 +166,7 @@ class Scoreboard:
             parents[wire.BOARD_STATE] = wire.BOARD_UNKNOWN
 
     def after_fork_in_child(self) -> None:
-        # The child would overwrite its parent's counts.
+        # Otherwise the child would overwrite its parent's counts.
         self._lock = threading.Lock()
         self._words, self._parents = None, self._parents or self._words
 

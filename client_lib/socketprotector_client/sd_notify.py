@@ -35,8 +35,8 @@ _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)
 def notify(*lines: str, **fields: object) -> bool:
     """Send lines such as "READY=1", and fields (`status="warm"` becomes STATUS=warm).
 
-    All lines and fields go out in one datagram.  Never blocks, and raises no error of the
-    receiver's.  Returns True if the kernel has taken the datagram.  Returns False without
+    All lines and fields go out in one datagram.  Never blocks, and raises no error if sending
+    fails.  Returns True if the kernel has taken the datagram.  Returns False without
     NOTIFY_SOCKET or a receiver, or while the receiver's queue is full.  If the queue is full, a
     thread sends the message later, unless a newer message with the same names replaces it.
     """

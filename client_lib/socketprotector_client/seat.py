@@ -1,8 +1,8 @@
 """The seat of a forked child: what parent and child know of each other, without a system call.
 
-A row of shared memory has the child's state and the time of its last turn.  A pipe whose write end
-only the parent has tells the child that the parent has ended: a protector's queue would not,
-because it outlives the parent.
+A row of shared memory has the child's state, and the time of the last turn of its serving loop.
+Only the parent has the write end of a pipe, so the end of the pipe tells the child that the parent
+has ended.  A protector's queue would not tell this, because the queue outlives the parent.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class SocketServer:
     """
 
     _closed = _stopping = False
-    # In the parent only: the accepting process, and the line to it, whose end stops it.
+    # In the parent only: the accepting process, and its line; closing the line stops the process.
     _process: Optional[subprocess.Popen[bytes]] = None
     _line: Optional[socket.socket] = None
     # In a child, while it takes connections.
@@ -81,7 +81,7 @@ class SocketServer:
         if worker.is_lent:
             raise RuntimeError(
                 "cannot make a second SocketServer under a protector: its workers share one "
-                "queue; close the first one, or give both ports to one and ask client.listener"
+                "queue; close the first, or give it both ports and read client.listener"
             )
         worker.is_lent = True
         self._channel = worker.channel
@@ -210,7 +210,8 @@ class SocketServer:
         self._children = Children()
         if self._line is not None and self._process is not None:
             self._line.close()
-            self._process.poll()  # no child of this process, so that no wait() expects it
+            # poll() notices that this is no child of ours, so that no later wait() waits for it.
+            self._process.poll()
             self._line = self._process = None
 
     def __getstate__(self) -> Mapping[str, Any]:

@@ -122,8 +122,8 @@ def serve(
 
 def serve_from(worker: Worker, intake: Intake, handler: Handler, threads: int) -> None:
     """Serve as `serve` does, from an intake; takes ownership of it."""
-    # More threads could serve no more clients at once.  The kernel might wake one of them for a
-    # client that this worker must leave to another one, which then would not wake.
+    # More threads than the limit could serve no more clients at once.  The kernel might wake such a
+    # thread for a client that this worker must leave to another worker, which then would not wake.
     threads = min(threads, intake.limit)
     errors: List[BaseException] = []
     # No thread takes a connection before all have begun.  For the ninth thread of a process glibc

@@ -29,7 +29,7 @@ class BesideEpoll:
     """A stand-in for a loop's epoll that keeps the intake's descriptor out of that epoll."""
 
     def __init__(self, epoll: select.epoll, intake: Intake, number: int) -> None:
-        """Stand in for `epoll`; both arguments keep their owners.
+        """Stand in for `epoll`; the caller keeps `epoll` and `intake`.
 
         number: the descriptor by which the loop knows the intake.
         """
@@ -41,7 +41,7 @@ class BesideEpoll:
 
     @classmethod
     def put(cls, holder: object, name: str, intake: Intake, number: int) -> None:
-        """Replace the epoll in an attribute of a loop, if it holds one."""
+        """Replace the epoll in an attribute of a loop, if the attribute holds an epoll."""
         epoll = getattr(holder, name, None)
         if isinstance(epoll, select.epoll) and intake.source.wakes_one:
             setattr(holder, name, cls(epoll, intake, number))

@@ -40,8 +40,8 @@ class TermWatch:
             read_fd, write_fd = self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             found = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
             if found >= 0 and system.running_asyncio() is not None:
-                # asyncio's own, without which it calls no handler of the program.  It wakes the
-                # loop, in which our handler then runs.
+                # This descriptor is asyncio's; without it asyncio would call none of the program's
+                # handlers.  The descriptor wakes the loop, and then our handler runs.
                 signal.set_wakeup_fd(found)
             else:
                 self._previous_wakeup_fd = found
@@ -74,7 +74,8 @@ class TermWatch:
         if signal.getsignal(signal.SIGTERM) == self._on_term:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         found = signal.set_wakeup_fd(-1)
-        # Otherwise it is the program's, or asyncio's; the one before may be closed by now.
+        # If the descriptor found is not ours, it is the program's or asyncio's: put it back.  The
+        # previous one may be closed by now.
         signal.set_wakeup_fd(wakeup_fd if found == self._pipe[1] else found)
         for fd in self._pipe:
             os.close(fd)
@@ -84,8 +85,8 @@ class TermWatch:
 class SignalWait:
     """Waits for signals, whichever thread of the process gets them.
 
-    Not sigtimedwait(2): a thread of a library such as numpy does not block the signals.  It would
-    take one while this thread does not wait, and ignore it or end the process.
+    Not sigtimedwait(2): a thread of a library such as numpy does not block the signals.  While our
+    thread does not wait, such a thread would get them; they would be lost, or end the process.
     """
 
     def __init__(self, wanted: Iterable[signal.Signals]) -> None:
@@ -97,7 +98,7 @@ class SignalWait:
         self._poll.register(self._read_fd, select.POLLIN)
 
     def wait(self, until: Optional[float]) -> bytes:
-        """Return the signals that have come; wait for one until a time (None: for ever)."""
+        """Wait for a signal until a time (None: for ever); return the signals that have come."""
         timeout_ms = None if until is None else max(0.0, until - time.monotonic()) * 1000
         self._poll.poll(timeout_ms)
         try:
@@ -107,7 +108,7 @@ class SignalWait:
 
     def fork(self) -> int:
         """Fork; the child gets the handlers as they were before."""
-        # Otherwise the child could write a signal of its own into the pipe.
+        # Block the signals: otherwise the child could write its own signals into the parent's pipe.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._before)
         pid = -1
         try:

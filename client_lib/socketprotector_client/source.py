@@ -75,7 +75,7 @@ class ChannelSource(Source):
     def __init__(self, channel: Channel, *, wakes_one: bool) -> None:
         """Take from the channel, which the caller keeps.
 
-        wakes_one: it is the protector's channel, and the protector sends untaken connections again.
+        wakes_one: True for the protector's channel: the protector sends untaken connections again.
         """
         self._channel = channel
         self.wakes_one = wakes_one

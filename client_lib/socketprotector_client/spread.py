@@ -5,9 +5,10 @@ clients leave: each connection has its own turn.  Those without a byte for the l
 first turns.  At its turn a connection gets an end of file (SHUT_RD): the handler reads what the
 client has sent, then the end, and may still write.  Nothing here closes a connection.
 
-The protector says in the scoreboard by when all should have ended, because only it knows whether
-this is a reload or a stop, and how many workers leave beside this one.  It may say an earlier time
-later: a stop may begin during a drain.  Without a scoreboard the environment's time counts.
+In the scoreboard, the protector sets the time by which all connections should have ended.  Only the
+protector knows whether this is a reload or a stop, and how many other workers are ending.  If a
+stop begins during a drain, the protector may set an earlier time.  Without a scoreboard the
+environment's time counts.
 
 A separate thread does all of this, because every thread of the program may be busy.
 
@@ -48,10 +49,10 @@ _log = Logger(__name__)
 _TICK_S, _COUNT_S = 0.1, 1.0
 #: A connection without a byte for this long is idle.
 _IDLE_MS = 1000
-#: A client whose last bytes have no answer keeps its connection for so long after its turn, or for
-#: this part of the whole time if that is less.
+#: A client that awaits an answer keeps its connection for _PATIENCE_S after its turn, or for
+#: _PATIENCE_PART of the whole time if that is less.
 _PATIENCE_S, _PATIENCE_PART = 30.0, 0.05
-#: How many idle connections are looked for at once, so that other threads get their turn.
+#: How many connections to examine before other threads may run.
 _AT_ONCE = 256
 
 #: struct tcp_info: the offsets of tcpi_last_data_sent and tcpi_last_data_recv (milliseconds ago),
@@ -65,7 +66,7 @@ class Spread:
     """The turns of all connections of this process."""
 
     def __init__(self, drain: Drain, seconds: float, board: Scoreboard) -> None:
-        """seconds: over which the connections end, unless the protector says another time."""
+        """seconds: the time in which the connections end, unless the protector sets another."""
         self._drain = drain
         self._seconds = seconds
         # A forked child reads its parent's record, too: both drain for the same reason.
@@ -121,7 +122,7 @@ class Spread:
 
     def _begin(self) -> None:
         try:
-            # Not in the thread that calls back: other callbacks must not wait.
+            # Not in the thread of the drain's callbacks: other callbacks must not wait.
             system.start_thread(self._run, ())
         except RuntimeError as error:
             self.over = True
@@ -160,11 +161,12 @@ class Spread:
                     turns.find()
                     found_at = now = time.monotonic()
                 if until is not None and not self.over:
-                    # The last turn comes so early that its client has as long as the others.
+                    # The last turn comes patience_s before the end, so that its client has as much
+                    # time as the others.
                     patience_s = min(_PATIENCE_S, (until - began) * _PATIENCE_PART)
                     left_s = until - patience_s - before
-                    # Time that was lost, as at the first count, is not made up for at once: the
-                    # rest of the turns come a little faster.
+                    # If time was lost, for example at the first count, do not catch up at once: let
+                    # the remaining turns come a little faster.
                     most_s = min(_COUNT_S, max(3 * _TICK_S, (until - began) / 600))
                     passed_s = min(now - before, most_s)
                     portion += len(turns) * min(1.0, passed_s / max(left_s, _TICK_S))
@@ -211,8 +213,8 @@ class _Opened(OpenConnections):
     def copy(self, entry: Entry) -> int:
         """Return a second descriptor of a connection, which the caller closes; -1: it has ended.
 
-        With the first descriptor alone another thread might close it, and its number might be
-        another connection's by the time of a system call.  Raises OSError if no descriptor is free.
+        Another thread might close the first descriptor, and then its number might belong to another
+        connection at our next system call.  Raises OSError if no descriptor is free.
         """
         connection = None if isinstance(entry, int) else entry()
         fd = entry if isinstance(entry, int) else connection.fileno() if connection else -1
@@ -268,7 +270,7 @@ class _Turns:
             self._waiting.extend(each)
 
     def next(self, count: int) -> None:
-        """Let the turn of so many open connections come."""
+        """Let the turns of `count` open connections come."""
         own = self._spread.end
         if own is not None:
             self._next_own(count, own)
@@ -301,10 +303,10 @@ class _Turns:
             own(numbers)
 
     def end_late(self, now: float, patience_s: float) -> None:
-        """End the connections whose client has got an answer since the turn, or waited patience_s.
+        """End each connection whose client got an answer since its turn, or waited patience_s.
 
-        If the program ends connections in its own way: only those that this did not end, and that
-        await no answer.
+        If the program ends connections in its own way, end only those that are still open after
+        patience_s and whose client awaits no answer.
         """
         is_own = self._spread.end is not None
         for place, since in list(self._late.items()):
@@ -341,8 +343,8 @@ def _number_of(entry: Entry) -> int:
 def _state_of(fd: int) -> Tuple[bool, bool]:
     """Return whether a connection is idle, and whether its client has got all answers.
 
-    A client without an answer has sent bytes since the last byte to it.  Without a clock in the
-    kernel, as for a UNIX socket, only unread bytes count.
+    A client awaits an answer if it has sent bytes since it last got a byte.  If the kernel does not
+    record these times, as for a UNIX socket, only unread bytes count.
     """
     if fd < 0:
         return True, True
@@ -360,13 +362,13 @@ def _state_of(fd: int) -> Tuple[bool, bool]:
     (sent_ms,) = struct.unpack_from("I", found, _LAST_SENT_AT)
     (received_ms,) = struct.unpack_from("I", found, _LAST_RECEIVED_AT)
     acked, received = struct.unpack_from("2Q", found, _BYTES_ACKED_AT)
-    # Before the first byte to it, the time of the accept counts as that of a byte.
+    # Before the first byte is sent to the client, sent_ms counts from the accept.
     is_answered = not received or (sent_ms <= received_ms and acked > _SYN)
     return min(sent_ms, received_ms) >= _IDLE_MS, is_answered
 
 
 def _end(fd: int) -> None:
-    """Let the reader of a connection find its end; it may still write."""
+    """Give end of file to the program that reads a connection; the program may still write."""
     borrowed = system.Socket(socket.AF_INET, socket.SOCK_STREAM, 0, fd)
     try:
         borrowed.shutdown(socket.SHUT_RD)

@@ -28,7 +28,7 @@ class Turns:
     def end(self, numbers: List[int]) -> None:
         """End the connections with these descriptors, from another thread than the loop's.
 
-        Waits for the loop: otherwise a busy loop would later end all that were due meanwhile.
+        Waits for the loop: otherwise a busy loop would later end many due connections at once.
         """
         ended = threading.Event()
         try:

@@ -108,7 +108,8 @@ class WaitSet:
                 fresh.close()
                 self.add(ends, select.EPOLLRDHUP)
             except OSError:
-                self._epoll.close()  # the child would change the parent's set, or not end
+                # Otherwise the child would change the parent's set, or never end.
+                self._epoll.close()
                 raise
         if self._bell is not None:
             self._bell.close()

@@ -2,7 +2,7 @@
 
 A thread pings a descriptor that the serving loop watches, and the loop answers with WATCHDOG=1.
 So a blocked loop falls silent.  Before the first answer no message is sent, and the protector
-expects none.  While a worker needs no turning loop (it drains, say), the thread itself sends
+expects none.  While a worker needs no loop, for example during a drain, the thread itself sends
 WATCHDOG=1; otherwise that worker would look stuck.
 
 Only the process that the protector started is pinged, and answers.  A forked child would take
@@ -54,9 +54,9 @@ class Watchdog:
     def start(self) -> None:
         """Begin to ping.  Call this when the program serves, because it may fork before.
 
-        The first ping comes at once, and the loop answers before it takes its first connection:
-        only a worker that has answered once is watched, and a bad release may get stuck with its
-        first client.
+        The first ping comes at once, so that the loop answers before it takes its first connection.
+        The protector watches only a worker that has answered once, and a bad release may get stuck
+        with its first client.
         """
         os.write(self._write_fd, b"\0")
         threading.Thread(target=self._ping, name="watchdog", daemon=True).start()

@@ -40,7 +40,7 @@ ENV_DRAIN_SPREAD = "SOCKETPROTECTOR_DRAIN_SPREAD"
 ENV_STOP_SPREAD = "SOCKETPROTECTOR_STOP_SPREAD"
 #: In a child that a worker has forked to share its memory: its number, from 0.
 ENV_CHILD = "SOCKETPROTECTOR_CHILD"
-#: 1 if each line of the output is to say who wrote it.
+#: 1 if each line of output must name the process that wrote it.
 ENV_LOG_PREFIX = "SOCKETPROTECTOR_LOG_PREFIX"
 ENV_NOTIFY = "NOTIFY_SOCKET"
 
@@ -57,7 +57,7 @@ BOARD_SPREADS = 4
 #: Written by the protector when the worker must drain: the time by which its connections should
 #: have ended, in CLOCK_MONOTONIC ns.  0: as its environment says.
 BOARD_SPREAD_UNTIL = 5
-#: That time if the worker should end no connection.
+#: The value of BOARD_SPREAD_UNTIL if the worker should end no connection.
 SPREAD_NEVER = 2**64 - 1
 #: The words of a worker that forks children which take connections: the slot of the first child's
 #: record, and how many such records there are.  These slots follow those of the workers.

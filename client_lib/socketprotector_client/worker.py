@@ -38,7 +38,7 @@ DEFAULT_BACKLOG = 4096
 
 _log = Logger(__name__)
 _made: List[Worker] = []
-# Two Workers would both close the descriptor of the scoreboard, the second perhaps another file.
+# Two Workers would both close the scoreboard's descriptor, and the second might close another file.
 _making = threading.RLock()
 # A child that is forked meanwhile would wait for ever for the lock.
 os.register_at_fork(
@@ -68,7 +68,7 @@ class Worker:
         self.is_lent = False
         #: Listening sockets shared with other processes (`--handoff listener`).
         self.passed = environment.passed
-        #: Among the forked children of a SocketServer: this one's seat.
+        #: In a forked child of a SocketServer: the child's seat.
         self.seat: Optional[Seat] = None
         #: In such a child, without a protector: the queue of the SocketServer.
         self.shared: Optional[Channel] = None
@@ -108,12 +108,12 @@ class Worker:
 
     @property
     def has_retired(self) -> bool:
-        """Whether the protector has ended the RETURN line: other workers take what still waits."""
+        """Whether the protector has ended the RETURN line: others take the queued connections."""
         return self._return_line is not None and has_ended(self._return_line)
 
     @property
     def _outlives_parent(self) -> bool:
-        """Whether connections come, also to a forked child, when the parent has ended.
+        """Whether a forked child still gets connections when its parent has ended.
 
         Without a protector the queue ends with the parent, and the children serve it to its end.
         """
@@ -156,7 +156,7 @@ class Worker:
         if first != address:
             _log.warning(
                 "clients of %s and %s can reach either: under a protector they share one queue; "
-                "use one listener, and ask client.listener",
+                "use one listener, and read client.listener",
                 first,
                 address,
             )
@@ -170,7 +170,7 @@ class Worker:
     def _open(self, source: Source, limit: Optional[int]) -> Intake:
         intake = Intake(source, self.drain, limit, self.listener_by_fd, self.board, self.spread)
         if self._return_line is not None:
-            # Only the end of the line counts.  A later protector may send messages on it, which
+            # Only the end of the line counts.  A newer protector may send messages on it, which
             # only the parent reads.
             intake.drain_at_end_of(self._return_line.fileno())
         if self.seat is not None and self._outlives_parent:
@@ -214,7 +214,7 @@ class Worker:
         notify("READY=1", *([wire.RETIRES_ON_RETURN] if can_retire else []))
 
     def take_seat(self, seats: Seats, number: int) -> None:
-        """Become one of the children of a SocketServer: they count, and have a watchdog, each."""
+        """Become a child of a SocketServer, with a record and a watchdog of its own."""
         os.environ[wire.ENV_CHILD] = str(number)
         self.board.begin_child(number)
         self.seat = seats.take(number, self.board.leave)

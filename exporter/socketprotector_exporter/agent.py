@@ -4,7 +4,7 @@ HAProxy connects and sends the name of an instance (`agent-send "web\\n"`).  The
 one line, and closes the connection:
 
     up 100%         the instance is ready; also during a hold, after which its clients are served
-    up ready 100%   the same, and end a drain; see below
+    up ready 100%   the same; and HAProxy ends a drain, see below
     up drain        the instance is a lame duck: no new clients, but present ones stay
     down #WORD      the instance does not serve; the word is its phase
 
@@ -16,8 +16,8 @@ undoes an operator's `set server ... state maint`.  So the agent sends `ready` f
 The minute begins with the agent's first `ready` after a drain or a restart of the instance.  After
 a restart of the exporter, each instance gets such a minute: earlier answers are then unknown.
 
-The answer has no weight by load, which leastconn notices sooner.  It has no last words, because
-anyone may read HAProxy's page.
+The answer has no weight by load, because HAProxy's leastconn notices load sooner.  The answer has
+no last words of workers, because anyone may read HAProxy's page.
 
 Source: HAProxy 2.6, configuration manual, 5.2, "agent-check" and "agent-send".
 """
@@ -84,7 +84,7 @@ class Agent(BoundedServer):
         super().__init__(address, _Handler)
 
     def answer(self, name: str) -> str:
-        """Return the line for the instance with this name; empty if it does not answer."""
+        """Return the line for the instance with this name; "" if the instance does not answer."""
         found = [each for _, each in self._instances.query_one(name)]
         if len(found) != 1 or found[0] is None or found[0].result is None:
             return ""

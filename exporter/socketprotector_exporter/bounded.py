@@ -69,7 +69,7 @@ class BoundedServer(ThreadingMixIn, TCPServer):
         return request, address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Find a place for a connection, perhaps by closing another; return whether it got one."""
+        """Return whether the connection got a place, perhaps by closing another connection."""
         if not self._free.acquire(blocking=False) and not self._takes_a_place():
             return False
         self.await_client(request)

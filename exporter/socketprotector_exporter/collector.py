@@ -59,7 +59,7 @@ class ProtectorCollector(Collector):
         self._metrics = Joined(lambda _: self._collect())
         self._all = Joined(lambda _: self._query())
         self._one = Joined(lambda path: query_all([path], within_s=ANSWER_S)[0])
-        self._closed: frozenset[str] = frozenset()  # control sockets that this user may not use
+        self._denied: frozenset[str] = frozenset()  # control sockets that this user may not use
 
     def collect(self) -> list[Metric]:
         """Query the instances, and return their answers as metrics."""
@@ -117,7 +117,7 @@ class ProtectorCollector(Collector):
         paths = self._paths if self._names or self._paths else discovery.sockets()
         named = discovery.paths_by_name(self._names)
         found = query_all([*filter(None, named), *paths], within_s=ANSWER_S)
-        self._name_closed({each.path for each in found if each.why == "denied"})
+        self._report_denied({each.path for each in found if each.why == "denied"})
         by_path = {each.path: each for each in found}
         others = [by_path[path] for path in paths]
         chosen = list(map(_label, self._names))
@@ -126,9 +126,9 @@ class ProtectorCollector(Collector):
             *zip(labels(others, chosen), others, strict=True),
         ]
 
-    def _name_closed(self, paths: set[str]) -> None:
-        """Write a line for each instance that denies this user, the first time."""
-        before, self._closed = self._closed, frozenset(paths)
+    def _report_denied(self, paths: set[str]) -> None:
+        """Write a line for each instance that denies access to this user and did not before."""
+        before, self._denied = self._denied, frozenset(paths)
         for path in sorted(paths - before):
             text = (
                 f"{path}: permission denied; start that instance with --status-group, or, if it "

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from socketprotector.ctl.api import SystemRefused
 
-#: How long the end waits for the start to make a file.  connect() to a stale socket file can hang.
+#: How long a signal waits while the start makes a file.  connect() to a stale socket file can hang.
 _MAKING_S = 1.0
 
 

@@ -84,7 +84,7 @@ class _TooLong(OSError):
 
 
 class _Head(io.RawIOBase):
-    """A bounded reader of a request's head; http.server would read 6 MB, before any token."""
+    """Reads a request's head up to a limit; http.server would read 6 MB before any token check."""
 
     def __init__(self, request: Any) -> None:
         self._request = request

@@ -35,20 +35,20 @@ class Joined(Generic[_T]):
             before = self._runs.get(key)
             run = before.next if before is not None else None
             if run is None:
-                run, leads = _Run[_T](), True
+                run, is_maker = _Run[_T](), True
                 if before is None:
                     self._runs[key] = run
                 else:
                     before.next = run
             else:
-                leads = False
-        if leads:
+                is_maker = False
+        if is_maker:
             if before is not None:
                 before.exception()  # waits for its end
-            self._lead(key, run)
+            self._make_answer(key, run)
         return run.result()
 
-    def _lead(self, key: str, run: _Run[_T]) -> None:
+    def _make_answer(self, key: str, run: _Run[_T]) -> None:
         try:
             result, error = self._make(key), None
         except BaseException as raised:

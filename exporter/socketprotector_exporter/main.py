@@ -163,14 +163,14 @@ def _command(**given: Any) -> int:
             f"{missing.replace('_', '-')} is not installed; pip install 'socketprotector[{extra}]'"
         ) from error
     address = _address("--listen", given["listen"])
-    ask_at = None if given["agent"] is None else _address("--agent", given["agent"])
+    agent_address = None if given["agent"] is None else _address("--agent", given["agent"])
     tls = _tls(given["tls_cert"], given["tls_key"])
     if given["token"] is not None:
         _check_token(given["token"], given["listen"], address[0], tls)
     # Without duplicates: a repeated name would make two series with the same labels.
     names, paths = tuple(dict.fromkeys(given["name"])), tuple(dict.fromkeys(given["control"]))
     instances = ProtectorCollector(names, paths)
-    with suppress(AttributeError):  # set, because glibc raises the limit at each large free()
+    with suppress(AttributeError):  # otherwise glibc would raise the limit at each large free()
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
     with ExitStack() as opened:
         page = None
@@ -190,9 +190,9 @@ def _command(**given: Any) -> int:
             server = opened.enter_context(Server(address, instances, tls, given["token"]))
         except OSError as error:
             raise SystemRefused(f"--listen {given['listen']}: {error.strerror}") from error
-        if ask_at is not None:
+        if agent_address is not None:
             try:
-                agent = opened.enter_context(Agent(ask_at, instances))
+                agent = opened.enter_context(Agent(agent_address, instances))
             except OSError as error:
                 raise SystemRefused(f"--agent {given['agent']}: {error.strerror}") from error
             start_thread("agent", agent.serve_forever)
@@ -277,12 +277,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(text: str) -> None:
     # In one write, because several threads print.
-    with suppress(OSError):  # the reader of stderr has exited; the page and metrics have others
+    with suppress(OSError):  # the reader of stderr has exited; keep serving the page and metrics
         print(f"{NAME}: {escape(text)}\n", end="", file=sys.stderr, flush=True)
 
 
 def _remove_file(page: Page) -> None:
-    """Remove the page's file at the end; report it if that fails, unless the report would wait."""
+    """Remove the page's file at the end; report a failure, unless writing to stderr would block."""
     try:
         page.remove_file()
     except OSError as error:

@@ -26,7 +26,7 @@ from socketprotector.ctl.api import (
     measure,
     rollout_of,
     serves,
-    standing_dry_run,
+    valid_dry_run,
 )
 
 from .counters import BUCKETS, RESULTS, Counters
@@ -35,14 +35,14 @@ PHASES = ("starting", "serving", "reloading", "settling", "stopping", "waiting")
 GENERATION_PHASES = ("starting", "settling", "serving", "draining", "abandoned")
 STAGES = ("starting", "share", "all", "settling", "replacing")
 STATES = ("starting", "ready", "retiring", "orphaned", "waiting")
-#: Phases without connections: in them an unknown count is no gap.
+#: Phases in which a generation has no connections, so that its unknown count is no gap in a sum.
 _WITHOUT_CONNECTIONS = ("starting", "abandoned")
 _INSTANCE = "instance"
 #: The buckets' upper bounds in seconds; the last bucket has none.
 _BOUNDS = [*(str(2**n / 1_000_000) for n in range(BUCKETS - 1)), "+Inf"]
 
 
-#: Kind, name, meaning, labels beside `instance`.
+#: Kind, name, meaning, labels besides `instance`.
 _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Gauge, "up", "1 if the instance answered"),
     (Info, "build", "`version` of the protector."),
@@ -138,7 +138,7 @@ class MetricSet:
         self._put("up", instance, 0.0)
 
     def add(self, instance: str, status: Status, totals: Counters) -> None:
-        """Add an instance's samples; none if its status is malformed: others must stay valid."""
+        """Add an instance's samples; if its status is malformed, add the instance as silent."""
         before = {name: len(family.samples) for name, family in self._families.items()}
         try:
             totals.see(status)
@@ -162,7 +162,7 @@ class MetricSet:
         if totals.last_result is not None:
             succeeded = float(totals.last_result == "reloaded")
             self._put("last_reload_successful", instance, succeeded)
-        if (dry_run := standing_dry_run(status)) is not None:
+        if (dry_run := valid_dry_run(status)) is not None:
             passed = float(label(dry_run, "result") == "passed")
             self._put("last_dry_run_successful", instance, passed)
         success = "last_reload_success_timestamp_seconds"
@@ -252,7 +252,7 @@ class MetricSet:
 
 
 def _sum(generations: Iterable[Status], name: str) -> float | None:
-    """Return the sum over the generations; None if one is unknown, or without any."""
+    """Return the sum over the generations; None if a value is unknown, or if there is no value."""
     total = None
     for each in generations:
         value = measure(each, name)

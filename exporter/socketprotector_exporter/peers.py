@@ -1,9 +1,9 @@
 """Polls the exporters of other hosts for their metrics, while the page has a viewer.
 
-A host that is stuck, or sends without end, delays no other host: none waits for another.  The cost
-is bounded: every TURN_S, AT_ONCE polls begin; a host is polled at most every EVERY_S, and a poll
-takes at most ANSWER_S.  So at most AT_ONCE * ANSWER_S / TURN_S polls run at a time.  That number is
-small because asyncio's TLS takes 256 KiB for a connection.
+A host that is stuck, or sends without end, delays no other host, because each poll is a task of its
+own.  The cost is bounded: every TURN_S, at most AT_ONCE polls begin; a host is polled at most every
+EVERY_S, and a poll takes at most ANSWER_S.  So at most AT_ONCE * ANSWER_S / TURN_S polls run at a
+time.  This number must be small, because asyncio's TLS takes 256 KiB for each connection.
 
 Source: RFC 9110, 9112; docs.openssl.org, X509_STORE_CTX_get_error.
 """
@@ -58,7 +58,7 @@ class Files:
     token: str | None = None
 
     def stamp(self) -> tuple[object, ...]:
-        """Return a value that differs once a file has changed."""
+        """Return a value that changes when one of the files changes."""
         return tuple(map(_stamp, filter(None, (self.peers, self.ca, self.token))))
 
     def read(self) -> Plan:
@@ -108,7 +108,7 @@ class Peers:
     def __init__(self, files: Files, say: Callable[[str], None]) -> None:
         """Read the files.  Raises UsageError.
 
-        say: called with one line when the files become wrong later; the earlier hosts then stay.
+        say: called with one line if a later change makes a file invalid; the earlier hosts stay.
         """
         self._files, self._say = files, say
         self._stamp = files.stamp()
@@ -121,31 +121,31 @@ class Peers:
         """All hosts, in the order of the file."""
         return list(self._hosts.values())
 
-    async def run(self, looked: asyncio.Event, tell: Callable[[Iterable[Host]], None]) -> None:
+    async def run(self, has_viewer: asyncio.Event, tell: Callable[[Iterable[Host]], None]) -> None:
         """Poll the hosts while there is a viewer, until cancelled.
 
-        looked: set while there is a viewer.
-        tell: called with hosts that may have changed, and when the file has other hosts.
+        has_viewer: set while there is a viewer.
+        tell: called with hosts that may have changed, and after a change of the file's hosts.
         """
         while True:
-            await looked.wait()
-            async with asyncio.TaskGroup() as asks:
-                await self._ask_all(asks, looked, tell)
+            await has_viewer.wait()
+            async with asyncio.TaskGroup() as polls:
+                await self._poll_all(polls, has_viewer, tell)
             self._names.forget()
             for host in self.hosts:
                 host.forget()
             tell(self.hosts)
 
-    async def _ask_all(
+    async def _poll_all(
         self,
-        asks: asyncio.TaskGroup,
-        looked: asyncio.Event,
+        polls: asyncio.TaskGroup,
+        has_viewer: asyncio.Event,
         tell: Callable[[Iterable[Host]], None],
     ) -> None:
         waiting: deque[Peer] = deque()
         heard: list[Host] = []
         due = 0.0
-        while looked.is_set():
+        while has_viewer.is_set():
             waiting.extendleft(self._read_again())
             if not waiting and time.monotonic() >= due:
                 waiting.extend(self._hosts)
@@ -154,7 +154,7 @@ class Peers:
                 for _ in range(min(AT_ONCE, len(waiting))):
                     peer = waiting.popleft()
                     if peer in self._hosts:  # otherwise it is no longer in the file
-                        asks.create_task(self._ask(peer, self._hosts[peer], heard))
+                        polls.create_task(self._poll(peer, self._hosts[peer], heard))
                 await asyncio.sleep(TURN_S)
             tell(heard)
             heard.clear()
@@ -168,13 +168,13 @@ class Peers:
         try:
             self._plan = self._files.read()
         except UsageError as error:
-            self._say(f"{error}; until then everything stays as it was")
+            self._say(f"{error}; until this is fixed, the earlier hosts stay")
             return []
         known = self._hosts
         self._hosts = {peer: known.get(peer) or Host(peer.name) for peer in self._plan.peers}
         return [peer for peer in self._hosts if peer not in known]
 
-    async def _ask(self, peer: Peer, host: Host, heard: list[Host]) -> None:
+    async def _poll(self, peer: Peer, host: Host, heard: list[Host]) -> None:
         scan = Scan()
         try:
             async with asyncio.timeout(ANSWER_S):

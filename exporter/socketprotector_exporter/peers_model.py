@@ -71,7 +71,7 @@ class Sampled:
 
     @property
     def state(self) -> str:
-        """The most serious of STATES that holds."""
+        """The first of STATES, the worst first, that applies."""
         value = self.values.get
         if value("up") != 1:
             return "no answer"

@@ -30,7 +30,7 @@ def read_token(option: str, file: str) -> str:
     except OSError as error:
         raise UsageError(f"{said}: {error.strerror}") from error
     if not stat.S_ISREG(mode):
-        raise UsageError(f"{said}: no regular file; the exporter reads it again later")
+        raise UsageError(f"{said}: not a regular file; the exporter must be able to read it again")
     if mode & stat.S_IRWXO:
         raise UsageError(f"{said}: every user may open it; chmod o= {file}")
     if len(words) != 1 or _TOKEN.fullmatch(words[0]) is None:

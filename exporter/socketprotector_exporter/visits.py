@@ -88,7 +88,7 @@ class Visits:
             self._waited_for[visit] = loop.call_later(HEAD_S, visit.transport.abort)
 
     def note_request(self, visit: _Visit) -> None:
-        """Record that a connection has its request, or waits no more."""
+        """Record that a connection has its request, or no longer waits for one."""
         if (timer := self._waited_for.pop(visit, None)) is not None:
             timer.cancel()
 
@@ -110,7 +110,7 @@ class _Heads(h11.Connection):
         self.has_body = False
 
     def next_event(self) -> Any:
-        """Return the next event, but none of a body: parsing small chunks costs much time."""
+        """Return the next event, except a body's: parsing small chunks would cost much time."""
         if self.has_body:
             return h11.NEED_DATA
         event = super().next_event()

@@ -220,7 +220,7 @@ def _bind_tcp(address: str) -> socket.socket:
     made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     with on_error(made.close):
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit this option, so that a sleeping viewer frees its place at some time.
+        # Connections inherit this option, so that a viewer whose machine sleeps loses its place.
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
         made.bind((host, int(port)))
         made.listen(_BACKLOG)

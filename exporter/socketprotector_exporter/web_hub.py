@@ -53,9 +53,9 @@ EVENTS = 200
 _GATHER_S = 0.1
 #: The interval of empty messages, by which both sides notice a dead connection.
 _BEAT_S = 15.0
-#: The read buffer for an instance; asyncio reads twice as much ahead.
+#: The read buffer for an instance; asyncio reads up to twice as many bytes ahead.
 _UNREAD_BYTES = 64 * 1024
-#: Instances at a time for a new viewer.
+#: How many instances a new viewer gets in one message.
 _PART = 8
 
 _EVENTS_PLEASE = json.dumps({"v": VERSION, "id": "events", "command": "events"}).encode() + b"\n"
@@ -99,7 +99,7 @@ class Hub:
         self._ticked = 0
         self._events: deque[tuple[int, bytes]] = deque(maxlen=EVENTS)
         self._viewers: set[asyncio.Event] = set()
-        self._looked = asyncio.Event()  # set while there is a viewer
+        self._has_viewer = asyncio.Event()  # set while there is a viewer
         if peers is not None:
             self._show_hosts(peers.hosts)
 
@@ -112,7 +112,7 @@ class Hub:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._tick())
             if self._peers is not None:
-                tasks.create_task(self._peers.run(self._looked, self._show_hosts))
+                tasks.create_task(self._peers.run(self._has_viewer, self._show_hosts))
             while True:
                 self._follow(await asyncio.to_thread(self._find), tasks)
                 await asyncio.sleep(_LOOK_FOR_S)
@@ -122,13 +122,13 @@ class Hub:
         """Count one more viewer.  Yields an event that is set when there are changes."""
         news = asyncio.Event()
         self._viewers.add(news)
-        self._looked.set()
+        self._has_viewer.set()
         try:
             yield news
         finally:
             self._viewers.discard(news)
             if not self._viewers:
-                self._looked.clear()
+                self._has_viewer.clear()
 
     async def watch(self, news: asyncio.Event) -> AsyncIterator[bytes]:
         """Yield server-sent events for a viewer: the whole state, then the changes."""

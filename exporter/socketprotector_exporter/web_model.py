@@ -23,10 +23,10 @@ from socketprotector.ctl.api import (
     quantile_us,
     rollout_text,
     share_of,
-    standing_dry_run,
     text,
     text_in,
     unhealthy,
+    valid_dry_run,
 )
 
 from .web_series import SPARKLINES, History, Key, Window, key_of, rounded
@@ -37,7 +37,7 @@ CELLS = 96
 #: The ending generations that are drawn; older ones are only counted, to keep a card short.
 ENDING_LANES = 4
 _ENDING = ("draining", "abandoned")
-#: The number of named workers among all that keep a draining generation alive.
+#: How many of the workers that keep a draining generation alive are named.
 _NAMED = 4
 _MOST_WARNINGS, _WARNING_CHARACTERS = 10, 500
 _PHASES = ("starting", "settling", "serving", "draining", "abandoned")
@@ -74,7 +74,7 @@ class Instance:
     def lost(self, why: str, *, has_socket: bool = True) -> None:
         """Record that the instance does not answer; its last status stays shown.
 
-        has_socket: whether the socket's file exists.  A stop removes it, usually; a kill leaves it.
+        has_socket: whether the socket's file exists.  Usually a stop removes it; a kill does not.
         """
         if not has_socket and self._shown and self.why in ("", "gone"):
             self._stopped = True
@@ -253,8 +253,8 @@ def _shown_lanes(lanes: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _tried(status: Status) -> dict[str, Any] | None:
-    """Return the result of the last dry run, until a reload follows."""
-    dry_run = standing_dry_run(status)
+    """Return the result of the last dry run; None if a reload has begun since."""
+    dry_run = valid_dry_run(status)
     if dry_run is None:
         return None
     return {**verdict_of(dry_run), "passed": label(dry_run, "result") == "passed"}
@@ -289,7 +289,7 @@ def _notes_of_generations(status: Status) -> dict[int, tuple[str, str]]:
 
 
 def _share_note(status: Status, generation: int) -> str:
-    """Return a generation's share of new connections, if it is neither none nor all; or ""."""
+    """Return a generation's share of new connections; "" if the share is unknown, none or all."""
     share = share_of(status, generation)
     return f"{share:.4g}% of new connections" if share and share < 100 else ""
 
@@ -343,7 +343,7 @@ def _notes(status: Status) -> list[str]:
 
 
 def _warnings(status: Status) -> list[str]:
-    """Return the warnings about the settings, as at the start."""
+    """Return the warnings about the settings, which were also shown at the start."""
     found = status.get("warnings")
     texts = [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
     more = len(texts) - _MOST_WARNINGS
@@ -382,7 +382,7 @@ def _cell(worker: Status) -> list[Any]:
 
 
 def _keeps_alive(worker: Status) -> bool:
-    # A worker with an unknown count, or with processes that outlive it, may also keep it alive.
+    # A worker with an unknown count, or with processes that outlive the worker, may do so, too.
     return measure(worker, "active") != 0.0
 
 
@@ -395,6 +395,6 @@ def _keeper(worker: Status) -> str:
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
-    """Return the sum; None if a value is unknown, or without values."""
+    """Return the sum; None if a value is unknown, or if there are no values."""
     found = list(values)
     return sum(found) if found and None not in found else None  # type: ignore[arg-type]

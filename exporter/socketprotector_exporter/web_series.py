@@ -23,7 +23,7 @@ POINTS = 120
 SPARKLINES = ("rate", "active", "p99")
 _BUCKETS = 32
 
-#: Number and opening time of a generation; another protector's numbers begin at 1 again.
+#: Number and opening time of a generation.  With a new protector, numbers begin at 1 again.
 Key = tuple[float, float]
 
 
@@ -99,7 +99,7 @@ class Window:
         self._samples.clear()
 
     def see(self, status: Status, at: float) -> None:
-        """Add a status of this time."""
+        """Add the status of the time `at`."""
         sample = _sample(status, at)
         if self._samples and _went_back(self._samples[-1], sample):
             self.clear()  # another protector's counts

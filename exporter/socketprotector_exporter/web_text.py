@@ -11,7 +11,7 @@ from typing import Any
 from socketprotector.ctl.api import Status, label, measure, number_in, text, text_in
 
 _LINE_CHARACTERS = 240
-#: The shown end of last words, which has the reason.
+#: How many of the last characters of last words are shown; the reason is at the end.
 _WORDS_CHARACTERS = 4000
 #: The most generations, listeners or waits on the page, because drawing each takes time.
 _MEMBERS = 64

@@ -30,9 +30,9 @@ from .fields import (
     rollout_text,
     serves,
     share_of,
-    standing_dry_run,
     text_in,
     unhealthy,
+    valid_dry_run,
     why_not_ready,
 )
 from .message import message_in
@@ -72,10 +72,10 @@ __all__ = [
     "rollout_text",
     "serves",
     "share_of",
-    "standing_dry_run",
     "text",
     "text_in",
     "unhealthy",
+    "valid_dry_run",
     "whole",
     "why_not_ready",
 ]

@@ -30,9 +30,9 @@ NAME = "socketprotectorctl"
 _COMMAND = re.compile(
     rf"`(?:{NAME} )?((?:{'|'.join({*sum(GROUPS.values(), ())} - {'list', 'completion'})})\b[^`]*)`"
 )
-#: Begins each printed line of a worker's last words (the last lines of a failed worker's output).
-#: with_instance() leaves lines with this beginning unchanged.  quoted() of reload.py must begin its
-#: lines with the same text.
+#: The prefix of each printed line of a worker's last words (the last lines of a failed worker's
+#: output).  with_instance() leaves lines with this prefix unchanged.  quoted() of reload.py must
+#: use the same prefix.
 _QUOTED = "  | "
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -38,11 +38,11 @@ ANSWER_S = 10.0
 #: protector dies again and again, the guard waits longer before each further start.
 RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
-#: A longer line is not read.  The status of 1,900 workers takes 1.3 MB during a reload.  A STATUS
-#: text adds up to 500 bytes for each worker, or 3,000 if it is not ASCII.
+#: The most bytes of a line; a longer line is an error.  The status of 1,900 workers takes 1.3 MB
+#: during a reload.  A worker's STATUS= text adds up to 500 bytes, or 3,000 if it is not ASCII.
 LONGEST_LINE = 4 * 1024 * 1024
-#: The most events, and the most bytes of events, that answer() buffers: more than the lines that a
-#: protector buffers for a client, and that the kernel buffers.  Most lines have 100 bytes or more.
+#: answer() buffers at most this many events, and this many bytes of events.  A protector and the
+#: kernel together buffer less for one client.  (Most events have 100 bytes or more.)
 _MOST_EVENTS, _MOST_EVENT_BYTES = 20_000, 2 * 1024 * 1024
 #: The size of sun_path without the final zero byte (unix(7)).
 _LONGEST_PATH = 107

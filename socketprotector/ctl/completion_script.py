@@ -1,8 +1,8 @@
 """Makes the scripts by which bash, zsh and fish complete command lines, from click's scripts.
 
-click's scripts complete no `--name=WORD`.  bash also breaks words at `:`, so click's script for
+click's scripts do not complete `--name=WORD`.  bash also splits words at `:`, so click's script for
 bash completes nothing after `--name web:8000`.  In fish, click's script ends descriptions at a
-comma.  The changes below correct that.
+comma.  _CHANGES corrects these three faults.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import click
 from click.shell_completion import ShellComplete, get_completion_class
 
-#: By shell: parts of click's script, and what replaces each part.  In the scripts, `option` is
-#: `--name=` if the word to complete begins with that.
+#: Shell -> parts of click's script, and what replaces each part.  In the scripts, `option` is
+#: `--name=` if the word to complete begins with `--name=`.
 _CHANGES = {
     "bash": {
         "local response\n": """local response type value
-    # The line as it was typed: COMP_WORDS would be broken at = and :.
+    # The line as typed: bash has split COMP_WORDS at = and :.
     local line=${COMP_LINE:0:COMP_POINT}
     local word=${line##*[[:blank:]]} option=
     [[ $word == --*=* ]] && option=${word%%=*}=
@@ -43,9 +43,10 @@ SHELLS = tuple(_CHANGES)
 
 
 def make(shell: str, program: click.Command, name: str) -> str:
-    """Return a shell's script that completes command lines of a program, by running the program.
+    """Return the script that a shell needs to complete command lines of a program.
 
-    program: any click command; name: the program's name.
+    The script calls the program `name`, which computes the completions.
+    program: any click command.
     """
     variable = f"_{name.replace('-', '_')}_COMPLETE".upper()
     shell_class = get_completion_class(shell)

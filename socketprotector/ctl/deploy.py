@@ -1,6 +1,6 @@
 """The commands deploy, rollback and releases.
 
-deploy and releases need a protector with --releases.  Without --releases, rollback only ends a
+deploy and releases need a protector with --releases.  Without --releases, rollback can only end a
 reload.
 
 `current` is the symbolic link that the protector's option --current names.  The link leads to the

@@ -128,7 +128,7 @@ def _with_key(name: str, found: Sequence[str]) -> tuple[list[str], list[str], st
     A socket's key is the protector's name as it is written in the socket's path.
     with_key: the paths of the sockets with the name's key.
     listening: the paths in with_key where a process listens.
-    The certain match: the only path in `listening`; "" if there is not exactly one path.
+    The certain match: the only path in `listening`; "" if `listening` has no or several paths.
     The certain match is also "" if some socket's key is NAME:PORT or NAME:ADDRESS.  A protector
     called NAME gets such a key if another protector has the key NAME (docs/control.md).  So several
     protectors may be called NAME.
@@ -178,8 +178,8 @@ def names_with_prefix(prefix: str) -> list[str]:
 def names(found: Sequence[SocketAnswer]) -> list[str]:
     """Return a name for each protector.
 
-    The name is NAME.  If several protectors share NAME, the name is NAME:PORT, or NAME:ADDRESS if
-    they share NAME:PORT, too.
+    Normally this is NAME, the name in the protector's status.  If several protectors share NAME,
+    each is called NAME:PORT, or NAME:ADDRESS if they share NAME:PORT, too.
     If a protector does not answer, NAME is the name in its socket's path.
     Exceptions: a protector without a listener, and the protector whose socket is in NAME's folder
     (docs/control.md), are always called NAME.  Any process can claim NAME in its status, but only

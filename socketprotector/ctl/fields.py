@@ -69,8 +69,8 @@ def why_not_ready(status: Status) -> str:
     return "" if serves(status) else text_in(status, "phase") or "no generation is serving"
 
 
-def standing_dry_run(status: Status) -> Status | None:
-    """Return the last dry run, if it has ended and no reload has begun after it; otherwise None."""
+def valid_dry_run(status: Status) -> Status | None:
+    """Return the last dry run; None if it has not ended, or if a reload has begun after it."""
     dry_run = status.get("dry_run")
     if not isinstance(dry_run, dict) or label(dry_run, "result") not in ("passed", "failed"):
         return None
@@ -207,8 +207,9 @@ def other_waits_of(status: Status) -> list[Wait]:
 def failing(generation: Status) -> str:
     """Return why a generation's first programs failed, and the last line that they printed.
 
-    Returns "" if none failed, or once a program has worked.  First programs exist only under
-    --handoff stdio: they are the programs that run before one has worked (docs/stdio.md).
+    Under --handoff stdio, a generation's first programs are those that start before any program has
+    ended with status 0, sent something or run for 10 s (docs/stdio.md).  Returns "" if none of them
+    failed, once such a program exists, and in other modes.
     """
     found = generation.get("first_programs")
     if not isinstance(found, dict):

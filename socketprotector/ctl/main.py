@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.  arguments: if None, sys.argv[1:]."""
     open_missing_standard_streams()
     if isinstance(sys.stdout, TextIOWrapper):
-        # main()'s caller may have put a pipe in place of a regular file at descriptor 1.  Python
-        # still takes sys.stdout for seekable, so reconfigure() seeks, and the pipe refuses that.
+        # main()'s caller may have replaced a regular file at descriptor 1 by a pipe.  Python still
+        # treats sys.stdout as seekable, so reconfigure() tries to seek, which fails on a pipe.
         with suppress(OSError):
             # A worker's output may have characters that the locale's encoding lacks.
             sys.stdout.reconfigure(errors="backslashreplace")

@@ -149,8 +149,8 @@ def promote(instance: Instance, now: bool, as_json: bool) -> None:
     """End the current stage of a rollout.
 
     After a canary's stage, the new generation gets all new clients. After the stage of --settle,
-    the new generation is serving. In a rolling reload, the remaining old workers are replaced
-    before that.
+    the new generation is serving. Exception: in a rolling reload, SocketProtector first replaces
+    the remaining old workers.
 
     With --now the new generation skips all stages and is serving at once.
     """

@@ -16,9 +16,8 @@ from .errors import NoProtector, RequestRefused
 
 #: The default timeout for all answers.  A socket without an answer by then counts as silent.
 _ALL_ANSWERS_S = 0.8
-#: The limit for all incomplete answers together.  Above this limit, query_all() closes the
-#: connection with the longest incomplete answer.  So several protectors may send an answer of
-#: almost LONGEST_LINE at once.
+#: The most bytes of all incomplete answers together: enough for four answers of LONGEST_LINE.
+#: Above this limit, query_all() closes the connection with the longest incomplete answer.
 _MOST_BYTES = 4 * LONGEST_LINE
 
 

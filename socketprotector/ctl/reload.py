@@ -204,7 +204,7 @@ def _count_losses(operation: Operation) -> Message:
     try:
         after = operation.client.request("status")
         while operation.next_event(0.0) is not None:
-            pass  # next_event() tells operation.losses how many connections the workers lost
+            pass  # next_event() passes each event to operation.losses, which counts the losses
     except ControlError:
         return {}
     operation.outcome["lost"] = operation.losses.count(after)
@@ -216,7 +216,8 @@ def _request_reload(client: Client, before: Message, arguments: dict[str, Any]) 
 
     If the connection is cut, request the status.  If a reload has begun since the status `before`,
     our request has arrived; otherwise repeat the request.  Exception: if `before` has the phase
-    `reloading` or `waiting`, always repeat it: a new reload may belong to an earlier request.
+    `reloading` or `waiting`, always repeat the request: a reload that has begun since then may
+    belong to an earlier request.
     """
     dry_run = "dry_run" in arguments
     if dry_run and "dry_run" not in before:
@@ -345,7 +346,7 @@ def _raise_failed(operation: Operation, found: Verdict, failure: str) -> None:
         status = {}
     route = status.get("route")
     if isinstance(route, int) and status.get("phase") != "stopping":
-        still = "still " if route < found.generation else ""  # a rescue is newer
+        still = "still " if route < found.generation else ""  # a rescue generation is newer
         text += f"; generation {route} is {still}serving"
     raise NewVersionFailed(text + quoted(last_words))
 

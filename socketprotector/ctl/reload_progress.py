@@ -186,7 +186,7 @@ class Reload(Awaited):
                 self._show_switch(number)
 
     def on_status(self, status: Message) -> None:
-        """Process a status, which also reports what missed events would have reported."""
+        """Process a status, which also reports the facts of events that we have missed."""
         super().on_status(status)
         self._phase = str(status.get("phase"))
         if self.verdict is not None:
@@ -222,8 +222,8 @@ class Reload(Awaited):
                 else:
                     self._show_share(number)
         # Once we have shown which generation is starting, hide waits of kind `earlier-reload`: the
-        # user already knows what our reload waits for.  In such a wait, either a later reload waits
-        # for our generation, or our reload waits for the restart of the old version.
+        # user already knows what our reload waits for.  Such a wait now means that a later reload
+        # waits for our generation, or that our reload waits for the restart of the old version.
         kinds = [
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]
@@ -344,9 +344,9 @@ class Losses:
         """
         before = self._before
         by_protector = measure(before, "lost"), measure(after, "lost")
-        # Under --handoff listener, the number is unknown: the protector's `lost` is None.  After an
-        # upgrade or crash, which increases `restarts`, it is unknown because we may have missed
-        # events.
+        # The number is unknown under --handoff listener, because the protector's `lost` is None.
+        # The number is also unknown after an upgrade or crash, because we may have missed events.
+        # Both increase `restarts`.
         if None in by_protector or before.get("restarts") != after.get("restarts"):
             return None
         counted = [*listed(before, "generations"), *listed(after, "generations")]

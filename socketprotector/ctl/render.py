@@ -154,7 +154,7 @@ def line(*parts: Cell) -> Text:
 
 def console() -> Console:
     """Return the console of stdout."""
-    # A size of 0 means that it is unknown, but rich would show nothing.
+    # COLUMNS=0 or LINES=0 means an unknown size, but rich would take 0 literally and show nothing.
     unknown = (("COLUMNS", "0"), ("LINES", "0"))
     environment = {k: v for k, v in os.environ.items() if (k, v) not in unknown}
     return Console(highlight=False, markup=False, emoji=False, _environ=environment)

@@ -255,7 +255,7 @@ def _unknown_columns(status: Message, messages: Sequence[Message]) -> dict[str, 
 
     messages: the generations or workers of the rows.
     If SocketProtector, not the workers, accepts the clients, keep all columns until a worker is
-    ready: only then do we see which fields stay unknown.
+    ready: before that, we cannot see which fields stay unknown.
     """
     begun = any(each.get("state") in ("ready", "retiring") for each in _workers_of(status))
     if not messages or not (begun or _workers_accept(status)):

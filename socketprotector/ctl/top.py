@@ -98,7 +98,7 @@ def top(instance: Instance, interval: float, as_json: bool) -> None:
 
     With --json, print the status as one line, once per interval.
     """
-    is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")  # as rich judges it
+    is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")  # rich uses the same test
     if not as_json and (is_dumb or not (sys.stdin.isatty() and sys.stdout.isatty())):
         raise UsageError("top: needs a terminal; use status, or top --json")
     with instance.client() as client:
@@ -150,8 +150,8 @@ def _keys(live: Live) -> Iterator[Callable[[float], bool]]:
     """Yield a function that waits for the key q; its argument is the longest wait, in seconds.
 
     The function returns True at q or the end of the input, and False after the longest wait.
-    Ctrl-Z stops the process, after the terminal has got its modes and the earlier screen back;
-    once the process continues, the function returns False.
+    Ctrl-Z restores the terminal's modes and the earlier screen, then suspends the process.  Once
+    the process continues, the function returns False.
     """
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)

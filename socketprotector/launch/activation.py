@@ -71,7 +71,7 @@ def _listening_socket(fd: int) -> socket.socket | None:
     try:
         found = socket.socket(fileno=fd)
     except OSError:
-        return None  # a file, or no descriptor
+        return None  # not a socket, or not open
     if found.type != socket.SOCK_STREAM or not found.getsockopt(
         socket.SOL_SOCKET, socket.SO_ACCEPTCONN
     ):
@@ -115,7 +115,8 @@ def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[B
 def close_unused(passed: Sequence[Bound], taken: Mapping[int, Sequence[Bound]]) -> Iterator[str]:
     """Close each passed socket that no LISTEN argument uses, and yield a line about it.
 
-    If a LISTEN argument then cannot be bound beside that socket, the error names systemd, not us.
+    If a LISTEN argument cannot be bound because systemd still has that socket open, the error then
+    names systemd, not us.
     """
     used = {each.socket.fileno() for found in taken.values() for each in found}
     names = [each.settings.name for each in passed]
@@ -123,7 +124,7 @@ def close_unused(passed: Sequence[Bound], taken: Mapping[int, Sequence[Bound]]) 
         if each.socket.fileno() not in used:
             each.socket.close()
             name, address = each.settings.name, each.settings.address
-            # The sockets of one .socket unit have one name, which would take all of them.
+            # The sockets of one .socket unit have the same name: fd:NAME would take all of them.
             listen = shlex.quote(f"fd:{name}") if names.count(name) == 1 else "its address"
             yield f"no worker gets clients of {address}, a passed socket: add {listen} to LISTEN"
 

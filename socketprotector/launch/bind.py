@@ -37,7 +37,7 @@ Alone = Callable[[Listen, str], str]
 _HINTS = {
     errno.EACCES: "a port this low needs root or CAP_NET_BIND_SERVICE: start as root with "
     "--user, or choose another port",
-    errno.EADDRNOTAVAIL: "no interface has this address: add ?freebind=1 if one gets it later",
+    errno.EADDRNOTAVAIL: "no interface has this address: add ?freebind=1 to bind it anyway",
 }
 
 

@@ -163,7 +163,7 @@ def _launch(parsed: ParsedOptions) -> int:
 
 
 def _files_of(parsed: ParsedOptions) -> dict[str, str | None]:
-    """Return the files that no file that we write may be, by option."""
+    """Return the files that options name, by option; to compare with each file that we write."""
     return {
         "--config": parsed.config,
         "--env-file": parsed.settings.env_file,

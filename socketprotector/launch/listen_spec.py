@@ -122,7 +122,7 @@ def parse(text: str, directory: str) -> Listen:
         if colon and (host in ("", "*") or (":" in host and not host.startswith("["))):
             raise UsageError(
                 f"{text}: write PORT (on every address), HOST:PORT, [HOST6]:PORT, unix:PATH or "
-                "fd:NAME, each also behind NAME="
+                "fd:NAME; NAME=ADDRESS names the listener"
             )
         number = whole(port, 65535)
         if number is None:

@@ -98,7 +98,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
         stale: the descriptor of the file to be replaced.
         """
-        # Without the pid, the name could be that of another program's file.
+        # With the pid, because a name without a pid could be the name of another program's file.
         temporary = f"{self.path}.{os.getpid()}"
         if os.path.lexists(temporary):
             os.unlink(temporary)  # left by a killed process that had our pid

@@ -16,7 +16,7 @@ from ..system.socket_file import path_of
 
 _CREDENTIALS = struct.Struct("3i")
 _OURS = "SocketProtector"  # the name of a protector's process, and of its guard's
-#: At a reload, the pid of the running protector: no advice may be to stop it.  At a start, 0.
+#: At a reload, the pid of the running protector, so that no advice says to stop it; at a start, 0.
 protector = 0
 
 
@@ -44,7 +44,7 @@ def _of_port(host: str, port: int) -> str:
     found = []
     with suppress(psutil.Error, OSError):  # there is no /proc, or we may not read it
         found = [each for each in psutil.net_connections("tcp") if has_port(each)]
-    # Without a listening socket, an outgoing connection has the port.
+    # If no socket listens on the port, an outgoing connection uses the port.
     pids = [each.pid for each in [*filter(listens, found)] or found if each.pid]
     if os.getpid() in pids:  # the configuration has the address twice
         return "another listener of this protector has it: leave one of them out"
@@ -86,8 +86,8 @@ def _advice(pid: int | None, listens: Callable[[Any], bool]) -> str:
     if program == "systemd":
         # For a .socket unit, perhaps another service's, or in a stopped unit's descriptor store.
         return (
-            f"{called} has it for a unit: in the service of a .socket unit, listen on that unit's "
-            "address; otherwise stop the unit, or choose another address"
+            f"{called} has it for a unit: if a .socket unit starts this service, listen on that "
+            "unit's address; otherwise stop the unit, or choose another address"
         )
     if program == _OURS and not protector:
         hint = "if that is this instance, use `socketprotectorctl diff`; otherwise"
@@ -125,7 +125,7 @@ def _holder_to_name(pid: int, listens: Callable[[Any], bool]) -> tuple[int, str]
 
 
 def _may_listen(process: Any, listens: Callable[[Any], bool]) -> bool:
-    """Return True if a process has such a socket, or if we may not read which it has.
+    """Return True if a process has such a socket, or if we may not read which sockets it has.
 
     A worker may also have bound the address itself; then its protector does not have it.
     """
@@ -152,7 +152,7 @@ def of_path(path: str) -> str:
 
 
 def _holder(listens: Callable[[Any], bool]) -> int | None:
-    """Return a process with a socket of a UNIX path; None: unknown."""
+    """Return the pid of a process with such a UNIX socket; None if unknown."""
     import psutil
 
     with suppress(psutil.Error, OSError):  # there is no /proc, or we may not read it

@@ -191,7 +191,7 @@ def _settle_check(settings: Settings) -> tuple[str, str] | None:
 
 
 def _reaches_one(settings: Settings, probe: str, name: str, listens: Sequence[Listen]) -> None:
-    """Refuse a probe if at each of its listeners two generations would share one socket."""
+    """Refuse a probe if two generations would share one socket at each of the probe's listeners."""
     probed = _probed_by(probe, name, listens)
     if probed and settings.mode.workers_accept and not any(map(_can_have_two_sockets, probed)):
         raise UsageError(probe_spec.refusal(probe, " ".join(each.text for each in probed)))
@@ -200,7 +200,7 @@ def _reaches_one(settings: Settings, probe: str, name: str, listens: Sequence[Li
 def _probed_by(probe: str, name: str, listens: Sequence[Listen]) -> list[Listen]:
     """Return the listeners with this name, or all for "".  Raises UsageError if there is none.
 
-    Without any listener, the missing or mistaken LISTEN is the mistake, not the probe.
+    If `listens` is empty, do not refuse the probe: LISTEN is missing or mistaken.
     """
     probed = [each for each in listens if name in ("", each.name)]
     if listens and not probed:

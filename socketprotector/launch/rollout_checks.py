@@ -1,8 +1,8 @@
 """Refuses --settle, a canary or a rolling reload that could not work, before anything is bound.
 
 In listener mode, a canary and a rolling reload need two sockets for each listener.  A rolling
-reload also needs workers that use the client library.  Without the library, a worker that leaves
-may cut clients that it has accepted, and one worker may be a whole server.
+reload also needs workers that use the client library.  Without the library, a worker that ends may
+cut clients that it has accepted, and one worker may be a whole server with many processes.
 
 A command does not show whether it uses the library, so only well-known servers are refused here.
 core/workers.py refuses other servers when the first worker is ready without the library's
@@ -77,7 +77,7 @@ def _rolling(settings: Settings) -> Iterator[str]:
 def _shares(settings: Settings) -> str:
     """Return the option that makes two generations share the clients of a listener's sockets.
 
-    "" if there is no such option, and if the protector accepts.
+    Returns "" if there is no such option, or if the protector accepts the clients.
     """
     policy = settings.policy
     if not policy.workers_accept:

@@ -73,7 +73,10 @@ def _put_keepalive(sock: socket.socket, value: str) -> None:
 
 
 def _of_ip(option: int, of_ipv6: int) -> _Set:
-    """Return a setter of an IP option.  An IPv6 socket gets both: IPv4 clients may use it, too."""
+    """Return a setter of an IP option.
+
+    An IPv6 socket gets the IPv6 option and the IP option, because IPv4 clients may use it, too.
+    """
 
     def put(sock: socket.socket, value: str) -> None:
         sock.setsockopt(socket.IPPROTO_IP, option, number(value))

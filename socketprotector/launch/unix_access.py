@@ -1,7 +1,7 @@
 """Warns if fewer users can connect to a UNIX socket than the operator may expect.
 
 connect(2) needs write permission for the socket file, and search permission for each folder on its
-path.  A proxy usually runs as another user; if it is refused, it answers 502.
+path.  A proxy usually runs as another user; if the proxy cannot connect, it answers 502.
 
 Source: unix(7), path_resolution(7), acl(5).
 """

@@ -29,7 +29,7 @@ function span(s) {
   return `${Math.floor(s / 86400)} d`;
 }
 const now = () => Date.now() / 1000 - offset;
-/** Return a Date; null if there is none: JavaScript's dates end in the year 275760. */
+/** Return a Date; null for an unknown time, or after the year 275760, where JavaScript's dates end. */
 function date(at) {
   const found = new Date((at + offset) * 1000);
   return at == null || Number.isNaN(found.getTime()) ? null : found;
@@ -340,7 +340,7 @@ function sift() {
   enter();
 }
 
-// -- what comes ----------------------------------------------------------------
+// -- messages from the exporter ------------------------------------------------
 
 function take(one, points) {
   if (!points || !points.step) return;
@@ -382,7 +382,7 @@ function keep(ids) {
   }
 }
 
-/** Show the state of the connection to the exporter.  Without it clocks stop, and everything is grey. */
+/** Show the state of the connection to the exporter.  Without a connection, clocks stop, and everything is grey. */
 function link(state, words) {
   if (state !== "lost") frozen = null;
   else if (frozen === null) frozen = now();
@@ -401,7 +401,7 @@ function connect() {
   source = new EventSource("events");
   source.addEventListener("hello", (message) => {
     const hello = hear(message);
-    if (version !== null && version !== hello.version) location.reload(); // another exporter, another page
+    if (version !== null && version !== hello.version) location.reload(); // the exporter was replaced: load its page
     version = hello.version;
     opened ??= hello.now;
     offset = Date.now() / 1000 - hello.now;
@@ -434,7 +434,7 @@ function connect() {
   source.onopen = () => (heard = Date.now());
   source.onerror = () => {
     lost();
-    if (source.readyState === EventSource.CLOSED) setTimeout(connect, 2000); // it was refused
+    if (source.readyState === EventSource.CLOSED) setTimeout(connect, 2000); // the connection was refused
   };
 }
 

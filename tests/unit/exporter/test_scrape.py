@@ -563,7 +563,7 @@ def test_a_token_is_in_a_file_that_can_be_read_again(kind: str) -> None:
             opened.callback(os.close, theirs)
             token.symlink_to(os.ttyname(theirs))
 
-        with pytest.raises(UsageError, match="token: no regular file; the exporter reads it"):
+        with pytest.raises(UsageError, match="token: not a regular file; the exporter must be"):
             read_token("--token", str(token))
 
 

@@ -27,11 +27,11 @@ class WorkerSignal(Enum):
 
 @frozen
 class Open(Action):
-    """Make a generation's channel.
+    """Make a generation's channel, or (under --handoff listener) prepare its sockets.
 
     fresh: resolve the command again, instead of using the last good command.
     dry_run: the generation gets no client, and ends when it is ready.
-    If the channel cannot be made, effects skip the generation's Spawns and post OpenFailed.
+    If the generation cannot be opened, effects skip its Spawns and post OpenFailed.
     """
 
     generation: int
@@ -113,7 +113,7 @@ class RouteTo(Action):
 class Quiesce(Action):
     """Wait until a generation that gets no new clients has accepted all earlier clients.
 
-    Then post Quiesced.  Ordered only where workers accept.
+    Then post Quiesced.  Ordered only under --handoff listener.
     """
 
     generation: int
@@ -237,7 +237,7 @@ class ReportKind(Enum):
     REPLACING = "replacing"
     SCALED = "scaled"
     HELD = "held"
-    RELEASED = "released"
+    RELEASED = "released"  # a hold has ended
     BROKEN = "channel-broken"
 
 

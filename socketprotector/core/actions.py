@@ -135,7 +135,7 @@ class EndEvenly(Action):
 
     If an earlier order has an earlier deadline, the earlier order stays in force.
     worker: 0 for all workers of the generation.
-    seconds: 0 ends no connection.
+    seconds: the time over which the connections end; 0: end no connection.
     """
 
     generation: int
@@ -155,7 +155,7 @@ class Release(Action):
 
 @frozen
 class Hold(Action):
-    """Stop accepting, or accept again."""
+    """Begin a hold, or end it if `on` is False."""
 
     on: bool
 

@@ -41,9 +41,12 @@ def rescue(step: Step, number: int) -> None:
 def serve_held(step: Step) -> None:
     """Open the last good command to accept clients of a hold, even during a reload.
 
-    Only two generations can accept at once, so the incoming generation must make room.  A release
-    is taken back, and its reload is queued again; a dry run fails.  The last good command is
-    promoted early if it is settling, or awaited if it is starting.
+    Only two generations can accept at once, so the incoming generation must make room:
+
+    * A release is taken back, and its reload is queued again.
+    * A dry run fails.
+    * If the last good command is settling, its generation is promoted early.
+    * If the last good command is starting, we wait until it serves.
     """
     serving, incoming = step.fleet.of(Phase.SERVING), step.fleet.incoming
     if not serving or step.fleet.stopping:

@@ -51,7 +51,7 @@ class Step:
     """The fleet and the actions that one event has led to so far."""
 
     def __init__(self, fleet: Fleet) -> None:
-        self.before = fleet  # before the event; in this fleet nothing was left to do
+        self.before = fleet  # before the event, when no further step was possible
         self.fleet = fleet
         self.actions: list[Action] = []
 

@@ -166,7 +166,7 @@ class Rollout:
     The current stage follows from the share and the generation's SETTLE timer; see rollout.py.
     """
 
-    share: int = 0  # the ordered share of the new clients, in ten thousandths
+    share: int = 0  # the new generation's share of the new clients, in ten-thousandths
     canary: Canary | None = None  # None: the share follows the workers that are ready
     extended: bool = False  # too few connections came, so the canary lasts twice as long
     met: int | None = 0  # how many connections the canary has had; None: unknown

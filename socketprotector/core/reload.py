@@ -2,7 +2,7 @@
 
 Pure.  Two rules apply throughout:
 
-* Route before draining: at every moment some generation gets the new connections.
+* Route before draining: a generation that gets new connections is never drained.
 * A generation that fails while another serves changes nothing for clients.
 """
 
@@ -317,7 +317,7 @@ def answered(step: Step, number: int, alone: bool) -> None:
 
 
 def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
-    """Let a generation whose workers are all ready serve, or pass its dry run.
+    """Let a generation serve, or pass its dry run, because all of its workers are ready.
 
     standby_s: keep the previous generation able to take over for at least this long.
     """

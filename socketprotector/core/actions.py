@@ -27,11 +27,11 @@ class WorkerSignal(Enum):
 
 @frozen
 class Open(Action):
-    """Make a generation's channel.
+    """Make a generation's channel, or (under --handoff listener) prepare its sockets.
 
     fresh: resolve the command again, instead of using the last good command.
     dry_run: the generation gets no client, and ends when it is ready.
-    If the channel cannot be made, effects skip the generation's Spawns and post OpenFailed.
+    If the generation cannot be opened, effects skip its Spawns and post OpenFailed.
     """
 
     generation: int
@@ -113,7 +113,7 @@ class RouteTo(Action):
 class Quiesce(Action):
     """Wait until a generation that gets no new clients has accepted all earlier clients.
 
-    Then post Quiesced.  Ordered only where workers accept.
+    Then post Quiesced.  Ordered only under --handoff listener.
     """
 
     generation: int
@@ -135,7 +135,7 @@ class EndEvenly(Action):
 
     If an earlier order has an earlier deadline, the earlier order stays in force.
     worker: 0 for all workers of the generation.
-    seconds: 0 ends no connection.
+    seconds: the time over which the connections end; 0: end no connection.
     """
 
     generation: int
@@ -155,7 +155,7 @@ class Release(Action):
 
 @frozen
 class Hold(Action):
-    """Stop accepting, or accept again."""
+    """Begin a hold, or end it if `on` is False."""
 
     on: bool
 
@@ -237,7 +237,7 @@ class ReportKind(Enum):
     REPLACING = "replacing"
     SCALED = "scaled"
     HELD = "held"
-    RELEASED = "released"
+    RELEASED = "released"  # a hold has ended
     BROKEN = "channel-broken"
 
 

@@ -147,7 +147,8 @@ def _advance(step: Step) -> None:
     The first use of a name of stop.py loads that module (system/late_modules.py).  So without a
     stop this function uses no such name.
     """
-    reload.call_off_unserved_dry_run(step)  # first: if it passed now, no generation would follow
+    # This comes first: if the dry run passed instead, the last good command would not start.
+    reload.call_off_unserved_dry_run(step)
     reload.serve_if_ready(step)
     if step.fleet.rollout:
         rollout.advance(step)
@@ -190,14 +191,14 @@ def resume(
     Each action can be repeated without harm.
     left_s: seconds left of each timer; a timer without an entry runs out at once.
     undone: actions that the previous program ordered and perhaps did not carry out.  The state
-    records them, so that no other ending worker gets a second TERM: on a second TERM many programs
-    exit at once.
+    lists them, because we must not simply repeat TERM to all ending workers: on a second TERM many
+    programs exit at once.
     """
     undone = tuple(undone)
     actions: list[Action] = [Hold(True)] if fleet.held else []
     actions += [route_of(fleet)]
-    # UseSettings comes first, so that the old generation gets the clients of a removed listener
-    # before it drains.
+    # UseSettings comes before the drains: the old generation must get the clients of a removed
+    # listener before it drains.
     actions += [each for each in undone if isinstance(each, UseSettings)]
     for generation in fleet.all_of(Phase.DRAINING):
         order = Quiesce if generation.quiescing else Drain

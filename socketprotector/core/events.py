@@ -24,7 +24,7 @@ class TimerKind(Enum):
     WORKER_RESPAWN = "worker-respawn"  # worker: its back-off is over
     WORKER_RETIRE = "worker-retire"  # worker: it has finished by then, or gets TERM
     WORKER_KILL = "worker-kill"  # worker: TERM was sent; KILL follows
-    OPEN = "open"  # fleet: back-off before the next generation is over
+    OPEN = "open"  # fleet: the back-off is over; the next generation opens
     HOLD = "hold"  # fleet: the hold ends
     LAME_DUCK = "lame-duck"  # fleet: by now balancers have noticed the lame duck; the stop begins
     LAME_DUCK_IDLE = "lame-duck-idle"  # fleet: no client has come for a while; the stop begins
@@ -144,7 +144,7 @@ class KillRequested(Event):
 
 @frozen
 class ReplaceRequested(Event):
-    """A worker must be replaced: it is too old, too large or stuck, or an operator wants this.
+    """A worker must be replaced: it is too old, too large or stuck, or an operator requested it.
 
     hung: the worker is stuck (it sent no WATCHDOG=1 in time), so it would not react to a message.
     """
@@ -158,8 +158,8 @@ class ReplaceRequested(Event):
 class WorkerReady(Event):
     """A worker is ready.
 
-    retires: the worker can be made to finish while the rest of its generation serves.
-    alone: the worker has declared this itself, as workers on the client library do.
+    retires: the worker can be made to finish alone, while the rest of its generation serves.
+    alone: the worker has declared that it can finish alone, as workers on the client library do.
     """
 
     worker: int
@@ -246,7 +246,7 @@ class HandingOver(Event):
 
 @frozen
 class Stranded(Event):
-    """Clients wait, or may come, at a socket from which no generation accepts."""
+    """Clients wait at a socket from which no generation accepts, or may come to such a socket."""
 
 
 @frozen

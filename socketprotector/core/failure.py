@@ -41,8 +41,9 @@ def open_failed(step: Step, number: int, reason: str, orphans: Collection[int]) 
 
 
 def start_timed_out(step: Step, number: int, advice: str) -> None:
-    """Fail a generation that was not ready in time.  If only room is missing, wait again.
+    """Fail a generation that was not ready in time.
 
+    If the missing workers have no room to start (rollout.lacks_room()), wait again.
     advice: the likely cause, for people.
     """
     starting = step.fleet[number]
@@ -130,7 +131,7 @@ def _first_start_failed(step: Step, number: int, reason: str, *, retry: bool) ->
 def socket_lost(step: Step, number: int) -> None:
     """Fail a starting generation that lost a socket: it could not accept all clients.
 
-    A generation with a share of the clients fails, too: the serving generation still accepts all.
+    A generation with a share of the clients fails, too: the serving generation can accept them all.
     """
     generation = step.fleet.generation(number)
     if generation and (generation.phase is Phase.STARTING or generation == step.fleet.sharing):
@@ -139,7 +140,7 @@ def socket_lost(step: Step, number: int) -> None:
 
 
 def channel_broken(step: Step, number: int, served_s: float) -> None:
-    """Replace a generation whose channel no longer carries connections."""
+    """Replace a serving generation whose channel has broken; fail a starting or settling one."""
     generation = step.fleet.generation(number)
     phase = generation.phase if generation else None
     if phase not in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):

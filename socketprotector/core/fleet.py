@@ -61,13 +61,13 @@ class State(Enum):
     STARTING = "starting"
     READY = "ready"
     RETIRING = "retiring"  # finishes its connections and leaves; no worker replaces it
-    #: Its process has ended, but processes that it started are running; or its descriptors were
-    #: lost in a kill of the protector, and it may still run.
+    #: The worker's process has ended, but processes that it started are running.  Or the worker may
+    #: still run, but our descriptors of it were lost when the protector was killed.
     ORPHANED = "orphaned"
 
 
-#: States of workers that no longer count.  A retiring worker's slot is dropped; an orphan's slot
-#: may get another worker.
+#: Workers in these states do not count toward the wanted number of workers.  A retiring worker's
+#: slot is dropped; an orphan's slot may get another worker.
 LEAVING = (State.RETIRING, State.ORPHANED)
 
 
@@ -166,7 +166,7 @@ class Rollout:
     The current stage follows from the share and the generation's SETTLE timer; see rollout.py.
     """
 
-    share: int = 0  # the ordered share of the new clients, in ten thousandths
+    share: int = 0  # the new generation's share of the new clients, in ten-thousandths
     canary: Canary | None = None  # None: the share follows the workers that are ready
     extended: bool = False  # too few connections came, so the canary lasts twice as long
     met: int | None = 0  # how many connections the canary has had; None: unknown
@@ -262,14 +262,15 @@ class Fleet:
     def is_releasing(self) -> bool:
         """Whether a start, reload, deploy or dry run is under way or queued.
 
-        A replacement by the last good command does not count: a release may end its crash loop.
+        A start of the last good command does not count: a deploy must be possible while this
+        command crashes repeatedly.
         """
         opened = self.incoming is not None and self.incoming.fresh
         return opened or self.has_unopened or self.reload_wanted
 
     @property
     def has_unopened(self) -> bool:
-        """Whether a start, reload, deploy or dry run has begun and opened no generation yet."""
+        """Whether a start, reload, deploy or dry run has begun, but has opened no generation."""
         opened = self.incoming is not None and self.incoming.fresh
         begun = self.reading or self.candidate or self.to_open is Next.FRESH
         return bool(begun and not opened)
@@ -278,8 +279,8 @@ class Fleet:
     def next_reload(self) -> int:
         """The lowest number that the generation of a reload requested now can get.
 
-        The next number is already due to a reload that has not opened its generation yet.  (A first
-        start is no reload, and a stop may call it off.)
+        If an earlier reload has not opened its generation yet, that reload uses up the next number.
+        But a first start uses up no number if a stop calls it off.
         """
         return self.next_generation + (self.served and self.has_unopened)
 
@@ -298,7 +299,7 @@ class Fleet:
     def newest_policy(self) -> Policy:
         """The policy of the generation that starts or settles; otherwise the policy in force.
 
-        A dry run brings none: it ends no connections, and its generation does not stay.
+        A dry run's generation does not count: it does not stay, and ends no connections.
         """
         incoming = None if self.dry_run else self.incoming
         return self.policy_of(incoming.fresh) if incoming else self.policy
@@ -366,8 +367,8 @@ class Fleet:
     def queue_is_last(self) -> bool:
         """Whether only a draining generation's own workers can serve the clients in its queue.
 
-        This is so in a graceful stop without a route.  It is never so where workers accept: there,
-        clients wait in the backlog, which a stop closes.
+        This is so in a graceful stop without a route.  It is never so under --handoff listener:
+        there, clients wait in the backlog, which a stop closes.
         """
         stops = self.stopping is Stop.GRACEFUL and self.route is None
         return stops and self.policy.queues

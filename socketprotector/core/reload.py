@@ -2,7 +2,7 @@
 
 Pure.  Two rules apply throughout:
 
-* Route before draining: at every moment some generation gets the new connections.
+* Route before draining: a generation that gets new connections is never drained.
 * A generation that fails while another serves changes nothing for clients.
 """
 
@@ -253,7 +253,7 @@ def open_if_due(step: Step) -> None:
     step.do(Open(number, fresh, fleet.dry_run))  # its workers follow: workers.reconcile()
     policy, serving = fleet.policy_of(fresh), fleet.of(Phase.SERVING)
     if policy.rolls and not fleet.policy.rolls and not fleet.dry_run:
-        # From now on processes are limited, so all that leave must make room.
+        # From now on the number of processes is limited, so leaving workers must make room.
         _limit_drains(step, policy)
         if serving is not None:
             step.retire_orphans(serving.workers)
@@ -293,7 +293,7 @@ def probe_if_complete(step: Step) -> None:
 
 
 def answered(step: Step, number: int, alone: bool) -> None:
-    """Let a generation that has passed its probe serve, whether its workers sent READY or not.
+    """Let a generation serve because it has passed its probe, even if its workers sent no READY.
 
     alone: each worker has declared that it can finish alone.
     """
@@ -317,7 +317,7 @@ def answered(step: Step, number: int, alone: bool) -> None:
 
 
 def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
-    """Let a generation whose workers are all ready serve, or pass its dry run.
+    """Let a generation serve, or pass its dry run, because all of its workers are ready.
 
     standby_s: keep the previous generation able to take over for at least this long.
     """
@@ -361,7 +361,8 @@ def cannot_call_off(fleet: Fleet) -> str:
     """Return why a rollback is impossible; "": a release under way can be called off."""
     incoming = fleet.incoming
     begun = fleet.reading or fleet.to_open is Next.FRESH or (incoming and incoming.fresh)
-    # Under stop-first no generation serves during a reload: then the last good command follows.
+    # Under stop-first no generation serves during a reload.  Then a rollback starts the last good
+    # command.
     replaced = fleet.served and not (fleet.of(Phase.SETTLING) or fleet.is_renewing)
     may_return = fleet.of(Phase.SERVING) or replaced
     if begun and may_return and not (fleet.stop_requested or fleet.dry_run):

@@ -1,7 +1,8 @@
-"""Rescues: serve clients that wait at a socket without workers, before a requested reload.
+"""Rescues: start workers for clients that wait at a socket without workers.
 
-Pure.  A rescue opens the last good command again, and its workers accept these clients.  Rescues
-are needed only where workers accept: after a failed release, a hold or the loss of a socket.
+Pure.  A rescue opens the last good command again, and its workers accept these clients.  A
+requested reload waits until the rescue is over.  Rescues are needed only under --handoff listener:
+after a failed release, a hold or the loss of a socket.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SETTLED_BY_HOLD = "before --settle was over: clients of a hold are waiting"
 
 
 def rescue(step: Step, number: int) -> None:
-    """Open the last good command to accept the clients that an ended generation has left.
+    """Open the last good command to accept the clients that an ended generation left waiting.
 
     This is needed only after a failed release, or if an unopened release would get these clients.
     If the last good command fails, too, Stranded events follow, at growing intervals.
@@ -40,9 +41,12 @@ def rescue(step: Step, number: int) -> None:
 def serve_held(step: Step) -> None:
     """Open the last good command to accept clients of a hold, even during a reload.
 
-    Only two generations can accept at once, so the incoming generation must make room.  A release
-    is taken back, and its reload is queued again; a dry run fails.  The last good command is
-    promoted early if it is settling, or awaited if it is starting.
+    Only two generations can accept at once, so the incoming generation must make room:
+
+    * A release is taken back, and its reload is queued again.
+    * A dry run fails.
+    * If the last good command is settling, its generation is promoted early.
+    * If the last good command is starting, we wait until it serves.
     """
     serving, incoming = step.fleet.of(Phase.SERVING), step.fleet.incoming
     if not serving or step.fleet.stopping:
@@ -90,12 +94,13 @@ def serve_stranded(step: Step) -> None:
             step.forget_settings()
             number = fleet.next_generation
             step.do(Report(ReportKind.RETRYING, number, STRANDED_FIRST))
-            # A reload that was requested meanwhile was answered with the number after this one.
+            # Use up this number: the caller of a reload that was requested meanwhile awaits the
+            # verdict of `number + 1` (Fleet.next_reload).
             step.fleet = replace(step.fleet, to_open=None, next_generation=number + 1)
             step.requeue_reload(fleet.rollout.canary if fleet.rollout else None)
     renew(step)
 
 
 def _is_unopened(fleet: Fleet) -> bool:
-    """Return whether a reload or a dry run has not opened its release yet, and nothing starts."""
+    """Return whether a reload or dry run has begun, and no generation is starting or settling."""
     return fleet.has_unopened and not fleet.incoming

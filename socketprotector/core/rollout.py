@@ -5,14 +5,16 @@ Pure.  A canary (`reload --canary 5% --for 60s`) has a share of the new clients 
 follows the ready workers.  In both cases the new generation is settling: the previous one can take
 the clients back.  No list of steps is stored.  The stage follows from the fleet:
 
-* canary, share below WHOLE: until its SETTLE timer runs out
-* canary, share WHOLE: all clients for --settle, by the same timer
-* rolling, SETTLE timer: the first workers settle beside all old ones
-* rolling, no timer: `Fleet.wanted_in` names the targets, and `room` limits the processes
+* A canary with a share below WHOLE: this stage ends when the SETTLE timer runs out.
+* A canary with the share WHOLE: it has all clients for --settle, measured by the same timer.
+* Rolling, while the SETTLE timer runs: the first new workers settle beside all old workers.
+* Rolling, without the timer: `Fleet.wanted_in` says how many workers each generation should have,
+  and `room` limits the processes.
 
-A stage proves nothing while a hold keeps clients out, so its time stands still during the hold.
-No stage of a canary ends during a hold.  Any other stage that began during the hold may end: an
-operator may wait for the verdict of a reload before releasing the hold.
+A stage proves nothing while a hold keeps clients out.  So the time of a stage that began before the
+hold does not run during the hold.  A canary's stage that begins during the hold ends only after the
+hold.  Any other stage that begins during the hold may end during the hold: an operator may wait for
+the verdict of a reload before releasing the hold.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def canary_of(fleet: Fleet, generation: Generation) -> Canary | None:
 
 
 def begin(step: Step, number: int, standby_s: float) -> bool:
-    """Begin the rollout of a generation that is ready; return whether it has one.
+    """Begin the rollout of a generation that is ready; return False if it gets no rollout.
 
     standby_s: the first stage takes at least this long.
     """

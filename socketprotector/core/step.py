@@ -1,8 +1,8 @@
 """The result of one decide() call under construction: the new fleet and the actions.
 
 Pure.  Each method changes the fleet and orders the matching action in one place, so that the two
-cannot diverge.  No timer runs that the fleet does not know, and no worker is spawned that the fleet
-does not list.  The modules that handle events share:
+cannot diverge.  The fleet knows every timer that runs, and lists every worker that is spawned.  The
+modules that handle events share:
 
 * timers: start, extend, cancel
 * workers: spawn, retire, end (TERM or ABRT; KILL after --kill-timeout)
@@ -51,7 +51,7 @@ class Step:
     """The fleet and the actions that one event has led to so far."""
 
     def __init__(self, fleet: Fleet) -> None:
-        self.before = fleet  # before the event; in this fleet nothing was left to do
+        self.before = fleet  # before the event, when no further step was possible
         self.fleet = fleet
         self.actions: list[Action] = []
 
@@ -107,7 +107,7 @@ class Step:
         self.start(TimerKind.WORKER_START, worker.number, policy.start_timeout_s)
 
     def spawn_one(self, generation: Generation) -> None:
-        """If all workers wait for a back-off, start one now: it must take the clients of a stop."""
+        """At a stop, start a worker for the last clients if all workers wait for a back-off."""
         if not generation.staying:
             for worker in [each for each in generation.workers if not each.alive][:1]:
                 self.spawn(generation.number, worker)
@@ -174,7 +174,7 @@ class Step:
     def end_settling(self, number: int) -> None:
         """Cancel the timer and the check of a generation's settling, and end its rollout."""
         self.cancel(TimerKind.SETTLE, number)
-        if not self.fleet.has_unopened:  # otherwise it is the rollout of a release that follows
+        if not self.fleet.has_unopened:  # otherwise the rollout belongs to the unopened release
             self.fleet = replace(self.fleet, rollout=None)
         generation = self.fleet[number]
         if generation.checked:
@@ -185,7 +185,7 @@ class Step:
         """Let a generation finish its connections."""
         self.fleet = self.fleet.moved(number, Phase.DRAINING)
         generation = self.fleet[number]
-        # Where workers accept, another generation accepts from its own socket, now or soon.
+        # Under --handoff listener another generation accepts from its own socket, now or soon.
         other = self.fleet.route or self.fleet.to_open
         other_accepts = self.fleet.policy.quiesces and other
         if other_accepts and self.fleet.stopping is not Stop.QUICK:

@@ -6,8 +6,8 @@ clients that no other worker or generation can serve.
 A lame duck (--lame-duck) may precede a graceful stop.  Balancers are asked to send clients
 elsewhere.  Serving continues, and so does a reload under way, but no new request begins.
 
-Where workers accept, clients of a hold may need another generation to accept them.  So a graceful
-stop first ends the hold, and waits until that generation serves (rescue.py).
+Under --handoff listener, clients of a hold may need another generation to accept them.  So a
+graceful stop first ends the hold, and waits until that generation serves (rescue.py).
 """
 
 from __future__ import annotations
@@ -218,8 +218,8 @@ def hold_requested(step: Step, seconds: float, left_s: float | None) -> None:
     if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="cannot hold: a stop is in progress"))
         return
-    # `socketprotectorctl hold` renews its hold again and again.  So that a stage that began during
-    # the hold may end, only a stage that began earlier gets more time.
+    # `socketprotectorctl hold` repeats its request at intervals.  Each request gives more time only
+    # to a stage that began before the hold: a stage that began during the hold may end.
     delays_stage = not step.fleet.held or step.fleet.stage_left_s is not None
     if not step.fleet.held:
         step.fleet = replace(step.fleet, held=True, stage_left_s=left_s)
@@ -244,7 +244,7 @@ def _lift_hold(step: Step) -> None:
 
 
 def exit_if_done(step: Step) -> None:
-    """Exit once a stop has left no generation."""
+    """Exit once a stop has ended all generations."""
     fleet = step.fleet
     if not fleet.generations:
         step.cancel(TimerKind.STOP)

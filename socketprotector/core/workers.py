@@ -22,8 +22,8 @@ from .step import Step
 
 #: The most workers to start or retire in one turn of the loop: a few milliseconds' work.
 AT_ONCE = 8
-#: How many process groups may outlive their workers, because each takes descriptors.  The limit is
-#: twice the wanted number of workers, and at least this number.
+#: The limit on process groups that outlive their workers is twice the wanted number of workers, but
+#: at least this number.  There is a limit because each group takes descriptors.
 MOST_ORPHANS = 64
 _NUMBER, _REPLACES, _STATE = attrgetter("number"), attrgetter("replaces"), attrgetter("state")
 _UNREADY = {State.STARTING: 1, State.WAITING: 2}
@@ -54,9 +54,9 @@ def worker_ready(step: Step, number: int, retires: bool, *, alone: bool) -> None
 
 
 def _let_finish(step: Step, generation: Generation, worker: Worker) -> None:
-    """Take KILL back from a worker that was ready before we retired it as a starting worker.
+    """Cancel the planned KILL of a worker that was ready before we retired it as a starting worker.
 
-    We had not read its message yet, for example because we were killed.  It may have clients.
+    We read its READY too late, for example because we were killed.  The worker may have clients.
     """
     was_starting = worker.state is State.RETIRING and not worker.retires
     is_killed = Deadline(TimerKind.WORKER_KILL, worker.number) in step.fleet.timers
@@ -138,7 +138,7 @@ def _serves_on(fleet: Fleet, number: int, orphan: Worker, *, lost: bool) -> bool
 
     In a rolling policy, the limit of processes may delay the next worker in the slot.  Orphans
     serve until that worker is ready.  In other policies only a lost worker serves, until its
-    generation drains: after a signal, the server could reset clients that its socket still gets.
+    generation drains.  An earlier signal could make this worker reset new clients at its socket.
     """
     if fleet[number].phase is not Phase.SERVING:
         return False

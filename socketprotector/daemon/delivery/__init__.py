@@ -19,8 +19,8 @@ from ..generation import OpenGeneration
 from .host import Host
 from .probe_target import ProbeTarget
 
-#: We report workers that accept none of the waiting clients: after NEVER_TAKEN_S if they have never
-#: accepted a client, otherwise after UNTAKEN_S.  In shared/, each listener is timed separately.
+#: We report workers that have accepted no waiting client for UNTAKEN_S, or for NEVER_TAKEN_S if
+#: these workers have never accepted a client.  In shared/, each listener is timed separately.
 #: For a canary, a shorter time replaces NEVER_TAKEN_S (queue/canary.py, shared/canary_watch.py).
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
@@ -38,8 +38,8 @@ def untaken(seconds: float, *, ever: bool) -> str:
     """Return the message about workers that accept no client.
 
     seconds: the time without an accepted client.
-    ever: False if the workers have certainly never accepted a client (in shared/: at one of the
-    listeners where clients wait); otherwise True.
+    ever: whether the workers may have accepted a client before.  In shared/: whether they may have
+    done so at each listener where clients wait.
     """
     return f"no worker has accepted a connection {f'for {seconds:.0f} s' if ever else 'yet'}"
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 def delivery_for(mode: HandoffMode) -> type[Delivery]:
     """Return the delivery class of a handoff mode.
 
-    This function imports the class.  Call it at the start of the resident process: a package
-    upgrade may later replace the class's file.
+    This function imports the class.  Call the function at the start of the resident process: a
+    package upgrade may later replace the class's file.
     """
     if mode.workers_accept:
         import array

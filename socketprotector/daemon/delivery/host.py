@@ -39,8 +39,8 @@ class Host(ABC):
 
         The route is the generation that gets the new clients.
         waiting: how many clients wait.  listen: the addresses where these clients wait; None: they
-        wait in the queue.  ever: True if the workers have, perhaps, accepted an earlier client at
-        each of these addresses (without `listen`: from the queue).
+        wait in the queue.  ever: whether the workers may have accepted an earlier client at each of
+        these addresses (without `listen`: from the queue).
         """
 
     @property

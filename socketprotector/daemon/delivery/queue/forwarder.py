@@ -1,7 +1,7 @@
 """Decides when to accept connections, and recovers connections that no worker has taken.
 
 acceptor.py is the fast path.  This module handles failed accepts; outlet.py and canary.py handle
-failed sends.  We choose no worker: workers take connections from their queue (intake.py).
+failed sends.  We choose no worker: each worker takes connections from its generation's queue.
 
 We accept only connections that we can deliver.  If a send fails nevertheless, undelivered.py keeps
 the connection, and we send it before all others.  drain() and release() say what becomes of the
@@ -257,7 +257,7 @@ class Forwarder:
         return ForwarderRecord(self.forwarded, self.lost, None, kept.number, kept.waiting, count)
 
     def adopt(self, record: ForwarderRecord, unclaimed: Inherited, *, closing: bool) -> None:
-        """Adopt an earlier program's record and its connections; old versions wrote `pending`."""
+        """Adopt an earlier program's record and connections; only old versions set `pending`."""
         self._forwarded, self._lost = record.forwarded, record.lost
         self._canary_count, self._closing = record.shared, _Closing(False) if closing else None
         first = ((record.number, record.pending),) if record.pending is not None else ()

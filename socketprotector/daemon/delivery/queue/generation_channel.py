@@ -20,9 +20,9 @@ class GenerationChannel(Channel):
         self.taken_from = adopted
         #: Whether we have reported that no worker takes connections.
         self.untaken_reported = False
-        #: How many new connections we accepted for this channel, without those accepted since the
-        #: present QueueWatch (queue_watch.py) began to follow the channel.  Forwarder.met() returns
-        #: the sum of both.  When the QueueWatch stops following, this number becomes the sum.
+        #: How many new connections we accepted for this channel before the present QueueWatch
+        #: (queue_watch.py) began to follow the channel.  Forwarder.met() adds the connections
+        #: accepted since then.  When the QueueWatch stops following, it adds them to this number.
         self.met = 0
         #: How many connections were counted as sent to this channel, by QueueWatches that followed
         #: it.  The next QueueWatch continues the count.

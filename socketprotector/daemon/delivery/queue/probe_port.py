@@ -46,7 +46,7 @@ class ProbePort:
         Raises OSError.
         """
         self._loop, self._channel, self._index, self._watch = loop, channel, index, watch
-        self._sent_before = 0  # the value of QueueWatch.sent just after the last probe
+        self._sent_at_probe = 0  # the value of QueueWatch.sent just after the last probe was sent
         self._kept: socket.socket | None = None  # a probe that was accepted, but not sent yet
         self._failed: OSError | None = None  # the error of the last send; _waits() raises it
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -79,7 +79,7 @@ class ProbePort:
         # sent after the probe.  If the queue has more than `behind` connections, the probe is
         # still in the queue.
         watch = self._watch()
-        behind = watch.sent - self._sent_before if watch is not None else 0
+        behind = watch.sent - self._sent_at_probe if watch is not None else 0
         return self._channel.depth() > behind
 
     def _accept_later(self) -> None:
@@ -129,7 +129,7 @@ class ProbePort:
                 # Include this probe in `sent`.  The channel may have another probe port, whose
                 # _waits() computes from `sent` how many connections are behind its own probe.
                 watch.add_uncounted()
-                self._sent_before = watch.sent
+                self._sent_at_probe = watch.sent
         probe.close()
         self._kept = None
 

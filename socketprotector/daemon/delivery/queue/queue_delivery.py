@@ -5,9 +5,8 @@ both ends of the channel, so the queue in the channel survives the death of all 
 is the generation that gets the new clients; a canary may get a share of them.  A generation knows
 the listeners with which it was opened.
 
-When a generation drains, the connections that no worker has taken go to the route, if the route
-knows their listener, and while the route has room.  The draining workers take the other
-connections.
+When a generation drains, the untaken connections in its channel go to the route, if the route has
+room and knows their listener.  The draining workers take the other connections.
 
 A generation is released after its last worker has exited.  Then the connections that remain in its
 channel go to the route, or to a later route that knows their listener.
@@ -231,9 +230,8 @@ class QueueDelivery(Delivery):
     def remove(self, listener: Listener) -> None:
         """Refuse a listener's new clients, and send its backlog to a generation.
 
-        The backlog goes to the newest generation that knows the listener, has had the route or a
-        share of the clients, and whose channel has not been ended.
-        Without such a generation the backlog is lost.
+        The backlog goes to the newest generation that knows the listener, has an open channel, and
+        has had the route or a share of the clients.  Without such a generation the backlog is lost.
 
         Exception: if a service manager passed the socket in, the service manager keeps listening,
         and gets the backlog.

@@ -96,10 +96,10 @@ class QueueWatch:
     def sent(self) -> int:
         """Return how many connections were counted as sent to the channel.
 
-        follow() begins with the count of the channel's earlier QueueWatch.  That count lacks
-        connections sent while no QueueWatch followed the channel, such as early probes.  So if more
-        connections are queued, follow() begins with their number instead.  Connections that
-        listener_drain.py sends later do not count.
+        follow() sets this number to the count of the channel's earlier QueueWatch.  That count
+        lacks connections that were sent while no QueueWatch followed the channel, such as early
+        probes.  So if more connections are queued, follow() sets this number to the number of
+        queued connections.  Connections that listener_drain.py sends later do not count.
         """
         return self.forwarded() + self._extra
 

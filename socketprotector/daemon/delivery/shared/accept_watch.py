@@ -1,10 +1,11 @@
 """Detects workers that do not accept, under --handoff listener.
 
-In this mode no connection passes through SocketProtector, and to wake it for each connection would
-be costly.  So the event loop watches the sockets only until a client comes.  From then on we *look*
-at intervals: a look reads the backlogs from the kernel (sock_diag).  accept() takes the oldest
-client first.  So if all clients that the previous look found are still in the backlog, no client
-was accepted meanwhile.  When a look finds no client, the event loop watches the sockets again.
+In this mode no connection passes through SocketProtector, and waking SocketProtector for each
+connection would be costly.  So the event loop watches the sockets only until a client comes.  From
+then on we *look* at intervals: a look reads the backlogs from the kernel (sock_diag).  accept()
+takes the oldest client first.  So if all clients that the previous look found are still in the
+backlog, no client was accepted meanwhile.  When a look finds no client, the event loop watches the
+sockets again.
 
 A *line* lists the clients that one look found in a backlog (Line of system/sock_diag.py).
 """
@@ -37,7 +38,7 @@ class Backlogs(ABC):
 
     @abstractmethod
     def has_open(self, index: int) -> bool:
-        """Return whether a client that workers have accepted at a listener is surely still open."""
+        """Return whether a connection that was accepted at a listener is surely still open."""
 
     @abstractmethod
     def watch(self) -> None:
@@ -185,8 +186,8 @@ class AcceptWatch:
             return
         overdue = self._overdue()
         if overdue and not self._reported:
-            # No look finds clients that workers accept at once.  If such a client is still open,
-            # workers may be busy with it.
+            # A look misses clients that workers accept at once.  If such a client's connection is
+            # still open, workers may be busy with this client.
             never = overdue.keys() - self.accepted
             self.accepted.update(index for index in never if self.backlogs.has_open(index))
             overdue = self._overdue()

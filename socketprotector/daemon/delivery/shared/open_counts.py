@@ -142,7 +142,7 @@ def has_open(
 ) -> bool:
     """Return whether a connection accepted at one of these sockets of a listener is still open.
 
-    Return False also if the socket has no tag, or if the kernel does not answer.
+    Also return False if the socket has no tag, or if the kernel does not answer.
     """
     ours = listeners.host.own_connection
     for each, number in sockets:

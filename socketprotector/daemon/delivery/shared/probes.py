@@ -1,9 +1,9 @@
 """Brings probes to a generation, and distinguishes waiting probes from waiting clients.
 
-At a TCP address each probe has a mark: special values in the IP header (system/bpf.py).  By the
-mark, the kernel steers the probe to the socket of one generation.  Exception: if a probe must
-connect as clients do, the kernel steers it like a client, whatever its mark.  If a generation has
-its own socket at a UNIX path, a probe connects to this socket's file.
+At a TCP address each probe has a mark: special values in the IP header (system/bpf.py).  The kernel
+recognizes the mark, and steers the probe to the socket of one generation.  Exception: if a probe
+must connect as clients do, the kernel steers the probe like a client, whatever the mark.  If a
+generation has its own socket at a UNIX path, a probe connects to this socket's file.
 
 If no worker accepts from a socket, we discard the probes that wait there.  If we kept them,
 socket_watch.py would take them for clients, and start a generation.

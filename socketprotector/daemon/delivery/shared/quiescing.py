@@ -39,8 +39,8 @@ _LOOK_S = 0.1
 _LOOK_SOON_S = 0.01
 #: With `reads_on`: how many looks in a row must find that all clients are accepted.
 _SOON_LOOKS = 2
-#: Without `reads_on`: a generation is quiet when, for this long, each look has found no waiting
-#: client, and only silent clients unread.
+#: Without `reads_on`: a generation is quiet when, for this long, each look has found that no client
+#: waits, and that all unread clients are silent.
 GENERATION_QUIET_S = 1.0
 #: How long to wait for silent clients.
 SILENT_S = 3.0

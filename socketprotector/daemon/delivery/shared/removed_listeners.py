@@ -73,13 +73,13 @@ class RemovedListeners:
         self._unwatch(listener)
         listener.close()
 
-    def report_lost(self, listener: Listener, accepting: Collection[int] = ()) -> None:
+    def report_lost(self, listener: Listener, leave_out: Collection[int] = ()) -> None:
         """Report how many clients are lost when a listener is closed.
 
-        accepting: socket numbers (0, 1).  Clients that wait at these sockets are not lost, because
-        workers or the next start will accept them; or they were reported before.
+        leave_out: socket numbers (0, 1).  We do not report clients that wait at these sockets:
+        workers or the next start will accept them, or an earlier call has reported them.
         """
-        left_out, probes = set(accepting), 0
+        left_out, probes = set(leave_out), 0
         if listener.settings.foreign:
             left_out.add(0)  # its owner accepts
         for number in {n % len(listener.sockets) for n in (0, 1)} - left_out:

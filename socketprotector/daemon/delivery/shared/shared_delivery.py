@@ -322,10 +322,10 @@ class SharedDelivery(Delivery):
         return time.monotonic() + LAST_S if self._unrefused else float("inf")
 
     def _close_when_empty(self, latest: float, *, again: bool = False) -> None:
-        """Finish closing once no client waits that a worker will accept.
+        """Finish closing once workers have accepted all waiting clients that they can accept.
 
         We look for waiting clients every QUIET_S; the first call does not look.  If every listener
-        was passed in or is lost, there is none to wait for (`awaited`): finish at once.
+        was passed in or is lost, `awaited` is empty: finish at once.
         latest: when we stop waiting for the clients of `_unrefused`, by time.monotonic().  again:
         False at the first call.
         """

@@ -17,7 +17,7 @@ without a loss (Listener.can_do_without()).  We log an option that stays changed
 We let the serving generation shorten a backlog while it accepts alone.  When another generation
 starts to accept from the socket, or when no generation accepts, we raise the backlog to its initial
 length.  If a backlog is longer than its initial length, we change the backlog only in the two cases
-of the list.
+listed above.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SocketOptionRestore:
 
     @property
     def record(self) -> tuple[tuple[int, int, str], ...]:
-        """Each snapshot, with generation and listener, for the program after an upgrade or kill."""
+        """Each snapshot, with its generation and listener, for the program that replaces us."""
         return tuple((*key, socket_snapshot.as_text(each)) for key, each in self._before.items())
 
     @record.setter
@@ -80,9 +80,10 @@ class SocketOptionRestore:
     def end(
         self, generation: int, socket_number: int, remaining: Collection[int], *, gone: bool
     ) -> None:
-        """Undo the changes of an ended generation if it is a failed release (see the file's top).
+        """Undo the changes of an ended generation if it is a failed release.
 
-        If no generation accepts any more, also raise short backlogs to their initial length.
+        See the module docstring.  If no generation accepts any more, also raise short backlogs to
+        their initial length.
 
         remaining: the generations that still accept.  gone: whether all workers of the ended
         generation have exited, and so cannot change an option any more.

@@ -99,8 +99,8 @@ class SocketRepair:
             listener.adopt_reserved(socket_number)
             self._listeners.note_bound(listener)
         # If running workers lack the listener's only socket (for example because we replaced it),
-        # clients may already wait at it.  So the starting generation must get this socket: if it
-        # got a second one, perhaps no worker could accept the waiting clients.
+        # clients may already wait at it.  So the starting generation must get this socket.  If we
+        # made a second socket instead, perhaps no worker could accept the waiting clients.
         awaited = any(index == listener.index for _, index in self._turns.unserved)
         if (listener.has_sibling or not awaited) and listener.renew(socket_number):
             self._listeners.note_bound(listener)
@@ -131,7 +131,7 @@ class SocketRepair:
         """Return whether a new release must fail if clients cannot reach it at this listener.
 
         True if the listener has two sockets.  Also true if all listeners are cut off (their socket
-        files were removed): then clients could reach the release nowhere.
+        files were removed): then no client could reach the release.
         """
         return listener.has_sibling or all(each.is_cut_off for each in self._listeners.living)
 

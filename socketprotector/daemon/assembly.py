@@ -72,7 +72,7 @@ class Resident:
         state.  command: the command line that executes this program again.
         """
         # A guard has copies of all descriptors.  systemd's store has them if we inherited a state.
-        # Otherwise it has listeners at most (stored_listeners.py), so store all descriptors again.
+        # Otherwise that store has at most listeners (stored_listeners.py), so store everything.
         has_copies = inherited.GUARD in descriptors or inherited.STATE in descriptors
         stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()
         if isinstance(earlier, Snapshot):

@@ -309,7 +309,7 @@ class Effects(Host):
             if not each.record.serving_since:
                 each.update_record(serving_since=time.monotonic(), served_at=time.time())
             if each.program.spreads:
-                spread.check(each, self.pool.records(), self._log)
+                spread.warn_if_unable(each, self.pool.records(), self._log)
         self.delivery.route_to(generation, again=served_before, sharing=other, share=share)
         part = percent(share) if other is not None else None
         self._log.write("info", "route", generation=number, sharing=part and sharing, share=part)

@@ -42,7 +42,8 @@ class OpenGeneration:
         # The record of an earlier version may lack `knows`.
         if record.knows is None:
             record = replace(record, knows=known_to(record.program))
-        # It may also lack `probes`: begin_share() would then count accepted clients as probes.
+        # Such a record may also lack `probes`.  Without the value 0, begin_share() would count
+        # accepted clients as probes.
         if record.serving_since and record.probes is None:
             record = replace(record, probes=0)
         return cls(record, Board(board) if board is not None else None)

@@ -80,7 +80,7 @@ class SettleCheck:
     def resume(self) -> None:
         """Start the probes, or restart them if an upgrade's exec has failed."""
         if self._generation is not None:
-            self._settling = replace(self._settling, unknown_since=None)
+            self._settling = replace(self._settling, inconclusive_since=None)
             self._began = time.monotonic()
             self._send_probe()
 

@@ -48,9 +48,9 @@ def order(
         if worker not in (0, each.number):
             continue
         try:
-            able, ordered = board.spread(each.slot)
+            able, deadline = board.spread(each.slot)
             unable += not able
-            if until < (ordered or wire.SPREAD_NEVER + 1):
+            if until < (deadline or wire.SPREAD_NEVER + 1):
                 board.order_spread(each.slot, until)
         except OSError as error:
             log.write("error", "cannot-spread", worker=each.number, error=error.strerror)
@@ -58,7 +58,7 @@ def order(
         _warn_unable(generation, unable, log)
 
 
-def check(generation: OpenGeneration, records: Iterable[WorkerRecord], log: Log) -> None:
+def warn_if_unable(generation: OpenGeneration, records: Iterable[WorkerRecord], log: Log) -> None:
     """Warn once if workers of a generation that gets new clients follow no orders."""
     board = generation.board
     if board is None or not generation.program.spreads:

@@ -70,12 +70,12 @@ def of_health(health: Health | None) -> dict[str, Any] | None:
         return None
     return {
         "probe": health.shown_check,
-        "state": health.known.state,
-        "since_at": health.known.since_at,
-        "last": health.known.last,
-        "reason": health.known.reason,
-        "failures": health.known.failures,
-        "answered_at": health.known.answered_at,
+        "state": health.results.state,
+        "since_at": health.results.since_at,
+        "last": health.results.last,
+        "reason": health.results.reason,
+        "failures": health.results.failures,
+        "answered_at": health.results.answered_at,
     }
 
 

@@ -66,12 +66,12 @@ class OpenGeneration:
         return {name: self.board.fd} if self.board is not None else {}
 
     @property
-    def ended(self) -> bool:
-        """Return whether we have stopped sending clients to the generation."""
+    def is_finishing(self) -> bool:
+        """Return whether the workers must finish: the generation gets no more clients."""
         return self.record.ended
 
-    def note_ended(self) -> None:
-        """Record that we have stopped sending clients to the generation."""
+    def note_finishing(self) -> None:
+        """Record that the workers must finish, and that the generation gets no more clients."""
         if not self.record.ended:
             self.update_record(ended=True)
 

@@ -81,17 +81,17 @@ class WorkerMessages:
         worker = self._workers[number]
         for _ in range(most):
             try:
-                fields = worker.notify.hear(worker.process.pid)
+                fields = worker.notify.peek(worker.process.pid)
                 if fields is None:
                     return
                 self._handle(number, worker, fields)
-                worker.notify.take()
+                worker.notify.remove()
             except OSError as error:
                 self._read_later(number, worker, error)
                 return
 
     def _handle(self, number: int, worker: Worker, fields: Mapping[str, str]) -> None:
-        if fields.get("READY") == "1" and worker.readiness.by_word:
+        if fields.get("READY") == "1" and worker.readiness.by_message:
             self._ready(number, "notify", retires=fields.get(_RETIRES[0]) == _RETIRES[1])
         usec = fields.get("EXTEND_TIMEOUT_USEC", "")
         # isdigit() alone accepts digits that int() rejects.

@@ -322,17 +322,17 @@ class WorkerPool:
         program = worker.generation.program
         fields = {"generation": worker.record.generation, "worker": number}
         worker.readiness.watch(
-            lambda by: self._on_ready(number, by),
-            lambda done, late: self._start_check(worker, done, late),
-            lambda why: self._log.write(
+            ready=lambda by: self._on_ready(number, by),
+            start_check=lambda done, late: self._start_check(worker, done, late),
+            hangs=lambda why: self._log.write(
                 "warning",
                 "check-timed-out",
                 worker=number,
                 check=check_command.first_program(program.ready_check),
                 for_s=check_command.LIMIT_S,
             ),
-            lambda why: self._log.write("info", "probe-failed", **fields, reason=why),
-            lambda: self._keep_descriptors(worker),
+            fails=lambda why: self._log.write("info", "probe-failed", **fields, reason=why),
+            changed=lambda: self._keep_descriptors(worker),
             known=worker.became_ready,
             probed=program.is_probed and not worker.generation.record.serving_since,
         )
@@ -399,7 +399,7 @@ class WorkerPool:
         # Such a probe may fail although the workers can already serve (see ready_probe.py).
         for worker in self._workers_of(generation):
             if not worker.became_ready:
-                worker.readiness.wait()
+                worker.readiness.start_timer()
 
     def _on_ready(self, number: int, by: str, *, retires: bool = False) -> None:
         worker = self._workers.get(number)
@@ -416,7 +416,7 @@ class WorkerPool:
         if worker.became_ready:
             return True
         self.proved_ready = self.proved_ready or by != ready_kinds.TIMER
-        worker.readiness.is_known()
+        worker.readiness.note_ready()
         self._release_probe_address(worker)
         if worker.process.has_ended():
             self._note(worker, ready_by=by)  # _ended() handles the exit

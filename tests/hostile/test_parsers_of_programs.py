@@ -76,7 +76,7 @@ def test_what_a_worker_says(data: bytes) -> None:
     runtime: Any = SimpleNamespace(
         loop=None, log=SimpleNamespace(write=lambda *_, **__: None), post=posted.append
     )
-    worker: Any = SimpleNamespace(readiness=SimpleNamespace(by_word=False))
+    worker: Any = SimpleNamespace(readiness=SimpleNamespace(by_message=False))
     first: Any = SimpleNamespace(handle=lambda *_: None)
     failed: Any = lambda: SimpleNamespace(child_failed=lambda *_: None)  # noqa: E731
     one = WorkerMessages(

@@ -190,7 +190,7 @@ class Output:
             self._relay.request_last_words(number, lambda data: done(_lines(data)))
         elif start >= 0:
             path = self._log_file or f"/proc/self/fd/{_STDERR}"
-            done(_lines(_end_of(path, start), shared=True))
+            done(_lines(_last_bytes(path, start), shared=True))
         else:
             done("")
 
@@ -253,7 +253,7 @@ def _lines(data: bytes, *, shared: bool = False) -> str:
     return "\n".join(text.output_line(line) for line in lines[-LAST_LINES:])
 
 
-def _end_of(path: str, start: int) -> bytes:
+def _last_bytes(path: str, start: int) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:

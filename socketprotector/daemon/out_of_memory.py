@@ -35,30 +35,30 @@ class MemoryWatch:
         # None: the kernel sends no events.  Then a counted kill explains the next SIGKILL of a
         # worker or forked child, however late that SIGKILL comes.
         self._events = memory_group.Events.open()
-        self._wait()
+        self._watch_events()
 
-    def _wait(self) -> None:
+    def _watch_events(self) -> None:
         if self._events is not None:
             try:
-                self._loop.watch(self._events.fd, self._look_later, self._events.awaited)
+                self._loop.watch(self._events.fd, self._check_later, self._events.awaited)
             except OSError:  # out of memory, or a file system that has no events
                 self._events.close()
                 self._events = None
 
-    def _look_later(self) -> None:
+    def _check_later(self) -> None:
         if self._events is not None:
             # Pause the events: a cgroup at its limit causes many.
             self._loop.unwatch(self._events.fd)
-        self._loop.call_after(_TIMER, _LOOK_S, self._look)
+        self._loop.call_after(_TIMER, _LOOK_S, self._check_kills)
 
-    def _look(self) -> None:
+    def _check_kills(self) -> None:
         """Log the kills of other processes; wait while a worker or forked child is ending."""
         if self._events is not None:
             self._events.take()
         now, before = memory_group.counts(), self._handled
         if now.kills > before.kills:
             if any(map(procfs.is_ending, self._pids())):
-                self._loop.call_after(_TIMER, _LOOK_S, self._look)
+                self._loop.call_after(_TIMER, _LOOK_S, self._check_kills)
                 return
             self._log.write(
                 "warning",
@@ -67,7 +67,7 @@ class MemoryWatch:
                 reason=_cause(at_limit=now.at_limit > before.at_limit),
             )
             self._handled = now
-        self._wait()
+        self._watch_events()
 
     def _pids(self) -> Iterator[int]:
         """Yield the pids of all workers and of their forked children."""

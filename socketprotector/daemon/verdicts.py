@@ -77,12 +77,13 @@ class Settling:
     """
 
     is_over: bool = False  # the time of --settle has passed
-    is_good: bool = False  # a good answer has come; over() forgets it, so that another must come
+    #: Whether a good answer has come.  After the time of --settle, another good answer must come.
+    is_good: bool = False
     #: The send time of the first inconclusive probe after the last GOOD verdict; None: none.
     inconclusive_since: float | None = None
     bad: str = ""  # why the generation fails
 
-    def over(self) -> Settling:
+    def after_settle_time(self) -> Settling:
         """Return the state after the time of --settle: only later good answers count."""
         return self if self.is_over else replace(self, is_over=True, is_good=False)
 

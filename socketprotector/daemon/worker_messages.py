@@ -136,7 +136,7 @@ class WorkerMessages:
         if limit_s and worker.record.watched and worker.became_ready:
             due_at = time.monotonic() + limit_s
 
-            def silent() -> None:
+            def on_late() -> None:
                 self.read(number)  # the message may have come while we were too busy to read
                 if self._loop.due(("watchdog", number)) is not None:
                     return  # the message has come, and has set this timer again
@@ -148,4 +148,4 @@ class WorkerMessages:
                 self._log.write("error", "worker-stuck", worker=number, reason=reason)
                 self._post(ReplaceRequested(number, reason, hung=True))
 
-            self._loop.call_after(("watchdog", number), limit_s, silent)
+            self._loop.call_after(("watchdog", number), limit_s, on_late)

@@ -103,7 +103,7 @@ def test_what_a_pool_says_of_its_first_programs(text: str) -> None:
     )
     one = FirstPrograms.__new__(FirstPrograms)
     failed: list[tuple[int, int]] = []
-    object.__setattr__(one, "_failed", lambda _, pid, status: failed.append((pid, status)))
+    object.__setattr__(one, "_handle_failure", lambda _, pid, status: failed.append((pid, status)))
 
     one.handle(worker, text)
     one.handle(worker, "failed 12 256")

@@ -83,10 +83,10 @@ class CommandHandler:
             if is_too_late or (fleet.stop_requested and not definition.while_stopping):
                 raise RequestError("refused", "a stop is in progress")
             if request.command == "diff":
-                self._compare(client, request)
+                self._begin_diff(client, request)
                 return
             if request.command == "upgrade" and request.arguments.get("check"):
-                self._check_upgrade(client, request)
+                self._begin_upgrade_check(client, request)
                 return
             command = getattr(self, "do_" + request.command.replace("-", "_"))
             result = command(**request.arguments)
@@ -189,7 +189,7 @@ class CommandHandler:
             "last_words_hint": None if output.keeps_words else output.where_to_look(),
         }
 
-    def _compare(self, client: Client, request: Request) -> None:
+    def _begin_diff(self, client: Client, request: Request) -> None:
         """Begin a `diff`; the answer follows when a reader process (config_reader.py) has ended.
 
         Raises RequestError.
@@ -210,7 +210,7 @@ class CommandHandler:
         if not self._effects.live_settings.compare(done):
             raise RequestError("busy", "another diff is in progress; try again later")
 
-    def _check_upgrade(self, client: Client, request: Request) -> None:
+    def _begin_upgrade_check(self, client: Client, request: Request) -> None:
         """Begin an upgrade check; the answer follows when its trial process (upgrade.py) has ended.
 
         Raises RequestError.
@@ -298,7 +298,7 @@ class CommandHandler:
             raise RequestError("refused", f"no dry run: {cannot}")
 
     def do_upgrade(self, check: bool = False) -> Mapping[str, Any]:
-        # `check` is False here: handle() passes an upgrade check to _check_upgrade().
+        # `check` is False here: handle() passes an upgrade check to _begin_upgrade_check().
         # Begin the upgrade later: the client must get the answer before this process executes the
         # new program.
         self.runtime.loop.call_after("upgrade-asked", 0.0, self.supervisor.begin_upgrade)

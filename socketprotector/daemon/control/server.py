@@ -2,8 +2,8 @@
 
 A client of the control socket must not delay the clients of the workers.  So each turn of the loop
 answers at most one request of each client, and no call blocks.  We disconnect a client that sends
-too long a line, leaves too many answers unread, or stays idle.  If a client leaves too many log
-events unread, we only drop further events.
+too long a line, leaves too many answers unread, or stays idle.  A client that leaves too many log
+events unread stays connected, but gets no further events until it has read enough.
 
 Source: docs/control.md; model/einhorn.py; unix(7) for SO_PEERCRED and SO_PEERGROUPS.
 """
@@ -29,7 +29,8 @@ from ...system.unix_listener import close_control
 CLIENTS = 256
 #: We disconnect a client that sends no request for this long, unless it follows events.
 IDLE_S = 30.0
-#: If a client leaves more bytes than this unread, its next answer disconnects it.
+#: If more bytes than this wait for a client to read, we disconnect the client instead of sending
+#: its next answer.
 UNREAD_BYTES = 1024 * 1024
 #: The pause between two requests of a client.  The pause keeps a client that sends requests
 #: without end at a few percent of a core.
@@ -254,7 +255,7 @@ class ControlServer:
 
     def __post_init__(self) -> None:
         refuse_descriptors(self.listener.socket)
-        self._listen()
+        self._watch_listener()
 
     def send_event(self, level: str, name: str, fields: Mapping[str, object]) -> None:
         at = time.time()
@@ -301,14 +302,14 @@ class ControlServer:
     def forget(self, fd: int) -> None:
         self._clients.pop(fd, None)
 
-    def _listen(self) -> None:
+    def _watch_listener(self) -> None:
         try:
             self.loop.watch(self.listener.fileno(), self._accept)
         except OSError:
-            self._listen_later()
+            self._accept_later()
 
-    def _listen_later(self) -> None:
-        self.loop.call_after(("control", "again"), _AGAIN_S, self._listen)
+    def _accept_later(self) -> None:
+        self.loop.call_after(("control", "again"), _AGAIN_S, self._watch_listener)
 
     def _accept(self) -> None:
         """Accept one client; if others wait, the next turn of the loop accepts another."""
@@ -319,7 +320,7 @@ class ControlServer:
                 # Descriptors or memory ran out.  The socket stays readable, so the loop would call
                 # this method again at once.  So stop watching for a while.
                 self.loop.unwatch(self.listener.fileno())
-                self._listen_later()
+                self._accept_later()
             return
         client = Client(sock, self, self.loop, self._commands_for(sock))
         if not client.allowed:

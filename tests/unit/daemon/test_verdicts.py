@@ -97,13 +97,13 @@ def test_one_whose_time_is_over_awaits_an_answer_from_then_on() -> None:
     before = Settling().after(Verdict(GOOD), 1.0, 1.0)
     assert before.is_good
 
-    over = before.over()
+    over = before.after_settle_time()
     assert (over.is_over, over.is_good) == (True, False)
     unknown = over.after(Verdict(MOVED), 2.0, 2.0)
-    assert not unknown.over().is_good
+    assert not unknown.after_settle_time().is_good
     after = unknown.after(Verdict(GOOD), 3.0, 3.0)
 
-    assert after.over() == after
+    assert after.after_settle_time() == after
     assert after.is_good
 
 

@@ -119,7 +119,8 @@ class Output:
     def opened(self, number: int, generation: int) -> Iterator[WorkerOutput]:
         """Open the output of a worker, which the caller starts inside the `with` statement.
 
-        number: the worker's number.  Raises OSError.  If the start fails, nothing stays open.
+        number: the worker's number.  generation: the number of the worker's generation.
+        Raises OSError.  If the start fails, nothing stays open.
         """
         if self._relay is None or not self._relayed:
             yield WorkerOutput()

@@ -1,4 +1,4 @@
-"""Probes a starting generation under --ready accept, http: and https:, and without --ready.
+"""Probes a starting generation if --ready is accept, http: or https:, or is not set.
 
 The generation gets no clients yet, so a probe cannot reach it as clients do.  Under --handoff
 listener over TCP, a mark on the probe's connection selects the generation's socket

@@ -127,7 +127,7 @@ class Releases:
         """
         name = self._tried = candidate.release
         if dry_run or not candidate.release_wanted:
-            return ""  # this reload does not move `current`
+            return ""
         if not self.become_owner() or self.link.named == name:
             return ""
         return self.link.prepare(name)
@@ -147,8 +147,9 @@ class Releases:
             self._log.write("warning", "current-moved-again", release=name, reason=self._note)
 
     def reported(self, report: Report, program: Program | None) -> Report:
-        """Record what a report says about a release; return the report, with a note on `current`.
+        """Record what a report says about a release; return the report.
 
+        The returned report may have a note about `current`.
         program: the program of the report's generation; None: the report has no open generation.
         """
         name = program.release if program is not None else self._tried

@@ -77,7 +77,8 @@ class Settling:
     """
 
     is_over: bool = False  # the time of --settle has passed
-    #: Whether a good answer has come.  After the time of --settle, another good answer must come.
+    #: Whether a good answer has come.  If is_over is True, only answers after the time of --settle
+    #: count.
     is_good: bool = False
     #: The send time of the first inconclusive probe after the last GOOD verdict; None: none.
     inconclusive_since: float | None = None

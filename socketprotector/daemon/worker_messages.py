@@ -78,7 +78,7 @@ class WorkerMessages:
         self._loop.cancel(("watchdog", number))
 
     def read(self, number: int, most: int = _READ_AT_ONCE) -> None:
-        """Handle the messages that wait in a worker's socket, but at most this many."""
+        """Handle up to `most` of the messages that wait in a worker's socket."""
         worker = self._workers[number]
         for _ in range(most):
             try:

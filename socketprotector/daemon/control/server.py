@@ -29,8 +29,8 @@ from ...system.unix_listener import close_control
 CLIENTS = 256
 #: We disconnect a client that sends no request for this long, unless it follows events.
 IDLE_S = 30.0
-#: If more bytes than this wait for a client to read, we disconnect the client instead of sending
-#: its next answer.
+#: If a client has more unread bytes than this, we disconnect the client instead of sending its next
+#: answer.
 UNREAD_BYTES = 1024 * 1024
 #: The pause between two requests of a client.  The pause keeps a client that sends requests
 #: without end at a few percent of a core.

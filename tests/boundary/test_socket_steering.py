@@ -2319,7 +2319,7 @@ def test_what_is_answered_before_workers_keep_clients_out_counts_for_nothing(
 ) -> None:
     before = reloaded.steering.probes.reach_by_mark(2, "")
     assert before is not None
-    assert (before.is_unchanged(), before.is_closed()) == (True, False)
+    assert (before.is_unchanged(), before.may_refuse_clients()) == (True, False)
 
     close(reloaded.listener.socket_for(1))
 
@@ -2327,14 +2327,14 @@ def test_what_is_answered_before_workers_keep_clients_out_counts_for_nothing(
     before.close()
     later = reloaded.steering.probes.reach_by_mark(2, "")
     assert later is not None
-    assert (later.is_unchanged(), later.is_closed()) == (True, True)
+    assert (later.is_unchanged(), later.may_refuse_clients()) == (True, True)
     later.close()
     reloaded.resume((1, 0), (2, 1))
     later = reloaded.steering.probes.reach_by_mark(2, "")
     assert later is not None
-    assert later.is_closed()
+    assert later.may_refuse_clients()
     close(reloaded.listener.socket_for(0))  # so do those that serve: it is their way
-    assert not later.is_closed()
+    assert not later.may_refuse_clients()
 
 
 def test_a_socket_listens_again_with_its_own_limit(world: World) -> None:

@@ -53,7 +53,7 @@ class ConfigFile:
         self.folder = os.path.dirname(path)
         self.listens: tuple[str, ...] = ()
         self.command: tuple[str, ...] = ()
-        #: Values of options by the parameter's name, as they would stand on a command line.
+        #: Values of options by the parameter's name, as they would be written on a command line.
         self.values: dict[str, Any] = {}
         #: The entries of repeatable options, by the parameter's name: NAME -> VALUE.
         self.tables: dict[str, dict[str, str]] = {}
@@ -75,7 +75,7 @@ class ConfigFile:
             return tomllib.loads(text), toml_lines.find(text)
         except UnicodeDecodeError as error:
             line = data.count(b"\n", 0, error.start) + 1
-            raise Mistaken(self._line(line, "not UTF-8, which TOML is")) from error
+            raise Mistaken(self._line(line, "not UTF-8, as TOML must be")) from error
         except tomllib.TOMLDecodeError as error:
             found = _PLACE.search(str(error))
             at_end = data.rstrip().count(b"\n") + 1
@@ -213,7 +213,7 @@ class ConfigFile:
 
 
 def _unusable(text: str) -> str:
-    """Return why no system call could get this text; "" if one could."""
+    """Return why this text cannot be passed to a system call; "" if it can be."""
     try:
         return _NUL if b"\0" in os.fsencode(text) else ""
     except UnicodeEncodeError:

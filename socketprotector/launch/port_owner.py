@@ -16,7 +16,7 @@ from ..system.socket_file import path_of
 
 _CREDENTIALS = struct.Struct("3i")
 _OURS = "SocketProtector"  # the name of a protector's process, and of its guard's
-#: At a reload, the pid of the running protector: no advice may be to stop it.  At a start, 0.
+#: At a reload, the pid of the running protector, so that no advice is to stop it; at a start, 0.
 protector = 0
 
 
@@ -86,8 +86,8 @@ def _advice(pid: int | None, listens: Callable[[Any], bool]) -> str:
     if program == "systemd":
         # For a .socket unit, perhaps another service's, or in a stopped unit's descriptor store.
         return (
-            f"{called} has it for a unit: in the service of a .socket unit, listen on that unit's "
-            "address; otherwise stop the unit, or choose another address"
+            f"{called} has it for a unit: if that is this service's .socket unit, listen on the "
+            "unit's address; otherwise stop the unit, or choose another address"
         )
     if program == _OURS and not protector:
         hint = "if that is this instance, use `socketprotectorctl diff`; otherwise"

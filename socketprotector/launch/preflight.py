@@ -223,7 +223,7 @@ def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
 
 
 def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
-    """Refuse a probe if no second socket could be bound for any of its listeners.
+    """Refuse a probe if none of its listeners has a second socket.
 
     siblings: the indexes of the listeners with a second socket.
     """

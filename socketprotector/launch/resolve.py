@@ -158,7 +158,7 @@ class OptionResolver:
         return release_choice.absolute(folder, value) if value else None
 
     def _current(self) -> str:
-        """Return the link of --current.  With a `/` behind it, a path means what it leads to."""
+        """Return the link of --current, without a final `/`, which would follow the link."""
         path = self._path("current") or ""
         return path.rstrip("/") or path
 

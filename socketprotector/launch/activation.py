@@ -84,8 +84,8 @@ def _listening_socket(fd: int) -> socket.socket | None:
 def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[Bound]]:
     """Return the passed sockets that each LISTEN argument uses, by the argument's index.
 
-    Raises UsageError if an argument names a socket that was not passed, or that
-    another argument uses.
+    Raises UsageError if an argument names a socket that was not passed, or that another
+    argument uses.
     """
     taken: dict[int, list[Bound]] = {}
     users: dict[int, str] = {}

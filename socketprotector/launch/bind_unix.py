@@ -162,7 +162,7 @@ def admit_group(sock: socket.socket, path: str, gid: int, owner: int) -> None:
     """Let another group use the file of a bound socket, by an access control list.
 
     owner: the file's new owner; -1: the owner stays.  The list is set before the owner changes:
-     without CAP_FOWNER, as under the shipped units, root can set a list only on its own file.
+    without CAP_FOWNER, as under the shipped units, root can set a list only on its own file.
 
     Raises OSError if the file system has no such lists, or /proc is missing.
     Source: acl(5); linux/posix_acl_xattr.h.

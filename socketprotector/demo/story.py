@@ -80,7 +80,7 @@ class Story:
 
     def _start(self, opened: ExitStack) -> None:
         self._screen.say(
-            f"A server, and {PER_S} clients a second, which must not notice what happens to it."
+            f"{PER_S} clients a second use a server, and must not notice what happens to it."
         )
         self._title("Start release 1")
         words = self._protected.words

@@ -119,7 +119,7 @@ def _executes_itself(settings: Settings) -> bool:
 
 
 def _reachable(settings: Settings, path: str) -> None:
-    """Refuse a command that root could start, but the configured user cannot; also --env-file."""
+    """Refuse a command or --env-file that root could use, but the configured user cannot."""
     if settings.identity is None:
         return
     name = settings.executed[0]

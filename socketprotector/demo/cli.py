@@ -30,15 +30,15 @@ from .story import NotAsPromised, Story
 
 NAME = "SocketProtector demo"
 FAILED, INTERRUPTED = 1, 130
-#: With fewer, fewer clients come than the demo announces, as runs with 64 and 128 showed.
+#: With fewer descriptors, fewer clients connect than the demo announces.
 _DESCRIPTORS = 128
 _LOG_LINES = 20
-#: With this the path of a control socket in the folder has at most 107 bytes (unix(7)).
+#: The most bytes in the parent's path: the control socket's path may have 107 (unix(7)).
 _DEEPEST = 107 - len("/socketprotector-demo-12345678/socketprotector/demo-1234567.control")
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-#: README's line, which can be copied from a terminal of 80 columns.
+#: An example of --help, in lines that can be copied from a terminal of 80 columns.
 YOUR_TURN = """\
-Now yours, say: SocketProtector -f --handoff listener --ready notify 8000 \\
+Now your server: SocketProtector -f --handoff listener --ready notify 8000 \\
   -- gunicorn --preload app:app"""
 
 
@@ -49,7 +49,7 @@ class _Command(Answering, click.Command):
 @click.command(
     cls=_Command,
     context_settings={"help_option_names": ["-h", "-?", "--help"], "show_default": True},
-    # No docstring: `python -OO` has none.
+    # Not as a docstring, which `python -OO` drops.
     help="""Show in 20 seconds what SocketProtector does.
 
     A small server runs behind it, and clients connect all the time.  The demo deploys a release,
@@ -69,7 +69,7 @@ def command(pause: float) -> int:
 class _Stops:
     """Turns INT, TERM and HUP into KeyboardInterrupt, at once, or after `release`.
 
-    Not by a signal mask, which started programs would inherit.
+    A signal mask is not used, because started programs would inherit it.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class _Stops:
             raise KeyboardInterrupt
 
     def hold(self) -> None:
-        """Record signals without an effect from now on."""
+        """From now on, only record signals."""
         self._held = True
 
     def release(self) -> None:
@@ -99,17 +99,18 @@ def _run(pause_s: float) -> int:
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= descriptors < _DESCRIPTORS:
         raise SystemRefused(
-            f"{descriptors} open files are too few to show anything: ulimit -n {_DESCRIPTORS}"
+            f"a limit of {descriptors} open files is too low; run: ulimit -n {_DESCRIPTORS}"
         )
     stops, screen = _Stops(), Screen()
     protected, name = None, free_name()
-    # As root the protector makes this folder: other users cannot enter a private one.
+    # As root, the protector makes this folder for its notify sockets, because other users cannot
+    # enter the demo's own folder.
     kept = os.path.lexists(control_path.SYSTEM)
     stops.hold()
     try:
         folder = Path(tempfile.mkdtemp(prefix="socketprotector-demo-", dir=_place()))
     except OSError as error:
-        raise SystemRefused(f"cannot make a folder: {error}; TMPDIR names another place") from error
+        raise SystemRefused(f"cannot make a folder: {error}; set TMPDIR to another") from error
     try:
         lay_out(folder)
         protected = Protected(folder, name)
@@ -119,7 +120,7 @@ def _run(pause_s: float) -> int:
         screen.say(YOUR_TURN if good else _log(protected))
         return 0 if good else FAILED
     except KeyboardInterrupt:
-        screen.say("interrupted: all that was started is being ended")
+        screen.say("interrupted: ending all started programs")
         return INTERRUPTED
     except NotAsPromised as error:
         screen.say(f"Not as promised: {error}", "bold red")
@@ -136,7 +137,7 @@ def _run(pause_s: float) -> int:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             if not kept:
-                with suppress(OSError):  # another protector uses it, or none has made it
+                with suppress(OSError):  # another protector uses it, or no protector made it
                     os.rmdir(control_path.SYSTEM)
 
 
@@ -149,7 +150,7 @@ def _place() -> str:
 def _log(protected: Protected) -> str:
     """Return the end of the protector's log, for people."""
     lines = "\n".join(f"  {escape(line)}" for line in protected.said(_LOG_LINES))
-    return f"The end of its log:\n{lines}"
+    return f"The end of SocketProtector's log:\n{lines}"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -162,7 +163,8 @@ def main(arguments: Sequence[str]) -> int:
     except Refusal as error:
         return _refused(str(error), error.status)
     except subprocess.TimeoutExpired as error:
-        return _refused(f"what it started has not ended within {in_units(error.timeout)}", FAILED)
+        limit = in_units(error.timeout)
+        return _refused(f"a program of the demo has not ended within {limit}", FAILED)
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
 

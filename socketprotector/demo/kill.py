@@ -16,7 +16,7 @@ from ..system import procfs
 from .seen import Kill
 
 _STOPS_S = 1.0
-#: A thread that runs nothing any more: stopped, traced, or at its end.
+#: States of a thread that does not run: stopped, traced, or ended.
 _STILL = (b"T", b"t", b"Z", b"X")
 _LISTENS = "0A"
 

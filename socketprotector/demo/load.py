@@ -31,7 +31,7 @@ from .seen import BUCKETS, KINDS, Failure, Kind, Snapshot, bucket_of
 
 __all__ = ["KINDS", "Failure", "Kind", "Load", "Snapshot", "parse_address"]
 
-#: Other errors become "local" (out of ports or descriptors), which are the client's own fault.
+#: Other errors (no free port or descriptor) become "local": they are the client's own fault.
 #: They are counted, too, because a run with such failures has measured nothing.
 KIND_OF_ERRNO: dict[int, Kind] = {
     errno.ECONNREFUSED: "refused",
@@ -42,7 +42,7 @@ KIND_OF_ERRNO: dict[int, Kind] = {
     errno.ETIMEDOUT: "timed_out",
 }
 
-AFTER_FAILURE_S = 0.01  # a refused connection costs the server nothing: do not spin on it
+AFTER_FAILURE_S = 0.01  # a refusal comes at once: do not try again in a busy loop
 BACKLOG_FULL_S = 0.001  # a full UNIX backlog says EAGAIN where a blocking client would wait
 SWEEP_S = 0.05
 CATCH_UP_S = 0.01
@@ -54,7 +54,7 @@ HTTP = b"GET /hello-%d HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 def parse_address(text: str) -> tuple[socket.AddressFamily, Any]:
     """Return the family and the address for connect().
 
-    `HOST:PORT`, `[HOST6]:PORT`, `tcp:` before either, `unix:/path`, `unix:@name`, `/path`.
+    text: HOST:PORT or [HOST6]:PORT, also after `tcp:`; unix:/path, unix:@name or /path.
     """
     if text.startswith(("unix:", "/")):
         path = text.removeprefix("unix:")
@@ -69,7 +69,7 @@ def _port_of(sock: socket.socket) -> int:
         name = sock.getsockname()
     except OSError:
         return 0
-    if isinstance(name, bytes):  # the automatic one of a UNIX client
+    if isinstance(name, bytes):  # the automatic name of a UNIX client
         return client_number(name)
     return int(name[1]) if isinstance(name, tuple) else 0
 
@@ -255,7 +255,7 @@ class Load:
                         os.eventfd_read(fd)
                     elif fd in self._open:
                         self._go_on(self._open[fd], events)
-                # Only now: after a pause of this process an answer may have come in time.
+                # After the reads: if this process was suspended, an answer may have come in time.
                 if polled_s >= sweep_s:
                     sweep_s = polled_s + SWEEP_S
                     self._fail_late(polled_s)
@@ -270,7 +270,7 @@ class Load:
 
     def _begin(self) -> None:
         now_s = time.monotonic()
-        # epoll sleeps whole milliseconds; make up for its excess, and for no more.
+        # epoll sleeps for whole milliseconds: make up for that excess, but not for longer delays.
         self._next_begin_s = max(self._next_begin_s + self._gap_s, now_s - CATCH_UP_S)
         try:
             sock = socket.socket(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -388,8 +388,8 @@ class Load:
 
     def _close(self, conversation: _Conversation) -> None:
         # A plain close, so that the server reads an ordinary end of file.  The TIME_WAIT that this
-        # leaves with us does no harm: over loopback the kernel takes such a port again after 1 s
-        # (tcp_tw_reuse = 2), 28,000 connections/s, more than this client can make.
+        # leaves with us does no harm: over loopback the kernel reuses such a port after 1 s
+        # (tcp_tw_reuse = 2).  That allows 28,000 connections/s, more than this client makes.
         del self._open[conversation.sock.fileno()]
         conversation.sock.close()
 

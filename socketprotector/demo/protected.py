@@ -26,7 +26,7 @@ PROGRAMS = {
     "socketprotectorctl": (sys.executable, "-P", "-m", "socketprotector.ctl"),
     "python": (os.path.basename(sys.executable),),  # by its name, which the demo shows
 }
-#: Variables of another service manager, which this protector does not get.
+#: Variables that a service manager has set for the demo, not for this protector.
 _NOT_FOR_IT = ("LISTEN_", "NOTIFY_SOCKET", "WATCHDOG_", "FDSTORE")
 _ANSWER_S = 2.0
 _STOP_S = 20.0
@@ -54,7 +54,7 @@ def lay_out(folder: Path) -> None:
 
 
 def choose(folder: Path, number: int) -> None:
-    """Make `current` lead to a release, like `ln -sfn`, but without a moment without the link."""
+    """Make `current` lead to a release, like `ln -sfn`, but the link is never missing."""
     link = folder / "next"
     link.symlink_to(f"release-{number}")
     link.replace(folder / "current")
@@ -63,9 +63,8 @@ def choose(folder: Path, number: int) -> None:
 def free_name() -> str:
     """Return a name that no protector has, as far as socketprotectorctl finds them."""
     names = discovery.names(discovery.query_all_sockets())
-    taken = {
-        each.partition(":")[0] for each in names
-    }  # protectors that share a name have a listener's behind it
+    # Protectors that share a name are listed with a listener's name, such as `web:8000`.
+    taken = {each.partition(":")[0] for each in names}
     return "demo" if "demo" not in taken else f"demo-{os.getpid()}"
 
 
@@ -94,7 +93,7 @@ class Protected:
     ) -> subprocess.Popen[bytes]:
         """Start one of SocketProtector's programs in the folder, with stderr as stdout.
 
-        lasting: in a session of its own, until we end it or are killed.  Raises OSError.
+        lasting: run the program in its own session, until we end it or are killed.  Raises OSError.
         """
         return subprocess.Popen(
             [each for word in words for each in PROGRAMS.get(word, (word,))],
@@ -131,7 +130,7 @@ class Protected:
     def end(self) -> None:
         """End the protector and its workers at once, if it runs; return when they are gone.
 
-        Raises TimeoutExpired after killing it; its workers end when they notice that.
+        Raises TimeoutExpired after killing the protector; its workers end when they notice that.
         """
         if not self.has_ended:
             self._process.send_signal(signal.SIGINT)
@@ -140,7 +139,7 @@ class Protected:
 
 
 def _stop_with_parent() -> None:
-    with suppress(OSError):  # without it, a killed demo leaves this process behind
+    with suppress(OSError):  # after this error, a killed demo leaves this process behind
         privileges.end_with_parent(signal.SIGINT)
 
 

@@ -1,6 +1,6 @@
 """The demo's output: permanent lines, and on a terminal a last line that is redrawn.
 
-ASCII only: the terminal's encoding may be any.
+ASCII only, because the terminal may have any encoding.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Literal
 Kind = Literal["refused", "reset", "timed_out", "empty", "wrong", "local"]
 KINDS: tuple[Kind, ...] = ("refused", "reset", "timed_out", "empty", "wrong", "local")
 
-SUB_BITS = 5  # 32 buckets for each doubling: latencies are right to 3 %
+SUB_BITS = 5  # 32 buckets for each doubling, so latencies are accurate to 3 %
 BUCKETS = 34 << SUB_BITS  # up to an hour
 
 
@@ -63,7 +63,7 @@ class Snapshot:
         return {kind: counted[kind] for kind in KINDS}
 
     def latency_us(self, share: float) -> float:
-        """Return the latency, connect to first reply, not exceeded by `share` of them."""
+        """Return the latency (connect to first reply) that `share` of clients did not exceed."""
         wanted = share * sum(self.buckets)
         seen = 0
         for index, count in enumerate(self.buckets):
@@ -101,7 +101,7 @@ class Kill:
         """Return whether a connection failed because the process that held it was killed.
 
         A kill never excuses refused, timed out and wrong conversations.  Nor does it excuse a
-        connection begun after it, whose port may have belonged to another one before.
+        connection begun after the kill: an earlier connection may have had the same port.
         """
         return (
             failure.kind in ("reset", "empty")

@@ -1,7 +1,7 @@
 """The steps of the demo, and the clients' results after each.
 
-The demo shows only measured results.  If they are not what SocketProtector promises, it ends with
-status 1.
+The demo shows only measured results.  If they are not what SocketProtector promises, the demo ends
+with status 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from .protected import WORKERS, Protected, address_of, choose, workers_of
 from .screen import Screen
 from .seen import Failure, Kill, Snapshot, split_by_kills
 
-#: Far fewer than it can take, so that neither processors nor ports run out on a small machine.
+#: Far fewer than SocketProtector can serve, so that a small machine has enough processor time and
+#: ports.
 PER_S = 500
 CONCURRENCY = 16
 #: Clients that stay for 2.5 s, so that each reload finds some that are being served.
@@ -79,14 +80,14 @@ class Story:
 
     def _start(self, opened: ExitStack) -> None:
         self._screen.say(
-            f"A server, and {PER_S} clients a second, which must not notice what happens to it."
+            f"{PER_S} clients a second use a server, and must not notice what happens to it."
         )
         self._title("Start release 1")
         words = self._protected.words
         at = words.index("--log-file")
         self._command(f"{' '.join(words[:at])} \\")
         self._screen.say(" ".join(words[at:]), "cyan", indent=8)
-        status = self._wait(self._serving, "it did not start")
+        status = self._wait(self._serving, "SocketProtector did not start")
         address = address_of(status)
         self._loads = [
             opened.enter_context(Load(address, concurrency=CONCURRENCY, rate_per_s=PER_S)),
@@ -116,7 +117,8 @@ class Story:
         self._title("Kill a worker")
         self._kill(victim)
         now = self._wait(
-            lambda: self._full(lambda workers: victim not in workers), "it was not replaced"
+            lambda: self._full(lambda workers: victim not in workers),
+            "the killed worker was not replaced",
         )
         new = ", ".join(map(str, now - before))
         self._remark(f"The other worker kept serving; process {new} replaced the killed one.")
@@ -127,7 +129,7 @@ class Story:
         victim, before = number_in(status, "pid"), workers_of(status)
         self._title("Kill SocketProtector itself")
         self._kill(victim)
-        back = self._wait(self._back_from(victim), "it did not come back")
+        back = self._wait(self._back_from(victim), "SocketProtector did not come back")
         same = "same workers" if workers_of(back) == before else "other workers"
         pid = number_in(back, "pid")
         self._remark(f"Its guard kept the sockets and started it again: process {pid}, {same}.")
@@ -136,8 +138,8 @@ class Story:
     def _stop(self) -> None:
         self._title("Stop")
         if self._run("socketprotectorctl", "stop") != 0:
-            raise NotAsPromised("it did not stop")
-        self._wait(lambda: self._protected.has_ended or None, "its guard did not end")
+            raise NotAsPromised("SocketProtector did not stop")
+        self._wait(lambda: self._protected.has_ended or None, "the guard did not end")
 
     def _verdict(self) -> bool:
         whole = [load.join() for load in self._loads]
@@ -151,7 +153,7 @@ class Story:
         )
         return connections > 0 and not failed
 
-    # -- their parts -------------------------------------------------------------
+    # -- parts of the steps ------------------------------------------------------
 
     def _reload(self, release: int) -> int:
         self._command(f"ln -sfn release-{release} current")
@@ -185,7 +187,7 @@ class Story:
             raise NotAsPromised(f"cannot kill {pid}: {error}") from error
 
     def _status(self) -> Message:
-        return self._wait(self._protected.status, "it does not answer")
+        return self._wait(self._protected.status, "SocketProtector does not answer")
 
     def _serving(self) -> Message | None:
         status = self._protected.status()
@@ -204,7 +206,7 @@ class Story:
         return back
 
     def _wait(self, look: Callable[[], _Found | None], otherwise: str) -> _Found:
-        """Wait until `find` returns a result, and return it.  Raises NotAsPromised."""
+        """Wait until `look` returns a result, and return it.  Raises NotAsPromised."""
         until_s = time.monotonic() + LIMIT_S
         while (found := look()) is None:
             if self._protected.has_ended or time.monotonic() > until_s:
@@ -240,7 +242,7 @@ class Story:
         failures = [failure for load in loads for failure in load.failures]
         for each in failures:
             if each.kind == "local":
-                raise SystemRefused(f"this machine cannot make the clients: {each.detail}; {NEEDS}")
+                raise SystemRefused(f"this machine cannot run the clients: {each.detail}; {NEEDS}")
         return split_by_kills(failures, self._kills)
 
     # -- what is shown -----------------------------------------------------------
@@ -269,6 +271,6 @@ class Story:
 
 
 def _counts(connections: int, failed: list[Failure], ended: list[Failure]) -> str:
-    """Return in words how connections ended.  ended: the number that a killed process held."""
+    """Return in words how connections ended.  ended: the failures that a kill of ours caused."""
     cut = f", {len(ended)} cut by our kill -9" if ended else ""
     return f"{connections:,} connections, {len(failed)} failed{cut}"

@@ -1,6 +1,6 @@
 """Takes over sockets that the service manager has opened (socket activation).
 
-A LISTEN argument takes the socket with the given name (`fd:NAME`), or the socket that is bound to
+A LISTEN argument uses the socket with the given name (`fd:NAME`), or the socket that is bound to
 the argument's address.  The service manager still listens on these sockets after SocketProtector
 stops.
 
@@ -84,7 +84,8 @@ def _listening_socket(fd: int) -> socket.socket | None:
 def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[Bound]]:
     """Return the passed sockets that each LISTEN argument uses, by the argument's index.
 
-    Raises UsageError if an argument names a socket that was not passed, or that another one uses.
+    Raises UsageError if an argument names a socket that was not passed, or that another
+    argument uses.
     """
     taken: dict[int, list[Bound]] = {}
     users: dict[int, str] = {}

@@ -99,7 +99,7 @@ def _launch(parsed: ParsedOptions) -> int:
         if settings.origin.configured:
             path = shlex.quote(str(settings.pid_file))
             diff = f"socketprotectorctl --pid-file {path} diff"
-            notice += f"; if it has this file, `{diff}` shows what a reload would change"
+            notice += f"; if it uses this configuration, `{diff}` shows what a reload would change"
         notices.append(notice)
     if not check:
         kept = stored_listeners.take(
@@ -163,7 +163,7 @@ def _launch(parsed: ParsedOptions) -> int:
 
 
 def _files_of(parsed: ParsedOptions) -> dict[str, str | None]:
-    """Return the files that options name, by option; to compare with each file that we write."""
+    """Return the files that options name, by option; no file that we write may be one of them."""
     return {
         "--config": parsed.config,
         "--env-file": parsed.settings.env_file,

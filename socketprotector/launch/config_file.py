@@ -75,7 +75,7 @@ class ConfigFile:
             return tomllib.loads(text), toml_lines.find(text)
         except UnicodeDecodeError as error:
             line = data.count(b"\n", 0, error.start) + 1
-            raise Mistaken(self._line(line, "not UTF-8, which TOML is")) from error
+            raise Mistaken(self._line(line, "not UTF-8, as TOML must be")) from error
         except tomllib.TOMLDecodeError as error:
             found = _PLACE.search(str(error))
             at_end = data.rstrip().count(b"\n") + 1

@@ -78,7 +78,7 @@ def _signal(text: str) -> int:
     try:
         number = signal.Signals[f"SIG{text.upper().removeprefix('SIG')}"]
     except KeyError:
-        raise ValueError(f"{text!r} is not a signal; write a name as TERM or QUIT") from None
+        raise ValueError(f"{text!r} is not a signal; write a name such as TERM or QUIT") from None
     if number in (signal.SIGKILL, signal.SIGSTOP):
         raise ValueError(f"{text!r} cannot be caught, so a worker could not finish")
     return number

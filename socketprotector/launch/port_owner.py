@@ -86,7 +86,7 @@ def _advice(pid: int | None, listens: Callable[[Any], bool]) -> str:
     if program == "systemd":
         # For a .socket unit, perhaps another service's, or in a stopped unit's descriptor store.
         return (
-            f"{called} has it for a unit: if a .socket unit starts this service, listen on that "
+            f"{called} has it for a unit: if that is this service's .socket unit, listen on the "
             "unit's address; otherwise stop the unit, or choose another address"
         )
     if program == _OURS and not protector:

@@ -119,7 +119,7 @@ def _executes_itself(settings: Settings) -> bool:
 
 
 def _reachable(settings: Settings, path: str) -> None:
-    """Refuse a command that root could start, but the configured user cannot; also --env-file."""
+    """Refuse a command or --env-file that root could use, but the configured user cannot."""
     if settings.identity is None:
         return
     name = settings.executed[0]
@@ -223,7 +223,7 @@ def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
 
 
 def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
-    """Refuse a probe if no second socket could be bound for any of its listeners.
+    """Refuse a probe if none of its listeners has a second socket.
 
     siblings: the indexes of the listeners with a second socket.
     """

@@ -159,7 +159,9 @@ def _listeners(
             if any(each.text == listen.text for each in present if not each.removed):
                 continue  # unchanged: a host name is not resolved again, port 0 keeps its number
             if listen.passed is not None:
-                raise UsageError(f"{listen.text}: sockets are passed only at a start; {RESTART}")
+                raise UsageError(
+                    f"{listen.text}: sockets are passed only at a start, so this {RESTART}"
+                )
             found = bind_all(
                 [listen],
                 parsed.backlog,
@@ -176,7 +178,7 @@ def _listeners(
     bound = [each for number in sorted(added) for each in added[number]]
     if len(present) + len(bound) > _MOST_LISTENERS:
         refused.append(
-            UsageError(f"more than {_MOST_LISTENERS} listeners since the start; {RESTART}")
+            UsageError(f"more than {_MOST_LISTENERS} listeners since the start, so this {RESTART}")
         )
     if refused:
         discard_all(bound)

@@ -53,8 +53,8 @@ def _rolling(settings: Settings) -> Iterator[str]:
     """Yield each reason why a rolling reload would not work."""
     if settings.mode.adapter:
         yield (
-            f"{_ROLLING} does not work with --handoff {settings.mode.name}: workers of an adapter "
-            "are small; leave it out"
+            f"{_ROLLING} does not work with --handoff {settings.mode.name}, whose workers are only "
+            "helper processes; leave it out"
         )
     if not settings.policy.drain_timeout_s:
         yield (
@@ -63,8 +63,8 @@ def _rolling(settings: Settings) -> Iterator[str]:
         )
     if settings.policy.workers_accept and settings.ready not in ("notify", *PROBED):
         yield (
-            f"{_ROLLING} with --handoff listener needs --ready notify or a probe: with READY=1 "
-            "each worker declares that it can finish alone"
+            f"{_ROLLING} with --handoff listener needs --ready notify or a probe: other values "
+            "ignore READY=1, by which each worker declares that it can finish alone"
         )
     name = known_servers.known(settings.command)
     if settings.policy.workers_accept and name and not server_hints.uses_library(settings):

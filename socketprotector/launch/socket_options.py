@@ -115,7 +115,9 @@ OPTIONS: Mapping[str, Option] = {
     "fastopen": Option(*_ABOVE_0, _put(_TCP, socket.TCP_FASTOPEN)),
     "freebind": Option(*_SWITCH, _put(socket.IPPROTO_IP, IP_FREEBIND)),
     "keepalive": Option(
-        "IDLE:INTERVAL:COUNT in seconds, any of them or nothing", _is_keepalive, _put_keepalive
+        "IDLE:INTERVAL:COUNT, the times in seconds; each may be empty",
+        _is_keepalive,
+        _put_keepalive,
     ),
     "mark": Option(
         "a number from 0 to 0xffffffff",
@@ -160,7 +162,7 @@ class Unsettable(OSError):
 
     def __init__(self, name: str, value: str, error: OSError) -> None:
         super().__init__(error.errno, f"{name}={value}: {error.strerror}")
-        self.hint = "see the manual page tcp(7), and ip(7), for what this kernel has"
+        self.hint = "see the manual page tcp(7), or ip(7), for this option and its values"
         if error.errno in FORBIDDEN and name in _NEEDS:
             self.hint = f"it needs {_NEEDS[name]}: start as root with --user, or leave it out"
         elif name == "congestion" and error.errno == errno.ENOENT:

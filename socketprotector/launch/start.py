@@ -175,7 +175,7 @@ def _context(
     kept: the descriptors that stay open.  log: the target of stdout and stderr, if not None.
     """
     detach = not settings.foreground
-    # DaemonContext replaces None by /dev/null, so in the foreground pass the present descriptors.
+    # DaemonContext replaces None with /dev/null, so in the foreground pass the present descriptors.
     # ruff: noqa: SIM115 -- they stay open for the life of the daemon
     standard = [None if detach else open(fd, "r+b", 0, closefd=False) for fd in (0, 1, 2)]
     if log is not None:

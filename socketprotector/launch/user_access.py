@@ -24,7 +24,7 @@ _FIRST_LINE = 256
 
 
 def as_user(identity: Identity, look: Callable[[], str]) -> str:
-    """Return the result of `look` as that user; "" if we cannot become that user."""
+    """Call `look` as that user, and return its result; "" if we cannot become that user."""
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:

@@ -802,7 +802,7 @@ def test_one_socket_file_is_refused_twice_however_it_is_spelled(
         ),
         (
             ("--drain-signal", "NONE", "127.0.0.1:0", "--", "true"),
-            "'NONE' is not a signal; write a name as TERM or QUIT",
+            "'NONE' is not a signal; write a name such as TERM or QUIT",
         ),
     ],
 )

@@ -127,7 +127,10 @@ def test_a_second_socket_for_the_address_has_what_the_first_has(bound: Bound) ->
     [
         ("nodelay=2", "nodelay must be 0 or 1"),
         ("nodelay", "nodelay must be 0 or 1"),
-        ("keepalive=x", "keepalive must be IDLE:INTERVAL:COUNT in seconds, any of them or nothing"),
+        (
+            "keepalive=x",
+            "keepalive must be IDLE:INTERVAL:COUNT, the times in seconds; each may be empty",
+        ),
         ("keepalive=0", "keepalive must be IDLE"),
         ("keepalive=1:2:3:4", "keepalive must be IDLE"),
         ("keepalive=40000", "keepalive must be IDLE"),

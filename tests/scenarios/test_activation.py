@@ -230,7 +230,7 @@ def test_of_an_address_within_the_passed_one_the_error_names_systemd(giver: Give
     daemon = giver.start(f"127.0.0.1:{port}", "--", *MANY)
 
     assert daemon.wait() == 111
-    assert f"process {os.getpid()} (systemd) has it for a unit: if a" in daemon.log.text()
+    assert f"process {os.getpid()} (systemd) has it for a unit: if that" in daemon.log.text()
 
 
 @pytest.mark.usefixtures("_called_systemd")

@@ -74,7 +74,7 @@ def test_one_that_does_not_end_is_killed_and_its_folder_is_removed(
 
     assert cli.main(["--pause", "0"]) == 1
 
-    assert "what it started has not ended within 100ms" in capsys.readouterr().err
+    assert "a program of the demo has not ended within 100ms" in capsys.readouterr().err
     assert statuses == [-signal.SIGKILL]
     assert list(tmp_path.iterdir()) == []
 

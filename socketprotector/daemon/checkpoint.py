@@ -32,7 +32,7 @@ from .effects import Effects
 
 _FULL = (
     "a crash of SocketProtector would end the workers that start from now on; raise "
-    "FileDescriptorStoreMax= and LimitNOFILE="
+    "FileDescriptorStoreMax= and LimitNOFILE= to 8192 or more, or run fewer workers"
 )
 
 

@@ -205,13 +205,13 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     ),
     "Start": (
         Option("name", TEXT, "Name this instance.\n"
-               "The name is in status, log, syslog, ps and metrics. socketprotectorctl --name "
-               "takes it.",
+               "The name is in status, log, syslog, ps and metrics. Pass it to "
+               "socketprotectorctl --name.",
                "name", STAYS, metavar="NAME", common=True, unset="the command's"),
         Option("foreground", FLAG, "Do not detach; log to the terminal unless --log-file.",
                "foreground", STAYS, short="f", common=True),
         Option("guard", FLAG, "Restart SocketProtector if it dies; sockets stay open.\n"
-               "A small parent process also holds the descriptors.",
+               "A small parent process holds copies of the descriptors.",
                "guarded", STAYS, common=True),
         Option("pid-file", TEXT, "Write the protector's process ID, or with --guard the guard's, "
                "to this file.\n"
@@ -347,7 +347,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("lame-duck", TIME,
                "Serve this long after a stop request, while the exporter's /readyz answers 503; "
                "0: none.\n"
-               "So load balancers send clients elsewhere before any client is refused. "
+               "Load balancers then send clients elsewhere, before any client is refused. "
                "A second TERM ends the lame duck. See docs/fleet.md.",
                "policy.lame_duck_s", default="0"),
         Option("lame-duck-idle", TIME,

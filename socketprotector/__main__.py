@@ -37,6 +37,8 @@ def main() -> None:
             raise  # the installation is incomplete
         os.write(_STDERR, f"SocketProtector: {lack}\n".encode())
         os._exit(_SYSTEM_REFUSED)
+    except KeyboardInterrupt:  # while the command line's modules are loaded
+        os._exit(_INTERRUPTED)
 
 
 def _run() -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _NO_MEMORY_STATUS = 1  # equals cli.OutputFailed.status; without memory, main() cannot import cli
+_INTERRUPTED = 130  # equals main.INTERRUPTED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise  # an ImportError for another reason: the installation is incomplete
         os.write(2, f"socketprotectorctl: {lack}\n".encode())
         os._exit(_NO_MEMORY_STATUS)
+    except KeyboardInterrupt:  # during the import; later, main.py handles it
+        return _INTERRUPTED
 
 
 if __name__ == "__main__":

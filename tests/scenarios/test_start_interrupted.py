@@ -66,6 +66,29 @@ def test_a_signal_while_a_refusal_is_said_is_no_traceback(start: Start) -> None:
     assert (ended.status, ended.err) == (130, "")
 
 
+@pytest.mark.parametrize(
+    ("program", "module"),
+    [("socketprotector", "launch.cli"), ("socketprotector.ctl", "ctl.main")],
+)
+def test_ctrl_c_while_modules_are_loaded_is_no_traceback(
+    start: Start, program: str, module: str
+) -> None:
+    says = (
+        "import os, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        f"        if name == 'socketprotector.{module}':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting)\n"
+        f"from {program}.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+
+    ended = start(command=(sys.executable, "-c", says))
+
+    assert (ended.status, ended.err) == (130, "")
+
+
 @pytest.mark.costly
 def test_ctrl_c_on_the_terminal_stops_everything(start: Start, gate: Path) -> None:
     ours, theirs = pty.openpty()

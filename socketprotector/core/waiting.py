@@ -40,6 +40,7 @@ class Facts:
     settle_check_due: bool = False  # --settle is over, and the check's next success is awaited
     upgrade: str = ""  # the current step of an upgrade
     leftovers_end: bool = False  # processes of failed workers were found and signalled
+    last_exit: tuple[int, str] = (0, "")  # the generation of the worker that died last; why
     late_clients_s: float | None = None  # how long a stop still accepts clients of an earlier hold
 
 
@@ -267,8 +268,10 @@ def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
     serving = fleet.of(Phase.SERVING)
     if serving is None or fleet.stopping:
         return
+    number, why = facts.last_exit
+    died = f": {why}" if why and number == serving.number else ""
     for kind, timer, awaited in (
-        ("respawn", TimerKind.WORKER_RESPAWN, "restart delayed after a quick death"),
+        ("respawn", TimerKind.WORKER_RESPAWN, f"restart delayed after a quick death{died}"),
         ("worker", TimerKind.WORKER_START, "not ready yet"),
         ("worker", TimerKind.WORKER_KILL, "signalled, not exited yet"),
     ):
@@ -298,8 +301,8 @@ def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
         if not worker.alive
         and Deadline(TimerKind.WORKER_RESPAWN, worker.number) not in fleet.timers
     ]
-    why = "waiting for the end of the reload" if rollout.waits_to_replace(fleet) else ""
-    if waiting and (why or not rollout.room(fleet, 1)):
+    until = "waiting for the end of the reload" if rollout.waits_to_replace(fleet) else ""
+    if waiting and (until or not rollout.room(fleet, 1)):
         what = _count(len(waiting), "worker")
-        reason = f"{what} of generation {serving.number}: {why or _room(fleet, facts)}"
+        reason = f"{what} of generation {serving.number}: {until or _room(fleet, facts)}"
         yield Wait("worker", reason, serving.number)

@@ -69,6 +69,8 @@ class Reports:
         # True after STOPPING=1, and after a failed start.
         self._is_stopping = False
         self.run = RunRecord(started_at=time.time())
+        #: The generation of the worker that last exited unexpectedly, or could not start; and why.
+        self.last_exit = (0, "")
 
     def adopt(self, record: RunRecord, log_level: str) -> None:
         """After an upgrade or a kill, continue the earlier program's run record.
@@ -127,6 +129,8 @@ class Reports:
             last_words=last_words or None,
         )
         self._remember_reload(report)
+        if report.news is ReportKind.EXITED:
+            self.last_exit = (report.generation, first_line)
         serving = f"generation {report.generation} is serving"
         match report.news:
             case ReportKind.READY:

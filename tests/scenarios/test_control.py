@@ -412,6 +412,25 @@ def test_a_killed_worker_s_connections_are_lost_and_it_is_a_crash(
     assert web.status()["crashes"] == 1
 
 
+def test_the_status_says_why_a_worker_cannot_be_started_again(
+    operated: Operating, release: Release
+) -> None:
+    web = operated(command=(str(release.path),))
+    [pid] = web.pids(1)
+    release.path.unlink()
+
+    os.kill(pid, signal.SIGKILL)
+
+    why = f"a quick death: cannot start: {release.path}: No such file or directory"
+    eventually(
+        lambda: (
+            [each["reason"] for each in web.status().get("waits_for", ())]
+            == [f"1 worker of generation 1: restart delayed after {why}"]
+        ),
+        "why",
+    )
+
+
 @pytest.mark.costly
 def test_a_worker_that_ends_as_it_should_is_no_crash(operated: Operating) -> None:
     web = operated(command=(*OBEYS, "2"))

@@ -106,6 +106,7 @@ def of_waits_for(
         settle_check=shown(opened.program.settle_check) if opened is not None else "",
         settle_check_due=effects.probing.settle_check_due,
         upgrade=upgrade,
+        last_exit=effects.reports.last_exit,
         leftovers_end=effects.pool.orphans.found,
         late_clients_s=effects.late_clients_s,
     )

@@ -163,7 +163,9 @@ def test_back_offs_say_after_what(story: Story) -> None:
     while not any(each.wait is TimerKind.WORKER_RESPAWN for each in story.fleet.timers):
         [worker] = story.fleet.generations[0].workers
         story.and_also(WorkerReady(worker.number), WorkerExited(worker.number, DIED))
-    assert reasons(story) == ["1 worker of generation 1: restart delayed after a quick death"]
+    delayed = "1 worker of generation 1: restart delayed after a quick death"
+    assert reasons(story) == reasons(story, last_exit=(2, "why")) == [delayed]
+    assert reasons(story, last_exit=(1, "cannot start: why")) == [f"{delayed}: cannot start: why"]
 
 
 def test_a_dry_run_is_watched_before_its_verdict(story: Story) -> None:

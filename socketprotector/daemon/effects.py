@@ -382,6 +382,7 @@ class Effects(Host):
             reason=reason,
             hint=known_servers.hint(
                 self.generations[number].program,
+                has_ready=self.pool.has_ready(number),
                 taken_from=ever,
                 advice=lambda: self.pool.advice(number, ignores_socket=True),
             ),

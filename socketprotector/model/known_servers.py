@@ -388,11 +388,19 @@ def detached(program: Program) -> str:
     return f"{advice}; {STDIN}" if program.mode.needs_library else advice
 
 
-def hint(program: Program, *, taken_from: bool, advice: Callable[[], str]) -> str | None:
+def hint(
+    program: Program, *, has_ready: bool, taken_from: bool, advice: Callable[[], str]
+) -> str | None:
     """Return advice for clients that wait and are not taken by a worker; None if there is none.
 
+    has_ready: whether a worker is ready.
     taken_from: whether workers have taken a connection before, so the server uses our socket.
     """
+    if not has_ready:
+        return "no worker is ready: check `status` and `crashes`"
+    if taken_from and program.mode.pooled:
+        return "programs are busy or stuck: check `connections`; then raise `workers` and reload"
     if taken_from:
-        return "workers are busy or stuck: check `status`; then `scale +1`, or set --watchdog"
+        more = "`replace` stuck workers" if program.watchdog_s else "set --watchdog"
+        return f"workers are busy or stuck: check `status`; then `scale +1`, or {more}"
     return advice() or (WANTS if program.mode.needs_library else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -368,19 +369,34 @@ def test_a_known_server_gets_a_line_of_its_own() -> None:
     assert advised.endswith("(--check shows your command; docs/servers.md)")
 
 
+def hint(program: Program = PROGRAM, **facts: Any) -> str | None:
+    return known_servers.hint(
+        program, **{"has_ready": True, "taken_from": True, "advice": str, **facts}
+    )
+
+
 @pytest.mark.parametrize("advice", ["", "it listens on its own socket at 127.0.0.1:9090; ..."])
 def test_a_program_that_has_taken_a_client_is_not_told_to_start_otherwise(advice: str) -> None:
     """It may listen elsewhere, too: for its metrics."""
-    said = known_servers.hint(PROGRAM, taken_from=True, advice=lambda: advice)
+    assert hint(advice=lambda: advice) == (
+        "workers are busy or stuck: check `status`; then `scale +1`, or set --watchdog"
+    )
 
-    assert said is not None
-    assert "busy" in said
-    assert "listen" not in said
+
+def test_only_advice_that_can_be_followed_is_given() -> None:
+    """scale is refused under stdio, and --watchdog may be set already."""
+    assert hint(replace(PROGRAM, watchdog_s=5.0)) == (
+        "workers are busy or stuck: check `status`; then `scale +1`, or `replace` stuck workers"
+    )
+    assert hint(replace(PROGRAM, handoff="stdio")) == (
+        "programs are busy or stuck: check `connections`; then raise `workers` and reload"
+    )
+    assert hint(has_ready=False) == "no worker is ready: check `status` and `crashes`"
 
 
 def test_a_program_that_never_took_a_client_is_told_what_is_known_or_what_it_may_want() -> None:
     piped = replace(PROGRAM, handoff="stdio")
 
-    assert known_servers.hint(PROGRAM, taken_from=False, advice=lambda: "known") == "known"
-    assert known_servers.hint(PROGRAM, taken_from=False, advice=str) == known_servers.WANTS
-    assert known_servers.hint(piped, taken_from=False, advice=str) is None
+    assert hint(taken_from=False, advice=lambda: "known") == "known"
+    assert hint(taken_from=False, advice=str) == known_servers.WANTS
+    assert hint(piped, taken_from=False, advice=str) is None

@@ -16,7 +16,7 @@ from socketprotector_exporter.metrics import MetricSet
 
 from tests import needs
 from tests.running import ROOT
-from tests.unit.ctl.fake import awaited, generation, reload, rolling, status, worker
+from tests.unit.ctl.fake import awaited, generation, listener, reload, rolling, status, worker
 
 RULES = ROOT / "exporter" / "init.d" / "prometheus-rules.yml"
 DASHBOARD = ROOT / "exporter" / "init.d" / "grafana-dashboard.json"
@@ -29,6 +29,9 @@ ALERTS = {
     },
     "unasked": {"HealthUnknown"},
     "waits": {"RolloutWaits"},
+    "without a worker": {"ProtectorDown"},
+    "stuck": {"QueueFull"},
+    "listener": {"QueueFull"},
 }
 
 
@@ -57,7 +60,8 @@ def waits(count: int) -> dict[str, Any]:
 
 def recorded() -> tuple[str, str]:
     """Two scrapes an hour apart: of one that is well, one whose health is unknown, one whose
-    rolling reload waits, and one with every other trouble there is.
+    rolling reload waits, one without a ready worker, two whose workers take no client, and one with
+    every other trouble there is.
     """
     totals: dict[str, Counters] = {}
     found = []
@@ -89,6 +93,11 @@ def recorded() -> tuple[str, str]:
         rolls = rolling(awaited(5), replaced=3 + 60 * hour)
         goes_on = status(rollout=rolls, reloads=[reload(8, "reloaded")])
         named = {"well": well, "ill": ill, "unasked": unasked, "waits": waits_for}
+        named["without a worker"] = status(generation(8, "serving", worker(9, state="waiting")))
+        named["stuck"] = status(generation(8, "serving", worker(9), queue=4))
+        uncounted = generation(8, "serving", worker(9), queue=4000, accepted=None, wait_us=None)
+        full = listener(backlog=4000, backlog_limit=4096)
+        named["listener"] = status(uncounted, queue_limit=None, listeners=[full])
         found.append(scrape({**named, "goes on": goes_on}, totals))
     return found[0], found[1]
 

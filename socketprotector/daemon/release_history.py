@@ -149,4 +149,4 @@ def write(current: str, history: ReleaseHistory, loop: Loop, done: Callable[[str
 def _ended(output: int, done: Callable[[str], None], how: str) -> None:
     said = last_line(output)
     os.close(output)
-    done("" if said == "ok" else f"{said} ({how})")
+    done("" if said == "ok" else said or how)

@@ -250,7 +250,7 @@ def test_a_disk_without_room_for_current(
 
     assert ended.status == status, ended
     if state == "full":  # a link needs no room, but its history does
-        assert "may not be on disk: current.history: No space left on device" in ended.err
+        assert "may not be on disk: current.history: No space left on device;" in ended.err
         assert (serving(one), releases.named) == ("2", "2")
         disk.make_room()
         saved(one)

@@ -149,6 +149,16 @@ def test_a_program_that_was_killed_while_it_bound_one_is_not_in_the_way(
     assert os.listdir(folder.path) == []
 
 
+def test_what_a_killed_program_has_left_in_it_is_removed_with_it(place: Path) -> None:
+    folder = made(settings())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as left:
+        left.bind(f"{folder.path}/{SECRET}-1")
+
+    folder.discard()
+
+    assert list(place.iterdir()) == []
+
+
 def test_what_a_killed_one_has_left_is_removed_by_the_next_start(place: Path) -> None:
     killed = made(settings())
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as left:

@@ -11,7 +11,7 @@ link leads to a release.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from ..core.actions import Report, UseSettings
@@ -180,7 +180,7 @@ class LiveSettings:
         self.record = SettingsRecord(self.settings, snapshot.settings.candidate)
         if snapshot.fleet.candidate is None and UseSettings() not in snapshot.unfinished:
             self.forget()
-        self._remove_listeners()
+        self._remove_listeners(self.settings.listeners)
 
     def note_rebound(self, listener: Listener) -> None:
         """Record which socket file a listener has now (at a UNIX path)."""
@@ -265,16 +265,25 @@ class LiveSettings:
         return cannot
 
     def _put_in_force(self, settings: Settings) -> None:
+        before = self.settings.listeners
         self.record = SettingsRecord(settings)
         self._pool.apply_settings(settings)
-        self._remove_listeners()
+        self._remove_listeners(before)
 
-    def _remove_listeners(self) -> None:
+    def _remove_listeners(self, before: Sequence[ListenerSettings]) -> None:
+        """Remove the listeners that the settings in force mark as removed.
+
+        before: the listeners of the settings that were in force until now.  A listener that they
+        mark as removed was reported by an earlier program, which we have replaced.
+        """
         configured = self.settings.listeners
+        reported = {index for index, each in enumerate(before) if each.removed}
         # Keep the listeners that only candidate settings have: `configured` lacks their indices.
         for listener in self._delivery.listeners:
             if listener.index < len(configured) and configured[listener.index].removed:
-                self._log.write("info", "listener-removed", address=listener.settings.address)
+                if listener.index not in reported:
+                    address = listener.settings.address
+                    self._log.write("info", "listener-removed", address=address)
                 self._delivery.remove(listener)
 
 

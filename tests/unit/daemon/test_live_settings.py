@@ -63,7 +63,7 @@ class World:
         self.clock = Clock()
         self.readers: dict[str, Reader] = {}
         self.applied: list[Settings] = []
-        self.listeners = [self._listener(0, HTTP)]
+        self.listeners = [self.listener(0, HTTP)]
         self.added: list[tuple[int, bool]] = []
         self.removed: list[int] = []
         self.closed: list[int] = []
@@ -92,7 +92,7 @@ class World:
         self.readers[purpose] = Reader()
         return self.readers[purpose]
 
-    def _listener(self, index: int, settings: ListenerSettings) -> Any:
+    def listener(self, index: int, settings: ListenerSettings) -> Any:
         return SimpleNamespace(
             index=index, settings=settings, close=lambda: self.closed.append(index)
         )
@@ -101,7 +101,7 @@ class World:
 
     def make_listener(self, index: int, settings: ListenerSettings, fds: object, **_: Any) -> Any:
         assert fds == (50 + index, -1, -1)
-        return self._listener(index, settings)
+        return self.listener(index, settings)
 
     def cannot_change(self, added: list[Any], removed: list[Any]) -> str | None:
         self.changes = [[each.index for each in listeners] for listeners in (added, removed)]
@@ -241,6 +241,19 @@ def test_a_removed_listener_accepts_until_the_settings_are_used(world: World) ->
 
     assert world.removed == [0]
     assert world.clock.lines[-1] == "listener-removed"
+
+
+def test_a_removed_listener_is_reported_once_although_the_next_program_drains_it_too(
+    world: World,
+) -> None:
+    world.read_new(replace(OLD, listeners=(replace(HTTP, removed=True),)))
+    world.live.use()
+    world.listeners.append(world.listener(0, HTTP))  # inherited, because clients wait there
+
+    world.live.adopt(Snapshot(Fleet(), world.live.record))
+
+    assert world.removed == [0, 0]
+    assert world.clock.lines.count("listener-removed") == 1
 
 
 def test_only_new_notices_and_warnings_are_logged(world: World) -> None:

@@ -406,6 +406,7 @@ class Effects(Host):
                 set_timer(_SETTLE_AGAIN_S)
                 return
             self._note_due(deadline)
+            self.pool.messages.catch_up(deadline)
             advice = self._start_advice(target) if deadline.wait is TimerKind.START else ""
             met = self.met(target) if settles and target == self._sharing else 0
             stuck = settles and self.delivery.is_stuck(self.generations.get(target))

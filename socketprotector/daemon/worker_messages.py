@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 
 from socketprotector_client import wire
 
-from ..core.events import ReplaceRequested, TimeExtended
+from ..core.events import Deadline, ReplaceRequested, TimeExtended, TimerKind
 from ..model.text import in_units
 from .first_programs import FirstPrograms
 from .runtime import Runtime
@@ -90,6 +90,14 @@ class WorkerMessages:
             except OSError as error:
                 self._read_later(number, worker, error)
                 return
+
+    def catch_up(self, deadline: Deadline) -> None:
+        """Read all messages of the workers whose start a deadline ends: READY=1 may be unread."""
+        starts = deadline.wait is TimerKind.START
+        for number, worker in tuple(self._workers.items()):
+            target = worker.record.generation if starts else number
+            if target == deadline.target and (starts or deadline.wait is TimerKind.WORKER_START):
+                self.read(number)
 
     def _handle(self, number: int, worker: Worker, fields: Mapping[str, str]) -> None:
         if fields.get("READY") == "1" and worker.readiness.by_message:

@@ -74,7 +74,7 @@ class WorkerPool:
         self._spawner = WorkerSpawner(settings, self._loop, self._log, output, delivery)
         self._memory = out_of_memory.MemoryWatch(runtime, self._workers)
         first = FirstPrograms(runtime, output, remember)
-        self._messages = WorkerMessages(
+        self.messages = WorkerMessages(
             runtime, self._workers, first, self._note, self._on_ready, lambda: self._post_mortem
         )
         self._limit_watch: worker_recycling.LimitWatch | None = None
@@ -154,7 +154,7 @@ class WorkerPool:
             self._watch(number, worker)
         except OSError as error:
             self._loop.unwatch(worker.process.pidfd)
-            self._messages.unwatch(number, worker)
+            self.messages.unwatch(number, worker)
             worker.process.discard()
             worker.close()
             self._post(WorkerExited(number, f"cannot watch the worker: {what_failed(error)}"))
@@ -318,7 +318,7 @@ class WorkerPool:
 
     def _watch(self, number: int, worker: Worker) -> None:
         self._loop.watch(worker.process.pidfd, lambda: self._ended(number))
-        self._messages.watch(number, worker)
+        self.messages.watch(number, worker)
         program = worker.generation.program
         fields = {"generation": worker.record.generation, "worker": number}
         worker.readiness.watch(
@@ -340,7 +340,7 @@ class WorkerPool:
         self._records[number] = worker.record
         self._by_pid[worker.process.pid] = number
         self._keep_descriptors(worker)
-        self._messages.await_watchdog(number, worker)
+        self.messages.await_watchdog(number, worker)
 
     def _start_check(
         self, worker: Worker, done: Callable[[str], None], late: Callable[[str], None]
@@ -387,7 +387,7 @@ class WorkerPool:
         """
         workers = [w for w in self._workers.items() if w[1].record.generation == generation]
         for number, _ in workers:
-            self._messages.read(number)  # the worker may have sent READY=1 before the answer
+            self.messages.read(number)  # the worker may have sent READY=1 before the answer
         relies_on_library = self._spawner.settings.policy.relies_on_library
         early = relies_on_library and len({each.record.retires for _, each in workers}) > 1
         if not early and all(self._note_ready(number, worker, by) for number, worker in workers):
@@ -426,12 +426,12 @@ class WorkerPool:
         self._log.write(
             "info", "worker-ready", generation=worker.record.generation, worker=number, by=shown_by
         )
-        self._messages.await_watchdog(number, worker)
+        self.messages.await_watchdog(number, worker)
         return True
 
     def _ended(self, number: int) -> None:
         """Handle a worker's last messages; once we know how the worker ended, handle its exit."""
-        self._messages.read(number)
+        self.messages.read(number)
         worker = self._workers[number]
         end = self._post_mortem.end_of(worker, guarded=self.guarded)
         if end is None:
@@ -444,7 +444,7 @@ class WorkerPool:
         for name in worker.registered:
             del self.descriptors[name]
         self._loop.unwatch(worker.process.pidfd)
-        self._messages.unwatch(number, worker)
+        self.messages.unwatch(number, worker)
         self._post(self._post_mortem.close(worker, end, proved_ready=self.proved_ready))
         living = len(self._records) + len(self.groups.numbers)
         self._output.close_oldest(living, lambda: {*self._records, *self.groups.numbers})

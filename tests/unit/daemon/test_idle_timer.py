@@ -1,4 +1,7 @@
-"""Timers that run on: of --lame-duck-idle for each client, of a canary whose clients wait."""
+"""Timers that run on: of --lame-duck-idle for each client, of a canary whose clients wait.
+
+And a start's, which first reads what its workers have sent.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from socketprotector.core.events import Deadline, DeadlinePassed, Event, TimerKi
 from socketprotector.daemon.effects import Effects
 
 IDLE = Deadline(TimerKind.LAME_DUCK_IDLE)
+NO_MESSAGES = SimpleNamespace(catch_up=lambda deadline: None)
 
 
 class Timer:
@@ -30,7 +34,7 @@ def test_it_runs_out_when_no_client_has_come_for_its_whole_time() -> None:
         _note_due=lambda _: None,
         _post=posted.append,
         delivery=SimpleNamespace(idle_s=0.0),
-        pool=SimpleNamespace(proved_ready=True),
+        pool=SimpleNamespace(proved_ready=True, messages=NO_MESSAGES),
     )
     Effects._start_timer(cast("Effects", effects), IDLE, 2.0)
     assert timer.seconds == 2.0
@@ -49,6 +53,23 @@ def test_it_runs_out_when_no_client_has_come_for_its_whole_time() -> None:
     assert posted == [DeadlinePassed(IDLE)]
 
 
+def test_the_workers_messages_are_read_before_a_deadline_counts() -> None:
+    timer, done = Timer(), list[Deadline | Event]()
+    start = Deadline(TimerKind.START, 2)
+    effects = SimpleNamespace(
+        _loop=timer,
+        _note_due=lambda _: None,
+        _post=done.append,
+        _start_advice=lambda number: "",
+        delivery=SimpleNamespace(is_stuck=None),
+        pool=SimpleNamespace(messages=SimpleNamespace(catch_up=done.append)),
+    )
+    Effects._start_timer(cast("Effects", effects), start, 60.0)
+    timer.run_out()
+
+    assert done == [start, DeadlinePassed(start, stuck=False)]
+
+
 def test_the_end_of_a_stage_says_whether_clients_wait_in_vain() -> None:
     timer, posted = Timer(), list[Event]()
     settle = Deadline(TimerKind.SETTLE, 2)
@@ -60,6 +81,7 @@ def test_the_end_of_a_stage_says_whether_clients_wait_in_vain() -> None:
         generations={2: "stuck"},
         _sharing=2,
         met=lambda number: 7 + number,
+        pool=SimpleNamespace(messages=NO_MESSAGES),
         probing=SimpleNamespace(note_settle_over=lambda _: False),
     )
     Effects._start_timer(cast("Effects", effects), settle, 60.0)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 from socketprotector_client import wire
 
-from socketprotector.core.events import ReplaceRequested, TimeExtended
+from socketprotector.core.events import Deadline, ReplaceRequested, TimeExtended, TimerKind
 from socketprotector.daemon import worker_messages as module
 from socketprotector.daemon.worker_messages import WorkerMessages
 
@@ -54,7 +54,7 @@ class World:
         self.programs: list[str] = []
         self.cannot_note = False
         self.worker: Any = SimpleNamespace(
-            record=SimpleNamespace(watched=False, status=""),
+            record=SimpleNamespace(generation=3, watched=False, status=""),
             generation=SimpleNamespace(program=SimpleNamespace(watchdog_s=WATCHDOG_S)),
             process=SimpleNamespace(pid=7),
             notify=self.notify,
@@ -137,6 +137,28 @@ def test_a_worker_that_sends_without_end_is_left_after_a_while(world: World) -> 
 
     assert len(world.notify.queued) == 5
     assert FD in world.clock.watched  # so that the loop calls again
+
+
+@pytest.mark.parametrize(
+    ("deadline", "is_read"),
+    [
+        (Deadline(TimerKind.START, 3), True),
+        (Deadline(TimerKind.START, 1), False),
+        (Deadline(TimerKind.WORKER_START, 1), True),
+        (Deadline(TimerKind.WORKER_START, 3), False),
+        (Deadline(TimerKind.DRAIN, 3), False),
+    ],
+)
+def test_ready_counts_even_if_it_waits_behind_more_messages_than_a_turn_reads(
+    world: World, deadline: Deadline, is_read: bool
+) -> None:
+    world.notify.queued = [{"STATUS": "more"}] * (module._READ_IN_A_TURN + 1) + [{"READY": "1"}]
+    world.clock.watched[FD]()
+    assert world.ready == []
+
+    world.messages.catch_up(deadline)
+
+    assert world.ready == [("notify", False)] * is_read
 
 
 @pytest.mark.parametrize("failed", [False, True])

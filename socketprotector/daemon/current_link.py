@@ -86,6 +86,17 @@ class CurrentLink:
     def is_owned(self) -> bool:
         return self._lock is not None
 
+    def keep_lock(self) -> bool:
+        """Return whether we have the lock; if its file was removed, first lock a new file.
+
+        Otherwise two protectors could have a lock each.
+        """
+        if self._lock is not None and not release_store.is_lock(self.path, self._lock):
+            os.close(self._lock)
+            self._lock = None
+            self.take_lock()
+        return self.is_owned
+
     def take_lock(self) -> bool:
         """Take the lock if it is free; return whether this protector has it."""
         failed = ""

@@ -50,7 +50,7 @@ class Releases:
 
     def become_owner(self) -> bool:
         """Become the owner of `current` if it has no owner; return whether we are the owner."""
-        if not self.link.is_owned and self.link.take_lock():
+        if not self.link.keep_lock() and self.link.take_lock():
             # Our next write replaces the history file, so first read the previous owner's entries.
             self.history.read(is_owned=True)
         return self.link.is_owned

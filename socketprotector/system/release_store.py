@@ -122,6 +122,14 @@ def lock(current: str) -> int | None:
     return fd
 
 
+def is_lock(current: str, fd: int) -> bool:
+    """Return whether this descriptor's file is still the lock; False: the file was removed."""
+    try:
+        return os.path.samestat(os.lstat(f"{current}.lock"), os.fstat(fd))
+    except OSError as error:
+        return error.errno != errno.ENOENT
+
+
 def unlock(fd: int) -> None:
     """Release the lock, also of copies of its descriptor."""
     fcntl.flock(fd, fcntl.LOCK_UN)

@@ -388,6 +388,22 @@ def test_the_lock_has_one_owner_and_the_next_owner_reads_the_history(world: Worl
     assert not late.exists()
 
 
+def test_two_protectors_never_own_the_link_although_the_locks_file_was_removed(
+    world: World,
+) -> None:
+    first, lock = world.make(), world.live / "current.lock"
+    lock.unlink()
+    assert first.own()  # it locks a new file
+    second = world.make()
+    assert not second.own()
+
+    lock.unlink()
+
+    assert second.own()
+    assert not first.own()
+    assert (first.link.descriptors(), first.error) == ({}, "")
+
+
 @pytest.mark.parametrize("before", ["1", "3", "gone"])
 def test_a_link_that_is_moved_during_a_deploy_is_moved_again_and_that_is_said(
     world: World, before: str

@@ -67,6 +67,8 @@ class Output:
         self._settings, self._relay_failed = settings, relay_failed
         self._log_file, self._to_syslog = settings.log_file, settings.to_syslog
         ours = self._to_syslog or self._log_file is not None
+        #: Why the log file could not be opened; "": it is our stderr, or there is none.
+        self._open_error = self._open_if_lost()
         #: Whether each worker has a pipe of its own if neither --log-prefix nor --no-log-relay is
         #: set.
         self._pipes_by_default = ours or _is_stream()
@@ -79,11 +81,27 @@ class Output:
         self.named = inherited.Named()
         self._relay: relay_client.LogRelay | None = None
 
+    def _open_if_lost(self) -> str:
+        """Open the log file if our stderr is another file; return why that failed, or "".
+
+        systemd starts us with the journal after a crash.
+        """
+        try:
+            if self._log_file is not None and not _is_stderr(self._log_file):
+                opened = log_file.open_log(self._log_file, self._settings.identity)
+                self._redirect_to(opened)
+        except OSError as error:
+            return str(error.strerror)
+        return ""
+
     def begin(self, unclaimed: Inherited, runtime: Runtime) -> None:
         """Start the relay if the log needs one; after an upgrade or a crash, adopt the old relay.
 
         Takes ownership of the relay's descriptors.  Raises OSError.
         """
+        if self._open_error:
+            error = self._open_error
+            runtime.log.write("error", "reopen-failed", file=self._log_file, error=error)
         if not (self._to_syslog or self._relayed):
             return
         kind = "syslog" if self._to_syslog else "journal" if is_journal() else "lines"
@@ -225,6 +243,14 @@ class Output:
     def keeps_words(self) -> bool:
         """Return whether last words are known even if several workers write at the same time."""
         return self._relayed
+
+
+def _is_stderr(path: str) -> bool:
+    """Return whether our stderr is this file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(_STDERR))
+    except FileNotFoundError:
+        return False
 
 
 def _is_stream() -> bool:

@@ -146,10 +146,7 @@ def _remove(path: str) -> None:
 
 
 def remove_folder(path: str) -> None:
-    """Remove the folder of notify sockets, if it is removable.
-
-    A program that was killed while it started a worker has left that worker's file.
-    """
+    """Remove the folder of notify sockets, if removable, with files that killed programs left."""
     with suppress(OSError):
         for name in os.listdir(path):
             _remove(os.path.join(path, name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tests.running import Client, ask, eventually, wait_gone
 from tests.scenarios.adopting import ROUNDS, Chance, at_rest, served
 from tests.scenarios.managers import MANY, OWN, Service, of_generation, wait_stored
 from tests.scenarios.operating import Line
-from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, hold, pid_in, spawned
+from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, hold, pid_in, spawned, worker
 
 
 def test_what_is_stored_is_what_lives_and_at_the_end_nothing_is(service: Service) -> None:
@@ -63,6 +64,23 @@ def test_killed_and_started_again_it_goes_on(service: Service) -> None:
     assert wait_gone(workers) == []
     second.stop()
     wait_stored(service, set())
+
+
+def test_started_again_it_and_its_workers_write_to_its_log_file_and_not_to_the_journal(
+    service: Service, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    log, port = tmp_path / "web.log", free_port()
+    words = ("--log-file", str(log), f"127.0.0.1:{port}", "--", *worker("prints"))
+    service.start(*words)
+    service.wait_for("READY")
+
+    service.kill()
+    second = service.start(*words)
+    ask(("127.0.0.1", port), "from a worker")
+    eventually(lambda: "\nfrom a worker\n" in log.read_text(), "the line of the worker")
+
+    assert "event=resumed" in log.read_text()
+    assert second.log.text() == ""
 
 
 @pytest.mark.costly

@@ -7,6 +7,7 @@ program.  If there was an earlier program, each part takes over its own descript
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -148,8 +149,7 @@ class Resident:
         def inform_guard() -> None:
             """Tell the guard that we handle signals, and which signal makes workers finish.
 
-            The guard sends workers this signal if it gives up restarting SocketProtector.  If the
-            signal's number is 0, the workers need no signal, and the guard sends none.
+            The guard sends workers this signal (0: none) if it gives up restarting us.
             """
             self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={live.settings.finish_signal}")
 
@@ -286,11 +286,13 @@ class Resident:
         """
         store = self.parents.store
         if self.parents.line is None:
-            # Remove the settings from systemd's fd store first.  If we are killed after that, the
-            # next start finds no settings, so it starts normally, with the stored listeners.
+            # First unlock the pid file, because the store keeps its lock, and remove the settings
+            # from the store.  If we are killed after that, the next start finds no settings, so it
+            # starts normally, with the stored listeners.  systemd may still pass the memfd with the
+            # settings.  So also empty the memfd: inherited.is_ours() ignores empty settings.
+            if inherited.PID_FILE in self.own:
+                fcntl.flock(self.own[inherited.PID_FILE], fcntl.LOCK_UN)
             store.forget(inherited.SETTINGS)
-            # systemd may still pass the memfd with the settings to the next start.  So also empty
-            # the memfd: inherited.is_ours() ignores empty settings.
             os.ftruncate(self.own[inherited.SETTINGS], 0)
         # The relay exits only once all copies of its pipes are closed, including the store's.
         for name in self.output.descriptors():
@@ -336,7 +338,7 @@ class Resident:
             command=self.command,
             survive_exit=self.parents.keeps_after_exit,
         )
-        keeps_capabilities = settings.worker_identity is not None
+        keeps = settings.worker_identity is not None
         supervisor = Supervisor(
             Fleet(
                 policy=settings.policy,
@@ -346,10 +348,7 @@ class Resident:
             queue,
             effects,
             checkpoint,
-            Upgrade(
-                *(self.command, runtime.loop, runtime.log),
-                keeps_capabilities=keeps_capabilities,
-            ),
+            Upgrade(self.command, runtime.loop, runtime.log, keeps_capabilities=keeps),
             runtime,
             reopen_logs=lambda: self._reopen_logs(runtime.log),
             on_signal=lambda number: self.parents.guard.send(f"X_TOOK={number:d}"),

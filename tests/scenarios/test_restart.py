@@ -304,13 +304,14 @@ def test_one_that_is_killed_is_gone_on_with_and_not_started_afresh(
 @pytest.mark.parametrize("words_left", [4, 100])
 @pytest.mark.costly
 def test_one_that_is_killed_amid_its_last_words_has_left_its_listeners(
-    service: Service, free_port: Callable[[], int], words_left: int
+    service: Service, tmp_path: Path, free_port: Callable[[], int], words_left: int
 ) -> None:
     port = free_port()
     words = words_of("connection", f"127.0.0.1:{port}")
     service.start(*words)
     serves(service)
     wait_stored(service, OWN | of_generation(1, 1))
+    os.link(service.pid_file, tmp_path / "kept")
     before = {name: os.dup(fd) for name, fd in service.store.items()}
     service.main.stop()
     service.hear()
@@ -324,6 +325,8 @@ def test_one_that_is_killed_amid_its_last_words_has_left_its_listeners(
             service.store[name] = fd
         else:
             os.close(fd)
+    if words_left > len(last):  # then it has not come to the removal of its pid file
+        (tmp_path / "kept").rename(service.pid_file)
     with Client(("127.0.0.1", port), "waits") as waiting:
         second = service.start(*words)
         assert pid_in(waiting.hear()) == spawned(second)[0]

@@ -24,7 +24,7 @@ from ..model.settings import ListenerSettings
 from ..system import inherited
 from ..system.scoped import host_of
 from ..system.socket_file import path_of
-from .bind import Bound, canonical
+from .bind import Bound, canonical, place
 from .listen_spec import Listen
 
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
@@ -90,11 +90,7 @@ def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[B
     taken: dict[int, list[Bound]] = {}
     users: dict[int, str] = {}
     for index, listen in enumerate(listens):
-        matching = [
-            each
-            for each in passed
-            if each.settings.name == listen.passed or listen.means(each.settings.address)
-        ]
+        matching = [each for each in passed if _is_for(listen, each.settings)]
         for each in matching:
             fd = each.socket.fileno()
             if fd in users:
@@ -111,6 +107,13 @@ def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[B
                 f"{listen.text}: no listening socket was passed under this name; there is: {names}"
             )
     return taken
+
+
+def _is_for(listen: Listen, settings: ListenerSettings) -> bool:
+    """Return whether a LISTEN argument means a passed socket."""
+    if listen.path is not None:  # systemd listens on /run/x for ListenStream=/var/run/x
+        return place(settings.address) == place(f"unix:{listen.path}")
+    return settings.name == listen.passed or listen.means(settings.address)
 
 
 def close_unused(passed: Sequence[Bound], taken: Mapping[int, Sequence[Bound]]) -> Iterator[str]:

@@ -69,10 +69,8 @@ class Listen:
         return default if own is None else socket_options.number(own)
 
     def means(self, address: str) -> bool:
-        """Return True if a socket bound to this canonical address satisfies the argument."""
-        if self.path is not None:
-            return address == f"unix:{self.path}"
-        if self.passed is not None or self.port_is_chosen:
+        """Return True if a socket bound to this canonical TCP address satisfies the argument."""
+        if self.path is not None or self.passed is not None or self.port_is_chosen:
             return False
         hosts = [self.host] if self.host is not None else ["0.0.0.0", "::"]
         return any(address in (f"tcp:{h}:{self.port}", f"tcp:[{h}]:{self.port}") for h in hosts)

@@ -127,13 +127,17 @@ def test_a_socket_of_both_families_is_what_a_port_alone_means(giver: Giver) -> N
 
 
 def test_a_unix_socket_is_taken_and_its_file_stays(giver: Giver, tmp_path: Path) -> None:
+    """Also if its folder is named by a link: systemd binds /run/x for ListenStream=/var/run/x."""
     path = giver.unix("local", tmp_path / "socket")
-    daemon = giver.start(f"unix:{path}", "--", *MANY).ready()
+    linked = giver.unix("linked", tmp_path / "other")
+    (tmp_path / "link").symlink_to(tmp_path)
+    daemon = giver.start(f"unix:{path}", f"unix:{tmp_path}/link/other", "--", *MANY).ready()
 
-    assert pid_in(ask(path)) == spawned(daemon)[0]
+    assert pid_in(ask(path)) == pid_in(ask(linked)) == spawned(daemon)[0]
     daemon.stop()
     assert still_listens(giver)
     assert Path(path).exists()
+    assert Path(linked).exists()
 
 
 @pytest.mark.costly

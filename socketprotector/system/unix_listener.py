@@ -96,10 +96,11 @@ class UnixListener(Listener):
         if self.path:
             return self._says(lambda group: group.is_cut_off)
         try:
-            os.lstat(self.local_address[0])
+            found = os.lstat(self.local_address[0])
         except OSError as error:
             return error.errno == errno.ENOENT
-        return False
+        # Not under --handoff listener, where a reload leaves out a listener that is cut off.
+        return not self.shared and not is_file_of(self.settings, found)
 
     @property
     def path_fault(self) -> str:

@@ -17,6 +17,7 @@ import pytest
 from tests import needs
 from tests.procfs import listening_descriptors, name_of
 from tests.running import COMMAND, MARK, ask, eventually, marked, wait_gone
+from tests.scenarios.operating import Line
 from tests.scenarios.starting import MINIMAL, TELLS, Start, has_ipv6, needs_ipv6, tcp, told
 
 needs_root = needs.ROOT
@@ -318,13 +319,21 @@ def test_a_stale_socket_is_replaced(start: Start) -> None:
     assert start.left() == []
 
 
-def test_another_processs_socket_in_our_place_is_not_removed(start: Start) -> None:
-    start.up("unix:s", "--", *MINIMAL)
+def test_another_processs_socket_in_our_place_is_reported_and_not_removed(start: Start) -> None:
+    def warnings() -> list[str]:
+        with Line(start.folder / "c") as line:
+            return [*line.status()["warnings"]]
+
+    start.up("--control", start.folder / "c", "unix:s?mode=0600", "--", *MINIMAL)
+    assert warnings() == []
     path = start.folder / "s"
     path.unlink()
+    [removed] = warnings()
+    assert removed.startswith(f"unix:{path}: its socket file was removed")
     with socket.socket(socket.AF_UNIX) as theirs:
         theirs.bind(str(path))
         theirs.listen()
+        assert warnings() == [removed]
         start.stop()
 
         assert path.exists()

@@ -299,10 +299,12 @@ class QueueDelivery(Delivery):
 
     @property
     def warnings(self) -> tuple[str, ...]:
+        cut_off = "its socket file was removed or replaced, so "
         return tuple(
-            f"{each.settings.address}: no client can connect; restart SocketProtector"
+            f"{each.settings.address}: {cut_off if each.is_cut_off else ''}"
+            "no client can connect; restart SocketProtector"
             for each in self.listeners
-            if each.lost
+            if each.lost or each.is_cut_off
         )
 
     def accept_waiting(self) -> None:

@@ -114,7 +114,7 @@ KNOWN: Mapping[str, Server] = {
     ),
     "puma": Server(
         listen="127.0.0.1:9292",
-        adds="-b tcp://127.0.0.1:9292",
+        adds="--bind-to-activated-sockets only",
         rest="config.ru",
         ends_by="worker_shutdown_timeout",
     ),
@@ -126,6 +126,8 @@ _SOCKET_OPTIONS: Mapping[str, re.Pattern[str]] = {
     "nginx": re.compile("NGINX="),
     "chaussette": re.compile("--fd"),
 }
+#: The option of puma, in its command or configuration, with which it needs no address.
+_TAKES_ALL = re.compile(r"bind[-_]to[-_]activated[-_]sockets")
 #: Servers whose module for inherited sockets, Net::Server::SS::PreFork, supports only TCP.
 _TCP_ALONE = re.compile("starman$|(?:-s|--server)[= ]?Starman")
 #: An empty variable of Server::Starter: with it, Net::Server does not load that module.
@@ -237,7 +239,9 @@ def lacks(
         return None
     words = (*command, *variables)
     names_it = _SOCKET_OPTIONS.get(name)
-    if names_it is not None and not any(map(names_it.match, words)):
+    named = names_it is None or any(map(names_it.match, words))
+    # puma compares its -b with the name of a generation's socket, which is not the path.
+    if not named or (unix and name == "puma" and not _TAKES_ALL.search(" ".join((*words, files)))):
         return f"{name} was not given the socket"
     at = program_index(command)
     starter = _WITHOUT_STARTER not in words

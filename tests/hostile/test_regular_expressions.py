@@ -54,7 +54,7 @@ OWN = {
     *("model/duration.py _SEVERAL", "model/listen_fds.py _PLACEHOLDER"),
     *(f"model/known_servers.py {name}" for name in ("_SOCKET_OPTIONS", "_PRELOADS", "_PYTHON")),
     *(f"model/known_servers.py {name}" for name in ("_CLUSTERED", "_SEVERAL", "_CONFIGURED")),
-    "model/known_servers.py _TCP_ALONE",
+    *(f"model/known_servers.py {name}" for name in ("_TCP_ALONE", "_TAKES_ALL")),
     *("model/probe_spec.py _URL", "model/probe_spec.py _NO_STATUS"),
     *("system/check_command.py _PROGRAM", "system/env_file.py _NAME"),
     "system/socket_file.py _NAME",  # a path of 108 bytes, or a file name of 255, as a whole

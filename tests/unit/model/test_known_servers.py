@@ -115,6 +115,7 @@ def lacks(
     after_s: float | None = None,
     drain_signal: str = "",
     unix: bool = False,
+    files: str = "",
 ) -> str | None:
     words = shlex.split(command)
     name = known_servers.known(words)
@@ -127,6 +128,7 @@ def lacks(
         after_s=after_s,
         drain_signal=drain_signal or graceful or "TERM",
         unix=unix,
+        files=files,
     )
 
 
@@ -182,6 +184,17 @@ def test_starman_is_warned_of_on_a_unix_socket(command: str, unix: bool, dies: b
     advised = lacks(command, unix=unix) or ""
 
     assert ("dies of its first client" in advised) is dies
+
+
+@pytest.mark.parametrize("unix", [False, True])
+def test_puma_finds_no_unix_socket_by_its_path(unix: bool) -> None:
+    """It compares its -b with the name of a generation's socket, which is not the path."""
+    said = "puma was not given the socket" if unix else None
+    assert lacks("puma config.ru", unix=unix) == lacks("puma -b unix:///x", unix=unix) == said
+
+    as_advised = " ".join(["puma", known_servers.KNOWN["puma"].adds, "config.ru"])
+    assert lacks(as_advised, unix=unix) is None
+    assert lacks("puma", unix=unix, files="bind_to_activated_sockets 'only'") is None
 
 
 def test_starman_that_gets_a_unix_socket_by_another_variable_is_not_warned_of() -> None:

@@ -163,6 +163,9 @@ _NO_LISTENER = re.compile(
     r"|not supported|EOPNOTSUPP\b|LISTEN_FDS|\(os error (?:9|22|88|95)\)",
     re.IGNORECASE,
 )
+#: What a daemon says that found no socket of the C++ SocketProtector.
+_REFUSED = re.compile(r"connection refused|ECONNREFUSED\b|errno 111\b", re.IGNORECASE)
+_ORIGINAL = "if it was built for the C++ SocketProtector, it needs --handoff legacy (docs/stdio.md)"
 _TAKEN = re.compile(r"address already in use|EADDRINUSE|errno 98\b|os error 98\b", re.IGNORECASE)
 
 
@@ -377,8 +380,10 @@ def advice(
         return f"it binds its own address, which is in use; {WANTS}"
     if _NO_LISTENER.search(said):
         return WANTS
+    if _REFUSED.search(said):
+        return _ORIGINAL
     if unseen:
-        return f"if its output says that its address is in use: {WANTS}"
+        return f"if its output says that its address is in use: {WANTS}; {_ORIGINAL}"
     if listens is None:
         return ""
     if address := listens():

@@ -70,6 +70,10 @@ FOREIGN: dict[str, tuple[re.Pattern[str] | re.Pattern[bytes], tuple[tuple[str, s
         known_servers._NO_LISTENER,
         (("", "invalid argumen"), ("", "EINVAL_"), ("", "LISTEN_FD"), ("", "(os error 9")),
     ),
+    "model/known_servers.py _REFUSED": (
+        known_servers._REFUSED,
+        (("", "connection refuse"), ("", "ECONNREFUSE"), ("", "errno 111_")),
+    ),
     "ctl/cli.py _COMMAND": (cli._COMMAND, (("", "`status "), ("`status ", "a"), ("", "`"))),
     f"{EXPORTER}/agent.py _WORD": (agent._WORD, (("", "a"), ("", "-"), ("", "a "))),
     f"{EXPORTER}/peers_model.py _SAMPLE": (

@@ -62,6 +62,11 @@ def test_what_is_to_be_copied_starts_that_server_with_names_that_there_are(name:
         ("Error: listen EINVAL: invalid argument", None, "accepts on descriptor 3, needs"),
         ("ValueError: invalid literal", "", ""),
         (
+            "cannot connect: Connection refused",
+            "",
+            "C++ SocketProtector, it needs --handoff legacy",
+        ),
+        (
             "",
             "127.0.0.1:8000",
             "it listens on its own socket at 127.0.0.1:8000; a program that binds",
@@ -78,12 +83,20 @@ def test_what_is_known_of_a_program_that_takes_no_client_is_said(
     assert bool(advised) == bool(advice)
 
 
+def test_of_a_program_whose_output_is_not_seen_both_modes_are_named() -> None:
+    advised = known_servers.advice(PROGRAM, unseen=True)
+
+    assert "--handoff listener" in advised
+    assert "--handoff legacy" in advised
+
+
 def test_at_a_reload_only_an_address_in_use_is_a_cause() -> None:
     def advised(said: str) -> str:
         return known_servers.advice(PROGRAM, said=said, unseen=True, proved_ready=True)
 
     assert "which is in use; a program" in advised("bind(): Address already in use")
     assert advised("listen EINVAL: invalid argument") == advised("") == ""
+    assert advised("database: connection refused") == ""
 
 
 @pytest.mark.parametrize("mode", [handoff_modes.STDIO, handoff_modes.LEGACY])

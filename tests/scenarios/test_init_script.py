@@ -629,6 +629,7 @@ def test_a_restart_with_a_mistake_in_the_settings_stops_nothing(
     ("line", "said"),
     [
         ("SOCKETPROTECTOR_OPTIONS=--workers 2", ", line 3: several words need quotes"),
+        ("SOCKETPROTECTOR_LISTEN=unix:/s?mode=0660&group=0", ", line 3: several words need quotes"),
         ('SOCKETPROTECTOR_STOP_WAIT="60s"', "a _WAIT is '60s'; write whole seconds"),
         ("SOCKETPROTECTOR_RELOAD_WAIT=1m", "a _WAIT is '1m'; write whole seconds"),
         (": ${NO_SUCH_SETTING:?is missing}", "is missing"),

@@ -241,10 +241,16 @@ def lacks(
     if not mode.workers_accept:
         return None
     words = (*command, *variables)
+    if unix and name == "nginx":
+        return (
+            "nginx finds a UNIX socket only by its path, but each generation's socket has another "
+            "name; use 127.0.0.1:PORT instead"
+        )
     names_it = _SOCKET_OPTIONS.get(name)
     named = names_it is None or any(map(names_it.match, words))
-    # puma compares its -b with the name of a generation's socket, which is not the path.
-    if not named or (unix and name == "puma" and not _TAKES_ALL.search(" ".join((*words, files)))):
+    if unix and name == "puma":  # it compares its -b with the name of a generation's socket
+        named = _TAKES_ALL.search(" ".join((*words, files))) is not None
+    if not named:
         return f"{name} was not given the socket"
     at = program_index(command)
     starter = _WITHOUT_STARTER not in words

@@ -199,6 +199,11 @@ def test_starman_is_warned_of_on_a_unix_socket(command: str, unix: bool, dies: b
     assert ("dies of its first client" in advised) is dies
 
 
+def test_nginx_finds_no_unix_socket_by_its_path() -> None:
+    assert "finds a UNIX socket only by" in (lacks("nginx", "NGINX={fd:http};", unix=True) or "")
+    assert lacks("nginx", "NGINX={fd:http};", unix=False) is None
+
+
 @pytest.mark.parametrize("unix", [False, True])
 def test_puma_finds_no_unix_socket_by_its_path(unix: bool) -> None:
     """It compares its -b with the name of a generation's socket, which is not the path."""

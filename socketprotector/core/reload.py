@@ -276,7 +276,7 @@ def _is_complete(fleet: Fleet, starting: Generation) -> bool:
     return len(starting.workers) >= fleet.wanted_in(starting)
 
 
-def is_probed(fleet: Fleet, starting: Generation) -> bool:
+def must_probe(fleet: Fleet, starting: Generation) -> bool:
     """Return whether a starting generation must be probed now: all of its workers run."""
     return fleet.policy_of(starting.fresh).probes and _is_complete(fleet, starting)
 
@@ -284,11 +284,11 @@ def is_probed(fleet: Fleet, starting: Generation) -> bool:
 def probe_if_complete(step: Step) -> None:
     """Probe a starting generation once all its workers run, and again if workers were added."""
     starting = step.fleet.of(Phase.STARTING)
-    if starting is None or not is_probed(step.fleet, starting):
+    if starting is None or not must_probe(step.fleet, starting):
         return
     before = step.before.generation(starting.number)
     as_it_was = before is not None and len(before.workers) == len(starting.workers)
-    if before is None or not (as_it_was and is_probed(step.before, before)):
+    if before is None or not (as_it_was and must_probe(step.before, before)):
         step.do(Probe(starting.number))
 
 

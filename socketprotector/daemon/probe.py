@@ -122,12 +122,12 @@ class Probe:
         return self._connection if self._target is not None and not self._target.is_unix else None
 
     @property
-    def target_is_closed(self) -> bool:
+    def target_may_refuse(self) -> bool:
         """Whether the probed and the serving socket differ in an option that may keep clients out.
 
         False without a target.
         """
-        return self._target is not None and self._target.is_closed()
+        return self._target is not None and self._target.may_refuse_clients()
 
     def close(self) -> None:
         """Abandon the probe, so that another generation can be probed."""

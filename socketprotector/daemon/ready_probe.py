@@ -9,7 +9,7 @@ sends the port's connections into the generation's channel.
 Without --ready, probes are sent only under --handoff listener.  Such a probe can fail although the
 workers can already serve (_MAYBE_READY of verdicts.py).  The generation then counts as ready when a
 timer ends (system/readiness.py).  Exception: if an option of the probed socket may keep clients out
-(ProbeTarget.is_closed), the timer does not start.
+(ProbeTarget.may_refuse_clients), the timer does not start.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ReadyProbe:
 
         `answered` returns False if the generation must be probed again.
         inconclusive: called with the generation's number if a timer may make the generation ready
-        (timer_may_decide() of verdicts.py, ProbeTarget.is_closed).
+        (timer_may_decide() of verdicts.py, ProbeTarget.may_refuse_clients).
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._answered, self._inconclusive = answered, inconclusive
@@ -122,5 +122,5 @@ class ReadyProbe:
         if verdict.kind != verdicts.NO_TARGET:
             self._send_later()
         timer_may_decide = verdicts.timer_may_decide(generation.program.ready, verdict)
-        if timer_may_decide and not self._probe.target_is_closed:
+        if timer_may_decide and not self._probe.target_may_refuse:
             self._inconclusive(number)

@@ -44,7 +44,7 @@ class ProbeTarget:
     #: Returns whether the probed socket and the serving generation's socket differ in an option
     #: that can keep clients out.  If True, the probed socket perhaps refuses clients.  Then the
     #: generation must not count as ready merely because a timer has ended (ready_probe.py).
-    is_closed: Callable[[], bool] = lambda: False
+    may_refuse_clients: Callable[[], bool] = lambda: False
 
     @property
     def is_unix(self) -> bool:

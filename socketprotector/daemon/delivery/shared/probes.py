@@ -201,11 +201,16 @@ class Probes:
         self._record_source(place, mark, no_clients=no_clients)
         close = partial(self._release_mark, mark)
 
-        def is_closed() -> bool:
+        def may_refuse_clients() -> bool:
             return options != closing(serving)
 
         return ProbeTarget(
-            address, mark, waits, close, is_unchanged=is_unchanged, is_closed=is_closed
+            address,
+            mark,
+            waits,
+            close,
+            is_unchanged=is_unchanged,
+            may_refuse_clients=may_refuse_clients,
         )
 
     def _is_for_probes(self, listener: Listener, number: int) -> bool:
@@ -295,7 +300,7 @@ class Probes:
                 continue
             if clients_only and not self.clients_wait(each, number):
                 continue
-            if len(self._turns.at(each, number)) > 1:
+            if len(self._turns.accepting_at(each, number)) > 1:
                 return None  # another generation accepts from this socket, too
             listening = each.socket_for(number)
             try:
@@ -316,7 +321,7 @@ class Probes:
         for each, number in [(each, number) for each in self._listeners.pairs for number in (0, 1)]:
             is_assigned = number in self._turns.accepting.values()
             is_accepted = is_assigned and self._turns.is_served(each, number)
-            if is_accepted or each not in self._turns.own(self._listeners.pairs, number):
+            if is_accepted or each not in self._turns.not_given_back(self._listeners.pairs, number):
                 continue
             listening, place = each.socket_for(number), (each.index, number)
             try:

@@ -46,7 +46,7 @@ def reload_requested(step: Step, canary: Canary | None, release: str = "") -> No
     elif release and step.fleet.is_releasing:
         step.do(Report(ReportKind.REFUSED, reason=f"cannot deploy {release}: {IN_PROGRESS}"))
     else:
-        # Queue it even during a reload, so that the newest release wins without another HUP.
+        # Queue the request even during a reload: then the newest release wins without another HUP.
         # A later request without a share does not turn a queued canary into a plain reload.
         wanted = canary or step.fleet.canary_wanted
         step.fleet = replace(step.fleet, reload_wanted=True, canary_wanted=wanted)
@@ -102,8 +102,8 @@ def begin_if_wanted(step: Step) -> None:
     if fleet.candidate:
         _begin(step)
     elif fleet.reload_wanted and fleet.stop_requested:
-        # Fail it only after the verdict of the previous reload: a caller takes the first verdict
-        # after its request as its own.
+        # Fail the queued reload only after the previous reload's verdict, because each caller
+        # takes the first verdict after its request for its own.
         step.fleet = replace(fleet, reload_wanted=False, canary_wanted=None)
         step.fail_unopened(stop.CALLED_OFF)
     elif fleet.reload_wanted and not _may_rescue(fleet):

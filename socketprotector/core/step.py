@@ -360,7 +360,8 @@ class Step:
     def fail_unopened(self, reason: str) -> None:
         """Report the failure of a reload or dry run that opened no generation.
 
-        The report uses up the next generation number: control clients await a verdict for it.
+        The report uses up the next generation number: control clients await a verdict for this
+        number.
         """
         number = self.fleet.next_generation
         self.fleet = replace(self.fleet, next_generation=number + 1, rollout=None)

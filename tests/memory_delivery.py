@@ -157,12 +157,12 @@ class MemoryDelivery(Delivery):
         on_quiet()
 
     def drain(self, generation: OpenGeneration) -> None:
-        generation.note_ended()
+        generation.note_finishing()
         self._drained.setdefault(generation.record.number, False)
         self._move()
 
     def release(self, generation: OpenGeneration) -> None:
-        generation.note_ended()
+        generation.note_finishing()
         self._drained[generation.record.number] = True
         self._move()
 

@@ -72,7 +72,7 @@ class Resident:
         state.  command: the command line that executes this program again.
         """
         # A guard has copies of all descriptors.  systemd's store has them if we inherited a state.
-        # Otherwise it has listeners at most (stored_listeners.py), so store all descriptors again.
+        # Otherwise systemd's store has only listeners (stored_listeners.py), so store everything.
         has_copies = inherited.GUARD in descriptors or inherited.STATE in descriptors
         stored = descriptors.keys() - {inherited.GUARD} if has_copies else set()
         if isinstance(earlier, Snapshot):
@@ -302,7 +302,7 @@ class Resident:
             remove_folder(self.settings.notify_folder)
         if self.settings.pid_file is not None and inherited.PID_FILE in self.own:
             pid_file_removal.remove(self.settings.pid_file, self.own[inherited.PID_FILE])
-        self.start_report.failed(status)
+        self.start_report.failed(status)  # does nothing if the start has succeeded
         self.parents.finish(status, self.surviving)
 
     # -- the parts -------------------------------------------------------------

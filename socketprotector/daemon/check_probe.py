@@ -91,7 +91,7 @@ class CheckProbes:
     _open: dict[int, tuple[ProbeTarget, Forwarding | None]] = field(default_factory=dict)
 
     def address(self, generation: OpenGeneration) -> str:
-        """Open a generation's probe address, unless it is open, and return it as HOST:PORT.
+        """Return a generation's probe address as HOST:PORT; open the address if it is not open.
 
         Returns "" if no probe is possible.  Raises OSError.
         """

@@ -197,7 +197,7 @@ class Effects(Host):
                 self._report(action)
             case Exit(status):
                 self.exit_status = status
-                self.pool.orphans.when_ended(self._stop_running)
+                self.pool.orphans.when_ended(self._stop_loop)
             case _:  # the generation was not opened, was lost in a kill, or is released already
                 pass
 
@@ -309,7 +309,7 @@ class Effects(Host):
             if not each.record.serving_since:
                 each.update_record(serving_since=time.monotonic(), served_at=time.time())
             if each.program.spreads:
-                spread.check(each, self.pool.records(), self._log)
+                spread.warn_if_unable(each, self.pool.records(), self._log)
         self.delivery.route_to(generation, served_before=served_before, sharing=other, share=share)
         part = percent(share) if other is not None else None
         self._log.write("info", "route", generation=number, sharing=part and sharing, share=part)
@@ -438,7 +438,7 @@ class Effects(Host):
         due = self._loop.due(_LATE_TIMER)
         return max(0.0, due - time.monotonic()) if due is not None else None
 
-    def _stop_running(self) -> None:
+    def _stop_loop(self) -> None:
         self._loop.running = False
 
     def close(self) -> tuple[str, ...]:

@@ -53,9 +53,9 @@ class FirstPrograms:
         match text.split():
             case ["failed", pid, status] if _is_number(pid) and _is_number(status):
                 if record.drained_at is None and not worker.record.asked_to_exit:
-                    self._failed(worker, int(pid), int(status))
+                    self._handle_failure(worker, int(pid), int(status))
 
-    def _failed(self, worker: Worker, pid: int, status: int) -> None:
+    def _handle_failure(self, worker: Worker, pid: int, status: int) -> None:
         generation, at = worker.generation, time.time()
         _, how = exit_text.status_of(status)
         count = generation.record.programs_failed + 1

@@ -42,7 +42,8 @@ class OpenGeneration:
         # The record of an earlier version may lack `knows`.
         if record.knows is None:
             record = replace(record, knows=known_to(record.program))
-        # It may also lack `probes`: begin_share() would then count accepted clients as probes.
+        # Such a record may also lack `probes`.  Without the value 0, begin_share() would count
+        # accepted clients as probes.
         if record.serving_since and record.probes is None:
             record = replace(record, probes=0)
         return cls(record, Board(board) if board is not None else None)
@@ -65,12 +66,12 @@ class OpenGeneration:
         return {name: self.board.fd} if self.board is not None else {}
 
     @property
-    def ended(self) -> bool:
-        """Return whether we have stopped sending clients to the generation."""
+    def is_finishing(self) -> bool:
+        """Return whether the workers must finish: the generation gets no more clients."""
         return self.record.ended
 
-    def note_ended(self) -> None:
-        """Record that we have stopped sending clients to the generation."""
+    def note_finishing(self) -> None:
+        """Record that the workers must finish, and that the generation gets no more clients."""
         if not self.record.ended:
             self.update_record(ended=True)
 

@@ -57,7 +57,8 @@ class Health:
         self._generation: OpenGeneration | None = None
         self._applied: tuple[object, ...] = ()  # the options in use, to find changes
         self._spec = ProbeSpec("")
-        self.known = Serving(time.time())  # the results since the generation or the options changed
+        #: The results since the generation or the options changed.
+        self.results = Serving(time.time())
 
     @property
     def shown_check(self) -> str:
@@ -104,7 +105,7 @@ class Health:
             self.suspend()
         self._applied = options
         self._probe.close()
-        self.known = Serving(time.time())
+        self.results = Serving(time.time())
         self.resume()
 
     def _send_probe(self) -> None:
@@ -121,21 +122,23 @@ class Health:
         number = self._generation.record.number
         if verdict.kind in (UNMADE, UNTAKEN) and not self._has_ready(number):
             verdict = Verdict(BAD, "no worker is ready")
-        before, most = self.known, self._settings().health_failures
-        self.known = known = before.after(verdict, most, time.time())
-        if known.state == before.state:
+        before, most = self.results, self._settings().health_failures
+        self.results = results = before.after(verdict, most, time.time())
+        if results.state == before.state:
             return
-        reason = known.last or None
+        reason = results.last or None
         self._remember(
-            lambda history: history.health_changed(number, known.state, known.last, known.since_at)
+            lambda history: history.health_changed(
+                number, results.state, results.last, results.since_at
+            )
         )
         self._persist()  # no event follows, so nothing else would write the state
-        if known.state == HEALTHY:
+        if results.state == HEALTHY:
             self._log.write("info", "healthy", generation=number)
         else:
             self._log.write(
                 "warning",
-                "unhealthy" if known.state == UNHEALTHY else "health-unknown",
+                "unhealthy" if results.state == UNHEALTHY else "health-unknown",
                 generation=number,
                 reason=reason,
             )

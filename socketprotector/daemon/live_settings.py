@@ -249,13 +249,13 @@ class LiveSettings:
         """Return why the reload cannot have its canary or its rolling order; None: it can.
 
         canary: whether the reload was requested with a canary.  The `reload` command has not
-        checked the canary, because only `new` decides.
+        checked the canary, because only `new` decides whether a canary is possible.
         """
         policy = new.policy
         cannot = no_canary_under(policy) if canary else None
         if cannot is None and (canary or policy.canary or policy.rolls):
-            listens = [e for e in self._delivery.listeners if not new.listeners[e.index].removed]
-            cannot = self._delivery.cannot_share([*listens, *added])
+            remaining = [e for e in self._delivery.listeners if not new.listeners[e.index].removed]
+            cannot = self._delivery.cannot_share([*remaining, *added])
         if cannot is not None and canary:
             return f"no canary: {cannot}"
         if cannot is None and policy.finish_alone:

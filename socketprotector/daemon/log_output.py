@@ -119,7 +119,8 @@ class Output:
     def opened(self, number: int, generation: int) -> Iterator[WorkerOutput]:
         """Open the output of a worker, which the caller starts inside the `with` statement.
 
-        number: the worker's number.  Raises OSError.  If the start fails, nothing stays open.
+        number: the worker's number.  generation: the number of the worker's generation.
+        Raises OSError.  If the start fails, nothing stays open.
         """
         if self._relay is None or not self._relayed:
             yield WorkerOutput()
@@ -190,7 +191,7 @@ class Output:
             self._relay.request_last_words(number, lambda data: done(_lines(data)))
         elif start >= 0:
             path = self._log_file or f"/proc/self/fd/{_STDERR}"
-            done(_lines(_end_of(path, start), shared=True))
+            done(_lines(_last_bytes(path, start), shared=True))
         else:
             done("")
 
@@ -253,7 +254,7 @@ def _lines(data: bytes, *, shared: bool = False) -> str:
     return "\n".join(text.output_line(line) for line in lines[-LAST_LINES:])
 
 
-def _end_of(path: str, start: int) -> bytes:
+def _last_bytes(path: str, start: int) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:

@@ -35,30 +35,30 @@ class MemoryWatch:
         # None: the kernel sends no events.  Then a counted kill explains the next SIGKILL of a
         # worker or forked child, however late that SIGKILL comes.
         self._events = memory_group.Events.open()
-        self._wait()
+        self._watch_events()
 
-    def _wait(self) -> None:
+    def _watch_events(self) -> None:
         if self._events is not None:
             try:
-                self._loop.watch(self._events.fd, self._look_later, self._events.awaited)
+                self._loop.watch(self._events.fd, self._check_later, self._events.awaited)
             except OSError:  # out of memory, or a file system that has no events
                 self._events.close()
                 self._events = None
 
-    def _look_later(self) -> None:
+    def _check_later(self) -> None:
         if self._events is not None:
             # Pause the events: a cgroup at its limit causes many.
             self._loop.unwatch(self._events.fd)
-        self._loop.call_after(_TIMER, _LOOK_S, self._look)
+        self._loop.call_after(_TIMER, _LOOK_S, self._check_kills)
 
-    def _look(self) -> None:
+    def _check_kills(self) -> None:
         """Log the kills of other processes; wait while a worker or forked child is ending."""
         if self._events is not None:
             self._events.take()
         now, before = memory_group.counts(), self._handled
         if now.kills > before.kills:
             if any(map(procfs.is_ending, self._pids())):
-                self._loop.call_after(_TIMER, _LOOK_S, self._look)
+                self._loop.call_after(_TIMER, _LOOK_S, self._check_kills)
                 return
             self._log.write(
                 "warning",
@@ -67,7 +67,7 @@ class MemoryWatch:
                 reason=_cause(at_limit=now.at_limit > before.at_limit),
             )
             self._handled = now
-        self._wait()
+        self._watch_events()
 
     def _pids(self) -> Iterator[int]:
         """Yield the pids of all workers and of their forked children."""
@@ -86,9 +86,9 @@ class MemoryWatch:
         if now.kills <= before.kills:
             return exit_text.KILLED
         # If several kills are unexplained, the counts do not tell which of them came from the
-        # cgroup's own limit.  So give all of them the same cause: the limit, if the count at_limit
-        # has risen since the last handled kill.  For this comparison, keep the old at_limit until
-        # the last of these kills is explained.
+        # cgroup's own limit.  So all of them get the same cause: the limit if the count at_limit
+        # has risen since the last handled kill, otherwise no limit.  For this comparison, keep the
+        # old at_limit until the last of these kills is explained.
         more = now.kills > before.kills + 1
         at_limit = before.at_limit if more else now.at_limit
         self._handled = OutOfMemory(before.kills + 1, at_limit)

@@ -107,7 +107,7 @@ class Parents:
     def keeps_after_exit(self, names: Iterable[str]) -> bool:
         """Return whether systemd's fd store keeps the descriptors with these names for a restart.
 
-        After our exit systemd keeps these descriptors only while a restart is pending (tried with
+        After our exit systemd keeps these descriptors only while a restart is pending (tested with
         systemd 252), or with FileDescriptorStorePreserve=yes.  Other service managers may
         receive sd_notify(3) messages, but keep no descriptors.  We recognize them because they set
         no $INVOCATION_ID.

@@ -156,7 +156,7 @@ class PostMortem:
         if not was_ready:
             self.orphans.end(worker.notify.address)
         detached = end.clean and not was_ready
-        if not record.asked_to_exit and not (end.clean and worker.generation.ended):
+        if not record.asked_to_exit and not (end.clean and worker.generation.is_finishing):
             crash = _crash(worker, end, lost, last_words)
             self.remember(lambda history: history.with_crash(crash))
             if worker.became_ready:  # otherwise we have the last words already
@@ -182,7 +182,7 @@ class PostMortem:
         child, pid, status = map(int, words[:3])
         lost = int(words[3]) if _is_number(words[3]) else None
         record, generation = worker.record, worker.generation
-        if record.asked_to_exit or generation.ended:
+        if record.asked_to_exit or generation.is_finishing:
             return
         _, how = exit_text.status_of(status)
         if how == exit_text.KILLED:
@@ -298,7 +298,7 @@ def _crash(worker: Worker, end: End, lost: int | None, last_words: str) -> Crash
         slot=record.slot,
         pid=record.pid,
         how=end.how,
-        when="draining" if worker.generation.ended else "serving" if ready else "starting",
+        when="draining" if worker.generation.is_finishing else "serving" if ready else "starting",
         lost=lost,
         last_words=last_words,
         cpu_s=end.cpu_s,

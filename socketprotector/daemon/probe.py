@@ -102,8 +102,8 @@ class Probe:
         self._until = self._sent_at + limit_s
         try:
             if spec.kind == probe_spec.CHECK:
-                self._run(generation, limit_s)
-            elif not self._continue_earlier():
+                self._run_command(generation, limit_s)
+            elif not self._reuse_connection():
                 self._connect(generation, limit_s)
         except (OSError, ValueError) as error:
             self._finish(verdicts.CANNOT, what_failed(error))
@@ -122,7 +122,7 @@ class Probe:
         return self._connection if self._target is not None and not self._target.is_unix else None
 
     @property
-    def target_may_refuse(self) -> bool:
+    def target_may_refuse_clients(self) -> bool:
         """Whether the probed and the serving socket differ in an option that may keep clients out.
 
         False without a target.
@@ -249,7 +249,7 @@ class Probe:
         # a connection waits for a worker, too.
         return not events_of(connection, select.POLLOUT) or target.waits(connection)
 
-    def _continue_earlier(self) -> bool:
+    def _reuse_connection(self) -> bool:
         """Use an earlier probe's connection for this probe; return False if that is impossible."""
         if self._connection is None:
             return False
@@ -334,7 +334,7 @@ class Probe:
 
     # -- by a command ----------------------------------------------------------------
 
-    def _run(self, generation: OpenGeneration, limit_s: float) -> None:
+    def _run_command(self, generation: OpenGeneration, limit_s: float) -> None:
         """Run the check command.  Raises OSError or ValueError."""
         if self._command is not None:  # the late command of an earlier probe is running
             self._loop.call_after(self, limit_s, lambda: self._finish(verdicts.BAD, self._late_why))

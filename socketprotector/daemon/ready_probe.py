@@ -1,4 +1,4 @@
-"""Probes a starting generation under --ready accept, http: and https:, and without --ready.
+"""Probes a starting generation if --ready is accept, http: or https:, or is not set.
 
 The generation gets no clients yet, so a probe cannot reach it as clients do.  Under --handoff
 listener over TCP, a mark on the probe's connection selects the generation's socket
@@ -122,5 +122,5 @@ class ReadyProbe:
         if verdict.kind != verdicts.NO_TARGET:
             self._send_later()
         timer_may_decide = verdicts.timer_may_decide(generation.program.ready, verdict)
-        if timer_may_decide and not self._probe.target_may_refuse:
+        if timer_may_decide and not self._probe.target_may_refuse_clients:
             self._inconclusive(number)

@@ -70,8 +70,8 @@ class Recovery:
                 effects.pool.expect(record, descriptors)
                 self._workers.append((record, descriptors, generation))
         serving = fleet.of(Phase.SERVING)
-        proven = effects.generations.get(serving.number) if serving is not None else None
-        effects.last_good = proven.program if proven is not None else snapshot.last_good
+        opened = effects.generations.get(serving.number) if serving is not None else None
+        effects.last_good = opened.program if opened is not None else snapshot.last_good
         for address in snapshot.orphans:
             effects.pool.orphans.end(address)
         effects.reports.adopt(snapshot.run, snapshot.log_level)
@@ -133,7 +133,7 @@ class Recovery:
         Yields () after each worker.  Last, yields the events about the workers and generations
         that could not be adopted.
         """
-        ended: list[WorkerExited] = []
+        exits: list[WorkerExited] = []
         pool, fleet = self.effects.pool, self.snapshot.fleet
         for record, descriptors, generation in self._workers:
             # Without a finish signal, only the RETURN line can order a single worker to finish.
@@ -155,21 +155,21 @@ class Recovery:
                     waiting = self._waiting(record.generation)
                     lost = has_group and not record.orphaned
                     event = _exit_of(record.number, record, waiting, orphans=has_group, lost=lost)
-                    ended.append(event)
+                    exits.append(event)
             yield ()
-        yield (*ended, *self._report_missing({each.worker for each in ended}))
+        yield (*exits, *self._report_missing({each.worker for each in exits}))
 
-    def _report_missing(self, ended: Collection[int]) -> list[Event]:
+    def _report_missing(self, reported: Collection[int]) -> list[Event]:
         """Return events for generations and workers of the fleet that could not be adopted.
 
-        ended: the numbers of the workers that adopt_workers() reports.
+        reported: the numbers of the workers that adopt_workers() reports.
         """
         pool, fleet = self.effects.pool, self.snapshot.fleet
-        known = {record.number for record in pool.records()}.union(ended)
-        unfinished = {each.number for each in fleet.alive()} - known
+        known = {record.number for record in pool.records()}.union(reported)
+        unadopted = {each.number for each in fleet.alive()} - known
         # A generation without its descriptors cannot serve: end its start, or replace it.
-        lost: list[Event] = [
-            OpenFailed(each.number, _KILLED, tuple(sorted(unfinished)))
+        events: list[Event] = [
+            OpenFailed(each.number, _KILLED, tuple(sorted(unadopted)))
             if each.phase in (Phase.STARTING, Phase.ABANDONED)
             else ChannelBroken(each.number)
             for each in fleet.generations
@@ -177,16 +177,16 @@ class Recovery:
         ]
         records = {record.number: record for record in self.snapshot.workers}
         for generation in fleet.generations:
-            missing = [each for each in generation.alive if each.number in unfinished]
+            missing = [each for each in generation.alive if each.number in unadopted]
             waiting = self._waiting(generation.number) if missing else 0
             for each in missing:
                 record = records.get(each.number)
                 self._watch_unadopted(generation, each, record)
                 if each.state is not State.ORPHANED:
-                    lost.append(_exit_of(each.number, record, waiting, orphans=True, lost=True))
+                    events.append(_exit_of(each.number, record, waiting, orphans=True, lost=True))
         for address, sign in self.snapshot.orders:
             pool.orphans.order((address,), sign)
-        return lost
+        return events
 
     def _waiting(self, number: int) -> int:
         """Return how many clients wait in a generation's queue, or at its socket."""

@@ -44,7 +44,7 @@ _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 #: The longest answer: last words (TAIL_BYTES of programs/log_relay.py) and a number.
 _ANSWER_BYTES = 4096 + 64
-#: How long we wait for last words: time enough for a new relay if the old relay has just died.
+#: How long we wait for last words: long enough for a new relay if the old relay has just died.
 _WORDS_S = 2.0
 #: The most unanswered requests for a worker's last words.  Without this limit, a worker could cause
 #: any number of requests.
@@ -132,7 +132,7 @@ class LogRelay:
         for number, fds in outputs.items():
             for name, fd in fds.items():
                 generation, _, pid = name.partition(".")
-                self._keep(int(number), WorkerPipe(fd, int(generation), int(pid)))
+                self._add_pipe(int(number), WorkerPipe(fd, int(generation), int(pid)))
         found = [
             (Process(int(pid), fd), lines.pop(pid, -1))
             for pid, fd in relay.get("process", {}).items()
@@ -140,9 +140,9 @@ class LogRelay:
         for fd in lines.values():
             os.close(fd)
         self._begin_to_watch()
-        self._choose(found)
+        self._adopt_one(found)
 
-    def _choose(self, found: list[tuple[Process, int]]) -> None:
+    def _adopt_one(self, found: list[tuple[Process, int]]) -> None:
         """Adopt one of the relays, and end the others; start a relay if none is left.
 
         There are two relays if the protector was killed while it replaced a relay.
@@ -162,7 +162,7 @@ class LogRelay:
                 if relay_line >= 0:
                     os.close(relay_line)
         if line >= 0:
-            self._listen(socket.socket(fileno=line))
+            self._watch_line(socket.socket(fileno=line))
         self._helper = HelperProcess(chosen, self._loop, self._ended)
         self._send_all()
 
@@ -190,7 +190,7 @@ class LogRelay:
             self._helper = HelperProcess.start_own(
                 "log_relay.py", given, descriptors, self._loop, self._ended, batch=True
             )
-        self._listen(ours)
+        self._watch_line(ours)
         self._send_all()
 
     def _ended(self, how: str) -> None:
@@ -204,20 +204,20 @@ class LogRelay:
         self._was_stopped = self._lacks_descriptor = self._must_end = False
         self._close_line()
         self._persist()
-        self._start_again()
+        self._restart_later()
 
-    def _start_again(self) -> None:
+    def _restart_later(self) -> None:
         def again() -> None:
             try:
                 self._spawn()
             except OSError:  # out of descriptors: meanwhile the pipes hold the output
-                self._start_again()
+                self._restart_later()
             else:
                 self._persist()  # otherwise the next program would start a second relay
 
         self._loop.call_after("relay", self._back_off.wait_s(), again)
 
-    def _listen(self, line: socket.socket) -> None:
+    def _watch_line(self, line: socket.socket) -> None:
         self._line = line
         with suppress(OSError):  # out of memory: we get no last words, but the log gets all output
             self._loop.watch(line.fileno(), self._receive)
@@ -269,11 +269,11 @@ class LogRelay:
 
     def read_from(self, number: int, pipe: WorkerPipe) -> None:
         """Let the relay read a worker's output from now on.  Takes ownership of the read end."""
-        self._keep(number, pipe)
+        self._add_pipe(number, pipe)
         self._unsent.append((_PIPE, number))
         self._send_unsent()
 
-    def _keep(self, number: int, pipe: WorkerPipe) -> None:
+    def _add_pipe(self, number: int, pipe: WorkerPipe) -> None:
         # If the protector was killed before it saved the state, an older pipe may have this number.
         if number in self._pipes:
             self._close_pipe(number)
@@ -306,7 +306,7 @@ class LogRelay:
         del self._named[pipe.name(number)]
         self._loop.cancel(("output", number))
         self._loop.unwatch(pipe.read)
-        with suppress(FileNotFoundError):  # _keep() could not register it
+        with suppress(FileNotFoundError):  # _add_pipe() could not register it
             self._output_ready.unregister(pipe.read)
         os.close(pipe.read)
 

@@ -93,27 +93,27 @@ class SavedHistory:
     def _save(self, value: ReleaseHistory) -> None:
         self.value = value
         if self._writing is None and self._loop.due(_AGAIN) is None:
-            self._write()
+            self._start_write()
 
-    def _write(self) -> None:
+    def _start_write(self) -> None:
         self._writing = self.value
         try:
             if self._is_unreadable:
                 release_store.keep_unreadable(self._current())
                 self._is_unreadable = False
-            write(self._current(), self.value, self._loop, self._written)
+            write(self._current(), self.value, self._loop, self._on_write_ended)
         except OSError as error:
-            self._written(what_failed(error))
+            self._on_write_ended(what_failed(error))
 
-    def _written(self, failure: str) -> None:
+    def _on_write_ended(self, failure: str) -> None:
         written, self._writing = self._writing, None
         if failure:
             if not self.error:
                 self._log.write("error", "history-not-written", error=failure)
             self.error = f"{self._current()} and its history may not be on disk: {failure}"
-            self._loop.call_after(_AGAIN, self._back_off.wait_s(), self._write)
+            self._loop.call_after(_AGAIN, self._back_off.wait_s(), self._start_write)
         elif written is not self.value:
-            self._write()
+            self._start_write()
         else:
             if self.error:
                 self._log.write("info", "history-written")

@@ -48,7 +48,7 @@ class Releases:
         self._note = ""  # about a move of `current`, for the next report of a success
         self.history.read(is_owned=self.link.is_owned or self.link.take_lock())
 
-    def own(self) -> bool:
+    def become_owner(self) -> bool:
         """Become the owner of `current` if it has no owner; return whether we are the owner."""
         if not self.link.is_owned and self.link.take_lock():
             # Our next write replaces the history file, so first read the previous owner's entries.
@@ -126,7 +126,9 @@ class Releases:
         clients.
         """
         name = self._tried = candidate.release
-        if dry_run or not candidate.release_wanted or not self.own() or self.link.named == name:
+        if dry_run or not candidate.release_wanted:
+            return ""
+        if not self.become_owner() or self.link.named == name:
             return ""
         return self.link.prepare(name)
 
@@ -135,7 +137,7 @@ class Releases:
 
         Do nothing unless we own `current`.
         """
-        if not self.own():
+        if not self.become_owner():
             return
         named = self.link.named
         self.link.move(name)
@@ -145,8 +147,9 @@ class Releases:
             self._log.write("warning", "current-moved-again", release=name, reason=self._note)
 
     def reported(self, report: Report, program: Program | None) -> Report:
-        """Record what a report says about a release; return the report, with a note on `current`.
+        """Record what a report says about a release; return the report.
 
+        The returned report may have a note about `current`.
         program: the program of the report's generation; None: the report has no open generation.
         """
         name = program.release if program is not None else self._tried
@@ -194,7 +197,7 @@ class Releases:
 
     def _prove(self, program: Program) -> None:
         name = program.release
-        if name and self.own():
+        if name and self.become_owner():
             was = release_store.fingerprint(self._path(name), program.path)
             self.history.add(Entry(name, time.time(), was=was))
 
@@ -205,7 +208,7 @@ class Releases:
         program: the workers' program that was proved last; None: no program was proved.
         """
         self.named_at_begin = named_at_begin
-        if due and self.own():
+        if due and self.become_owner():
             self.link.move(due)
         if program is not None and self.history.value.way[-1:] != (program.release,):
             self._prove(program)

@@ -86,15 +86,15 @@ class Reports:
         The earlier program may have ended before it sent these messages.
         """
         if fleet.stop_awaits_rescue:
-            self._stopping()
+            self._send_stopping()
         elif fleet.lame_duck is LameDuck.STOPPING:
-            self._lame_duck()
+            self._send_lame_duck()
         elif fleet.served and not fleet.stopping:
-            self._ready("resumed after a restart")
+            self._send_ready("resumed after a restart")
             if (fleet.incoming or fleet.has_unopened) and not fleet.dry_run:
                 self._systemd.reloading()
         elif fleet.stopping:
-            self._stopping()
+            self._send_stopping()
 
     def remember(self, change: Callable[[History], History]) -> None:
         """Change the history; the next write of the state includes the change."""
@@ -130,7 +130,7 @@ class Reports:
         serving = f"generation {report.generation} is serving"
         match report.news:
             case ReportKind.READY:
-                self._ready(serving)
+                self._send_ready(serving)
             case _ if self._is_stopping and report.news in _OF_RELOADS:
                 pass  # messages to systemd would contradict STOPPING=1
             case ReportKind.RELOADING:
@@ -145,13 +145,13 @@ class Reports:
                 self._start_report.failure = report.reason
                 self._is_stopping = True
             case ReportKind.LAME_DUCK:
-                self._lame_duck()
+                self._send_lame_duck()
             case ReportKind.LAME_DUCK_ON:
                 self._systemd.send(STATUS="lame duck: still serving, but not ready for new clients")
             case ReportKind.LAME_DUCK_OFF:
                 self._systemd.send(STATUS="ready again: lame duck off")
             case ReportKind.STOPPING:
-                self._stopping(first_line)
+                self._send_stopping(first_line)
 
     def listener_lost(self, address: str, reason: str) -> None:
         """Report that a listener gets no more clients."""
@@ -173,16 +173,16 @@ class Reports:
         if (verdict := _DRY_RUN_RESULTS.get(report.news)) is not None:
             self.remember(lambda history: history.dry_run_ended(number, verdict, reason, now))
 
-    def _ready(self, status: str) -> None:
+    def _send_ready(self, status: str) -> None:
         self._systemd.send(READY="1", MAINPID=str(self._systemd.pid), STATUS=status)
         self._start_report.started()
 
-    def _lame_duck(self) -> None:
+    def _send_lame_duck(self) -> None:
         seconds = self._policy().lame_duck_s
         accepts = f"lame duck, accepts clients for up to {in_units(seconds)}"
-        self._stopping(accepts, before_s=seconds)
+        self._send_stopping(accepts, before_s=seconds)
 
-    def _stopping(self, reason: str = "", before_s: float = 0.0) -> None:
+    def _send_stopping(self, reason: str = "", before_s: float = 0.0) -> None:
         """Send STOPPING=1; before_s: the time until the stop begins."""
         self._is_stopping = True
         policy = self._policy()

@@ -80,7 +80,7 @@ class SettleCheck:
     def resume(self) -> None:
         """Start the probes, or restart them if an upgrade's exec has failed."""
         if self._generation is not None:
-            self._settling = replace(self._settling, unknown_since=None)
+            self._settling = replace(self._settling, inconclusive_since=None)
             self._began = time.monotonic()
             self._send_probe()
 
@@ -93,7 +93,7 @@ class SettleCheck:
         generation = self._generation
         if generation is None or generation.record.number != number:
             return False
-        settling = self._settling.over()
+        settling = self._settling.after_settle_time()
         # A canary settles in two stages.  A good answer in the first does not count in the second.
         self._settling = replace(settling, is_over=not settling.is_good)
         return not settling.is_good

@@ -48,9 +48,9 @@ def order(
         if worker not in (0, each.number):
             continue
         try:
-            able, ordered = board.spread(each.slot)
-            unable += not able
-            if until < (ordered or wire.SPREAD_NEVER + 1):
+            follows, deadline = board.spread(each.slot)
+            unable += not follows
+            if until < (deadline or wire.SPREAD_NEVER + 1):
                 board.order_spread(each.slot, until)
         except OSError as error:
             log.write("error", "cannot-spread", worker=each.number, error=error.strerror)
@@ -58,7 +58,7 @@ def order(
         _warn_unable(generation, unable, log)
 
 
-def check(generation: OpenGeneration, records: Iterable[WorkerRecord], log: Log) -> None:
+def warn_if_unable(generation: OpenGeneration, records: Iterable[WorkerRecord], log: Log) -> None:
     """Warn once if workers of a generation that gets new clients follow no orders."""
     board = generation.board
     if board is None or not generation.program.spreads:
@@ -68,7 +68,7 @@ def check(generation: OpenGeneration, records: Iterable[WorkerRecord], log: Log)
         # Skip workers that are not ready, or that a timer made ready: their slots may not say yet
         # that the workers follow orders.
         if each.ready_by not in ("", TIMER):
-            unable += not _spread_of(generation, each.slot)[0]
+            unable += not _order_of(generation, each.slot)[0]
     if unable:
         _warn_unable(generation, unable, log)
 
@@ -94,7 +94,7 @@ def _warn_unable(generation: OpenGeneration, unable: int, log: Log) -> None:
     )
 
 
-def _spread_of(generation: OpenGeneration, slot: int) -> tuple[bool, int]:
+def _order_of(generation: OpenGeneration, slot: int) -> tuple[bool, int]:
     """Return whether the worker in a slot follows orders, and the slot's deadline (0: no order)."""
     try:
         return generation.board.spread(slot) if generation.board is not None else (False, 0)
@@ -113,8 +113,8 @@ def closing_rate(
     """
     now, rate, longest_s = time.monotonic_ns(), 0.0, 0.0
     for slot, counts in slots if generation.program.spreads else ():
-        able, until = _spread_of(generation, slot)
-        if able and counts is not None and now < until < wire.SPREAD_NEVER:
+        follows, until = _order_of(generation, slot)
+        if follows and counts is not None and now < until < wire.SPREAD_NEVER:
             left_s = (until - now) / _NS
             rate += counts.active / max(left_s, 1.0)
             longest_s = max(longest_s, left_s)

@@ -1,9 +1,9 @@
-"""Reports to the operator's command whether the first generation is serving.
+"""Reports to the launching process whether the first generation is serving.
 
-The command (launch/await_verdict.py) waits for the report, and exits with a matching status.
-Meanwhile it asks us what the start waits for, and shows our answer.  Each of our messages is one
-line with a JSON object.  In the foreground no process waits for the report, and the reason of a
-failure goes to the terminal.
+The launching process is the command that the operator has started.  It waits for our report
+(launch/await_verdict.py), and exits with a matching status.  Meanwhile it asks us what the start
+waits for, and shows our answer.  Each of our messages is one line with a JSON object.  In the
+foreground no process waits for the report, and the reason for a failure goes to the terminal.
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ class StartReport:
 
     def failed(self, status: int) -> None:
         """Report, just before this process exits, that the start has failed.
+
+        After started(), do nothing.
 
         Leave the socket open.  When this process exits, the launching process reads end of file,
         and so knows of the exit.

@@ -317,11 +317,11 @@ class Supervisor:
 
     def scale(self, request: ScaleRequested) -> str | None:
         """Change the number of workers; return why that is impossible, or None."""
-        settings, now = self.effects.live_settings.settings, self.fleet.workers_wanted
-        wanted = now + request.change if request.to is None else request.to
+        settings, before = self.effects.live_settings.settings, self.fleet.workers_wanted
+        wanted = before + request.change if request.to is None else request.to
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         cannot = settings.mode.cannot.get("scale")
-        if cannot is None and wanted > now:
+        if cannot is None and wanted > before:
             cannot = fd_budget.refused(settings, wanted, hard)
             doubtful = fd_budget.doubtful(settings, wanted, hard)
             if cannot is None and doubtful is not None:

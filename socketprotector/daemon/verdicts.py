@@ -28,10 +28,10 @@ MOVED = "moved"
 
 #: The pause before the next probe: a tenth of the time since the first probe, within these limits.
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _PAUSE_SHARE = 0.05, 1.0, 0.1
-#: The pause after an inconclusive verdict (_UNKNOWN) about a settling generation.
+#: The pause after an inconclusive verdict (_INCONCLUSIVE) about a settling generation.
 _AGAIN_S = 0.25
 #: A settling generation fails when all verdicts have been inconclusive for this long.
-UNKNOWN_S = 10.0
+INCONCLUSIVE_S = 10.0
 
 
 @frozen
@@ -64,7 +64,7 @@ def timer_may_decide(ready: str, verdict: Verdict) -> bool:
 # -- a settling generation ---------------------------------------------------------
 
 #: These verdicts say nothing about a settling generation: they are inconclusive.
-_UNKNOWN = (CANNOT, UNREACHED, MOVED)
+_INCONCLUSIVE = (CANNOT, UNREACHED, MOVED)
 
 
 @frozen
@@ -73,31 +73,33 @@ class Settling:
 
     The generation fails at the first verdict that is neither good nor inconclusive.  We do not
     wait for a second such verdict, because more clients would fail meanwhile.  The generation also
-    fails if all verdicts are inconclusive for UNKNOWN_S.
+    fails if all verdicts are inconclusive for INCONCLUSIVE_S.
     """
 
     is_over: bool = False  # the time of --settle has passed
-    is_good: bool = False  # a good answer has come; over() forgets it, so that another must come
+    #: Whether a good answer has come.  If is_over is True, only answers after the time of --settle
+    #: count.
+    is_good: bool = False
     #: The send time of the first inconclusive probe after the last GOOD verdict; None: none.
-    unknown_since: float | None = None
+    inconclusive_since: float | None = None
     bad: str = ""  # why the generation fails
 
-    def over(self) -> Settling:
+    def after_settle_time(self) -> Settling:
         """Return the state after the time of --settle: only later good answers count."""
         return self if self.is_over else replace(self, is_over=True, is_good=False)
 
     def after(self, verdict: Verdict, sent_at: float, now: float) -> Settling:
         """Return the state after a verdict; sent_at: when the verdict's probe was sent."""
         if verdict.kind == GOOD:
-            return replace(self, is_good=True, unknown_since=None)
-        since = sent_at if self.unknown_since is None else self.unknown_since
-        if verdict.kind in _UNKNOWN and now - since < UNKNOWN_S:
-            return replace(self, unknown_since=since)
+            return replace(self, is_good=True, inconclusive_since=None)
+        since = sent_at if self.inconclusive_since is None else self.inconclusive_since
+        if verdict.kind in _INCONCLUSIVE and now - since < INCONCLUSIVE_S:
+            return replace(self, inconclusive_since=since)
         return replace(self, bad=verdict.why)
 
     def pause_s(self, usual_s: float) -> float:
         """Return the pause before the next probe; usual_s: the pause after a good answer."""
-        return usual_s if self.unknown_since is None else _AGAIN_S
+        return usual_s if self.inconclusive_since is None else _AGAIN_S
 
 
 # -- the serving generation --------------------------------------------------------

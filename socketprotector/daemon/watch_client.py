@@ -105,7 +105,7 @@ class FileWatch:
             self._back_off.reset()
             self._warned = False
         if self._line is not None:
-            self._line.hear()
+            self._line.handle_waiting()
         self._forget()
         self._runtime.persist()
         self._spawn_later(how)

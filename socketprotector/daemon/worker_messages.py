@@ -78,20 +78,21 @@ class WorkerMessages:
         self._loop.cancel(("watchdog", number))
 
     def read(self, number: int, most: int = _READ_AT_ONCE) -> None:
+        """Handle up to `most` of the messages that wait in a worker's socket."""
         worker = self._workers[number]
         for _ in range(most):
             try:
-                fields = worker.notify.hear(worker.process.pid)
+                fields = worker.notify.peek(worker.process.pid)
                 if fields is None:
                     return
                 self._handle(number, worker, fields)
-                worker.notify.take()
+                worker.notify.remove()
             except OSError as error:
                 self._read_later(number, worker, error)
                 return
 
     def _handle(self, number: int, worker: Worker, fields: Mapping[str, str]) -> None:
-        if fields.get("READY") == "1" and worker.readiness.by_word:
+        if fields.get("READY") == "1" and worker.readiness.by_message:
             self._ready(number, "notify", retires=fields.get(_RETIRES[0]) == _RETIRES[1])
         usec = fields.get("EXTEND_TIMEOUT_USEC", "")
         # isdigit() alone accepts digits that int() rejects.
@@ -136,7 +137,7 @@ class WorkerMessages:
         if limit_s and worker.record.watched and worker.became_ready:
             due_at = time.monotonic() + limit_s
 
-            def silent() -> None:
+            def on_late() -> None:
                 self.read(number)  # the message may have come while we were too busy to read
                 if self._loop.due(("watchdog", number)) is not None:
                     return  # the message has come, and has set this timer again
@@ -148,4 +149,4 @@ class WorkerMessages:
                 self._log.write("error", "worker-stuck", worker=number, reason=reason)
                 self._post(ReplaceRequested(number, reason, hung=True))
 
-            self._loop.call_after(("watchdog", number), limit_s, silent)
+            self._loop.call_after(("watchdog", number), limit_s, on_late)

@@ -164,12 +164,12 @@ class WorkerPool:
 
     def signal(self, number: int, kind: WorkerSignal) -> None:
         """Signal a worker; after the worker's exit, or with KILL, signal its process group."""
-        worker, sent = self._workers.get(number), signal.Signals[f"SIG{kind.value}"]
+        worker, signum = self._workers.get(number), signal.Signals[f"SIG{kind.value}"]
         if worker is None:  # the worker has exited, or could not be adopted (recovery.py)
-            self.groups.signal(number, sent)
-            self.orphans.order(self.addresses(number), sent)
+            self.groups.signal(number, signum)
+            self.orphans.order(self.addresses(number), signum)
             return
-        if not self._send(worker, sent):
+        if not self._send(worker, signum):
             return
         record = worker.record
         killed = record.killed or kind is WorkerSignal.KILL
@@ -214,14 +214,14 @@ class WorkerPool:
             self._send(worker, finish_signal)
         self._note(worker, asked_to_exit=True)
 
-    def _send(self, worker: Worker, number: int) -> bool:
+    def _send(self, worker: Worker, signum: int) -> bool:
         """Send a signal and log it; return False if permission is missing."""
-        name = signal.Signals(number).name.removeprefix("SIG")
+        name = signal.Signals(signum).name.removeprefix("SIG")
         try:
-            if number == signal.SIGKILL:
+            if signum == signal.SIGKILL:
                 worker.process.kill_group()
             else:
-                worker.process.signal(number)
+                worker.process.signal(signum)
         except PermissionError as error:  # the process has changed its user
             fields = {"pid": worker.process.pid, "signal": name, "error": error.strerror}
             self._log.write("error", "cannot-signal", worker=worker.record.number, **fields)
@@ -322,17 +322,17 @@ class WorkerPool:
         program = worker.generation.program
         fields = {"generation": worker.record.generation, "worker": number}
         worker.readiness.watch(
-            lambda by: self._on_ready(number, by),
-            lambda done, late: self._start_check(worker, done, late),
-            lambda why: self._log.write(
+            ready=lambda by: self._on_ready(number, by),
+            start_check=lambda done, late: self._start_check(worker, done, late),
+            hangs=lambda why: self._log.write(
                 "warning",
                 "check-timed-out",
                 worker=number,
                 check=check_command.first_program(program.ready_check),
                 for_s=check_command.LIMIT_S,
             ),
-            lambda why: self._log.write("info", "probe-failed", **fields, reason=why),
-            lambda: self._keep_descriptors(worker),
+            fails=lambda why: self._log.write("info", "probe-failed", **fields, reason=why),
+            changed=lambda: self._keep_descriptors(worker),
             known=worker.became_ready,
             probed=program.is_probed and not worker.generation.record.serving_since,
         )
@@ -388,8 +388,8 @@ class WorkerPool:
         workers = [w for w in self._workers.items() if w[1].record.generation == generation]
         for number, _ in workers:
             self._messages.read(number)  # the worker may have sent READY=1 before the answer
-        relies = self._spawner.settings.policy.relies_on_library
-        early = relies and len({each.record.retires for _, each in workers}) > 1
+        relies_on_library = self._spawner.settings.policy.relies_on_library
+        early = relies_on_library and len({each.record.retires for _, each in workers}) > 1
         if not early and all(self._note_ready(number, worker, by) for number, worker in workers):
             self._post(Answered(generation, self.all_retire(generation)))
         return not early
@@ -399,7 +399,7 @@ class WorkerPool:
         # Such a probe may fail although the workers can already serve (see ready_probe.py).
         for worker in self._workers_of(generation):
             if not worker.became_ready:
-                worker.readiness.wait()
+                worker.readiness.start_timer()
 
     def _on_ready(self, number: int, by: str, *, retires: bool = False) -> None:
         worker = self._workers.get(number)

@@ -51,9 +51,9 @@ class Worker:
     generation: OpenGeneration  # close() leaves the generation open
     process: Process
     notify: NotifySocket
-    #: Our end of the worker's RETURN line.  None: the worker has exited, or a kill of the protector
-    #: lost the line.  After the worker's exit, system/process_groups.py owns the line.  That module
-    #: closes the line when the worker's process group must finish, or is gone.
+    #: Our end of the worker's RETURN line.  None: the worker has exited, or the line was lost when
+    #: the protector was killed.  After the worker's exit, system/process_groups.py owns the line.
+    #: That module closes the line when the worker's process group must finish, or is gone.
     line: socket.socket | None
     readiness: Readiness
     #: The descriptors of this worker that are in WorkerPool.descriptors, by the same names.
@@ -162,14 +162,14 @@ class WorkerSpawner:
                 ours.callback(line.close)
                 theirs.callback(end.close)
                 handles = self.delivery.worker_handles(generation, slot, free, self.settings)
-                more, library_environment = client_library_env(generation, slot, end, free)
-                descriptors = handles.descriptors | more
+                library_fds, library_environment = client_library_env(generation, slot, end, free)
+                descriptors = handles.descriptors | library_fds
                 environment |= handles.environment | library_environment
                 offered = Readiness.offered(program, free, self.loop, number)
-                readiness, ready_ends, variables = theirs.enter_context(offered)
+                readiness, ready_ends, ready_variables = theirs.enter_context(offered)
                 output = theirs.enter_context(self.output.opened(number, generation.record.number))
                 descriptors |= ready_ends | output.descriptors
-                environment |= variables
+                environment |= ready_variables
                 process = spawn(program, environment, descriptors, handles.pid_in)
                 output.pid = process.pid
             ours.pop_all()
@@ -191,7 +191,7 @@ class WorkerSpawner:
         Raises KeyError if the worker's process or notify socket is missing.
         """
         notify = socket.socket(fileno=descriptors["notify"])
-        own = {n: fd for n, fd in descriptors.items() if n not in ("notify", "process", "line")}
+        others = {n: fd for n, fd in descriptors.items() if n not in ("notify", "process", "line")}
         line = descriptors.get("line")
         return Worker(
             record,
@@ -199,7 +199,7 @@ class WorkerSpawner:
             Process(record.pid, descriptors["process"]),
             NotifySocket(notify, self._address_of(record.number, notify), self._uids),
             socket.socket(fileno=line) if line is not None else None,
-            Readiness(generation.program, own, self.loop, record.number),
+            Readiness(generation.program, others, self.loop, record.number),
         )
 
     # -- notify sockets --------------------------------------------------------
@@ -223,8 +223,8 @@ class WorkerSpawner:
 
         Raises OSError.
         """
-        *better, abstract = self.addresses(number)
-        for path in better:
+        *paths, abstract = self.addresses(number)
+        for path in paths:
             try:
                 return NotifySocket.make(path, self._uids)
             except OSError as error:

@@ -187,7 +187,7 @@ class Line:
         self._loop, self._heard = loop, heard
         self.socket = sock
         with on_error(sock.close):
-            loop.watch(sock.fileno(), self.hear)
+            loop.watch(sock.fileno(), self.handle_waiting)
 
     @classmethod
     def make(cls, loop: Loop, heard: Callable[[str], None]) -> tuple[Line, socket.socket]:
@@ -196,7 +196,7 @@ class Line:
         with on_error(theirs.close):
             return cls(loop, ours, heard), theirs
 
-    def hear(self) -> None:
+    def handle_waiting(self) -> None:
         """Handle all waiting messages; the pidfd, not end of file, reports the helper's end."""
         while self.socket.fileno() >= 0:
             data = read_now(self.socket.recv, _MESSAGE_BYTES, socket.MSG_DONTWAIT)

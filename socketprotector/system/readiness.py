@@ -43,7 +43,7 @@ CHECK_EVERY_S = 0.25
 #: Names of descriptors; `line` is the RETURN line (daemon/worker_pool.py).
 _ACK, _NEWLINE = "ack", "newline"
 #: The kinds of --ready under which an ack, a line and READY=1 count.
-_BY_ACK, _BY_LINE, _BY_WORD = ((kind, *PROBED) for kind in ("ack", "fd", "notify"))
+_BY_ACK, _BY_LINE, _BY_MESSAGE = ((kind, *PROBED) for kind in ("ack", "fd", "notify"))
 _CHECK, _AFTER = "check", "after"
 
 
@@ -104,9 +104,9 @@ class Readiness:
                 os.close(fd)
 
     @property
-    def by_word(self) -> bool:
+    def by_message(self) -> bool:
         """Whether READY=1 counts."""
-        return self._program.ready in _BY_WORD
+        return self._program.ready in _BY_MESSAGE
 
     @property
     def by_ack(self) -> bool:
@@ -148,12 +148,12 @@ class Readiness:
             return
         self._ready, self._hangs, self._fails = ready, hangs, fails
         if not probed:
-            self.wait()
+            self.start_timer()
         if self._program.ready == _CHECK:
             self._start_check = start_check
             self.check()
 
-    def wait(self) -> None:
+    def start_timer(self) -> None:
         """Start the timer after which the worker counts as ready; a running timer stays."""
         after_s, timer = self._program.ready_after_s, (_AFTER, self._number)
         if after_s is not None and self._loop.due(timer) is None:

@@ -83,10 +83,10 @@ class NotifySocket:
     def fileno(self) -> int:
         return self.socket.fileno()
 
-    def hear(self, pid: int) -> Mapping[str, str] | None:
+    def peek(self, pid: int) -> Mapping[str, str] | None:
         """Return the assignments of the next message, None without a message.  Raises OSError.
 
-        The message stays until take(): if this program is killed before it records the message,
+        The message stays until remove(): if this program is killed before it records the message,
         the next program reads it.
 
         A message counts if the worker (pid) or an allowed user sent it: a sender may have exited,
@@ -106,8 +106,8 @@ class NotifySocket:
                     return parse(data)
         return {}
 
-    def take(self) -> None:
-        """Remove the message that hear() returned; the kernel drops its descriptors.
+    def remove(self) -> None:
+        """Remove the message that peek() returned; the kernel drops its descriptors.
 
         The sender of a BARRIER learns from that drop that all messages were handled.  Raises
         OSError.

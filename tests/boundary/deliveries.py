@@ -176,7 +176,7 @@ class World(Host):
     def drain(self, number: int) -> None:
         self.draining.add(number)
         self.delivery.drain(self.generations[number])
-        assert self.generations[number].ended
+        assert self.generations[number].is_finishing
         self._ordered()
 
     def end(self, number: int) -> None:

@@ -66,13 +66,13 @@ def test_beside_one_that_cannot_be_killed_no_other_is_started(
         patched.setattr(Process, "kill_group", anothers)
         written: list[History] = []
         health = asked(loop, "exec sleep 1000", written)
-        until(loop, lambda: health.known.failures >= 5)
-        assert (health.known.state, health.known.last) == (
+        until(loop, lambda: health.results.failures >= 5)
+        assert (health.results.state, health.results.last) == (
             UNHEALTHY,
             "sleep: no answer within 100ms",
         )
         assert [each.result for each in written[-1].health] == [UNHEALTHY]
-        assert written[-1].health[-1].reason == health.known.last
+        assert written[-1].health[-1].reason == health.results.last
         [first] = children()
 
         os.kill(first, signal.SIGKILL)

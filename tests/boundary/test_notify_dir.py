@@ -110,7 +110,7 @@ def test_a_stranger_cannot_find_a_socket_in_it_nor_fill_it(folder: NotifyFolder)
 
     assert said == ["cannot list", "1 names", "No such file or directory"]
     assert SECRET not in Path("/proc/net/unix").read_text()
-    assert notify.hear(1) is None
+    assert notify.peek(1) is None
     notify.close()
 
 
@@ -123,8 +123,8 @@ def test_any_process_that_was_given_the_name_may_speak(folder: NotifyFolder) -> 
     )
     with of_user(STRANGER, says, notify.address) as process:
         assert process.wait() == 0
-        assert notify.hear(process.pid) == {"READY": "1"}  # a worker that has become another user
-        assert notify.hear(1) == {}
+        assert notify.peek(process.pid) == {"READY": "1"}  # a worker that has become another user
+        assert notify.peek(1) == {}
     notify.close()
 
 

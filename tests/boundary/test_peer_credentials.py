@@ -41,9 +41,9 @@ from socketprotector.system.sd_notify import NotifySocket
 one = NotifySocket.make(sys.argv[1], frozenset({0, int(sys.argv[2])}))
 print(one.address, flush=True)
 for line in sys.stdin:
-    found = one.hear(int(line))
+    found = one.peek(int(line))
     if found is not None:
-        one.take()
+        one.remove()
     print(found, flush=True)
 """
 #: Accepts one client after the other as this user, and says which it lets in.

@@ -113,11 +113,11 @@ def test_a_timer_that_is_waited_for_again_is_not_put_off(
 ) -> None:
     program = replace(Checked(loop, "").program, ready="any", ready_after_s=1.0)
     awaited = Readiness(program, {}, loop, 7)
-    awaited.wait()
+    awaited.start_timer()
     [due] = [loop.due(key) for key in loop._timers]
     monkeypatch.setattr("time.monotonic", lambda: 1e12)
 
-    awaited.wait()
+    awaited.start_timer()
 
     assert [loop.due(key) for key in loop._timers] == [due]
     awaited.close()

@@ -47,10 +47,10 @@ def send(to: NotifySocket, message: bytes, *descriptors: int) -> None:
 
 def heard(notify: NotifySocket, pid: int = 1) -> dict[str, str] | None:
     """The next message, which is taken."""
-    found = notify.hear(pid)
+    found = notify.peek(pid)
     if found is None:
         return None
-    notify.take()
+    notify.remove()
     return dict(found)
 
 
@@ -93,9 +93,9 @@ def test_messages_come_in_order_and_then_there_is_none(notify: NotifySocket) -> 
 def test_a_message_stays_until_it_is_taken(notify: NotifySocket) -> None:
     send(notify, b"READY=1", 0)  # a descriptor is made only then: the fixture compares
 
-    assert notify.hear(1) == notify.hear(1) == {"READY": "1"}
-    notify.take()
-    assert notify.hear(1) is None
+    assert notify.peek(1) == notify.peek(1) == {"READY": "1"}
+    notify.remove()
+    assert notify.peek(1) is None
 
 
 def test_messages_of_neither_the_worker_nor_a_known_user_are_ignored() -> None:
@@ -114,10 +114,10 @@ def test_a_barriers_descriptor_is_closed_when_its_message_is_taken(notify: Notif
         send(notify, b"BARRIER=1", barrier.fileno())
         barrier.close()
 
-        notify.hear(1)
+        notify.peek(1)
         with pytest.raises(BlockingIOError):
             waits.recv(1, socket.MSG_DONTWAIT)
-        notify.take()
+        notify.remove()
         assert waits.recv(1, socket.MSG_DONTWAIT) == b""
 
 

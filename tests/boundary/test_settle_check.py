@@ -69,7 +69,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settle_check, "LIMIT_S", 0.3)
     monkeypatch.setattr(settle_check, "_ANSWER_LIMIT_S", 0.3)
     monkeypatch.setattr(verdicts, "_AGAIN_S", 0.01)
-    monkeypatch.setattr(verdicts, "UNKNOWN_S", 0.3)
+    monkeypatch.setattr(verdicts, "INCONCLUSIVE_S", 0.3)
     monkeypatch.setattr(probe, "_PROBER_S", 0.0)
 
 

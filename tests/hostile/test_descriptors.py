@@ -58,9 +58,9 @@ def say(notify: NotifySocket, data: bytes, *fds: int) -> None:
 
 def heard(notify: NotifySocket) -> list[dict[str, str]]:
     found = []
-    while (fields := notify.hear(os.getpid())) is not None:
+    while (fields := notify.peek(os.getpid())) is not None:
         found.append(dict(fields))
-        notify.take()
+        notify.remove()
     return found
 
 

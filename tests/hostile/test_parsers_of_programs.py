@@ -76,7 +76,7 @@ def test_what_a_worker_says(data: bytes) -> None:
     runtime: Any = SimpleNamespace(
         loop=None, log=SimpleNamespace(write=lambda *_, **__: None), post=posted.append
     )
-    worker: Any = SimpleNamespace(readiness=SimpleNamespace(by_word=False))
+    worker: Any = SimpleNamespace(readiness=SimpleNamespace(by_message=False))
     first: Any = SimpleNamespace(handle=lambda *_: None)
     failed: Any = lambda: SimpleNamespace(child_failed=lambda *_: None)  # noqa: E731
     one = WorkerMessages(
@@ -103,7 +103,7 @@ def test_what_a_pool_says_of_its_first_programs(text: str) -> None:
     )
     one = FirstPrograms.__new__(FirstPrograms)
     failed: list[tuple[int, int]] = []
-    object.__setattr__(one, "_failed", lambda _, pid, status: failed.append((pid, status)))
+    object.__setattr__(one, "_handle_failure", lambda _, pid, status: failed.append((pid, status)))
 
     one.handle(worker, text)
     one.handle(worker, "failed 12 256")

@@ -79,14 +79,14 @@ class CommandHandler:
             return
         try:
             fleet = self.supervisor.fleet
-            is_exiting = fleet.exiting and not definition.reads and request.command != "stop"
-            if is_exiting or (fleet.stop_requested and not definition.while_stopping):
+            is_too_late = fleet.exiting and not definition.reads and request.command != "stop"
+            if is_too_late or (fleet.stop_requested and not definition.while_stopping):
                 raise RequestError("refused", "a stop is in progress")
             if request.command == "diff":
-                self._compare(client, request)
+                self._begin_diff(client, request)
                 return
             if request.command == "upgrade" and request.arguments.get("check"):
-                self._check_upgrade(client, request)
+                self._begin_upgrade_check(client, request)
                 return
             command = getattr(self, "do_" + request.command.replace("-", "_"))
             result = command(**request.arguments)
@@ -189,7 +189,7 @@ class CommandHandler:
             "last_words_hint": None if output.keeps_words else output.where_to_look(),
         }
 
-    def _compare(self, client: Client, request: Request) -> None:
+    def _begin_diff(self, client: Client, request: Request) -> None:
         """Begin a `diff`; the answer follows when a reader process (config_reader.py) has ended.
 
         Raises RequestError.
@@ -210,7 +210,7 @@ class CommandHandler:
         if not self._effects.live_settings.compare(done):
             raise RequestError("busy", "another diff is in progress; try again later")
 
-    def _check_upgrade(self, client: Client, request: Request) -> None:
+    def _begin_upgrade_check(self, client: Client, request: Request) -> None:
         """Begin an upgrade check; the answer follows when its trial process (upgrade.py) has ended.
 
         Raises RequestError.
@@ -246,17 +246,18 @@ class CommandHandler:
         if dry_run and canary:
             raise RequestError("invalid", "reload: no canary in a dry run, which gets no clients")
         if dry_run:
-            self._refuse_dry_run()
+            self._refuse_impossible_dry_run()
             self.runtime.post(DryRunRequested())
             return {"generation": fleet.next_generation}
         share = control_requests.canary_of(canary) if canary else None
-        # If the configuration is read again, only its new settings decide: see live_settings.py.
+        # If the reload reads the configuration again, live_settings.py checks the canary later:
+        # only the new settings decide whether a canary is possible.
         if share and not (fleet.configured and fleet.served):
-            self._refuse_canary()
+            self._refuse_impossible_canary()
         self.runtime.post(ReloadRequested(share))
         return {"generation": fleet.next_reload}
 
-    def _refuse_canary(self) -> None:
+    def _refuse_impossible_canary(self) -> None:
         effects = self._effects
         cannot = no_canary_under(effects.live_settings.settings.policy)
         if cannot := cannot or effects.delivery.cannot_share(effects.delivery.listeners):
@@ -276,7 +277,7 @@ class CommandHandler:
     ) -> Mapping[str, Any]:
         fleet = self.supervisor.fleet
         if dry_run and not fleet.is_releasing:
-            self._refuse_dry_run()
+            self._refuse_impossible_dry_run()
         return releases.deploy(
             *(self._effects, fleet, self.runtime, release),
             expect=expect,
@@ -292,12 +293,12 @@ class CommandHandler:
         self.runtime.post(RollbackRequested())
         return {"generation": fleet.incoming.number if fleet.incoming else fleet.next_generation}
 
-    def _refuse_dry_run(self) -> None:
+    def _refuse_impossible_dry_run(self) -> None:
         if cannot := self.supervisor.cannot_dry_run():
             raise RequestError("refused", f"no dry run: {cannot}")
 
     def do_upgrade(self, check: bool = False) -> Mapping[str, Any]:
-        # `check` is False here: handle() passes an upgrade check to _check_upgrade().
+        # `check` is False here: handle() passes an upgrade check to _begin_upgrade_check().
         # Begin the upgrade later: the client must get the answer before this process executes the
         # new program.
         self.runtime.loop.call_after("upgrade-asked", 0.0, self.supervisor.begin_upgrade)

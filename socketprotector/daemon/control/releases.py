@@ -129,15 +129,15 @@ def of_status(effects: Effects, fleet: Fleet) -> dict[str, Any]:
         return {}
     incoming, name = _incoming(effects, fleet)
     route = fleet.route.number if fleet.route else None
-    unopened = fleet.next_generation if name else route
+    next_or_serving = fleet.next_generation if name else route
     return {
         "releases": {
             "deploying": name or None,
-            "generation": incoming.number if incoming else unopened,
+            "generation": incoming.number if incoming else next_or_serving,
             "serving": releases.serving,
             "current": releases.link.named or None,
             "link": releases.link.path,
-            "owner": releases.own(),
+            "owner": releases.become_owner(),
             "saved": releases.is_saved,
             "error": releases.error or None,
         }
@@ -189,7 +189,7 @@ def _refuse_unexpected(expect: str, found: str) -> None:
 
 
 def _refuse_unmovable(releases: Releases) -> None:
-    if not releases.own():
+    if not releases.become_owner():
         raise RequestError(
             "unmet",
             releases.link.lock_error

@@ -39,7 +39,7 @@ def of_rollout(fleet: Fleet, effects: Effects, connections: LeavingConnections) 
     connections: the result of leaving_connections().
     """
     new = fleet.incoming
-    if new is None or not (fleet.rollout if new.phase is Phase.SETTLING else _begins(fleet)):
+    if new is None or not (fleet.rollout if new.phase is Phase.SETTLING else _is_beginning(fleet)):
         return {}
     canary = fleet.rollout.canary if fleet.rollout else None
     opened = effects.generations.get(new.number)
@@ -60,7 +60,7 @@ def of_rollout(fleet: Fleet, effects: Effects, connections: LeavingConnections) 
     return {"rollout": found}
 
 
-def _begins(fleet: Fleet) -> bool:
+def _is_beginning(fleet: Fleet) -> bool:
     """Return whether the first workers of a rolling reload are starting."""
     return waits_to_replace(fleet) and not fleet.dry_run
 

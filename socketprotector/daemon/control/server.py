@@ -2,8 +2,8 @@
 
 A client of the control socket must not delay the clients of the workers.  So each turn of the loop
 answers at most one request of each client, and no call blocks.  We disconnect a client that sends
-too long a line, leaves too many answers unread, or stays idle.  If a client leaves too many log
-events unread, we only drop further events.
+too long a line, leaves too many answers unread, or stays idle.  A client that leaves too many log
+events unread stays connected, but gets no further events until it has read enough.
 
 Source: docs/control.md; model/einhorn.py; unix(7) for SO_PEERCRED and SO_PEERGROUPS.
 """
@@ -29,7 +29,8 @@ from ...system.unix_listener import close_control
 CLIENTS = 256
 #: We disconnect a client that sends no request for this long, unless it follows events.
 IDLE_S = 30.0
-#: If a client leaves more bytes than this unread, its next answer disconnects it.
+#: If a client has more unread bytes than this, we disconnect the client instead of sending its next
+#: answer.
 UNREAD_BYTES = 1024 * 1024
 #: The pause between two requests of a client.  The pause keeps a client that sends requests
 #: without end at a few percent of a core.
@@ -52,7 +53,7 @@ class Client:
     loop: Loop
     allowed: Collection[str]  # the commands that the client may send
     follows: bool = False  # the client has sent `events`, so it gets our log events
-    _awaited: int = 0  # the epoll events for which we watch the client's descriptor; 0: none
+    _watched: int = 0  # the epoll events for which we watch the client's descriptor; 0: none
     _received: bytearray = field(default_factory=bytearray)
     _unsent: bytearray = field(default_factory=bytearray)
     _ending: bool = False  # close once everything is sent
@@ -63,14 +64,14 @@ class Client:
         return self.sock.fileno() < 0
 
     def begin(self) -> None:
-        """Wait up to IDLE_S for the first request."""
-        self._await_request()
+        """Read requests from now on; disconnect if the first does not come within IDLE_S."""
+        self._restart_idle_timer()
         self._resume()
 
     def send_line(self, line: bytes) -> None:
-        """Send a line, after the earlier lines; disconnect if the client leaves too much unread.
+        """Send a line; if more than UNREAD_BYTES of earlier lines are unsent, disconnect instead.
 
-        The line itself may exceed this limit, as the `status` of thousands of workers does.
+        The line itself may be longer than UNREAD_BYTES, as the `status` of thousands of workers is.
         """
         if self.gone or self._ending:
             return
@@ -125,7 +126,7 @@ class Client:
     def close(self) -> None:
         if not self.gone:
             fd = self.sock.fileno()
-            self._await(0)
+            self._watch(0)
             self.loop.cancel(("control-pause", fd))
             self.loop.cancel(("control-idle", fd))
             self.server.forget(fd)
@@ -163,7 +164,7 @@ class Client:
             self.send_last(control_requests.refusal(control_requests.RequestError("invalid", most)))
         elif remaining is not None:
             self._received = remaining
-            self._await_request()
+            self._restart_idle_timer()
             self._pause()
             self.server.answer(self, line)
 
@@ -184,17 +185,17 @@ class Client:
     def _resume(self) -> None:
         """Wait for room to send, or for the end of the pause, or for the next request."""
         if self._unsent:
-            self._await(WRITE)
+            self._watch(WRITE)
         elif self.loop.due(("control-pause", self.sock.fileno())) is not None:
-            self._await(0)
+            self._watch(0)
         elif self._has_request:
             self._pause()
         else:
-            self._await(READ)
+            self._watch(READ)
 
     def _pause(self) -> None:
         """Pause this client, so that other clients come first."""
-        self._await(0)
+        self._watch(0)
         self.loop.call_after(("control-pause", self.sock.fileno()), PAUSE_S, self._end_pause)
 
     def _end_pause(self) -> None:
@@ -207,23 +208,23 @@ class Client:
     def _has_request(self) -> bool:
         return b"\n" in self._received and not self._ending and not self.gone
 
-    def _await(self, events: int) -> None:
+    def _watch(self, events: int) -> None:
         """Watch the client's descriptor for only these epoll events; 0: stop watching."""
         fd = self.sock.fileno()
-        if self._awaited == events:
+        if self._watched == events:
             return
-        if self._awaited:
+        if self._watched:
             self.loop.unwatch(fd)
-        self._awaited = 0
+        self._watched = 0
         if events:
             try:
                 self.loop.watch(fd, self._send if events == WRITE else self._read, events)
             except OSError:
                 self.close()
             else:
-                self._awaited = events
+                self._watched = events
 
-    def _await_request(self) -> None:
+    def _restart_idle_timer(self) -> None:
         """Disconnect the client if it sends no request within IDLE_S, unless it follows events."""
 
         def on_idle() -> None:
@@ -254,7 +255,7 @@ class ControlServer:
 
     def __post_init__(self) -> None:
         refuse_descriptors(self.listener.socket)
-        self._listen()
+        self._watch_listener()
 
     def send_event(self, level: str, name: str, fields: Mapping[str, object]) -> None:
         at = time.time()
@@ -301,14 +302,14 @@ class ControlServer:
     def forget(self, fd: int) -> None:
         self._clients.pop(fd, None)
 
-    def _listen(self) -> None:
+    def _watch_listener(self) -> None:
         try:
             self.loop.watch(self.listener.fileno(), self._accept)
         except OSError:
-            self._listen_later()
+            self._accept_later()
 
-    def _listen_later(self) -> None:
-        self.loop.call_after(("control", "again"), _AGAIN_S, self._listen)
+    def _accept_later(self) -> None:
+        self.loop.call_after(("control", "again"), _AGAIN_S, self._watch_listener)
 
     def _accept(self) -> None:
         """Accept one client; if others wait, the next turn of the loop accepts another."""
@@ -319,7 +320,7 @@ class ControlServer:
                 # Descriptors or memory ran out.  The socket stays readable, so the loop would call
                 # this method again at once.  So stop watching for a while.
                 self.loop.unwatch(self.listener.fileno())
-                self._listen_later()
+                self._accept_later()
             return
         client = Client(sock, self, self.loop, self._commands_for(sock))
         if not client.allowed:

@@ -70,12 +70,12 @@ def of_health(health: Health | None) -> dict[str, Any] | None:
         return None
     return {
         "probe": health.shown_check,
-        "state": health.known.state,
-        "since_at": health.known.since_at,
-        "last": health.known.last,
-        "reason": health.known.reason,
-        "failures": health.known.failures,
-        "answered_at": health.known.answered_at,
+        "state": health.results.state,
+        "since_at": health.results.since_at,
+        "last": health.results.last,
+        "reason": health.results.reason,
+        "failures": health.results.failures,
+        "answered_at": health.results.answered_at,
     }
 
 
@@ -96,14 +96,14 @@ def of_waits_for(
     if starting is not None:
         answer = effects.probing.why_not_ready or effects.pool.check_result(starting.number)
     settling = fleet.of(Phase.SETTLING)
-    settles = effects.generations.get(settling.number) if settling is not None else None
+    opened = effects.generations.get(settling.number) if settling is not None else None
     facts = Facts(
         left_s={each: max(0.0, due - now) for each, due in effects.due()},
         active={each["number"]: each["active"] for each in generations},
         answer=headline(answer),
         met=effects.met(settling.number) if settling is not None else 0,
         held=connections,
-        settle_check=shown(settles.program.settle_check) if settles is not None else "",
+        settle_check=shown(opened.program.settle_check) if opened is not None else "",
         settle_check_due=effects.probing.settle_check_due,
         upgrade=upgrade,
         leftovers_end=effects.pool.orphans.found,

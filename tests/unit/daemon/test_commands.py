@@ -157,7 +157,7 @@ def test_status_has_the_generation_of_a_deploy_from_its_request_on(
 ) -> None:
     """A command whose connection was cut waits for this generation's verdict."""
     link = SimpleNamespace(named="1", path="/srv/current")
-    found = SimpleNamespace(serving="1", link=link, own=dict, is_saved=True, error="")
+    found = SimpleNamespace(serving="1", link=link, become_owner=dict, is_saved=True, error="")
     live = SimpleNamespace(releases=found)
     effects = cast("Any", SimpleNamespace(live_settings=live, generations={}))
 

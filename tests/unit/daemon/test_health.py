@@ -120,16 +120,16 @@ def test_a_probe_that_waits_is_a_failure_only_while_no_worker_is_ready(
 ) -> None:
     world.serve(1)
     world.answer(GOOD, kind, kind, kind)
-    assert world.health.known.state == HEALTHY
+    assert world.health.results.state == HEALTHY
 
     world.ready = {2}
     world.answer(kind, kind)
-    known = world.health.known
+    known = world.health.results
     assert (known.state, known.failures, known.last) == (UNHEALTHY, 2, "no worker is ready")
 
     world.ready = {1}
     world.answer(kind)
-    assert world.health.known.last.startswith("busy")
+    assert world.health.results.last.startswith("busy")
     world.answer(GOOD)
     assert world.clock.lines == ["healthy", "unhealthy", "healthy"]
 
@@ -160,11 +160,11 @@ def test_a_hold_suspends_the_probes_and_not_their_schedule(world: World) -> None
 def test_the_health_of_the_next_generation_is_unknown_at_first(world: World) -> None:
     world.serve(1)
     world.answer(GOOD)
-    assert world.health.known.state == HEALTHY
+    assert world.health.results.state == HEALTHY
 
     world.serve(2)
 
-    assert world.health.known.state == UNKNOWN
+    assert world.health.results.state == UNKNOWN
     assert world.probe.probed[-1] == 2
     world.answer(GOOD)
     assert world.clock.lines == ["healthy", "healthy"]
@@ -174,14 +174,14 @@ def test_only_a_reload_that_changes_an_option_begins_again(world: World) -> None
     world.serve(1)
     world.answer(GOOD)
     world.health.apply_settings()
-    assert world.health.known.state == HEALTHY
+    assert world.health.results.state == HEALTHY
 
     world.settings = Settings(
         name="x", command=("w",), directory="/", health="http:/", health_every_s=2 * EVERY_S
     )
     world.health.apply_settings()
 
-    assert world.health.known.state == UNKNOWN
+    assert world.health.results.state == UNKNOWN
 
 
 def test_a_reload_without_the_option_ends_the_probes(world: World) -> None:
@@ -205,7 +205,7 @@ def test_after_a_failed_upgrade_the_probes_go_on_and_the_health_is_kept(world: W
     world.clock.pass_time(0.0)
 
     assert len(world.probe.probed) == asked + 1
-    assert world.health.known.state == HEALTHY
+    assert world.health.results.state == HEALTHY
 
 
 def test_a_verdict_that_comes_when_no_generation_serves_is_not_reported(world: World) -> None:

@@ -45,7 +45,7 @@ class World:
         )
         self.reaps: list[End | type[Exception] | None] = [CRASH]
         self.generation = SimpleNamespace(
-            ended=False,
+            is_finishing=False,
             program=SimpleNamespace(argv=("serve",), finish_signal=15),
             board=None,
             record=SimpleNamespace(lost=1),
@@ -265,7 +265,7 @@ def test_a_senseless_report_on_a_child_is_ignored(world: World, text: str) -> No
 
 
 def test_a_child_that_fails_while_its_worker_ends_is_no_crash(world: World) -> None:
-    world.generation.ended = True
+    world.generation.is_finishing = True
 
     world.post_mortem.child_failed(world.worker, "3 99 256 2")
 
@@ -285,7 +285,7 @@ def test_only_an_exit_that_was_not_ordered_is_a_crash(
     world: World, ended: bool, asked: bool, end: End, is_crash: bool
 ) -> None:
     world.serves()
-    world.generation.ended = ended
+    world.generation.is_finishing = ended
     world.worker.record = replace(world.worker.record, asked_to_exit=asked)
 
     world.close(end)

@@ -75,7 +75,7 @@ def test_who_has_answered_badly_is_not_advised_to_accept(
     unready: Any = {"answered": lambda *_: True, "inconclusive": print}
     probe = ReadyProbe(runtime, reach=cast("Any", None), **unready)
     sent = cast("Any", probe)._probe
-    sent.target_may_refuse = False
+    sent.target_may_refuse_clients = False
     pool = SimpleNamespace(proved_ready=False, advice=lambda *_, **__: "use the socket")
 
     probe.begin(started)

@@ -26,7 +26,7 @@ class World:
         self.theirs.settimeout(0)
         helper: Any = SimpleNamespace(process=SimpleNamespace(pid=os.getpid()))
         self.relay._helper = helper
-        self.relay._listen(self.ours)
+        self.relay._watch_line(self.ours)
 
     def refuse(self, text: bytes) -> None:
         """Return a message, as a relay does that cannot receive its descriptor."""

@@ -210,7 +210,7 @@ def test_a_new_owner_that_cannot_read_the_file_writes_what_it_knows_and_says_so(
     file.write_text('{"format": 99}')
     os.close(lock)
 
-    assert made.own()
+    assert made.become_owner()
 
     assert world.clock.lines == ["history-unreadable"]
     assert "the history of releases is kept in memory; " in str(world.clock.fields[-1]["hint"])
@@ -371,7 +371,7 @@ def test_the_next_program_syncs_what_an_earlier_one_may_not_have(world: World) -
 
 def test_the_lock_has_one_owner_and_the_next_owner_reads_the_history(world: World) -> None:
     first, second = world.make(), world.make()
-    assert (first.own(), second.own()) == (True, False)
+    assert (first.become_owner(), second.become_owner()) == (True, False)
     world.proved(first, "2")
     world.writer_ends()
     second.move("3")
@@ -382,7 +382,7 @@ def test_the_lock_has_one_owner_and_the_next_owner_reads_the_history(world: Worl
     late = world.live / "current.history.next.0123456789abcdef"
     late.touch()  # the first one's writer has not renamed it yet
 
-    assert second.own()
+    assert second.become_owner()
 
     assert second.history.value == first.history.value
     assert not late.exists()

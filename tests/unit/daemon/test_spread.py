@@ -94,12 +94,12 @@ def test_workers_that_do_not_follow_are_reported_once(generation: OpenGeneration
     said = Said()
     declare(generation, 0)
 
-    spread.check(generation, [FIRST, OTHER], said.log)
+    spread.warn_if_unable(generation, [FIRST, OTHER], said.log)
     assert not said.lines
-    spread.check(generation, [FIRST, replace(SECOND, ready_by="timer")], said.log)
+    spread.warn_if_unable(generation, [FIRST, replace(SECOND, ready_by="timer")], said.log)
     assert not said.lines
     spread.order(generation, [FIRST, SECOND], 600.0, said.log)
-    spread.check(generation, [FIRST, SECOND], said.log)
+    spread.warn_if_unable(generation, [FIRST, SECOND], said.log)
 
     [(event, fields)] = said.lines
     assert (event, fields["workers"]) == ("no-spread", 1)
@@ -132,7 +132,7 @@ def test_without_a_scoreboard_nothing_is_ordered_and_nothing_shown() -> None:
     bare = OpenGeneration(GenerationRecord(1, PROGRAM))
 
     spread.order(bare, [FIRST], 600.0, said.log)
-    spread.check(bare, [FIRST], said.log)
+    spread.warn_if_unable(bare, [FIRST], said.log)
 
     assert spread.closing_rate(bare, [(0, Counts(active=3))]) is None
     assert not said.lines

@@ -11,12 +11,12 @@ from socketprotector.daemon.verdicts import (
     BAD,
     CANNOT,
     GOOD,
+    INCONCLUSIVE_S,
     MOVED,
     NO_TARGET,
     REFUSED,
     UNHEALTHY,
     UNKNOWN,
-    UNKNOWN_S,
     UNMADE,
     UNREACHED,
     UNTAKEN,
@@ -82,28 +82,28 @@ def test_what_nothing_is_known_of_for_too_long_is_as_bad(kind: str) -> None:
     assert (known.bad, known.pause_s(1.0)) == ("", 0.25)
 
     # Its time begins with the question, and ends with a good answer.
-    assert not known.after(verdict, 14.0, 4.9 + UNKNOWN_S).bad
-    assert known.after(verdict, 14.0, 5.0 + UNKNOWN_S).bad == "why"
+    assert not known.after(verdict, 14.0, 4.9 + INCONCLUSIVE_S).bad
+    assert known.after(verdict, 14.0, 5.0 + INCONCLUSIVE_S).bad == "why"
     good = known.after(Verdict(GOOD), 14.0, 14.0)
     assert good.pause_s(1.0) == 1.0
-    assert not good.after(verdict, 15.0, 15.0 + UNKNOWN_S - 0.1).bad
+    assert not good.after(verdict, 15.0, 15.0 + INCONCLUSIVE_S - 0.1).bad
 
 
 def test_what_takes_that_long_by_itself_is_bad_at_once() -> None:
-    assert Settling().after(Verdict(CANNOT, "hangs"), 0.0, UNKNOWN_S).bad == "hangs"
+    assert Settling().after(Verdict(CANNOT, "hangs"), 0.0, INCONCLUSIVE_S).bad == "hangs"
 
 
 def test_one_whose_time_is_over_awaits_an_answer_from_then_on() -> None:
     before = Settling().after(Verdict(GOOD), 1.0, 1.0)
     assert before.is_good
 
-    over = before.over()
+    over = before.after_settle_time()
     assert (over.is_over, over.is_good) == (True, False)
     unknown = over.after(Verdict(MOVED), 2.0, 2.0)
-    assert not unknown.over().is_good
+    assert not unknown.after_settle_time().is_good
     after = unknown.after(Verdict(GOOD), 3.0, 3.0)
 
-    assert after.over() == after
+    assert after.after_settle_time() == after
     assert after.is_good
 
 

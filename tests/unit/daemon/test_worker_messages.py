@@ -31,13 +31,13 @@ class Notify:
     def fileno(self) -> int:
         return FD
 
-    def hear(self, pid: int) -> Mapping[str, str] | None:
+    def peek(self, pid: int) -> Mapping[str, str] | None:
         assert pid == 7
         if self.fails:
             raise OSError(self.fails, os.strerror(self.fails))
         return self.queued[0] if self.queued else None
 
-    def take(self) -> None:
+    def remove(self) -> None:
         self._calls.append("take")
         del self.queued[0]
 
@@ -49,7 +49,7 @@ class World:
         self.clock = Clock()
         self.calls: list[str] = []
         self.notify = Notify(self.calls)
-        self.by_word = True
+        self.by_message = True
         self.ready: list[tuple[str, bool]] = []
         self.programs: list[str] = []
         self.cannot_note = False
@@ -58,7 +58,7 @@ class World:
             generation=SimpleNamespace(program=SimpleNamespace(watchdog_s=WATCHDOG_S)),
             process=SimpleNamespace(pid=7),
             notify=self.notify,
-            readiness=SimpleNamespace(by_word=True),
+            readiness=SimpleNamespace(by_message=True),
             became_ready=True,
         )
         first: Any = SimpleNamespace(handle=lambda _, text: self.programs.append(text))
@@ -99,7 +99,7 @@ def test_ready_counts_only_where_messages_make_a_worker_ready(world: World) -> N
     world.say(READY="1")
     world.say(READY="1", **dict([wire.RETIRES_ON_RETURN.split("=")]))
     world.say(READY="0")
-    world.worker.readiness.by_word = False
+    world.worker.readiness.by_message = False
     world.say(READY="1")
 
     assert world.ready == [("notify", False), ("notify", True)]

@@ -44,17 +44,17 @@ class Worker:
             has_ended=lambda: self.has_exited,
             discard=lambda: self.calls.append("discard"),
         )
-        self.notify: Any = SimpleNamespace(fileno=lambda: 300 + number, hear=lambda _: None)
+        self.notify: Any = SimpleNamespace(fileno=lambda: 300 + number, peek=lambda _: None)
         self.line: Any = None
         self.readiness: Any = SimpleNamespace(
             watch=self._watch,
-            is_known=lambda: self.calls.append("known"),
-            wait=lambda: self.calls.append("wait"),
+            note_ready=lambda: self.calls.append("known"),
+            start_timer=lambda: self.calls.append("wait"),
             stop_check=lambda: self.calls.append("stop check"),
             check=lambda: self.calls.append("check"),
             is_checked=False,
             by_ack=True,
-            by_word=True,
+            by_message=True,
             last="",
         )
         self.registered: dict[str, int] = {}

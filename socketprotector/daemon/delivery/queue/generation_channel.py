@@ -40,4 +40,4 @@ class GenerationChannel(Channel):
     def end(self) -> None:
         """Let the workers read end of file after the queued connections, and note the end."""
         super().end()
-        self.generation.note_ended()
+        self.generation.note_finishing()

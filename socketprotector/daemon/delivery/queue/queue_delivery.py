@@ -239,7 +239,7 @@ class QueueDelivery(Delivery):
         served = [
             number
             for number, each in self._host.generations.items()
-            if each.record.serving_since and not each.ended and each.knows(listener.index)
+            if each.record.serving_since and not each.is_finishing and each.knows(listener.index)
         ]
         self.forwarder.remove(listener, self._channels[max(served)] if served else None)
 

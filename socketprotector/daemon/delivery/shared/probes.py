@@ -201,16 +201,11 @@ class Probes:
         self._record_source(place, mark, no_clients=no_clients)
         close = partial(self._release_mark, mark)
 
-        def may_refuse_clients() -> bool:
+        def may_refuse() -> bool:
             return options != closing(serving)
 
         return ProbeTarget(
-            address,
-            mark,
-            waits,
-            close,
-            is_unchanged=is_unchanged,
-            may_refuse_clients=may_refuse_clients,
+            address, mark, waits, close, is_unchanged=is_unchanged, may_refuse_clients=may_refuse
         )
 
     def _is_for_probes(self, listener: Listener, number: int) -> bool:

@@ -202,7 +202,7 @@ class SharedDelivery(Delivery):
         self.steering.quiesce(generation.record.number, on_quiet, reads_on=reads_on)
 
     def drain(self, generation: OpenGeneration) -> None:
-        generation.note_ended()
+        generation.note_finishing()
         self.steering.leave(generation.record.number)
         self._removed.close_unaccepted()
 
@@ -401,7 +401,7 @@ class SharedDelivery(Delivery):
         if not generation.record.accept_tags:
             number = generation.record.number
             self._stop_counting(each for n, each in self._host.generations.items() if n < number)
-        if not (generation.ended or generation.record.released):
+        if not (generation.is_finishing or generation.record.released):
             self.steering.adopt(generation.record.number, generation.record.socket_number)
         return True
 

@@ -141,7 +141,7 @@ class MemoryDelivery(Delivery):
         self,
         generation: OpenGeneration | None,
         *,
-        again: bool = False,
+        served_before: bool = False,
         sharing: OpenGeneration | None = None,
         share: int = 0,
     ) -> None:

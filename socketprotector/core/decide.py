@@ -208,7 +208,7 @@ def resume(
             actions += step.actions
         actions.append(order(generation.number))
     starting = fleet.of(Phase.STARTING)
-    if starting and reload.is_probed(fleet, starting):
+    if starting and reload.must_probe(fleet, starting):
         actions.append(Probe(starting.number))
     settling = fleet.of(Phase.SETTLING)
     if settling and settling.checked:

@@ -51,10 +51,10 @@ def start_timed_out(step: Step, number: int, advice: str) -> None:
     if rollout.lacks_room(step.fleet, starting):
         step.start(TimerKind.START, number, policy.start_timeout_s)
     else:
-        fail(step, number, not_ready(policy, advice))
+        fail(step, number, not_ready_reason(policy, advice))
 
 
-def not_ready(policy: Policy, advice: str) -> str:
+def not_ready_reason(policy: Policy, advice: str) -> str:
     """Return the reason of a start timeout.  advice: see DeadlinePassed."""
     # The reason names the missing message: a program that never sends READY looks like a slow one.
     hint = KINDS[policy.ready].hint if policy.ready in KINDS else ""
@@ -154,14 +154,15 @@ def channel_broken(step: Step, number: int, served_s: float) -> None:
 
 
 def _serving_broken(step: Step, number: int, served_s: float) -> None:
-    settling, shares = step.fleet.of(Phase.SETTLING), step.fleet.rollout
+    settling, current_rollout = step.fleet.of(Phase.SETTLING), step.fleet.rollout
     if settling is None:
         step.do(RouteTo(None))
-    elif step.fleet.sharing and shares:
+    elif step.fleet.sharing and current_rollout:
         # The settling generation gets all clients: a canary now only settles, and a rolling reload
         # starts all workers.
-        alone = None if shares.canary else replace(shares, share=WHOLE)
-        step.fleet = replace(step.fleet, rollout=alone)
+        is_canary = current_rollout.canary is not None
+        rollout_left = None if is_canary else replace(current_rollout, share=WHOLE)
+        step.fleet = replace(step.fleet, rollout=rollout_left)
         step.do(RouteTo(settling.number))
     step.drain(number, step.fleet.policy.drain_limit_s)
     if step.fleet.stopping:

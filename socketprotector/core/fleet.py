@@ -324,14 +324,14 @@ class Fleet:
             # No generation serves: start as many workers as have room; the missing workers follow.
             elsewhere = sum(1 for _ in self.alive()) - len(generation.alive)
             return max(1, min(full, self.most_processes - elsewhere))
-        first = (
+        is_first_stage = (
             incoming.phase is Phase.STARTING
             or Deadline(TimerKind.SETTLE, incoming.number) in self.timers
         )
         if generation.number == incoming.number:
-            return min(full, policy.surge_of(full)) if first else full
+            return min(full, policy.surge_of(full)) if is_first_stage else full
         # One old worker stays until the new generation is complete, for a rollback.
-        return full if first else max(1, full - incoming.ready_workers)
+        return full if is_first_stage else max(1, full - incoming.ready_workers)
 
     def generation(self, number: int) -> Generation | None:
         return next((g for g in self.generations if g.number == number), None)

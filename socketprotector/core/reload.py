@@ -46,7 +46,7 @@ def reload_requested(step: Step, canary: Canary | None, release: str = "") -> No
     elif release and step.fleet.is_releasing:
         step.do(Report(ReportKind.REFUSED, reason=f"cannot deploy {release}: {IN_PROGRESS}"))
     else:
-        # Queue it even during a reload, so that the newest release wins without another HUP.
+        # Queue the request even during a reload: then the newest release wins without another HUP.
         # A later request without a share does not turn a queued canary into a plain reload.
         wanted = canary or step.fleet.canary_wanted
         step.fleet = replace(step.fleet, reload_wanted=True, canary_wanted=wanted)
@@ -102,8 +102,8 @@ def begin_if_wanted(step: Step) -> None:
     if fleet.candidate:
         _begin(step)
     elif fleet.reload_wanted and fleet.stop_requested:
-        # Fail it only after the verdict of the previous reload: a caller takes the first verdict
-        # after its request as its own.
+        # Fail the queued reload only after the previous reload's verdict, because each caller
+        # takes the first verdict after its request for its own.
         step.fleet = replace(fleet, reload_wanted=False, canary_wanted=None)
         step.fail_unopened(stop.CALLED_OFF)
     elif fleet.reload_wanted and not _may_rescue(fleet):
@@ -276,7 +276,7 @@ def _is_complete(fleet: Fleet, starting: Generation) -> bool:
     return len(starting.workers) >= fleet.wanted_in(starting)
 
 
-def is_probed(fleet: Fleet, starting: Generation) -> bool:
+def must_probe(fleet: Fleet, starting: Generation) -> bool:
     """Return whether a starting generation must be probed now: all of its workers run."""
     return fleet.policy_of(starting.fresh).probes and _is_complete(fleet, starting)
 
@@ -284,11 +284,11 @@ def is_probed(fleet: Fleet, starting: Generation) -> bool:
 def probe_if_complete(step: Step) -> None:
     """Probe a starting generation once all its workers run, and again if workers were added."""
     starting = step.fleet.of(Phase.STARTING)
-    if starting is None or not is_probed(step.fleet, starting):
+    if starting is None or not must_probe(step.fleet, starting):
         return
     before = step.before.generation(starting.number)
     as_it_was = before is not None and len(before.workers) == len(starting.workers)
-    if before is None or not (as_it_was and is_probed(step.before, before)):
+    if before is None or not (as_it_was and must_probe(step.before, before)):
         step.do(Probe(starting.number))
 
 

@@ -92,17 +92,17 @@ class Step:
         self.fleet = replace(self.fleet.with_generation(generation), next_worker=new + 1)
         return worker
 
-    def spawn(self, generation: int, worker: Worker) -> None:
+    def spawn(self, number: int, worker: Worker) -> None:
         """Start the process of a worker that waits in an open generation."""
         self.cancel(TimerKind.WORKER_RESPAWN, worker.number)
         self.fleet = self.fleet.with_worker(replace(worker, state=State.STARTING))
-        self.do(Spawn(generation, worker.number, worker.slot))
-        draining = self.fleet[generation]
-        if draining.phase is Phase.DRAINING and not draining.quiescing:
+        self.do(Spawn(number, worker.number, worker.slot))
+        generation = self.fleet[number]
+        if generation.phase is Phase.DRAINING and not generation.quiescing:
             # The order to the whole generation came before this worker was started.
-            self.end_evenly(draining, worker.number)
+            self.end_evenly(generation, worker.number)
         incoming = self.fleet.incoming
-        is_new = incoming is not None and incoming.number == generation and incoming.fresh
+        is_new = incoming is not None and incoming.number == number and incoming.fresh
         policy = self.fleet.policy_of(is_new)
         self.start(TimerKind.WORKER_START, worker.number, policy.start_timeout_s)
 
@@ -133,7 +133,7 @@ class Step:
             self.start(TimerKind.WORKER_RETIRE, worker.number, limit_s)
 
     def retire_orphans(self, workers: Iterable[Worker]) -> None:
-        """Retire the orphans among these workers that no timer limits yet.
+        """Among these workers, retire each orphan that no timer limits yet.
 
         A second order would be a second signal, and would restart --drain-timeout.
         """
@@ -142,7 +142,7 @@ class Step:
                 self.retire(each)
 
     def limit_retiring(self, workers: Iterable[Worker], policy: Policy) -> None:
-        """Limit the time of the retiring workers among these that no timer limits yet."""
+        """Among these workers, limit the time of each retiring worker that no timer limits yet."""
         for each in workers:
             if each.state is State.RETIRING and not self._is_limited(each):
                 self.start(TimerKind.WORKER_RETIRE, each.number, policy.drain_timeout_s)
@@ -360,7 +360,8 @@ class Step:
     def fail_unopened(self, reason: str) -> None:
         """Report the failure of a reload or dry run that opened no generation.
 
-        The report uses up the next generation number: control clients await a verdict for it.
+        The report uses up the next generation number: control clients await a verdict for this
+        number.
         """
         number = self.fleet.next_generation
         self.fleet = replace(self.fleet, next_generation=number + 1, rollout=None)

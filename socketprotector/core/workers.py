@@ -16,7 +16,7 @@ from ..model.text import in_units
 from . import rescue, rollout
 from .actions import Report, ReportKind, Signal, Spawn, StartTimer, WorkerSignal
 from .events import Deadline, TimerKind, WorkerExited
-from .failure import end_stuck, fail, not_ready
+from .failure import end_stuck, fail, not_ready_reason
 from .fleet import LEAVING, Fleet, Generation, Phase, State, Worker
 from .step import Step
 
@@ -37,7 +37,7 @@ def worker_ready(step: Step, number: int, retires: bool, *, alone: bool) -> None
     found = step.fleet.find(number)
     is_killed = Deadline(TimerKind.WORKER_KILL, number) in step.fleet.timers
     if found is None or (is_killed and found[1].state is State.STARTING):
-        return  # it is gone, or leaves because it was late: then it must replace no other worker
+        return  # this worker is gone, or must leave because it was late: let it replace no worker
     if found[1].state is not State.STARTING:
         # The message is repeated, or the worker sent it before our signal arrived.
         if retires:
@@ -71,12 +71,12 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
     found = step.fleet.find(event.worker)
     if found is None or not found[1].alive:
         return
-    _exited(step, event, *found)
+    _remove_exited(step, event, *found)
     if event.waiting:
         rescue.rescue(step, found[0].number)
 
 
-def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Worker) -> None:
+def _remove_exited(step: Step, event: WorkerExited, generation: Generation, worker: Worker) -> None:
     was_signalled = Deadline(TimerKind.WORKER_KILL, worker.number) in step.fleet.timers
     for wait in (TimerKind.WORKER_START, TimerKind.WORKER_RETIRE, TimerKind.WORKER_KILL):
         step.cancel(wait, worker.number)
@@ -85,7 +85,7 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
     if worker.state is State.ORPHANED:
         return  # another worker has replaced it, or none was wanted
     replacement = _replacement(generation, worker.number)
-    if replacement:  # the worker that it was to replace has exited
+    if replacement:  # another worker was to replace the exited worker
         step.fleet = step.fleet.with_worker(replace(replacement, replaces=0))
     if generation.phase is Phase.SERVING and worker.state is not State.RETIRING:
         step.do(Report(ReportKind.EXITED, generation.number, event.reason))
@@ -93,13 +93,13 @@ def _exited(step: Step, event: WorkerExited, generation: Generation, worker: Wor
         if replacement is None and is_wanted:
             _respawn(step, generation.number, worker, event)
         elif replacement is None:
-            _end_stuck(step, worker.replaces)
+            _end_stuck_unreplaced(step, worker.replaces)
             _retire_orphans(step, generation.number, worker.slot)
     elif event.waiting and _would_lose_queue(step.fleet, generation.number):
         _respawn(step, generation.number, worker, event)
     elif generation.phase in (Phase.STARTING, Phase.SETTLING):
         if worker.state is not State.RETIRING:
-            # If we were dead or suspended, we reap the worker late: the time is an upper limit.
+            # An upper limit: if the protector was killed or suspended, it reaps the worker late.
             within = f" within {in_units((event.served_s * 100 // 1 + 1) / 100)} of being ready"
             reason = event.reason + (within if event.served_s > 0 and not event.lost else "")
             fail(step, generation.number, reason, retry=not event.detached)
@@ -138,7 +138,7 @@ def _serves_on(fleet: Fleet, number: int, orphan: Worker, *, lost: bool) -> bool
 
     In a rolling policy, the limit of processes may delay the next worker in the slot.  Orphans
     serve until that worker is ready.  In other policies only a lost worker serves, until its
-    generation drains.  An earlier signal could make this worker reset new clients at its socket.
+    generation drains.  A signal before the drain could make this worker reset new clients.
     """
     if fleet[number].phase is not Phase.SERVING:
         return False
@@ -411,7 +411,7 @@ def _take_over(step: Step, number: int) -> None:
             step.end_worker(worker)
 
 
-def _end_stuck(step: Step, number: int) -> None:
+def _end_stuck_unreplaced(step: Step, number: int) -> None:
     """End a stuck worker whose replacement has exited, if no other replacement starts."""
     found = step.fleet.find(number)
     if found and found[1].hung:
@@ -444,5 +444,5 @@ def too_slow(step: Step, number: int) -> None:
         generation, worker = found
         if generation.phase is Phase.SETTLING and worker.state is State.STARTING:
             policy = step.fleet.policy_of(generation.fresh)
-            fail(step, generation.number, not_ready(policy, ""))
+            fail(step, generation.number, not_ready_reason(policy, ""))
         step.end_worker(worker)  # last, so that clients already go elsewhere

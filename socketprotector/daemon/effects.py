@@ -63,7 +63,7 @@ from ..system.program_spec import program_of
 from ..system.sd_notify import Systemd
 from . import spread
 from .check_probe import CheckProbes
-from .delivery import Delivery, untaken
+from .delivery import Delivery, untaken_message
 from .delivery.host import Host
 from .generation import Generations, OpenGeneration
 from .live_settings import LiveSettings
@@ -310,7 +310,7 @@ class Effects(Host):
                 each.update_record(serving_since=time.monotonic(), served_at=time.time())
             if each.program.spreads:
                 spread.warn_if_unable(each, self.pool.records(), self._log)
-        self.delivery.route_to(generation, again=served_before, sharing=other, share=share)
+        self.delivery.route_to(generation, served_before=served_before, sharing=other, share=share)
         part = percent(share) if other is not None else None
         self._log.write("info", "route", generation=number, sharing=part and sharing, share=part)
         self.probing.set_serving(generation)
@@ -371,7 +371,7 @@ class Effects(Host):
     ) -> None:
         if (number := self._route) is None:
             return
-        reason = untaken(seconds, ever=ever)
+        reason = untaken_message(seconds, ever=ever)
         self._post(Untaken(number, f"{reason}; clients waiting: {waiting}"))
         self._log.write(
             "warning",

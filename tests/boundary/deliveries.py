@@ -161,7 +161,7 @@ class World(Host):
         sharing = self.generations[self.sharing] if self.sharing is not None else None
         for each in filter(None, (generation, sharing)):
             each.update_record(serving_since=1.0)
-        self.delivery.route_to(generation, again=again, sharing=sharing, share=self.share)
+        self.delivery.route_to(generation, served_before=again, sharing=sharing, share=self.share)
 
     def replace(self, old: int, new: int) -> None:
         """Route clients to a new generation; drain and end the old one as soon as it may."""

@@ -69,7 +69,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 def come(world: World, line: Line, index: int = 0) -> None:
     world.lines = {**world.lines, index: line}
     if world.untaken.awaits:
-        world.untaken.came(index)
+        world.untaken.note_client(index)
 
 
 def test_the_limits_may_be_others(world: World) -> None:
@@ -101,7 +101,7 @@ def test_a_generation_that_never_accepted_is_reported_once(world: World) -> None
     come(world, frozenset({A}))
     world.pass_time(FIRST_LOOK_S + NEVER_TAKEN_S - 0.5)
     assert world.said == []
-    assert world.untaken.seconds is None
+    assert world.untaken.untaken_s is None
 
     world.pass_time(0.5)
     [(seconds, *what)] = world.said
@@ -110,7 +110,7 @@ def test_a_generation_that_never_accepted_is_reported_once(world: World) -> None
     come(world, frozenset({A, B}))
     world.pass_time(1000.0)
     assert len(world.said) == 1
-    assert world.untaken.seconds == pytest.approx(1000 + NEVER_TAKEN_S)
+    assert world.untaken.untaken_s == pytest.approx(1000 + NEVER_TAKEN_S)
 
 
 def test_a_report_that_ends_the_watch_is_its_last_look(world: World) -> None:
@@ -173,7 +173,7 @@ def test_one_that_is_busy_is_not_reported(world: World) -> None:
         world.lines = {0: frozenset({bytes([each]), bytes([each + 1])})}
         world.pass_time(1.0)
     assert world.said == []
-    assert world.untaken.seconds is None
+    assert world.untaken.untaken_s is None
 
 
 def test_one_that_had_its_turn_before_is_not_said_to_have_accepted_none(world: World) -> None:
@@ -187,7 +187,7 @@ def test_another_generation_starts_afresh(world: World) -> None:
     come(world, frozenset({A}))
     world.pass_time(FIRST_LOOK_S + NEVER_TAKEN_S)
     world.untaken.begin(served_before=False)
-    assert world.untaken.seconds is None
+    assert world.untaken.untaken_s is None
 
     come(world, frozenset({A}))
     world.pass_time(FIRST_LOOK_S + NEVER_TAKEN_S)
@@ -208,7 +208,7 @@ def test_where_the_kernel_does_not_say_nothing_is_reported(world: World) -> None
         world.lines = {}
         world.pass_time(UNTAKEN_S)
     assert world.said == []
-    assert world.untaken.seconds is None
+    assert world.untaken.untaken_s is None
 
 
 def test_the_kernel_is_not_asked_while_no_client_comes_and_seldom_while_all_is_well(

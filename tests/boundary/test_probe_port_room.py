@@ -70,7 +70,7 @@ def test_a_question_that_was_taken_does_not_wait_behind_another_ports(loop: Loop
     with ExitStack() as stack:
         channel = stack.enter_context(closing(generation_channel(4)))
         clients = QueueWatch(
-            loop, forwarded=lambda: 0, send_again=lambda _: None, untaken=lambda *_: None
+            loop, accepted=lambda: 0, send_again=lambda _: None, untaken=lambda *_: None
         )
         clients.follow(channel)
         ways = [

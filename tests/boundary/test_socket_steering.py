@@ -149,7 +149,7 @@ class World(Host):
         if held:
             self.steering.turn_hold(True)
         for _, socket_number in accepting[:1]:
-            self.steering.turn_to(socket_number, again=True)
+            self.steering.turn_to(socket_number, served_before=True)
 
     def quiesce(self, generation: int, *, reads_on: bool = False) -> None:
         over = partial(self.quiesced.append, generation)
@@ -260,7 +260,7 @@ def test_a_question_that_is_given_up_is_discarded_unless_a_client_waits_too(
     reloaded: World, clients: int
 ) -> None:
     """No generation is started for it; for a client one is."""
-    way = reloaded.steering.reach("")
+    way = reloaded.steering.reach_as_client("")
     assert way is not None
     with way.connecting() as ours:
         assert ours.connect_ex(way.address) in (0, errno.EINPROGRESS)
@@ -277,7 +277,7 @@ def test_a_question_that_is_given_up_is_discarded_unless_a_client_waits_too(
 
 
 def test_one_that_asks_never_leaves_this_machine(world: World) -> None:
-    way = world.steering.reach("")
+    way = world.steering.reach_as_client("")
     assert way is not None
     with way.connecting() as ours:
         assert ours.getsockname()[0].startswith("127.")
@@ -297,7 +297,7 @@ def test_nor_does_a_health_check_where_another_machine_has_the_address(
     world.listeners.append(listener_of(made.detach(), 1, settings, shared=True))
 
     with pytest.raises(OSError, match=f"no interface has the address {host} now"):
-        world.steering.reach("away")
+        world.steering.reach_as_client("away")
 
 
 @needs.root_with("unshare")
@@ -307,7 +307,7 @@ def test_nor_does_it_look_for_a_socket_of_another_network_namespace_here(world: 
         world.listeners.append(listener_of(os.dup(made.fileno()), 1, settings, shared=True))
 
         with pytest.raises(OSError, match="another network namespace"):
-            world.steering.reach("away")
+            world.steering.reach_as_client("away")
 
 
 def test_the_next_generation_gets_the_other_socket_and_no_client_before_its_turn(
@@ -469,7 +469,7 @@ def test_a_socket_that_only_a_later_worker_has_is_waited_for(world: World, kille
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     world.steering._repairs.replace(world.listener, 0)
-    world.steering.grow(1, lambda index: True)
+    world.steering.note_new_worker(1, lambda index: True)
     world.steering.enter(2, world.steering.turns.free)
     world.connect()
     if killed:
@@ -489,7 +489,7 @@ def test_a_socket_that_no_worker_has_is_not_waited_for(world: World) -> None:
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     world.steering._repairs.replace(world.listener, 0)
-    world.steering.grow(1, lambda index: False)
+    world.steering.note_new_worker(1, lambda index: False)
     world.steering.enter(2, world.steering.turns.free)
     world.connect()
     supersede(world)
@@ -1379,7 +1379,7 @@ def test_of_a_question_that_cannot_be_put_the_kernel_keeps_nothing(
     marked: list[Mapping[bpf.Mark, int]] = []
     monkeypatch.setattr(reuseport, "steer", lambda one, member, marks, *draw: marked.append(marks))
 
-    reloaded.steering.turn_to(0, again=True)
+    reloaded.steering.turn_to(0, served_before=True)
 
     assert marked
     assert not any(marked)
@@ -1654,7 +1654,7 @@ def test_a_generation_that_settled_and_hung_leaves_no_client_where_only_question
         reloaded.put_question(2)
     if resumed:
         reloaded.resume((2, 1), (1, 0), record=reloaded.written)
-    reloaded.steering.turn_to(0, again=True)
+    reloaded.steering.turn_to(0, served_before=True)
     reloaded.quiesce(2)
     reloaded.pass_time(GENERATION_QUIET_S + 0.2)
     assert reloaded.quiesced == [2]
@@ -1751,7 +1751,7 @@ def test_another_program_ends_a_hold_of_which_it_knows_no_more(
     other.adopt_record(reloaded.steering.record(), held=False)
     reloaded.listener = listener
 
-    other.turn_to(0, again=True)
+    other.turn_to(0, served_before=True)
 
     reloaded.connect()
     assert reloaded.waiting() == [0]
@@ -1839,7 +1839,7 @@ def test_where_no_silent_socket_can_be_had_clients_are_served_until_it_can(
 
     with monkeypatch.context() as short:
         short.setattr("socketprotector.system.reuseport.reserve", fails)
-        found = reloaded.steering.hold.cannot_begin()
+        found = reloaded.steering.hold.prepare()
         assert found == f"{reloaded.listener.settings.address}: Too many open files"
         on_hold(reloaded)
         reloaded.connect()
@@ -1861,7 +1861,7 @@ def test_where_no_silent_socket_can_be_had_clients_are_served_until_it_can(
 def test_one_socket_for_all_generations_is_held_too(world: World) -> None:
     """As with ?defer_accept, and where the second one could not be bound anew."""
     world.listener.drop_socket(1)
-    assert world.steering.hold.cannot_begin() is None
+    assert world.steering.hold.prepare() is None
     for _ in range(2):
         on_hold(world)
         with Unanswered(world.listener.socket.getsockname()) as late:
@@ -1889,21 +1889,21 @@ def test_questions_of_two_generations_do_not_meet(reloaded: World) -> None:
 
 
 def test_what_is_not_ours_alone_cannot_be_held(world: World, tmp_path: Path) -> None:
-    assert world.steering.hold.cannot_begin() is None
+    assert world.steering.hold.prepare() is None
     with socket.socket(socket.AF_UNIX) as unix:
         unix.bind(str(tmp_path / "s"))
         unix.listen()
         settings = ListenerSettings(f"unix:{tmp_path / 's'}")
         world.listeners.append(listener_of(os.dup(unix.fileno()), 1, settings, shared=True))
-    assert world.steering.hold.cannot_begin() == (
+    assert world.steering.hold.prepare() == (
         f"unix:{tmp_path / 's'} has one socket for all generations, "
         "from which workers accept directly"
     )
     world.listener.settings = replace(world.listener.settings, foreign=True)
     cannot = f"{world.listener.settings.address}: another program opened this socket, and keeps"
-    assert (world.steering.hold.cannot_begin() or "").startswith(cannot)
+    assert (world.steering.hold.prepare() or "").startswith(cannot)
     world.listeners[0].lost = world.listeners[1].lost = True
-    assert world.steering.hold.cannot_begin() is None
+    assert world.steering.hold.prepare() is None
 
 
 def test_those_that_tried_meanwhile_may_come_for_as_long_again_and_a_second(
@@ -1975,7 +1975,10 @@ def test_one_is_reached_and_asked_at_a_listener_that_it_knows(world: World) -> N
     world.steering.enter(2, 1)
 
     def asked(*knows: Callable[[int], bool]) -> list[int]:
-        ways = world.steering.reach("", *knows), world.steering.probes.reach_by_mark(2, "", *knows)
+        ways = (
+            world.steering.reach_as_client("", *knows),
+            world.steering.probes.reach_by_mark(2, "", *knows),
+        )
         for way in ways:
             assert way is not None
             way.close()
@@ -2742,7 +2745,7 @@ def test_clients_of_a_hold_are_told_of_as_long_as_two_generations_have_both_sock
         world.steering.turn_hold(False)
     assert world.held
 
-    world.steering.turn_to(0, again=True)
+    world.steering.turn_to(0, served_before=True)
     world.steering.leave(2)
     assert pair.has_waiting(1)
     before = world.held
@@ -2786,11 +2789,11 @@ def test_a_hold_at_a_path_is_possible_again_as_soon_as_its_folder_is_there(
     folder = Path(pair.path).parent
     aside = folder.with_name(f"{folder.name}-aside")
     folder.rename(aside)
-    cannot = world.steering.hold.cannot_begin() or ""
+    cannot = world.steering.hold.prepare() or ""
     aside.rename(folder)
 
     assert cannot.endswith("; a hold is possible once files can be made in the socket's directory")
-    assert world.steering.hold.cannot_begin() is None
+    assert world.steering.hold.prepare() is None
 
 
 @pytest.mark.parametrize("as_client", [False, True])
@@ -2822,7 +2825,7 @@ def lose_its_file(world: World, pair: Listener) -> None:
     world.steering.turn_to(1)
     for each in map(Path, (pair.path, pair.ensure_address(0)[0], pair.ensure_address(1)[0])):
         each.unlink(missing_ok=True)
-    world.steering.turn_to(0, again=True)
+    world.steering.turn_to(0, served_before=True)
     come(world, pair.path)
     assert not pair.has_waiting(1), "the failed release gets no more clients"
     world.steering.leave(2)

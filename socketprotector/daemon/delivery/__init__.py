@@ -34,7 +34,7 @@ QUIET_S = 0.2
 LAST_S = 10.0
 
 
-def untaken(seconds: float, *, ever: bool) -> str:
+def untaken_message(seconds: float, *, ever: bool) -> str:
     """Return the message about workers that accept no client.
 
     seconds: the time without an accepted client.
@@ -143,13 +143,13 @@ class Delivery(ABC):
         self,
         generation: OpenGeneration | None,
         *,
-        again: bool = False,
+        served_before: bool = False,
         sharing: OpenGeneration | None = None,
         share: int = 0,
     ) -> None:
         """Bring new clients to this generation; None: let new clients wait.
 
-        again: the generation has had the route or a share of the clients before.
+        served_before: the generation has had the route or a share of the clients before.
         sharing: another generation, which gets `share` ten-thousandths of the new clients at
         listeners that both generations know.
         """

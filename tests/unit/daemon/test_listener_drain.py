@@ -207,11 +207,11 @@ def test_a_socket_that_was_passed_in_keeps_its_clients_for_its_owner(world: Worl
 
 def test_a_channel_ends_once_the_last_listener_has_drained_to_it(world: World) -> None:
     other = world.channel(2)
-    assert not world.drains.end_after(any_of(world.to))
+    assert not world.drains.end_channel_later(any_of(world.to))
     first = world.removed("a")
     second = world.removed("b")
-    assert not world.drains.end_after(any_of(other))
-    assert world.drains.end_after(any_of(world.to))
+    assert not world.drains.end_channel_later(any_of(other))
+    assert world.drains.end_channel_later(any_of(world.to))
     world.clock.pass_time(0.0)
     world.drains.close(any_of(world.listener(9)))
     assert not world.to.has_ended
@@ -237,7 +237,7 @@ def test_the_listeners_of_a_generation_that_is_gone_are_closed_with_their_client
     other = world.listener(7)
     world.begin(other, other_channel)
     saves = world.saves
-    world.drains.end(any_of(world.to))
+    world.drains.close_draining(any_of(world.to))
     assert mine.closed
     assert not other.closed
     assert any_of(world.drains.listeners) == (other,)
@@ -249,7 +249,7 @@ def test_the_listeners_of_a_generation_that_is_gone_are_closed_with_their_client
 
 def test_at_the_end_all_are_closed(world: World) -> None:
     first, second = world.removed("a"), world.removed()
-    world.drains.end()
+    world.drains.close_draining()
     assert first.closed
     assert second.closed
     assert not world.clock.waits

@@ -80,7 +80,7 @@ def test_each_socket_for_a_hold_is_made_before_the_hold_begins(world: World) -> 
     one, two = world.listener(), world.listener()
     two.can_be_held = False
     two.lost = True
-    assert world.hold.cannot_begin() is None
+    assert world.hold.prepare() is None
     assert one.reserved is not None
     assert two.reserved is None
 
@@ -100,7 +100,7 @@ def test_a_listener_that_cannot_be_held_is_named_and_no_socket_is_made(
 ) -> None:
     world.listener(**how).can_be_held = False
     after = world.listener()
-    assert (world.hold.cannot_begin() or "").startswith(why)
+    assert (world.hold.prepare() or "").startswith(why)
     assert after.reserved is None
     assert (world.hold.refusal(world.all) or "").startswith(why)  # type: ignore[arg-type]
 
@@ -110,7 +110,7 @@ def test_a_listener_from_which_no_worker_accepts_is_no_obstacle(world: World, na
     made = world.listener()
     made.can_be_held = False
     setattr(made, name, name == "lost")
-    assert world.hold.cannot_begin() is None
+    assert world.hold.prepare() is None
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_it_is_said_why_a_socket_cannot_be_made_and_when_it_can(
 ) -> None:
     made = world.listener(path=path)
     made.reserve_fails = code
-    why = world.hold.cannot_begin()
+    why = world.hold.prepare()
     assert why is not None
     assert why.startswith(made.settings.address + ": ")
     assert why.partition(";")[1:] == tuple(advice.partition(";")[1:])

@@ -210,7 +210,7 @@ def test_clients_behind_a_probe_do_not_make_it_wait(world: World) -> None:
     sent = [0]
     world.watch = QueueWatch(
         any_of(world.clock),
-        forwarded=lambda: sent[0],
+        accepted=lambda: sent[0],
         send_again=lambda _: None,
         untaken=lambda *_: None,
     )
@@ -231,7 +231,7 @@ def test_clients_behind_a_probe_do_not_make_it_wait(world: World) -> None:
 def test_another_port_s_probe_behind_it_does_not_make_it_wait(world: World) -> None:
     world.watch = QueueWatch(
         any_of(world.clock),
-        forwarded=lambda: 0,
+        accepted=lambda: 0,
         send_again=lambda _: None,
         untaken=lambda *_: None,
     )

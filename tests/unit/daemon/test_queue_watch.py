@@ -38,7 +38,7 @@ class World:
         loop = self.clock.use_in(patch, queue_watch).loop
         self.watch = QueueWatch(
             loop,
-            forwarded=lambda: self.forwarded,
+            accepted=lambda: self.forwarded,
             send_again=self._send_again,
             untaken=lambda *what: self.said.append(what),
         )

@@ -97,8 +97,8 @@ def test_clients_of_a_new_listener_wait_for_the_generation_that_is_to_know_it() 
     assert turns.unserved == {(1, 0)}
     assert turns.is_served(PAIR, 1)  # a generation is to come
     enter(turns, 2)
-    assert turns.grow(1, knows_all)
-    assert not turns.grow(1, knows_all)
+    assert turns.note_new_worker(1, knows_all)
+    assert not turns.note_new_worker(1, knows_all)
     turns.leave(1, 0.0)
     assert (turns.unserved, turns.partly_served) == (frozenset(), frozenset())
 
@@ -120,16 +120,16 @@ def test_workers_may_still_accept_shortly_after_their_order_to_finish() -> None:
     turns = Turns()
     enter(turns, 1)
     turns.turn_to(0, {0, 1}, knows_all)
-    assert turns.is_accepted(PAIR, 0, 0.0)
-    assert not turns.is_accepted(PAIR, 1, 0.0)  # it is the next one's
-    assert turns.is_accepted(ONE, 1, 0.0)  # it is common to all
+    assert turns.workers_may_accept(PAIR, 0, 0.0)
+    assert not turns.workers_may_accept(PAIR, 1, 0.0)  # it is the next one's
+    assert turns.workers_may_accept(ONE, 1, 0.0)  # it is common to all
 
     turns.leave(1, 5.0)
 
-    assert turns.is_accepted(PAIR, 0, 4.9)
-    assert not turns.is_accepted(PAIR, 0, 5.0)
-    assert not turns.is_accepted(PAIR, 1, 4.9)
-    assert turns.is_accepted(ONE, 1, 4.9)
+    assert turns.workers_may_accept(PAIR, 0, 4.9)
+    assert not turns.workers_may_accept(PAIR, 0, 5.0)
+    assert not turns.workers_may_accept(PAIR, 1, 4.9)
+    assert turns.workers_may_accept(ONE, 1, 4.9)
 
 
 def test_workers_of_the_second_socket_may_still_accept_from_it_after_their_order() -> None:
@@ -137,20 +137,20 @@ def test_workers_of_the_second_socket_may_still_accept_from_it_after_their_order
     enter(turns, 1)
     turns.leave(1, 5.0)
 
-    assert turns.is_accepted(PAIR, 1, 4.9)
-    assert not turns.is_accepted(PAIR, 0, 4.9)
-    assert turns.is_accepted(ONE, 0, 4.9)
+    assert turns.workers_may_accept(PAIR, 1, 4.9)
+    assert not turns.workers_may_accept(PAIR, 0, 4.9)
+    assert turns.workers_may_accept(ONE, 0, 4.9)
 
 
 def test_workers_accept_from_no_socket_that_was_bound_after_their_start() -> None:
     turns = Turns()
     enter(turns, 1)
     turns.note_replaced(PAIR, 0)
-    assert not turns.is_accepted(PAIR, 0, 0.0)
+    assert not turns.workers_may_accept(PAIR, 0, 0.0)
 
-    turns.grow(1, knows_all)  # a later worker has it
+    turns.note_new_worker(1, knows_all)  # a later worker has it
 
-    assert turns.is_accepted(PAIR, 0, 0.0)
+    assert turns.workers_may_accept(PAIR, 0, 0.0)
 
 
 def test_clients_of_a_lost_socket_come_to_the_next_generations_and_are_not_forgotten() -> None:
@@ -181,9 +181,9 @@ def test_what_was_passed_in_is_its_owner_s_at_the_end() -> None:
     turns = Turns()
     enter(turns, 1)
     turns.turn_to(1, {0}, None)
-    assert turns.own((foreign,), 0) == [foreign]
+    assert turns.not_given_back((foreign,), 0) == [foreign]
     turns.given_back = True
-    assert turns.own((foreign,), 0) == []
+    assert turns.not_given_back((foreign,), 0) == []
     assert turns.is_served(foreign, 0)
 
 
@@ -255,7 +255,7 @@ def check(turns: Turns) -> None:
     assert turns.free not in turns.accepting.values() or len(turns.accepting) == 2
     for listener in BOTH:
         number = turns.number_for(listener)
-        there = turns.at(listener, number)
+        there = turns.accepting_at(listener, number)
         lacking = {(n, listener.index) for n in there} <= turns.unserved
         in_vain = lacking if there else listener.index in turns.passed_on
         assert turns.is_served(listener, number) != in_vain

@@ -116,8 +116,8 @@ class Acceptor:
                     self.accepted += 1
                     self.last_ns = at
                     # QueueWatch.sent is computed from `accepted`, which counts this connection.
-                    # The connection was not sent, so take_away() subtracts it from QueueWatch.sent.
-                    self.queue_watch.take_away()
+                    # The connection was not sent, so subtract_counted() undoes the count.
+                    self.queue_watch.subtract_counted()
                     self.send_failed(header, fd, error)
                     return
                 close(fd)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from ....core.events import Event, Untaken
 from ....model.share import in_share
 from ....system.loop import Loop
-from .. import UNTAKEN_S, untaken
+from .. import UNTAKEN_S, untaken_message
 from .acceptor import Send
 from .generation_channel import GenerationChannel
 from .outlet import Outlet
@@ -61,7 +61,7 @@ class CanaryQueue:
         self._will_retry = False  # True: a timer will send the kept connections
         self.watch = QueueWatch(
             loop,
-            forwarded=lambda: self.accepted,
+            accepted=lambda: self.accepted,
             send_again=self._send_again,
             untaken=self._untaken,
             limits_s=(CANARY_NEVER_TAKEN_S, UNTAKEN_S),
@@ -127,11 +127,11 @@ class CanaryQueue:
                 # The connection was meant for the canary, so count it in our `accepted`.  The
                 # canary's QueueWatch adds this count to its `sent`.  The route's QueueWatch
                 # subtracts this count from all accepted connections.  Neither queue got the
-                # connection, so the two calls below undo both changes.  (The acceptor, which
-                # catches this error, adds the connection to the route's `sent`, and subtracts it
-                # again, so it needs no correction here.)
+                # connection, so the two calls below undo both changes.  (The acceptor catches this
+                # error.  The acceptor also adds the connection to the route's `sent`, and subtracts
+                # the connection again.  So the acceptor's changes need no correction here.)
                 self.accepted += 1
-                self.watch.take_away()
+                self.watch.subtract_counted()
                 self._outlet.queue_watch.add_uncounted()
                 raise
             self._count_sent()
@@ -147,7 +147,7 @@ class CanaryQueue:
 
     def _untaken(self, seconds: float, waiting: int, ever: bool) -> None:
         if self.channel is not None:
-            reason = f"{untaken(seconds, ever=ever)}; clients waiting: {waiting}"
+            reason = f"{untaken_message(seconds, ever=ever)}; clients waiting: {waiting}"
             self._post(Untaken(self.channel.generation.record.number, reason))
 
     def keep(self, header: bytes, fd: int) -> None:
@@ -180,7 +180,7 @@ class CanaryQueue:
             taken = shortage.take_back(channel) if not shortage.lasts else None
             if taken is None:
                 return
-            self.watch.take_away()
+            self.watch.subtract_counted()
             header, fd = taken
             if fd < 0:
                 self._outlet.lost += not is_probe(header)

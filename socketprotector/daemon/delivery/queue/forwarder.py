@@ -74,7 +74,7 @@ class Forwarder:
         self.undelivered = Undelivered(runtime.persist)
         self.queue_watch = QueueWatch(
             loop,
-            forwarded=self._sent_to_route,
+            accepted=self._accepted_for_route,
             send_again=lambda route: self.outlet.send_again(route),
             untaken=untaken,
             save=runtime.persist,
@@ -137,7 +137,7 @@ class Forwarder:
         """
         is_shut = channel.is_shut()
         self._reclaim(channel)
-        if not is_shut and self._drains.end_after(channel):
+        if not is_shut and self._drains.end_channel_later(channel):
             return  # the channel still gets the backlog of a removed listener
         channel.end()
         if is_shut and channel.depth():
@@ -145,7 +145,7 @@ class Forwarder:
 
     def release(self, channel: GenerationChannel) -> None:
         """Send the untaken connections of exited workers to the route; then close the channel."""
-        self._drains.end(channel)
+        self._drains.close_draining(channel)
         channel.end()
         self._leftovers.pop(channel, None)
         if channel.depth():
@@ -310,7 +310,7 @@ class Forwarder:
         send, route = self._canary and self._canary.sender(index), self.outlet.route
         return send or (route.write.sendmsg if route and route.knows_of(index) else None)
 
-    def _sent_to_route(self) -> int:
+    def _accepted_for_route(self) -> int:
         return self._acceptor.accepted - (self._canary.accepted if self._canary else 0)
 
     def _reclaim(self, channel: GenerationChannel, *, exited: bool = False) -> None:
@@ -440,7 +440,7 @@ class Forwarder:
                 continue
             self._drains.close(listener)  # counts the clients that are lost
             self._listeners.remove(listener)
-        self._drains.end()
+        self._drains.close_draining()
 
 
 def _may_have_unknown(channel: GenerationChannel, route: GenerationChannel) -> bool:

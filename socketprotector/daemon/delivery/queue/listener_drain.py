@@ -97,7 +97,7 @@ class DrainingListeners:
             each.until = time.monotonic() + LAST_S
         self._loop.call_after(each.timer, 0.0, partial(self._look, each))
 
-    def end_after(self, channel: Channel) -> bool:
+    def end_channel_later(self, channel: Channel) -> bool:
         """End a channel later, when the last drain to it has ended.
 
         Returns False if no listener drains to the channel: the caller must end the channel now.
@@ -107,7 +107,7 @@ class DrainingListeners:
         self._channels_to_end.append(channel)
         return True
 
-    def end(self, channel: Channel | None = None) -> None:
+    def close_draining(self, channel: Channel | None = None) -> None:
         """Close the listeners that drain to a channel, and lose their clients.
 
         channel: None: close all draining listeners.  The backlog of a passed-in socket is not lost:

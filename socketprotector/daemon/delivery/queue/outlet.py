@@ -101,7 +101,7 @@ class Outlet:
             taken = self.shortage.take_back(route) if self.is_free else None
             if taken is None:
                 return
-            self.queue_watch.take_away()
+            self.queue_watch.subtract_counted()
             header, fd = taken
             if fd < 0:
                 self.lost += not probe_port.is_probe(header)

@@ -126,7 +126,7 @@ class QueueDelivery(Delivery):
         self,
         generation: OpenGeneration | None,
         *,
-        again: bool = False,
+        served_before: bool = False,
         sharing: OpenGeneration | None = None,
         share: int = 0,
     ) -> None:
@@ -317,8 +317,8 @@ class QueueDelivery(Delivery):
     def descriptors(self) -> dict[str, int]:
         found = self.forwarder.descriptors()
         for number, channel in self._open_channels().items():
-            before = f"{inherited.GENERATION}{number}."
-            found |= {f"{before}{name}": fd for name, fd in channel.descriptors().items()}
+            prefix = f"{inherited.GENERATION}{number}."
+            found |= {f"{prefix}{name}": fd for name, fd in channel.descriptors().items()}
         return found
 
     def adopt(

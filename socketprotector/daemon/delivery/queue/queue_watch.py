@@ -42,7 +42,7 @@ class QueueWatch:
     #: Returns how many connections this program has accepted for the present and earlier routes.
     #: Connections that could not be sent count, too.  In a canary's watch: how many connections
     #: this program has accepted for the present and earlier canaries.
-    forwarded: Callable[[], int]
+    accepted: Callable[[], int]
     #: Sends all queued connections again.
     send_again: Callable[[GenerationChannel], None]
     #: See Forwarder.__init__().
@@ -56,9 +56,9 @@ class QueueWatch:
     timer: str = "forwarder-look"
     #: Whether the timer runs; otherwise the next send must call start().
     runs: bool = False
-    _saved: int = 0  # the result of forwarded() when the state was last saved
-    _extra: int = 0  # the difference between `sent` and forwarded()
-    _forwarded_before: int = 0  # the result of forwarded() when follow() was called
+    _saved: int = 0  # the result of accepted() when the state was last saved
+    _extra: int = 0  # the difference between `sent` and accepted()
+    _accepted_before: int = 0  # the result of accepted() when follow() was called
     _channel: GenerationChannel | None = None  # the channel of the route, or of a canary
     _head: bytes | None = None  # the header of the oldest queued connection, at the last look
     _head_since: float = 0.0
@@ -66,7 +66,7 @@ class QueueWatch:
 
     def follow(self, channel: GenerationChannel | None) -> None:
         """Watch this channel from now on; None: watch no channel."""
-        before, forwarded = self._channel, self.forwarded()
+        before, accepted = self._channel, self.accepted()
         if channel is before and channel is not None:
             return
         if before is not None:
@@ -74,8 +74,8 @@ class QueueWatch:
             before.sent = self.sent
         self._channel, self._head = channel, None
         queued = channel.depth() if channel is not None else 0
-        self._extra = max(queued, channel.sent if channel is not None else 0) - forwarded
-        self._forwarded_before = forwarded
+        self._extra = max(queued, channel.sent if channel is not None else 0) - accepted
+        self._accepted_before = accepted
         if queued:  # sent earlier, for example before an upgrade or a kill
             self.start()
 
@@ -84,7 +84,7 @@ class QueueWatch:
 
         0: we follow another channel.
         """
-        return self.forwarded() - self._forwarded_before if channel is self._channel else 0
+        return self.accepted() - self._accepted_before if channel is self._channel else 0
 
     def start(self) -> None:
         """Start the looks after a connection was sent."""
@@ -101,15 +101,15 @@ class QueueWatch:
         probes.  So if more connections are queued, follow() sets this number to the number of
         queued connections.  Connections that listener_drain.py sends later do not count.
         """
-        return self.forwarded() + self._extra
+        return self.accepted() + self._extra
 
     def add_uncounted(self) -> None:
-        """Count a sent connection that forwarded() does not count."""
+        """Count a sent connection that accepted() does not count."""
         self._extra += 1
         if not self.runs:
             self.start()
 
-    def take_away(self) -> None:
+    def subtract_counted(self) -> None:
         """Subtract a counted connection that could not be sent, or was taken back."""
         self._extra -= 1
 
@@ -139,7 +139,7 @@ class QueueWatch:
         return head is not None and self._head in (None, head)
 
     def _look(self) -> None:
-        is_saved = self.save is None or self._saved == self.forwarded()
+        is_saved = self.save is None or self._saved == self.accepted()
         if not is_saved and self.loop.due(_SAVE) is None:
             self.loop.call_after(_SAVE, SAVE_S, self._save)
         channel = self._channel
@@ -179,5 +179,5 @@ class QueueWatch:
 
     def _save(self) -> None:
         if self.save is not None:
-            self._saved = self.forwarded()
+            self._saved = self.accepted()
             self.save()

@@ -23,8 +23,8 @@ from socketprotector_client import wire
 from ....system import inherited
 from ....system.inherited import Inherited
 
-#: Selects listeners by index: returns whether the connections of a listener are wanted.
-Wanted = Callable[[int], bool]
+#: Returns whether a listener is selected, by the listener's index.
+Selects = Callable[[int], bool]
 
 
 class Undelivered:
@@ -39,9 +39,9 @@ class Undelivered:
         #: Number -> header and descriptor of a kept connection, in the order of sending.
         self._waiting: dict[int, tuple[bytes, int]] = {}
 
-    def has(self, wanted: Wanted) -> bool:
-        """Return whether a connection of a wanted listener is kept."""
-        return any(wanted(listener_of(header)) for header, _ in self._waiting.values())
+    def has(self, selects: Selects) -> bool:
+        """Return whether a connection of a selected listener is kept."""
+        return any(selects(listener_of(header)) for header, _ in self._waiting.values())
 
     def keep_first(self, header: bytes, fd: int) -> None:
         """Keep a connection whose send failed, in front of all others.  Takes ownership of fd."""
@@ -67,14 +67,14 @@ class Undelivered:
         self._waiting[self._new_number()] = header, fd
         self.persist()
 
-    def take(self, wanted: Wanted) -> tuple[bytes, int] | None:
-        """Remove and return the first connection of a wanted listener; the caller sends it.
+    def take(self, selects: Selects) -> tuple[bytes, int] | None:
+        """Remove and return the first connection of a selected listener; the caller sends it.
 
         Returns None if there is no such connection, or if the state cannot be written.
         """
         before = self._waiting
         for number, found in before.items():
-            if wanted(listener_of(found[0])):
+            if selects(listener_of(found[0])):
                 self._waiting = {n: each for n, each in before.items() if n != number}
                 if self.persist():
                     return found
@@ -82,9 +82,9 @@ class Undelivered:
                 return None
         return None
 
-    def drop(self, wanted: Wanted) -> int:
-        """Close the connections of wanted listeners; return the number of connections."""
-        gone = [n for n, (header, _) in self._waiting.items() if wanted(listener_of(header))]
+    def drop(self, selects: Selects) -> int:
+        """Close the connections of selected listeners; return the number of connections."""
+        gone = [n for n, (header, _) in self._waiting.items() if selects(listener_of(header))]
         for number in gone:
             os.close(self._waiting.pop(number)[1])
         return len(gone)
@@ -120,12 +120,12 @@ class Undelivered:
                 self._waiting[each] = header, stored.pop(each)
             else:
                 lost += 1
-        for each, fd in stored.items():
+        for stored_number, fd in stored.items():
             os.close(fd)
-            # The state has no header for this descriptor.  If `each` is above `number`, the
-            # connection never reached the state, so the connection is lost.  Otherwise the
+            # The state has no header for this descriptor.  If `stored_number` is above `number`,
+            # the connection never reached the state, so the connection is lost.  Otherwise the
             # connection was removed from the state, to be sent or dropped: do not count it.
-            lost += each > number
+            lost += stored_number > number
         return lost
 
 

@@ -90,7 +90,7 @@ class AcceptWatch:
     #: accepted, at the listener.  The second limit applies afterwards.
     limits_s: tuple[float, float] = (NEVER_TAKEN_S, UNTAKEN_S)
     timer: str = "untaken"
-    awaits: bool = False  # True: `backlogs` must call came() when a client comes
+    awaits: bool = False  # True: `backlogs` must call note_client() when a client comes
     _reported: bool = False
     #: The indices of listeners at which a client was accepted, or may have been.
     accepted: set[int] = field(default_factory=set)
@@ -125,7 +125,7 @@ class AcceptWatch:
         self._waiting.clear()
         self.awaits = False
 
-    def came(self, index: int) -> None:
+    def note_client(self, index: int) -> None:
         """Record that a client has come to a listener."""
         self._waiting[index] = frozenset(), time.monotonic()
         self.awaits = False
@@ -133,7 +133,7 @@ class AcceptWatch:
         self._look_later(0.0)
 
     @property
-    def seconds(self) -> float | None:
+    def untaken_s(self) -> float | None:
         """Return for how long no waiting client was accepted.
 
         None: the time is below the limit in `limits_s`, or no client waits.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from ....core.events import Untaken
 from ....system.listener import Listener
 from ....system.sock_diag import Line
-from .. import UNTAKEN_S, untaken
+from .. import UNTAKEN_S, untaken_message
 from .accept_watch import AcceptWatch, Backlogs, known_clients
 from .open_counts import has_open
 from .probes import Probes
@@ -40,9 +40,9 @@ class CanaryWatch(Backlogs):
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch
         self._canary = 0  # the generation's number; 0: no canary
-        #: The last reported generation that had never accepted a client at some of the reported
-        #: listeners, and the indices of these listeners.  Set by report_untaken(), and by
-        #: SocketWatch for the generation that has the route.
+        #: The last reported generation that had never accepted a client at one or more listeners,
+        #: and the indices of these listeners.  Set by report_untaken(), and by SocketWatch for the
+        #: generation that has the route.
         self.never_accepted: tuple[int, Collection[int]] = (0, ())
         limits_s = CANARY_NEVER_TAKEN_S, UNTAKEN_S
         timer = "canary-untaken"
@@ -72,7 +72,7 @@ class CanaryWatch(Backlogs):
         return [
             (each, number)
             for each in self._listeners.living
-            if each.has_sibling and share.generation in turns.at(each, number)
+            if each.has_sibling and share.generation in turns.accepting_at(each, number)
         ]
 
     def watch(self) -> None:
@@ -90,5 +90,5 @@ class CanaryWatch(Backlogs):
         if not ever:
             self.never_accepted = self._canary, at - self.accept_watch.accepted
         addresses = [each.settings.address for each in self._listeners.living if each.index in at]
-        reason = f"{untaken(seconds, ever=ever)} at {' '.join(addresses)}"
+        reason = f"{untaken_message(seconds, ever=ever)} at {' '.join(addresses)}"
         self._post(Untaken(self._canary, f"{reason}; clients waiting: {waiting}"))

@@ -54,8 +54,8 @@ class ListenerHold:
         """Return for how many more seconds held TCP clients may retry; 0: none retries."""
         return max(0.0, self.record.tried_until - time.monotonic())
 
-    def cannot_begin(self) -> str | None:
-        """Make the reserved sockets; return why a hold is impossible, or None if it is possible."""
+    def prepare(self) -> str | None:
+        """Make the reserved sockets; return why a hold is impossible; None: it is possible."""
         listeners = self.listeners.all
         refused = self.refusal(listeners)
         for each in listeners if refused is None else ():

@@ -295,7 +295,7 @@ class Probes:
                 continue
             if clients_only and not self.clients_wait(each, number):
                 continue
-            if len(self._turns.at(each, number)) > 1:
+            if len(self._turns.accepting_at(each, number)) > 1:
                 return None  # another generation accepts from this socket, too
             listening = each.socket_for(number)
             try:
@@ -316,7 +316,7 @@ class Probes:
         for each, number in [(each, number) for each in self._listeners.pairs for number in (0, 1)]:
             is_assigned = number in self._turns.accepting.values()
             is_accepted = is_assigned and self._turns.is_served(each, number)
-            if is_accepted or each not in self._turns.own(self._listeners.pairs, number):
+            if is_accepted or each not in self._turns.not_given_back(self._listeners.pairs, number):
                 continue
             listening, place = each.socket_for(number), (each.index, number)
             try:

@@ -165,11 +165,11 @@ class Quiescing:
         # last client came before the queries, so the queries can find this client.
         gets_clients = not self._steering.gets_no_client(generation)
         state.common = [each for each in state.common if each.has_waiting()]
-        pairs = self._listeners.awaited(generation, state.leave_out)
-        own = self._turns.own(pairs, state.socket_number, generation)
+        listeners = self._listeners.awaited(generation, state.leave_out)
+        own = self._turns.not_given_back(listeners, state.socket_number, generation)
         # Unlike `own`, `queried` includes listeners whose socket was replaced since the generation
         # started: clients from the earlier socket may be unread.
-        queried = self._turns.own(pairs, state.socket_number)
+        queried = self._turns.not_given_back(listeners, state.socket_number)
         number, can_stray = state.socket_number, self._listeners.can_stray
         with_waiting = [each for each in own if self._probes.clients_wait(each, number)]
         waiting = bool(with_waiting or state.common)
@@ -181,7 +181,7 @@ class Quiescing:
         # If no client waits for this generation, all clients in both backlogs are the other
         # generation's, so leave them out.  If clients wait for this generation, the result does not
         # matter, because this look cannot find the generation quiet.
-        query = partial(self._query, generation, queried, accepted=not waiting)
+        query = partial(self._query, generation, queried, accepted_only=not waiting)
         if unread is None:
             unread = query()
         elif unread and (found := query()) is not None:
@@ -199,9 +199,9 @@ class Quiescing:
             quiet = state.quiet_looks >= _SOON_LOOKS
         else:
             quiet = state.quiet_s > GENERATION_QUIET_S - _LOOK_S / 2
-        awaited = unread and state.waited_s < SILENT_S - _LOOK_S / 2
+        awaits_silent = unread and state.waited_s < SILENT_S - _LOOK_S / 2
         late = now - state.began >= GENERATION_LAST_S
-        if late or (quiet and not awaited):
+        if late or (quiet and not awaits_silent):
             if waiting:
                 hint = "workers have not accepted some clients; a reload gives these clients to "
                 hint += "another generation; a stop disconnects them, unless systemd or another "
@@ -217,46 +217,46 @@ class Quiescing:
         self._loop.call_after(("quiesce", generation), state.delay_s, again)
 
     def _query(
-        self, generation: int, pairs: Sequence[Listener], *, accepted: bool
+        self, generation: int, listeners: Sequence[Listener], *, accepted_only: bool
     ) -> dict[tuple[int, bytes], bool] | None:
-        """Return the unread clients at these addresses, and whether each is silent.
+        """Return the unread clients of these listeners, and whether each is silent.
 
         For a generation with `reads_on`, return instead the clients whose handshake is under way.
         None: the system is short of memory or descriptors, so try again.  If a query has failed for
         another reason, leave out the clients of its address family.
 
-        accepted: whether to leave out clients that wait in a backlog.
+        accepted_only: whether to leave out clients that wait in a backlog.
         """
         state, found = self._generations[generation], dict[tuple[int, bytes], bool]()
-        for family in {each.socket.family for each in pairs}:
-            mine = [each for each in pairs if each.socket.family == family]
+        for family in {each.socket.family for each in listeners}:
+            of_family = [each for each in listeners if each.socket.family == family]
             if family == socket.AF_UNIX:
                 if state.reads_on:
                     continue  # a UNIX connection has no handshake
                 replaced = [
-                    each for each in mine if (generation, each.index) in self._turns.unserved
+                    each for each in of_family if (generation, each.index) in self._turns.unserved
                 ]
                 try:
-                    found.update(_unread_unix(mine, state.socket_number, replaced))
+                    found.update(_unread_unix(of_family, state.socket_number, replaced))
                 except OSError as error:
                     if error.errno in RESOURCE_ERRNOS:
                         return None
                 continue
-            ports = {each.port for each in mine}
+            ports = {each.port for each in of_family}
             known: dict[int, dict[bytes, bool]]
             try:
                 if state.reads_on:
                     handshakes = handshakes_by_port(family, ports)
                     known = {port: dict.fromkeys(each, False) for port, each in handshakes.items()}
                 else:
-                    known = unread_by_port(family, ports, accepted=accepted)
+                    known = unread_by_port(family, ports, accepted=accepted_only)
             except OSError as error:
                 if error.errno in RESOURCE_ERRNOS:
                     return None
                 # No sock_diag: no client counts as unread.  Without `reads_on`, most workers have
                 # read from all their clients when GENERATION_QUIET_S has passed.
                 continue
-            for each in mine:
+            for each in of_family:
                 clients = known[each.port].items()
                 found.update(((each.index, client), silent) for client, silent in clients)
         return found

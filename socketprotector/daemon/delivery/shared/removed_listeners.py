@@ -84,13 +84,13 @@ class RemovedListeners:
             left_out.add(0)  # its owner accepts
         for number in {n % len(listener.sockets) for n in (0, 1)} - left_out:
             with suppress(OSError):  # if the probes cannot be counted, they count as clients
-                waiting, ours = self._steering.probes.waiting_at(listener, number)
-                if waiting <= ours:
+                waiting, waiting_probes = self._steering.probes.waiting_at(listener, number)
+                if waiting <= waiting_probes:
                     left_out.add(number)
                 elif listener.socket.family != socket.AF_UNIX:
                     # backlog() counts probes that wait at a TCP address: subtract them below.  At a
                     # UNIX socket, backlog() omits disconnected connections, and so our probes.
-                    probes += ours
+                    probes += waiting_probes
         found = listener.backlog(0, left_out)
         lost = found[0] - probes if found else 0
         if lost > 0:

@@ -135,7 +135,7 @@ class SharedDelivery(Delivery):
         if not fds.keys() >= set(wanted):
             why = "a listener was lost when the protector was killed; restart SocketProtector"
             raise OSError(errno.ENOTCONN, why)
-        self.steering.grow(number, generation.knows)
+        self.steering.note_new_worker(number, generation.knows)
         environment = worker_variables(number, slot=slot, master_pid=os.getpid())
         if settings.control is not None:
             environment["EINHORN_SOCK_PATH"] = settings.control.address.removeprefix("unix:")
@@ -152,7 +152,7 @@ class SharedDelivery(Delivery):
                 generation.record.number, listener, generation.knows
             )
         if found is None and as_client:
-            found = self.steering.reach(listener, generation.knows)
+            found = self.steering.reach_as_client(listener, generation.knows)
         return found
 
     def cannot_share(self, listeners: Collection[Listener]) -> str | None:
@@ -167,7 +167,7 @@ class SharedDelivery(Delivery):
         self,
         generation: OpenGeneration | None,
         *,
-        again: bool = False,
+        served_before: bool = False,
         sharing: OpenGeneration | None = None,
         share: int = 0,
     ) -> None:
@@ -177,7 +177,7 @@ class SharedDelivery(Delivery):
         if generation is not None:
             self.steering.turn_to(
                 generation.record.socket_number,
-                again=again,
+                served_before=served_before,
                 knows=generation.knows,
                 share=self._share(generation, sharing, share) if sharing is not None else None,
             )
@@ -224,7 +224,7 @@ class SharedDelivery(Delivery):
 
     def untaken_s(self, generation: OpenGeneration) -> float | None:
         watch = self._watch_of(generation)
-        return watch.seconds if watch is not None else None
+        return watch.untaken_s if watch is not None else None
 
     def is_stuck(self, generation: OpenGeneration | None) -> bool:
         watch = self._watch_of(generation) if generation is not None else None
@@ -270,7 +270,7 @@ class SharedDelivery(Delivery):
         self._removed.add(listener)
 
     def cannot_hold(self) -> str | None:
-        return self.steering.hold.cannot_begin()
+        return self.steering.hold.prepare()
 
     def hold(self, on: bool) -> None:
         self.steering.turn_hold(on)

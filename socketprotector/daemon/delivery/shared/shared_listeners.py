@@ -64,14 +64,16 @@ class SharedListeners:
         """
         found = ((each.index, each.file_rights) for each in self.all)
         return tuple(
-            (n, have.uid, have.gid, have.mode, (have.acl or b"").hex()) for n, have in found if have
+            (index, rights.uid, rights.gid, rights.mode, (rights.acl or b"").hex())
+            for index, rights in found
+            if rights
         )
 
     def adopt_rights(self, record: Iterable[RightsRecord]) -> None:
         """Adopt the rights_record from before an upgrade or a kill."""
         known = {
-            n: socket_file.Rights(uid, gid, mode, bytes.fromhex(acl))
-            for n, uid, gid, mode, acl in record
+            index: socket_file.Rights(uid, gid, mode, bytes.fromhex(acl))
+            for index, uid, gid, mode, acl in record
         }
         for each in self.all:
             each.file_rights = known.get(each.index)

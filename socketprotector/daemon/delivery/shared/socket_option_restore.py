@@ -69,7 +69,7 @@ class SocketOptionRestore:
         if initial is not None and is_alone():
             self._restore(listener, socket_number, initial)
         listening = listener.socket_for(socket_number)
-        # Ask again: if _restore() dropped this socket, the generation shares the other socket.
+        # Check again: if _restore() dropped this socket, the generation shares the other socket.
         if not is_alone():
             self._before[generation, listener.index] = socket_snapshot.take(listening)
             if initial is not None:
@@ -90,19 +90,19 @@ class SocketOptionRestore:
         """
         if not remaining:
             self._raise_backlogs()
-        mine = [key for key in self._before if key[0] == generation]
-        if remaining and max(remaining) < generation:
+        own_keys = [key for key in self._before if key[0] == generation]
+        has_failed = bool(remaining) and max(remaining) < generation
+        if has_failed:
             by_index = {each.index: each for each in self._listeners.living}
-            for key in mine:
+            for key in own_keys:
                 if key[1] in by_index:
                     listener = by_index[key[1]]
                     if not listener.has_sibling:
                         listener.let_in()
                     self._restore(listener, socket_number, self._before[key], may_log=gone)
-        else:
-            gone = True
-        for key in mine if gone else ():
-            del self._before[key]
+        if gone or not has_failed:
+            for key in own_keys:
+                del self._before[key]
 
     def _raise_backlogs(self) -> None:
         """Raise each backlog to its initial length, because no generation accepts now."""

@@ -101,8 +101,8 @@ class SocketRepair:
         # If running workers lack the listener's only socket (for example because we replaced it),
         # clients may already wait at it.  So the starting generation must get this socket.  If we
         # made a second socket instead, perhaps no worker could accept the waiting clients.
-        awaited = any(index == listener.index for _, index in self._turns.unserved)
-        if (listener.has_sibling or not awaited) and listener.renew(socket_number):
+        workers_lack_socket = any(index == listener.index for _, index in self._turns.unserved)
+        if (listener.has_sibling or not workers_lack_socket) and listener.renew(socket_number):
             self._listeners.note_bound(listener)
         if listener.is_cut_off and self.must_be_reachable(listener):
             raise FileNotFoundError(errno.ENOENT, CUT_OFF, listener.local_address[0])
@@ -148,7 +148,7 @@ class SocketRepair:
                 self.replace(listener, socket_number)
 
         def is_alone() -> bool:
-            return not self._turns.at(listener, socket_number)
+            return not self._turns.accepting_at(listener, socket_number)
 
         self.options.begin(generation, listener, socket_number, is_alone)
 
@@ -163,20 +163,20 @@ class SocketRepair:
         """
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         address = listener.settings.address
-        common = not listener.has_sibling
+        is_single = not listener.has_sibling
         try:
             listener.bind_anew(socket_number)
         except OSError as error:
             # Keep a sound socket if only its files are missing: their directory may come back.
             cut_off = listener.is_alive(socket_number) and listener.is_cut_off
-            awaits_files = cut_off and not common and listener.file_rights is not None
+            awaits_files = cut_off and not is_single and listener.file_rights is not None
             if error.errno in RETRY_ERRNOS or awaits_files:
                 self._watch.watch_later()
                 return
-            if common and not listener.is_reserved_for_clients:
+            if is_single and not listener.is_reserved_for_clients:
                 self._listeners.lose(listener, error.strerror or str(error))
                 return
-            if common:  # clients may wait at the reserved socket, so use it from now on
+            if is_single:  # clients may wait at the reserved socket, so use it from now on
                 listener.adopt_reserved(0)
                 listener.drop_socket(1)
             else:
@@ -184,9 +184,9 @@ class SocketRepair:
                 why = error.strerror
                 fields = {"listen": address, "error": why, "hint": RESTART}
                 self._log.write("warning", "one-socket-left", **fields)
-        lacking = self._turns.note_replaced(listener, None if common else socket_number)
+        lacking = self._turns.note_replaced(listener, None if is_single else socket_number)
         self._steering.steer()
-        if common or listener.has_sibling:
+        if is_single or listener.has_sibling:
             self._log.write("warning", "socket-replaced", listen=address)
         self._listeners.note_bound(listener)
         self._steering.adopt_held()

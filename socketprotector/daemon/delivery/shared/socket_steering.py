@@ -42,7 +42,7 @@ class SocketSteering(Steering):
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._post = runtime.persist, runtime.post
         self._not_held = ""  # why workers accept clients that we should hold; "": no fault
-        self._written = self._groups  # the _groups of the last written state
+        self._written_groups = self._groups  # the _groups of the last written state
         self.turns = Turns()
         self.hold = ListenerHold(listeners)
         self.probes = Probes(listeners, self.turns, self)
@@ -77,11 +77,11 @@ class SocketSteering(Steering):
         self._watch.watch()
 
     def enter(self, generation: int, socket_number: int, *, fresh: bool = False) -> None:
-        """Prepare a socket for a generation whose workers will start soon.
+        """Prepare each listener's socket for a generation whose workers will start soon.
 
         fresh: see Delivery.open(); if True, the back-off of rescues (socket_watch.py) ends.
         Raises OSError if we cannot prepare a socket that a new release (`fresh`) must have (see
-        SocketRepair.must_be_reachable()).  Exception: the system is short of descriptors or memory.
+        SocketRepair.must_be_reachable()).  A shortage of descriptors or memory raises no OSError.
         """
         if fresh:
             self._watch.note_new_release()
@@ -99,17 +99,17 @@ class SocketSteering(Steering):
         self.steer()
         self._watch.watch()
 
-    def grow(self, generation: int, knows: Callable[[int], bool]) -> None:
+    def note_new_worker(self, generation: int, knows: Callable[[int], bool]) -> None:
         """Record that a generation will get another worker, which inherits the present sockets.
 
         knows: returns whether the generation knows a listener, by index.
         """
-        if self.turns.grow(generation, knows):
+        if self.turns.note_new_worker(generation, knows):
             # Write the state before the worker accepts: if we are killed, the next program must
             # know that the clients of these sockets have a worker.
             self._persist()
 
-    def reach(
+    def reach_as_client(
         self, name: str, knows: Callable[[int], bool] = lambda index: True
     ) -> ProbeTarget | None:
         """Return the target for probes of the serving generation; see Probes.reach_as_client()."""
@@ -163,15 +163,15 @@ class SocketSteering(Steering):
             if any(each.has_held_client for each in self._listeners.living):
                 self._post(HeldClientsWait())
             return
-        moved = False
+        is_passed_on = False
         for each in self._listeners.living:
-            moved |= each.has_sibling and self.turns.pass_on(each)
+            is_passed_on |= each.has_sibling and self.turns.pass_on(each)
             if each.is_reserved_for_clients:
                 self._watch.unwatch(each)
                 with suppress(OSError):  # the start of the next generation tries again
                     each.adopt_reserved(free)
                     self._listeners.note_bound(each)
-        if moved:
+        if is_passed_on:
             self.steer()
             self._persist()
         self._watch.watch()
@@ -198,20 +198,20 @@ class SocketSteering(Steering):
         self,
         socket_number: int,
         *,
-        again: bool = False,
+        served_before: bool = False,
         knows: Callable[[int], bool] | None = None,
         share: Share | None = None,
     ) -> None:
         """Steer new clients to socket `socket_number`, and a share of them to the other socket.
 
-        again: whether the generation at `socket_number` has served before.  knows: returns whether
-        this generation knows a listener, by index; None: no generation has this socket yet.
+        served_before: whether the generation at `socket_number` has served before.  knows: returns
+        whether this generation knows a listener, by index; None: no generation has this socket yet.
         Clients of an unknown listener stay at their present socket.  share: None: no share.
         """
         listeners, turns, canary = self._listeners.all, self.turns, self._watch.canary
         if canary is not None and turns.share and socket_number != turns.current:
             # The canary gets the route.  It counts as having served if it has accepted a client.
-            again = canary.accept_watch.has_accepted
+            served_before = canary.accept_watch.has_accepted
         # If only the share changes, accept_watch continues.
         is_watched = socket_number == turns.current and (share or turns.share) is not None
         turns.turn_to(socket_number, {each.index for each in listeners}, knows, share)
@@ -228,7 +228,7 @@ class SocketSteering(Steering):
         self._watch.watch()
         is_watched = is_watched and self.accept_watch.runs
         if socket_number in turns.accepting.values() and not is_watched:
-            self.accept_watch.begin(served_before=again)
+            self.accept_watch.begin(served_before=served_before)
 
     def end_share(self) -> None:
         """End a share: steer all new clients to the route's socket."""
@@ -244,7 +244,7 @@ class SocketSteering(Steering):
             turns.current,
             tuple(turns.unserved),
             tuple(turns.expected.items()),
-            tuple((generation, *place) for generation, place in turns.leaving.items()),
+            tuple((generation, *left) for generation, left in turns.leaving.items()),
             self.hold.record,
             tuple(probes.probed),
             tuple(probes.probe_sources),
@@ -268,7 +268,7 @@ class SocketSteering(Steering):
         """
         probes = self.probes
         self.turns.adopt(record)
-        self._written = record.groups
+        self._written_groups = record.groups
         orders = {index: (listed, order) for index, listed, order in record.groups}
         for each in self._listeners.all:
             each.group_record = orders.get(each.index)
@@ -303,12 +303,12 @@ class SocketSteering(Steering):
         Wait only for clients that came before this call.  Later clients are refused, or wait for
         the next start.  At a passed-in socket, later clients wait until the socket's owner (such as
         systemd) accepts them.  Exception: the generation may accept later clients at a listener's
-        only socket.  Quiescing.begin() limits the wait; `latest`: its `accept_until`.
+        only socket.  latest: the `accept_until` of Quiescing.begin(), which limits the wait.
         """
         number = self.turns.accepting.get(generation, 0)
         common = [each for each in self._listeners.living if not each.has_sibling]
         self.accept_watch.end()
-        awaited = self.turns.own(self._listeners.pairs, number) or common
+        awaited = self.turns.not_given_back(self._listeners.pairs, number) or common
         if generation in self.turns.accepting and awaited:
             self._turn_away(generation)
             self._quiescing.begin(generation, number, on_quiet, common=common, accept_until=latest)
@@ -319,7 +319,8 @@ class SocketSteering(Steering):
         """Return whether clients wait at a listener and workers may still accept them."""
         left_since = time.monotonic() - LATE_ACCEPT_S
         return any(
-            listener.has_waiting(number) and self.turns.is_accepted(listener, number, left_since)
+            listener.has_waiting(number)
+            and self.turns.workers_may_accept(listener, number, left_since)
             for number in range(len(listener.sockets))
         )
 
@@ -394,8 +395,8 @@ class SocketSteering(Steering):
         if not_steered or not_held:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
         self._repair_while_starting()
-        if self._written != self._groups:  # a repair changed a group: update the state
-            self._written = self._groups
+        if self._written_groups != self._groups:  # a repair changed a group: update the state
+            self._written_groups = self._groups
             self._loop.call_after("groups", 0, self._write)
         return self.is_steered
 

@@ -80,7 +80,7 @@ class SocketWatch(Backlogs):
         self.watch()
         clients_wait = any(each.has_waiting(number) for each, number in self._without_worker())
         if clients_wait and not self._ended:
-            self._rescue_later()
+            self._plan_rescue()
 
     def unwatch(self, listener: Listener) -> None:
         """Stop watching a listener's sockets, which may be replaced before the next watch()."""
@@ -142,18 +142,18 @@ class SocketWatch(Backlogs):
                 self.unwatch(each)  # a socket left in epoll would wake us all the time
             self._loop.call_after(_REPAIR, _REPAIR_AGAIN_S, self.watch)
             if stranding:
-                self._rescue_later()
+                self._plan_rescue()
 
     def _look_at(self, listener: Listener, number: int) -> None:
         if not listener.is_alive(number):
             self._steering.repair(listener, number)
         elif (listener, number) in self._without_worker():
-            self._rescue_later()
+            self._plan_rescue()
         for watch, sockets in self._watches():
-            # A worker may have accepted the client by now.  So came() does not conclude that the
-            # client waits: it plans a look at the backlog.
+            # A worker may have accepted the client by now.  So note_client() does not conclude that
+            # the client waits: it plans a look at the backlog.
             if watch.awaits and (listener, number) in sockets:
-                watch.came(listener.index)
+                watch.note_client(listener.index)
 
     def _watches(
         self, without_worker: Sequence[tuple[Listener, int]] = ()
@@ -172,7 +172,7 @@ class SocketWatch(Backlogs):
     def _served_sockets(
         self, without_worker: Sequence[tuple[Listener, int]]
     ) -> list[tuple[Listener, int]]:
-        """Return the current generation's sockets, but none of `without_worker`."""
+        """Return the current generation's sockets, except those in `without_worker`."""
         known = [each for each in self._listeners.living if each.index not in self._turns.expected]
         found = [(each, self._turns.current % len(each.sockets)) for each in known]
         return [each for each in found if each not in without_worker]
@@ -207,7 +207,7 @@ class SocketWatch(Backlogs):
         canary, at = self.canary.never_accepted
         return at if canary == generation else ()
 
-    def _rescue_later(self) -> None:
+    def _plan_rescue(self) -> None:
         """Call _rescue() now, or after a pause in which finishing workers may accept the clients.
 
         If clients wait at a socket that no finishing worker has, we omit this pause.  But after a
@@ -216,7 +216,7 @@ class SocketWatch(Backlogs):
         leaving, may_accept = {number for number, _ in self._turns.leaving.values()}, True
         for each, number in self._without_worker():
             self._loop.unwatch(each.socket_for(number).fileno())
-            finishing = {place % len(each.sockets) for place in leaving}
+            finishing = {left_number % len(each.sockets) for left_number in leaving}
             may_accept &= number in finishing or not each.has_waiting(number)
         since_s = time.monotonic() - self._rescued_at
         if since_s > LAST_RESCUE_S:

@@ -103,7 +103,7 @@ class Turns:
         """Return whether new clients go to this socket of the listener, or will after a hold."""
         return number == self.number_for(listener) or self.share_of(listener) > 0
 
-    def at(self, listener: Listener, number: int) -> set[int]:
+    def accepting_at(self, listener: Listener, number: int) -> set[int]:
         """Return the generations that accept from the listener's socket of this number."""
         count = len(listener.sockets)
         return {
@@ -115,8 +115,8 @@ class Turns:
     def takers(self, listener: Listener, number: int) -> set[int]:
         """Return the generations with workers that have the listener's socket of this number."""
         lacking = self.unserved - self.partly_served
-        there = self.at(listener, number)
-        return {each for each in there if (each, listener.index) not in lacking}
+        generations = self.accepting_at(listener, number)
+        return {each for each in generations if (each, listener.index) not in lacking}
 
     def is_served(self, listener: Listener, number: int) -> bool:
         """Return whether all workers of some generation accept from this socket, or will.
@@ -126,17 +126,17 @@ class Turns:
         """
         if self.given_back and listener.settings.foreign:
             return True
-        there = self.at(listener, number)
-        if not there:
+        generations = self.accepting_at(listener, number)
+        if not generations:
             # In two cases the next generation will accept here without a rescue (socket_watch.py).
             # Case 1: no generation accepts from any socket.  Case 2: new clients come to this
             # socket, and the listener is not in `passed_on`.  (The clients of a listener in
             # `passed_on` need a rescue.)
             is_next = number == self.number_for(listener) and listener.index not in self.passed_on
             return not self.accepting or is_next
-        return any((generation, listener.index) not in self.unserved for generation in there)
+        return any((generation, listener.index) not in self.unserved for generation in generations)
 
-    def is_accepted(self, listener: Listener, number: int, left_since: float) -> bool:
+    def workers_may_accept(self, listener: Listener, number: int, left_since: float) -> bool:
         """Return whether workers might still accept from the listener's socket of this number.
 
         left_since: workers that were ordered to finish before this time accept no more.
@@ -145,14 +145,15 @@ class Turns:
             return True
         count = len(listener.sockets)
         return any(
-            place % count == number % count and ordered_at > left_since
-            for place, ordered_at in self.leaving.values()
+            left_number % count == number % count and ordered_at > left_since
+            for left_number, ordered_at in self.leaving.values()
         )
 
-    def own(self, pairs: Iterable[Listener], number: int, generation: int = 0) -> list[Listener]:
-        """Return the listeners of `pairs`, except those whose socket `number` was given back.
+    def not_given_back(
+        self, listeners: Iterable[Listener], number: int, generation: int = 0
+    ) -> list[Listener]:
+        """Return these listeners, except those whose socket `number` was given back.
 
-        pairs: the listeners with two sockets.
         generation: if it is not 0, also leave out a listener if no worker of this generation has
         the listener's present socket.
         """
@@ -160,7 +161,7 @@ class Turns:
         lacking = self.unserved - self.partly_served
         return [
             each
-            for each in pairs
+            for each in listeners
             if not (is_given_back and each.settings.foreign)
             and (generation, each.index) not in lacking
         ]
@@ -208,8 +209,8 @@ class Turns:
             unknown = {index: self.current for index in indices if not knows(index)}
             self.expected = unknown | self.expected
         self.expected = {
-            index: place
-            for index, place in self.expected.items()
+            index: socket_number
+            for index, socket_number in self.expected.items()
             if index in indices and not (knows and knows(index))
         }
         self.passed_on = frozenset() if number != self.current else self.passed_on & set(indices)
@@ -231,10 +232,10 @@ class Turns:
 
         The clients of a listener in `passed_on` wait for the next generation.
         """
-        moves = self.lacks_workers(listener)
-        if moves:
+        is_added = self.lacks_workers(listener)
+        if is_added:
             self.passed_on |= {listener.index}
-        return moves
+        return is_added
 
     def note_replaced(self, listener: Listener, number: int | None) -> set[int]:
         """Record that a socket was replaced or dropped.
@@ -250,7 +251,7 @@ class Turns:
         self.partly_served -= pairs
         return lacking
 
-    def grow(self, generation: int, knows: Callable[[int], bool]) -> bool:
+    def note_new_worker(self, generation: int, knows: Callable[[int], bool]) -> bool:
         """Record that a worker of a generation will start with the present sockets.
 
         Returns whether the worker has a socket that all earlier workers of the generation lack.
@@ -258,6 +259,6 @@ class Turns:
         knows: returns whether the generation knows a listener, by index.
         """
         served = {each for each in self.unserved if each[0] == generation and knows(each[1])}
-        grown = not served <= self.partly_served
+        has_new_socket = not served <= self.partly_served
         self.partly_served |= served
-        return grown
+        return has_new_socket

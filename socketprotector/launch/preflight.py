@@ -97,12 +97,12 @@ def check_command(settings: Settings) -> None:
     except OSError as error:
         how = _HOW.get(error.errno or 0, "check the path")
         raise UsageError(f"cannot run {error.filename}: {error.strerror}; {how}") from error
-    _reachable(settings, path)
+    _refuse_unreachable(settings, path)
     if settings.ready_check:
-        _shell_runs(f"--ready check:{settings.ready_check}")
+        _need_shell(f"--ready check:{settings.ready_check}")
 
 
-def _shell_runs(probe: str) -> None:
+def _need_shell(probe: str) -> None:
     """Refuse a command that needs a shell if there is no shell."""
     if not os.access("/bin/sh", os.X_OK):
         raise UsageError(f"{probe}: there is no /bin/sh to run it")
@@ -118,8 +118,8 @@ def _executes_itself(settings: Settings) -> bool:
     return settings.guarded or settings.origin.configured or by_http or bool(settings.watch)
 
 
-def _reachable(settings: Settings, path: str) -> None:
-    """Refuse a command that root could start, but the configured user cannot; also --env-file."""
+def _refuse_unreachable(settings: Settings, path: str) -> None:
+    """Refuse a command or --env-file that root could use, but the configured user cannot."""
     if settings.identity is None:
         return
     name = settings.executed[0]
@@ -172,25 +172,25 @@ def check_question(settings: Settings, listens: Sequence[Listen]) -> None:
         probe = probe_spec.read_health(settings.health)
         _probed_by(f"--health {settings.health}", probe.listener, listens)
         if probe.kind == probe_spec.CHECK:
-            _shell_runs(f"--health {settings.health}")
+            _need_shell(f"--health {settings.health}")
     if settings.policy.answer_decides:
-        _reaches_one(settings, *_ready(settings), listens)
+        _need_own_socket(settings, *_ready_probe(settings), listens)
 
 
-def _ready(settings: Settings) -> tuple[str, str]:
+def _ready_probe(settings: Settings) -> tuple[str, str]:
     """Return the probe of --ready as it was written, and the name of its listener."""
     probe = settings.ready_question
     return f"--ready {probe}", probe_spec.read(probe).listener
 
 
 def _settle_check(settings: Settings) -> tuple[str, str] | None:
-    """Return the probe of --settle-check like _ready(); None if it is a command or is not given."""
+    """Return the same for --settle-check; None if it is a command or is not given."""
     text = settings.policy.settle_check
     probe = probe_spec.read_settle_check(text) if text else None
     return (f"--settle-check {text}", probe.listener) if probe and probe.by_http else None
 
 
-def _reaches_one(settings: Settings, probe: str, name: str, listens: Sequence[Listen]) -> None:
+def _need_own_socket(settings: Settings, probe: str, name: str, listens: Sequence[Listen]) -> None:
     """Refuse a probe if two generations would share one socket at each of the probe's listeners."""
     probed = _probed_by(probe, name, listens)
     if probed and settings.mode.workers_accept and not any(map(_can_have_two_sockets, probed)):
@@ -217,9 +217,9 @@ def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
     if not (policy.settle_s or policy.canary):
         raise UsageError("--settle-check needs --settle TIME, or --canary SHARE")
     if probe := _settle_check(settings):
-        _reaches_one(settings, *probe, listens)
+        _need_own_socket(settings, *probe, listens)
     else:
-        _shell_runs("--settle-check check")
+        _need_shell("--settle-check check")
 
 
 def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
@@ -229,7 +229,7 @@ def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
     """
     if not settings.mode.workers_accept:
         return
-    ready = _ready(settings) if settings.policy.answer_decides else None
+    ready = _ready_probe(settings) if settings.policy.answer_decides else None
     for probe, name in filter(None, (ready, _settle_check(settings))):
         probed = {n: e for n, e in enumerate(settings.listeners) if name in ("", e.name)}
         if not probed.keys() & siblings:

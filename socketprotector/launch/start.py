@@ -31,7 +31,7 @@ from ..system.executable import command_of, need_descriptors
 from ..system.log_file import open_log
 from ..system.terminal import tell
 from . import notify_dir
-from .await_verdict import known_by, wait
+from .await_verdict import file_identity, wait
 from .bind import Bound, discard_all
 from .bind_control import bind_control
 from .pid_file import PidFile, hint
@@ -210,7 +210,7 @@ def _files_made(settings: Settings, bound: Mapping[str, Bound]) -> dict[str, lis
             path = each.settings.address.removeprefix("unix:")
             own = socket_file.own_file(path, each.socket)
             paths += [path, own if os.path.lexists(own) else None]
-    return {path: known_by(path) for path in paths if path}
+    return {path: file_identity(path) for path in paths if path}
 
 
 def _exec(
@@ -230,11 +230,11 @@ def _exec(
     for fd in (0, 1, 2):
         os.set_inheritable(fd, True)
     # If `-m` found the package in the current folder, the next program needs that folder, too.
-    safe = [] if sys.path[:1] == [os.getcwd()] else ["-P"]
+    python_options = [] if sys.path[:1] == [os.getcwd()] else ["-P"]
     # `ps` shows these words, so they contain only the command's name, and no secret.
     addresses = (each.address for each in settings.listeners)
     label = (settings.name, *addresses, "--", settings.executed[0])
-    command = list(command_of(label, safe))
+    command = list(command_of(label, python_options))
     if settings.no_new_privileges:
         privileges.no_new_privileges()
     starts_others = settings.worker_identity is not None

@@ -1,4 +1,4 @@
-"""Computes how many workers the limit of descriptors allows: each worker costs the protector some.
+"""Computes how many workers the limit of descriptors allows: each needs several in the protector.
 
 Pure.  docs/reliability.md explains the numbers, in "How many workers".
 """

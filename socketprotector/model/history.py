@@ -77,7 +77,7 @@ class History:
         return replace(self, crashes=tuple(crashes))
 
     def dry_run_began(self, generation: int, at: float) -> History:
-        """Return the history with a new dry run; the previous one becomes an earlier one."""
+        """Return the history with a new dry run; the previous dry run moves to earlier_dry_runs."""
         earlier = (*self.earlier_dry_runs, *([self.dry_run] if self.dry_run else []))
         begun = Reload(generation, began_at=at)
         return replace(self, dry_run=begun, earlier_dry_runs=_last(earlier, DRY_RUNS - 1))
@@ -93,7 +93,7 @@ class History:
         return replace(self, reloads=_last((*self.reloads, begun), RELOADS))
 
     def reload_begins_again(self, generation: int) -> History:
-        """Return the history without a reload's first generation; another one follows."""
+        """Return the history without a reload's first generation; another generation follows."""
         others = (each for each in self.reloads if each.generation != generation)
         return replace(self, reloads=tuple(others))
 
@@ -120,7 +120,7 @@ class History:
         return replace(self, health=(*self.health, change)[-HEALTH_CHANGES:])
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return reloads, dry runs and changes of health as dicts, in the order of their begin."""
+        """Return reloads, dry runs and changes of health as dicts, ordered by when they began."""
         dry_runs = (*self.earlier_dry_runs, *([self.dry_run] if self.dry_run else []))
         found = [_entry("reload", each) for each in self.reloads]
         found += [_entry("dry-run", each) for each in dry_runs]

@@ -216,7 +216,7 @@ def lacks(
     unix: bool = False,
     files: str = "",
 ) -> str | None:
-    """Return why a known server cannot serve with this command, or only seems to; None if it can.
+    """Return what would go wrong with a known server started by this command; None if nothing.
 
     variables: the environment, as NAME=VALUE.
     settles: whether a generation that fails soon after it was ready is rolled back.
@@ -236,8 +236,8 @@ def lacks(
     if not mode.workers_accept:
         return None
     words = (*command, *variables)
-    names_it = _SOCKET_OPTIONS.get(name)
-    if names_it is not None and not any(map(names_it.match, words)):
+    socket_option = _SOCKET_OPTIONS.get(name)
+    if socket_option is not None and not any(map(socket_option.match, words)):
         return f"{name} was not given the socket"
     at = program_index(command)
     starter = _WITHOUT_STARTER not in words
@@ -283,8 +283,8 @@ def drain_limit(
 ) -> str | None:
     """Return a warning if a server's own limit closes connections before --drain-timeout does.
 
-    Returns None if it does not, or if the operator has set a limit and --drain-timeout is not
-    longer.
+    Returns None if it does not, if a file in `files` sets the limit, or if the command sets the
+    limit and --drain-timeout is not set.
     drain_limit_s: the --drain-timeout; 0: no limit.
     files: the contents of the server's configuration files, which may set the limit.
     """
@@ -349,8 +349,8 @@ def advice(
 
     said: the program's last words.
     unseen: whether SocketProtector cannot read the program's output.
-    listens: returns the address of a listener that the program has bound itself, or None.  It is
-    only given for a running program.
+    listens: returns the address of a listener that the program has bound itself, or None.  Only a
+    running program has this argument.
     ignores_socket: whether the program seems to accept no connection from our socket: a client
     waits there, or a probe or check has failed.
     proved_ready: whether a worker has become ready by something other than a timer.  Then only an
@@ -389,7 +389,7 @@ def detached(program: Program) -> str:
 
 
 def hint(program: Program, *, taken_from: bool, advice: Callable[[], str]) -> str | None:
-    """Return advice for clients that wait and are not taken by a worker; None if there is none.
+    """Return advice for the case that no worker takes waiting clients; None without advice.
 
     taken_from: whether workers have taken a connection before, so the server uses our socket.
     """

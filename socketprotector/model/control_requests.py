@@ -182,7 +182,7 @@ def _fault(command: str, arguments: Mapping[str, object]) -> str | None:
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands twice")  # parsers differ in which value they use
+        raise ValueError("a name appears twice")  # parsers differ in which value they use
     return found
 
 

@@ -57,35 +57,35 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
         # Our caller may ignore SIGCHLD.  Then the kernel would reap the child before we do.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
-            ours, theirs = socket.socketpair()
+            parent_end, child_end = socket.socketpair()
             child = os.fork()  # because DaemonContext.open() ends the process that calls it
         except OSError as error:  # no descriptor or process is available (RLIMIT_NPROC)
             raise _cannot_detach(error) from error
     if child == 0:
-        ours.close()
+        parent_end.close()
         # While WATCHDOG_PID names the launching process, the resident process would not send
         # WATCHDOG=1.
         if os.environ.get("WATCHDOG_PID") == str(os.getppid()):
             del os.environ["WATCHDOG_PID"]
         try:
-            _become_resident(settings, bound, log, theirs.fileno())
+            _become_resident(settings, bound, log, child_end.fileno())
         except BaseException as error:
             discard_all(bound.values())
             if isinstance(error, Refusal):
-                _tell(theirs.fileno(), failed=escape(str(error)), status=error.status)
+                _tell(child_end.fileno(), failed=escape(str(error)), status=error.status)
             else:
                 reason = f"cannot start: {what_failed(error)}"
-                _tell(theirs.fileno(), failed=reason, status=SystemRefused.status)
+                _tell(child_end.fileno(), failed=reason, status=SystemRefused.status)
         finally:
             os._exit(1)
-    theirs.close()
+    child_end.close()
     # The child now owns the sockets and their files.
     for each in bound.values():
         each.socket.close()
     os.waitpid(child, 0)  # the child ends at once: DaemonContext forks again
     try:
-        with ours:
-            return wait(ours, settings.log_file or "syslog")
+        with parent_end:
+            return wait(parent_end, settings.log_file or "syslog")
     except OSError as error:
         # The connection is closed, so the resident process cancels the start.
         raise SystemRefused(f"cannot wait for the start: {what_failed(error)}") from error

@@ -42,7 +42,7 @@ class Crash:
     pid: int
     how: str
     when: str  # starting, serving or draining
-    lost: int | None = None  # connections that were open in it; None: not counted
+    lost: int | None = None  # connections that were open in the worker; None: not counted
     last_words: str = ""
     cpu_s: float | None = None
     max_rss_kib: int | None = None
@@ -107,10 +107,10 @@ class History:
         return replace(self, reloads=_last((*others, ended), RELOADS))
 
     def health_changed(self, generation: int, state: str, reason: str, at: float) -> History:
-        """Return the history with a health check's result, if it differs from the last one.
+        """Return the history with a health check's result, if it differs from the last result.
 
         A generation counts as healthy until a check fails.  After a restart of the protector the
-        first result often repeats the recorded one.
+        first result often repeats the recorded result.
         """
         last = self.health[-1] if self.health else None
         known = last.result if last is not None and last.generation == generation else HEALTHY

@@ -254,7 +254,7 @@ def lacks(
     if settles or name not in _LOADS:
         return None
     if name == "gunicorn" and "preload_app" in files:
-        return None  # the operator has set it, or knows of it
+        return None  # a file of the operator mentions it: the operator has decided
     if name == "gunicorn" and not any(map(_PRELOADS.match, words)):
         return (
             "gunicorn reports READY before it has loaded the application, so a reload also accepts "

@@ -120,7 +120,7 @@ class GenerationRecord:
 
     @property
     def programs_fail(self) -> str:
-        """How the first programs have failed, in words; "" if they have not."""
+        """How the first programs have failed, in words; "" if none has failed."""
         count = self.programs_failed
         which = "first program" if count == 1 else f"first {count} programs"
         last = "" if count == 1 else "the last "

@@ -154,7 +154,7 @@ def check_mode(settings: Settings, given: Collection[str], listens: Sequence[Lis
     placeholders = listen_fds.placeholders(settings.command)
     if placeholders and not settings.mode.workers_accept:
         raise UsageError(f"{placeholders[0]} in the command: {handoff_modes.NEEDS_LISTENER}")
-    check_question(settings, listens)
+    _check_ready_and_health(settings, listens)
     for each in listens if settings.mode.knows_ports_alone else ():
         if each.path is not None:
             raise UsageError(
@@ -166,8 +166,8 @@ def check_mode(settings: Settings, given: Collection[str], listens: Sequence[Lis
         raise UsageError("--shell takes COMMAND as one word, in quotes: -- 'cat | tr a b'")
 
 
-def check_question(settings: Settings, listens: Sequence[Listen]) -> None:
-    """Refuse a probe that no listener supports."""
+def _check_ready_and_health(settings: Settings, listens: Sequence[Listen]) -> None:
+    """Refuse a probe of --ready or --health that no listener supports."""
     if settings.health:
         probe = probe_spec.read_health(settings.health)
         _probed_by(f"--health {settings.health}", probe.listener, listens)
@@ -210,7 +210,7 @@ def _probed_by(probe: str, name: str, listens: Sequence[Listen]) -> list[Listen]
 
 
 def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
-    """Refuse a probe that would never run, or that no listener supports."""
+    """Refuse a --settle-check that would never run, or that no listener supports."""
     policy = settings.policy
     if not policy.settle_check:
         return

@@ -149,7 +149,7 @@ def latest(history: ReleaseHistory) -> dict[str, tuple[Entry | None, Entry | Non
     return found
 
 
-def named_failed(current: str) -> str:
+def failed_warning(current: str) -> str:
     """Return the warning for a link `current` that names a failed release."""
     return f"current names {current}, which failed; a restart would start {current}"
 

@@ -283,8 +283,8 @@ def drain_limit(
 ) -> str | None:
     """Return a warning if a server's own limit closes connections before --drain-timeout does.
 
-    Returns None if it does not, if a file in `files` sets the limit, or if the command sets the
-    limit and --drain-timeout is not set.
+    Returns None if it does not, if `files` has the limit, or if the command has the limit and there
+    is no --drain-timeout.
     drain_limit_s: the --drain-timeout; 0: no limit.
     files: the contents of the server's configuration files, which may set the limit.
     """

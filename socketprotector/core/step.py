@@ -234,7 +234,7 @@ class Step:
         seconds = policy.stop_spread_s
         if not fleet.stopping:
             leaving = 1 if worker else len(generation.alive)
-            part_s = policy.part_of(leaving, fleet.workers_wanted)
+            part_s = policy.spread_part_s(leaving, fleet.workers_wanted)
             seconds = min(part_s, self._leave_policy.drain_limit_s or part_s)
         self.do(EndEvenly(generation.number, worker, seconds))
 

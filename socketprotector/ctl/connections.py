@@ -2,7 +2,7 @@
 
 The protector does not see when a worker closes a connection, so it cannot list open connections.
 This module lists only connections to a listener's address.  So it leaves out connections that a
-worker opens itself, such as to a database.  It also searches the worker's descendants, because a
+worker opens itself, such as to a database.  It also searches each worker's descendants, because a
 server may fork a child for each connection.
 
 Source: proc(5).  The columns of `net/tcp` that are used: local and remote address, state,
@@ -88,7 +88,7 @@ def find_connections(
     draining: the numbers of the draining generations.
     shares_pids: whether the workers' pids are of our own PID namespace (Client.shares_pids).
 
-    If the worker has recorded when a connection was accepted (docs/protocol.md), its age is EXACT.
+    If the worker has recorded when it accepted a connection (docs/protocol.md), the bound is EXACT.
     Otherwise age_s is the time since the worker's `since_at`:
 
     * In a draining generation, the drain began at `since_at`.  The worker's connections began
@@ -132,11 +132,12 @@ def find_connections(
         for inode, fd in inodes.items():
             if (entry := tables[namespace].get(inode)) is None:
                 continue
-            begun, bound = worker.get("since_at"), AT_LEAST if generation in draining else AT_MOST
-            at = times.get(str(fd)) if isinstance(times, dict) and fd is not None else None
-            if isinstance(at, int | float):
-                begun, bound = at, EXACT
-            age_s = max(0.0, now - begun) if isinstance(begun, int | float) else 0.0
+            begun_at = worker.get("since_at")
+            bound = AT_LEAST if generation in draining else AT_MOST
+            accepted_at = times.get(str(fd)) if isinstance(times, dict) and fd is not None else None
+            if isinstance(accepted_at, int | float):
+                begun_at, bound = accepted_at, EXACT
+            age_s = max(0.0, now - begun_at) if isinstance(begun_at, int | float) else 0.0
             # If several processes share the socket, keep the connection with the exact age.
             if bound == EXACT or (number, namespace, inode) not in found:
                 connection = Connection(generation, number, pid, **entry, age_s=age_s, bound=bound)
@@ -256,12 +257,12 @@ def _lines(path: str, most: int = -1) -> Iterator[list[str]]:
         return
 
 
-def _readable(text: str) -> str:
+def _readable(hex_address: str) -> str:
     """Return an address such as `0100007F:10E1` in readable form: `127.0.0.1:4321`.
 
     Each group of four bytes is in the host's byte order.
     """
-    host, _, port = text.partition(":")
+    host, _, port = hex_address.partition(":")
     groups = (int(host[at : at + 8], 16) for at in range(0, len(host), 8))
     raw = b"".join(struct.pack("=I", group) for group in groups).removeprefix(_V4_MAPPED)
     if len(raw) == 4:

@@ -187,12 +187,12 @@ def names(found: Sequence[SocketAnswer]) -> list[str]:
     """
     candidates = [_names_of(each) for each in found]
     chosen = [shortest for shortest, *_ in candidates]
-    for length in (1, 2):
+    for index in (1, 2):
         uses = Counter(chosen)
         chosen = [
             name
             if uses[name] == 1 or each.path.endswith(_end_in_own_folder(name))
-            else longer[min(length, len(longer) - 1)]
+            else longer[min(index, len(longer) - 1)]
             for each, name, longer in zip(found, chosen, candidates, strict=True)
         ]
     return chosen

@@ -207,9 +207,9 @@ def other_waits_of(status: Status) -> list[Wait]:
 def failing(generation: Status) -> str:
     """Return why a generation's first programs failed, and the last line that they printed.
 
-    Under --handoff stdio, a generation's first programs are those that start before any program has
-    ended with status 0, sent something or run for 10 s (docs/stdio.md).  Returns "" if none of them
-    failed, once such a program exists, and in other modes.
+    Under --handoff stdio, a program works if it ends with status 0, sends something or runs for
+    10 s (docs/stdio.md).  A generation's first programs are those that start before any works.
+    Returns "" if none of the first programs failed, once a program works, and in other modes.
     """
     found = generation.get("first_programs")
     if not isinstance(found, dict):

@@ -208,10 +208,11 @@ def _show_connections(state: Message, found: list[Connection], hidden: list[Hidd
     phases = {number_in(g, "number"): text_in(g, "phase") for g in listed(state, "generations")}
     for number, count in sorted(Counter(each.generation for each in found).items()):
         group = [c for c in found if c.generation == number]
-        bounded = [c for c in group if c.bound != AT_MOST]
-        is_least = any(c.bound == AT_LEAST for c in group)
-        oldest = max(bounded if is_least else group, key=lambda c: c.age_s)
-        age = _BOUNDS[AT_LEAST if is_least else oldest.bound] + render.duration_text(oldest.age_s)
+        exact_or_at_least = [c for c in group if c.bound != AT_MOST]
+        any_at_least = any(c.bound == AT_LEAST for c in group)
+        oldest = max(exact_or_at_least if any_at_least else group, key=lambda c: c.age_s)
+        bound = AT_LEAST if any_at_least else oldest.bound
+        age = _BOUNDS[bound] + render.duration_text(oldest.age_s)
         words = f"{count} {plural(count, 'connection')}, oldest {age}"
         say(f"generation {number} {phases.get(number, '')}: {words}")
     if not found:

@@ -1,7 +1,7 @@
 """The commands reload and stop, and what deploy.py and upgrade.py share with them.
 
-Without --no-wait, each command waits for the outcome, and its exit status reports the outcome.
-If the outcome of a reload stays unknown, the command fails.
+Each command waits for the outcome, except with --no-wait, and reports the outcome by its exit
+status.  If the outcome of a reload stays unknown, the command fails.
 """
 
 from __future__ import annotations

@@ -90,8 +90,8 @@ class _Progress:
     number: int  # the generation's number
     ready: set[int] = field(default_factory=set)  # the numbers of the ready workers
     throttle: ProgressThrottle = field(default_factory=ProgressThrottle)
-    routed: bool = False  # whether we showed that the generation gets all new connections
-    shares: bool = False  # whether we showed that the generation gets a share
+    switch_shown: bool = False  # whether we showed that the generation gets all new connections
+    share_shown: bool = False  # whether we showed that the generation gets a share
 
 
 class Awaited:
@@ -248,7 +248,7 @@ class Reload(Awaited):
     def old(self) -> object:
         """The generation that got new clients before the verdict's generation; None: unknown.
 
-        An earlier reload may have ended since the request, so the first status may not show it.
+        May differ from the route before the request: an earlier reload may have ended since.
         """
         new = self.verdict.generation if self.verdict is not None else self.generation
         earlier, last = self._routes
@@ -294,15 +294,15 @@ class Reload(Awaited):
     def _show_switch(self, number: int) -> None:
         """Show, once, that a generation gets all new connections."""
         progress = self._progress_of(number)
-        if not progress.routed:
-            progress.routed = True
+        if not progress.switch_shown:
+            progress.switch_shown = True
             self.tell(f"switched: new connections go to generation {number}")
 
     def _show_share(self, number: int, share: str = "a share") -> None:
         """Show, once, that a generation gets a share of the new connections."""
         progress = self._progress_of(number)
-        if not progress.shares:
-            progress.shares = True
+        if not progress.share_shown:
+            progress.share_shown = True
             self.tell(f"switched: {share} of new connections go to generation {number}")
 
     def waits_for(self) -> str:
@@ -316,9 +316,9 @@ class Reload(Awaited):
             if self._has_earlier_reload:
                 return "an earlier reload to end"
             return f"generation {self.generation} to start (phase: {self._phase})"
-        if self._current.routed:
+        if self._current.switch_shown:
             return f"generation {self._current.number} to survive --settle"
-        if self._current.shares:
+        if self._current.share_shown:
             return f"generation {self._current.number} to get all clients"
         ready = self._ready_text(self._current)
         return f"generation {self._current.number} to become ready ({ready} workers are ready)"
@@ -349,8 +349,8 @@ class Losses:
         # Both increase `restarts`.
         if None in by_protector or before.get("restarts") != after.get("restarts"):
             return None
-        counted = [*listed(before, "generations"), *listed(after, "generations")]
-        if any(each.get("serving_since_at") and each.get("lost") is None for each in counted):
+        both = [*listed(before, "generations"), *listed(after, "generations")]
+        if any(each.get("serving_since_at") and each.get("lost") is None for each in both):
             return None  # some generation's workers do not count their connections
         return number_in(after, "lost") - number_in(before, "lost") + self._by_workers
 

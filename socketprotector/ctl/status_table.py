@@ -227,9 +227,9 @@ def _child_row(worker: Message, generation: Message, child: Message) -> Row:
 
 
 def omitted_columns(status: Message) -> list[Text]:
-    """Return lines that say which columns of _FIELDS are in no table, and why.
+    """Return lines that say which columns of _FIELDS are missing from both tables, and why.
 
-    Returns [] if each column is in a table.
+    Returns [] if no column is missing.
     """
     hidden = _unknown_columns(status, [*listed(status, "generations"), *_workers_of(status)])
     if not hidden:
@@ -257,8 +257,8 @@ def _unknown_columns(status: Message, messages: Sequence[Message]) -> dict[str, 
     If SocketProtector, not the workers, accepts the clients, keep all columns until a worker is
     ready: before that, we cannot see which fields stay unknown.
     """
-    begun = any(each.get("state") in ("ready", "retiring") for each in _workers_of(status))
-    if not messages or not (begun or _workers_accept(status)):
+    any_ready = any(each.get("state") in ("ready", "retiring") for each in _workers_of(status))
+    if not messages or not (any_ready or _workers_accept(status)):
         return {}
     known = {name for each in messages for name, value in each.items() if value is not None}
     return dict.fromkeys(column for column, field in _FIELDS.items() if field not in known)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.live import Live
 
-#: How many rates are kept, each for one bar.
+#: How many rates to keep.  draw() shows each rate as one bar.
 _KEPT = 200
 #: How long to try to reconnect before the screen shows the error.  Keys are not read meanwhile.
 _RECONNECT_S = 1.0
@@ -147,7 +147,7 @@ def _status(client: Client) -> Message:
 
 @contextmanager
 def _keys(live: Live) -> Iterator[Callable[[float], bool]]:
-    """Yield a function that waits for the key q; its argument is the longest wait, in seconds.
+    """Yield a function that waits for the key q, at most for the seconds in its argument.
 
     The function returns True at q or the end of the input, and False after the longest wait.
     Ctrl-Z restores the terminal's modes and the earlier screen, then suspends the process.  Once
@@ -157,7 +157,7 @@ def _keys(live: Live) -> Iterator[Callable[[float], bool]]:
     before = termios.tcgetattr(fd)
     suspend = before[6][termios.VSUSP]
 
-    def take_keys() -> None:
+    def set_modes() -> None:
         tty.setcbreak(fd)
         modes = termios.tcgetattr(fd)
         modes[6][termios.VSUSP] = b"\0"  # Ctrl-Z is a key, not a signal
@@ -175,13 +175,13 @@ def _keys(live: Live) -> Iterator[Callable[[float], bool]]:
                 live.stop()
                 termios.tcsetattr(fd, termios.TCSADRAIN, before)
                 os.killpg(0, signal.SIGTSTP)
-                take_keys()
+                set_modes()
                 live.start()
                 return False
         return False
 
     try:
-        take_keys()
+        set_modes()
         yield quit_pressed
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
@@ -201,10 +201,10 @@ def draw(
 
     forwarded, lost = render.counts(status, "forwarded", "lost")
     p50, p99 = render.latency_text(rates.p50_us), render.latency_text(rates.p99_us)
-    rate = _rate(rates.per_second)
+    rate = _rate_text(rates.per_second)
     history = list(rates.history)
     bars = max(1, width - 20)
-    most = _rate(max(history[-bars:], default=None))
+    most = _rate_text(max(history[-bars:], default=None))
     return Group(
         *status_table.heading(status),
         render.styled(
@@ -220,5 +220,5 @@ def draw(
     )
 
 
-def _rate(per_second: float | None) -> str:
+def _rate_text(per_second: float | None) -> str:
     return "-/s" if per_second is None else f"{per_second:,.0f}/s"

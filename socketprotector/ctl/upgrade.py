@@ -54,9 +54,9 @@ def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json
 
 
 def _check_upgrade(instance: Instance, as_json: bool) -> None:
-    """Print whether the installed program can take over.  Raises NewVersionFailed."""
-    # The protector disconnects a client that sends no request for 30 s, unless the client has
-    # requested the events.  A check can take 30 s, so request the events.
+    """Print that the installed program can take over.  Raises NewVersionFailed if it cannot."""
+    # The protector disconnects a client that sends no request for 30 s, unless the client follows
+    # the events (events=True).  A check can take 30 s.
     with instance.client(_CHECK_S, events=True) as client:
         try:
             result = client.request("upgrade", check=True)
@@ -76,7 +76,7 @@ def _check_upgrade(instance: Instance, as_json: bool) -> None:
 
 
 class _Upgraded(Awaited):
-    """Waits for the new program's status, in which `restarts` is higher than before."""
+    """Waits until `restarts` in the status is higher than before: then the new program runs."""
 
     def __init__(self, before: Message, tell: Callable[[str], None]) -> None:
         super().__init__(tell)

@@ -83,7 +83,7 @@ class Releases:
         if named == self.serving:
             return ""
         if release.failed_last(self.history.value, named):
-            return release.named_failed(named)
+            return release.failed_warning(named)
         return f"current names {named}, and {self.serving} is serving; a restart starts {named}"
 
     def previous(self) -> str:
@@ -171,7 +171,7 @@ class Releases:
                 reason = headline(report.reason) or "it failed"
                 self.history.add(Entry(name, time.time(), outcome, reason))
             if name == self.link.named:
-                return replace(report, reason=added(report.reason, release.named_failed(name)))
+                return replace(report, reason=added(report.reason, release.failed_warning(name)))
         return report
 
     def _counts_against(self, name: str, report: Report, program: Program | None) -> bool:

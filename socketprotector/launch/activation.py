@@ -84,21 +84,21 @@ def _listening_socket(fd: int) -> socket.socket | None:
 def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[Bound]]:
     """Return the passed sockets that each LISTEN argument uses, by the argument's index.
 
-    Raises UsageError if an argument names a socket that was not passed, or that another
-    argument uses.
+    Raises UsageError if an argument names a socket that was not passed, or if two arguments use the
+    same socket.
     """
     taken: dict[int, list[Bound]] = {}
-    users: dict[int, str] = {}
+    used_by: dict[int, str] = {}
     for index, listen in enumerate(listens):
         matching = [each for each in passed if _is_for(listen, each.settings)]
         for each in matching:
             fd = each.socket.fileno()
-            if fd in users:
+            if fd in used_by:
                 raise UsageError(
-                    f"cannot listen on {listen.text} beside {users[fd]}: both are the passed "
+                    f"cannot listen on {listen.text} beside {used_by[fd]}: both are the passed "
                     f"socket of {each.settings.address}; leave one of them out"
                 )
-            users[fd] = listen.text
+            used_by[fd] = listen.text
         if matching:
             taken[index] = matching
         elif listen.passed is not None:
@@ -119,8 +119,8 @@ def _is_for(listen: Listen, settings: ListenerSettings) -> bool:
 def close_unused(passed: Sequence[Bound], taken: Mapping[int, Sequence[Bound]]) -> Iterator[str]:
     """Close each passed socket that no LISTEN argument uses, and yield a line about it.
 
-    If a LISTEN argument cannot be bound because systemd still has that socket open, the error then
-    names systemd, not us.
+    If such a socket prevents the bind of a LISTEN argument, only systemd still has the socket open,
+    so the error names systemd, not us.
     """
     used = {each.socket.fileno() for found in taken.values() for each in found}
     names = [each.settings.name for each in passed]

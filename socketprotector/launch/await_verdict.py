@@ -4,7 +4,7 @@ The resident process sends lines of JSON (daemon/start_report.py), and keeps the
 until a generation is serving or the process exits.  INT, TERM and QUIT cancel the start.  So does a
 kill of the launching process, because the resident process then reads end of file.
 
-A long start is shown as `socketprotectorctl reload` shows a long reload.
+During a long start, this prints the same lines as `socketprotectorctl reload`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ..system.polling import events_of
 from ..system.terminal import tell
 
 _INTERRUPTED = 130
-#: How often to ask what the start waits for.
-_ASK_EVERY_MS = 2_000
+#: How often to request what the start waits for.
+_REQUEST_EVERY_MS = 2_000
 _CANCELLING = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 
 
@@ -52,7 +52,7 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
     verdict: dict[str, Any] = {}
     rest = b""
     while True:
-        ready = [fd for fd, _ in poll.poll(None if cancelled else _ASK_EVERY_MS)]
+        ready = [fd for fd, _ in poll.poll(None if cancelled else _REQUEST_EVERY_MS)]
         if not ready:
             with suppress(OSError):  # the resident process has ended, or reads nothing
                 line.send(b"?", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -70,19 +70,19 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
         if not data:
             break
         *messages, rest = (rest + data).split(b"\n")
-        for words in map(json.loads, messages):
-            if "notice" in words:
-                tell(escape(words["notice"]))
-            if "pid" in words:
+        for message in map(json.loads, messages):
+            if "notice" in message:
+                tell(escape(message["notice"]))
+            if "pid" in message:
                 with suppress(ProcessLookupError):  # the process has ended meanwhile
-                    resident = os.pidfd_open(words["pid"])
-            if "waits_for" in words:
+                    resident = os.pidfd_open(message["pid"])
+            if "waits_for" in message:
                 waits = [
                     Wait(each["kind"], each["generation"] or 0, each["reason"], each["left_s"])
-                    for each in words["waits_for"]
+                    for each in message["waits_for"]
                 ]
                 lines.show(waits, time.monotonic())
-            verdict.update(words)
+            verdict.update(message)
         if verdict.get("ready"):
             cancelled = _ignore_signals(wake_up) or cancelled
             if not cancelled:
@@ -95,8 +95,8 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
         end = select.poll()
         end.register(resident, select.POLLIN)
         end.poll()
-    for path, known in verdict.get("made", {}).items():
-        _remove(path, known)
+    for path, identity in verdict.get("made", {}).items():
+        _remove(path, identity)
     if cancelled:
         tell("interrupted; nothing was started")
         return _INTERRUPTED
@@ -107,7 +107,7 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
     return SystemRefused.status
 
 
-def known_by(path: str) -> list[int]:
+def file_identity(path: str) -> list[int]:
     """Return numbers that identify a file as long as it exists.  Raises OSError."""
     found = os.lstat(path)
     # A later file may have the same inode number, but not the same ctime.  For a folder use 0,
@@ -120,11 +120,11 @@ def known_by(path: str) -> list[int]:
     return [found.st_dev, found.st_ino, changed]
 
 
-def _remove(path: str, known: list[int]) -> None:
+def _remove(path: str, identity: list[int]) -> None:
     """Remove a file or folder of a failed start, unless another program has replaced it."""
     with suppress(OSError), locked(path):  # the file is gone, or the folder is not ours
-        if known_by(path) == known:
-            (os.unlink if known[-1] else os.rmdir)(path)
+        if file_identity(path) == identity:
+            (os.unlink if identity[-1] else os.rmdir)(path)
 
 
 def _ignore_signals(wake_up: int) -> bool:

@@ -139,7 +139,7 @@ def pair(
     """
     found = {}
     by_text = {each.text: each for each in listens}
-    for place, each in enumerate(bound):
+    for index, each in enumerate(bound):
         foreign = each.settings.foreign
         try:
             if not foreign:
@@ -166,7 +166,7 @@ def pair(
             notice(_alone(each, str(error.strerror)))
             continue
         sibling.setblocking(os.get_blocking(each.socket.fileno()))
-        found[place] = Bound(sibling, each.settings)
+        found[index] = Bound(sibling, each.settings)
     return found
 
 
@@ -178,12 +178,12 @@ def reserve(bound: Iterable[Bound]) -> dict[int, Bound]:
     port below 1024, or share an address with this user's sockets (SO_REUSEPORT in socket(7)).
     """
     found = {}
-    for place, each in enumerate(bound):
+    for index, each in enumerate(bound):
         if each.settings.foreign or each.socket.family == socket.AF_UNIX:
             continue
         with suppress(OSError):
             third = reuseport.reserve(each.socket, each.socket.getsockname())
-            found[place] = Bound(third, each.settings)
+            found[index] = Bound(third, each.settings)
     return found
 
 
@@ -220,8 +220,8 @@ def could_pair(bound: Sequence[Bound]) -> set[int]:
     This estimate is for --check, which binds nothing.
     """
     return {
-        place
-        for place, each in enumerate(bound)
+        index
+        for index, each in enumerate(bound)
         if not each.settings.foreign
         or (
             each.socket.family in _IP

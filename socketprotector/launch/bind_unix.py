@@ -180,9 +180,9 @@ def admit_group(sock: socket.socket, path: str, gid: int, owner: int) -> None:
     try:
         if not is_file_of(sock, os.fstat(file)):
             raise OSError(errno.EEXIST, "another file has replaced the socket's file")
-        held = f"/proc/self/fd/{file}"
-        os.setxattr(held, "system.posix_acl_access", struct.pack("<I", 2) + packed)
-        os.chown(held, owner, -1)
+        by_fd = f"/proc/self/fd/{file}"
+        os.setxattr(by_fd, "system.posix_acl_access", struct.pack("<I", 2) + packed)
+        os.chown(by_fd, owner, -1)
     finally:
         os.close(file)
 

@@ -224,14 +224,14 @@ def _wrong_kind(option: Option, value: Any) -> str:
     """Return the kind of value that an option takes; "" if this value is of that kind."""
     if option.kind is FLAG:
         return "" if isinstance(value, bool) else "true or false"
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(option.kind, click.types.IntParamType):
-        return "" if number and isinstance(value, int) else "a whole number"
+        return "" if is_number and isinstance(value, int) else "a whole number"
     if isinstance(option.kind, type(TIME)):
-        return "" if number or isinstance(value, str) else "a string or a number"
+        return "" if is_number or isinstance(value, str) else "a string or a number"
     if option.kind is SURGE:
-        whole = number and isinstance(value, int)
-        return "" if whole or isinstance(value, str) else "a string or a whole number"
+        is_whole = is_number and isinstance(value, int)
+        return "" if is_whole or isinstance(value, str) else "a string or a whole number"
     # A number is refused: an umask of 022 would be read as decimal.
     return "" if isinstance(value, str) else "a string, in quotes"
 

@@ -33,7 +33,7 @@ _DEMO = "SocketProtector demo shows a reload and crashes under load, in 20 secon
 
 
 class HelpCommand(Answering, click.Command):
-    """A command with these two pages.  The texts are constants, because -OO drops docstrings."""
+    """A command with --help and --help-all.  Their texts are constants: -OO drops docstrings."""
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write --help."""

@@ -21,7 +21,7 @@ def check() -> None:
     """Refuse a kernel that lacks a required system call, or a filter that forbids such a call."""
     missing: list[str] = []
     forbidden: list[str] = []
-    for call, look in (
+    for call, try_call in (
         ("memfd_create", _sealed_memory),
         ("posix_spawn", _spawn),
         ("pidfd_open", lambda: _pidfd(bool)),
@@ -31,7 +31,7 @@ def check() -> None:
         if "pidfd_open" in (*missing, *forbidden):
             break  # the calls that follow need a pidfd
         try:
-            look()
+            try_call()
         except AttributeError:  # this Python was built for an older system
             missing.append(call)
         except OSError as error:
@@ -41,20 +41,20 @@ def check() -> None:
                 forbidden.append(call)
             # For any other error the call exists; if a resource is short, the start will report it.
     release = os.uname().release
-    said = []
+    faults = []
     if missing:
         oldest = ".".join(map(str, OLDEST_KERNEL))
-        said.append(
+        faults.append(
             f"{', '.join(missing)}: missing; Linux {oldest} or later is needed, this is {release}"
             f"{' with a filter of system calls' if _is_new(release) else ''}"
         )
     if forbidden:
-        said.append(
+        faults.append(
             f"{', '.join(forbidden)}: forbidden by a filter of system calls; allow it (a "
             "container's seccomp profile, SystemCallFilter= of a unit)"
         )
-    if said:
-        raise SystemRefused("; ".join(said))
+    if faults:
+        raise SystemRefused("; ".join(faults))
 
 
 def _is_new(release: str) -> bool:

@@ -166,7 +166,7 @@ def limit(name: str, text: str) -> int:
 
     Raises UsageError if the name is unknown, or the text is not an allowed number.
     """
-    said = f"--limit {name}={shortened(text)}"
+    option = f"--limit {name}={shortened(text)}"
     if name not in (*RLIMITS, "nice"):
         raise UsageError(f"--limit {name}: unknown; allowed: nofile, core, nice")
     low, high = (-20, 19) if name == "nice" else (0, 2**63 - 1)
@@ -174,18 +174,18 @@ def limit(name: str, text: str) -> int:
     try:
         value = resource.RLIM_INFINITY if unlimited else int(text)
     except ValueError:
-        raise UsageError(f"{said}: not a whole number; write e.g. 1024") from None
+        raise UsageError(f"{option}: not a whole number; write e.g. 1024") from None
     if not (unlimited or low <= value <= high):
-        raise UsageError(f"{said}: must be from {low} to {high}")
+        raise UsageError(f"{option}: must be from {low} to {high}")
     if name == "nice":
         most, _ = resource.getrlimit(resource.RLIMIT_NICE)
         floor = -20 if most == resource.RLIM_INFINITY else min(20 - most, 0)
         if value < floor and os.geteuid() != 0:
-            raise UsageError(f"{said}: below 0 needs root, or RLIMIT_NICE raised")
+            raise UsageError(f"{option}: below 0 needs root, or RLIMIT_NICE raised")
         return value
     _, hard = resource.getrlimit(RLIMITS[name])
     if hard != resource.RLIM_INFINITY and (unlimited or value > hard):
-        raise UsageError(f"{said}: the hard limit is {hard}; raise that")
+        raise UsageError(f"{option}: the hard limit is {hard}; raise that")
     return value
 
 

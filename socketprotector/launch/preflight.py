@@ -97,12 +97,12 @@ def check_command(settings: Settings) -> None:
     except OSError as error:
         how = _HOW.get(error.errno or 0, "check the path")
         raise UsageError(f"cannot run {error.filename}: {error.strerror}; {how}") from error
-    _reachable(settings, path)
+    _refuse_unreachable(settings, path)
     if settings.ready_check:
-        _shell_runs(f"--ready check:{settings.ready_check}")
+        _need_shell(f"--ready check:{settings.ready_check}")
 
 
-def _shell_runs(probe: str) -> None:
+def _need_shell(probe: str) -> None:
     """Refuse a command that needs a shell if there is no shell."""
     if not os.access("/bin/sh", os.X_OK):
         raise UsageError(f"{probe}: there is no /bin/sh to run it")
@@ -118,7 +118,7 @@ def _executes_itself(settings: Settings) -> bool:
     return settings.guarded or settings.origin.configured or by_http or bool(settings.watch)
 
 
-def _reachable(settings: Settings, path: str) -> None:
+def _refuse_unreachable(settings: Settings, path: str) -> None:
     """Refuse a command or --env-file that root could use, but the configured user cannot."""
     if settings.identity is None:
         return
@@ -154,7 +154,7 @@ def check_mode(settings: Settings, given: Collection[str], listens: Sequence[Lis
     placeholders = listen_fds.placeholders(settings.command)
     if placeholders and not settings.mode.workers_accept:
         raise UsageError(f"{placeholders[0]} in the command: {handoff_modes.NEEDS_LISTENER}")
-    check_question(settings, listens)
+    _check_ready_and_health(settings, listens)
     for each in listens if settings.mode.knows_ports_alone else ():
         if each.path is not None:
             raise UsageError(
@@ -166,31 +166,31 @@ def check_mode(settings: Settings, given: Collection[str], listens: Sequence[Lis
         raise UsageError("--shell takes COMMAND as one word, in quotes: -- 'cat | tr a b'")
 
 
-def check_question(settings: Settings, listens: Sequence[Listen]) -> None:
-    """Refuse a probe that no listener supports."""
+def _check_ready_and_health(settings: Settings, listens: Sequence[Listen]) -> None:
+    """Refuse a probe of --ready or --health that no listener supports."""
     if settings.health:
         probe = probe_spec.read_health(settings.health)
         _probed_by(f"--health {settings.health}", probe.listener, listens)
         if probe.kind == probe_spec.CHECK:
-            _shell_runs(f"--health {settings.health}")
+            _need_shell(f"--health {settings.health}")
     if settings.policy.answer_decides:
-        _reaches_one(settings, *_ready(settings), listens)
+        _need_own_socket(settings, *_ready_probe(settings), listens)
 
 
-def _ready(settings: Settings) -> tuple[str, str]:
+def _ready_probe(settings: Settings) -> tuple[str, str]:
     """Return the probe of --ready as it was written, and the name of its listener."""
     probe = settings.ready_question
     return f"--ready {probe}", probe_spec.read(probe).listener
 
 
 def _settle_check(settings: Settings) -> tuple[str, str] | None:
-    """Return the probe of --settle-check like _ready(); None if it is a command or is not given."""
+    """Return the same for --settle-check; None if it is a command or is not given."""
     text = settings.policy.settle_check
     probe = probe_spec.read_settle_check(text) if text else None
     return (f"--settle-check {text}", probe.listener) if probe and probe.by_http else None
 
 
-def _reaches_one(settings: Settings, probe: str, name: str, listens: Sequence[Listen]) -> None:
+def _need_own_socket(settings: Settings, probe: str, name: str, listens: Sequence[Listen]) -> None:
     """Refuse a probe if two generations would share one socket at each of the probe's listeners."""
     probed = _probed_by(probe, name, listens)
     if probed and settings.mode.workers_accept and not any(map(_can_have_two_sockets, probed)):
@@ -210,16 +210,16 @@ def _probed_by(probe: str, name: str, listens: Sequence[Listen]) -> list[Listen]
 
 
 def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
-    """Refuse a probe that would never run, or that no listener supports."""
+    """Refuse a --settle-check that would never run, or that no listener supports."""
     policy = settings.policy
     if not policy.settle_check:
         return
     if not (policy.settle_s or policy.canary):
         raise UsageError("--settle-check needs --settle TIME, or --canary SHARE")
     if probe := _settle_check(settings):
-        _reaches_one(settings, *probe, listens)
+        _need_own_socket(settings, *probe, listens)
     else:
-        _shell_runs("--settle-check check")
+        _need_shell("--settle-check check")
 
 
 def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
@@ -229,7 +229,7 @@ def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
     """
     if not settings.mode.workers_accept:
         return
-    ready = _ready(settings) if settings.policy.answer_decides else None
+    ready = _ready_probe(settings) if settings.policy.answer_decides else None
     for probe, name in filter(None, (ready, _settle_check(settings))):
         probed = {n: e for n, e in enumerate(settings.listeners) if name in ("", e.name)}
         if not probed.keys() & siblings:

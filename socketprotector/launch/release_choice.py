@@ -1,7 +1,7 @@
 """Chooses the release to start, and refuses options that do not fit --releases.
 
 The launching process and a reload take the release that `current`, the link of --current, names.
-A deploy takes the release in its request.
+A deploy takes the release that its request names.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def check_options(
 def check_files(releases: str, current: str, files: Mapping[str, str | None]) -> None:
     """Refuse a file that a deploy would change, or whose path leads through the link `current`.
 
-    files: the files that options name, by option.  A path with {release} is allowed, because it
-    belongs to the release by intention.
+    files: the files that options name, by option.  A path with {release} is allowed, because the
+    operator wants a file of the release.
     """
     real = os.path.join(os.path.realpath(releases), "")
     if os.path.join(os.path.realpath(os.path.dirname(current)), "").startswith(real):
@@ -73,23 +73,23 @@ def check_files(releases: str, current: str, files: Mapping[str, str | None]) ->
 
 def _goes_through(path: str, current: str) -> bool:
     """Return True if a path leads through the link `current`, also by way of other links."""
-    there = os.path.realpath(os.path.dirname(current)), os.path.basename(current)
-    folder, left, links = "/", path.split("/")[::-1], 0
-    while left:
-        name = left.pop()
+    current_link = os.path.realpath(os.path.dirname(current)), os.path.basename(current)
+    folder, names, followed = "/", path.split("/")[::-1], 0
+    while names:
+        name = names.pop()
         step = os.path.join(folder, name)
-        if left and (folder, name) == there:
+        if names and (folder, name) == current_link:
             return True
         if name == "..":
             folder = os.path.dirname(folder)
         elif not os.path.islink(step):
             folder = step if name not in ("", ".") else folder
-        elif (links := links + 1) > _MOST_LINKS:
+        elif (followed := followed + 1) > _MOST_LINKS:
             return False  # a loop of links; opening the file will report it
         else:
             target = os.readlink(step)
             folder = "/" if target.startswith("/") else folder
-            left += target.split("/")[::-1]
+            names += target.split("/")[::-1]
     return False
 
 

@@ -41,8 +41,8 @@ from .release_choice import Chosen
 if TYPE_CHECKING:
     from .config_file import ConfigFile
 
-#: How much of the program's name becomes the instance's name, without --name: the limit of syslog
-#: (RFC 5424).
+#: Without --name, the instance's name is this many characters of the program's name, or fewer: the
+#: limit of syslog (RFC 5424).
 _NAME_CHARS = 48
 #: No instance can have these names: the control socket would be in another folder.
 _NO_NAMES = (".", "..")
@@ -61,7 +61,7 @@ class ParsedOptions:
 
 
 class OptionResolver:
-    """Resolves the options of one start or reload; reports mistakes in the file with the line."""
+    """Resolves the options of one start or reload; reports the file's mistakes with their lines."""
 
     def __init__(self, words: Sequence[str], command: list[str], running: Settings | None) -> None:
         """words: the whole command line; command: the words after `--`.
@@ -70,7 +70,7 @@ class OptionResolver:
         """
         self._release = Chosen()
         self._words = tuple(words)
-        self._behind = command
+        self._typed_command = command
         self._running = running
         self.file: ConfigFile | None = None
 
@@ -92,15 +92,15 @@ class OptionResolver:
         with self._about("env_file"):
             preflight.check_env_file(settings.env_file)
         if settings.command:
-            with self._about_file(not self._behind, "command"):
+            with self._about_file(not self._typed_command, "command"):
                 preflight.check_command(settings)
         with self._about("handoff"):
-            preflight.check_mode(settings, self._said(), listens)
+            preflight.check_mode(settings, self._given_options(), listens)
         with self._about("workers"):
             preflight.check_workers(settings)
         with self._about("settle_check"):
             preflight.check_settle_check(settings, listens)
-        for name, refused in rollout_checks.refusals(settings, self._said(), listens):
+        for name, refused in rollout_checks.refusals(settings, self._given_options(), listens):
             with self._about(name):
                 raise UsageError(refused)
         if settings.policy.spreads:
@@ -122,7 +122,7 @@ class OptionResolver:
         if not (self._given["listen"] or (file and file.listens)):
             hint = f", or listen in {file.path}" if file else ""
             raise UsageError(f"no LISTEN; write e.g. SocketProtector 4321 -- ./daemon 4321{hint}")
-        if not (self._behind or (file and file.command)):
+        if not (self._typed_command or (file and file.command)):
             hint = f", or command in {file.path}" if file else ""
             raise UsageError(
                 f"no command; put it behind --, e.g. SocketProtector 4321 -- ./daemon 4321{hint}"
@@ -135,7 +135,7 @@ class OptionResolver:
     def _from_file(self, name: str) -> bool:
         return self._ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
 
-    def _said(self) -> list[str]:
+    def _given_options(self) -> list[str]:
         """Return the names of the options that were given, without leading dashes."""
         return [
             name.replace("_", "-")
@@ -146,10 +146,10 @@ class OptionResolver:
     def _about(self, name: str) -> AbstractContextManager[None]:
         return self._about_file(self._from_file(name), name.replace("_", "-"))
 
-    def _about_file(self, there: bool, *where: str | int) -> AbstractContextManager[None]:
+    def _about_file(self, in_file: bool, *where: str | int) -> AbstractContextManager[None]:
         if self.file is None:
             return nullcontext()
-        return self.file.about(*where) if there else self.file.mistakes_first()
+        return self.file.about(*where) if in_file else self.file.mistakes_first()
 
     def _path(self, name: str) -> str | None:
         """Return an option's path, resolved from the folder of the command line or of the file."""
@@ -177,7 +177,7 @@ class OptionResolver:
 
     def _command(self) -> tuple[str, ...]:
         """Return the command; a relative path is resolved from the folder where it was written."""
-        words, folder = tuple(self._behind), self.directory
+        words, folder = tuple(self._typed_command), self.directory
         if not words and self.file is not None:
             words, folder = self.file.command, self.file.folder
         if self._given["shell"]:
@@ -252,7 +252,7 @@ class OptionResolver:
         umask = running.origin.umask if running else os.umask(0o022)
         if running is None:
             os.umask(umask)
-        called = os.path.basename("sh" if given["shell"] else [*command, ""][0])[:_NAME_CHARS]
+        default_name = os.path.basename("sh" if given["shell"] else [*command, ""][0])[:_NAME_CHARS]
         name = given["name"] or ""
         with self._about("name"):
             if running is None and ("/" in name or name in _NO_NAMES):
@@ -273,7 +273,7 @@ class OptionResolver:
         connections, spread = given["retire_after"]
         values = {each.field: given[str(each.name)] for each in OPTIONS if each.field}
         values |= {
-            "name": given["name"] or (running.name if running else called),
+            "name": given["name"] or (running.name if running else default_name),
             "command": command,
             "directory": directory,
             "policy.stop_first": given["reload_order"] == STOP_FIRST.name,

@@ -43,9 +43,9 @@ def refusals(
     if policy.rolls:
         for refused in _rolling(settings):
             yield "reload_order", refused
-    option = _shares(settings)
+    option = _sharing_option(settings)
     for listen in listens if option else ():
-        if why := _cannot_share(listen):
+        if why := _why_one_socket(listen):
             yield option, _one_socket(option, listen.text, why)
 
 
@@ -74,7 +74,7 @@ def _rolling(settings: Settings) -> Iterator[str]:
         )
 
 
-def _shares(settings: Settings) -> str:
+def _sharing_option(settings: Settings) -> str:
     """Return the option that makes two generations share the clients of a listener's sockets.
 
     Returns "" if there is no such option, or if the protector accepts the clients.
@@ -93,7 +93,7 @@ def _one_socket(option: str, where: str, why: str) -> str:
     )
 
 
-def _cannot_share(listen: Listen) -> str:
+def _why_one_socket(listen: Listen) -> str:
     if listen.path is not None:
         return "an abstract name" if listen.path.startswith("@") else "a UNIX path"
     return "?defer_accept" if "defer_accept" in listen.options else ""
@@ -104,7 +104,7 @@ def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
 
     siblings: the indexes of the listeners with a second socket.
     """
-    option = _shares(settings)
+    option = _sharing_option(settings)
     for index, each in enumerate(settings.listeners if option else ()):
         if index not in siblings:
             why = "passed in without ReusePort=yes, or no second socket could be made"

@@ -59,7 +59,7 @@ def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterato
         unix=any(each.path is not None for each in listens),
         files=_files(settings, environment),
     )
-    if found is None or (settings.mode.needs_library and _speaks(settings, environment)):
+    if found is None or (settings.mode.needs_library and _names_library(settings, environment)):
         return
     own = line(settings.origin.words, listens, settings.mode, whole=typed)
     if own is not None:
@@ -90,12 +90,12 @@ def drain_limits(settings: Settings) -> Iterator[str]:
 def uses_library(settings: Settings) -> bool:
     """Return True if the command, or a file that it names, mentions the client library."""
     try:
-        return _speaks(settings, preflight.environment_of(settings))
+        return _names_library(settings, preflight.environment_of(settings))
     except (OSError, ValueError):
         return False  # check_env_file() refuses an unreadable file
 
 
-def _speaks(settings: Settings, environment: Mapping[str, str]) -> bool:
+def _names_library(settings: Settings, environment: Mapping[str, str]) -> bool:
     """Return True if the command, or a file that it or gunicorn reads, names the client library."""
     words = _words(settings, environment)
     return known_servers.OURS in "".join((*words, _files(settings, environment)))
@@ -128,7 +128,7 @@ def _files(settings: Settings, environment: Mapping[str, str]) -> str:
 def line(
     words: Sequence[str], listens: Sequence[Listen], mode: HandoffMode, *, whole: bool = True
 ) -> str | None:
-    """Return the line with all options that the server needs; None if the line is uncertain.
+    """Return the line with all options that the server needs; None if we cannot be sure of it.
 
     words: the typed words.  listens: the addresses.  mode: the handoff mode of the typed line.
     whole: include words that may be secret.
@@ -153,11 +153,11 @@ def line(
             ours[places[0]] = f"{named[1]}={ours[places[0]]}"
     addresses = {ours[place] for place in places}
     wanted = server.options.split()
-    ours, said = _without(ours, {"--handoff", "--ready", "--settle"}, {"--check"})
-    if "--settle" in said:
-        wanted = [*_without(wanted, {"--settle"})[0], "--settle", said["--settle"]]
-    if mode.workers_accept and "--ready" in said and "--ready" not in wanted:
-        wanted += ["--ready", said["--ready"]]
+    ours, ours_removed = _without(ours, {"--handoff", "--ready", "--settle"}, {"--check"})
+    if "--settle" in ours_removed:
+        wanted = [*_without(wanted, {"--settle"})[0], "--settle", ours_removed["--settle"]]
+    if mode.workers_accept and "--ready" in ours_removed and "--ready" not in wanted:
+        wanted += ["--ready", ours_removed["--ready"]]
     at = known_servers.program_index(command) + 1
     rest, dropped = _without(command[at:], server.drops, server.flags)
     workers = dropped.get("--workers") or dropped.get("-w") or ""

@@ -27,8 +27,8 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
     yield from _differs("ready", old.ready_text(), new.ready_text())
     if old.ready_check != new.ready_check:
         yield "ready: another check"  # the command of the check may be secret
-    yield from _question("health", old.health, new.health)
-    yield from _question("settle-check", old.policy.settle_check, new.policy.settle_check)
+    yield from _check_change("health", old.health, new.health)
+    yield from _check_change("settle-check", old.policy.settle_check, new.policy.settle_check)
     yield from _differs("retire-after", _share(old), _share(new))
     yield from _command((*old.executed[:1], *old.command), (*new.executed[:1], *new.command))
     was, will = ({**dict(each.limits), "nice": each.nice} for each in (old, new))
@@ -49,7 +49,7 @@ def _rollout(old: Policy, new: Policy) -> Iterator[str]:
     yield from _differs("canary", before, after)
 
 
-def _question(key: str, old: str, new: str) -> Iterator[str]:
+def _check_change(key: str, old: str, new: str) -> Iterator[str]:
     """Yield the change of a check, without its command."""
     check = f"{probe_spec.CHECK}:"
     if old != new and old.startswith(check) and new.startswith(check):

@@ -75,7 +75,7 @@ def _put_keepalive(sock: socket.socket, value: str) -> None:
 def _of_ip(option: int, of_ipv6: int) -> _Set:
     """Return a setter of an IP option.
 
-    An IPv6 socket gets the IPv6 option and the IP option, because IPv4 clients may use it, too.
+    An IPv6 socket gets both options, because IPv4 clients may use the socket, too.
     """
 
     def put(sock: socket.socket, value: str) -> None:
@@ -152,7 +152,7 @@ _NEEDS = {
 
 
 def check(text: str, name: str, value: str) -> None:
-    """Raise UsageError for a value that an option cannot have."""
+    """Raise UsageError if an option cannot have this value.  text: the LISTEN argument."""
     if not OPTIONS[name].is_allowed(value):
         raise UsageError(f"{text}: {name} must be {OPTIONS[name].allowed}")
 

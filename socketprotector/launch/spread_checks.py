@@ -27,12 +27,12 @@ def refusals(settings: Settings) -> Iterator[tuple[str, str]]:
         return
     for option, seconds in (("drain_spread", drain), ("stop_spread", stop)):
         if seconds:
-            own = known_servers.ends_connections_by(name)
+            written = f"--{option.replace('_', '-')}"
+            advice = known_servers.ends_connections_by(name)
             yield (
                 option,
-                f"--{option.replace('_', '-')} needs workers on the Python client library, which "
-                f"{name} does not use; "
-                f"{own or 'it has no such option of its own: leave this one out'}",
+                f"{written} needs workers on the Python client library, which {name} does not use; "
+                f"{advice or f'{name} has no such option of its own: leave {written} out'}",
             )
 
 

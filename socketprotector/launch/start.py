@@ -31,7 +31,7 @@ from ..system.executable import command_of, need_descriptors
 from ..system.log_file import open_log
 from ..system.terminal import tell
 from . import notify_dir
-from .await_verdict import known_by, wait
+from .await_verdict import file_identity, wait
 from .bind import Bound, discard_all
 from .bind_control import bind_control
 from .pid_file import PidFile, hint
@@ -57,35 +57,35 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
         # Our caller may ignore SIGCHLD.  Then the kernel would reap the child before we do.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
-            ours, theirs = socket.socketpair()
+            parent_end, child_end = socket.socketpair()
             child = os.fork()  # because DaemonContext.open() ends the process that calls it
         except OSError as error:  # no descriptor or process is available (RLIMIT_NPROC)
             raise _cannot_detach(error) from error
     if child == 0:
-        ours.close()
+        parent_end.close()
         # While WATCHDOG_PID names the launching process, the resident process would not send
         # WATCHDOG=1.
         if os.environ.get("WATCHDOG_PID") == str(os.getppid()):
             del os.environ["WATCHDOG_PID"]
         try:
-            _become_resident(settings, bound, log, theirs.fileno())
+            _become_resident(settings, bound, log, child_end.fileno())
         except BaseException as error:
             discard_all(bound.values())
             if isinstance(error, Refusal):
-                _tell(theirs.fileno(), failed=escape(str(error)), status=error.status)
+                _tell(child_end.fileno(), failed=escape(str(error)), status=error.status)
             else:
                 reason = f"cannot start: {what_failed(error)}"
-                _tell(theirs.fileno(), failed=reason, status=SystemRefused.status)
+                _tell(child_end.fileno(), failed=reason, status=SystemRefused.status)
         finally:
             os._exit(1)
-    theirs.close()
+    child_end.close()
     # The child now owns the sockets and their files.
     for each in bound.values():
         each.socket.close()
     os.waitpid(child, 0)  # the child ends at once: DaemonContext forks again
     try:
-        with ours:
-            return wait(ours, settings.log_file or "syslog")
+        with parent_end:
+            return wait(parent_end, settings.log_file or "syslog")
     except OSError as error:
         # The connection is closed, so the resident process cancels the start.
         raise SystemRefused(f"cannot wait for the start: {what_failed(error)}") from error
@@ -210,7 +210,7 @@ def _files_made(settings: Settings, bound: Mapping[str, Bound]) -> dict[str, lis
             path = each.settings.address.removeprefix("unix:")
             own = socket_file.own_file(path, each.socket)
             paths += [path, own if os.path.lexists(own) else None]
-    return {path: known_by(path) for path in paths if path}
+    return {path: file_identity(path) for path in paths if path}
 
 
 def _exec(
@@ -230,11 +230,11 @@ def _exec(
     for fd in (0, 1, 2):
         os.set_inheritable(fd, True)
     # If `-m` found the package in the current folder, the next program needs that folder, too.
-    safe = [] if sys.path[:1] == [os.getcwd()] else ["-P"]
+    python_options = [] if sys.path[:1] == [os.getcwd()] else ["-P"]
     # `ps` shows these words, so they contain only the command's name, and no secret.
     addresses = (each.address for each in settings.listeners)
     label = (settings.name, *addresses, "--", settings.executed[0])
-    command = list(command_of(label, safe))
+    command = list(command_of(label, python_options))
     if settings.no_new_privileges:
         privileges.no_new_privileges()
     starts_others = settings.worker_identity is not None

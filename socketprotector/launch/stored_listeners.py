@@ -92,8 +92,8 @@ def store(passed: Passed, bound: Mapping[str, Bound]) -> None:
     kept = {name: each.socket.fileno() for name, each in bound.items() if each.inherited}
     same = {name for name, fd in kept.items() if names[fd] == name}
     outbox = Outbox(lambda again: None, address=os.environ.get("NOTIFY_SOCKET", ""))
-    there = Store(outbox, passed.stored)
-    for name in there.kept - same:  # first, because a new name may be another socket's old name
-        there.forget(name)
-    there.sync(kept)
+    fd_store = Store(outbox, passed.stored)
+    for name in fd_store.kept - same:  # first, because a new name may be another socket's old name
+        fd_store.forget(name)
+    fd_store.sync(kept)
     outbox.finish(_MANAGER_S)

@@ -48,11 +48,11 @@ def find(text: str) -> dict[Path, int]:
             values.append(mark.end())
         if depth or mark[0] != "\n":
             continue
-        header = masked[begin : mark.start()].lstrip().startswith("[")
-        read = tomllib.loads(text[begin : mark.start()])
-        for path, value in _walk(read, () if header else table):
+        is_header = masked[begin : mark.start()].lstrip().startswith("[")
+        parsed = tomllib.loads(text[begin : mark.start()])
+        for path, value in _walk(parsed, () if is_header else table):
             lines.setdefault(path, bisect_right(starts, begin))
-            if header:
+            if is_header:
                 table = path
             elif isinstance(value, list):
                 for index, at in zip(range(len(value)), values, strict=False):
@@ -61,7 +61,7 @@ def find(text: str) -> dict[Path, int]:
     return lines
 
 
-def _walk(read: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    for name, value in read.items() if isinstance(read, dict) else ():
+def _walk(parsed: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    for name, value in parsed.items() if isinstance(parsed, dict) else ():
         yield (*path, name), value
         yield from _walk(value, (*path, name))

@@ -33,14 +33,14 @@ class _Clients:
     gids: Collection[int] = ()
     text: str = "every user"
 
-    def enter(self, folder: os.stat_result) -> bool:
+    def can_enter(self, folder: os.stat_result) -> bool:
         """Return whether these users can enter a folder, judged by its mode."""
         if self.uid == 0:
             return True
         if self.uid == folder.st_uid:
             return bool(folder.st_mode & stat.S_IXUSR)
-        mine = stat.S_IXGRP if folder.st_gid in self.gids else stat.S_IXOTH
-        return bool(folder.st_mode & mine)
+        needed = stat.S_IXGRP if folder.st_gid in self.gids else stat.S_IXOTH
+        return bool(folder.st_mode & needed)
 
 
 def notices(listens: Sequence[Listen], listeners: Iterable[ListenerSettings]) -> Iterator[str]:
@@ -54,8 +54,8 @@ def notices(listens: Sequence[Listen], listeners: Iterable[ListenerSettings]) ->
         if listen is None or each.foreign or each.removed or not path.startswith("/"):
             continue
         with suppress(OSError):
-            if said := _notice(listen, path, is_bound=each.inode != 0):
-                yield f"unix:{path}: {said}"
+            if problem := _notice(listen, path, is_bound=each.inode != 0):
+                yield f"unix:{path}: {problem}"
 
 
 def _notice(listen: Listen, path: str, *, is_bound: bool) -> str:
@@ -78,11 +78,11 @@ def _notice(listen: Listen, path: str, *, is_bound: bool) -> str:
         return ""
     if "user" in options and not {"mode", "group"} & options.keys():
         return _closed(folder, _Clients(uid, _groups_of(uid), f"user {_user(uid)}"))
-    return _only(listen, uid, gid, mode)
+    return _only_owner(listen, uid, gid, mode)
 
 
-def _only(listen: Listen, uid: int, gid: int, mode: int) -> str:
-    """Say that only the socket's owner, and perhaps its group, can connect, and what to do."""
+def _only_owner(listen: Listen, uid: int, gid: int, mode: int) -> str:
+    """Return a notice that only the socket's owner, and perhaps its group, can connect."""
     who = f"user {_user(uid)}"
     if mode & stat.S_IWGRP:
         who = f"{who} and group {_group(gid)}"
@@ -96,11 +96,11 @@ def _only(listen: Listen, uid: int, gid: int, mode: int) -> str:
 
 
 def _closed(folder: str, clients: _Clients) -> str:
-    """Say that a folder on the path is closed to users whom the socket's mode admits."""
+    """Return a notice if users whom the socket's mode admits cannot enter a folder on its path."""
     parts = dict.fromkeys((*downwards(folder), *downwards(os.path.realpath(folder))))
     for part in parts:
         found = os.stat(part)
-        if not clients.enter(found) and not _has_acl(part, _ACCESS_ACL):
+        if not clients.can_enter(found) and not _has_acl(part, _ACCESS_ACL):
             rights = f"{stat.filemode(found.st_mode)} {_user(found.st_uid)} {_group(found.st_gid)}"
             return (
                 f"its mode admits {clients.text}, but the folder {part} does not ({rights}); "

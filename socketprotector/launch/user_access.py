@@ -23,22 +23,22 @@ from ..system.privileges import change_user
 _FIRST_LINE = 256
 
 
-def as_user(identity: Identity, look: Callable[[], str]) -> str:
-    """Call `look` as that user, and return its result; "" if we cannot become that user."""
-    ours, theirs = os.pipe()
+def as_user(identity: Identity, check: Callable[[], str]) -> str:
+    """Call `check` as that user, and return its result; "" if we cannot become that user."""
+    read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             change_user(identity)
-            os.write(theirs, look().encode("utf-8", "surrogateescape"))
+            os.write(write_end, check().encode("utf-8", "surrogateescape"))
         finally:
             os._exit(0)
-    os.close(theirs)
-    with open(ours, "rb") as file:
-        said = file.read()
+    os.close(write_end)
+    with open(read_end, "rb") as file:
+        result = file.read()
     with suppress(ChildProcessError):  # the caller ignores SIGCHLD, so the kernel has reaped it
         os.waitpid(child, 0)
-    return said.decode("utf-8", "surrogateescape")
+    return result.decode("utf-8", "surrogateescape")
 
 
 def executed(path: str) -> dict[str, int]:

@@ -22,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: Increase it with a change after which old and new programs cannot read each other's values.
+#: Increase this if old and new programs can no longer read each other's values.
 FORMAT = 3
 
 

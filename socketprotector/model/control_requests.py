@@ -169,8 +169,8 @@ def _fault(command: str, arguments: Mapping[str, object]) -> str | None:
         if name not in allowed:
             known = ", ".join(allowed) or "none"
             return f"unknown argument {_short(name)}; allowed: {known}"
-        expected, is_one = allowed[name]
-        if not is_one(value):
+        expected, is_allowed = allowed[name]
+        if not is_allowed(value):
             return f"{name}: {_short(value)} is not {expected}"
     if (required := COMMANDS[command].required) and required not in arguments:
         return f"{required} is needed"
@@ -182,7 +182,7 @@ def _fault(command: str, arguments: Mapping[str, object]) -> str | None:
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands twice")  # parsers differ in which value they use
+        raise ValueError("a name appears twice")  # parsers differ in which value they use
     return found
 
 
@@ -192,7 +192,7 @@ def _is_id(value: object) -> bool:
     try:
         return len(json.dumps(value, allow_nan=False)) <= _ID_CHARACTERS
     except ValueError:
-        return False  # NaN or Infinity: Python reads them, but an answer in valid JSON cannot
+        return False  # Python reads NaN and Infinity, but valid JSON cannot contain them
 
 
 def _short(value: object) -> str:

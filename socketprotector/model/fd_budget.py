@@ -1,4 +1,4 @@
-"""Computes how many workers the limit of descriptors allows: each worker costs the protector some.
+"""Computes how many workers the limit of descriptors allows: each needs several in the protector.
 
 Pure.  docs/reliability.md explains the numbers, in "How many workers".
 """
@@ -10,7 +10,7 @@ from .ready_kinds import PROBED
 from .settings import Settings
 
 #: Descriptors that do not depend on the workers: standard files, listeners, state, channels, guard,
-#: relay, and those for starting a process.
+#: relay, and the descriptors for starting a process.
 _OTHERS = 32
 #: How many output pipes of exited workers without orphans are kept, because other processes still
 #: write to these pipes.

@@ -28,7 +28,7 @@ class HandoffMode:
     workers: int = 1  # the default of --workers
     ready: str = "notify"  # the default of --ready
     ready_after_s: float | None = None
-    ready_hint: str = ""  # the kind whose hint a start timeout has, if it is not that of --ready
+    ready_hint: str = ""  # the kind whose hint a start timeout shows; "": that of --ready
     #: Refused options -> the reason.
     refuses: Mapping[str, str] = field(default_factory=dict)
     #: Refused control commands -> the reason.

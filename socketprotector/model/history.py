@@ -42,7 +42,7 @@ class Crash:
     pid: int
     how: str
     when: str  # starting, serving or draining
-    lost: int | None = None  # connections that were open in it; None: not counted
+    lost: int | None = None  # connections that were open in the worker; None: not counted
     last_words: str = ""
     cpu_s: float | None = None
     max_rss_kib: int | None = None
@@ -77,7 +77,7 @@ class History:
         return replace(self, crashes=tuple(crashes))
 
     def dry_run_began(self, generation: int, at: float) -> History:
-        """Return the history with a new dry run; the previous one becomes an earlier one."""
+        """Return the history with a new dry run; the previous dry run moves to earlier_dry_runs."""
         earlier = (*self.earlier_dry_runs, *([self.dry_run] if self.dry_run else []))
         begun = Reload(generation, began_at=at)
         return replace(self, dry_run=begun, earlier_dry_runs=_last(earlier, DRY_RUNS - 1))
@@ -93,7 +93,7 @@ class History:
         return replace(self, reloads=_last((*self.reloads, begun), RELOADS))
 
     def reload_begins_again(self, generation: int) -> History:
-        """Return the history without a reload's first generation; another one follows."""
+        """Return the history without a reload's first generation; another generation follows."""
         others = (each for each in self.reloads if each.generation != generation)
         return replace(self, reloads=tuple(others))
 
@@ -107,10 +107,10 @@ class History:
         return replace(self, reloads=_last((*others, ended), RELOADS))
 
     def health_changed(self, generation: int, state: str, reason: str, at: float) -> History:
-        """Return the history with a health check's result, if it differs from the last one.
+        """Return the history with a health check's result, if it differs from the last result.
 
         A generation counts as healthy until a check fails.  After a restart of the protector the
-        first result often repeats the recorded one.
+        first result often repeats the recorded result.
         """
         last = self.health[-1] if self.health else None
         known = last.result if last is not None and last.generation == generation else HEALTHY
@@ -120,7 +120,7 @@ class History:
         return replace(self, health=(*self.health, change)[-HEALTH_CHANGES:])
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return reloads, dry runs and changes of health as dicts, in the order of their begin."""
+        """Return reloads, dry runs and changes of health as dicts, ordered by when they began."""
         dry_runs = (*self.earlier_dry_runs, *([self.dry_run] if self.dry_run else []))
         found = [_entry("reload", each) for each in self.reloads]
         found += [_entry("dry-run", each) for each in dry_runs]

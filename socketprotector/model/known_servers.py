@@ -221,7 +221,7 @@ def lacks(
     unix: bool = False,
     files: str = "",
 ) -> str | None:
-    """Return why a known server cannot serve with this command, or only seems to; None if it can.
+    """Return what would go wrong with a known server started by this command; None if nothing.
 
     variables: the environment, as NAME=VALUE.
     settles: whether a generation that fails soon after it was ready is rolled back.
@@ -246,11 +246,11 @@ def lacks(
             "nginx finds a UNIX socket only by its path, but each generation's socket has another "
             "name; use 127.0.0.1:PORT instead"
         )
-    names_it = _SOCKET_OPTIONS.get(name)
-    named = names_it is None or any(map(names_it.match, words))
+    socket_option = _SOCKET_OPTIONS.get(name)
+    is_named = socket_option is None or any(map(socket_option.match, words))
     if unix and name == "puma":  # it compares its -b with the name of a generation's socket
-        named = _TAKES_ALL.search(" ".join((*words, files))) is not None
-    if not named:
+        is_named = _TAKES_ALL.search(" ".join((*words, files))) is not None
+    if not is_named:
         return f"{name} was not given the socket"
     at = program_index(command)
     starter = _WITHOUT_STARTER not in words
@@ -267,7 +267,7 @@ def lacks(
     if settles or name not in _LOADS:
         return None
     if name == "gunicorn" and "preload_app" in files:
-        return None  # the operator has set it, or knows of it
+        return None  # a file of the operator mentions it: the operator has decided
     if name == "gunicorn" and not any(map(_PRELOADS.match, words)):
         return (
             "gunicorn reports READY before it has loaded the application, so a reload also accepts "
@@ -296,8 +296,8 @@ def drain_limit(
 ) -> str | None:
     """Return a warning if a server's own limit closes connections before --drain-timeout does.
 
-    Returns None if it does not, or if the operator has set a limit and --drain-timeout is not
-    longer.
+    Returns None if it does not, if `files` has the limit, or if the command has the limit and there
+    is no --drain-timeout.
     drain_limit_s: the --drain-timeout; 0: no limit.
     files: the contents of the server's configuration files, which may set the limit.
     """
@@ -362,8 +362,8 @@ def advice(
 
     said: the program's last words.
     unseen: whether SocketProtector cannot read the program's output.
-    listens: returns the address of a listener that the program has bound itself, or None.  It is
-    only given for a running program.
+    listens: returns the address of a listener that the program has bound itself, or None.  Only a
+    running program has this argument.
     ignores_socket: whether the program seems to accept no connection from our socket: a client
     waits there, or a probe or check has failed.
     proved_ready: whether a worker has become ready by something other than a timer.  Then only an
@@ -406,7 +406,7 @@ def detached(program: Program) -> str:
 def hint(
     program: Program, *, has_ready: bool, taken_from: bool, advice: Callable[[], str]
 ) -> str | None:
-    """Return advice for clients that wait and are not taken by a worker; None if there is none.
+    """Return advice for the case that no worker takes waiting clients; None without advice.
 
     has_ready: whether a worker is ready.
     taken_from: whether workers have taken a connection before, so the server uses our socket.

@@ -36,12 +36,12 @@ else:
         """Do nothing, like typing.dataclass_transform, which costs the process a megabyte."""
         return lambda made: made
 
-    def replace(one, /, **changes):
+    def replace(value, /, **changes):
         """Return a value with changed fields, as dataclasses.replace() does.
 
         dataclasses.replace() itself would load `dataclasses`, and `inspect` in Python 3.12.
         """
-        return type(one)(**{name: getattr(one, name) for name in one._names} | changes)
+        return type(value)(**{name: getattr(value, name) for name in value._names} | changes)
 
 
 #: Stands for a missing value.
@@ -166,12 +166,12 @@ def default_of(cls: Any, name: str) -> Any:
     return cls._defaults[name]
 
 
-def as_dict(one: Any) -> dict[str, Any]:
+def as_dict(value: Any) -> dict[str, Any]:
     """Return a value's fields by name, with nested values as dicts, too.
 
     dataclasses.asdict() would also copy the values, and load a module of 170 KB for that.
     """
-    return {name: _as_plain(getattr(one, name)) for name in one._names}
+    return {name: _as_plain(getattr(value, name)) for name in value._names}
 
 
 def _as_plain(value: Any) -> Any:

@@ -58,11 +58,11 @@ def ready_after_s(settings: Settings) -> float | None:
     """Return after how many seconds a worker without a message counts as ready; None means never.
 
     A server with {fd:ready} reports by that descriptor, so it needs no timer.  A worker that must
-    declare in its message that it can finish alone has none either: if the worker were slow, the
-    timer would end before the declaration.
+    declare in its message that it can finish alone gets no timer either: if the worker were slow,
+    the timer would end before the declaration.
     """
-    writes = settings.ready == "any" and ready_fd(settings) >= 0
-    return None if writes or settings.policy.finish_alone else settings.ready_after_s
+    reports_by_fd = settings.ready == "any" and ready_fd(settings) >= 0
+    return None if reports_by_fd or settings.policy.finish_alone else settings.ready_after_s
 
 
 def fill(

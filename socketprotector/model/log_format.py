@@ -5,7 +5,7 @@ Pure.  Each line is one line of printable characters, whatever its fields contai
 
 from __future__ import annotations
 
-# Not `json`, which would cost the guard a megabyte: it writes such lines, too.
+# Not from `json`, which takes a megabyte: the guard writes such lines, too, and must stay small.
 from _json import encode_basestring_ascii
 from time import gmtime, strftime
 
@@ -49,7 +49,10 @@ def as_coloured(level: str, event: str, fields: Mapping[str, object], now: float
 def as_json(
     level: str, event: str, fields: Mapping[str, object], now: float, *, prioritized: bool = False
 ) -> str:
-    """Return one JSON object: time, level, event and the fields; with a priority before it."""
+    """Return one JSON object: time, level, event and the fields.
+
+    prioritized: whether a priority (sd-daemon(3)) comes before the object.
+    """
     content = {"time": stamp(now), "level": level, "event": event, **plain(fields)}
     pairs = ", ".join(f"{_json(name)}: {_json(value)}" for name, value in content.items())
     return f"{f'<{LEVELS[level]}>' if prioritized else ''}{{{pairs}}}\n"
@@ -64,14 +67,14 @@ def plain(fields: Mapping[str, object]) -> dict[str, str | float]:
 
 
 def is_own(line: str) -> bool:
-    """Return whether `Log` has written this line, not a worker that writes to the same file."""
+    """Return True if `Log` wrote this line, False if a worker that shares the file wrote it."""
     prioritized = line[:1] == "<" and line[2:3] == ">"
     rest = line[3:] if prioritized else line
     if rest.startswith('{"time": "'):
         return '", "level": "' in rest and '", "event": "' in rest
     if prioritized:
         return rest.startswith("event=")
-    # Not after any "Z ": a worker's last line without a line end is before our time.
+    # Do not look for a later "Z ": then the line begins with a worker's unfinished line.
     end, rest = line[_STAMP - 1 : _STAMP + 1], line[_STAMP + 1 :]
     level, _, rest = rest.partition(" ")
     return end == "Z " and level in LEVELS and rest.startswith("event=")

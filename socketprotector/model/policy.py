@@ -1,6 +1,6 @@
 """The operator's policy for generations and their limits, as one frozen value.
 
-Pure.  Not in core/fleet.py, which imports core/events.py: an event carries a policy.
+Pure.  This is not in core/fleet.py: fleet.py imports core/events.py, and an event has a policy.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from .ready_kinds import NEED_ANSWER, PROBED
 from .reload_orders import ROLLING, START_FIRST, STOP_FIRST, ReloadOrder
 from .share import Canary
 
-#: The death of a worker (or generation) that has served this long is not a quick one.
+#: The death of a worker (or generation) that has served this long is not a quick death.
 PROVEN_S = 10.0
 #: A generation may be ready only because it has accepted a connection, without any message.  It is
 #: rolled back if one of its workers dies this soon.
@@ -21,7 +21,7 @@ STOP_FIRST_DRAIN_S = 30.0
 
 @frozen
 class Policy:
-    """The operator's policy.  Times in seconds; 0: no limit.  settings.ADDED has newer fields."""
+    """The operator's policy.  Times in seconds; 0: no limit.  settings.ADDED names newer fields."""
 
     start_tries: int = 3
     start_timeout_s: float = 60.0
@@ -34,12 +34,12 @@ class Policy:
     workers_accept: bool = False  # --handoff listener: only workers know what they have accepted
     ready: str = "notify"  # the kind of --ready (settings.py), which a failed start names
     lame_duck_s: float = 0.0  # from a stop's request to the stop; 0: no lame duck
-    lame_duck_idle_s: float = 0.0  # the stop comes earlier if no client has come for so long
+    lame_duck_idle_s: float = 0.0  # the stop comes earlier if no client has come for this long
     settle_check: str = ""  # the check of a settling generation: see probe_spec.py; "": none
     canary: Canary | None = None  # the share that each new release gets first; None: all
     surge: int = 0  # --reload-order rolling: how many workers a reload may add; 0: another order
     surge_is_percent: bool = False  # of the workers, rounded up
-    drain_spread_s: float = 0.0  # workers on the client library end their connections over so long
+    drain_spread_s: float = 0.0  # the time in which workers on the client library end connections
     stop_spread_s: float = 0.0  # the same at a stop
 
     @property
@@ -94,7 +94,7 @@ class Policy:
 
     @property
     def finish_alone(self) -> bool:
-        """Whether each worker must use the client library: it leaves while others accept on."""
+        """Whether each worker must use the client library, to finish while others still accept."""
         return self.rolls and self.workers_accept
 
     @property
@@ -106,10 +106,11 @@ class Policy:
         """Return how many processes a rolling reload of this many workers may add."""
         return -(-workers * self.surge // 100) if self.surge_is_percent else self.surge
 
-    def part_of(self, leaving: int, workers: int) -> float:
-        """Return over how long the connections of workers that leave together end at a drain.
+    def spread_part_s(self, leaving: int, workers: int) -> float:
+        """Return over how long workers that leave together end their connections at a drain.
 
-        A rolling reload takes --drain-spread as a whole, so each of its workers has a part.
+        A rolling reload as a whole takes --drain-spread, so each of its steps gets only a part.
+        leaving: how many workers leave together.  workers: how many the generation should have.
         """
         if not self.rolls:
             return self.drain_spread_s

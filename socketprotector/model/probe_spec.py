@@ -108,7 +108,7 @@ def read_settle_check(text: str) -> ProbeSpec:
     kind, _, rest = text.partition(":")
     if kind in ("http", "https"):
         return read(text)
-    if kind in {*KINDS} - {CHECK, ANY, LEGACY}:  # it could be taken for a command
+    if kind in {*KINDS} - {CHECK, ANY, LEGACY}:  # do not run this text as a command
         raise ValueError(f"{text!r} is for --ready: write http:/path, https:/path or check:COMMAND")
     command = rest if kind == CHECK else text
     if not command.strip():

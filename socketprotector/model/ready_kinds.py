@@ -1,8 +1,8 @@
 """The kinds of --ready: which are probed, how each is shown, and what a start timeout says.
 
-READY_BY has the words of `ready_by` in `status`: by what a worker became ready.
+READY_BY has the values of `ready_by` in `status`, which say what made a worker ready.
 
-Pure.  Values are read by launch/option_values.py.  A kind with a number or a text needs a field of
+Pure.  launch/option_values.py parses the values.  A kind with a number or a text needs a field of
 Settings, as an option does (CONTRIBUTING.md).  system/readiness.py carries out the kinds, with
 daemon/worker_messages.py (READY=1) and daemon/ready_probe.py (probes).
 """
@@ -19,13 +19,13 @@ class ReadyKind:
     hint: str = ""  # what to check if no worker is ready in time
     written: str = ""  # the value of the option; "": the kind's name
     shown: str = ""  # the value in status; "": as written
-    #: A new generation is probed before it gets its first client.  Then READY=1, an ack and a line
-    #: count, too, unless needs_answer: only the probe's answer makes the generation ready.
+    #: A new generation is probed before it gets its first client.  READY=1, an ack or a line also
+    #: makes a worker ready.  Exception: with needs_answer only the probe's answer does.
     is_probed: bool = False
     needs_answer: bool = False
 
 
-#: These two are no values of --ready: the default of --handoff listener, and a hint of its own.
+#: No values of --ready.  ANY: the default of --handoff listener.  LEGACY: the hint of that mode.
 ANY, LEGACY = "any", "legacy"
 KINDS = {
     "notify": ReadyKind(
@@ -62,7 +62,7 @@ KINDS = {
 PROBED = tuple(name for name, each in KINDS.items() if each.is_probed)
 NEED_ANSWER = tuple(name for name, each in KINDS.items() if each.needs_answer)
 
-#: Ways of becoming ready that are no kinds: a line to the descriptor of `fd`, and the timer.
+#: Two values of `ready_by` that are no kinds: a line to the descriptor of `fd`, and the timer.
 LINE, TIMER = "line", "timer"
 #: Every value of `ready_by` of a ready worker (control.schema.json).  A probe's answer counts for
 #: all workers of its generation.

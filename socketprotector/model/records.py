@@ -31,7 +31,7 @@ class Program:
     nice: int
     identity: Identity | None = None  # the user to run as; None: the protector's
     batch: bool = False  # the caller's scheduling policy was SCHED_BATCH
-    listeners: str = ""  # as in its environment; the generation never learns of others
+    listeners: str = ""  # the addresses in its environment; its workers know no others
     handoff: str = "connection"
     ready: str = "notify"
     ready_after_s: float | None = None
@@ -103,11 +103,11 @@ class GenerationRecord:
     drained_at: float | None = None
     past: Counts | None = None  # the counts of ended workers
     lost: int = 0  # connections that were open in workers that ended
-    probes: int | None = None  # accepted probes, where workers accept; None: before its share
+    probes: int | None = None  # how many probes its workers accepted; None: no client may come yet
     socket_number: int = 0  # the socket from which its workers accept: see delivery/shared/
     accept_tags: tuple[tuple[int, int], ...] = ()  # by listener's index; empty: unknown
-    # For --handoff stdio: whether a program has worked.  Until then: how many programs failed at
-    # once, how the last program ended, and its last output.
+    # For --handoff stdio: whether a program has worked.  Until then: how many programs failed
+    # early, how the last of them ended, and its last output.
     programs_work: bool = False
     programs_failed: int = 0
     program_ended: str = ""
@@ -120,7 +120,7 @@ class GenerationRecord:
 
     @property
     def programs_fail(self) -> str:
-        """How the first programs have failed, in words; "" if they have not."""
+        """How the first programs have failed, in words; "" if none has failed."""
         count = self.programs_failed
         which = "first program" if count == 1 else f"first {count} programs"
         last = "" if count == 1 else "the last "

@@ -25,13 +25,13 @@ ENTRIES = 50
 MOST_BYTES = 1 << 20
 _LONGEST_NAME = 128
 _FORMAT = 2
-_OTHERS = frozenset("._+~@=:,-")
+_PUNCTUATION = frozenset("._+~@=:,-")
 #: The longest reason that is kept.
 _REASON_CHARACTERS = 300
 #: The errors that malformed contents raise.  An infinite number raises OverflowError.
 _WRONG = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 
-#: What came of a release.  A failed release was started; a refused one was not.
+#: The outcomes of trying a release.  A failed release was started; a refused one was not.
 PROVED, FAILED, REFUSED = _OUTCOMES = ("proved", "failed", "refused")
 
 NAME_IS = "a name of 1 to 128 letters, digits and ._+~@=:,- that begins with a letter or digit"
@@ -59,13 +59,13 @@ class Fingerprint:
 
 @frozen
 class Entry:
-    """A release was tried, at a time in seconds since the epoch."""
+    """One try of a release.  at: seconds since the epoch."""
 
     release: str
     at: float
     outcome: str = PROVED
     reason: str = ""  # why it was not proved
-    was: Fingerprint | None = None
+    was: Fingerprint | None = None  # when it was proved; None: it was not, or unknown
 
 
 @frozen
@@ -84,7 +84,7 @@ def is_name(text: object) -> bool:
     """Return True if a text can be the name of a release."""
     if not isinstance(text, str) or not 0 < len(text) <= _LONGEST_NAME or not text.isascii():
         return False
-    return text[0].isalnum() and all(each.isalnum() or each in _OTHERS for each in text)
+    return text[0].isalnum() and all(each.isalnum() or each in _PUNCTUATION for each in text)
 
 
 def fill(text: str, path: str) -> str:
@@ -138,7 +138,10 @@ def failed_last(history: ReleaseHistory, name: str) -> bool:
 
 
 def latest(history: ReleaseHistory) -> dict[str, tuple[Entry | None, Entry | None]]:
-    """Return each release's last proof, and its last failure or refusal, the latest tried last."""
+    """Return each release's last proof, and its last failure or refusal.
+
+    The releases are in the order in which they were last tried.
+    """
     found: dict[str, tuple[Entry | None, Entry | None]] = {}
     for each in history.entries:
         proved, other = found.pop(each.release, (None, None))
@@ -146,7 +149,7 @@ def latest(history: ReleaseHistory) -> dict[str, tuple[Entry | None, Entry | Non
     return found
 
 
-def named_failed(current: str) -> str:
+def failed_warning(current: str) -> str:
     """Return the warning for a link `current` that names a failed release."""
     return f"current names {current}, which failed; a restart would start {current}"
 

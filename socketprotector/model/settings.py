@@ -4,7 +4,8 @@ Pure.  The launching process makes the settings and writes them to a memfd (`dum
 process reads them from there (`load`).  Units are in the names.
 
 A newer program reads an older program's settings; a missing field takes its default.  An older
-program refuses a newer program's settings, because it would silently drop an option.
+program refuses settings with a field that it does not know: otherwise it would silently drop an
+option.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ class ListenerSettings:
     backlog: int = 0  # of a UNIX socket, for the sockets that later take its path
     foreign: bool = False  # passed in by a service manager, which keeps listening
     text: str = ""  # the LISTEN argument
-    nonblock: bool = False  # workers get it with O_NONBLOCK
+    nonblock: bool = False  # workers get the socket with O_NONBLOCK
     priority: int = -1  # SO_PRIORITY for each connection (not inherited); -1: the default
     name: str = ""  # from NAME=LISTEN, or the port, or the file's name
     removed: bool = False  # by a reload; its index is never used again
-    # The path leads to several sockets in turn (system/socket_file.py).  A protector without this
-    # field refuses the settings: its path would lead to a socket that no worker has.
+    # The path leads to several sockets in turn (system/socket_file.py).  An older protector, which
+    # lacks this field, refuses the settings: it would leave the path at a socket without workers.
     beside: bool = False
 
 
@@ -119,7 +120,7 @@ class Settings:
     log_level: str = "info"
     log_format: str = "text"
     log_relay: bool = True  # workers write through the relay, unless to a terminal or a file
-    log_prefix: bool = False  # lines of output begin with their worker's number
+    log_prefix: bool = False  # lines of workers begin with [GENERATION PID]
     watch: tuple[str, ...] = ()  # paths whose changes cause a reload
     releases: str = ""  # the folder of releases; "": there are none
     current: str = ""  # the symbolic link that names the release to start

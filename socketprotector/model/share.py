@@ -8,7 +8,8 @@ from __future__ import annotations
 from .lazy_dataclass import frozen
 from .text import in_units, shortened
 
-#: The share of a generation that gets all new clients.  The state records shares in parts of it.
+#: The share of a generation that gets all new clients.  Shares are in ten thousandths, also in the
+#: state.
 WHOLE = 10_000
 #: How long a canary has its share by default.
 CANARY_FOR_S = 60.0
@@ -20,7 +21,7 @@ class Canary:
 
     share: int  # in parts of WHOLE
     for_s: float
-    at_least: int = 0  # with fewer connections, the canary gets the same time again, then fails
+    at_least: int = 0  # with fewer connections, for_s begins again once; if still fewer, it fails
 
     @property
     def text(self) -> str:
@@ -45,7 +46,7 @@ def percentage_text(percentage: float) -> str:
 
 
 def read_percent(text: str) -> int:
-    """Return the share that `5%` or `0.25%` stands for.  Raises ValueError."""
+    """Return the share that a text such as `5%` or `0.25%` means.  Raises ValueError."""
     whole, point, hundredths = text.removesuffix("%").partition(".")
     digits = whole + hundredths.ljust(2, "0")
     is_complete = bool(whole) and bool(hundredths) == bool(point)

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 
 def quantile_us(waits: Sequence[int], share: float) -> int | None:
-    """Return the longest wait (us) of the first bucket that reaches this share of all waits.
+    """Return the upper limit (us) of the bucket in which the waits reach this share of all waits.
 
-    Return None if no wait was counted.
+    waits: the counts of a histogram's buckets.
+    Returns None if no wait was counted.
     """
     wanted, seen = share * sum(waits), 0
     for bucket, count in enumerate(waits):

@@ -173,7 +173,7 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
         ),
         (
             ["--drain-spread", "1s", *LISTENER, "0", "--", "env", "node", "x.js"],
-            "which node does not use; it has no such option of its own",
+            "which node does not use; node has no such option of its own",
         ),
         ([*ROLLING, "--surge", "0", "0", "--", "true"], "write a number of workers from 1"),
         ([*ROLLING, "--surge", "0%", "0", "--", "true"], "or 1% to 100%"),

@@ -94,9 +94,9 @@ def test_under_rolling_each_worker_has_its_part(
     story: Story, surge: int, percent: bool, part_s: float
 ) -> None:
     policy = Policy(surge=surge, surge_is_percent=percent, drain_spread_s=6.0, drain_timeout_s=9.0)
-    assert policy.part_of(1, 4) == part_s
-    assert policy.part_of(4, 4) == 6.0
-    assert policy.part_of(9, 4) == 6.0
+    assert policy.spread_part_s(1, 4) == part_s
+    assert policy.spread_part_s(4, 4) == 6.0
+    assert policy.spread_part_s(9, 4) == 6.0
 
 
 def test_a_rolling_reload_orders_parts(story: Story) -> None:

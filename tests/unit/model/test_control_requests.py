@@ -125,7 +125,7 @@ def refused_or_taken(data: bytes) -> None:
         (b"[]", "invalid", "a line is one JSON object"),
         (b"\xff", "invalid", "a line is one JSON object: 'utf-8' codec can't decode byte 0xff"),
         (b'{"v":1}{"v":1}', "invalid", "a line is one JSON object: Extra data"),
-        (b'{"v":1,"v":1}', "invalid", "a line is one JSON object: a name stands twice"),
+        (b'{"v":1,"v":1}', "invalid", "a line is one JSON object: a name appears twice"),
         (b"9" * 5000, "invalid", "a line is one JSON object: Exceeds the limit"),
         (b"[" * LINE_BYTES, "invalid", "a line is one JSON object: maximum recursion depth"),
         (b'{"a":' * 10_000, "invalid", "a line is one JSON object: maximum recursion depth"),

@@ -393,14 +393,14 @@ def test_two_protectors_never_own_the_link_although_the_locks_file_was_removed(
 ) -> None:
     first, lock = world.make(), world.live / "current.lock"
     lock.unlink()
-    assert first.own()  # it locks a new file
+    assert first.become_owner()  # it locks a new file
     second = world.make()
-    assert not second.own()
+    assert not second.become_owner()
 
     lock.unlink()
 
-    assert second.own()
-    assert not first.own()
+    assert second.become_owner()
+    assert not first.become_owner()
     assert (first.link.descriptors(), first.error) == ({}, "")
 
 

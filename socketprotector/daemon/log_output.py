@@ -82,9 +82,10 @@ class Output:
         self._relay: relay_client.LogRelay | None = None
 
     def _open_if_lost(self) -> str:
-        """Open the log file if our stderr is another file; return why that failed, or "".
+        """Open the log file if our stderr is the journal; return why that failed, or "".
 
-        systemd starts us with the journal after a crash.
+        After a crash, systemd starts us with the journal as stderr.  A regular file as stderr is
+        the log file, perhaps renamed: then positions in that file are still valid (last_words()).
         """
         try:
             if self._log_file is not None and not _is_stderr(self._log_file):
@@ -246,9 +247,10 @@ class Output:
 
 
 def _is_stderr(path: str) -> bool:
-    """Return whether our stderr is this file."""
+    """Return whether our stderr is this file, or was this file before a rotation."""
+    found = os.fstat(_STDERR)
     try:
-        return os.path.samestat(os.stat(path), os.fstat(_STDERR))
+        return stat.S_ISREG(found.st_mode) or os.path.samestat(os.stat(path), found)
     except FileNotFoundError:
         return False
 

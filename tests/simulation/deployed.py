@@ -57,6 +57,9 @@ class FakeStore:
     def lock(self, _: str) -> int:
         return 99
 
+    def is_lock(self, *_: object) -> bool:
+        return True
+
     def unlock(self, _: int) -> None:
         pass
 

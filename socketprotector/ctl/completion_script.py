@@ -1,7 +1,7 @@
 """Makes the scripts by which bash, zsh and fish complete command lines, from click's scripts.
 
-click's scripts do not complete `--name=WORD`.  bash also splits words at `:`, so click's script for
-bash completes nothing after `--name web:8000`.  In fish, click's script ends descriptions at a
+click's scripts do not complete `--name=WORD`.  bash splits words at `:`, so click's script for bash
+completes nothing after `--name web:8000`, either.  In fish, click's script ends descriptions at a
 comma.  _CHANGES corrects these three faults.
 """
 
@@ -11,7 +11,7 @@ import click
 from click.shell_completion import ShellComplete, get_completion_class
 
 #: Shell -> parts of click's script, and what replaces each part.  In the scripts, `option` is
-#: `--name=` if the word to complete begins with `--name=`.
+#: the beginning of the word to complete if this is an option with `=`, such as `--name=`.
 _CHANGES = {
     "bash": {
         "local response\n": """local response type value
@@ -45,8 +45,8 @@ SHELLS = tuple(_CHANGES)
 def make(shell: str, program: click.Command, name: str) -> str:
     """Return the script that a shell needs to complete command lines of a program.
 
-    The script calls the program `name`, which computes the completions.
-    program: any click command.
+    program: the click command that the program runs.  name: the program's name; the script runs it
+    to get the completions.
     """
     variable = f"_{name.replace('-', '_')}_COMPLETE".upper()
     shell_class = get_completion_class(shell)

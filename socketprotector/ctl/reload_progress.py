@@ -221,9 +221,9 @@ class Reload(Awaited):
                     self._show_switch(number)
                 else:
                     self._show_share(number)
-        # Once we have shown which generation is starting, hide waits of kind `earlier-reload`: the
-        # user already knows what our reload waits for.  Such a wait now means that a later reload
-        # waits for our generation, or that our reload waits for the restart of the old version.
+        # Once we have shown which generation is starting, hide waits of kind `earlier-reload`.
+        # They now mean that a later reload waits for our generation, or that our reload waits for
+        # the restart of the old version, which we have shown already.
         kinds = [
             each for each in _RELOAD_WAITS if self._current is None or each != "earlier-reload"
         ]
@@ -345,8 +345,8 @@ class Losses:
         before = self._before
         by_protector = measure(before, "lost"), measure(after, "lost")
         # The number is unknown under --handoff listener, because the protector's `lost` is None.
-        # The number is also unknown after an upgrade or crash, because we may have missed events.
-        # Both increase `restarts`.
+        # The number is also unknown after an upgrade or crash (each increases `restarts`), because
+        # we may have missed events.
         if None in by_protector or before.get("restarts") != after.get("restarts"):
             return None
         both = [*listed(before, "generations"), *listed(after, "generations")]

@@ -79,9 +79,9 @@ RECORDED = Undone | Report | StartTimer
 #: Reports after which a generation's program counts as the last good program.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
-#: After the time of --settle, we check this often whether one more good answer has come.
+#: The interval at which we look for one more good answer after the time of --settle.
 _SETTLE_AGAIN_S = 0.1
-#: Until it runs out, a stop accepts late clients: those whose kernels may still retry after a hold.
+#: Timer of a stop that accepts late clients: their kernels may still retry after a hold.
 _LATE_TIMER = "late"
 
 

@@ -127,7 +127,7 @@ class Serving:
         most: the limit for each of the following two counts.  When the number of BAD or REFUSED
         verdicts since the last GOOD verdict reaches `most`, the state becomes UNHEALTHY.  When the
         number of inconclusive verdicts in a row reaches `most`, the state becomes UNKNOWN.
-        Inconclusive verdicts (`case _`) are CANNOT, UNREACHED, MOVED and NO_TARGET.
+        Here inconclusive verdicts (`case _`) are _INCONCLUSIVE and NO_TARGET.
         """
         state, why = self.state, verdict.why
         failures, missed, reason = self.failures, 0, self.reason

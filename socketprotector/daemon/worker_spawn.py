@@ -65,9 +65,9 @@ class Worker:
 
     @property
     def became_ready(self) -> bool:
-        """Return whether the worker became ready while its process was alive.
+        """Return whether we learned that the worker was ready before we noticed its exit.
 
-        If we learn only after the exit that the worker was ready, only record.ready_by is set.
+        If we learn this only after the exit, only record.ready_by is set.
         """
         return self.record.ready_at is not None
 

@@ -39,8 +39,8 @@ class Host(ABC):
 
         The route is the generation that gets the new clients.
         waiting: how many clients wait.  listen: the addresses where these clients wait; None: they
-        wait in the queue.  ever: whether the workers may have accepted an earlier client at each of
-        these addresses (without `listen`: from the queue).
+        wait in the queue.  ever: False if the workers have certainly never accepted a client at one
+        or more of these addresses, or (without `listen`) from the queue.
         """
 
     @property

@@ -1,7 +1,7 @@
 """Closes listeners; a removed listener stays open while a generation accepts from it.
 
-The generations that know a removed listener finish soon after its removal.  Until they are ordered
-to finish, Quiescing waits for the removed listener's clients, too.
+The generations that know a removed listener finish soon after its removal.  They are ordered to
+finish once Quiescing has seen that no client waits any more, also at the removed listener.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ class RemovedListeners:
     def add(self, listener: Listener) -> None:
         """Take ownership of a listener; close it once its generations have been ordered to finish.
 
-        If no generation accepts, close it now.  The owner of a passed-in socket accepts there, so
-        only clients at the second socket, which we bound, need a generation.
+        If no generation accepts from it, close it now.  At a passed-in socket the owner accepts.
+        So of a passed-in listener only the second socket, which we bound, needs a generation.
         """
         taken = self._taken(listener)
         self.report_lost(listener, taken)
         if listener.settings.foreign:
             taken &= {1} if listener.has_sibling else set()
-            with suppress(OSError):  # new clients come to the second socket until it is closed
+            # If this fails, new clients come to the second socket until it is closed.
+            with suppress(OSError):
                 listener.steer(0)
         if taken:
             self._unwatch(listener)
@@ -88,8 +89,8 @@ class RemovedListeners:
                 if waiting <= waiting_probes:
                     left_out.add(number)
                 elif listener.socket.family != socket.AF_UNIX:
-                    # backlog() counts probes that wait at a TCP address: subtract them below.  At a
-                    # UNIX socket, backlog() omits disconnected connections, and so our probes.
+                    # backlog() counts probes that wait at a TCP address: subtract them below.  Not
+                    # at a UNIX socket: our probes have disconnected, and backlog() omits those.
                     probes += waiting_probes
         found = listener.backlog(0, left_out)
         lost = found[0] - probes if found else 0

@@ -81,7 +81,7 @@ _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
 #: After the time of --settle, we check this often whether one more good answer has come.
 _SETTLE_AGAIN_S = 0.1
-#: Until it runs out, a stop accepts late clients: those whose kernels may still retry after a hold.
+#: Until this timer ends, a stop accepts late clients, whose kernels may still retry after a hold.
 _LATE_TIMER = "late"
 
 

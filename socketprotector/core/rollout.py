@@ -13,8 +13,8 @@ the clients back.  No list of steps is stored.  The stage follows from the fleet
 
 A stage proves nothing while a hold keeps clients out.  So the time of a stage that began before the
 hold does not run during the hold.  A canary's stage that begins during the hold ends only after the
-hold.  Any other stage that begins during the hold may end during the hold: an operator may wait for
-the verdict of a reload before releasing the hold.
+hold.  Any other stage that begins during the hold may end during the hold: an operator may await a
+reload's verdict before releasing the hold.
 """
 
 from __future__ import annotations

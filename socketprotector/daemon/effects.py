@@ -81,7 +81,7 @@ _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _FAILURE = (ReportKind.RELOAD_FAILED, ReportKind.DRY_RUN_FAILED)
 #: The interval at which we look for one more good answer after the time of --settle.
 _SETTLE_AGAIN_S = 0.1
-#: Timer of a stop that accepts late clients: their kernels may still retry after a hold.
+#: Until this timer ends, a stop accepts late clients, whose kernels may still retry after a hold.
 _LATE_TIMER = "late"
 
 

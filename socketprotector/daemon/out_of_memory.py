@@ -87,8 +87,8 @@ class MemoryWatch:
             return exit_text.KILLED
         # If several kills are unexplained, the counts do not tell which of them came from the
         # cgroup's own limit.  So all of them get the same cause: the limit if the count at_limit
-        # has risen since the last handled kill, otherwise no limit.  For this comparison, keep the
-        # old at_limit until the last of these kills is explained.
+        # has risen since the last kill before them, otherwise no limit.  For this comparison, keep
+        # the old at_limit until the last of these kills is explained.
         more = now.kills > before.kills + 1
         at_limit = before.at_limit if more else now.at_limit
         self._handled = OutOfMemory(before.kills + 1, at_limit)

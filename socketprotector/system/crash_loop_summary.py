@@ -1,8 +1,8 @@
 """Keeps a crash loop from filling the log: after SHOWN deaths, lines with a count replace the rest.
 
 Further deaths are counted.  At growing intervals, a line has the count and the last cause.  When a
-worker has run for PROVEN_S, and at a stop, the remaining deaths are summed up, and the withheld
-lines of the running worker are written.  Observers of the log get every line.
+worker has been ready for PROVEN_S, and at a stop, we write the remaining count and the running
+worker's withheld lines.  Observers of the log get every line.
 
 The limit holds for each slot of a generation, and for generations that fail in a row while no
 generation is serving.  This module reads the log's own lines, which also say when a worker was

@@ -92,7 +92,7 @@ class Listener:
         sibling: another socket of the same address, so that two generations have one socket each.
         reserved: a third socket, which no worker gets; new clients go to it during a hold.  It also
         replaces a broken socket if we may not bind the address.
-        again: for each socket, how often it was replaced; the count is in its descriptor's name.
+        again: for each socket, the number in its descriptor's name; it grows: no name is reused.
         """
         #: Socket 0, and its sibling, socket 1, if there is one.
         self.sockets = [socket.socket(fileno=each) for each in (fd, sibling) if each >= 0]

@@ -1,6 +1,6 @@
 """Reads how often the kernel killed a process of our memory cgroup, and the limit of that cgroup.
 
-The kernel kills a process when memory runs out, at the cgroup's limit or in the whole machine.
+The kernel kills a process when memory runs out in the cgroup, an outer cgroup or the machine.
 
 Events: version 2 wakes a process that polls `memory.events`.  Version 1 writes to an eventfd at
 each shortage of the cgroup, before the kill, but not at a shortage of the whole machine.

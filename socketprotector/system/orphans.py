@@ -195,7 +195,7 @@ class Orphans:
         for address in wanted:
             search, processes = self._searches[address], found.get(address, ())
             self._act(search, processes, complete=not why)
-            # No wait depends on what a failed worker has left: repeat its failed scans for ever.
+            # The fleet waits only for lost workers (`gone`): other failed scans need no limit.
             is_over = search.kills >= _MOST_KILLS and not (why and search.gone is None)
             if is_over or not (processes or why):
                 done.append(search.gone)

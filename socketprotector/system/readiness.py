@@ -224,7 +224,7 @@ class Readiness:
             self._check = None
 
     def note_ready(self) -> None:
-        """Record that the worker is ready; its lines are still read, but have no effect."""
+        """Await readiness no longer; the worker's lines are read, but have no effect."""
         self.stop_check()
         self._loop.cancel((_AFTER, self._number))
         self._ready = self._hangs = self._fails = _nothing

@@ -73,7 +73,7 @@ class Group:
     order: Order | None  # the members by the kernel's positions; None: unknown
     to: int | None = None  # the target of new clients: 0, 1 or SILENT; None: not steered yet
     marked: Mapping[Any, int] = field(default_factory=dict)  # the target of each mark
-    share: int = 0  # the ten thousandths of new clients that go to the other socket
+    share: int = 0  # the ten thousandths of new clients for the other of sockets 0 and 1
 
     @classmethod
     def of(cls, count: int) -> Group:
@@ -107,7 +107,7 @@ class Group:
             for each in left:
                 order = _without(order, each)
             return (*order, *joined)
-        # The members in front of SILENT began to listen earlier than SILENT.
+        # The members in front of SILENT have listened since before SILENT joined.
         is_known = SILENT not in listed or set(self.sockets) <= set(listed)
         return listed if is_known else None
 

@@ -306,8 +306,8 @@ class Store:
         self.kept = set(kept)
         self._most, self._names_bytes = most, names_bytes
         self._bytes = sum(len(name) + 1 for name in self.kept)
-        #: Not stored, because the store was full.  In this order they are stored later, so that the
-        #: room of one worker goes to one other worker: a worker stored in part would be lost, too.
+        #: Not stored, because the store was full.  In this order they are stored later, so that one
+        #: worker's room goes to one other worker.  A worker stored in part would be lost, too.
         self._left_out: dict[str, None] = {}
         self._few: set[str] = set()  # the names in the last sync()'s argument `few`
         self._due = dict.fromkeys(kept)  # to be stored, or to be forgotten

@@ -32,8 +32,8 @@ from ..worker_protocol import FAILED, Notifier, Refusal, inherited, receive, wri
 from .stream import Stream, described, is_unread, peer_of
 
 PROGRAM = "socketprotector.legacy"
-#: The pauses between tries to bind a name that is in use.  The second is for a name of another
-#: worker, which reports when the name is free.
+#: The pauses between tries to bind a name that is in use.  The second pause is for a name that
+#: another worker has, or is next in line for: that worker's hang-up can end the pause.
 _RETRY_S = 0.1
 _LOOK_S = 1.0
 #: If a name is in use for longer, the log says so.

@@ -1,8 +1,7 @@
 """Drains listeners that a reload has removed: refuses new clients, and delivers connected clients.
 
 Connected clients go to the newest generation that was opened with the listener, has had clients,
-and still has an open channel.  A timer looks at the backlog until two looks in a row find no
-client.
+and is not finishing.  A timer looks at the backlog until two looks in a row find no client.
 
 If new clients cannot be refused, the drain also ends when LAST_S has passed and every accepted
 client has been sent.  Clients that are still in the backlog when the drain ends are lost.

@@ -230,8 +230,8 @@ class QueueDelivery(Delivery):
     def remove(self, listener: Listener) -> None:
         """Refuse a listener's new clients, and send its backlog to a generation.
 
-        The backlog goes to the newest generation that knows the listener, has an open channel, and
-        has had the route or a share of the clients.  Without such a generation the backlog is lost.
+        The backlog goes to the newest generation that knows the listener, is not finishing, and has
+        had the route or a share of the clients.  Without such a generation the backlog is lost.
 
         Exception: if a service manager passed the socket in, the service manager keeps listening,
         and gets the backlog.

@@ -303,7 +303,7 @@ class SocketSteering(Steering):
         Wait only for clients that came before this call.  Later clients are refused, or wait for
         the next start.  At a passed-in socket, later clients wait until the socket's owner (such as
         systemd) accepts them.  Exception: the generation may accept later clients at a listener's
-        only socket.  latest: the `accept_until` of Quiescing.begin(), which limits the wait.
+        only socket.  The wait is limited: see Quiescing.begin().  latest: its `accept_until`.
         """
         number = self.turns.accepting.get(generation, 0)
         common = [each for each in self._listeners.living if not each.has_sibling]

@@ -57,10 +57,10 @@ class Listener(Socket):
 
         limit: while this number of accepted connections is open, others stay in the queue.
         take: after this many connections in a row, accept fails once with BlockingIOError.  Without
-        that error an event loop would take the whole queue before it serves.  0: begin with 1, and
-        double the number while connections keep waiting, up to about 32 divided by the number of
-        workers.  None: no such errors, for loops that accept once for each wake-up.  A blocking
-        listener ignores `take`.
+        that error an event loop would take the whole queue before it serves.  0: begin with 1,
+        double the number while connections keep waiting, and halve it when few wait.  The most is
+        about 32 divided by the number of workers.  None: no such errors, for loops that accept once
+        for each wake-up.  A blocking listener ignores `take`.
 
         Raises the errors of `connections`, except that the address may be missing.
         """

@@ -34,9 +34,10 @@ def draining(connection: Optional[Union[HasFileno, HasExtraInfo]] = None) -> boo
 def on_drain(callback: Callable[[], object]) -> None:
     """Call callback() once when the drain begins, or now if the drain has already begun.
 
-    If the drain has already begun, the callback runs in your thread; otherwise it runs in a thread
-    of the library, which logs exceptions.  In asyncio, use loop.call_soon_threadsafe to reach the
-    event loop.  `serve`, `aserve` and `connections` return after the callback has ended.
+    The callback runs in a thread of the library, which logs exceptions.  If the drain has already
+    begun, the callback may run in your thread instead.  In asyncio, use loop.call_soon_threadsafe
+    to reach the event loop.  `serve`, `aserve` and `connections` return after the callback has
+    ended.
     """
     current().drain.on_begin(callback)
 

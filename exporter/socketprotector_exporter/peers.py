@@ -108,7 +108,7 @@ class Peers:
     def __init__(self, files: Files, say: Callable[[str], None]) -> None:
         """Read the files.  Raises UsageError.
 
-        say: called with one line if a later change makes a file invalid; the earlier hosts stay.
+        say: called with one line if a later change makes a file invalid; the old values stay.
         """
         self._files, self._say = files, say
         self._stamp = files.stamp()
@@ -168,7 +168,7 @@ class Peers:
         try:
             self._plan = self._files.read()
         except UsageError as error:
-            self._say(f"{error}; until this is fixed, the earlier hosts stay")
+            self._say(f"{error}; until this is fixed, the old values stay")
             return []
         known = self._hosts
         self._hosts = {peer: known.get(peer) or Host(peer.name) for peer in self._plan.peers}

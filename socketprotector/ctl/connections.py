@@ -88,7 +88,7 @@ def find_connections(
     draining: the numbers of the draining generations.
     shares_pids: whether the workers' pids are of our own PID namespace (Client.shares_pids).
 
-    If the worker has recorded when it accepted a connection (docs/protocol.md), the bound is EXACT.
+    If the worker has recorded the time of the accept (docs/protocol.md), the bound is EXACT.
     Otherwise age_s is the time since the worker's `since_at`:
 
     * In a draining generation, the drain began at `since_at`.  The worker's connections began

@@ -1,7 +1,7 @@
 """Parses durations on the command lines of SocketProtector and socketprotectorctl.
 
 This module needs click, which the resident process does not load.  So text.in_units, which shows
-durations, is in another module.  SocketProtector's other types are in launch/option_values.py.
+durations, is in another module.  The types of other options are in launch/option_values.py.
 """
 
 from __future__ import annotations

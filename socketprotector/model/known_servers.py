@@ -362,8 +362,8 @@ def advice(
 
     said: the program's last words.
     unseen: whether SocketProtector cannot read the program's output.
-    listens: returns the address of a listener that the program has bound itself, or None.  Only a
-    running program has this argument.
+    listens: returns the address of a listener that the program has bound itself, or None.  Passed
+    only for a running program.
     ignores_socket: whether the program seems to accept no connection from our socket: a client
     waits there, or a probe or check has failed.
     proved_ready: whether a worker has become ready by something other than a timer.  Then only an

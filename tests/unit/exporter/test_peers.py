@@ -614,7 +614,7 @@ def test_the_files_are_read_again_when_they_change(inside: Inside, tls: ssl.SSLC
         world.write("nonsense")
         await world.until(lambda: world.said)
         assert world.said[0].startswith(f"--peers {world.files.peers}: line 1: write [NAME] https")
-        assert world.said[0].endswith("; until this is fixed, the earlier hosts stay")
+        assert world.said[0].endswith("; until this is fixed, the old values stay")
         asked = world.asked["web"]
         await world.until(lambda: world.asked["web"] > asked + 3)
         assert len(world.said) == 1

@@ -79,6 +79,7 @@ class Resident:
         if isinstance(earlier, Snapshot):
             # An upgrade passed on the descriptors in left_out, for which the store had no room.
             stored -= set(earlier.left_out)
+        kept = {name: descriptors[name] for name in stored}
         self.settings = settings
         self.unclaimed = unclaimed = Inherited(descriptors)
         #: The descriptors of _OWN, by name.
@@ -86,7 +87,7 @@ class Resident:
         self.earlier = earlier
         self.command = command
         self.output = Output(settings)
-        self.parents = Parents(unclaimed.take_one(inherited.GUARD), stored, self._send_later)
+        self.parents = Parents(unclaimed.take_one(inherited.GUARD), kept, self._send_later)
         self.start_report = StartReport(
             unclaimed.take_one(inherited.LAUNCHER),
             unclaimed.take_one(inherited.TERMINAL),

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import resource
 import socket
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from ..model import exit_text
 from ..system import inherited
+from ..system.inherited import Named
 from ..system.loop import Loop
 from ..system.polling import read_now
 from ..system.sd_notify import WATCHDOG, Outbox, Store, Systemd, parse, room_of
@@ -27,6 +28,35 @@ _READ_IN_A_TURN = 1024
 _FAREWELL_S = 5.0
 #: How long finish() waits for the service manager, which may have stopped reading.
 _MANAGER_S = 1.0
+#: The kinds of sockets that may change their names, because they change their roles.
+_RENAMED = (inherited.LISTENER, inherited.SIBLING, inherited.RESERVED)
+
+
+class SystemdStore(Store):
+    """systemd's fd store.  It does not store a socket a second time under another name."""
+
+    def __init__(self, outbox: Outbox, kept: Mapping[str, int], most: int) -> None:
+        """Use the store behind an outbox; kept: the descriptors that came from it, by name."""
+        super().__init__(outbox, kept, most=most, names_bytes=inherited.STORE_NAMES_BYTES)
+        self._inodes = {n: os.fstat(kept[n]).st_ino for n in kept if n.startswith(_RENAMED)}
+
+    def sync(
+        self,
+        few: Mapping[str, int],
+        many: Named | None = None,
+        write_state: Callable[[], bool] = lambda: True,
+    ) -> bool:
+        """Make the store hold exactly these descriptors; first remove each socket's old name."""
+        for name, fd in few.items():
+            if fd >= 0 and name.startswith(_RENAMED) and name not in self._inodes:
+                inode = os.fstat(fd).st_ino
+                for old in self._inodes.keys() - few.keys():
+                    if self._inodes[old] == inode:
+                        self.forget(old)
+                self._inodes[name] = inode
+        for gone in self._inodes.keys() - few.keys():
+            del self._inodes[gone]
+        return super().sync(few, many, write_state)
 
 
 class Parents:
@@ -36,11 +66,11 @@ class Parents:
     """
 
     def __init__(
-        self, line: int | None, kept: Collection[str], later: Callable[[Callable[[], None]], None]
+        self, line: int | None, kept: Mapping[str, int], later: Callable[[Callable[[], None]], None]
     ) -> None:
         """Take ownership of the guard's line.
 
-        kept: the names of the descriptors that the guard or systemd's fd store already has.
+        kept: the descriptors that the guard or systemd's fd store already has, by name.
         later: calls a function after a short pause.
         """
         self.line = socket.socket(fileno=line) if line is not None else None
@@ -56,7 +86,7 @@ class Parents:
         self.store = (
             Store(self.guard, kept)
             if self.line is not None
-            else Store(self._manager, kept, most=room, names_bytes=inherited.STORE_NAMES_BYTES)
+            else SystemdStore(self._manager, kept, room)
         )
 
     def watch(

@@ -16,13 +16,14 @@ from socketprotector.core.fleet import Fleet
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon.checkpoint import Checkpoint
 from socketprotector.daemon.effects import Effects
+from socketprotector.daemon.parents import SystemdStore
 from socketprotector.model.records import SettingsRecord
 from socketprotector.model.settings import Settings
 from socketprotector.programs.guard import Guard
 from socketprotector.system import inherited
 from socketprotector.system.inherited import Named
 from socketprotector.system.log import Log
-from socketprotector.system.sd_notify import Outbox, Store, room_of
+from socketprotector.system.sd_notify import Outbox, Store, parse, room_of
 from socketprotector.system.state_file import StateFile
 
 Again = list[Callable[[], None]]
@@ -109,6 +110,31 @@ def test_what_came_from_there_is_not_sent_again_but_removed_when_it_is_over(
 
     assert kept(guard) == {"sp.a": file(0)}
     assert guard.began
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_socket_with_another_name_is_stored_by_systemd_too(
+    line: tuple[socket.socket, socket.socket], resumed: bool
+) -> None:
+    """systemd does not store a socket a second time, so its old name must be removed first."""
+    ours, theirs = line
+    with socket.socket() as held, socket.socket() as serving:
+        before = {"sp.listener.0": serving.fileno(), "sp.reserved.0": held.fileno()}
+        outbox = Outbox(lambda again: None, ours)
+        store = SystemdStore(outbox, before if resumed else {}, most=9)
+        if not resumed:
+            store.sync(before)
+        after = {"sp.listener.0": serving.fileno(), "sp.twin.0.1": held.fileno()}
+        for _ in range(2):
+            store.sync(after)
+        store.sync(dict.fromkeys(after, -1))  # as at the end of a stop
+    outbox.finish(0.0)
+    said = [parse(data) for data in iter(lambda: theirs.recv(4096), b"")]
+    assert [(each["FDNAME"], "FDSTORE" in each) for each in said[-2:]] == [
+        ("sp.reserved.0", False),
+        ("sp.twin.0.1", True),
+    ]
+    assert len(said) == (2 if resumed else 4)
 
 
 def test_a_name_again_stands_for_the_new_descriptor(guard: Guard, files: list[int]) -> None:

@@ -16,7 +16,7 @@ def test_all_waiting_reports_of_the_guard_come_before_a_timer(
     """A timer would call the statuses of the other workers unknown, and a clean exit a failure."""
     monkeypatch.setenv("FDSTORE", "")  # so that it is restored
     ours, guard = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    parents, loop = Parents(ours.detach(), (), lambda again: None), Loop()
+    parents, loop = Parents(ours.detach(), {}, lambda again: None), Loop()
     heard: list[tuple[int, bool]] = []
     parents.watch(loop, lambda pid, clean, how: heard.append((pid, clean)), lambda: None)
     reports = [(pid, pid % 2 == 0) for pid in range(1, 101)]

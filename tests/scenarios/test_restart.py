@@ -21,6 +21,7 @@ from tests.rounds import rounds
 from tests.running import DEADLINE_S, Address, Client, ask, eventually
 from tests.scenarios.adopting import at_rest
 from tests.scenarios.managers import MANY, OWN, Service, of_generation, wait_stored
+from tests.scenarios.operating import Line
 from tests.scenarios.tools import EITHER_HANDOFF, hold, pid_in, spawned, worker
 
 ROUNDS = rounds(3, 100)
@@ -248,9 +249,11 @@ def settings_of(pid: int) -> bytes:
 def test_a_path_keeps_its_file_and_clients_that_connect_meanwhile_wait(
     service: Service, handoff: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "socket"
-    service.start(*words_of(handoff, f"unix:{path}?mode=600"))
+    path, control = tmp_path / "socket", tmp_path / "control"
+    service.start("--control", control, *words_of(handoff, f"unix:{path}?mode=600"))
     serves(service)
+    with Line(control) as line:
+        line.ask("hold", seconds=3600)  # it leads to a third socket, which the next start then gets
     service.main.stop()
     found = path.stat()
     with Client(str(path), "waits") as waiting:

@@ -383,6 +383,10 @@ def test_a_stop_that_is_killed_midway_is_gone_on_with_and_leaves_them(
         held.ask()
     assert second.wait() == 0
     wait_stored(service, {"sp.listener.0"})
+    # After READY=1, systemd would take the exit for the end of the service, and start nothing.
+    said = {name for each in service.said for name in each}
+    assert "STOPPING" in said
+    assert "READY" not in said
     third = service.start(*words)
     with later:
         assert pid_in(later.hear()) == spawned(third)[0]

@@ -140,16 +140,22 @@ def _bind_path(bound: socket.socket, path: str) -> None:
         os.rename(temporary, path)
 
 
-def _remove(path: str) -> None:
+def _remove(path: str, folder: int | None = None) -> None:
     with suppress(OSError):  # removed already
-        os.unlink(path)
+        os.unlink(path, dir_fd=folder)
 
 
 def remove_folder(path: str) -> None:
     """Remove the folder of notify sockets, if removable, with files that killed programs left."""
     with suppress(OSError):
-        for name in os.listdir(path):
-            _remove(os.path.join(path, name))
+        # Root must not follow a link that the folder's user has put in the folder's place.
+        folder = os.open(path, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            for name in os.listdir(folder):
+                _remove(name, folder)
+        finally:
+            os.close(folder)
+    with suppress(OSError):
         os.rmdir(path)
 
 
@@ -212,8 +218,7 @@ class Outbox:
             return False
         # A file name in a status need not be UTF-8.
         data = text.encode("utf-8", "backslashreplace")
-        # Keep one copy of each text: watchdog messages must not pile up, and the last message must
-        # stay last.
+        # Keep one copy of each text: watchdog messages must not pile up; the last must stay last.
         self._drop(data)
         self._unsent[data] = copy
         self._flush()
@@ -247,8 +252,7 @@ class Outbox:
         deadline = time.monotonic() + seconds
         poll = select.poll()
         if self._line is not None:
-            # Connect, because an unconnected datagram socket polls as writable even if the peer is
-            # full.
+            # Connect: an unconnected datagram socket polls as writable even if the peer is full.
             with suppress(OSError):  # without a peer each message fails anyway
                 for address in self._to:
                     self._line.connect(address)
@@ -414,8 +418,7 @@ class Store:
         self._left_out.pop(name, None)
         if name not in self.kept:
             return
-        # Withdraw an unsent message: its copy would keep a connection open that a worker has
-        # closed.
+        # Withdraw an unsent message: its copy keeps a connection open that a worker has closed.
         if not self._outbox.withdraw(_STORE.format(name)):
             self._outbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
         self.kept.discard(name)
@@ -426,10 +429,7 @@ class Systemd:
     """The service manager that started us, if any, and the guard: both get the same messages."""
 
     def __init__(self, environment: Mapping[str, str], pid: int, *outboxes: Outbox) -> None:
-        """Send to all outboxes; the first leads to NOTIFY_SOCKET.
-
-        pid: the main process of the service.
-        """
+        """Send to all outboxes, first to NOTIFY_SOCKET.  pid: the service's main process."""
         self.pid = pid
         self._outboxes = outboxes
         usec = environment.get("WATCHDOG_USEC", "")

@@ -159,6 +159,19 @@ def test_what_a_killed_program_has_left_in_it_is_removed_with_it(place: Path) ->
     assert list(place.iterdir()) == []
 
 
+def test_a_link_in_its_place_is_not_followed(place: Path, tmp_path: Path) -> None:
+    """Its user, as whom workers run, can make one; then the next program may still be root."""
+    folder = made(settings())
+    os.rmdir(folder.path)
+    os.symlink(tmp_path, folder.path)
+    others = tmp_path / "others"
+    others.touch()
+
+    folder.discard()
+
+    assert others.exists()
+
+
 def test_what_a_killed_one_has_left_is_removed_by_the_next_start(place: Path) -> None:
     killed = made(settings())
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as left:

@@ -56,6 +56,26 @@ def test_one_that_a_living_protector_holds_is_respected(start: Start) -> None:
     assert start.left() == []
 
 
+def test_it_is_held_until_the_last_words_of_its_worker_are_written(start: Start) -> None:
+    """What a worker has left has the relay's pipe, so a stop waits for a while."""
+    leaves = "trap '' HUP; setsid sleep 1000 & echo $! >left; exec \"$@\""
+    start.up("unix:s", "--", "/bin/sh", "-c", leaves, "sh", *MINIMAL)
+    left = int((start.folder / "left").read_text())
+    pid = start.pid
+    try:
+        os.kill(pid, signal.SIGTERM)
+        eventually(lambda: "event=stopped" in start.log_file.read_text(), "its last line")
+        os.kill(pid, signal.SIGSTOP)  # otherwise it waits for 3 s
+        ended = start("unix:other", "--", *MINIMAL)
+    finally:
+        os.kill(left, signal.SIGKILL)
+        os.kill(pid, signal.SIGCONT)
+    assert ended.status == 100, ended
+    wait_gone([pid])
+    (start.folder / "left").unlink()
+    assert start.left() == []
+
+
 @pytest.mark.parametrize("mode", [(), ("--check",)], ids=["start", "check"])
 @pytest.mark.parametrize("named", ["dead", "another program"])
 def test_one_that_another_program_has_locked_is_no_protectors(

@@ -149,6 +149,8 @@ class CurrentLink:
 
     def _retry(self) -> None:
         self.forget_due_if_moved()
+        if self.due and not self.keep_lock():
+            self._forget_due()  # another protector owns the link now
         if self.due:
             self.move(self.due)
             if not self.due:

@@ -46,7 +46,8 @@ class Releases:
         #: What `current` named when the last reload or dry run began; "": it led to no release.
         self.named_at_begin = ""
         self._note = ""  # about a move of `current`, for the next report of a success
-        self.history.read(is_owned=self.link.is_owned or self.link.take_lock())
+        # An inherited lock may be that of a removed file: the stores do not replace a descriptor.
+        self.history.read(is_owned=self.link.keep_lock() or self.link.take_lock())
 
     def become_owner(self) -> bool:
         """Become the owner of `current` if it has no owner; return whether we are the owner."""

@@ -52,8 +52,8 @@ class World:
         self._runtime = self.clock.use_in(patch, releases)
         self._made: list[Releases] = []
 
-    def make(self) -> Releases:
-        self._made.append(Releases(lambda: self.settings, self._runtime, None))
+    def make(self, lock: int | None = None) -> Releases:
+        self._made.append(Releases(lambda: self.settings, self._runtime, lock))
         return self._made[-1]
 
     def close(self) -> None:
@@ -402,6 +402,30 @@ def test_two_protectors_never_own_the_link_although_the_locks_file_was_removed(
     assert second.become_owner()
     assert not first.become_owner()
     assert (first.link.descriptors(), first.error) == ({}, "")
+
+
+def test_an_inherited_lock_whose_file_was_removed_makes_no_owner(world: World) -> None:
+    """systemd and the guard keep the first lock, although its owner has locked a new file."""
+    first, lock = world.make(), world.live / "current.lock"
+    [stored] = (os.dup(fd) for fd in first.link.descriptors().values())
+    lock.unlink()
+    second = world.make()
+
+    resumed = world.make(stored)
+
+    assert [each.link.is_owned for each in (second, resumed)] == [True, False]
+
+
+def test_a_move_is_not_repeated_once_another_protector_owns_the_link(world: World) -> None:
+    first, lock = world.make(), world.live / "current.lock"
+    with world.cannot_move():
+        world.proved(first, "2")
+    lock.unlink()
+    assert world.make().become_owner()
+
+    world.clock.pass_time(1.1)
+
+    assert (first.link.due, first.link.named) == ("", "1")
 
 
 @pytest.mark.parametrize("before", ["1", "3", "gone"])

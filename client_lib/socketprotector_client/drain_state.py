@@ -29,7 +29,8 @@ class Drain:
 
     def __init__(self, fds: Sequence[int]) -> None:
         """Watch fds, which the caller keeps: end of file on any of them begins the drain."""
-        self._fds = tuple(fds)
+        #: End of file on any of these descriptors begins the drain.
+        self.fds = tuple(fds)
         self._begun = False
         #: Called at the begin, perhaps in a signal handler.
         self.at_begin: Optional[Callable[[], None]] = None
@@ -48,8 +49,8 @@ class Drain:
 
     def follow(self, fd: int) -> None:
         """Also watch fd, which its owner must not close before the process drains or ends."""
-        if fd not in self._fds:
-            self._fds = (*self._fds, fd)
+        if fd not in self.fds:
+            self.fds = (*self.fds, fd)
 
     def add(self, intake: Intake) -> None:
         """Count the connections of a new intake as open ones of this process."""
@@ -94,7 +95,7 @@ class Drain:
         """Return whether no more connections will come.  Costs one poll() until it is true."""
         # POLLRDHUP is reported while connections are still queued, and poll()
         # takes none of them.
-        if not self._begun and self._fds and _hung_up(self._fds):
+        if not self._begun and self.fds and _hung_up(self.fds):
             self.begin()
         return self._begun
 
@@ -138,7 +139,7 @@ class Drain:
 
     def _call_back(self) -> None:
         if not self._begun and self._pipe is not None:
-            _hung_up(self._fds, or_readable=self._pipe[0])
+            _hung_up(self.fds, or_readable=self._pipe[0])
         self.begin()
         with self._lock:
             self._callbacks_called = True

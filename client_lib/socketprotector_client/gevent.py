@@ -61,14 +61,17 @@ class Listener:
         """
         self._intake: Intake = current().open_intake(address, limit)
         self._took = False
-        self._leaving = False
+        self._leaving = self._has_let_go = False
         self._queue: Optional[_Queue] = None
         self._rung = False
+        self._aside: Optional[WaitSet] = None
         #: Handlers that have answered their client and wait for its next request.
         self.idle: weakref.WeakSet[WSGIHandler] = weakref.WeakSet()
 
     def fileno(self) -> int:
         current().ready()
+        if self._aside is None:
+            self._look_aside()
         if self._queue is not None:
             self._queue.wait_again()  # a server starts again
         elif self._intake.queue.may_join:
@@ -87,6 +90,39 @@ class Listener:
     def close(self) -> None:
         """Stop accepting."""
         self._intake.close()
+
+    def _look_aside(self) -> None:
+        """Notice the drain and the watchdog, also while the server's pool is full.
+
+        A server with a full pool does not accept.  Once idle clients have ended, it accepts again.
+        """
+        ends, watchdog = current().drain.fds, self._intake.watchdog
+        self._aside = aside = WaitSet()
+        aside.add(ends, select.EPOLLRDHUP)
+        if watchdog is not None:
+            aside.add([watchdog.fileno()])
+        watcher = gevent.get_hub().loop.io(aside.fileno(), 1, ref=False)
+
+        def look() -> None:
+            if watchdog is not None:
+                watchdog.answer()
+            if draining():
+                aside.remove(ends)
+                self._let_idle_go()
+
+        def forget() -> None:  # the descriptors are the parent's
+            watcher.stop()
+            aside.close()
+
+        watcher.start(look)
+        self._intake.on_renewal = forget
+
+    def _let_idle_go(self) -> None:
+        # Only once: later a client has a moment to send its next request.
+        if not self._has_let_go:
+            self._has_let_go = True
+            for handler in list(self.idle):
+                handler.end_idle()
 
     def _ring(self) -> None:
         self._rung = True
@@ -114,8 +150,7 @@ class Listener:
     def _leave(self) -> None:
         end = DrainExit(self._intake)
         end.begin()
-        for handler in list(self.idle):
-            handler.end_idle()
+        self._let_idle_go()
         while True:
             end.wait(0)  # raises SystemExit after the last client
             wait_read(self._intake.fileno())

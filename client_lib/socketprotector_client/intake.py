@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Callable, Optional, Tuple
 
     from .spread import Spread
+    from .watchdog import Watchdog
 
 _log = Logger(__name__)
 
@@ -45,6 +46,8 @@ class Intake:
 
     Several threads may call `get`.
     """
+
+    watchdog: Optional[Watchdog] = None  # it pings the loop of this intake
 
     def __init__(
         self,
@@ -78,8 +81,7 @@ class Intake:
         self._fds = self.queue.fds
         # The usual result of a wait, with a shortcut in _look; no shortcut with several listeners.
         self._channel_alone = [*self._fds] if len(self._fds) == 1 else [-1]
-        self._drain_requested = False
-        self._ended = False
+        self._drain_requested = self._ended = False
         self._pooled = False  # whether several threads call `get`: all may be busy, but not stuck
         self._idle: set[int] = set()  # threads of the pool that wait until the kernel chooses one
         self._left: Optional[Callable[[], int]] = None  # see await_last
@@ -288,11 +290,9 @@ class Intake:
         self.waits.close()
 
     def after_fork_in_child(self) -> None:
-        self._turn = threading.Lock()
-        self._idle = set()
+        self._turn, self._idle = threading.Lock(), set()
         self._pid = os.getpid()
-        self._beside = -1
-        self._will_look_again = False
+        self._beside, self._will_look_again = -1, False
         self._actions = dict.fromkeys(self._ends, self.drained)
         # The child needs its own epoll; releasing the spare frees a descriptor for it.
         self._spare.release()

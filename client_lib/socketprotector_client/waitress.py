@@ -105,6 +105,10 @@ class _Loop:
         self._epoll = select.epoll()  # of all descriptors but the listener
         self._watched: Dict[int, Tuple[Any, int]] = {}
         self._intake.sleep_beside(self._epoll.fileno())
+        # At connection_limit waitress does not accept, and so does not look at the intake.
+        self._watchdog = self._intake.watchdog
+        if self._watchdog is not None:
+            self._epoll.register(self._watchdog.fileno(), select.EPOLLIN)
 
     def loop(self, timeout: float, map: Dict[int, Any], use_poll: bool = False) -> None:
         """Serve the dispatchers in `map` (by descriptor) until it is empty."""
@@ -116,7 +120,9 @@ class _Loop:
             else:
                 ours, found = False, self._epoll.poll(min(timeout, LONGEST_WAIT_S))
             for fd, flags in found:
-                if fd in map:
+                if self._watchdog is not None and fd == self._watchdog.fileno():
+                    self._watchdog.answer()
+                elif fd in map:
                     wasyncore.readwrite(map[fd], flags)
             if ours:
                 wasyncore.read(accepting)

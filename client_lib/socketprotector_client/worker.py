@@ -181,6 +181,7 @@ class Worker:
         if self.watchdog_s:
             watchdog = Watchdog(self.watchdog_s, lambda: intake.may_be_silent)
             intake.on_readable(watchdog.fileno(), watchdog.answer)
+            intake.watchdog = watchdog
             with self._lock:
                 if self._said_ready:
                     watchdog.start()

@@ -202,6 +202,26 @@ def test_waitress_awaits_a_slow_reader_when_it_closes_idle_clients(channel: Chan
     assert worker.wait() == 0
 
 
+@pytest.mark.parametrize("library", ["gevent", "waitress"])
+def test_a_server_that_takes_no_more_clients_is_not_stuck(channel: Channel, library: str) -> None:
+    """It answers the watchdog, and lets its idle clients go at the drain."""
+    needs.module(library)
+    worker = channel.start(
+        *(sys.executable, PROGRAMS / "full.py", library), env={"WATCHDOG_USEC": "20000"}
+    )
+    client = channel.connect()
+    client.say("GET / HTTP/1.1\r\n\r")
+    while client.hear() != "\r":
+        pass
+
+    for _ in range(20):  # more than the socket has room for
+        assert channel.hear() == (worker.pid, "WATCHDOG=1")
+
+    channel.end_channel()
+    assert client.hear() == str(worker.pid)
+    assert worker.wait() == 0
+
+
 @pytest.mark.parametrize("library", ["anyio", "trio"])
 def test_a_drain_cancels_no_handler_that_has_closed_its_stream(
     channel: Channel, library: str

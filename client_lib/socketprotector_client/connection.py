@@ -170,14 +170,14 @@ class OpenConnections:
         """Whether a connection may end without a call of on_change."""
         return bool(self._detached)
 
-    def any_unread(self) -> bool:
-        """Return whether some client has sent nothing yet, or has sent bytes that are still unread.
+    def any_beginning(self) -> bool:
+        """Return whether some client's first request is unread, or may be on its way.
 
         Safe in any thread.  A connection that is closed meanwhile may be mistaken for a new one.
         """
         known = [one if isinstance(one, int) else one() for one in list(self._open)]
         numbers = [one.fileno() if isinstance(one, Connection) else one for one in known]
-        return any(_is_unread(fd) for fd in numbers if fd is not None and fd >= 0)
+        return any(_is_beginning(fd) for fd in numbers if fd is not None and fd >= 0)
 
     def add(self, connection: Connection) -> None:
         connection._ledger = self
@@ -232,9 +232,13 @@ class OpenConnections:
             _KEPT.discard(self)
 
 
-# struct tcp_info in linux/tcp.h: the offset of tcpi_bytes_received, and the size up to its end.
-_BYTES_RECEIVED_AT = 128
+# struct tcp_info in linux/tcp.h: the offsets of tcpi_last_data_sent (milliseconds ago) and
+# tcpi_bytes_received, and the size up to its end.
+_LAST_SENT_AT, _BYTES_RECEIVED_AT = 44, 128
 _TCP_INFO_BYTES = 136
+# A client in a TLS handshake has sent at most _HANDSHAKE_BYTES.  It sends its request within
+# _HANDSHAKE_MS after the server's part of the handshake, unless its network is very slow.
+_HANDSHAKE_BYTES, _HANDSHAKE_MS = 4096, 500
 
 
 def unread_bytes(fd: int) -> int:
@@ -243,7 +247,7 @@ def unread_bytes(fd: int) -> int:
     return int(unread)
 
 
-def _is_unread(fd: int) -> bool:
+def _is_beginning(fd: int) -> bool:
     try:
         if unread_bytes(fd):
             return True
@@ -258,5 +262,10 @@ def _is_unread(fd: int) -> bool:
         return False  # a UNIX socket, which has no such counter, or the client is gone
     finally:
         borrowed.detach()
+    if len(found) != _TCP_INFO_BYTES:
+        return False
     # An end of file counts as one byte.
-    return len(found) == _TCP_INFO_BYTES and not any(found[_BYTES_RECEIVED_AT:])
+    (received,) = struct.unpack_from("=Q", found, _BYTES_RECEIVED_AT)
+    (sent_ms_ago,) = struct.unpack_from("=I", found, _LAST_SENT_AT)
+    is_handshake = bool(received <= _HANDSHAKE_BYTES and sent_ms_ago < _HANDSHAKE_MS)
+    return is_handshake or received == 0

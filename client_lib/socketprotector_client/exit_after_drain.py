@@ -6,7 +6,8 @@ connections are closed, also those of other listeners, and then exits.
 
 When a server finishes, it closes idle connections.  A new connection looks idle while its first
 request is under way or unread, so the server would disconnect that client without an answer.
-SIGTERM is therefore delayed until the first requests are read.
+So does a connection in a TLS handshake.  SIGTERM is therefore delayed until the first requests are
+read.
 """
 
 from __future__ import annotations
@@ -125,8 +126,8 @@ class DrainExit:
         polls = 0
         while polls < _POLLS and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-            is_unread = any(each.open.any_unread() for each in self._all())
-            polls = 0 if is_unread else polls + 1
+            is_beginning = any(each.open.any_beginning() for each in self._all())
+            polls = 0 if is_beginning else polls + 1
         self._send()
 
     def _exit(self) -> None:

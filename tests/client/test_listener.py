@@ -290,6 +290,22 @@ def test_a_server_is_told_to_finish_only_after_a_fresh_connection_was_read(
     assert worker.read_rest() == ["first words", "TERM"]
 
 
+def test_a_server_is_told_to_finish_only_after_a_tls_handshake(channel: Channel) -> None:
+    worker = channel.start("leaves.py", "600", "600000")
+    client = channel.connect()
+    assert worker.read_line() == "taken"
+    client.say("client hello")
+    assert worker.read_line() == "client hello"
+
+    channel.end_channel()
+    assert worker.read_line() == "leaving"
+    assert worker.process.stdout is not None
+    assert not select.select([worker.process.stdout], [], [], 0.1)[0]  # it waits
+    client.say("x" * 4096)  # more than a handshake
+
+    assert worker.read_last() == "TERM"
+
+
 @pytest.mark.parametrize("patience_s", ["0.05", "600"])
 def test_a_server_is_told_to_finish_though_its_clients_say_nothing(
     channel: Channel, patience_s: str

@@ -1,6 +1,7 @@
 """A Listener in a server that handles SIGTERM; says what it reads, and when the signal comes.
 
-leaves.py SECONDS: how long a client that has connected may take to begin.
+leaves.py SECONDS [MILLISECONDS]: how long a client that has connected may take to begin, and how
+long its next words may take in a TLS handshake.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ import select
 import signal
 import sys
 
-from socketprotector_client import Connection, Listener, draining, exit_after_drain
+from socketprotector_client import Connection, Listener, connection, draining, exit_after_drain
 
 from tests.client.programs.talk import say
 
 exit_after_drain._FIRST_REQUEST_S = float(sys.argv[1])
 exit_after_drain._POLL_S = 0.001
+connection._HANDSHAKE_MS = int(sys.argv[2]) if len(sys.argv) > 2 else 0
 
 ended = False
 

@@ -16,7 +16,7 @@ from .system import Socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Mapping, Optional, Tuple
+    from typing import Dict, Mapping, Optional, Tuple
 
 #: The first passed descriptor, by sd_listen_fds(3).
 _FIRST_PASSED = 3
@@ -42,6 +42,8 @@ class Environment:
         self.spread_s: Optional[float] = None
         #: Without a channel: listening sockets to accept from.
         self.passed: Tuple[int, ...] = ()
+        #: The paths of UNIX sockets among these: each is bound under another name beside its path.
+        self.paths: Dict[int, str] = {}
 
 
 def read_environment(environ: Mapping[str, str]) -> Environment:
@@ -80,6 +82,7 @@ def _add_lines(environ: Mapping[str, str], found: Environment) -> None:
     # The scoreboard is optional, so a value that does not name one is ignored.
     board, _, offset = environ.get(wire.ENV_SCOREBOARD, "").partition(":")
     found.return_fd = return_fd
+    found.paths = _paths(environ.get("SERVER_STARTER_PORT", ""))
     if environ.get(wire.ENV_DRAIN_SPREAD) or environ.get(wire.ENV_STOP_SPREAD):
         found.spread_s = _seconds(environ.get(wire.ENV_DRAIN_SPREAD, ""))
     if all(each.isdecimal() and len(each) <= _DIGITS for each in (board, offset)):
@@ -104,6 +107,16 @@ def passed_listeners(environ: Mapping[str, str]) -> Tuple[int, ...]:
     for fd in found:
         os.set_inheritable(fd, False)
     return found
+
+
+def _paths(text: str) -> Dict[int, str]:
+    """Return the paths by descriptor in a text such as `127.0.0.1:80=3;/run/x.sock=4`."""
+    pairs = [each.rpartition("=") for each in text.split(";")]
+    return {
+        int(fd): path
+        for path, _, fd in pairs
+        if path.startswith("/") and fd.isdecimal() and len(fd) <= _COUNT_DIGITS
+    }
 
 
 def _is_line(fd: int) -> bool:

@@ -142,12 +142,15 @@ class _Kind:
 class ListenSource(Source):
     """The connections that this process accepts itself, from its own or passed sockets."""
 
-    def __init__(self, listeners: List[socket.socket], *, handed: bool) -> None:
+    def __init__(
+        self, listeners: List[socket.socket], *, handed: bool, names: Sequence[str] = ()
+    ) -> None:
         """Take ownership of the sockets.
 
         Sets O_NONBLOCK on each, because a worker that loses the race for a client must not wait in
         accept().
         handed: other processes accept from them, too, and keep them open.
+        names: the names of the listeners; without them, their addresses.
         """
         for one in listeners:
             one.setblocking(False)
@@ -155,11 +158,11 @@ class ListenSource(Source):
         self._handed = handed
         self._paths = OwnPaths(() if handed else listeners)
         self.listeners = listeners
-        self._by_fd = {
-            one.fileno(): (one, _Kind(name_of(one.family, one.getsockname()))) for one in listeners
-        }
+        names = names or [name_of(one.family, one.getsockname()) for one in listeners]
+        self._by_fd = {one.fileno(): (one, _Kind(names[at])) for at, one in enumerate(listeners)}
         self.fds = tuple(self._by_fd)
-        self.sockname = listeners[0].getsockname()
+        is_unix = listeners[0].family == socket.AF_UNIX
+        self.sockname = sockname_of(names[0]) if is_unix else listeners[0].getsockname()
 
     def take(self, fd: int) -> Optional[Connection]:
         listener, kind = self._by_fd[fd]

@@ -67,7 +67,7 @@ class Worker:
         #: Whether a SocketServer uses the channel.
         self.is_lent = False
         #: Listening sockets shared with other processes (`--handoff listener`).
-        self.passed = environment.passed
+        self.passed, self._paths = environment.passed, environment.paths
         #: In a forked child of a SocketServer: the child's seat.
         self.seat: Optional[Seat] = None
         #: In such a child, without a protector: the queue of the SocketServer.
@@ -125,7 +125,9 @@ class Worker:
         found = []
         for fd in self.passed:
             with Socket(fileno=os.dup(fd)) as copy:
-                found.append(name_of(copy.family, copy.getsockname()))
+                is_unix = copy.family == socket.AF_UNIX
+                path = self._paths.get(fd) if is_unix else None
+                found.append(name_of(copy.family, path or copy.getsockname()))
         return tuple(found)
 
     def open_intake(self, address: Optional[ListenAddress], limit: Optional[int]) -> Intake:
@@ -145,7 +147,8 @@ class Worker:
         if self.channel is not None:
             source = ChannelSource(self.channel, wakes_one=True)
         elif self.passed:
-            source = ListenSource([Socket(fileno=os.dup(fd)) for fd in self.passed], handed=True)
+            handed = [Socket(fileno=os.dup(fd)) for fd in self.passed]
+            source = ListenSource(handed, handed=True, names=self.passed_names)
         else:
             source = ListenSource(listen(address, DEFAULT_BACKLOG), handed=False)
         return self._open(source, limit)

@@ -59,6 +59,7 @@ def test_a_worker_learns_its_place_and_keeps_descriptors_to_itself(
         "workers": 8,
         "board": (fds[2], 4096),
         "passed": (),
+        "paths": {},
         "spread_s": None,
     }
     assert [os.get_inheritable(fd) for fd in fds] == [False] * 3

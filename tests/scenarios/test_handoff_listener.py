@@ -18,6 +18,7 @@ from tests.rounds import rounds
 from tests.running import (
     DEADLINE_S,
     FAIR_START_S,
+    ROOT,
     Client,
     Protector,
     ask,
@@ -102,6 +103,19 @@ def test_a_server_finds_its_listeners_as_each_of_the_protocols_says(
     places = {ask(path, "env EINHORN_CHILD_INDEX") for _ in range(20)}
     assert places <= {"0", "1"}
     assert ask(("::1", int(second.rpartition(":")[2]))).endswith(" hello")
+
+
+def test_the_library_names_a_unix_listener_by_its_path(protector: Starter, tmp_path: Path) -> None:
+    """Each generation's socket is bound under another name beside the path."""
+    path = str(tmp_path / "s")
+    program = ROOT / "tests" / "client" / "programs" / "serves.py"
+    daemon = protector(
+        *(*MODE, "127.0.0.1:0", f"unix:{path}", "--", sys.executable, program),
+        PYTHONPATH=f"{ROOT}:{ROOT / 'client_lib'}",
+    ).ready()
+
+    assert ask(path, "listener") == f"unix:{path}"
+    assert ask(here(daemon), "listener") == f"tcp:127.0.0.1:{daemon.port}"
 
 
 def test_it_has_no_other_descriptor(served_by: Starter) -> None:

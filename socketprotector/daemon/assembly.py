@@ -286,14 +286,13 @@ class Resident:
         Only the surviving listeners stay in systemd's fd store.
         """
         store = self.parents.store
-        if store.holds((inherited.PID_FILE,)) and self.parents.line is None:
-            # systemd would keep the lock if we were killed below, and each start would fail.
-            fcntl.flock(self.own[inherited.PID_FILE], fcntl.LOCK_UN)
         if self.parents.line is None:
-            # First remove the settings from systemd's fd store.  If we are killed after that, the
-            # next start finds no settings, so it starts normally, with the stored listeners.
-            # systemd may still pass the memfd with the settings.  So also empty the memfd:
-            # inherited.is_ours() ignores empty settings.
+            if store.holds((inherited.PID_FILE,)):
+                # systemd would keep the lock if we were killed below, and each start would fail.
+                fcntl.flock(self.own[inherited.PID_FILE], fcntl.LOCK_UN)
+            # Remove the settings from systemd's fd store.  If we are killed after that, the next
+            # start finds no settings, so it starts normally, with the stored listeners.  systemd
+            # may still pass the memfd.  So also empty it: inherited.is_ours() ignores it then.
             store.forget(inherited.SETTINGS)
             os.ftruncate(self.own[inherited.SETTINGS], 0)
         # The relay exits only once all copies of its pipes are closed, including the store's.

@@ -24,9 +24,9 @@ class ProbeTarget:
 
     The sockets of two generations may share one TCP address.  The kernel then selects the socket by
     the probe's mark (system/bpf.py).  Exception: if a probe must reach the serving generation as
-    clients do, its mark selects no socket.  Then the mark's only use is its source address.  The
-    probe's socket is bound to this address.  The address belongs to this machine, so the probe
-    cannot leave the machine.  Over IPv4, no client has this address.
+    clients do, its mark selects no socket.  A mark includes a source address, to which the probe's
+    socket is bound.  The address belongs to this machine, so the probe cannot leave the machine.
+    Over IPv4, no client has this address.
     """
 
     #: Host and port; for a UNIX socket: its path, or "@" and its name, with 0 as the port.

@@ -163,8 +163,9 @@ _NO_LISTENER = re.compile(
     r"|not supported|EOPNOTSUPP\b|LISTEN_FDS|\(os error (?:9|22|88|95)\)",
     re.IGNORECASE,
 )
-#: What a daemon says that found no socket of the C++ SocketProtector.
-_REFUSED = re.compile(r"connection refused|ECONNREFUSED\b|errno 111\b", re.IGNORECASE)
+#: What a daemon says that found no socket of the C++ SocketProtector: perror()'s words, without the
+#: address or number of an error about a database.
+_REFUSED = re.compile(r"^(?!.*Exception)[^\d\n]*Connection refused[^\d\n]*$", re.MULTILINE)
 _ORIGINAL = "if it was built for the C++ SocketProtector, it needs --handoff legacy (docs/stdio.md)"
 _TAKEN = re.compile(r"address already in use|EADDRINUSE|errno 98\b|os error 98\b", re.IGNORECASE)
 

@@ -72,7 +72,7 @@ FOREIGN: dict[str, tuple[re.Pattern[str] | re.Pattern[bytes], tuple[tuple[str, s
     ),
     "model/known_servers.py _REFUSED": (
         known_servers._REFUSED,
-        (("", "connection refuse"), ("", "ECONNREFUSE"), ("", "errno 111_")),
+        (("", "Connection refuse"), ("", "Connection refused"), ("", "a\n"), ("", "Exceptio")),
     ),
     "ctl/cli.py _COMMAND": (cli._COMMAND, (("", "`status "), ("`status ", "a"), ("", "`"))),
     f"{EXPORTER}/agent.py _WORD": (agent._WORD, (("", "a"), ("", "-"), ("", "a "))),

@@ -83,6 +83,24 @@ def test_what_is_known_of_a_program_that_takes_no_client_is_said(
     assert bool(advised) == bool(advice)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "ConnectionRefusedError: [Errno 111] Connection refused",
+        "redis: Error 111 connecting to localhost:6379. Connection refused.",
+        'connection to server at "db" (10.0.0.7), port 5432 failed: Connection refused\n\tIs it?',
+        'server on socket "/run/postgresql/.s.PGSQL.5432" failed: Connection refused',
+        "Error: connect ECONNREFUSED 127.0.0.1:5432",
+        "dial tcp 127.0.0.1:5432: connect: connection refused",
+        "Error: Io(Connection refused (os error 111))",
+        "Caused by: java.net.ConnectException: Connection refused",
+        "PDOException: SQLSTATE[HY000] [2002] Connection refused",
+    ],
+)
+def test_a_program_whose_database_is_down_gets_no_advice_about_its_socket(said: str) -> None:
+    assert known_servers.advice(PROGRAM, said=said) == ""
+
+
 def test_of_a_program_whose_output_is_not_seen_both_modes_are_named() -> None:
     advised = known_servers.advice(PROGRAM, unseen=True)
 

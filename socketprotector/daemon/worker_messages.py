@@ -92,7 +92,7 @@ class WorkerMessages:
                 return
 
     def catch_up(self, deadline: Deadline) -> None:
-        """Read all messages of the workers that a start deadline is for: READY=1 may be unread."""
+        """Before a deadline ends workers' start, read all their messages: one may be READY=1."""
         starts = deadline.wait is TimerKind.START
         for number, worker in tuple(self._workers.items()):
             target = worker.record.generation if starts else number

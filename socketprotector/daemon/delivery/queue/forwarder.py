@@ -257,7 +257,7 @@ class Forwarder:
         return ForwarderRecord(self.forwarded, self.lost, None, kept.number, kept.waiting, count)
 
     def adopt(self, record: ForwarderRecord, unclaimed: Inherited, *, closing: bool) -> None:
-        """Adopt an earlier program's record and connections; only old versions set `pending`."""
+        """Adopt an earlier program's record (old versions set record.pending) and connections."""
         self._forwarded, self._lost = record.forwarded, record.lost
         self._canary_count, self._closing = record.shared, _Closing(False) if closing else None
         first = ((record.number, record.pending),) if record.pending is not None else ()

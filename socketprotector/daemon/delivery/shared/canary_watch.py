@@ -40,9 +40,9 @@ class CanaryWatch(Backlogs):
         runtime = listeners.host.runtime
         self._post, self._watch = runtime.post, watch
         self._canary = 0  # the generation's number; 0: no canary
-        #: The generation of the last report about listeners at which it had never accepted a
-        #: client, and the indices of these listeners.  Set by report_untaken(), and by SocketWatch
-        #: for the generation that has the route.
+        #: The last generation reported for waiting clients, and the indices of those of its
+        #: listeners at which it had never accepted a client.  Set by report_untaken(), and by
+        #: SocketWatch for the generation that has the route.
         self.never_accepted: tuple[int, Collection[int]] = (0, ())
         limits_s = CANARY_NEVER_TAKEN_S, UNTAKEN_S
         timer = "canary-untaken"

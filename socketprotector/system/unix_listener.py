@@ -91,12 +91,12 @@ class UnixListener(Listener):
     @property
     def is_cut_off(self) -> bool:
         """Whether no client can connect any more, because another program has removed its files."""
-        if not self.settings.inode or self.settings.foreign:
+        if not self.settings.inode or self.settings.foreign or self.always_readable:
             return False
         if self.path:
             return self._says(lambda group: group.is_cut_off)
-        try:
-            found = os.lstat(self.local_address[0])
+        try:  # not lstat(): clients follow a link to our file
+            found = os.stat(self.local_address[0])
         except OSError as error:
             return error.errno == errno.ENOENT
         # Not under --handoff listener, where a reload leaves out a listener that is cut off.

@@ -73,6 +73,7 @@ def test_a_unix_socket_refuses_new_ones_and_keeps_the_queue(tmp_path: Path) -> N
         listener.refuse_new()
 
         assert not path.exists()
+        assert not listener.is_cut_off  # we have removed the file, for a stop
         with pytest.raises(ConnectionRefusedError):
             late.connect(str(tmp_path / "other"))
         accepted, _ = listener.socket.accept()
@@ -601,6 +602,18 @@ def test_a_socket_of_workers_keeps_its_flags_and_one_of_ours_never_waits() -> No
             listener = listener_of(made.detach(), 0, settings, shared=is_shared)
             assert listener.blocks == (is_shared and blocks)
             listener.close()
+
+
+def test_a_link_to_our_file_is_as_good_for_clients(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    listener = on_file(path)
+    path.rename(tmp_path / "elsewhere")
+    assert listener.is_cut_off
+    path.symlink_to("elsewhere")
+    assert not listener.is_cut_off
+    (tmp_path / "elsewhere").unlink()
+    assert listener.is_cut_off
+    listener.close()
 
 
 @pytest.mark.parametrize("has_room", [True, False])

@@ -192,7 +192,7 @@ def _operator(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
 def _stop(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
     if fleet.exiting:
         ends = "all workers have stopped; ending processes that failed workers left behind"
-        looks = "all workers have stopped; looking for processes that workers left behind"
+        looks = "all workers have stopped; checking whether they left processes behind"
         yield Wait("stop", ends if facts.leftovers_end else looks)
         return
     if fleet.stop_awaits_rescue:

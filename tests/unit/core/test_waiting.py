@@ -213,7 +213,7 @@ def test_a_stop_looks_for_what_workers_left_and_says_what_it_found(story: Story)
     story.given_serving().and_also(StopRequested(), BacklogEmptied(), WorkerExited(1, DIED))
     assert story.fleet.exiting
     assert reasons(story) == [
-        "all workers have stopped; looking for processes that workers left behind"
+        "all workers have stopped; checking whether they left processes behind"
     ]
     assert reasons(story, leftovers_end=True) == [
         "all workers have stopped; ending processes that failed workers left behind"

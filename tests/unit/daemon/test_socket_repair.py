@@ -382,6 +382,9 @@ def test_a_removed_file_of_an_only_socket_keeps_no_release_from_other_listeners(
     world.undo_earlier_changes(path, 0, 1)
     assert world.host.lost == [(path, socket_repair.CUT_OFF)]
     assert [*world.repairs.warnings] == [f"unix:/run/s: {socket_repair.CUT_OFF}"]
+    world.repairs.ended = True
+    assert not world.repairs.warnings, "a stop removes the files itself"
+    world.repairs.ended = False
 
     path.is_cut_off = False
     path.path_fault = "it has one socket, so this is no advice"

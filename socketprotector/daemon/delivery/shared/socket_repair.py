@@ -110,6 +110,8 @@ class SocketRepair:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Messages about listeners that no client reaches, or that have no spare socket."""
+        if self.ended:  # for a stop, we remove the socket files ourselves
+            return ()
         cut_off = [
             f"{each.settings.address}: {CUT_OFF}"
             for each in self._listeners.living

@@ -49,6 +49,7 @@ def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterato
         environment = preflight.environment_of(settings)
     except (OSError, ValueError):
         return
+    paths = {each.text for each in listens if each.path is not None}
     found = known_servers.lacks(
         settings.command,
         (f"{variable}={value}" for variable, value in environment.items()),
@@ -56,7 +57,8 @@ def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterato
         settles=settings.policy.settle_s > 0,
         after_s=settings.ready_after_s if settings.ready == "after" else None,
         drain_signal=signal.Signals(settings.drain_signal).name.removeprefix("SIG"),
-        unix=any(each.path is not None for each in listens),
+        unix=bool(paths),
+        passed=paths <= {each.text for each in settings.listeners if each.foreign},
         files=_files(settings, environment),
     )
     if found is None or (settings.mode.needs_library and _names_library(settings, environment)):

@@ -220,6 +220,7 @@ def lacks(
     after_s: float | None,
     drain_signal: str,
     unix: bool = False,
+    passed: bool = False,
     files: str = "",
 ) -> str | None:
     """Return what would go wrong with a known server started by this command; None if nothing.
@@ -229,6 +230,7 @@ def lacks(
     after_s: the time after which a timer makes a worker ready; None without a timer.
     drain_signal: the signal's name without SIG.
     unix: whether the server gets a UNIX socket.
+    passed: whether a service manager passed in each of them, so that they keep their names.
     files: the contents of the server's configuration files.
     """
     name = known(command)
@@ -242,14 +244,15 @@ def lacks(
     if not mode.workers_accept:
         return None
     words = (*command, *variables)
-    if unix and name == "nginx":
+    if unix and not passed and name == "nginx":
         return (
             "nginx finds a UNIX socket only by its path, but each generation's socket has another "
             "name; use 127.0.0.1:PORT instead"
         )
     socket_option = _SOCKET_OPTIONS.get(name)
     is_named = socket_option is None or any(map(socket_option.match, words))
-    if unix and name == "puma":  # it compares its -b with the name of a generation's socket
+    if unix and not passed and name == "puma":
+        # It compares its -b with the name of a generation's socket.
         is_named = _TAKES_ALL.search(" ".join((*words, files))) is not None
     if not is_named:
         return f"{name} was not given the socket"

@@ -146,6 +146,7 @@ def lacks(
     after_s: float | None = None,
     drain_signal: str = "",
     unix: bool = False,
+    passed: bool = False,
     files: str = "",
 ) -> str | None:
     words = shlex.split(command)
@@ -159,6 +160,7 @@ def lacks(
         after_s=after_s,
         drain_signal=drain_signal or graceful or "TERM",
         unix=unix,
+        passed=passed,
         files=files,
     )
 
@@ -220,6 +222,7 @@ def test_starman_is_warned_of_on_a_unix_socket(command: str, unix: bool, dies: b
 def test_nginx_finds_no_unix_socket_by_its_path() -> None:
     assert "finds a UNIX socket only by" in (lacks("nginx", "NGINX={fd:http};", unix=True) or "")
     assert lacks("nginx", "NGINX={fd:http};", unix=False) is None
+    assert lacks("nginx", "NGINX={fd:http};", unix=True, passed=True) is None
 
 
 @pytest.mark.parametrize("unix", [False, True])
@@ -230,6 +233,7 @@ def test_puma_finds_no_unix_socket_by_its_path(unix: bool) -> None:
 
     as_advised = " ".join(["puma", known_servers.KNOWN["puma"].adds, "config.ru"])
     assert lacks(as_advised, unix=unix) is None
+    assert lacks("puma -b unix:///x", unix=unix, passed=True) is None
     assert lacks("puma", unix=unix, files="bind_to_activated_sockets 'only'") is None
 
 

@@ -147,6 +147,6 @@ def write(current: str, history: ReleaseHistory, loop: Loop, done: Callable[[str
 
 
 def _ended(output: int, done: Callable[[str], None], how: str) -> None:
-    said = last_line(output)
+    said, has_said = last_line(output), os.fstat(output).st_size > 0
     os.close(output)
-    done("" if said == "ok" else said or how)
+    done("" if said == "ok" else said if has_said else f"{said} ({how})")

@@ -543,3 +543,16 @@ def test_without_a_place_for_the_link_nothing_is_tried(
     candidate = replace(world.settings, release="2", release_wanted="2")
     assert made.prepare(candidate, dry_run=True) == ""
     assert made.prepare(candidate, dry_run=False).endswith("current.next: No space left on device")
+
+
+def test_a_writer_that_is_killed_is_said_to_have_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends, failures = list[Callable[[str], None]](), list[str]()
+    monkeypatch.setattr(HelperProcess, "start_own", lambda *given: ends.append(given[-1]))
+    with closing(Loop()) as loop:
+        release_history.write(str(tmp_path / "current"), ReleaseHistory(), loop, failures.append)
+        [end] = ends
+        end("was killed by SIGKILL")
+
+    assert failures == ["it said nothing (was killed by SIGKILL)"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 from pathlib import Path
 
 from socketprotector.launch import server_hints
 from socketprotector.launch.listen_spec import parse
 from socketprotector.model import handoff_modes
-from socketprotector.model.settings import Settings
+from socketprotector.model.lazy_dataclass import replace
+from socketprotector.model.settings import ListenerSettings, Settings
 from tests.together import together
 
 _LISTEN = re.compile(r"(?:[\w.]+[=:])?\d{4}")
@@ -111,6 +113,23 @@ def test_one_that_was_handed_the_listener_keeps_its_readiness() -> None:
     assert line(typed, handoff_modes.LISTENER) == (
         f"{_LISTENER} --settle 5s --ready after:3s http=8000 -- uvicorn --fd {{fd:http}} app"
     )
+
+
+@together("foreign", [False, True])
+def test_nginx_finds_a_unix_socket_that_was_passed_in(foreign: bool, tmp_path: Path) -> None:
+    listens = [parse(each, "/") for each in ("unix:/x", "8000")]
+    settings = Settings("x", ("nginx",), str(tmp_path), handoff="listener")
+    settings = replace(
+        settings,
+        drain_signal=signal.SIGQUIT,
+        environment=(("NGINX", "3;4;"),),
+        listeners=(
+            ListenerSettings("unix:/x", foreign=foreign, text="unix:/x"),
+            ListenerSettings("tcp:0.0.0.0:8000", text="8000"),
+        ),
+    )
+
+    assert bool([*server_hints.of(settings, listens, typed=False)]) is not foreign
 
 
 @together("named", ["", "-c own.py "])

@@ -89,6 +89,8 @@ class Listener:
 
     def close(self) -> None:
         """Stop accepting."""
+        if self._intake.on_renewal is not None:
+            self._intake.on_renewal()  # otherwise the loop keeps this object, and an epoll
         self._intake.close()
 
     def _look_aside(self) -> None:
@@ -110,7 +112,7 @@ class Listener:
                 aside.remove(ends)
                 self._let_idle_go()
 
-        def forget() -> None:  # the descriptors are the parent's
+        def forget() -> None:  # in a forked child the descriptors are the parent's
             watcher.stop()
             aside.close()
 

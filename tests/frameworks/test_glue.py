@@ -43,6 +43,24 @@ uvloop.run(main())
 """
 
 
+CLOSES = """
+import gc, os, weakref
+from gevent.server import StreamServer
+from socketprotector_client.gevent import Listener
+def serve():
+    listener = Listener("127.0.0.1:0")
+    server = StreamServer(listener, print)
+    server.start()
+    server.stop()
+    return weakref.ref(listener)
+serve()
+before = os.listdir("/proc/self/fd")
+found = serve()
+gc.collect()
+print(found(), len(os.listdir("/proc/self/fd")) - len(before))
+"""
+
+
 def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
@@ -200,6 +218,14 @@ def test_waitress_awaits_a_slow_reader_when_it_closes_idle_clients(channel: Chan
     assert reads.hear().endswith(path[1:])
     reads.close()
     assert worker.wait() == 0
+
+
+def test_a_gevent_server_leaves_nothing_behind_when_it_stops() -> None:
+    needs.module("gevent")
+
+    done = python(CLOSES)
+
+    assert (done.stdout, done.returncode) == ("None 0\n", 0), done.stderr
 
 
 @pytest.mark.parametrize("library", ["gevent", "waitress"])

@@ -204,7 +204,8 @@ class Client:
         self.send(command, arguments, until)
         result = self.answer(until)
         if result is None:
-            later = "" if COMMANDS[command].reads else " It may still carry out the request"
+            reads = COMMANDS[command].reads or arguments.get("check")  # `upgrade --check`
+            later = "" if reads else " It may still carry out the request"
             raise NoProtector(
                 f"{self.path}: no answer to {command!r} within {in_units(round(within_s, 1))}; "
                 f"is the protector suspended (SIGSTOP) or starting?{later}",

@@ -131,7 +131,7 @@ COMMANDS = {
     "reopen": Command(),
     "connections": Command({"generation": _NUMBER}, optional=True, reads=True),
     "crashes": Command(reads=True),
-    "diff": Command(),
+    "diff": Command(reads=True),
     "events": Command(reads=True, for_status_group=True),
 }
 STATUS_COMMANDS = tuple(name for name, each in COMMANDS.items() if each.for_status_group)

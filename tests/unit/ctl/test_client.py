@@ -143,12 +143,17 @@ def test_a_line_without_end_is_not_kept(says: Says, monkeypatch: pytest.MonkeyPa
 
 
 def test_no_answer_is_reported_in_time(fake: Fake) -> None:
-    fake.answers["status"] = fake.answers["scale"] = lambda *_: None
+    for command in ("status", "diff", "upgrade", "scale"):
+        fake.answers[command] = lambda *_: None
 
     with Client(str(fake.path), answer_s=0.1) as client:
         with pytest.raises(NoProtector, match=r"no answer to 'status' .* starting\?$") as failure:
             client.request("status")
         assert not isinstance(failure.value, ConnectionLost)
+        with pytest.raises(NoProtector, match=r"'diff' .* starting\?$"):
+            client.request("diff")
+        with pytest.raises(NoProtector, match=r"'upgrade' .* starting\?$"):
+            client.request("upgrade", check=True)
         with pytest.raises(
             NoProtector, match=r"'scale' within .* may still carry out the request$"
         ):

@@ -31,7 +31,7 @@ def operator(log: Log) -> CommandHandler:
     return CommandHandler(supervisor, runtime)
 
 
-@pytest.mark.parametrize("command", ["status", "history", "connections", "crashes"])
+@pytest.mark.parametrize("command", ["status", "history", "connections", "crashes", "diff"])
 def test_a_fault_of_ours_while_looking_ends_nothing(command: str) -> None:
     log = Log()
 

@@ -172,7 +172,7 @@ class Releases:
                 reason = headline(report.reason) or "it failed"
                 self.history.add(Entry(name, time.time(), outcome, reason))
             if name == self.link.named:
-                return replace(report, reason=added(report.reason, release.failed_warning(name)))
+                return replace(report, reason=added(report.reason, self.warning))
         return report
 
     def _counts_against(self, name: str, report: Report, program: Program | None) -> bool:

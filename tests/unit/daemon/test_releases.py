@@ -531,6 +531,24 @@ def test_a_current_that_names_a_failed_release_is_said(world: World) -> None:
     assert made.warning == said
 
 
+@pytest.mark.parametrize(
+    ("reason", "started"), [(stop.CALLED_OFF, True), ("cannot read web.toml", False)]
+)
+def test_a_current_that_names_a_release_without_a_failure_is_said_as_in_status(
+    world: World, reason: str, started: bool
+) -> None:
+    made = world.make()
+    world.point_at("2")
+
+    assert made.begin("") == ""
+    failed = Report(ReportKind.RELOAD_FAILED, 2, reason)
+    report = made.reported(failed, world.program("2") if started else None)
+
+    said = "current names 2, and 1 is serving; a restart starts 2"
+    assert report.reason == f"{reason}; {said}"
+    assert made.warning == said
+
+
 def test_without_a_place_for_the_link_nothing_is_tried(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -225,13 +225,14 @@ def _await_deploy(
     After a success without `dry_run`, wait until `current` and the history are on disk, then print.
     before: the status before the request.
     promised: the generation's number in the answer to the request.
-    wait: if false, only print that the deploy was requested.
+    wait: if false, only print that the deploy or dry run was requested.
     old: the release that was serving before, if known.
     """
     if not wait:
         operation.outcome["generation"] = promised
-        words = f"requested: generation {promised} will run release {name}; see `releases`"
-        operation.finish("requested", words)
+        requested, will = ("dry run requested", "try") if dry_run else ("requested", "run")
+        words = f"{requested}: generation {promised} will {will} release {name}"
+        operation.finish("requested", f"{words}; see `{'status' if dry_run else 'releases'}`")
         return
     failure = f"release {name} {'is not ready to deploy' if dry_run else 'not deployed'}"
     success = await_success(operation, before, promised, failure, dry_run=dry_run)

@@ -81,6 +81,16 @@ def test_a_cut_dry_run_takes_no_deploy_that_succeeded_for_its_own(web: Fake, ctl
     assert ctl("deploy", "2", "--dry-run", "--no-wait").status == 6
 
 
+def test_a_dry_run_without_a_wait_is_not_called_a_deploy(web: Fake, ctl: Ctl) -> None:
+    """`releases` shows no dry run; `status` does."""
+    web.answers["deploy"] = lambda *_: {"generation": 2, "release": "2"}
+
+    said = ctl("deploy", "2", "--dry-run", "--no-wait").out
+    assert said.startswith("dry run requested: generation 2 will try release 2; see `socketprot")
+    assert said.endswith("status`\n")
+    assert "generation 2 will run release 2" in ctl("deploy", "2", "--no-wait").out
+
+
 @pytest.mark.parametrize("words", [["ready", "--json"], ["diff"], ["diff", "--json"]])
 def test_a_verdict_is_the_exit_status_though_its_reader_is_gone(
     words: list[str], web: Fake

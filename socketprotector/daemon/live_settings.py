@@ -94,7 +94,8 @@ class LiveSettings:
         comparer = self._reader("comparer")
         if comparer.busy:
             return False
-        comparer.read(self.settings, done, dry=True)
+        # A reload would start the release to which `current` must still be moved.
+        comparer.read(replace(self.settings, release_wanted=self.current_due), done, dry=True)
         return True
 
     def _reader(self, purpose: str) -> config_reader.ConfigReader:

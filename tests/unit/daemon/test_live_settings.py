@@ -280,6 +280,16 @@ def test_a_comparison_does_not_disturb_a_reload_and_runs_once_at_a_time(world: W
     assert world.live.compare(answers.append)
 
 
+def test_a_comparison_is_with_the_release_that_a_reload_would_start(world: World) -> None:
+    """After exit status 5 of a deploy, `current` still names the release before it."""
+    world.live.releases = cast("Any", SimpleNamespace(link=SimpleNamespace(due="2")))
+
+    world.live.compare(lambda answer: None)
+
+    [read] = world.readers["comparer"].read_settings
+    assert read == replace(OLD, release_wanted="2")
+
+
 def test_a_forgotten_reload_is_read_no_further(world: World) -> None:
     world.live.read(dry_run=False)
     answers: list[ConfigAnswer] = []

@@ -122,14 +122,14 @@ class Releases:
     def prepare(self, candidate: Settings, *, dry_run: bool) -> str:
         """Prepare to move `current` to the release of a deploy; return why that is impossible.
 
-        Returns "" if the move is possible, or if this reload does not move `current`.  If a disk
-        is full or a permission is missing, the deploy fails here, before anything changes for
-        clients.
+        Returns "" if the move is possible, if this reload does not move `current`, or if the move
+        is due already.  If a disk is full or a permission is missing, the deploy fails here, before
+        anything changes for clients.
         """
         name = self._tried = candidate.release
         if dry_run or not candidate.release_wanted:
             return ""
-        if not self.become_owner() or self.link.named == name:
+        if not self.become_owner() or name in (self.link.named, self.link.due):
             return ""
         return self.link.prepare(name)
 

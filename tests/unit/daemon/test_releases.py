@@ -562,6 +562,11 @@ def test_without_a_place_for_the_link_nothing_is_tried(
     assert made.prepare(candidate, dry_run=True) == ""
     assert made.prepare(candidate, dry_run=False).endswith("current.next: No space left on device")
 
+    made.move("2")
+
+    assert made.link.due == "2"
+    assert made.prepare(candidate, dry_run=False) == "", "that release is serving: see begin()"
+
 
 def test_a_writer_that_is_killed_is_said_to_have_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

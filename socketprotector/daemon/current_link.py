@@ -110,7 +110,13 @@ class CurrentLink:
         return self.is_owned
 
     def close(self) -> None:
-        """Release the lock; closing its descriptor is not enough if systemd keeps a copy."""
+        """Try a due move a last time, and release the lock.
+
+        Closing the lock's descriptor is not enough if systemd keeps a copy.
+        """
+        self.forget_due_if_moved()
+        if self.due and self.keep_lock():
+            self.move(self.due)
         if self._lock is not None:
             release_store.unlock(self._lock)
 

@@ -356,6 +356,19 @@ def test_each_failure_is_first_repeated_after_a_second(world: World, by: str) ->
     assert (made.link.due, made.link.named) == ("", "3")
 
 
+@pytest.mark.parametrize("by_operator", ["", "3"])
+def test_a_stop_does_not_leave_a_move_for_later(world: World, by_operator: str) -> None:
+    made = world.make()
+    with world.cannot_move():
+        world.proved(made, "2")
+    if by_operator:
+        world.point_at(by_operator)
+
+    made.link.close()
+
+    assert made.link.named == (by_operator or "2")
+
+
 def test_the_next_program_syncs_what_an_earlier_one_may_not_have(world: World) -> None:
     made = world.make()
     world.proved(made, "2")

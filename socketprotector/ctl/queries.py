@@ -77,7 +77,24 @@ GENERATION = click.IntRange(1, 2**31 - 1)
 
 @command(short_help="Show generations, workers and the last reload.")
 def status(instance: Instance, as_json: bool) -> None:
-    """Show generations, workers, queues, the last reload, and what SocketProtector waits for."""
+    """Show generations, workers, queues, the last reload, and what SocketProtector waits for.
+
+    Columns of generations (GEN) and workers (WORKER):
+
+    \b
+    SHARE          part of the new connections, during a rollout
+    AGE            time since the start
+    READY          ready workers, of all workers
+    QUEUE          clients that no worker has taken yet
+    ACTIVE         open connections
+    ACCEPTED       all connections so far
+    ERRORS         connections whose handler failed
+    LOST           connections that were open when their worker ended
+    WAIT-P50, P99  percentiles of the time in the queue
+    CHILDREN       number and pids of the worker's child processes
+    SAYS           quick deaths before this worker, and its status text
+    -              unknown
+    """
     with instance.client() as client:
         found = client.request("status")
         shares_pids = client.shares_pids(found)
@@ -105,8 +122,9 @@ def status(instance: Instance, as_json: bool) -> None:
 def ready(instance: Instance, health: bool, as_json: bool) -> None:
     """Print whether SocketProtector is ready for clients, as /readyz of the exporter does.
 
-    Exit status 0: ready, even during a hold. 3: no generation is serving, a stop has begun,
-    SocketProtector is a lame duck, or, with --health, it is unhealthy.
+    Exit status 0: ready, even during a hold, or while the workers of the serving generation
+    restart. 3: no generation is serving, a stop has begun, SocketProtector is a lame duck, or, with
+    --health, it is unhealthy.
     """
     found = instance.request("status")
     why, why_unhealthy = why_not_ready(found), unhealthy(found)

@@ -96,7 +96,8 @@ def _wait_buckets(status: Message) -> list[int]:
 def top(instance: Instance, interval: float, as_json: bool) -> None:
     """Show rates, wait times, generations and workers on one screen; q or Ctrl-C quits.
 
-    With --json, print the status as one line, once per interval.
+    `status --help` explains the columns. With --json, print the status as one line, once per
+    interval.
     """
     is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")  # rich uses the same test
     if not as_json and (is_dumb or not (sys.stdin.isatty() and sys.stdout.isatty())):

@@ -18,6 +18,7 @@ from socketprotector_exporter import main as exporter
 from socketprotector.ctl import (
     help_pages,
     main,  # noqa: F401 -- adds the commands
+    status_table,
 )
 from socketprotector.ctl.cli import program
 from socketprotector.demo import cli as demo
@@ -91,6 +92,14 @@ def test_help_of_ctl_is_one_screen_and_help_all_has_every_command() -> None:
     for line in help_pages.EXAMPLES:
         words = shlex.split(line.partition(" &&")[0])[1:]
         program.commands[words[2]].make_context(words[2], words[3:], parent=None)
+
+
+def test_help_of_status_explains_each_column() -> None:
+    shown = CliRunner().invoke(program, ["status", "--help"]).output
+    columns = {*status_table._GENERATIONS.split(), *status_table._WORKERS.split()}
+
+    clear = {"PHASE", "PID", "STATE"}
+    assert columns - clear <= set(re.findall(r"[A-Z][A-Z0-9-]+", shown))
 
 
 @pytest.mark.parametrize("page", PAGES)

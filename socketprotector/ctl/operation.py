@@ -75,24 +75,28 @@ class Operation:
     def wait(self, awaited: Awaited, *, status_first: bool = False) -> None:
         """Pass events and statuses to `awaited` until awaited.waits_for() returns "".
 
-        Requests a status if no event comes for _STATUS_EVERY_S, and after each event that
-        `awaited.refresh_after` names.
+        Requests a status every _STATUS_EVERY_S, even if events come faster, and after each event
+        that `awaited.refresh_after` names.
         status_first: whether to request a status before the first wait.
         Raises NoProtector, RequestRefused, TimedOut, and the errors of `awaited`.
         """
-        status_due = status_first
+        status_at = time.monotonic() + (0.0 if status_first else _STATUS_EVERY_S)
         while waits_for := awaited.waits_for():
             try:
-                if status_due:
-                    status_due = False
-                    awaited.on_status(self.client.request("status"))
+                left_s = status_at - time.monotonic()
+                if left_s <= 0:
+                    status = self.client.request("status")
+                    status_at = time.monotonic() + _STATUS_EVERY_S
+                    awaited.on_status(status)
                     continue
-                event = self.next_event(self.next_wait_s(waits_for))
+                event = self.next_event(min(left_s, self.next_wait_s(waits_for)))
                 if event is not None:
                     awaited.on_event(event)
-                status_due = event is None or event.get("event") in awaited.refresh_after
+                    if event.get("event") in awaited.refresh_after:
+                        status_at = 0.0
             except ConnectionLost:
                 self._reconnect(awaited)
+                status_at = time.monotonic() + _STATUS_EVERY_S
             except NoProtector:
                 self.next_wait_s(waits_for)  # raises TimedOut if the deadline has passed
                 raise

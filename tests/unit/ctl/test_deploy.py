@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from socketprotector.ctl import operation
+from socketprotector.ctl.client import Client
 from tests.running import Ended
 from tests.unit.ctl.conftest import run_into
 from tests.unit.ctl.fake import Connection, Fake, Message, Refusing
@@ -73,6 +76,27 @@ def test_an_unchanged_release_that_is_not_on_disk_is_no_success(web: Fake, ctl: 
     web.status["releases"] = releases(error="cannot lock /srv/current.lock: Permission denied")
 
     assert ctl("deploy", "1", "--if-changed").status == 0, "link and history are on disk"
+
+
+def test_a_release_on_disk_is_a_success_although_events_come_all_the_time(
+    web: Fake, ctl: Ctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when hundreds of old workers exit after the switch, one after another."""
+    monkeypatch.setattr(operation, "_STATUS_EVERY_S", 0.05)
+    web.status["releases"] = releases(saved=False)
+    came = 0
+
+    def next_event(*_: object) -> Message:
+        nonlocal came
+        came += 1
+        assert came < 1000, "no status was requested"
+        time.sleep(0.001)
+        web.status["releases"] = releases()
+        return {"event": "exited", "generation": 0}
+
+    monkeypatch.setattr(Client, "event", next_event)
+
+    assert ctl("deploy", "1", "--if-changed").status == 0
 
 
 def test_a_cut_dry_run_takes_no_deploy_that_succeeded_for_its_own(web: Fake, ctl: Ctl) -> None:

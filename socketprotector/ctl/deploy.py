@@ -162,7 +162,7 @@ def _is_unchanged(client: Client, before: Message, name: str, expect: str | None
 
     Also returns False if no generation is serving, if a stop or deploy is in progress, or if
     `expect` names another release than `name`.  A reload or `reload --dry-run` counts as a deploy,
-    but only once its generation is open: before that, the status does not show its release.
+    but only once its settings are read: before that, the status does not show its release.
     If the result is False, the caller requests the deploy, and the protector decides.
     """
     if before.get("route") is None or before.get("phase") == "stopping":

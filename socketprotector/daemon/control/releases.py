@@ -86,8 +86,7 @@ def refuse_unexpected_incoming(effects: Effects, fleet: Fleet, expect: str) -> N
 
     expect: the expected release; "": any release.
     """
-    incoming = effects.generations.get(fleet.incoming.number) if fleet.incoming else None
-    _refuse_unexpected(expect, incoming.program.release if incoming else fleet.release)
+    _refuse_unexpected(expect, _incoming(effects, fleet)[1])
 
 
 def listed(effects: Effects) -> list[dict[str, Any]]:
@@ -165,7 +164,8 @@ def _incoming(effects: Effects, fleet: Fleet) -> tuple[Generation | None, str]:
     """
     incoming = fleet.incoming if fleet.incoming and fleet.incoming.fresh else None
     opened = effects.generations.get(incoming.number) if incoming else None
-    return incoming, opened.program.release if opened else fleet.release
+    read = effects.live_settings.record.candidate
+    return incoming, opened.program.release if opened else read.release if read else fleet.release
 
 
 def _refuse_second(fleet: Fleet, effects: Effects) -> None:

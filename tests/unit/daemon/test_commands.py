@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from socketprotector.core.events import StopRequested
-from socketprotector.core.fleet import Fleet, Generation, Phase, Policy
+from socketprotector.core.fleet import Candidate, Fleet, Generation, Phase, Policy
 from socketprotector.daemon.control import releases
 from socketprotector.daemon.control.commands import CommandHandler
 from socketprotector.model.control_requests import Request, RequestError
@@ -67,6 +67,7 @@ def test_two_stops_in_one_turn_of_the_loop_are_both_carried_out() -> None:
 
 _SERVES = Generation(1, Phase.SERVING)
 _DRAINS = Generation(1, Phase.DRAINING)
+_READ = Candidate(Policy())
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,8 @@ def test_a_refused_kill_names_what_is_possible(fleet: Fleet, killed: int, advice
 def test_a_refused_deploy_advises_a_rollback_only_where_it_works(
     fleet: Fleet, refused: str
 ) -> None:
-    live = SimpleNamespace(releases=SimpleNamespace(serving="1"))
+    record = SimpleNamespace(candidate=None)
+    live = SimpleNamespace(releases=SimpleNamespace(serving="1"), record=record)
     effects = cast("Any", SimpleNamespace(live_settings=live, generations={}))
 
     with pytest.raises(RequestError) as caught:
@@ -150,15 +152,25 @@ def test_a_refused_deploy_advises_a_rollback_only_where_it_works(
             Fleet(Policy(), generations=(_SERVES, Generation(2)), next_generation=3, release="3"),
             2,
         ),
+        (  # stop-first
+            Fleet(Policy(), generations=(_DRAINS,), next_generation=2, candidate=_READ),
+            2,
+        ),
     ],
 )
 def test_status_has_the_generation_of_a_deploy_from_its_request_on(
     fleet: Fleet, generation: int
 ) -> None:
-    """A command whose connection was cut waits for this generation's verdict."""
+    """A command whose connection was cut waits for this generation's verdict.
+
+    rollback --expect compares with the same release.
+    """
     link = SimpleNamespace(named="1", path="/srv/current")
     found = SimpleNamespace(serving="1", link=link, become_owner=dict, is_saved=True, error="")
-    live = SimpleNamespace(releases=found)
+    read = SimpleNamespace(release="3") if fleet.candidate else None
+    live = SimpleNamespace(releases=found, record=SimpleNamespace(candidate=read))
     effects = cast("Any", SimpleNamespace(live_settings=live, generations={}))
 
     assert releases.of_status(effects, fleet)["releases"]["generation"] == generation
+    if generation == 2:
+        releases.refuse_unexpected_incoming(effects, fleet, "3")

@@ -50,8 +50,9 @@ from .server_children import children_of
 #: The pause between attempts of `events --follow` to connect for the first time.
 _AGAIN_EVERY_S = 1.0
 #: How long to wait for the answer to `diff`.  The answer may take long, because the protector
-#: starts a process that reads the configuration and resolves the listeners' host names.
-_DIFF_S = 60.0
+#: starts a process that reads the configuration and resolves the listeners' host names.  The
+#: protector ends this process after --start-timeout (60s by default), and then answers.
+_DIFF_S = 75.0
 #: The longest single wait for an event.  `events` repeats the wait without end.
 _LISTEN_S = 3600.0
 #: `list` shows only the first _ADDRESSES addresses of a protector, and only the first

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.ctl import queries, render
+from socketprotector.model.policy import Policy
 from tests import forked
 from tests.running import DEADLINE_S, Ended, Lines, eventually
 from tests.together import together
@@ -472,6 +473,7 @@ def test_diff(fake: Fake, ctl: Ctl) -> None:
     fake.answers["diff"] = lambda *_: {"changes": ["workers: 1 -> 2"]}
     assert ctl("diff") == Ended(0, "workers: 1 -> 2\n", "")
     assert fake.commands()[-2:] == ["events", "diff"]  # so that it may take more than 30 s
+    assert Policy().start_timeout_s < queries._DIFF_S, "so that a reading without end has a reason"
     fixed = {"changes": ["name: a -> b; needs a restart"], "needs_restart": ["name"]}
     fake.answers["diff"] = lambda *_: fixed
     said = ctl("diff")

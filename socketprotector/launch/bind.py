@@ -83,7 +83,7 @@ def bind_all(
 
     notice: called with lines for the operator.
     passed: sockets from the service manager, by the index of the argument that uses them.
-    inherited: sockets from the previous protector, by canonical address (stored_listeners.py).
+    inherited: sockets from the previous protector, by place() (stored_listeners.py).
     have: canonical addresses that are bound already, and are skipped.
     released: for a dry run: addresses that will be free when the running protector ends.
     earlier: the arguments that were bound before these, by the place() of each address.
@@ -304,7 +304,7 @@ def _bind(
                 # /proc does not show whether another [::] takes IPv4 clients, too.
                 dual = family != socket.AF_INET6 or _takes_ipv4(address, listen)
                 free = not any(_overlap(here, other, dual=dual) for other in released)
-                each = inherited.get(address) or _bind_one(
+                each = inherited.get(place(address)) or _bind_one(
                     listen, family, host, port, backlog, free=free, alone=alone
                 )
                 bound.append(each)
@@ -377,7 +377,7 @@ def reuse(bound: Bound, listen: Listen, backlog: int) -> Bound:
     sock.setblocking(False)
     if listen.path is not None:
         socket_copy.reapply_options(sock, sock)
-        return replace(bound, settings=reapply_options(sock, listen, listen.path, backlog))
+        return replace(bound, settings=reapply_options(sock, listen, bound.settings, backlog))
     interface = bound.settings.address.partition("%")[2].rpartition("]")[0]
     with _unbound(listen, socket.AddressFamily(sock.family)) as fresh:
         socket_copy.reapply_options(sock, fresh, device=not interface)

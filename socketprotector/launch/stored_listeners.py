@@ -22,7 +22,7 @@ from contextlib import suppress
 from ..system.dir_lock import locked
 from ..system.sd_notify import Outbox, Store
 from .activation import Passed
-from .bind import Bound, addresses_of, reuse
+from .bind import Bound, addresses_of, place, reuse
 from .bind_unix import is_file_of
 from .listen_spec import Listen
 
@@ -37,7 +37,7 @@ def take(
     backlog: int,
     notice: Callable[[str], None],
 ) -> dict[str, Bound]:
-    """Set up the inherited sockets that are still wanted; return them by address.
+    """Set up the inherited sockets that are still wanted; return them by place().
 
     The other inherited sockets are closed.  Raises Refusal.
     passed: the indexes of arguments that have a passed socket.
@@ -46,10 +46,10 @@ def take(
     for index, listen in enumerate(listens):
         if inherited and index not in passed:
             for address in addresses_of(listen, lambda text: None):
-                wanted.setdefault(address, []).append(listen)
+                wanted.setdefault(place(address), []).append(listen)
     taken: dict[str, Bound] = {}
     for each in inherited:
-        address = each.settings.address
+        address = place(each.settings.address)
         matching = wanted.get(address, [])
         try:
             if len(matching) == 1 and address not in taken:

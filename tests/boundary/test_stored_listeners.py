@@ -339,6 +339,20 @@ def test_a_path_whose_file_is_gone_is_bound_anew(
     assert len(machine.notices) == 1
 
 
+def test_a_path_is_the_same_through_a_link(machine: Machine, tmp_path: Path) -> None:
+    """As /var/run is a link to /run."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "var-run").symlink_to("run")
+    [before] = machine.start(f"unix:{tmp_path}/var-run/socket")
+    with connect(f"{tmp_path}/run/socket"):
+        for folder in ("run", "var-run"):
+            [after] = machine.restart(f"unix:{tmp_path}/{folder}/socket")
+            assert after.inherited
+            assert after.settings.inode == before.settings.inode
+        assert select.select([after.socket], [], [], 0)[0]
+    assert machine.notices == []
+
+
 def test_an_abstract_name_is_taken(machine: Machine, port: int) -> None:
     machine.start(f"unix:@left-{port}")
     [after] = machine.restart(f"unix:@left-{port}")

@@ -33,7 +33,9 @@ _NAMED = re.compile(r"--([a-z-]+)")
 _OPTION = re.compile(r"--([a-z-]+)(?: (?=[^ ]*: |[^ ]+=)|: )")
 _NUL = "must not contain a NUL"
 _NOT_IN_LOCALE = "has a character that this locale cannot encode; set LC_ALL=C.UTF-8"
-LISTEN, COMMAND = "listen", "command"
+LISTEN, COMMAND, ENV = "listen", "command", "env"
+#: Every key of a file.
+_KEYS = (*(key for key, each in _OPTIONS.items() if not each.no_key), LISTEN, COMMAND)
 #: A number with more digits than Python converts (sys.get_int_max_str_digits()).
 _DIGITS = re.compile(r"[0-9_]{4300}")
 _PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)\Z")
@@ -148,8 +150,7 @@ class ConfigFile:
             else:
                 self._option(key, option, value)
         else:
-            keys = (name for name, each in _OPTIONS.items() if not each.no_key)
-            near = get_close_matches(key, [*keys, LISTEN, COMMAND], 1)
+            near = get_close_matches(key, _KEYS, 1)
             what = f"did you mean {near[0]}?" if near else "docs/reference.md lists them"
             self.mistake((key,), f"unknown key; {what}")
 
@@ -200,6 +201,9 @@ class ConfigFile:
                 self.mistake((key, name), why)
             elif not name or "=" in name:
                 self.mistake((key, name), "not a name; it is empty, or has = in it")
+            elif key == ENV and name in _KEYS:  # in TOML, each key below [env] is in that table
+                why = "the name of an option; write it above [env], or the variable to env-file"
+                self.mistake((key, name), why)
             elif self._converts(option, f"{name}={content}", (key, name)):
                 found[name] = str(content)
 

@@ -344,6 +344,9 @@ memory = 2
         ("command = ['/no/such']\n", "line 1: command: cannot run /no/such: No such file"),
         ("limit.nice = -30\n", "line 1: limit.nice: nice=-30: must be from -20 to 19"),
         ("[[limit]]\nnice = 3\n", "line 1: limit: must be a table"),
+        ("env.kill-timeout = '9s'\n", "line 1: env.kill-timeout: the name of an option; "),
+        ("[env]\nA = '1'\nworkers = 2\n", "line 3: env.workers: the name of an option; "),
+        ("[env]\n\nlisten = '80'\n", "line 3: env.listen: the name of an option; write it above"),
     ],
 )
 def test_a_mistake_is_reported_with_what_is_allowed(read: Reader, text: str, said: str) -> None:

@@ -41,6 +41,13 @@ class Ready:
     question: str = ""
 
 
+def _not_empty(text: str) -> str:
+    # An unset variable of a script is the usual reason.
+    if not text:
+        raise ValueError("it is empty; leave the option out, or write a value")
+    return text
+
+
 def _ready(text: str) -> Ready:
     kind, _, rest = text.partition(":")
     if text in ("notify", "ack"):
@@ -142,6 +149,7 @@ def octal(text: str) -> int:
 
 FLAG = click.BOOL
 TEXT = click.STRING
+NOT_EMPTY = Value("TEXT", _not_empty)
 TIME = Duration()
 TIME_ABOVE_0 = Duration(zero=False)
 #: An interval of probes, with a lower limit because each probe costs a connection or a process.

@@ -30,6 +30,7 @@ from .option_values import (
     FLAG,
     HEALTH,
     NAMES,
+    NOT_EMPTY,
     OCTAL,
     PAIR,
     READY,
@@ -177,7 +178,7 @@ def _user(found: Identity | None) -> str:
 
 # fmt: off
 #: cli.py adds the callback that reads the file.
-CONFIG = Option("config", TEXT, "Read options from a TOML file, at each reload too.\n"
+CONFIG = Option("config", NOT_EMPTY, "Read options from a TOML file, at each reload too.\n"
                 "The file can also have LISTEN and COMMAND. The command line overrides the file. "
                 "See docs/reference.md.",
                 metavar="FILE", no_key=_LINE_ONLY, common=True, is_eager=True, expose_value=False)
@@ -204,7 +205,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "busy_poll_s", STAYS, default="200us"),
     ),
     "Start": (
-        Option("name", TEXT, "Name this instance.\n"
+        Option("name", NOT_EMPTY, "Name this instance.\n"
                "The name is in status, log, syslog, ps and metrics. Pass it to "
                "socketprotectorctl --name.",
                "name", STAYS, metavar="NAME", common=True, unset="the command's"),
@@ -213,8 +214,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("guard", FLAG, "Restart SocketProtector if it dies; sockets stay open.\n"
                "A small parent process holds copies of the descriptors.",
                "guarded", STAYS, common=True),
-        Option("pid-file", TEXT, "Write the protector's process ID, or with --guard the guard's, "
-               "to this file.\n"
+        Option("pid-file", NOT_EMPTY, "Write the protector's process ID, or with --guard the "
+               "guard's, to this file.\n"
                "While the protector runs, the file is locked: a second start is refused, "
                "and a stale file is replaced.", "pid_file", STAYS, metavar="FILE"),
         Option("ready", READY, "Choose what shows that a worker is ready: notify, ack, fd:N, "
@@ -252,17 +253,17 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "If the new generation fails within this time, the old one serves again. Not with "
                "--reload-order stop-first.",
                "policy.settle_s", default="0"),
-        Option("releases", TEXT, "Start a release, a subfolder of this folder.\n"
+        Option("releases", NOT_EMPTY, "Start a release, a subfolder of this folder.\n"
                "The release's path replaces {release} in COMMAND, checks, --chdir, --env and "
                "--env-file. socketprotectorctl deploy NAME starts another release. See "
                "docs/deploy.md.",
                "releases", STAYS, metavar="DIR", show=lambda path: path or "none"),
-        Option("current", TEXT, "Start the release to which this symbolic link leads.\n"
+        Option("current", NOT_EMPTY, "Start the release to which this symbolic link leads.\n"
                "SocketProtector moves the link once a deploy has succeeded.",
                "current", STAYS, metavar="PATH", show=lambda path: path or "none"),
-        Option("deployer", TEXT, "Accept releases that belong to this user or root.",
+        Option("deployer", NOT_EMPTY, "Accept releases that belong to this user or root.",
                metavar="USER"),
-        Option("watch", TEXT, "Reload when files below this path change. Repeatable.\n"
+        Option("watch", NOT_EMPTY, "Reload when files below this path change. Repeatable.\n"
                "For development: docs/start.md.", metavar="PATH", multiple=True, no_key=_LINE_ONLY),
     ),
     "Workers": (
@@ -284,7 +285,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "worker_limits.memory_bytes", default="0"),
         Option("max-age", TIME, "Replace a worker of this age; 0: never.",
                "worker_limits.age_s", default="0"),
-        Option("chdir", TEXT, "Start workers in this directory.\n"
+        Option("chdir", NOT_EMPTY, "Start workers in this directory.\n"
                "Each reload follows symbolic links in the path again.",
                "directory", metavar="DIR", unset="the caller's"),
         Option("umask", OCTAL, "Set the umask of the workers.", "umask", unset="the caller's"),
@@ -292,7 +293,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                metavar="NAME=N", multiple=True, unset="the caller's"),
         Option("env", PAIR, "Set an environment variable. Repeatable.\n"
                "Put secrets into --env-file.", multiple=True),
-        Option("env-file", TEXT, "Read NAME=VALUE lines from this file, again at each reload.",
+        Option("env-file", NOT_EMPTY, "Read NAME=VALUE lines from this file, again at each reload.",
                "env_file", metavar="FILE"),
         Option("clear-env", FLAG,
                "Pass on none of the caller's variables; PATH is systemd's default."),
@@ -356,7 +357,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "policy.lame_duck_idle_s", default="0"),
     ),
     "Log": (
-        Option("log-file", TEXT, "Write the log, and the workers' output, to this file.\n"
+        Option("log-file", NOT_EMPTY, "Write the log, and the workers' output, to this file.\n"
                "If the log goes to syslog and no daemon listens at /dev/log, lines are lost; the "
                "start warns.",
                "log_file", STAYS, metavar="FILE", common=True,
@@ -403,7 +404,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("check", FLAG, "Check what a start needs, and start nothing.\n"
                "If a protector with the same pid file is running, check as if it had ended.",
                no_key=_LINE_ONLY, common=True),
-        Option("control", TEXT, "Put the control socket at this path.", at_reload=STAYS,
+        Option("control", NOT_EMPTY, "Put the control socket at this path.", at_reload=STAYS,
                metavar="PATH",
                unset="NAME.control in $XDG_RUNTIME_DIR/socketprotector or /run/socketprotector"),
         Option("no-control", FLAG, "Make no control socket.", at_reload=STAYS),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.launch import cli, preflight
+from socketprotector.launch.option_values import NOT_EMPTY
 from socketprotector.launch.options import OPTIONS
 from socketprotector.launch.resolve import ParsedOptions
 from socketprotector.model.errors import UsageError
@@ -344,6 +345,7 @@ memory = 2
         ("command = ['/no/such']\n", "line 1: command: cannot run /no/such: No such file"),
         ("limit.nice = -30\n", "line 1: limit.nice: nice=-30: must be from -20 to 19"),
         ("[[limit]]\nnice = 3\n", "line 1: limit: must be a table"),
+        ("env-file = ''\n", "line 1: env-file: it is empty; leave the option out, or write a "),
         ("env.kill-timeout = '9s'\n", "line 1: env.kill-timeout: the name of an option; "),
         ("[env]\nA = '1'\nworkers = 2\n", "line 3: env.workers: the name of an option; "),
         ("[env]\n\nlisten = '80'\n", "line 3: env.listen: the name of an option; write it above"),
@@ -433,6 +435,12 @@ def test_what_is_no_text_is_reported_with_its_line(read: Reader) -> None:
 def test_what_is_missing_is_reported(words: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         cli.parse(words)
+
+
+def test_an_empty_value_on_the_command_line_is_refused() -> None:
+    for key in [each.key for each in OPTIONS if each.kind is NOT_EMPTY]:
+        with pytest.raises(UsageError, match=f"'--{key}': it is empty; leave the option out"):
+            cli.parse([f"--{key}=", "127.0.0.1:0", "--", sys.executable])
 
 
 def test_a_mistake_on_the_command_line_is_not_the_files(read: Reader) -> None:

@@ -268,7 +268,8 @@ class OptionResolver:
                 if given[field] is not None:
                     groups[field] = users.gid_of(f"--{field.replace('_', '-')}", given[field])
         default = users.status_group(os.environ)
-        if default is not None:
+        # A group that was made after the start takes effect at a restart, and stops no reload.
+        if default is not None and (running is None or running.status_group is not None):
             groups.setdefault("status_group", default)
         connections, spread = given["retire_after"]
         values = {each.field: given[str(each.name)] for each in OPTIONS if each.field}

@@ -15,6 +15,7 @@ from socketprotector.launch import cli, preflight
 from socketprotector.launch.option_values import NOT_EMPTY
 from socketprotector.launch.options import OPTIONS
 from socketprotector.launch.resolve import ParsedOptions
+from socketprotector.launch.settings_diff import forbidden
 from socketprotector.model.errors import UsageError
 from tests.together import together
 
@@ -138,6 +139,21 @@ def test_workers_get_the_umask_of_the_caller_who_keeps_it(read: Reader) -> None:
         after = os.umask(before)
 
     assert (asked.settings.umask, after) == (0o077, 0o077)
+
+
+def test_a_default_group_that_is_made_after_the_start_stops_no_reload(
+    read: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package of the exporter makes the group, perhaps later."""
+    monkeypatch.setenv("SOCKETPROTECTOR_STATUS_GROUP", "not-made-yet")
+    running = read(COMMAND + "listen = '1'").settings
+    assert running.status_group is None
+
+    monkeypatch.setenv("SOCKETPROTECTOR_STATUS_GROUP", "games")
+    again = cli.parse(running.origin.words, running)
+
+    assert again is not None
+    assert list(forbidden(running, again.settings)) == []
 
 
 def test_the_command_line_wins(read: Reader) -> None:

@@ -22,6 +22,7 @@ import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
+from string import hexdigits
 
 from ..model.lazy_dataclass import frozen
 from ..model.settings import Settings
@@ -156,7 +157,8 @@ def _check(folder: str, settings: Settings) -> None:
 def _sweep(place: str, settings: Settings) -> None:
     """Remove unlocked folders, whose protectors are gone."""
     for name in os.listdir(place):
-        if name.startswith(PREFIX):
+        prefix, key = name[: len(PREFIX)], name[len(PREFIX) :]
+        if prefix == PREFIX and len(key) == 2 * _KEY_BYTES and not key.strip(hexdigits):
             with suppress(OSError):  # the folder is locked, or belongs to another user
                 _remove_stale(os.path.join(place, name), _owners(settings))
 

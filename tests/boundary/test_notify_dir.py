@@ -187,6 +187,16 @@ def test_what_a_killed_one_has_left_is_removed_by_the_next_start(place: Path) ->
         each.discard()
 
 
+def test_a_folder_of_another_program_with_a_like_name_stays(place: Path) -> None:
+    others = place / ".notify-settings"
+    others.mkdir(parents=True)
+    (others / "file").touch()
+
+    made(settings()).discard()
+
+    assert (others / "file").exists()
+
+
 def test_it_lives_as_long_as_any_process_holds_its_descriptor(place: Path) -> None:
     folder = made(settings())
     guards = os.dup(folder.fd)

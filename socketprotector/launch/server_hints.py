@@ -118,12 +118,12 @@ def _files(settings: Settings, environment: Mapping[str, str]) -> str:
             if not stat.S_ISREG(os.stat(path).st_mode):
                 continue
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                found.append(os.read(fd, _READ_BYTES).decode("utf-8", "replace"))
+            finally:
+                os.close(fd)
         except (OSError, ValueError):
             continue
-        try:
-            found.append(os.read(fd, _READ_BYTES).decode("utf-8", "replace"))
-        finally:
-            os.close(fd)
     return "\n".join(found)
 
 

@@ -147,3 +147,9 @@ def test_what_a_configuration_file_sets_is_no_matter_for_a_warning(
     found = [*server_hints.of(settings, listens, typed=False)]
     assert [*found, *server_hints.drain_limits(settings)] == []
     file.unlink()
+
+
+def test_a_file_that_opens_but_cannot_be_read_is_left_out(tmp_path: Path) -> None:
+    settings = Settings("x", ("gunicorn", "app:app", "/proc/self/mem"), str(tmp_path))
+
+    assert len([*server_hints.of(settings, [parse("8000", "/")], typed=False)]) == 1

@@ -158,6 +158,8 @@ def _listeners(
             earlier |= dict.fromkeys(map(place, have), listen)
             if any(each.text == listen.text for each in present if not each.removed):
                 continue  # unchanged: a host name is not resolved again, port 0 keeps its number
+            if any(each.foreign for each in matching.values()):
+                continue  # as at a start, the argument means the passed sockets alone
             if listen.passed is not None:
                 raise UsageError(
                     f"{listen.text}: sockets are passed only at a start, so this {RESTART}"
@@ -202,7 +204,7 @@ def _matching(
     found = {
         index: replace(each, **listen.settings)
         for index, each in living.items()
-        if place(each.address) in wanted
+        if place(each.address) in wanted or (each.foreign and listen.means(each.address))
     }
     if any(options_in(each.text) != options_in(living[n].text) for n, each in found.items()):
         notice(f"{listen.text}: bound already; its options after the ? take effect at a restart")

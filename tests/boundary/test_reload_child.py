@@ -312,6 +312,23 @@ def test_a_port_alone_can_get_a_name_where_its_socket_also_accepts_ipv4(
     assert answer.settings.notices == ()
 
 
+@pytest.mark.parametrize(
+    ("mode", "address"), [("connection", "tcp:[::]:4321"), ("listener", "tcp:0.0.0.0:4321")]
+)
+def test_a_port_alone_can_get_a_name_where_its_socket_was_passed_in(
+    loop: Loop, web: Web, mode: str, address: str
+) -> None:
+    """As at a start, the argument then means this socket alone."""
+    there = ListenerSettings(address, text="4321", name="4321", foreign=True)
+    web.says(f'handoff = "{mode}"\nlisten = "4321"\n')
+    asked = cli.parse(["--config", str(web.path)])
+    assert asked is not None
+    settings = replace(asked.settings, listeners=(there,))
+    web.says(f'handoff = "{mode}"\nlisten = "web=4321"\n')
+
+    assert read(loop, settings, dry=True).changes == ("listen: 4321 -> web=4321",)
+
+
 @pytest.mark.parametrize("dry", [False, pytest.param(True, marks=pytest.mark.costly)])
 def test_one_address_twice_is_refused_as_at_a_start(
     loop: Loop, web: Web, tmp_path: Path, dry: bool

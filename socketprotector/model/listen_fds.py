@@ -102,7 +102,10 @@ def listener_variables(listeners: Sequence[ListenerSettings]) -> dict[str, str]:
             listeners[index].name.replace(":", "_") or "unknown" for index in numbers
         ),
         "SERVER_STARTER_PORT": ";".join(
-            f"{_starter_name(listeners[index])}={fd}" for index, fd in numbers.items()
+            f"{name}={fd}"
+            for index, fd in numbers.items()
+            # It knows no quotes, so with such a path a server could read none of the pairs.
+            if not {";", "="}.intersection(name := _starter_name(listeners[index]))
         ),
         "EINHORN_FD_COUNT": str(len(numbers)),
         "EINHORN_FDS": " ".join(map(str, numbers.values())),

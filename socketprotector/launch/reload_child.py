@@ -26,7 +26,7 @@ from functools import partial
 from ..model.errors import Mistaken, Refusal, UsageError
 from ..model.settings import ListenerSettings, Settings, dump, load
 from ..model.text import escape
-from ..system import inherited
+from ..system import control_path, inherited
 from ..system.cleanup import on_error
 from . import port_owner, preflight, server_hints
 from .bind import (
@@ -122,10 +122,15 @@ def _changes(running: Settings, new: Settings) -> list[str]:
 
 def _control(running: Settings, parsed: ParsedOptions) -> Iterator[str]:
     """Yield a line if the control socket would move."""
-    if running.control is not None and parsed.control is not None:
-        was = running.control.address.removeprefix("unix:")
-        if parsed.control != was:
-            yield f"control: {was} -> {parsed.control or 'none'}"
+    if running.control is None:
+        return  # there is none, perhaps because its bind failed
+    was, path = running.control.address.removeprefix("unix:"), parsed.control
+    if path is None:
+        # The usual path depends on the user, and on the other instances of that time.
+        usual = control_path.folders(os.environ, os.geteuid())
+        path = was if was.startswith(tuple(f"{each}/" for each in usual)) else "the usual path"
+    if path != was:
+        yield f"control: {was} -> {path or 'none'}"
 
 
 def _listeners(

@@ -170,6 +170,18 @@ def test_what_cannot_change_and_what_cannot_be_bound_are_reported_together(
     assert not (tmp_path / "s").exists()
 
 
+def test_a_path_of_the_control_socket_that_was_removed_needs_a_restart(
+    loop: Loop, web: Web
+) -> None:
+    settings = replace(web.settings, control=ListenerSettings("unix:/srv/web/control"))
+    said = "control: /srv/web/control -> the usual path"
+
+    assert read(loop, settings, dry=True).fixed == (f"{said}; needs a restart",)
+
+    usual = ListenerSettings("unix:/run/socketprotector/web.control")
+    assert read(loop, replace(settings, control=usual), dry=True).fixed == ()
+
+
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_an_address_of_this_instance_is_no_reason_to_stop_it(
     loop: Loop, web: Web, kind: str

@@ -29,8 +29,9 @@ _OPTIONS = {each.key: each for each in OPTIONS}
 
 #: An option that an error names.
 _NAMED = re.compile(r"--([a-z-]+)")
-#: The beginning of an error that names an option: `--chdir /x: `, `--limit nofile=x: `.
-_OPTION = re.compile(r"--([a-z-]+)(?: (?=[^ ]*: |[^ ]+=)|: )")
+#: The beginning of an error that names an option: `--chdir /x: `, `--limit nofile=x: `, `--shell `.
+#: The second group is only in an error that is still clear without the option's name.
+_OPTION = re.compile(r"--([a-z-]+)( (?=[^ ]*: |[^ ]+=)|: )?")
 _NUL = "must not contain a NUL"
 _NOT_IN_LOCALE = "has a character that this locale cannot encode; set LC_ALL=C.UTF-8"
 LISTEN, COMMAND, ENV = "listen", "command", "env"
@@ -114,7 +115,8 @@ class ConfigFile:
             option = _OPTION.match(str(error))
             key = option[1] if option and (option[1],) in self._places else str(where[0])
             where = where if key == where[0] else (key,)
-            self.mistake(where, str(error)[option.end() if option and option[1] == key else 0 :])
+            start = option.end() if option and option[2] and option[1] == key else 0
+            self.mistake(where, str(error)[start:])
 
     @contextmanager
     def mistakes_first(self) -> Iterator[None]:

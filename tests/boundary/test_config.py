@@ -361,6 +361,11 @@ memory = 2
         ("command = ['/no/such']\n", "line 1: command: cannot run /no/such: No such file"),
         ("limit.nice = -30\n", "line 1: limit.nice: nice=-30: must be from -20 to 19"),
         ("[[limit]]\nnice = 3\n", "line 1: limit: must be a table"),
+        (
+            "handoff = 'stdio'\nlog-prefix = true\nno-log-relay = true\n",
+            "line 2: log-prefix: --log-prefix needs the log relay; leave out --no-log-relay",
+        ),
+        ("handoff = 'connection'\nshell = true\n", "line 2: shell: --shell with --handoff "),
         ("env-file = ''\n", "line 1: env-file: it is empty; leave the option out, or write a "),
         ("env.kill-timeout = '9s'\n", "line 1: env.kill-timeout: the name of an option; "),
         ("[env]\nA = '1'\nworkers = 2\n", "line 3: env.workers: the name of an option; "),

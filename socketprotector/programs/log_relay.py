@@ -68,10 +68,14 @@ def log(line: bytes) -> None:
 class Stream:
     """The lines of one writer."""
 
-    def __init__(self, fd: int, number: int, prefix: bytes) -> None:
-        """number: of the worker; -1: the shared stream.  prefix: for each line; may be empty."""
+    def __init__(self, fd: int, number: int, prefix: bytes, pid: int = 0) -> None:
+        """number, pid: of the worker; number -1: the shared stream.
+
+        prefix: for each line; may be empty.
+        """
         self.fd = fd
         self.number = number
+        self.pid = pid
         self.prefix = prefix
         self.rest = b""  # an incomplete line
         self.tail = b""  # the last bytes of the output
@@ -86,7 +90,7 @@ class Relay:
         self.line: socket.socket | None = socket.socket(fileno=line)
         self.streams: dict[int, Stream] = {}  # by descriptor
         self.known: dict[int, Stream] = {}  # by the worker's number
-        self.ended: dict[int, bytes] = {}  # the last words of exited workers, by number
+        self.ended: dict[int, Stream] = {}  # of exited workers, by number
         self.cut = False  # the last line was written in part
         # Not poll(), which would examine hundreds of pipes at each write.
         self.epoll = select.epoll()
@@ -180,7 +184,7 @@ class Relay:
         del self.streams[stream.fd]
         if stream.number >= 0:
             del self.known[stream.number]
-            self.ended[stream.number] = stream.tail
+            self.ended[stream.number] = stream
             if len(self.ended) > ENDED:
                 del self.ended[next(iter(self.ended))]
 
@@ -219,12 +223,16 @@ class Relay:
                 os.close(fds[0])
                 return
             prefix = b"[%d %d] " % (generation, pid) if self.prefixed else b""
-            self.add(Stream(fds[0], number, prefix))
+            stream, before = Stream(fds[0], number, prefix, pid), self.ended.get(number)
+            # A new protector still has the pipe of a worker that exited before the protector began.
+            if before is not None and before.pid == pid:
+                stream.tail = before.tail
+            self.add(stream)
 
     def answer(self, line: socket.socket, number: int) -> None:
         """Send a worker's last words, after passing on all that it has written."""
-        stream = self.carry_all(number)
-        tail = stream.tail if stream is not None else self.ended.get(number, b"")
+        stream = self.carry_all(number) or self.ended.get(number)
+        tail = stream.tail if stream is not None else b""
         self.say(line, b"%d\n" % number + tail)
 
     def say(self, line: socket.socket, what: bytes) -> None:

@@ -284,6 +284,28 @@ def test_last_words_are_one_s_own_and_known_after_its_end(start: Start, file: in
     assert written(file).count(b"\n") == 8000
 
 
+def test_a_pipe_that_is_announced_again_after_its_end_keeps_the_last_words(
+    start: Start, file: int
+) -> None:
+    """As by a new protector, if a worker has failed while no protector was running."""
+    told = start("lines", file)
+    receive, send = os.pipe()
+    os.set_blocking(receive, False)
+    told.say(b"+1 2 11", receive)
+    os.write(send, b"why\n")
+    os.close(send)
+    assert told.ask(1) == b"why\n"
+    told.say(b"+1 2 11", receive)
+    assert told.ask(1) == b"why\n"
+    assert told.ask(1) == b"why\n"  # its end of file has been read again
+    os.close(receive)
+    os.close(told.pipe(1, 2, 22))  # another worker: an unwritten state has given the number twice
+    assert told.ask(1) == b""
+
+    assert told.end() == 0
+    assert written(file) == b"why\n"
+
+
 def test_lines_go_to_the_new_file_from_then_on(start: Start, file: int, tmp_path: Path) -> None:
     told = start("lines", file)
     pipe = told.pipe(1, 1, 11)

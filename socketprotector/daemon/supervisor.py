@@ -60,6 +60,9 @@ _WRITTEN_AT_ONCE = (
     *(ReportKind.RELOADED, ReportKind.RECOVERED, ReportKind.RELOAD_FAILED),
     *(ReportKind.DRY_RUN_PASSED, ReportKind.DRY_RUN_FAILED),
 )
+#: With a guard, a signal to our process group, or by `pkill SocketProtector`, reaches us twice: the
+#: guard passes it on, too.  So a stop signal this soon after the first does not count.
+_REPEATED_S = 0.5
 _NOT_KEPT = "the state cannot be written, or not all descriptors have reached the guard or systemd"
 
 
@@ -89,6 +92,7 @@ class Supervisor:
     _working: bool = False
     _handing_over: bool = False
     _yield_at: float = 0.0  # when yield_to_accepts() next lets the delivery accept clients
+    _stop_at: float = float("-inf")  # when the last stop signal that counts came
 
     def __post_init__(self) -> None:
         effects = self.effects
@@ -286,11 +290,11 @@ class Supervisor:
         match number:
             case signal.SIGHUP if self._terminal_is_gone():
                 if not self.outlives_terminal:
-                    self.runtime.post(StopRequested())
+                    self._stop_signalled()
             case signal.SIGHUP:
                 self.runtime.post(ReloadRequested())
             case signal.SIGTERM | signal.SIGQUIT:
-                self.runtime.post(StopRequested())
+                self._stop_signalled()
             case signal.SIGINT:
                 self.runtime.post(StopRequested(quick=True))
             case signal.SIGTTIN:
@@ -301,6 +305,12 @@ class Supervisor:
                 self.reopen_logs()
             case signal.SIGUSR2:
                 self.begin_upgrade()
+
+    def _stop_signalled(self) -> None:
+        now = time.monotonic()
+        if not self.effects.pool.guarded or now - self._stop_at >= _REPEATED_S:
+            self._stop_at = now
+            self.runtime.post(StopRequested())
 
     def cannot_dry_run(self) -> str | None:
         """Return why no dry run can begin now, or None."""

@@ -67,8 +67,6 @@ class Output:
         self._settings, self._relay_failed = settings, relay_failed
         self._log_file, self._to_syslog = settings.log_file, settings.to_syslog
         ours = self._to_syslog or self._log_file is not None
-        #: Why the log file could not be opened; "": it is our stderr, or there is none.
-        self._open_error = self._open_if_lost()
         #: Whether each worker has a pipe of its own if neither --log-prefix nor --no-log-relay is
         #: set.
         self._pipes_by_default = ours or _is_stream()
@@ -76,21 +74,24 @@ class Output:
         self._relayed = not relay_failed and (
             settings.log_prefix or (settings.log_relay and self._pipes_by_default)
         )
+        #: Why the log file could not be opened; "": it is our stderr, or there is none.
+        self._open_error = self._open_if_lost()
         #: The workers' descriptors that the next program needs after an upgrade or a kill.
         #: LogRelay adds the workers' pipes; WorkerPool adds all other descriptors.
         self.named = inherited.Named()
         self._relay: relay_client.LogRelay | None = None
 
     def _open_if_lost(self) -> str:
-        """Open the log file if our stderr is the journal; return why that failed, or "".
+        """Open the log file if our stderr is another file; return why that failed, or "".
 
-        After a crash, systemd starts us with the journal as stderr.  A regular file as stderr is
-        the log file, perhaps renamed: then positions in that file are still valid (last_words()).
+        After a crash, systemd starts us with the journal, or with a file of the unit, as stderr.
+        Without the relay, a regular file counts as the log file, perhaps renamed: positions in that
+        file must stay valid (last_words()).
         """
         try:
-            if self._log_file is not None and not _is_stderr(self._log_file):
-                opened = log_file.open_log(self._log_file, self._settings.identity)
-                self._redirect_to(opened)
+            path = self._log_file
+            if path is not None and not _is_stderr(path, may_be_renamed=not self._relayed):
+                self._redirect_to(log_file.open_log(path, self._settings.identity))
         except OSError as error:
             return str(error.strerror)
         return ""
@@ -246,13 +247,18 @@ class Output:
         return self._relayed
 
 
-def _is_stderr(path: str) -> bool:
-    """Return whether our stderr is this file, or was this file before a rotation."""
+def _is_stderr(path: str, *, may_be_renamed: bool) -> bool:
+    """Return whether our stderr is this file, or may have been this file before a rotation."""
     found = os.fstat(_STDERR)
+    is_file = stat.S_ISREG(found.st_mode)
+    if may_be_renamed and is_file:
+        return True
     try:
-        return stat.S_ISREG(found.st_mode) or os.path.samestat(os.stat(path), found)
+        return os.path.samestat(os.stat(path), found)
     except FileNotFoundError:
         return False
+    except PermissionError:  # root has opened the file, in a folder that is closed to us
+        return is_file
 
 
 def _is_stream() -> bool:

@@ -66,21 +66,25 @@ def test_killed_and_started_again_it_goes_on(service: Service) -> None:
     wait_stored(service, set())
 
 
-def test_started_again_it_and_its_workers_write_to_its_log_file_and_not_to_the_journal(
-    service: Service, tmp_path: Path, free_port: Callable[[], int]
+@pytest.mark.parametrize("file", ["", "unit.log"], ids=["the journal", "a file of the unit"])
+def test_started_again_it_and_its_workers_write_to_its_log_file_and_not_to_stderr(
+    service: Service, tmp_path: Path, free_port: Callable[[], int], file: str
 ) -> None:
+    """file: of the unit's StandardError=append:FILE."""
+    unit = tmp_path / file
+    under = ("/bin/sh", "-c", f'exec "$0" "$@" 2>>{unit}') if file else ()
     log, port = tmp_path / "web.log", free_port()
     words = ("--log-file", str(log), f"127.0.0.1:{port}", "--", *worker("prints"))
-    service.start(*words)
+    service.start(*words, under=under)
     service.wait_for("READY")
 
     service.kill()
-    second = service.start(*words)
+    second = service.start(*words, under=under)
     ask(("127.0.0.1", port), "from a worker")
     eventually(lambda: "\nfrom a worker\n" in log.read_text(), "the line of the worker")
 
     assert "event=resumed" in log.read_text()
-    assert second.log.text() == ""
+    assert second.log.text() == (unit.read_text() if file else "") == ""
 
 
 @pytest.mark.costly

@@ -6,6 +6,7 @@ docs/control.md has the names and units of the values.
 from __future__ import annotations
 
 import os
+import select
 import stat
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from ...model.text import headline
 from ...model.wait_quantiles import quantile_us
 from ...system.check_command import shown
 from ...system.listener import Listener
+from ...system.polling import events_of
 from .. import forked_children, spread
 from ..delivery import Delivery
 from ..effects import Effects
@@ -42,6 +44,7 @@ _COUNTED = (
 )
 #: States in which a worker may have connections.
 _WITH_CONNECTIONS = (State.READY, State.RETIRING, State.ORPHANED)
+_STDERR = 2
 
 
 def phase_of(fleet: Fleet) -> str:
@@ -131,6 +134,12 @@ def of_guard(settings: Settings, *, guarded: bool) -> list[str]:
     died = "the guard died; restart SocketProtector, or its next crash loses connections"
     # A reload cannot change --guard, so settings.guarded still says whether a guard was started.
     return [died] if settings.guarded and not guarded else []
+
+
+def of_log() -> list[str]:
+    """Return a warning if much of the log is unread."""
+    slow = "the reader of the log is suspended or slow; workers that write may have to wait"
+    return [] if events_of(_STDERR, select.POLLOUT) else [slow]
 
 
 def _is_resolved(warning: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Policy
+from socketprotector.daemon.control import status
 from socketprotector.daemon.control.status import phase_of
 from tests.unit.conftest import Story
 
@@ -74,3 +76,21 @@ def test_a_dead_worker_of_one_that_serves_changes_no_phase(story: Story) -> None
     story.when(WorkerExited(1, "was killed by SIGSEGV"))
 
     assert phase_of(story.fleet) == "serving"
+
+
+def test_a_log_whose_reader_stands_still_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    receive, send = os.pipe2(os.O_NONBLOCK)
+    monkeypatch.setattr(status, "_STDERR", send)
+    assert status.of_log() == []
+
+    while True:
+        try:
+            os.write(send, bytes(65_536))
+        except BlockingIOError:
+            break
+    [warning] = status.of_log()
+    assert "the reader of the log is suspended" in warning
+
+    os.close(receive)
+    assert status.of_log() == []  # the lines are lost, and block no worker
+    os.close(send)

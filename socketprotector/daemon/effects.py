@@ -184,7 +184,7 @@ class Effects(Host):
             case CloseListeners(quick):
                 self.probing.set_serving(None)
                 self._close_listeners(quick=quick)
-            case StartTimer(deadline, seconds, True):
+            case StartTimer(deadline, seconds, True) if self._loop.due(deadline) is not None:
                 self._loop.extend(deadline, seconds)
                 self._note_due(deadline)
             case StartTimer(deadline, seconds):
@@ -398,14 +398,14 @@ class Effects(Host):
             # Each new client restarts the time of --lame-duck-idle.
             idle_s = self.delivery.idle_s if deadline.wait is TimerKind.LAME_DUCK_IDLE else seconds
             if idle_s < seconds:
-                set_timer(seconds - idle_s)
-                return
+                return set_timer(seconds - idle_s)
             target, settles = deadline.target, deadline.wait is TimerKind.SETTLE
             if settles and self.probing.note_settle_over(target):
-                set_timer(_SETTLE_AGAIN_S)
-                return
+                return set_timer(_SETTLE_AGAIN_S)
             self._note_due(deadline)
             self.pool.messages.catch_up(deadline)
+            if self._loop.due(deadline) is not None:
+                return  # a message has extended the time
             advice = self._start_advice(target) if deadline.wait is TimerKind.START else ""
             met = self.met(target) if settles and target == self._sharing else 0
             stuck = settles and self.delivery.is_stuck(self.generations.get(target))

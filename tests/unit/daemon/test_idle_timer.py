@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 from types import SimpleNamespace
 from typing import cast
 
+from socketprotector.core.actions import Action, StartTimer
 from socketprotector.core.events import Deadline, DeadlinePassed, Event, TimerKind
 from socketprotector.daemon.effects import Effects
 
@@ -21,10 +22,18 @@ class Timer:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.run_out: Callable[[], None] = lambda: None
+        self.is_set = False
+        self._callback: Callable[[], None] = lambda: None
 
     def call_after(self, _: Hashable, seconds: float, callback: Callable[[], None]) -> None:
-        self.seconds, self.run_out = seconds, callback
+        self.seconds, self.is_set, self._callback = seconds, True, callback
+
+    def due(self, _: Hashable) -> float | None:
+        return self.seconds if self.is_set else None
+
+    def run_out(self) -> None:
+        self.is_set = False
+        self._callback()
 
 
 def test_it_runs_out_when_no_client_has_come_for_its_whole_time() -> None:
@@ -68,6 +77,38 @@ def test_the_workers_messages_are_read_before_a_deadline_counts() -> None:
     timer.run_out()
 
     assert done == [start, DeadlinePassed(start, stuck=False)]
+
+
+def test_a_start_that_such_a_message_extends_goes_on() -> None:
+    """EXTEND_TIMEOUT_USEC, behind more messages than a turn of the loop reads."""
+    timer, posted, extended = Timer(), list[Event](), list[Action]()
+    start = Deadline(TimerKind.START, 2)
+    effects: Effects
+
+    def catch_up(deadline: Deadline) -> None:
+        while extended:
+            Effects.perform(effects, extended.pop())
+
+    effects = cast(
+        "Effects",
+        SimpleNamespace(
+            _loop=timer,
+            _note_due=lambda _: None,
+            _post=posted.append,
+            _start_advice=lambda number: "",
+            _start_timer=lambda *given: Effects._start_timer(effects, *given),
+            delivery=SimpleNamespace(is_stuck=None),
+            pool=SimpleNamespace(messages=SimpleNamespace(catch_up=catch_up)),
+        ),
+    )
+    Effects._start_timer(effects, start, 60.0)
+    extended.append(StartTimer(start, 30.0, extend=True))
+    timer.run_out()
+    assert posted == []
+    assert timer.seconds == 30.0
+
+    timer.run_out()
+    assert posted == [DeadlinePassed(start, stuck=False)]
 
 
 def test_the_end_of_a_stage_says_whether_clients_wait_in_vain() -> None:

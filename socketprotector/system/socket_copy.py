@@ -55,6 +55,7 @@ _COPIED = (
 _OF_IPV6 = (
     (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY),
     (socket.IPPROTO_IPV6, socket.IPV6_TCLASS),
+    (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS),
     (socket.IPPROTO_IPV6, IPV6_TRANSPARENT),
 )
 #: For these the kernel doubles the set value, and returns the doubled value.

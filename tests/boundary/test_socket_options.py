@@ -113,6 +113,8 @@ def test_the_queue_of_fast_opens_and_the_algorithm_are_the_listeners(bound: Boun
     indirect=True,
 )
 def test_a_second_socket_for_the_address_has_what_the_first_has(bound: Bound) -> None:
+    if bound.socket.family == socket.AF_INET6:  # systemd sets it in a socket that is passed in
+        bound.socket.setsockopt(IPV6, socket.IPV6_UNICAST_HOPS, 7)
     second = reuseport.make(bound.socket)
     assert second is not None
     with second:
@@ -120,6 +122,7 @@ def test_a_second_socket_for_the_address_has_what_the_first_has(bound: Bound) ->
             assert second.getsockopt(level, option) == bound.socket.getsockopt(level, option)
         if second.family == socket.AF_INET6:
             assert second.getsockopt(IPV6, socket.IPV6_TCLASS) == 0x10
+            assert second.getsockopt(IPV6, socket.IPV6_UNICAST_HOPS) == 7
 
 
 @together(

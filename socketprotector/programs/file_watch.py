@@ -16,6 +16,7 @@ LINE is the descriptor of a SEQPACKET socket, for the watcher's messages:
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -33,6 +34,8 @@ _LOOK_MS = 250
 _MOST_BYTES = 2000
 #: The variable with a replaced folder, for the watcher that is executed because of it.
 _REPLACED = "SOCKETPROTECTOR_WATCHED_ANEW"
+#: A listener's file beside its path, which system/socket_file.py names.  The path: groups 1 and 2.
+_BESIDE = re.compile(r"(.*/)\.([^/]+)\.sp-(?:[0-9a-f]{6}~?|new)", re.DOTALL)
 Filter = Callable[[Change, str], bool]
 
 
@@ -52,7 +55,8 @@ class Below(DefaultFilter):
         self._ignored = frozenset(ignored)
 
     def __call__(self, change: Change, path: str) -> bool:
-        return path not in self._ignored and super().__call__(change, path)
+        listener = _BESIDE.sub(r"\1\2", path)
+        return listener not in self._ignored and super().__call__(change, path)
 
 
 def only(names: Iterable[str], folders: Collection[str]) -> Filter:

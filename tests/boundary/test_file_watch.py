@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from socketprotector.system import socket_file
 from tests import needs
 from tests.running import DEADLINE_S, ROOT
 
@@ -17,13 +19,13 @@ WATCHER = ROOT / "socketprotector" / "programs" / "file_watch.py"
 
 
 @contextmanager
-def watching(folder: Path) -> Iterator[socket.socket]:
+def watching(folder: Path, *ignored: str) -> Iterator[socket.socket]:
     """Start a watcher of a folder; give our end of its line once it watches."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(DEADLINE_S)
     with theirs:
         number = theirs.fileno()
-        words = [sys.executable, "-I", str(WATCHER), str(number), str(folder), "--"]
+        words = [sys.executable, "-I", str(WATCHER), str(number), str(folder), "--", *ignored]
         process = subprocess.Popen(words, pass_fds=[number])
     try:
         assert ours.recv(100) == b"="
@@ -50,3 +52,15 @@ def test_a_folder_that_takes_the_place_of_the_watched_one_is_watched(tmp_path: P
         path = bytes(watched / "a.py")
         while not line.recv(4096).endswith(b" " + path):
             pass
+
+
+def test_the_sockets_of_a_path_in_the_folder_are_no_change(tmp_path: Path) -> None:
+    """Each generation binds its own socket beside the path: each reload would cause another."""
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as first, watching(tmp_path, path) as line:
+        first.bind(path)
+        first.listen()
+        with socket_file.bind(path, 1, socket_file.rights_of(path), os.chown) as second:
+            socket_file.lead_to(path, second, [first, second])
+        (tmp_path / "a.py").touch()
+        assert line.recv(4096) == b"+1 %s" % bytes(tmp_path / "a.py")

@@ -57,6 +57,7 @@ OWN = {
     *(f"model/known_servers.py {name}" for name in ("_TCP_ALONE", "_TAKES_ALL")),
     *("model/probe_spec.py _URL", "model/probe_spec.py _NO_STATUS"),
     *("system/check_command.py _PROGRAM", "system/env_file.py _NAME"),
+    "programs/file_watch.py _BESIDE",  # the path of a changed file
     "system/socket_file.py _NAME",  # a path of 108 bytes, or a file name of 255, as a whole
     "socketprotector_client/gevent.py watched",
 }

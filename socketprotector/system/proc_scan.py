@@ -4,7 +4,7 @@ A child process scans /proc for all addresses at once: there may be thousands of
 process with locked memory (a page on a dead disk) blocks the reader of its environment.  The child
 sends a pidfd of each process that it finds.
 
-Source: proc(5), close_range(2).
+Source: proc(5).
 """
 
 from __future__ import annotations
@@ -117,11 +117,14 @@ def _send_found(line: socket.socket, wanted: tuple[str, ...], identity: Identity
     os.setpgid(0, 0)  # so that a signal to our group does not end it
     # `privileges` is a late module: load it while its memfd is still open.
     become_worker_user = privileges.become_worker_user
-    # A long scan must not keep a connection or a channel open.
-    os.closerange(0, line.fileno())
-    os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
-    why = ""
+    why, above = "", line.fileno() + 1
     try:
+        # A long scan must not keep a connection or a channel open.
+        os.closerange(0, line.fileno())
+        # Without close_range(2), as with musl, closerange() would try all numbers up to the limit,
+        # which may be a billion.
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            os.closerange(max(fd, above), fd + 1)
         # Change the name, so that pkill by the protector's name does not find this process.  After
         # a drop of privileges the file belongs to root, and the name stays.
         with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:

@@ -377,3 +377,21 @@ def test_nothing_of_ours_is_open_in_the_process_that_looks(
             assert file.read() == b""
         found.stop_looking()
     assert log.said == []
+
+
+def test_it_closes_only_the_descriptors_that_are_open(
+    loop: Loop, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """closerange() to a limit of a billion takes minutes without close_range(2), as with musl."""
+    real = os.closerange
+
+    def closerange(low: int, high: int) -> None:
+        assert high - low < 1000
+        real(low, high)
+
+    monkeypatch.setattr(os, "closerange", closerange)
+    with looks(loop, log) as (found, _), living({"NOTIFY_SOCKET": ADDRESS}):
+        found.end(ADDRESS)
+        until(loop, lambda: bool(log.said))
+        assert log.said[0][0] == "left-behind"
+        assert done(loop, found)

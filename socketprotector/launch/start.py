@@ -15,11 +15,12 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 
 from daemon import DaemonContext
+from daemon import daemon as python_daemon
 
 from ..model.errors import NO_PROCESSES, Refusal, SystemRefused, what_failed
 from ..model.settings import Settings, dump
@@ -35,6 +36,26 @@ from .await_verdict import file_identity, wait
 from .bind import Bound, discard_all
 from .bind_control import bind_control
 from .pid_file import PidFile, hint
+
+_close_all = python_daemon.close_all_open_files
+
+
+def _close_open(exclude: Collection[int]) -> None:
+    """Close all open descriptors except these.
+
+    python-daemon tries all numbers up to the hard limit, which may be a billion.  Without
+    close_range(2) in libc, as with musl, that takes minutes.
+    """
+    try:
+        found = os.listdir("/proc/self/fd")
+    except OSError:  # no /proc, or no free descriptor
+        _close_all(exclude=exclude)
+        return
+    for fd in {*map(int, found)} - {*exclude}:
+        os.closerange(fd, fd + 1)
+
+
+python_daemon.close_all_open_files = _close_open
 
 
 def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:

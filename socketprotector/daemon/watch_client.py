@@ -68,7 +68,7 @@ class FileWatch:
 
     def _spawn(self) -> None:
         settings = self._settings
-        files = [settings.log_file, settings.pid_file]
+        files = [settings.log_file, settings.pid_file, settings.current]
         sockets = [*settings.listeners, *([settings.control] if settings.control else [])]
         unix = [s.address for s in sockets if s.address.startswith(_UNIX_PREFIX)]
         files += [each[len(_UNIX_PREFIX) - 1 :] for each in unix]

@@ -34,8 +34,11 @@ _LOOK_MS = 250
 _MOST_BYTES = 2000
 #: The variable with a replaced folder, for the watcher that is executed because of it.
 _REPLACED = "SOCKETPROTECTOR_WATCHED_ANEW"
-#: A listener's file beside its path, which system/socket_file.py names.  The path: groups 1 and 2.
-_BESIDE = re.compile(r"(.*/)\.([^/]+)\.sp-(?:[0-9a-f]{6}~?|new)", re.DOTALL)
+#: A file beside a listener's path (system/socket_file.py) or beside the link `current`
+#: (system/release_store.py), and in groups that path or link.
+_BESIDE = re.compile(
+    r"(.*/)\.([^/]+)\.sp-(?:[0-9a-f]{6}~?|new)|(.*)\.(?:lock|next|history(?:\..+)?)", re.DOTALL
+)
 Filter = Callable[[Change, str], bool]
 
 
@@ -55,8 +58,9 @@ class Below(DefaultFilter):
         self._ignored = frozenset(ignored)
 
     def __call__(self, change: Change, path: str) -> bool:
-        listener = _BESIDE.sub(r"\1\2", path)
-        return listener not in self._ignored and super().__call__(change, path)
+        found = _BESIDE.fullmatch(path)
+        owner = "".join(filter(None, found.groups())) if found else path
+        return self._ignored.isdisjoint((path, owner)) and super().__call__(change, path)
 
 
 def only(names: Iterable[str], folders: Collection[str]) -> Filter:

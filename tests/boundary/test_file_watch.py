@@ -64,3 +64,13 @@ def test_the_sockets_of_a_path_in_the_folder_are_no_change(tmp_path: Path) -> No
             socket_file.lead_to(path, second, [first, second])
         (tmp_path / "a.py").touch()
         assert line.recv(4096) == b"+1 %s" % bytes(tmp_path / "a.py")
+
+
+def test_the_link_current_and_the_files_beside_it_are_no_change(tmp_path: Path) -> None:
+    """With --releases, each reload writes the history."""
+    current = str(tmp_path / "current")
+    with watching(tmp_path, current) as line:
+        for name in ("", ".lock", ".next", ".history", ".history.next.0123456789abcdef"):
+            Path(f"{current}{name}").touch()
+        (tmp_path / "another.lock").touch()
+        assert line.recv(4096) == b"+1 %s" % bytes(tmp_path / "another.lock")

@@ -92,7 +92,7 @@ class Supervisor:
     _working: bool = False
     _handing_over: bool = False
     _yield_at: float = 0.0  # when yield_to_accepts() next lets the delivery accept clients
-    _stop_at: float = float("-inf")  # when the last stop signal that counts came
+    _stop_at: float = float("-inf")  # when the last stop signal that counts was carried out
 
     def __post_init__(self) -> None:
         effects = self.effects
@@ -307,10 +307,11 @@ class Supervisor:
                 self.begin_upgrade()
 
     def _stop_signalled(self) -> None:
-        now = time.monotonic()
-        if not self.effects.pool.guarded or now - self._stop_at >= _REPEATED_S:
-            self._stop_at = now
+        since_s = time.monotonic() - self._stop_at
+        if not self.effects.pool.guarded or since_s >= _REPEATED_S:
             self.runtime.post(StopRequested())
+            # Only now: the guard's copy of the signal waits while we carry out the first.
+            self._stop_at = time.monotonic()
 
     def cannot_dry_run(self) -> str | None:
         """Return why no dry run can begin now, or None."""

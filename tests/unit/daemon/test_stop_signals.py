@@ -26,6 +26,11 @@ def test_a_stop_signal_that_the_guard_passes_on_counts_once(
 ) -> None:
     clock, posted, caught = SimpleNamespace(now=1.0), list[Event](), list[Callable[[int], None]]()
     monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def post(event: Event) -> None:
+        posted.append(event)
+        clock.now += 2.0  # it takes long to order many workers to finish
+
     loop = SimpleNamespace(catch=lambda _, signalled: caught.append(signalled))
     log = SimpleNamespace(write=lambda *_, **__: None)
     supervisor.Supervisor(
@@ -34,7 +39,7 @@ def test_a_stop_signal_that_the_guard_passes_on_counts_once(
         cast("Any", SimpleNamespace(pool=SimpleNamespace(guarded=guarded))),
         cast("Any", SimpleNamespace(begin=lambda *_: None)),
         cast("Any", None),
-        Runtime(cast("Any", loop), cast("Any", log), posted.append, lambda: True),
+        Runtime(cast("Any", loop), cast("Any", log), post, lambda: True),
         reopen_logs=lambda: "",
         on_signal=lambda _: None,
         terminal=None,

@@ -94,8 +94,8 @@ class LiveSettings:
         comparer = self._reader("comparer")
         if comparer.busy:
             return False
-        # A reload would start the release to which `current` must still be moved.
-        comparer.read(replace(self.settings, release_wanted=self.current_due), done, dry=True)
+        release = self.releases.to_start() if self.releases is not None else ""
+        comparer.read(replace(self.settings, release_wanted=release), done, dry=True)
         return True
 
     def _reader(self, purpose: str) -> config_reader.ConfigReader:

@@ -106,15 +106,20 @@ class Releases:
 
     # -- a reload --------------------------------------------------------------------
 
+    def to_start(self) -> str:
+        """Return the release that a reload without a deploy must start; "": follow `current`."""
+        self.link.forget_due_if_moved()
+        # While a move is due, `current` names an old release: start the release to which `current`
+        # is to be moved.
+        return self.link.due
+
     def begin(self, deployed: str) -> str:
         """Return the release that a reload or dry run must start; "": follow `current`.
 
         deployed: the release of a deploy; "": no deploy.
         """
-        self.link.forget_due_if_moved()
-        # While a move is due, `current` names an old release: start the release to which `current`
-        # is to be moved.
-        wanted = deployed or self.link.due
+        follow = self.to_start()
+        wanted = deployed or follow
         self.named_at_begin = self.link.named
         self._tried = wanted or self.named_at_begin
         return wanted

@@ -196,9 +196,12 @@ def test_a_link_that_an_operator_moves_meanwhile_stays(
     flag.touch()
     assert ctl(one, "deploy", "2").status == 5
 
+    assert ctl(one, "diff").out.startswith("no configuration change ")
+
     releases.point_at("3")
     flag.unlink()
 
+    assert ctl(one, "diff").out.startswith("release: 2 -> 3\n")
     assert ctl(one, "reload").status == 0
     assert (serving(one), releases.named, one.status()["warnings"]) == ("3", "3", [])
     saved(one)

@@ -282,7 +282,7 @@ def test_a_comparison_does_not_disturb_a_reload_and_runs_once_at_a_time(world: W
 
 def test_a_comparison_is_with_the_release_that_a_reload_would_start(world: World) -> None:
     """After exit status 5 of a deploy, `current` still names the release before it."""
-    world.live.releases = cast("Any", SimpleNamespace(link=SimpleNamespace(due="2")))
+    world.live.releases = cast("Any", SimpleNamespace(to_start=lambda: "2"))
 
     world.live.compare(lambda answer: None)
 

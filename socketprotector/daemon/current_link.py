@@ -110,13 +110,7 @@ class CurrentLink:
         return self.is_owned
 
     def close(self) -> None:
-        """Try a due move a last time, and release the lock.
-
-        Closing the lock's descriptor is not enough if systemd keeps a copy.
-        """
-        self.forget_due_if_moved()
-        if self.due and self.keep_lock():
-            self.move(self.due)
+        """Release the lock; closing its descriptor is not enough if systemd keeps a copy."""
         if self._lock is not None:
             release_store.unlock(self._lock)
 
@@ -152,6 +146,12 @@ class CurrentLink:
             if self.due:
                 self._log.write("info", "current-moved", release=name)
             self._forget_due()
+
+    def move_if_due(self) -> None:
+        """Before our exit, try a due move a last time."""
+        self.forget_due_if_moved()
+        if self.due and self.keep_lock():
+            self.move(self.due)
 
     def _retry(self) -> None:
         self.forget_due_if_moved()

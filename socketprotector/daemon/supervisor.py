@@ -129,6 +129,8 @@ class Supervisor:
         self._reap_orphans()  # an earlier program may not have reaped all ended children
         self.runtime.loop.run()
         self.upgrade.end()
+        if (releases := self.effects.live_settings.releases) is not None:
+            releases.link.move_if_due()  # while the log is open
         return self.effects.exit_status or 0
 
     def _work(self) -> None:

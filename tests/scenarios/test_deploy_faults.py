@@ -173,6 +173,21 @@ def test_if_the_rename_fails_the_release_serves_and_it_is_tried_again(
 
 
 @pytest.mark.costly
+def test_a_stop_moves_current_first_and_says_so(
+    faulty: Faulty, releases: Releases, flag: Path
+) -> None:
+    one = faulty("rename", FAIL, code="ENOSPC")
+    flag.touch()
+    assert ctl(one, "deploy", "2").status == 5
+    flag.unlink()
+
+    one.daemon.stop()
+
+    assert (releases.named, left(releases)) == ("2", WHOLE)
+    one.daemon.log.wait_for(r"event=current-moved release=2\b")
+
+
+@pytest.mark.costly
 def test_a_reload_does_not_go_back_to_what_current_still_names(
     faulty: Faulty, releases: Releases, flag: Path
 ) -> None:

@@ -367,7 +367,7 @@ def test_a_stop_does_not_leave_a_move_for_later(world: World, by_operator: str) 
     if by_operator:
         world.point_at(by_operator)
 
-    made.link.close()
+    made.link.move_if_due()
 
     assert made.link.named == (by_operator or "2")
 

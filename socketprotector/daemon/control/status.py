@@ -137,9 +137,12 @@ def of_guard(settings: Settings, *, guarded: bool) -> list[str]:
 
 
 def of_log() -> list[str]:
-    """Return a warning if much of the log is unread."""
-    slow = "the reader of the log is suspended or slow; workers that write may have to wait"
-    return [] if events_of(_STDERR, select.POLLOUT) else [slow]
+    """Return a warning if the log's reader is behind now.
+
+    The kernel calls a full pipe unwritable, but a socket (the journal) that is a quarter full.
+    """
+    behind = "the reader of the log is suspended or slow; workers that write may have to wait"
+    return [] if events_of(_STDERR, select.POLLOUT) else [behind]
 
 
 def _is_resolved(warning: str) -> bool:

@@ -104,8 +104,9 @@ def listener_variables(listeners: Sequence[ListenerSettings]) -> dict[str, str]:
         "SERVER_STARTER_PORT": ";".join(
             f"{name}={fd}"
             for index, fd in numbers.items()
-            # It knows no quotes, so with such a path a server could read none of the pairs.
-            if not {";", "="}.intersection(name := _starter_name(listeners[index]))
+            # It knows no quotes, so a ; in a path would also spoil the other pairs.  A path with =
+            # stays, because our client library reads the name of its listener here.
+            if ";" not in (name := _starter_name(listeners[index]))
         ),
         "EINHORN_FD_COUNT": str(len(numbers)),
         "EINHORN_FDS": " ".join(map(str, numbers.values())),

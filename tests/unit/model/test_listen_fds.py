@@ -38,7 +38,7 @@ def test_each_protocol_is_announced_its_own_way() -> None:
     assert listen_fds.listener_variables(())["LISTEN_FDS"] == "0"
     assert listen_fds.listener_variables([replace(HTTP, name="a:b")])["LISTEN_FDNAMES"] == "a_b"
     paths = [ListenerSettings(f"unix:/run/{name}") for name in ("a;b", "a=b", "c")]
-    assert listen_fds.listener_variables(paths)["SERVER_STARTER_PORT"] == "/run/c=5"
+    assert listen_fds.listener_variables(paths)["SERVER_STARTER_PORT"] == "/run/a=b=4;/run/c=5"
 
 
 @together(

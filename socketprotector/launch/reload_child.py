@@ -163,7 +163,7 @@ def _listeners(
             earlier |= dict.fromkeys(map(place, have), listen)
             if any(each.text == listen.text for each in present if not each.removed):
                 continue  # unchanged: a host name is not resolved again, port 0 keeps its number
-            if any(each.foreign for each in matching.values()):
+            if any(each.foreign and listen.means(each.address) for each in matching.values()):
                 continue  # as at a start, the argument means the passed sockets alone
             if listen.passed is not None:
                 raise UsageError(

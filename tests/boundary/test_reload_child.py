@@ -341,6 +341,22 @@ def test_a_port_alone_can_get_a_name_where_its_socket_was_passed_in(
     assert read(loop, settings, dry=True).changes == ("listen: 4321 -> web=4321",)
 
 
+def test_a_host_name_means_more_than_the_passed_socket_of_one_of_its_addresses(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a start, a host name means no passed socket."""
+    found = [(socket.AF_INET, 0, 0, "", (host, 0)) for host in ("127.0.0.1", "127.0.0.2")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: found)
+    there = ListenerSettings("tcp:127.0.0.1:4321", text="127.0.0.1:4321", foreign=True)
+    web.says('listen = "web.example:4321"\n')
+    parsed = cli.parse(["--config", str(web.path)])
+    assert parsed is not None
+
+    listeners, _ = reload_child._listeners([there], parsed, lambda line: None, dry=True)
+
+    assert [each.address for each in listeners] == ["tcp:127.0.0.1:4321", "tcp:127.0.0.2:4321"]
+
+
 @pytest.mark.parametrize("dry", [False, pytest.param(True, marks=pytest.mark.costly)])
 def test_one_address_twice_is_refused_as_at_a_start(
     loop: Loop, web: Web, tmp_path: Path, dry: bool

@@ -197,15 +197,15 @@ class ConfigFile:
             self.mistake((key,), f"must be a table, like [{key}] and NAME = VALUE below it")
             return
         for name, content in value.items():
-            if isinstance(content, bool) or not isinstance(content, str | int):
+            if key == ENV and name in _KEYS:  # in TOML, each key below [env] is in that table
+                why = "the name of an option; write it above [env], or the variable to env-file"
+                self.mistake((key, name), why)
+            elif isinstance(content, bool) or not isinstance(content, str | int):
                 self.mistake((key, name), f"{_shown(content)}: must be a string or a whole number")
             elif why := _unusable(f"{name}{content}"):
                 self.mistake((key, name), why)
             elif not name or "=" in name:
                 self.mistake((key, name), "not a name; it is empty, or has = in it")
-            elif key == ENV and name in _KEYS:  # in TOML, each key below [env] is in that table
-                why = "the name of an option; write it above [env], or the variable to env-file"
-                self.mistake((key, name), why)
             elif self._converts(option, f"{name}={content}", (key, name)):
                 found[name] = str(content)
 

@@ -369,7 +369,7 @@ memory = 2
         ("env-file = ''\n", "line 1: env-file: it is empty; leave the option out, or write a "),
         ("env.kill-timeout = '9s'\n", "line 1: env.kill-timeout: the name of an option; "),
         ("[env]\nA = '1'\nworkers = 2\n", "line 3: env.workers: the name of an option; "),
-        ("[env]\n\nlisten = '80'\n", "line 3: env.listen: the name of an option; write it above"),
+        ("[env]\n\nlisten = ['80']\n", "line 3: env.listen: the name of an option; write it abov"),
     ],
 )
 def test_a_mistake_is_reported_with_what_is_allowed(read: Reader, text: str, said: str) -> None:

@@ -377,7 +377,7 @@ def reuse(bound: Bound, listen: Listen, backlog: int) -> Bound:
     sock.setblocking(False)
     if listen.path is not None:
         socket_copy.reapply_options(sock, sock)
-        return replace(bound, settings=reapply_options(sock, listen, bound.settings, backlog))
+        return replace(bound, settings=reapply_options(sock, listen, listen.path, backlog))
     interface = bound.settings.address.partition("%")[2].rpartition("]")[0]
     with _unbound(listen, socket.AddressFamily(sock.family)) as fresh:
         socket_copy.reapply_options(sock, fresh, device=not interface)

@@ -188,16 +188,15 @@ def admit_group(sock: socket.socket, path: str, gid: int, owner: int) -> None:
 
 
 def reapply_options(
-    sock: socket.socket, listen: Listen, given: ListenerSettings, backlog: int
+    sock: socket.socket, listen: Listen, path: str, backlog: int
 ) -> ListenerSettings:
     """Set up an inherited listening socket as bind_unix() would.  Raises OSError.
 
-    given: has the address as it was bound, perhaps through another link than the argument's.
+    path: the path in the argument, to which the socket is bound.
     """
-    path = given.address.removeprefix("unix:")
     if path.startswith("@"):
         sock.listen(backlog)
-        return ListenerSettings(given.address, backlog=backlog)
+        return ListenerSettings(f"unix:{path}", backlog=backlog)
     uid, gid, mode = rights_of_new(listen, path)
     with locked(path):
         file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -212,7 +211,7 @@ def reapply_options(
         finally:
             os.close(file)
         sock.listen(backlog)
-    return ListenerSettings(given.address, found.st_dev, found.st_ino, backlog)
+    return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
 
 
 def rights_of_new(listen: Listen, path: str) -> tuple[int, int, int]:

@@ -103,7 +103,8 @@ def _launch(parsed: ParsedOptions) -> int:
         notices.append(notice)
     if not check:
         kept = stored_listeners.take(
-            listens, passed, given.inherited, parsed.backlog, notices.append
+            *(listens, passed, given.inherited, parsed.backlog, notices.append),
+            same_name=settings.mode.workers_accept,
         )
     alone = partial(why_alone, identity=settings.identity)
     bound = bind_all(

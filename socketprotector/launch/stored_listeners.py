@@ -36,21 +36,26 @@ def take(
     inherited: Sequence[Bound],
     backlog: int,
     notice: Callable[[str], None],
+    *,
+    same_name: bool = False,
 ) -> dict[str, Bound]:
     """Set up the inherited sockets that are still wanted; return them by place().
 
     The other inherited sockets are closed.  Raises Refusal.
     passed: the indexes of arguments that have a passed socket.
+    same_name: whether a path must be written as it was bound.  Where workers accept, the names of
+    the files beside it begin with that name (socket_file.py), which may lead elsewhere later.
     """
+    key = str if same_name else place
     wanted: dict[str, list[Listen]] = {}
     for index, listen in enumerate(listens):
         if inherited and index not in passed:
             for address in addresses_of(listen, lambda text: None):
-                wanted.setdefault(place(address), []).append(listen)
+                wanted.setdefault(key(address), []).append(listen)
     taken: dict[str, Bound] = {}
     for each in inherited:
         address = place(each.settings.address)
-        matching = wanted.get(address, [])
+        matching = wanted.get(key(each.settings.address), [])
         try:
             if len(matching) == 1 and address not in taken:
                 taken[address] = reuse(each, matching[0], matching[0].backlog(backlog))

@@ -70,13 +70,19 @@ class Machine:
         return found
 
     def restart(
-        self, *texts: str, backlog: int = 16, change: Callable[[socket.socket], object] = bool
+        self,
+        *texts: str,
+        backlog: int = 16,
+        change: Callable[[socket.socket], object] = bool,
+        same_name: bool = False,
     ) -> list[Bound]:
         """A stop and the next start; change: what workers have done to the sockets."""
         for each in self.bound:
             change(each.socket)
         listens: list[Listen] = [parse(text, "/") for text in texts]
-        taken = stored_listeners.take(listens, (), self.stop(), backlog, self.notices.append)
+        taken = stored_listeners.take(
+            *(listens, (), self.stop(), backlog, self.notices.append), same_name=same_name
+        )
         self.bound = bind_all(listens, backlog, notice=self.notices.append, inherited=taken)
         return self.bound
 
@@ -349,8 +355,24 @@ def test_a_path_is_the_same_through_a_link(machine: Machine, tmp_path: Path) -> 
             [after] = machine.restart(f"unix:{tmp_path}/{folder}/socket")
             assert after.inherited
             assert after.settings.inode == before.settings.inode
+            assert after.settings.address == f"unix:{tmp_path}/{folder}/socket"
         assert select.select([after.socket], [], [], 0)[0]
     assert machine.notices == []
+
+
+def test_where_workers_accept_a_path_through_another_link_is_bound_anew(
+    machine: Machine, tmp_path: Path
+) -> None:
+    """Later sockets are made by the listener's name, but the old link may then lead elsewhere."""
+    (tmp_path / "r1").mkdir()
+    (tmp_path / "current").symlink_to("r1")
+    machine.start(f"unix:{tmp_path}/current/socket")
+
+    [after] = machine.restart(f"unix:{tmp_path}/r1/socket", same_name=True)
+    assert after.settings.address == f"unix:{tmp_path}/r1/socket"
+    assert not after.inherited
+    [again] = machine.restart(f"unix:{tmp_path}/r1/socket", same_name=True)
+    assert again.inherited
 
 
 def test_an_abstract_name_is_taken(machine: Machine, port: int) -> None:

@@ -19,6 +19,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable
@@ -34,10 +35,12 @@ _LOOK_MS = 250
 _MOST_BYTES = 2000
 #: The variable with a replaced folder, for the watcher that is executed because of it.
 _REPLACED = "SOCKETPROTECTOR_WATCHED_ANEW"
-#: A file beside a listener's path (system/socket_file.py) or beside the link `current`
-#: (system/release_store.py), and in groups that path or link.
+#: A file beside the path of a listener (system/socket_file.py), or beside the link `current`
+#: (system/release_store.py), which is group 1.
 _BESIDE = re.compile(
-    r"(.*/)\.([^/]+)\.sp-(?:[0-9a-f]{6}~?|new)|(.*)\.(?:lock|next|history(?:\..+)?)", re.DOTALL
+    r".*/\.[^/]+\.sp-(?:[0-9a-f]{6}~?|new)"
+    r"|(.*)\.(?:lock|next|history(?:\.(?:next|unreadable)[^/]*)?)",
+    re.DOTALL,
 )
 Filter = Callable[[Change, str], bool]
 
@@ -59,8 +62,18 @@ class Below(DefaultFilter):
 
     def __call__(self, change: Change, path: str) -> bool:
         found = _BESIDE.fullmatch(path)
-        owner = "".join(filter(None, found.groups())) if found else path
-        return self._ignored.isdisjoint((path, owner)) and super().__call__(change, path)
+        owner = found[1] if found else path  # None: a listener's file
+        if owner is None or not self._ignored.isdisjoint((path, owner)) or _is_socket(path):
+            return False
+        return super().__call__(change, path)
+
+
+def _is_socket(path: str) -> bool:
+    """Return whether a path is a socket, perhaps of a listener that a reload has added."""
+    try:
+        return stat.S_ISSOCK(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def only(names: Iterable[str], folders: Collection[str]) -> Filter:

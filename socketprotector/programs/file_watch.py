@@ -58,14 +58,21 @@ class Below(DefaultFilter):
 
     def __init__(self, ignored: Collection[str]) -> None:
         super().__init__()
-        self._ignored = frozenset(ignored)
+        self._ignored = frozenset(map(_real, ignored))
 
     def __call__(self, change: Change, path: str) -> bool:
-        found = _BESIDE.fullmatch(path)
-        owner = found[1] if found else path  # None: a listener's file
-        if owner is None or not self._ignored.isdisjoint((path, owner)) or _is_socket(path):
+        real = _real(path)
+        found = _BESIDE.fullmatch(real)
+        owner = found[1] if found else real  # None: a listener's file
+        if owner is None or not self._ignored.isdisjoint((real, owner)) or _is_socket(path):
             return False
         return super().__call__(change, path)
+
+
+def _real(path: str) -> str:
+    """Return a path without links, except the last name: the watched folder may be a link."""
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def _is_socket(path: str) -> bool:

@@ -79,3 +79,15 @@ def test_the_link_current_and_the_files_beside_it_are_no_change(tmp_path: Path) 
         for name in others:
             (tmp_path / name).touch()
         assert line.recv(4096) == b"+4 %s" % bytes(tmp_path / "current.history.js")
+
+
+def test_our_files_are_no_change_in_a_folder_that_is_watched_by_a_link(tmp_path: Path) -> None:
+    """Each reload writes into the log file: it would cause another."""
+    (tmp_path / "real").mkdir()
+    watched = tmp_path / "link"
+    watched.symlink_to("real")
+    with watching(watched, f"{tmp_path}/real/log", f"{watched}/current") as line:
+        for name in ("log", "current", "current.history"):
+            (watched / name).touch()
+        (watched / "a.py").touch()
+        assert line.recv(4096) == b"+1 %s" % bytes(watched / "a.py")

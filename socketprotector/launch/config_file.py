@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
@@ -60,6 +60,8 @@ class ConfigFile:
         self.values: dict[str, Any] = {}
         #: The entries of repeatable options, by the parameter's name: NAME -> VALUE.
         self.tables: dict[str, dict[str, str]] = {}
+        #: The keys that the command line overrides; their lines here are no mistake.
+        self.overridden: Collection[str] = ()
         #: The line, the key (with the name in a table) and the reason of each mistake.
         self._mistakes: list[tuple[int, str, str]] = []
         read, self._places = self._parse()
@@ -113,7 +115,8 @@ class ConfigFile:
                 return
             # If the error names another option that is in the file, record it for that option.
             option = _OPTION.match(str(error))
-            key = option[1] if option and (option[1],) in self._places else str(where[0])
+            in_file = option and (option[1],) in self._places and option[1] not in self.overridden
+            key = option[1] if option and in_file else str(where[0])
             where = where if key == where[0] else (key,)
             start = option.end() if option and option[2] and option[1] == key else 0
             self.mistake(where, str(error)[start:])

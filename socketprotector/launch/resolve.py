@@ -87,6 +87,9 @@ class OptionResolver:
         self._ctx, self._given, file = ctx, given, self.file
         if file is None:
             self._refuse_what_is_missing()
+        else:
+            names = self._given_options()
+            file.overridden = {n for n in names if not self._from_file(n.replace("-", "_"))}
         listens = self._listens()
         settings = self._settings(self._command())
         with self._about("env_file"):

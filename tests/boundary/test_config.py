@@ -378,6 +378,14 @@ def test_a_mistake_is_reported_with_what_is_allowed(read: Reader, text: str, sai
     assert line.startswith(said)
 
 
+def test_no_line_is_blamed_that_the_command_line_overrides(read: Reader) -> None:
+    text = COMMAND + 'handoff = "stdio"\nlog-prefix = false\nno-log-relay = true\n'
+
+    (said,) = read.mistakes(text, "--log-prefix", "4321")
+
+    assert said.endswith("handoff: --log-prefix needs the log relay; leave out --no-log-relay")
+
+
 def test_a_mistake_of_an_address_a_name_or_a_group_does_not_hide_the_others(read: Reader) -> None:
     said = read.mistakes(
         """listen = "1?priority=5"

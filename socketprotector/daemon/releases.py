@@ -118,7 +118,7 @@ class Releases:
 
         deployed: the release of a deploy; "": no deploy.
         """
-        follow = self.to_start()
+        follow = self.to_start()  # for a deploy, too: it forgets a move that is no longer due
         wanted = deployed or follow
         self.named_at_begin = self.link.named
         self._tried = wanted or self.named_at_begin

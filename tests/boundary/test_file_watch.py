@@ -57,7 +57,7 @@ def test_a_folder_that_takes_the_place_of_the_watched_one_is_watched(tmp_path: P
 def test_the_sockets_of_a_path_in_the_folder_are_no_change(tmp_path: Path) -> None:
     """Each generation binds its own socket beside the path: each reload would cause another.
 
-    A reload may have added the listener, so the watcher was not told its path.
+    The watcher does not know the path of a listener that a reload has added.
     """
     path = str(tmp_path / "s")
     with socket.socket(socket.AF_UNIX) as first, watching(tmp_path) as line:

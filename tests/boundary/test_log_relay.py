@@ -27,7 +27,7 @@ from tests.procfs import sleeps
 from tests.running import DEADLINE_S, Lines, eventually
 
 
-class Told:
+class RelayProcess:
     """A relay with our end of its line."""
 
     def __init__(self, process: subprocess.Popen[bytes], line: socket.socket) -> None:
@@ -64,7 +64,7 @@ class Told:
 @contextmanager
 def running(
     kind: str, *, prefixed: bool = False, stdin: int = subprocess.DEVNULL, out: int
-) -> Iterator[Told]:
+) -> Iterator[RelayProcess]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(DEADLINE_S)
     words = ["test", kind, str(int(prefixed)), str(theirs.fileno())]
@@ -76,14 +76,14 @@ def running(
     )
     theirs.close()
     try:
-        yield Told(process, ours)
+        yield RelayProcess(process, ours)
     finally:
         ours.close()
         process.kill()
         process.wait()
 
 
-Start = Callable[..., Told]
+Start = Callable[..., RelayProcess]
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def start() -> Iterator[Start]:
     """Start a relay; `written` is what it has written once it has ended."""
     contexts = []
 
-    def begin(kind: str, out: int, **more: object) -> Told:
+    def begin(kind: str, out: int, **more: object) -> RelayProcess:
         contexts.append(running(kind, out=out, **more))  # type: ignore[arg-type]
         return contexts[-1].__enter__()
 
@@ -127,34 +127,34 @@ def test_to_syslog_it_takes_whatever_comes_and_ends_with_its_last_writer(
     start: Start, data: bytes
 ) -> None:
     receive, send = os.pipe()
-    told = start("syslog", subprocess.DEVNULL, stdin=receive)
+    relay = start("syslog", subprocess.DEVNULL, stdin=receive)
     os.close(receive)
-    worker = told.pipe(1, 1, 11)
+    worker = relay.pipe(1, 1, 11)
     for fd in (send, worker):
         rest = data
         while rest:
             rest = rest[os.write(fd, rest) :]
-    assert told.ask(1) == data[-log_relay.TAIL_BYTES :]
-    told.line.close()
+    assert relay.ask(1) == data[-log_relay.TAIL_BYTES :]
+    relay.line.close()
     os.close(send)
-    assert told.process.poll() is None  # another process may still write
+    assert relay.process.poll() is None  # another process may still write
     os.close(worker)
 
-    assert told.process.wait(DEADLINE_S) == 0
+    assert relay.process.wait(DEADLINE_S) == 0
 
 
 def test_each_of_several_pipes_has_its_prefix(start: Start, file: int) -> None:
-    told = start("lines", file, prefixed=True)
+    relay = start("lines", file, prefixed=True)
     for number, generation, pid, data in (
         (1, 1, 11, b"one\ntwo"),
         (2, 1, 22, b"<4>three\n\n"),
         (3, 2, 33, b""),
     ):
-        pipe = told.pipe(number, generation, pid)
+        pipe = relay.pipe(number, generation, pid)
         os.write(pipe, data)
         os.close(pipe)
 
-    assert told.end() == 0
+    assert relay.end() == 0
     lines = written(file).splitlines()
     assert sorted(lines) == [b"[1 11] one", b"[1 11] two", b"[1 22] ", b"[1 22] <4>three"]
 
@@ -162,57 +162,57 @@ def test_each_of_several_pipes_has_its_prefix(start: Start, file: int) -> None:
 def test_without_prefixes_lines_are_as_they_were_and_none_is_torn_apart(
     start: Start, file: int
 ) -> None:
-    told = start("lines", file)
-    one, other = told.pipe(1, 1, 11), told.pipe(2, 1, 22)
+    relay = start("lines", file)
+    one, other = relay.pipe(1, 1, 11), relay.pipe(2, 1, 22)
     long = b"{" + b"x" * 50_000 + b"}\n"
     os.write(one, b"be")
-    assert told.ask(1) == b"be"
+    assert relay.ask(1) == b"be"
     os.write(other, long + b"whole\nrest")
-    assert told.ask(2).endswith(b"whole\nrest")
+    assert relay.ask(2).endswith(b"whole\nrest")
     os.write(one, b"gun\n")
     for fd in (one, other):
         os.close(fd)
 
-    assert told.end() == 0
+    assert relay.end() == 0
     assert written(file) in (long + b"whole\nbegun\nrest\n", long + b"whole\nrest\nbegun\n")
 
 
 def test_a_line_that_has_no_end_is_not_held_for_ever(start: Start, file: int) -> None:
-    told = start("lines", file)
-    pipe = told.pipe(1, 1, 11)
+    relay = start("lines", file)
+    pipe = relay.pipe(1, 1, 11)
     data = b"x" * (log_relay.HELD_BYTES + 65536)
     rest = data
     while rest:
         rest = rest[os.write(pipe, rest) :]
-    told.ask(1)
+    relay.ask(1)
     assert len(written(file)) >= log_relay.HELD_BYTES
     os.close(pipe)
 
-    assert told.end() == 0
+    assert relay.end() == 0
     assert written(file).rstrip(b"\n") == data
 
 
 def test_for_the_journal_the_priority_stays_in_front(start: Start, file: int) -> None:
-    told = start("journal", file, prefixed=True)
-    pipe = told.pipe(1, 1, 11)
+    relay = start("journal", file, prefixed=True)
+    pipe = relay.pipe(1, 1, 11)
     os.write(pipe, b"<4>three\nfour\n")
     os.close(pipe)
 
-    assert told.end() == 0
+    assert relay.end() == 0
     assert written(file) == b"<4>[1 11] three\n[1 11] four\n"
 
 
 def test_a_pipe_that_is_announced_again_is_the_same(start: Start, file: int) -> None:
-    told = start("lines", file)
-    pipe, again = told.pipe(1, 1, 11), told.pipe(1, 1, 11)
+    relay = start("lines", file)
+    pipe, again = relay.pipe(1, 1, 11), relay.pipe(1, 1, 11)
     os.write(pipe, b"one\n")
-    assert told.ask(1) == b"one\n"
+    assert relay.ask(1) == b"one\n"
     with pytest.raises(BrokenPipeError):
         os.write(again, b"never read\n")
     for fd in (pipe, again):
         os.close(fd)
 
-    assert told.end() == 0
+    assert relay.end() == 0
     assert written(file) == b"one\n"
 
 
@@ -220,10 +220,10 @@ def test_a_pipe_that_is_announced_again_is_the_same(start: Start, file: int) -> 
 def test_what_it_has_no_descriptor_for_it_says_again(
     start: Start, file: int, tmp_path: Path, what: bytes
 ) -> None:
-    """And reads all of it, or writes there, as soon as it is told again and has room."""
-    told = start("lines", file)
-    assert told.ask(0) == b""  # so it runs
-    pid = told.process.pid
+    """And reads all of it, or writes there, as soon as it is asked again and has room."""
+    relay = start("lines", file)
+    assert relay.ask(0) == b""  # so it runs
+    pid = relay.process.pid
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     opened = {int(each) for each in os.listdir(f"/proc/{pid}/fd")}
     full = next(each for each in range(len(opened) + 1) if each not in opened)
@@ -231,56 +231,56 @@ def test_what_it_has_no_descriptor_for_it_says_again(
     receive, send = os.pipe()
     os.set_blocking(receive, False)
     os.write(send, b"early\n")
-    told.say(what, receive if what[:1] == b"+" else file)
-    assert told.line.recv(100) == what.partition(b" ")[0]
+    relay.say(what, receive if what[:1] == b"+" else file)
+    assert relay.line.recv(100) == what.partition(b" ")[0]
 
     resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
-    told.say(what, receive if what[:1] == b"+" else file)
+    relay.say(what, receive if what[:1] == b"+" else file)
     if what == b"=":
-        told.say(b"+1 1 11", receive)
-    assert told.ask(1) == b"early\n"
+        relay.say(b"+1 1 11", receive)
+    assert relay.ask(1) == b"early\n"
     os.close(send)
     os.close(receive)
-    assert told.end() == 0
+    assert relay.end() == 0
     assert written(file) == b"early\n"
 
 
 def test_a_pipe_that_is_to_be_closed_is_read_to_where_it_is(start: Start, file: int) -> None:
     """Though a process that the worker left could still write; the others are read on."""
-    told = start("lines", file, prefixed=True)
-    closed, other = told.pipe(1, 1, 11), told.pipe(2, 1, 22)
+    relay = start("lines", file, prefixed=True)
+    closed, other = relay.pipe(1, 1, 11), relay.pipe(2, 1, 22)
     os.write(closed, b"one\nno end")
-    told.say(b"-1")
-    told.say(b"-99")
-    assert told.ask(1) == b"one\nno end"
+    relay.say(b"-1")
+    relay.say(b"-99")
+    assert relay.ask(1) == b"one\nno end"
     with pytest.raises(BrokenPipeError):
         os.write(closed, b"never read\n")
     os.write(other, b"read on\n")
     for fd in (closed, other):
         os.close(fd)
 
-    assert told.end() == 0
+    assert relay.end() == 0
     assert written(file) == b"[1 11] one\n[1 11] no end\n[1 22] read on\n"
 
 
 def test_last_words_are_one_s_own_and_known_after_its_end(start: Start, file: int) -> None:
-    told = start("lines", file)
-    pipes = {number: told.pipe(number, 1, number) for number in range(8)}
+    relay = start("lines", file)
+    pipes = {number: relay.pipe(number, 1, number) for number in range(8)}
     for number, fd in pipes.items():
         for turn in range(1000):
             os.write(fd, b"worker %d, line %d\n" % (number, turn))
             if turn % 100 == 0:
-                told.ask(number)  # else the pipe would be full
+                relay.ask(number)  # else the pipe would be full
     for number, fd in pipes.items():
         os.close(fd)
-        words = told.ask(number)
+        words = relay.ask(number)
         assert len(words) == log_relay.TAIL_BYTES
         assert words.endswith(b"worker %d, line 999\n" % number)
         assert b"worker %d" % (number + 1) not in words
-    assert told.ask(99) == b""
-    assert told.ask(3) == told.ask(3)  # a second question gets the same answer
+    assert relay.ask(99) == b""
+    assert relay.ask(3) == relay.ask(3)  # a second question gets the same answer
 
-    assert told.end() == 0
+    assert relay.end() == 0
     assert written(file).count(b"\n") == 8000
 
 
@@ -288,49 +288,49 @@ def test_a_pipe_that_is_announced_again_after_its_end_keeps_the_last_words(
     start: Start, file: int
 ) -> None:
     """As by a new protector, if a worker has failed while no protector was running."""
-    told = start("lines", file)
+    relay = start("lines", file)
     receive, send = os.pipe()
     os.set_blocking(receive, False)
-    told.say(b"+1 2 11", receive)
+    relay.say(b"+1 2 11", receive)
     os.write(send, b"why\n")
     os.close(send)
-    assert told.ask(1) == b"why\n"
-    told.say(b"+1 2 11", receive)
-    assert told.ask(1) == b"why\n"
-    assert told.ask(1) == b"why\n"  # its end of file has been read again
+    assert relay.ask(1) == b"why\n"
+    relay.say(b"+1 2 11", receive)
+    assert relay.ask(1) == b"why\n"
+    assert relay.ask(1) == b"why\n"  # its end of file has been read again
     os.close(receive)
-    os.close(told.pipe(1, 2, 22))  # another worker: an unwritten state has given the number twice
-    assert told.ask(1) == b""
+    os.close(relay.pipe(1, 2, 22))  # another worker: an unwritten state has given the number twice
+    assert relay.ask(1) == b""
 
-    assert told.end() == 0
+    assert relay.end() == 0
     assert written(file) == b"why\n"
 
 
 def test_lines_go_to_the_new_file_from_then_on(start: Start, file: int, tmp_path: Path) -> None:
-    told = start("lines", file)
-    pipe = told.pipe(1, 1, 11)
+    relay = start("lines", file)
+    pipe = relay.pipe(1, 1, 11)
     os.write(pipe, b"before\n")
-    told.ask(1)
+    relay.ask(1)
     new = os.open(tmp_path / "new", os.O_RDWR | os.O_CREAT | os.O_APPEND)
-    told.say(b"=0", new)
+    relay.say(b"=0", new)
     os.write(pipe, b"after\n")
     os.close(pipe)
 
-    assert told.end() == 0
+    assert relay.end() == 0
     assert (written(file), written(new)) == (b"before\n", b"after\n")
     os.close(new)
 
 
 def test_a_place_that_takes_nothing_does_not_end_it(start: Start) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
-    told = start("lines", full, prefixed=True)
+    relay = start("lines", full, prefixed=True)
     os.close(full)
-    pipe = told.pipe(1, 1, 11)
+    pipe = relay.pipe(1, 1, 11)
     os.write(pipe, b"one\n")
-    assert told.ask(1) == b"one\n"
+    assert relay.ask(1) == b"one\n"
     os.close(pipe)
 
-    assert told.end() == 0
+    assert relay.end() == 0
 
 
 def test_a_full_pipe_is_waited_for_though_it_is_non_blocking(start: Start) -> None:
@@ -338,16 +338,16 @@ def test_a_full_pipe_is_waited_for_though_it_is_non_blocking(start: Start) -> No
     receive, send = os.pipe()
     fcntl.fcntl(send, fcntl.F_SETPIPE_SZ, 4096)
     os.set_blocking(send, False)
-    told = start("lines", send)
+    relay = start("lines", send)
     os.close(send)
-    pipe = told.pipe(1, 1, 11)
+    pipe = relay.pipe(1, 1, 11)
     data = b"a line\n" * 8000
     os.write(pipe, data)
     os.close(pipe)
-    told.line.close()
+    relay.line.close()
     full = (4096).to_bytes(4, sys.byteorder)
     eventually(lambda: fcntl.ioctl(receive, termios.FIONREAD, bytes(4)) == full, "a full pipe")
-    eventually(lambda: told.process.poll() is not None or sleeps(told.process.pid), "a wait")
+    eventually(lambda: relay.process.poll() is not None or sleeps(relay.process.pid), "a wait")
 
     with open(receive, "rb") as reader:
         assert reader.read() == data
@@ -355,38 +355,38 @@ def test_a_full_pipe_is_waited_for_though_it_is_non_blocking(start: Start) -> No
 
 def test_after_a_line_that_was_cut_the_next_one_begins_a_new_line(start: Start, file: int) -> None:
     """As on a full disk that has room again later."""
-    told = start("lines", file)
-    assert told.ask(0) == b""  # so it runs
-    limits = resource.prlimit(told.process.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(told.process.pid, resource.RLIMIT_FSIZE, (4, limits[1]))
-    pipe = told.pipe(1, 1, 11)
+    relay = start("lines", file)
+    assert relay.ask(0) == b""  # so it runs
+    limits = resource.prlimit(relay.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(relay.process.pid, resource.RLIMIT_FSIZE, (4, limits[1]))
+    pipe = relay.pipe(1, 1, 11)
     os.write(pipe, b"one line\n")
-    assert told.ask(1) == b"one line\n"
-    resource.prlimit(told.process.pid, resource.RLIMIT_FSIZE, limits)
+    assert relay.ask(1) == b"one line\n"
+    resource.prlimit(relay.process.pid, resource.RLIMIT_FSIZE, limits)
     os.write(pipe, b"two\nthree\n")
     os.close(pipe)
 
-    assert told.end() == 0
+    assert relay.end() == 0
     assert written(file) == b"one \ntwo\nthree\n"
 
 
 def test_a_client_that_asks_and_does_not_read_does_not_hold_it_up(start: Start) -> None:
     receive, send = os.pipe()
     out = Lines(receive)
-    told = start("lines", send)
+    relay = start("lines", send)
     os.close(send)
-    pipe = told.pipe(1, 1, 11)
+    pipe = relay.pipe(1, 1, 11)
     os.write(pipe, b"x" * log_relay.TAIL_BYTES + b"\n")
     poll = select.poll()
-    poll.register(told.line, select.POLLOUT)
+    poll.register(relay.line, select.POLLOUT)
     for _ in range(500):  # more than there is room for answers
         assert poll.poll(DEADLINE_S * 1000)
-        told.line.send(b"?1")
+        relay.line.send(b"?1")
     os.write(pipe, b"it goes on\n")
     out.wait_for("^it goes on$")
     os.close(pipe)
 
-    assert told.end() == 0
+    assert relay.end() == 0
     out.join()
 
 

@@ -98,6 +98,14 @@ def left(releases: Releases) -> list[str]:
 WHOLE = ["current", "current.history", "current.lock"]
 
 
+def with_a_move_due(faulty: Faulty, flag: Path, *options: str) -> Operated:
+    """Start, and deploy release 2, which serves while `current` cannot be moved to it."""
+    one = faulty("rename", FAIL, *options, code="EROFS")
+    flag.touch()
+    assert ctl(one, "deploy", "2").status == 5
+    return one
+
+
 # -- failures ---------------------------------------------------------------------------------
 
 
@@ -176,9 +184,7 @@ def test_if_the_rename_fails_the_release_serves_and_it_is_tried_again(
 def test_a_stop_moves_current_first_and_says_so(
     faulty: Faulty, releases: Releases, flag: Path
 ) -> None:
-    one = faulty("rename", FAIL, code="ENOSPC")
-    flag.touch()
-    assert ctl(one, "deploy", "2").status == 5
+    one = with_a_move_due(faulty, flag)
     flag.unlink()
 
     one.daemon.stop()
@@ -191,9 +197,7 @@ def test_a_stop_moves_current_first_and_says_so(
 def test_a_reload_does_not_go_back_to_what_current_still_names(
     faulty: Faulty, releases: Releases, flag: Path
 ) -> None:
-    one = faulty("rename", FAIL, code="EROFS")
-    flag.touch()
-    assert ctl(one, "deploy", "2").status == 5
+    one = with_a_move_due(faulty, flag)
 
     assert ctl(one, "reload").status == 0
 
@@ -207,9 +211,7 @@ def test_a_reload_does_not_go_back_to_what_current_still_names(
 def test_a_link_that_an_operator_moves_meanwhile_stays(
     faulty: Faulty, releases: Releases, flag: Path
 ) -> None:
-    one = faulty("rename", FAIL, code="EROFS")
-    flag.touch()
-    assert ctl(one, "deploy", "2").status == 5
+    one = with_a_move_due(faulty, flag)
 
     assert ctl(one, "diff").out.startswith("no configuration change ")
 
@@ -228,9 +230,7 @@ def test_a_link_that_an_operator_moves_meanwhile_stays(
 def test_another_program_tries_again_what_failed(
     faulty: Faulty, releases: Releases, flag: Path
 ) -> None:
-    one = faulty("rename", FAIL, "--guard", code="EROFS")
-    flag.touch()
-    assert ctl(one, "deploy", "2").status == 5
+    one = with_a_move_due(faulty, flag, "--guard")
     mark = len(one.daemon.log.seen)
     os.kill(one.status()["pid"], 9)
     revived(one.daemon, mark)

@@ -165,7 +165,8 @@ def _incoming(effects: Effects, fleet: Fleet) -> tuple[Generation | None, str]:
     incoming = fleet.incoming if fleet.incoming and fleet.incoming.fresh else None
     opened = effects.generations.get(incoming.number) if incoming else None
     read = effects.live_settings.record.candidate
-    return incoming, opened.program.release if opened else read.release if read else fleet.release
+    unopened = read.release if read else fleet.release
+    return incoming, opened.program.release if opened else unopened
 
 
 def _refuse_second(fleet: Fleet, effects: Effects) -> None:

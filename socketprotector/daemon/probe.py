@@ -4,7 +4,8 @@ The delivery knows how to reach the generation (`ProbeTarget` in delivery/probe_
 are three kinds of probe:
 
 - accept: we connect, and a worker must accept the connection;
-- HTTP: we connect, and the prober process sends a request over the connection (prober_client.py);
+- HTTP: we connect, and send a request over the connection (http_exchange.py), for HTTPS by the
+  prober process (prober_client.py);
 - check: a command makes connections of its own.
 
 A probe is *late* if its limit has passed without a result.
@@ -24,6 +25,7 @@ from functools import partial
 from ..model import probe_spec
 from ..model.errors import what_failed
 from ..model.probe_spec import ProbeSpec
+from ..model.text import in_units
 from ..system.check_command import CheckCommand
 from ..system.loop import Loop
 from ..system.polling import events_of
@@ -31,6 +33,7 @@ from . import verdicts
 from .check_probe import CheckProbes
 from .delivery.probe_target import PROBE, SHUT_DOWN, ProbeTarget, Reach
 from .generation import OpenGeneration
+from .http_exchange import HttpExchange, request
 from .prober_client import Prober
 from .verdicts import Verdict
 
@@ -76,7 +79,9 @@ class Probe:
         self._connection: socket.socket | None = None
         self._connecting_since = 0.0
         self._was_reset = False  # the last accept probe ended with a reset of its connection
-        self._prober: Prober | None = None
+        self._exchange: HttpExchange | None = None  # of the present HTTP probe
+        self._prober: Prober | None = None  # for HTTPS
+        self._answer: socket.socket | None = None  # from the prober
         #: The running command.  We kill a late command.  The kill may fail if the command runs as
         #: another user, and takes effect late if the command waits for a disk.
         self._command: CheckCommand | None = None
@@ -133,6 +138,7 @@ class Probe:
         """Abandon the probe, so that another generation can be probed."""
         self._report = None
         self._loop.cancel(self)
+        self._end_exchange()
         with suppress(OSError):
             if self._target is not None and self._connection is not None and self._waits():
                 self._target.abandon(self._connection)
@@ -155,6 +161,7 @@ class Probe:
     def _finish(self, kind: str, why: str = "") -> None:
         """Report this verdict, or MOVED if another generation may have answered."""
         self._loop.cancel(self)
+        self._end_exchange()
         is_unchanged = self._target is None or self._target.is_unchanged()
         if not is_unchanged:
             kind, why = verdicts.MOVED, SHUT_DOWN
@@ -179,10 +186,10 @@ class Probe:
             either = f"{missing}, or both generations share its socket"
             self._finish(verdicts.NO_TARGET, missing if self._as_client else either)
             return
-        if spec.by_http and self._prober is None:
+        if spec.kind == "https" and self._prober is None:
             try:
                 self._prober = Prober(
-                    self._loop, answered=self._on_answer, late=self._on_late, ended=self._on_ended
+                    self._loop, answered=self._on_end, late=self._on_late, ended=self._on_ended
                 )
             except OSError as error:
                 error.strerror = f"the probe process cannot be started: {error.strerror}"
@@ -200,9 +207,7 @@ class Probe:
             kind = verdicts.REFUSED if code in _NOT_THERE else verdicts.UNREACHED
             self._finish(kind, self._cannot_connect(code))
         elif spec.by_http:
-            assert self._prober is not None
-            self._prober.send(client, target, spec, limit_s, self._left_s)
-            self._loop.call_after(self, self._left_s + _PROBER_S, self._prober.kill)
+            self._begin_exchange(client, target, limit_s)
         else:
             self._call_later(self._check_accepted)
 
@@ -315,17 +320,51 @@ class Probe:
 
     # -- by HTTP ---------------------------------------------------------------------
 
+    def _begin_exchange(self, client: socket.socket, target: ProbeTarget, limit_s: float) -> None:
+        """Send the request.  Raises OSError."""
+        spec, left_s = self._spec, self._left_s
+        text = request(spec.path, spec.host, target.address)
+        if spec.kind == "http":
+            late = partial(self._on_late, f"no answer within {in_units(limit_s)}")
+            self._exchange = HttpExchange(self._loop, client, text, spec.good, self._on_answer)
+            self._loop.call_after(self, left_s, late)
+        else:
+            assert self._prober is not None
+            self._answer = answer = self._prober.send(
+                text, spec.host, client, limit_s=limit_s, left_s=left_s
+            )
+            self._exchange = HttpExchange(self._loop, answer, b"", spec.good, self._on_answer)
+            self._loop.call_after(self, left_s + _PROBER_S, self._prober.kill)
+
+    def _end_exchange(self) -> None:
+        if self._exchange is not None:
+            self._exchange.close()
+            self._exchange = None
+        if self._answer is not None:
+            self._answer.close()
+            self._answer = None
+
     def _on_answer(self, why: str) -> None:
-        if self.is_pending:  # otherwise the probe was abandoned
-            self._finish(verdicts.BAD if why else verdicts.GOOD, why)
+        if why:
+            self._finish(verdicts.BAD, f"GET {self._spec.path}: {why}")
+        else:
+            self._finish(verdicts.GOOD)
+
+    def _on_end(self, why: str) -> None:
+        if self._exchange is not None:  # otherwise the verdict is known, or the probe was abandoned
+            self._exchange.end(why)
 
     def _on_late(self, why: str) -> None:
-        self._late_why, kind = why, verdicts.BAD
+        if self._exchange is None:
+            return
+        if by_header := self._exchange.why_by_header:
+            self._on_answer(by_header)
+            return
+        self._late_why, kind = f"GET {self._spec.path}: {why}", verdicts.BAD
         with suppress(OSError):
             if self._connection is not None and self._waits():
                 kind, _ = self._not_accepted()
-        if self.is_pending:
-            self._finish(kind, why)
+        self._finish(kind, self._late_why)
 
     def _on_ended(self, how: str) -> None:
         self._prober = None

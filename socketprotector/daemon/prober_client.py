@@ -1,7 +1,7 @@
 """Starts probers (programs/prober.py), and exchanges messages with them.
 
-A prober either sends HTTP probes over our connections, or forwards the connections of a listening
-socket.  Our socket to the prober is called the line; when the line is closed, the prober exits.
+A prober either sends requests over TLS, or forwards the connections of a listening socket.  Our
+socket to the prober is called the line; when the line is closed, the prober exits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import socket
 from collections.abc import Callable
 
-from ..model.probe_spec import ProbeSpec
 from ..model.text import in_units
 from ..system.channel import rights_of
 from ..system.cleanup import on_error
@@ -35,15 +34,15 @@ class Prober:
     ) -> None:
         """Start the process.  Raises OSError.
 
-        answered: called when a result comes in time, with a text: why the probe failed, or "" if
-        the answer was good.  With `forwards`: called with "" for each connection to the target.
-        late: called if no answer has come in time, with a text that says so.
+        answered: called when all of an answer has come in time, with "", or with why the
+        connection failed.  With `forwards`: called with "" for each connection to the target.
+        late: called if an answer has not ended in time, with a text that says so.
         ended: called with a text that says how the process exited; not called after close().
         forwards: (target, socket); the prober forwards the socket's connections to the target.
         """
         self._answered, self._ended, self._late = answered, ended, late
         self._process: HelperProcess | None = None
-        self._number = 0  # the number of the last probe
+        self._number = 0  # the number of the last request
         arguments = [str(_LINE_FD)]
         self._line, theirs = Line.make(loop, self._on_message)
         descriptors = {_LINE_FD: theirs.fileno()}
@@ -52,30 +51,42 @@ class Prober:
                 target, listening = forwards
                 arguments.append(str(_LISTENING_FD))
                 descriptors[_LISTENING_FD] = listening.fileno()
-                self._line.socket.send(_message(target, ProbeSpec("forward")), socket.MSG_DONTWAIT)
+                self._line.socket.send(_target_message(target), socket.MSG_DONTWAIT)
             self._process = HelperProcess.start_own(
                 "prober.py", arguments, descriptors, loop, self._on_end
             )
 
     def send(
         self,
+        request: bytes,
+        host: str,
         connection: socket.socket,
-        target: ProbeTarget,
-        spec: ProbeSpec,
+        *,
         limit_s: float,
         left_s: float,
-    ) -> None:
-        """Send a probe over the caller's connection, which need not be established yet.
+    ) -> socket.socket:
+        """Send a request over TLS, and return a non-blocking socket that receives the answer.
 
-        From now on, answers to earlier probes are ignored.  Raises OSError.
+        From now on, reports on earlier requests are ignored.  Raises OSError.
 
+        host: the Host header.  connection: the caller's, which need not be established yet.
         left_s: how long the probe may still take.  limit_s: the probe's whole limit, which only
         appears in the text for `late`.
         """
         self._number += 1
-        limit = {"limit_s": left_s, "limit": in_units(limit_s)}
-        message = _message(target, spec, **limit, number=self._number)
-        self._line.socket.sendmsg([message], [rights_of(connection.fileno())], socket.MSG_DONTWAIT)
+        message = {
+            "host": host,
+            "request": request.decode("ascii"),
+            "number": self._number,
+            "limit_s": left_s,
+            "limit": in_units(limit_s),
+        }
+        answer, theirs = socket.socketpair()
+        with on_error(answer.close), theirs:
+            answer.setblocking(False)
+            given = [rights_of(each.fileno()) for each in (connection, theirs)]
+            self._line.socket.sendmsg([json.dumps(message).encode()], given, socket.MSG_DONTWAIT)
+        return answer
 
     def close(self) -> None:
         """Close the line, so that the prober exits."""
@@ -90,8 +101,8 @@ class Prober:
             self._process.process.kill_group()
 
     def _on_message(self, text: str) -> None:
-        # The text is a sign, the probe's number, a space, and why the probe failed (see
-        # programs/prober.py).  The sign "~" means that no answer came in time.
+        # The text is a sign, the request's number, a space, and why the connection failed (see
+        # programs/prober.py).  The sign "~" means that the answer did not end in time.
         number, _, why = text[1:].partition(" ")
         if number == str(self._number):
             (self._late if text[:1] == "~" else self._answered)(why)
@@ -101,17 +112,12 @@ class Prober:
         self._ended(how)
 
 
-def _message(target: ProbeTarget, spec: ProbeSpec, **more: object) -> bytes:
+def _target_message(target: ProbeTarget) -> bytes:
     mark = target.mark
     return json.dumps(
         {
             "address": target.address,
             "source": mark.source if mark is not None else "",
             "options": mark.options if mark is not None else (),
-            "kind": spec.kind,
-            "host": spec.host,
-            "path": spec.path,
-            "good": spec.good,
-            **more,
         }
     ).encode()

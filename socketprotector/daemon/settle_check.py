@@ -1,8 +1,8 @@
 """--settle-check: probes the new generation during --settle, while a rollback is still possible.
 
-A probe is an HTTP request by the prober process (prober_client.py), or a check command.  The
-command reads the counts of the new and the old generation from stdin, as JSON.  The command can
-also query the probe address, or the operator's metrics.
+A probe is an HTTP request (http_exchange.py) or a check command.  The command reads the counts of
+the new and the old generation from stdin, as JSON.  It can also query the probe address, or the
+operator's metrics.
 
 `Settling` in verdicts.py decides when the generation fails.  After the time of --settle, the
 generation keeps settling until one more good answer comes.

@@ -114,8 +114,8 @@ def _executes_itself(settings: Settings) -> bool:
     The processes: a restart by the guard, the reader of a file, the prober and the watcher.
     """
     probes = (settings.ready_question, settings.policy.settle_check, settings.health)
-    by_http = any(each.startswith(("http:", "https:")) for each in probes)
-    return settings.guarded or settings.origin.configured or by_http or bool(settings.watch)
+    by_tls = any(each.startswith("https:") for each in probes)
+    return settings.guarded or settings.origin.configured or by_tls or bool(settings.watch)
 
 
 def _refuse_unreachable(settings: Settings, path: str) -> None:

@@ -1,4 +1,4 @@
-"""The process that asks by HTTP: good answers, and bad ones, each told in one line."""
+"""The prober process: requests over TLS, and forwarded connections."""
 
 from __future__ import annotations
 
@@ -11,28 +11,35 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 
 import pytest
 
 from socketprotector.daemon import prober_client
-from socketprotector.daemon.delivery.probe_target import ProbeTarget
-from socketprotector.model.probe_spec import ProbeSpec
 from socketprotector.programs import prober
 from socketprotector.system.loop import Loop
-from tests import needs
+from tests.certificates import self_signed
 from tests.running import DEADLINE_S
 from tests.together import together
 
-HTTP = b"HTTP/1.1 "
+GOOD = b"HTTP/1.1 200 OK\r\n\r\nfine"
 Serve = Callable[[socket.socket], object]
 
 
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(self_signed(tmp_path_factory.mktemp("tls")))
+    return context
+
+
 @contextmanager
-def serving(serve: Serve) -> Iterator[tuple[str, int]]:
-    """A server of one thread on a port of its own, until this is over."""
+def serving(
+    serve: Serve, tls: ssl.SSLContext | None = None, seen: list[bytes] | None = None
+) -> Iterator[tuple[str, int]]:
+    """Serve on a free port in one thread; with tls, after the handshake.  seen: the requests."""
+    requests = seen if seen is not None else []
     with socket.create_server(("127.0.0.1", 0)) as listening, ExitStack() as kept:
 
         def run() -> None:
@@ -41,7 +48,9 @@ def serving(serve: Serve) -> Iterator[tuple[str, int]]:
                     one, _ = listening.accept()
                     kept.callback(one.close)
                     with suppress(OSError):
-                        one.recv(65536)
+                        if tls is not None:
+                            one = kept.enter_context(tls.wrap_socket(one, server_side=True))
+                        requests.append(one.recv(65536))
                         serve(one)
 
         thread = threading.Thread(target=run)
@@ -53,15 +62,25 @@ def serving(serve: Serve) -> Iterator[tuple[str, int]]:
             thread.join()
 
 
-def told(address: tuple[str, int], **words: object) -> bytes:
-    request = {"source": "", "options": (), "kind": "http", "host": "", "path": "/healthz"}
-    return json.dumps({**request, "address": address, "good": (200, 204), **words}).encode()
+def message(**fields: object) -> bytes:
+    """Describe a request."""
+    usual = {"host": "", "request": "GET /", "number": 7, "limit_s": DEADLINE_S, "limit": "1m"}
+    return json.dumps({**usual, **fields}).encode()
 
 
-def asked(serve: Serve, **words: object) -> str:
-    """Ask once, in this process."""
-    with serving(serve) as address:
-        return prober.ProbeRequest(told(address, **words)).send()
+def target(address: tuple[str, int]) -> bytes:
+    """Describe where to forward connections."""
+    return json.dumps({"address": address, "source": "", "options": ()}).encode()
+
+
+def carried_out(address: tuple[str, int], **fields: object) -> tuple[str, bytes]:
+    """Carry out a request in this process; return the report and the answer."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        request = prober.TlsRequest(message(**fields))
+        report = request.carry_out(socket.create_connection(address), theirs)
+        with ours.makefile("rb") as stream:
+            return report.decode(), stream.read()
 
 
 def says(*parts: bytes, close: bool = True) -> Serve:
@@ -74,299 +93,179 @@ def says(*parts: bytes, close: bool = True) -> Serve:
     return serve
 
 
-def drips(one: socket.socket) -> None:
-    """A byte now and then, for ever."""
-    for byte in b"HTTP/1.1 200 OK\r\nX: " + bytes(1 << 20):
-        one.sendall(bytes([byte]))
-        select.select([], [], [], 0.01)
+@together("answer", [GOOD, b"", bytes(range(256)) * 100])
+def test_an_answer_is_copied_to_its_end(tls: ssl.SSLContext, answer: bytes) -> None:
+    with serving(says(answer), tls) as address:
+        assert carried_out(address) == ("+7 ", answer)
 
 
-@pytest.fixture
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prober, "LIMIT_S", 0.3)
+def test_the_request_is_sent_as_it_is(tls: ssl.SSLContext) -> None:
+    seen: list[bytes] = []
+    text = "GET /p?q=1 HTTP/1.1\r\n\r\n"
+    with serving(says(GOOD), tls, seen) as address:
+        assert carried_out(address, request=text)[0] == "+7 "
+    assert seen == [text.encode()]
 
 
-@together(
-    "parts",
-    [
-        (HTTP + b"200 OK\r\n\r\n",),
-        (b"HTTP/1.0 204 None\r\nX: y\r\n\r\n",),
-        (HTTP + b"100 Continue\r\n\r\n", HTTP + b"200 OK\r\nContent-Length: 3\r\n\r\nabc"),
-        (HTTP + b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"3\r\nabc\r\n0\r\n\r\n"),
-        (HTTP + b"200 OK\r\nContent-Length: 100000000\r\n\r\n",),
-        (b"HTTP/1.1  200  OK\r\n\r\n",),
-        (HTTP + b"103 Early Hints\r\nLink: </x>\r\n\r\n", HTTP + b"200 OK\r\n\r\n"),
-    ],
-)
-def test_a_good_status_is_a_good_answer(parts: Sequence[bytes]) -> None:
-    assert asked(says(*parts)) == ""
-    assert asked(says(*parts, close=False)) == ""
-
-
-@together(
-    ("serve", "why"),
-    [
-        (says(), "closed without an answer"),
-        (says(b"garbage\r\n\r\n"), 'no HTTP: "garbage"'),
-        (says(b"\x16\x03\x01\n"), 'no HTTP: "???"'),
-        (says(HTTP + b"200"), "closed within its header"),
-        (says(HTTP + b"200 OK\r\nContent-Le"), "closed within its header"),
-        (says(HTTP + b"200 OK\r\nX: y\r\n"), "closed within its header"),
-        (says(HTTP + b"100 Continue\r\n\r\n"), "closed within its header"),
-        (says(HTTP + b"200 OK\r\nX: " + b"y" * 100_000), "more than 64 KiB"),
-        (says(HTTP + b"200 OK\r\n" + b"X: y\r\n" * 200), "closed within its header"),
-        (says((HTTP + b"100 Continue\r\n\r\n") * 5000), "more than 64 KiB"),
-        (says(HTTP + b"500 Oh\r\n\r\ndatabase \x00\ngone"), '500, "database ? gone"'),
-        (says(HTTP + b"503 Busy\r\n\r\n"), "503, Busy"),
-        (says(HTTP + b"503 Busy\r\nContent-Length: 0\r\n\r\n", close=False), "503, Busy"),
-        (says(HTTP + b"304 Same\r\n\r\n", close=False), "304, Same"),
-        (says(HTTP + b"500 Oh\r\ncontent-length :  4 \r\n\r\nlost?"), '500, "lost"'),
-        (says(HTTP + b"500 Oh\r\nContent-Length: four\r\n\r\nlost"), "500, Oh"),
-        (says(HTTP + b"500 Oh\n\nlost"), '500, "lost"'),
-        (says(b"HTTP/2 200\r\n\r\n"), 'no HTTP: "HTTP/2 200"'),
-        (says(HTTP + b"+20 OK\r\n\r\n"), 'no HTTP: "HTTP/1.1 +20 OK"'),
-        (says(HTTP + b"099 OK\r\n\r\n"), 'no HTTP: "HTTP/1.1 099 OK"'),
-        (says(HTTP + b"503\r\n\r\n"), "503, no text"),
-        (says(HTTP + b"503 \x1b[2J\x00\r\n\r\n"), "503, ?[2J?"),
-        (says(HTTP + b"503 " + b"x" * 50_000 + b"\r\n\r\n"), "503, " + "x" * 120),
-        (says(HTTP + b"101 Switching\r\n\r\n"), "101, Switching"),
-        (says(HTTP + b"302 Found\r\nLocation: /x\r\n\r\n"), "302, Found"),
-        (
-            says(HTTP + b"500 Oh\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nlost\r\n", close=False),
-            '500, "lost"',
-        ),
-        (says(HTTP + b"500 Oh\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"), "500, Oh"),
-        (says(HTTP + b"500 Oh\r\n\r\n" + b"x" * 10_000_000), '500, "' + "x" * 100),
-    ],
-)
-def test_a_bad_answer_is_told_in_one_line(serve: Serve, why: str) -> None:
-    found = asked(serve)
-
-    assert found.startswith(f"GET /healthz: {why}")
-    assert "\n" not in found
-    assert len(found) < 300
-
-
-@pytest.mark.usefixtures("soon")
-@pytest.mark.parametrize(
-    "serve",
-    [
-        says(close=False),
-        says(HTTP + b"200 OK\r\n", close=False),
-        says(HTTP + b"100 Continue\r\n\r\n", close=False),
-        drips,
-    ],
-)
-def test_each_try_has_an_end(serve: Serve) -> None:
-    late = asked(serve, limit_s=0.3, limit="300ms")
-    assert late == "GET /healthz: no answer within 300ms"
-
-
-@pytest.mark.usefixtures("soon")
-@pytest.mark.parametrize("limit_s", [30 * 86_400.0, 999_999_999.0])
-def test_an_answer_may_take_longer_than_the_kernel_can_wait(limit_s: float) -> None:
-    """poll(2) and a socket's time-out take 24.8 days at most."""
-    good = says(HTTP + b"200 OK\r\nContent-Length: 0\r\n\r\n")
-    assert asked(good, limit_s=limit_s) == ""
-    with serving(good) as address, socket.create_connection(address) as given:
-        assert prober.ProbeRequest(told(address, limit_s=limit_s)).send(given) == ""
-
-
-def test_a_try_that_is_cut_short_says_for_how_long_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prober, "_LONGEST_S", 0.2)  # of a day
-    late = asked(says(close=False), limit_s=30 * 86_400.0, limit="30d")
-    assert late == "GET /healthz: no answer within 1d"
-
-
-def test_an_answer_that_has_no_end_is_told_by_its_status() -> None:
-    assert asked(says(HTTP + b"500 Oh\r\nContent-Length: 5\r\n\r\n", close=False)) == (
-        "GET /healthz: 500, Oh"
-    )
-
-
-def test_what_refuses_or_resets_is_told() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        address = listening.getsockname()
-    assert prober.ProbeRequest(told(address)).send() == "GET /healthz: refused"
-
-    def reset(one: socket.socket) -> None:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        one.close()
-
-    assert asked(reset) == "GET /healthz: Connection reset by peer"
-
-
-def test_the_request_is_what_was_asked_for() -> None:
-    seen = []
-
-    def serve(one: socket.socket) -> None:
-        one.sendall(HTTP + b"200 OK\r\n\r\n")
-
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(
-            target=lambda: prober.ProbeRequest(
-                told(listening.getsockname(), host="shop.example", path="/p?q=1")
-            ).send()
-        )
-        thread.start()
-        one, _ = listening.accept()
-        with one:
-            seen = one.recv(65536).decode().split("\r\n")
-            serve(one)
-        thread.join()
-    assert seen[0] == "GET /p?q=1 HTTP/1.1"
-    assert "Host: shop.example" in seen
-    assert "Connection: close" in seen
-
-
-def test_https_is_asked_without_verification(tmp_path: Path) -> None:
-    made = subprocess.run(
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-subj",
-            "/CN=no.such.name",
-            "-keyout",
-            tmp_path / "key",
-            "-out",
-            tmp_path / "cert",
-            "-days",
-            "1",
-        ],
-        capture_output=True,
-        check=False,
-    )
-    if made.returncode:
-        needs.skip("openssl")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def serve() -> None:
-            with (
-                suppress(OSError),
-                context.wrap_socket(listening.accept()[0], server_side=True) as one,
-            ):
-                one.recv(65536)
-                one.sendall(HTTP + b"200 OK\r\n\r\n")
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        assert prober.ProbeRequest(told(listening.getsockname(), kind="https")).send() == ""
-        thread.join()
-    found = asked(says(HTTP + b"400 Bad\r\n\r\n"), kind="https")
-    assert found.startswith("GET /healthz: no TLS: ")
+def test_no_tls_is_reported() -> None:
+    with serving(says(b"HTTP/1.1 400 Bad\r\n\r\n")) as address:
+        assert carried_out(address)[0].startswith("-7 no TLS: ")
 
 
 @pytest.mark.parametrize("host", ["", "[::1]:443", "no.such.name:443", "no.such.name"])
-def test_the_name_that_tls_asks_for_has_no_port(host: str) -> None:
-    found = asked(lambda one: one.sendall(b"garbage"), kind="https", host=host)
+def test_the_server_name_has_no_port(tls: ssl.SSLContext, host: str) -> None:
+    names: list[str | None] = []
 
-    assert found.startswith("GET /healthz: no TLS: ")
+    def note(_connection: object, name: str | None, _context: object) -> None:
+        names.append(name)
+
+    tls.sni_callback = note
+    try:
+        with serving(says(GOOD), tls) as address:
+            assert carried_out(address, host=host)[0] == "+7 "
+    finally:
+        tls.sni_callback = None
+    assert names == ["no.such.name" if host.startswith("no") else None]
 
 
 @pytest.mark.parametrize("host", [".example", "a..b", "x" * 64])
-def test_what_cannot_be_asked_at_all_is_told(host: str) -> None:
-    found = asked(says(), kind="https", host=host)
+def test_an_impossible_name_is_reported(host: str) -> None:
+    with serving(says()) as address:
+        assert carried_out(address, host=host)[0].startswith("-7 cannot be probed: ")
 
-    assert found.startswith("GET /healthz: cannot be probed: ")
 
-
-def test_without_the_ssl_module_http_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_ssl_module_that_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ssl", None)
-
-    assert asked(says(HTTP + b"200 OK\r\n\r\n")) == ""
-    assert "cannot be probed" in asked(says(), kind="https")
+    with serving(says()) as address:
+        assert "cannot be probed" in carried_out(address)[0]
     code = "import sys; sys.modules['ssl'] = None; import socketprotector.programs.prober"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_reset_is_reported_after_what_came_before(tls: ssl.SSLContext) -> None:
+    def reset(one: socket.socket) -> None:
+        one.sendall(GOOD)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        os.close(one.detach())
+
+    with serving(reset, tls) as address:
+        report, answer = carried_out(address)
+    assert report in ("-7 Connection reset by peer", "+7 ")
+    assert GOOD.startswith(answer)
+
+
+@together("tls_first", [False, True])
+def test_an_answer_that_does_not_end_is_late(tls: ssl.SSLContext, tls_first: bool) -> None:
+    """Also one whose handshake hangs, and one that comes slowly for ever."""
+
+    def drip(one: socket.socket) -> None:
+        for byte in bytes(1 << 20):
+            one.sendall(bytes([byte]))
+            select.select([], [], [], 0.01)
+
+    for serve in (says(close=False), drip):
+        with serving(serve, tls if tls_first else None) as address:
+            late = carried_out(address, limit_s=0.3, limit="300ms")
+        wrong = not tls_first and serve is drip  # it is no TLS
+        assert late[0].startswith("-7 no TLS" if wrong else "~7 no answer within 300ms")
+
+
+@pytest.mark.parametrize("limit_s", [30 * 86_400.0, 999_999_999.0])
+def test_an_answer_may_take_longer_than_the_kernel_can_wait(
+    tls: ssl.SSLContext, limit_s: float
+) -> None:
+    """poll(2) and a socket's timeout take 24.8 days at most."""
+    with serving(says(GOOD), tls) as address:
+        assert carried_out(address, limit_s=limit_s) == ("+7 ", GOOD)
+
+
+def test_the_report_names_the_limit_that_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prober, "_LONGEST_S", 0.2)  # of a day
+    with serving(says(close=False)) as address:
+        late = carried_out(address, limit_s=30 * 86_400.0, limit="30d")
+    assert late == ("~7 no answer within 1d", b"")
 
 
 # -- the process --------------------------------------------------------------------
 
 
-def send(line: socket.socket, request: bytes) -> None:
-    """Have it asked, by a connection to where the request says."""
-    with socket.create_connection(json.loads(request)["address"]) as one:
-        socket.send_fds(line, [request], [one.fileno()])
+def send(line: socket.socket, address: tuple[str, int], **fields: object) -> socket.socket:
+    """Have a request sent over a connection that is being made; return where the answer comes."""
+    ours, theirs = socket.socketpair()
+    with socket.socket() as one, theirs:
+        one.setblocking(False)
+        assert one.connect_ex(address) in (0, errno.EINPROGRESS)
+        socket.send_fds(line, [message(**fields)], [one.fileno(), theirs.fileno()])
+    ours.settimeout(DEADLINE_S)
+    return ours
 
 
 @contextmanager
-def process(request: bytes = b"", *listening: socket.socket) -> Iterator[socket.socket]:
-    """Run it; gives our end of its line.  It ends with that."""
+def process(text: bytes = b"", *listening: socket.socket) -> Iterator[socket.socket]:
+    """Run the prober, and give our end of its line; it exits when we close the line."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(DEADLINE_S)
     fds = (theirs.fileno(), *(each.fileno() for each in listening))
     words = (sys.executable, "-I", "-S", prober.__file__, *map(str, fds))
     with ours, subprocess.Popen(words, pass_fds=fds) as running:
         theirs.close()
-        if listening:
-            ours.send(request)
-        elif request:
-            send(ours, request)
+        if text:
+            ours.send(text)
         yield ours
         ours.close()
         assert running.wait(DEADLINE_S) == 0
 
 
-@pytest.mark.parametrize(
-    ("serve", "says"),
-    [
-        (says(HTTP + b"200 OK\r\n\r\n"), b"+7 "),
-        (says(HTTP + b"500 Oh\r\n\r\n"), b"-7 GET /healthz: 500, Oh"),
-        (says(close=False), b"~7 GET /healthz: no answer within 200ms"),
-    ],
-)
-def test_it_asks_once_by_a_connection_that_it_is_given(serve: Serve, says: bytes) -> None:
-    """Also while it is being made; and the next one as well."""
-    with serving(serve) as address, ExitStack() as closing:
-        request = told(address, limit_s=0.2, limit="200ms", number=7)
-        line = closing.enter_context(process())
-        for _ in range(2):
-            one = closing.enter_context(socket.socket())
-            one.setblocking(False)
-            assert one.connect_ex(address) in (0, errno.EINPROGRESS)
-            socket.send_fds(line, [request], [one.fileno()])
-            assert line.recv(4096) == says
+def test_it_sends_one_request_after_another(tls: ssl.SSLContext) -> None:
+    with serving(says(GOOD), tls) as address, process() as line:
+        for number in (7, 8):
+            with send(line, address, number=number) as answer, answer.makefile("rb") as stream:
+                assert stream.read() == GOOD
+            assert line.recv(4096) == b"+%d " % number
 
 
-def test_what_is_said_of_an_earlier_question_is_not_heard_any_more(
-    loop: Loop, monkeypatch: pytest.MonkeyPatch
+def test_it_reports_nothing_more_than_an_end_when_the_answer_is_not_wanted(
+    tls: ssl.SSLContext,
+) -> None:
+    """The protector closes its socket as soon as it knows the status."""
+    with serving(says(GOOD, bytes(10_000_000)), tls) as address, process() as line:
+        with send(line, address) as answer:
+            assert answer.recv(12) == GOOD[:12]
+        assert line.recv(4096) == b"+7 "
+
+
+def test_a_report_on_an_earlier_request_is_ignored(
+    loop: Loop, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its generation may be gone."""
     monkeypatch.chdir(".")  # to start a process changes it
     heard: list[str] = []
-    came, answer = threading.Event(), threading.Event()
+    came, go_on = threading.Event(), threading.Event()
 
     def hangs(one: socket.socket) -> None:
         came.set()
-        assert answer.wait(DEADLINE_S)
-        says(HTTP + b"500 Oh\r\n\r\n")(one)
+        assert go_on.wait(DEADLINE_S)
 
     def hear(why: str) -> None:
         heard.append(why)
         loop.running = False
 
-    def ask(address: tuple[str, int]) -> None:
-        way = ProbeTarget(address, None, lambda one: False, lambda: None)
-        with way.connecting() as one:
-            one.connect_ex(address)
-            client.send(one, way, ProbeSpec("http", path="/p"), DEADLINE_S, DEADLINE_S)
+    def ask(address: tuple[str, int]) -> socket.socket:
+        with socket.create_connection(address) as one:
+            return client.send(b"GET /", "", one, limit_s=DEADLINE_S, left_s=DEADLINE_S)
 
     client = prober_client.Prober(loop, answered=hear, ended=heard.append)
     try:
-        with serving(hangs) as old, serving(says(HTTP + b"200 OK\r\n\r\n")) as new:
-            ask(old)
+        with serving(hangs, tls) as old, serving(says(GOOD), tls) as new, ExitStack() as answers:
+            answers.enter_context(ask(old))
             assert came.wait(DEADLINE_S)
-            ask(new)
-            answer.set()
+            answer = answers.enter_context(ask(new))
+            go_on.set()
             loop.run()
             assert heard == [""]
-            with serving(says(HTTP + b"503 Gone\r\n\r\n")) as newest:
-                ask(newest)
+            assert answer.recv(4096) == GOOD
+            with serving(says()) as newest:
+                answers.enter_context(ask(newest))
                 loop.running = True
                 loop.run()
     finally:
@@ -374,23 +273,14 @@ def test_what_is_said_of_an_earlier_question_is_not_heard_any_more(
         pid = client._process.process.pid
         client.close()
         os.waitpid(pid, 0)
-    assert heard == ["", "GET /p: 503, Gone"]
-
-
-def test_one_that_is_given_ends_while_a_question_is_under_way() -> None:
-    came = threading.Event()
-
-    def serve(one: socket.socket) -> None:
-        came.set()
-
-    with serving(serve) as address, process() as line, socket.create_connection(address) as one:
-        socket.send_fds(line, [told(address, limit_s=3600.0)], [one.fileno()])
-        assert came.wait(DEADLINE_S)
+    assert heard[0] == ""
+    assert len(heard) == 2
+    assert heard[1]
 
 
 @pytest.mark.parametrize("listening", [False, True])
 def test_one_that_can_have_no_thread_ends_in_silence(listening: bool) -> None:
-    """Another one is started then."""
+    """The protector then starts another."""
     code = (
         "import runpy, sys, threading\n"
         "def start(self): raise RuntimeError('no more threads')\n"
@@ -406,45 +296,47 @@ def test_one_that_can_have_no_thread_ends_in_silence(listening: bool) -> None:
         with subprocess.Popen(words, pass_fds=fds, stderr=subprocess.PIPE) as running:
             theirs.close()
             if listening:
-                ours.send(told(probe.getsockname()))
+                ours.send(target(probe.getsockname()))
             else:
-                send(ours, told(probe.getsockname()))
+                send(ours, probe.getsockname()).close()
             assert running.wait(DEADLINE_S) == 1
             assert running.stderr is not None
             assert running.stderr.read() == b""
 
 
-def test_it_ends_with_its_line_also_while_a_try_is_under_way() -> None:
+def test_it_ends_with_its_line_also_while_a_request_is_under_way() -> None:
     came = threading.Event()
 
     def serve(one: socket.socket) -> None:
         came.set()
 
-    with serving(serve) as address, process(told(address)):
+    with serving(serve) as address, process() as line, send(line, address, limit_s=3600.0):
         assert came.wait(DEADLINE_S)
 
 
-def test_it_ends_in_silence_also_where_what_it_has_said_is_never_read(
+def test_it_ends_in_silence_also_where_its_report_is_never_read(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with serving(says(HTTP + b"500 Oh\r\n\r\n")) as address, process(told(address)) as line:
+    with serving(says()) as address, process() as line, send(line, address):
         line.recv(4096, socket.MSG_PEEK)
 
     assert capfd.readouterr().err == ""
 
 
-def test_it_ends_in_silence_where_what_it_says_next_comes_to_nobody(
+def test_it_ends_in_silence_where_its_line_ends_before_its_report(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """As where it says something just when its line ends."""
-    with serving(says(HTTP + b"500 Oh\r\n\r\n")) as address, process() as line:
+    with serving(says()) as address, process() as line:
         line.shutdown(socket.SHUT_RD)
-        send(line, told(address))
-        ended = select.poll()
-        ended.register(line, 0)
-        assert ended.poll(DEADLINE_S * 1000)
+        with send(line, address):
+            ended = select.poll()
+            ended.register(line, 0)
+            assert ended.poll(DEADLINE_S * 1000)
 
     assert capfd.readouterr().err == ""
+
+
+# -- the probe address --------------------------------------------------------------
 
 
 def test_it_forwards_what_comes_to_the_probe_address() -> None:
@@ -471,7 +363,7 @@ def test_it_forwards_what_comes_to_the_probe_address() -> None:
         closing.callback(thread.join)
         closing.callback(echo.shutdown, socket.SHUT_RDWR)
         probe = closing.enter_context(socket.create_server(("127.0.0.1", 0)))
-        closing.enter_context(process(told(echo.getsockname()), probe))
+        closing.enter_context(process(target(echo.getsockname()), probe))
         clients = [
             closing.enter_context(socket.create_connection(probe.getsockname(), DEADLINE_S))
             for _ in range(10)
@@ -489,7 +381,7 @@ def test_who_connects_to_what_does_not_listen_is_closed() -> None:
         address = gone.getsockname()
     with (
         socket.create_server(("127.0.0.1", 0)) as probe,
-        process(told(address), probe),
+        process(target(address), probe),
         socket.create_connection(probe.getsockname(), DEADLINE_S) as client,
     ):
         assert client.recv(1) == b""

@@ -91,16 +91,22 @@ def test_what_cannot_be_asked_is_as_bad(loop: Loop) -> None:
 class Probers:
     """Stand-in for prober_client.Prober: processes that answer, or are stuck until killed."""
 
-    def __init__(self, loop: Loop, why: str | None) -> None:
-        self._loop, self._why = loop, why
+    def __init__(self, loop: Loop, answer: bytes) -> None:
+        """answer: from the server; b"": the processes are stuck."""
+        self._loop, self._answer = loop, answer
         self.started = 0
 
     def __call__(self, loop: Loop, *, answered: Any, ended: Any, **_: object) -> object:
         self.started += 1
 
-        def send(*_: object) -> None:
-            if self._why is not None:
-                loop.call_after("answer", 0.0, lambda: answered(self._why))
+        def send(*_: object, **__: object) -> socket.socket:
+            ours, theirs = socket.socketpair()
+            ours.setblocking(False)
+            with theirs:
+                theirs.sendall(self._answer)
+            if self._answer:
+                loop.call_after("answer", 0.0, lambda: answered(""))
+            return ours
 
         return SimpleNamespace(
             send=send,
@@ -116,6 +122,7 @@ def way() -> Iterator[SimpleNamespace]:
             listening.getsockname(), None, lambda _: True, lambda: None
         ).connecting
         yield SimpleNamespace(
+            address=listening.getsockname(),
             connect_address=listening.getsockname(),
             connecting=connecting,
             waits=lambda _: False,
@@ -131,7 +138,7 @@ def test_what_hangs_is_killed_and_as_bad(
     loop: Loop, monkeypatch: pytest.MonkeyPatch, way: SimpleNamespace
 ) -> None:
     """Also where it could not be asked at first: that is no reason later."""
-    probers = Probers(loop, None)
+    probers = Probers(loop, b"")
     monkeypatch.setattr(probe, "Prober", probers)
     tries: list[int] = []
 
@@ -141,7 +148,7 @@ def test_what_hangs_is_killed_and_as_bad(
             raise OSError(errno.EMFILE, "Too many open files")
         return way
 
-    said = Settling(loop, "http:/", later).fails()
+    said = Settling(loop, "https:/", later).fails()
 
     assert said == "the probe process was killed by SIGKILL"
     assert (len(tries), probers.started) == (3, 1)
@@ -159,13 +166,13 @@ def test_what_another_generation_has_answered_is_neither_good_nor_bad(
 
 
 @pytest.mark.usefixtures("soon")
-@pytest.mark.parametrize("why", ["", "GET /: 500, no text"])
+@pytest.mark.parametrize("status", [b"200", b"500"])
 def test_nor_what_it_has_answered_by_http(
-    loop: Loop, why: str, monkeypatch: pytest.MonkeyPatch, way: SimpleNamespace
+    loop: Loop, status: bytes, monkeypatch: pytest.MonkeyPatch, way: SimpleNamespace
 ) -> None:
-    monkeypatch.setattr(probe, "Prober", Probers(loop, why))
+    monkeypatch.setattr(probe, "Prober", Probers(loop, b"HTTP/1.1 %s -\r\n\r\n" % status))
     way.is_unchanged = lambda: False
-    settling = Settling(loop, "http:/", lambda *_: way)
+    settling = Settling(loop, "https:/", lambda *_: way)
     assert settling.check.note_settle_over(2)
     assert settling.fails() == SHUT_DOWN
 
@@ -176,7 +183,7 @@ def test_a_full_backlog_at_a_unix_path_is_waited_for_as_long_as_over_tcp(
     loop: Loop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, frees: bool
 ) -> None:
     """The kernel waits with no one's connect() there: a burst of clients must not roll back."""
-    monkeypatch.setattr(probe, "Prober", Probers(loop, "GET /: 500, no text"))
+    monkeypatch.setattr(probe, "Prober", Probers(loop, b"HTTP/1.1 500\r\n\r\n"))
     path, tries = str(tmp_path / "s"), itertools.count(1)
     with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as client:
         listening.bind(path)
@@ -192,7 +199,7 @@ def test_a_full_backlog_at_a_unix_path_is_waited_for_as_long_as_over_tcp(
 
         monkeypatch.setattr(way, "connecting", connecting)
 
-        said = Settling(loop, "http:/", lambda *_: way).fails()
+        said = Settling(loop, "https:/", lambda *_: way).fails()
 
     assert said == ("GET /: 500, no text" if frees else "GET /: the socket's backlog is full")
     assert next(tries) > 3

@@ -1273,7 +1273,7 @@ class Answers:
         self.heard: list[Callable[[str], None]] = []
         self.ready: list[int] = []
         self.early = False  # whether an answer does not count yet
-        monkeypatch.setattr(probe, "Prober", self._begin)
+        monkeypatch.setattr(probe, "HttpExchange", self._begin)
         runtime = Runtime(world.loop, cast("Any", world.log), world.post, world.persist)
         self.ready_probe = ReadyProbe(
             runtime,
@@ -1293,11 +1293,9 @@ class Answers:
         self.ready.append(number)
         return not self.early
 
-    def _begin(self, loop: Loop, *, answered: Any, **_: object) -> object:
-        def send(*_: object) -> None:
-            self.heard.append(answered)
-
-        return SimpleNamespace(send=send, kill=lambda: None, close=lambda: None)
+    def _begin(self, *arguments: Any) -> object:
+        self.heard.append(arguments[-1])
+        return SimpleNamespace(why_by_header="", close=lambda: None)
 
 
 def test_what_another_one_has_accepted_while_the_asked_one_was_shut_down_is_no_answer(

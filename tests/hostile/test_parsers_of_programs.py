@@ -42,7 +42,8 @@ from socketprotector.launch.pid_file import PidFile
 from socketprotector.model import settings
 from socketprotector.model.codec import DecodeError
 from socketprotector.model.errors import Refusal, UsageError
-from socketprotector.programs import guard, log_relay, prober, worker_protocol
+from socketprotector.model.http_answer import HttpAnswer
+from socketprotector.programs import guard, log_relay, worker_protocol
 from socketprotector.system import env_file, inherited, procfs, sd_notify
 from socketprotector.system.scoreboard import Board
 from socketprotector.system.state_file import StateError, StateFile
@@ -118,15 +119,12 @@ def test_what_a_pool_says_of_its_first_programs(text: str) -> None:
     | near(b"HTTP/1.1 103 x\r\n\r\n", b"HTTP/1.1 500 \x1b[2J\r\n\r\n", b"chunked", b": ", b"\n")
 )
 def test_the_answer_of_a_release_that_is_asked(answer: bytes) -> None:
-    told = {"address": ["x", 1], "kind": "http", "host": "", "path": "/", "good": [200]}
-    request = prober.ProbeRequest(json.dumps(told | {"limit_s": 5.0}).encode())
-
     def says(said: bytes) -> str:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            theirs.sendall(said)
-            theirs.shutdown(socket.SHUT_WR)
-            return request.send(ours)
+        answer = HttpAnswer((200,))
+        whole = answer.feed(said) if said else None
+        why = answer.feed(b"") if whole is None else whole
+        assert why is not None
+        return why
 
     why = says(answer)
 
@@ -136,15 +134,15 @@ def test_the_answer_of_a_release_that_is_asked(answer: bytes) -> None:
 
 @FEW
 @given(TEXTS | st.lists(NUMBERS | st.sampled_from(["+", "-", "~", " "])).map("".join))
-def test_what_a_prober_says(text: str) -> None:
+def test_what_a_prober_reports(text: str) -> None:
     heard: list[str] = []
     one = Prober.__new__(Prober)
     one._number, one._answered, one._late = 3, heard.append, heard.append
     one._on_message(text)
-    one._on_message("-2 of an earlier question")
+    one._on_message("-2 of an earlier request")
     one._on_message("-3 why")
     assert heard[-1] == "why"
-    assert "of an earlier question" not in heard
+    assert "of an earlier request" not in heard
 
 
 @FEW

@@ -6,6 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
+from tests.certificates import self_signed
 from tests.procfs import children_of
 from tests.running import DEADLINE_S, WORKERS, Protector
 from tests.scenarios.tools import Release
@@ -34,6 +35,9 @@ class Asked:
     def becomes(self, *options: str | Path) -> None:
         self.release.becomes(*ANSWERS, str(self.says), *map(str, options))
 
+    def speaks_tls(self) -> None:
+        self.becomes("--tls", self_signed(self.says.parent))
+
     def _say(self, text: str) -> None:
         new = self.says.with_suffix(".new")
         new.write_text(text, encoding="utf-8")
@@ -49,7 +53,7 @@ def get(port: int, path: str = "/") -> str:
 
 
 def probers(daemon: Protector) -> list[int]:
-    """The processes that ask, or forward what is asked."""
+    """The processes that make TLS connections to the release, or forward a check's."""
     found = []
     for pid in children_of(daemon.pid):
         try:

@@ -74,8 +74,9 @@ def test_its_programs_are_those_of_the_version_that_started(
     needs.module("watchfiles")
     source = tmp_path / "source"
     source.mkdir()
-    asks = ("--ready", "http:/healthz", "--settle-check", "http:/healthz", "--settle", "0.2s")
-    options = (*asks, "--health", "http:/healthz", "--health-every", "0.1s", "--log-prefix")
+    asked.speaks_tls()
+    asks = ("--ready", "https:/healthz", "--settle-check", "https:/healthz", "--settle", "0.2s")
+    options = (*asks, "--health", "https:/healthz", "--health-every", "0.1s", "--log-prefix")
     command = (str(asked.release.path),)
     one = operated(installation, place, *options, "--watch", str(source), command=command)
     log = one.daemon.log

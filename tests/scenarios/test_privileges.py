@@ -365,7 +365,7 @@ def test_a_python_that_the_protectors_user_cannot_execute_is_named(
         "guard": ("--guard",),
         "guard -f": ("--guard", "-f"),
         "file": ("--config", str(file)),
-        "prober": ("--health", "http:/"),
+        "prober": ("--health", "https:/"),
         "watcher": ("--watch", str(file)),
     }
     words = (*modes.get(needs, ()), "--no-log-relay", "--user", A, "unix:s", "--")

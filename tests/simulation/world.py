@@ -33,6 +33,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 from socketprotector_client import wire
@@ -127,6 +128,7 @@ VERDICTS = ("reloaded", "recovered", "reload-failed", "dry-run-passed", "dry-run
 HEALTH = {"health"}
 #: How long an HTTP probe may take.
 PROBE_LIMIT_NS = 2_000_000_000
+_HTTP = ("http:/", "https:/")
 #: Fewer workers than that are asked for in lives with many.
 MOST = 16
 #: The number of the line in a worker, for --ready fd.
@@ -337,8 +339,46 @@ class Reads:
         self._loop.cancel(self._key)
 
 
+class FakeExchange:
+    """Stand-in for http_exchange.HttpExchange, over a fake connection or from a FakeProber."""
+
+    why_by_header = ""
+
+    def __init__(
+        self,
+        world: World,
+        loop: Loop,
+        connection: Any,
+        request: bytes,
+        _good: object,
+        done: Callable[[str], None],
+    ) -> None:
+        self._world, self._loop, self._done = world, loop, done
+        self._question: Question | None = None
+        if request:  # otherwise a prober answers
+            self._question = connection._file.question  # None: there is no room for it
+            self._bad = world.share_of_bad_answers()
+            self._later()
+
+    def end(self, why: str) -> None:
+        self._done(why)
+
+    def close(self) -> None:
+        self._loop.cancel(self)
+
+    def _later(self) -> None:
+        self._loop.call_after(self, self._world._chance(), self._look)
+
+    def _look(self) -> None:
+        question = self._question
+        if question is not None and (question.over or question.taken):
+            self._done(self._world.answer_to(question, self._bad))
+        else:
+            self._later()
+
+
 class FakeProber:
-    """Stand-in for prober_client.Prober: sends HTTP probes over the connections it is given.
+    """Stand-in for prober_client.Prober: sends requests over the connections it is given.
 
     It may die; the protector then starts another.
     """
@@ -353,16 +393,15 @@ class FakeProber:
     ) -> None:
         self._world, self._loop = world, loop
         self._answered, self._is_late, self._ended = answered, late, ended
-        assert world._supervisor is not None
-        its = (0.0, 0.15, 1.0) if world._supervisor.fleet.served else (0.0,)
-        self._bad = world._random.choice(its)  # how many of its answers are
+        self._bad = world.share_of_bad_answers()
         self._question: Question | None = None
         self._sent_at = 0
 
-    def send(self, connection: Any, *_: object) -> None:
+    def send(self, _request: bytes, _host: str, connection: Any, **_: object) -> Any:
         self._question = connection._file.question  # None: there is no room for it
         self._sent_at = self._world.kernel.clock_ns
         self._later()
+        return SimpleNamespace(close=lambda: None)
 
     def kill(self) -> None:
         self.close()
@@ -379,11 +418,9 @@ class FakeProber:
         if not world._calm and world._chance() < 0.1:
             self.kill()
         elif question is not None and (question.over or question.taken):
-            bad = not question.taken or (not world._calm and world._chance() < self._bad)
-            world.events["answered-badly" if bad else "answered-well"] += 1
-            self._answered("GET /: 500" if bad else "")
+            self._answered(world.answer_to(question, self._bad))
         elif world.kernel.clock_ns - self._sent_at > PROBE_LIMIT_NS:
-            self._is_late("GET /: no answer")
+            self._is_late("no answer")
         else:
             self._later()
 
@@ -545,9 +582,19 @@ class World:
             policy=replace(settings.policy, ready=ready),
             ready=ready,
             ready_after_s=1.0 if ready in PROBED else None,
-            ready_question={"accept": "accept", "http": "http:/"}.get(ready, ""),
+            ready_question={"accept": "accept", "http": _HTTP[self.seed % 2]}.get(ready, ""),
             ready_fd=READY_FD if ready == "fd" else pick((-1, READY_FD)),
         )
+
+    def share_of_bad_answers(self) -> float:
+        assert self._supervisor is not None
+        return self._random.choice((0.0, 0.15, 1.0) if self._supervisor.fleet.served else (0.0,))
+
+    def answer_to(self, question: Question, bad_share: float) -> str:
+        """Return why an answer is bad; "": it is good."""
+        bad = not question.taken or (not self._calm and self._chance() < bad_share)
+        self.events["answered-badly" if bad else "answered-well"] += 1
+        return "500" if bad else ""
 
     def _let_stops_wait(self, idle_s: float) -> None:
         """Have a lame duck before each graceful stop."""
@@ -1747,6 +1794,7 @@ def installed(world: World) -> Iterator[None]:
                     put(module, name, getattr(kernel.modules, name))
         put(program_spec, "resolve", resolve)
         put(probe, "Prober", lambda loop, **told: FakeProber(world, loop, **told))
+        put(probe, "HttpExchange", lambda loop, *told: FakeExchange(world, loop, *told))
         put(config_reader, "ConfigReader", lambda _, loop, key: Reads(world, loop, key))
         put(bpf, "attach", lambda to, option, code: to.attach(option, code[-1][3]))
         put(reuseport, "steer", kernel.steer)

@@ -1,12 +1,13 @@
 """Speaks HTTP, under --handoff listener without the client library and else with it.
 
-    answers.py SAYS [--never] [--dies GATE] [--defers] [--resets]
+    answers.py SAYS [--never] [--dies GATE] [--defers] [--resets] [--tls FILE]
 
 SAYS is a file: what stands there, as `500 database gone`, is the answer to /healthz, read anew each
 time; as long as it is empty or not there, none is given.  Every other path is `200 [pid]`.  A
 request for /healthz is printed, with where it came from.  --never: connections are not accepted at
 all.  --dies: it exits with status 7 when GATE, a FIFO, can be read.  --defers: it sets
 TCP_DEFER_ACCEPT, as some servers do.  --resets: it resets each connection that it accepts.
+--tls: it speaks TLS, with the certificate and the key in FILE.
 """
 
 import os
@@ -19,6 +20,11 @@ import threading
 # Without argparse and pathlib, which are half of its start.
 says, *options = sys.argv[1:]
 dies = options[options.index("--dies") + 1] if "--dies" in options else None
+if "--tls" in options:
+    import ssl
+
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(options[options.index("--tls") + 1])
 
 
 def said() -> str:
@@ -34,6 +40,8 @@ def answer(one: socket.socket, address: object) -> None:
         if "--resets" in options:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             return
+        if "--tls" in options:
+            one = tls.wrap_socket(one, server_side=True)
         request = one.recv(65536).decode("latin-1")
         if not request:
             return

@@ -1,0 +1,228 @@
+"""An HTTP request through the event loop, and what comes back."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+
+import pytest
+
+from socketprotector.daemon.http_exchange import HttpExchange, request
+from socketprotector.system.loop import Loop
+from tests.running import DEADLINE_S
+from tests.together import together
+
+HTTP = b"HTTP/1.1 "
+Serve = Callable[[socket.socket], object]
+LONG = b"GET /" + b"x" * 10_000_000
+
+
+@contextmanager
+def serving(serve: Serve) -> Iterator[tuple[str, int]]:
+    """Serve one connection in a thread."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def run() -> None:
+            with suppress(OSError):
+                connection, _ = listening.accept()
+                with connection:
+                    connection.settimeout(DEADLINE_S)
+                    serve(connection)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield listening.getsockname()
+        finally:
+            with suppress(OSError):
+                listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def connecting(address: tuple[str, int]) -> socket.socket:
+    connection = socket.socket()
+    connection.setblocking(False)
+    connection.connect_ex(address)
+    return connection
+
+
+def verdicts(loop: Loop, address: tuple[str, int], text: bytes = b"GET /") -> list[str]:
+    """Run one exchange to its end."""
+    found: list[str] = []
+
+    def done(why: str) -> None:
+        found.append(why)
+        loop.running = False
+
+    with connecting(address) as connection:
+        exchange = HttpExchange(loop, connection, text, (200,), done)
+        loop.call_after("too long", DEADLINE_S, lambda: pytest.fail("no verdict"))
+        loop.run()
+        loop.cancel("too long")
+        exchange.close()
+    return found
+
+
+def reset(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    connection.close()
+
+
+def test_a_good_answer_ends_the_exchange_while_the_server_sends_more(loop: Loop) -> None:
+    def serve(connection: socket.socket) -> None:
+        assert connection.recv(100) == b"GET /"
+        connection.sendall(HTTP + b"200 OK\r\n\r\n")
+        with suppress(OSError):
+            while True:
+                connection.sendall(bytes(65536))
+
+    with serving(serve) as address:
+        assert verdicts(loop, address) == [""]
+
+
+def test_an_answer_comes_before_the_end_of_a_long_request(loop: Loop) -> None:
+    """The request does not fit into the socket's buffer; nothing may block."""
+    received = []
+
+    def serve(connection: socket.socket) -> None:
+        left = len(LONG)
+        while left and (data := connection.recv(1 << 20)):
+            left -= len(data)
+        received.append(left)
+        connection.sendall(HTTP + b"503 Busy\r\n\r\nnot now")
+
+    with serving(serve) as address:
+        assert verdicts(loop, address, LONG) == ['503, "not now"']
+    assert received == [0]
+
+
+@together(
+    ("sent", "why"),
+    [
+        (b"", "Connection reset by peer"),
+        (HTTP + b"200 OK\r\n", "Connection reset by peer"),
+        (HTTP + b"500 Oh\r\nContent-Length: 5\r\n\r\n", "500, Oh"),
+    ],
+)
+def test_a_reset_is_reported_unless_the_status_is_known(sent: bytes, why: str) -> None:
+    read = threading.Event()
+
+    class Reading(HttpExchange):
+        """Lets the server reset the connection after the answer was read."""
+
+        def _receive(self) -> None:
+            super()._receive()
+            read.set()
+
+    def serve(connection: socket.socket) -> None:
+        connection.recv(100)
+        connection.sendall(sent)
+        if sent:
+            assert read.wait(DEADLINE_S)
+        reset(connection)
+
+    found: list[str] = []
+    with closing(Loop()) as loop, serving(serve) as address, connecting(address) as connection:
+
+        def done(why: str) -> None:
+            found.append(why)
+            loop.running = False
+
+        exchange = Reading(loop, connection, b"GET /", (200,), done)
+        loop.run()
+        exchange.close()
+    assert found == [why]
+
+
+class Refused:
+    """A connection whose connect() fails later, as it can from another machine."""
+
+    def __init__(self, of: socket.socket) -> None:
+        self.fileno = of.fileno
+
+    def getsockopt(self, *_: object) -> int:
+        return errno.ECONNREFUSED
+
+
+def test_a_connection_that_is_refused_later_is_reported(loop: Loop) -> None:
+    found: list[str] = []
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+
+        def done(why: str) -> None:
+            found.append(why)
+            loop.running = False
+
+        HttpExchange(loop, Refused(ours), b"GET /", (200,), done)  # type: ignore[arg-type]
+        loop.run()
+    assert found == ["refused"]
+
+
+def test_after_close_nothing_is_reported(loop: Loop) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        exchange = HttpExchange(loop, ours, b"GET /", (200,), pytest.fail)
+        theirs.sendall(HTTP + b"200 OK\r\n\r\n")
+        exchange.close()
+        loop.watch(ours.fileno(), lambda: setattr(loop, "running", False))
+        loop.run()
+        loop.unwatch(ours.fileno())
+
+
+# -- by the prober ------------------------------------------------------------------
+
+
+@together(
+    ("sent", "end", "why"),
+    [
+        (HTTP + b"200 OK\r\n\r\n", "Broken", ""),
+        (HTTP + b"200 OK\r\n", "", "closed within its header"),
+        (HTTP + b"200 OK\r\n", "no TLS: BAD_RECORD_MAC", "no TLS: BAD_RECORD_MAC"),
+        (HTTP + b"500 Oh\r\nContent-Length: 9\r\n\r\n", "Connection reset by peer", "500, Oh"),
+        (b"", "", "closed without an answer"),
+        (b"", "refused", "refused"),
+    ],
+)
+def test_the_prober_reports_how_its_connection_ended(sent: bytes, end: str, why: str) -> None:
+    """Its socket's end alone decides nothing: the prober may have been killed."""
+    for is_report_first in (False, True):
+        found: list[str] = []
+        ours, theirs = socket.socketpair()
+        with closing(Loop()) as loop, ours, theirs:
+            ours.setblocking(False)
+            exchange = HttpExchange(loop, ours, b"", (200,), found.append)
+            theirs.sendall(sent)
+            theirs.close()
+            if not is_report_first:
+                exchange._receive()  # as the loop does
+                assert found == ([""] if why == "" else [])
+            if not found:
+                exchange.end(end)
+        assert found == [why]
+
+
+# -- the request --------------------------------------------------------------------
+
+
+@together(
+    ("address", "shown"),
+    [
+        (("127.0.0.1", 80), b"127.0.0.1:80"),
+        (("::1", 8080), b"[::1]:8080"),
+        (("fe80::1%eth0", 80), b"[fe80::1]:80"),
+        (("/run/s", 0), b"localhost"),
+    ],
+)
+def test_a_server_is_called_by_its_address(address: tuple[str, int], shown: bytes) -> None:
+    lines = request("/p?q=1", "", address).split(b"\r\n")
+    assert lines[:2] == [b"GET /p?q=1 HTTP/1.1", b"Host: " + shown]
+    assert b"Connection: close" in lines
+    assert lines[-2:] == [b"", b""]
+
+
+def test_a_server_is_called_by_its_host() -> None:
+    assert b"\r\nHost: shop.example\r\n" in request("/", "shop.example", ("127.0.0.1", 80))

@@ -1,0 +1,90 @@
+"""The answer to an HTTP probe: which answers are good, and how a bad one is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from socketprotector.model.http_answer import HttpAnswer
+from tests.together import together
+
+HTTP = b"HTTP/1.1 "
+END = b""
+
+
+def verdict(pieces: Iterable[bytes]) -> str | None:
+    """Feed the pieces until there is a verdict; the last may be END."""
+    answer = HttpAnswer((200, 204))
+    for piece in pieces:
+        why = answer.feed(piece)
+        if why is not None:
+            return why
+    return None
+
+
+def bytewise(data: bytes) -> list[bytes]:
+    return [data[at : at + 1] for at in range(len(data))]
+
+
+@together(
+    "answer",
+    [
+        HTTP + b"200 OK\r\n\r\n",
+        b"HTTP/1.0 204 None\r\nX: y\r\n\r\n",
+        HTTP + b"100 Continue\r\n\r\n" + HTTP + b"200 OK\r\nContent-Length: 3\r\n\r\nabc",
+        HTTP + b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+        HTTP + b"200 OK\r\nContent-Length: 100000000\r\n\r\n",
+        b"HTTP/1.1  200  OK\r\n\r\n",
+        HTTP + b"103 Early Hints\r\nLink: </x>\r\n\r\n" + HTTP + b"200 OK\r\n\r\n",
+        HTTP + b"200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+    ],
+)
+def test_an_answer_with_a_good_status_is_good_before_it_ends(answer: bytes) -> None:
+    assert verdict([answer]) == ""
+    assert verdict(bytewise(answer)) == ""
+
+
+@together(
+    ("answer", "why"),
+    [
+        (b"", "closed without an answer"),
+        (b"garbage\r\n\r\n", 'no HTTP: "garbage"'),
+        (b"\x16\x03\x01\n", 'no HTTP: "???"'),
+        (HTTP + b"200", "closed within its header"),
+        (HTTP + b"200 OK\r\nContent-Le", "closed within its header"),
+        (HTTP + b"200 OK\r\nX: y\r\n", "closed within its header"),
+        (HTTP + b"100 Continue\r\n\r\n", "closed within its header"),
+        (HTTP + b"200 OK\r\nX: " + b"y" * 100_000, "more than 64 KiB"),
+        (HTTP + b"200 OK\r\n" + b"X: y\r\n" * 200, "closed within its header"),
+        ((HTTP + b"100 Continue\r\n\r\n") * 5000, "more than 64 KiB"),
+        (HTTP + b"500 Oh\r\n\r\ndatabase \x00\ngone", '500, "database ? gone"'),
+        (HTTP + b"503 Busy\r\n\r\n", "503, Busy"),
+        (HTTP + b"304 Same\r\n\r\n", "304, Same"),
+        (HTTP + b"500 Oh\r\ncontent-length :  4 \r\n\r\nlost?", '500, "lost"'),
+        (HTTP + b"500 Oh\r\nContent-Length: four\r\n\r\nlost", "500, Oh"),
+        (HTTP + b"500 Oh\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\nlost", "500, Oh"),
+        (HTTP + b"500 Oh\n\nlost", '500, "lost"'),
+        (b"HTTP/2 200\r\n\r\n", 'no HTTP: "HTTP/2 200"'),
+        (HTTP + b"+20 OK\r\n\r\n", 'no HTTP: "HTTP/1.1 +20 OK"'),
+        (HTTP + b"099 OK\r\n\r\n", 'no HTTP: "HTTP/1.1 099 OK"'),
+        (HTTP + b"503\r\n\r\n", "503, no text"),
+        (HTTP + b"503 \x1b[2J\x00\r\n\r\n", "503, ?[2J?"),
+        (HTTP + b"503 " + b"x" * 50_000 + b"\r\n\r\n", "503, " + "x" * 120),
+        (HTTP + b"101 Switching\r\n\r\n", "101, Switching"),
+        (HTTP + b"302 Found\r\nLocation: /x\r\n\r\n", "302, Found"),
+        (HTTP + b"500 Oh\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nlost\r\n", '500, "lost"'),
+        (HTTP + b"500 Oh\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "500, Oh"),
+        (HTTP + b"500 Oh\r\n\r\n" + b"x" * 1000, '500, "' + "x" * 120 + '"'),
+    ],
+)
+def test_a_bad_answer_is_reported_in_one_line(answer: bytes, why: str) -> None:
+    pieces = [answer, END] if answer else [END]
+    assert verdict(pieces) == why
+
+
+def test_a_body_that_does_not_come_leaves_what_the_header_says() -> None:
+    answer = HttpAnswer((200,))
+    assert answer.feed(HTTP + b"500 Oh\r\nContent-Length: 5\r\n") is None
+    assert answer.why_by_header == ""
+    assert answer.feed(b"\r\n") is None
+    assert answer.why_by_header == "500, Oh"
+    assert answer.feed(END) == "500, Oh"

@@ -29,6 +29,8 @@ SHORT = ("--plain", "--send", "GET / HTTP/1.0\r\n\r\n", *_END)
 KEPT = ("--again", "--send", "GET / HTTP/1.1\r\nHost: rivals\r\n\r\n", *_END)
 #: A killed worker is stopped for so long before, so that clients wait in the queue.
 STOPPED_S = 0.3
+#: The old processes of a reload have ended after this time.
+_ENDS_S = 2.0
 RELOADS = 5
 
 
@@ -138,7 +140,7 @@ def _first(one: Running, seconds: float) -> Seen:
         one.reload()
         if one.until_new():
             took.append((time.monotonic() - begun_s) * 1e3)
-        time.sleep(min(1.0, seconds / 10))
+        time.sleep(min(_ENDS_S, seconds / 5))  # until the old processes have ended
     if not took:
         raise CannotMeasure(f"no new process answered within {LOOKS_S:g} s")
     return {"first_ms": median(took), "first_most_ms": max(took), "missed": RELOADS - len(took)}

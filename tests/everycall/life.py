@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.certificates import self_signed
 from tests.running import (
     COMMAND,
     LISTENER,
@@ -34,9 +35,15 @@ PYTHON = sys.executable
 LIMIT_S = 20.0
 ECHO = f"{PYTHON} {WORKERS / 'echo.py'}"
 STDIO = f"""{PYTHON} -c 'import os; print("[%d] %s" % (os.getpid(), input()))'"""
+#: It also speaks TLS, as the first byte of a connection says.
 ANSWERS = f"""{PYTHON} -c '
 from socketprotector_client import serve
 def answer(connection, address):
+    if connection.recv(1, 2) == b"\\x16":  # MSG_PEEK
+        import os, ssl
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(os.environ["EVERYCALL_CERTIFICATE"])
+        connection = context.wrap_socket(connection, server_side=True)
     with connection.makefile("rwb") as lines:
         for line in lines:
             if line == b"hello\\n":
@@ -45,7 +52,12 @@ def answer(connection, address):
             elif line == b"\\r\\n":
                 lines.write(b"HTTP/1.0 200 OK\\r\\n\\r\\n")
                 break
-serve(answer)'"""
+def serve_one(connection, address):
+    try:
+        answer(connection, address)
+    except OSError:
+        pass  # the client or the prober has gone
+serve(serve_one)'"""
 RELEASE = f"sh -c '. {{release}}/settings; exec {ECHO}'"
 RELEASES = ("--releases", "releases", "--current", "live/current")
 KILL = 0
@@ -54,7 +66,8 @@ FILES_UNTIL_NEXT = "until the next start files are left"
 
 
 def build(folder: Path) -> Path:
-    """Compile the library that is preloaded."""
+    """Compile the library that is preloaded, and make a certificate beside it."""
+    self_signed(folder)
     library = folder / "faults.so"
     compile_it = ("gcc", "-shared", "-fPIC", "-O1", "-o", library, HERE / "faults.c", "-ldl")
     subprocess.run(compile_it, check=True)
@@ -123,6 +136,7 @@ class Life:
 
     def _environment(self, *, faults: bool) -> dict[str, str]:
         found = {**os.environ, **self.mark, "XDG_RUNTIME_DIR": str(self.folder / "run")}
+        found["EVERYCALL_CERTIFICATE"] = str(self.library.with_name("both.pem"))
         if faults:
             found |= {"EVERYCALL": str(self.folder), "LD_PRELOAD": str(self.library)}
         return found
@@ -209,7 +223,7 @@ class Life:
 
     @property
     def fired_in_guard(self) -> bool:
-        return self.fired and int((self.folder / "fired").read_text()) == self.guard
+        return self.fired and (self.folder / "fired").read_text().strip() == str(self.guard)
 
     def live(self) -> list[str]:
         """Start, act, stop, and look for leftovers; return the problems."""
@@ -415,6 +429,7 @@ OPERATIONS = {
     "promote": Operation(promote, ("--settle", "300ms")),
     "rollback": Operation(rollback),
     "probe": Operation(reload, ("--ready", "http:/"), ANSWERS),
+    "probe-tls": Operation(reload, ("--ready", "https:/"), ANSWERS),
     "deploy": Operation(deploy, RELEASES, RELEASE),
     "failed-deploy": Operation(failed_deploy, RELEASES, RELEASE),
     "hold": Operation(hold),

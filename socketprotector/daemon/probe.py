@@ -189,7 +189,10 @@ class Probe:
         if spec.kind == "https" and self._prober is None:
             try:
                 self._prober = Prober(
-                    self._loop, answered=self._on_end, late=self._on_late, ended=self._on_ended
+                    self._loop,
+                    answered=self._on_report,
+                    late=self._on_late,
+                    ended=self._on_prober_end,
                 )
             except OSError as error:
                 error.strerror = f"the probe process cannot be started: {error.strerror}"
@@ -350,7 +353,7 @@ class Probe:
         else:
             self._finish(verdicts.GOOD)
 
-    def _on_end(self, why: str) -> None:
+    def _on_report(self, why: str) -> None:
         if self._exchange is not None:  # otherwise the verdict is known, or the probe was abandoned
             self._exchange.end(why)
 
@@ -366,7 +369,7 @@ class Probe:
                 kind, _ = self._not_accepted()
         self._finish(kind, self._late_why)
 
-    def _on_ended(self, how: str) -> None:
+    def _on_prober_end(self, how: str) -> None:
         self._prober = None
         if self.is_pending:
             self._finish(verdicts.CANNOT, f"the probe process {how}")

@@ -8,6 +8,7 @@ from socketprotector.model.http_answer import HttpAnswer
 from tests.together import together
 
 HTTP = b"HTTP/1.1 "
+CHUNKED = HTTP + b"500 Oh\r\nTransfer-Encoding: chunked\r\n\r\n"
 END = b""
 
 
@@ -47,6 +48,7 @@ def test_an_answer_with_a_good_status_is_good_before_it_ends(answer: bytes) -> N
     ("answer", "why"),
     [
         (b"", "closed without an answer"),
+        (b"\n" + HTTP + b"200 OK\r\n\r\n", 'no HTTP: ""'),
         (b"garbage\r\n\r\n", 'no HTTP: "garbage"'),
         (b"\x16\x03\x01\n", 'no HTTP: "???"'),
         (HTTP + b"200", "closed within its header"),
@@ -57,7 +59,8 @@ def test_an_answer_with_a_good_status_is_good_before_it_ends(answer: bytes) -> N
         (HTTP + b"200 OK\r\n" + b"X: y\r\n" * 200, "closed within its header"),
         ((HTTP + b"100 Continue\r\n\r\n") * 5000, "more than 64 KiB"),
         (HTTP + b"500 Oh\r\n\r\ndatabase \x00\ngone", '500, "database ? gone"'),
-        (HTTP + b"503 Busy\r\n\r\n", "503, Busy"),
+        (HTTP + b"503 Service Unavailable\r\n\r\n", "503, Service Unavailable"),
+        (HTTP + b"500 Oh\r\n\r\n\xff", '500, "\ufffd"'),
         (HTTP + b"304 Same\r\n\r\n", "304, Same"),
         (HTTP + b"500 Oh\r\ncontent-length :  4 \r\n\r\nlost?", '500, "lost"'),
         (HTTP + b"500 Oh\r\nContent-Length: four\r\n\r\nlost", "500, Oh"),
@@ -79,6 +82,32 @@ def test_an_answer_with_a_good_status_is_good_before_it_ends(answer: bytes) -> N
 def test_a_bad_answer_is_reported_in_one_line(answer: bytes, why: str) -> None:
     pieces = [answer, END] if answer else [END]
     assert verdict(pieces) == why
+
+
+@together(
+    ("answer", "why"),
+    [
+        (HTTP + b"503 Busy\r\nContent-Length: 0\r\n\r\n", "503, Busy"),
+        (HTTP + b"304 Same\r\n\r\n", "304, Same"),
+        (HTTP + b"205 Reset\r\n\r\nbody", '205, "body"'),
+        (HTTP + b"101 Switching\r\n\r\n", "101, Switching"),
+        (CHUNKED + b"4\r\nlost\r\n", '500, "lost"'),
+        (CHUNKED + b"4;extension=1\r\nlost\r\n", '500, "lost"'),
+        (CHUNKED + b"10\r\n0123456789abcdef\r\n", '500, "0123456789abcdef"'),
+        (bytes(64 * 1024), "more than 64 KiB"),
+    ],
+)
+def test_a_bad_answer_is_reported_before_it_ends(answer: bytes, why: str) -> None:
+    assert verdict([answer]) == why
+
+
+def test_a_204_that_is_bad_has_no_body() -> None:
+    answer = HttpAnswer((200,))
+    assert answer.feed(HTTP + b"204 None\r\n\r\n") == "204, None"
+
+
+def test_less_than_the_most_may_be_incomplete() -> None:
+    assert verdict([bytes(64 * 1024 - 1)]) is None
 
 
 def test_a_body_that_does_not_come_leaves_what_the_header_says() -> None:

@@ -62,6 +62,8 @@ def verdicts(loop: Loop, address: tuple[str, int], text: bytes = b"GET /") -> li
         loop.call_after("too long", DEADLINE_S, lambda: pytest.fail("no verdict"))
         loop.run()
         loop.cancel("too long")
+        loop.watch(connection.fileno(), loop.close)  # fails if the exchange still watches it
+        loop.unwatch(connection.fileno())
         exchange.close()
     return found
 
@@ -81,6 +83,15 @@ def test_a_good_answer_ends_the_exchange_while_the_server_sends_more(loop: Loop)
 
     with serving(serve) as address:
         assert verdicts(loop, address) == [""]
+
+
+def test_a_close_within_the_header_is_reported(loop: Loop) -> None:
+    def serve(connection: socket.socket) -> None:
+        connection.recv(100)
+        connection.sendall(HTTP + b"200")
+
+    with serving(serve) as address:
+        assert verdicts(loop, address) == ["closed within its header"]
 
 
 def test_an_answer_comes_before_the_end_of_a_long_request(loop: Loop) -> None:
@@ -205,6 +216,25 @@ def test_the_prober_reports_how_its_connection_ended(sent: bytes, end: str, why:
         assert found == [why]
 
 
+def test_an_answer_by_the_prober_is_judged_when_it_comes(loop: Loop) -> None:
+    found: list[str] = []
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.sendall(HTTP + b"500 Oh\r\nContent-Length: 9\r\n\r\n")
+
+        def done(why: str) -> None:
+            found.append(why)
+            loop.running = False
+
+        exchange = HttpExchange(loop, ours, b"", (200,), done)
+        exchange._receive()
+        assert exchange.why_by_header == "500, Oh"
+        theirs.sendall(b"too early")
+        loop.run()
+    assert found == ['500, "too early"']
+
+
 # -- the request --------------------------------------------------------------------
 
 
@@ -218,10 +248,11 @@ def test_the_prober_reports_how_its_connection_ended(sent: bytes, end: str, why:
     ],
 )
 def test_a_server_is_called_by_its_address(address: tuple[str, int], shown: bytes) -> None:
-    lines = request("/p?q=1", "", address).split(b"\r\n")
-    assert lines[:2] == [b"GET /p?q=1 HTTP/1.1", b"Host: " + shown]
-    assert b"Connection: close" in lines
-    assert lines[-2:] == [b"", b""]
+    text = (
+        b"GET /p?q=1 HTTP/1.1\r\nHost: %s\r\nUser-Agent: SocketProtector\r\n"
+        b"Accept: */*\r\nConnection: close\r\n\r\n"
+    )
+    assert request("/p?q=1", "", address) == text % shown
 
 
 def test_a_server_is_called_by_its_host() -> None:

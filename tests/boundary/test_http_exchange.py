@@ -161,6 +161,30 @@ def test_a_connection_that_is_refused_later_is_reported(loop: Loop) -> None:
     assert found == ["refused"]
 
 
+def test_once_begun_an_exchange_does_not_fail_for_want_of_memory(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That would count as a bad answer, and fail a settling generation."""
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    found: list[str] = []
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+
+        def done(why: str) -> None:
+            found.append(why)
+            loop.running = False
+
+        HttpExchange(loop, ours, b"GET /", (200,), done)
+        monkeypatch.setattr(loop, "watch", fails)
+        theirs.sendall(HTTP + b"200 OK\r\n\r\n")
+        loop.run()
+    assert found == [""]
+
+
 def test_after_close_nothing_is_reported(loop: Loop) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:

@@ -83,8 +83,7 @@ def test_a_good_answer_ends_the_exchange_while_the_server_sends_more(loop: Loop)
         assert verdicts(loop, address) == [""]
 
 
-def test_an_answer_comes_before_the_end_of_a_long_request(loop: Loop) -> None:
-    """The request does not fit into the socket's buffer; nothing may block."""
+def test_a_request_that_does_not_fit_into_the_buffer_is_sent_in_parts(loop: Loop) -> None:
     received = []
 
     def serve(connection: socket.socket) -> None:

@@ -60,14 +60,13 @@ class HttpExchange:
         self._loop.unwatch(self._connection.fileno())
 
     def _send(self) -> None:
-        fd = self._connection.fileno()
         try:
             if code := self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 raise OSError(code, os.strerror(code))
             self._request = self._request[self._connection.send(self._request) :]
             if not self._request:
-                self._loop.unwatch(fd)
-                self._loop.watch(fd, self._receive)
+                # watch() could fail, and the answer would count as bad.
+                self._loop.rewatch(self._connection.fileno(), self._receive)
         except BlockingIOError:
             return
         except OSError as error:

@@ -235,6 +235,9 @@ class Probe:
     def _disconnect(self) -> None:
         if self._connection is not None:
             with suppress(OSError):
+                if self._spec.kind == "https":  # end the prober's copy, too
+                    self._connection.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):
                 self._connection.close()
             self._connection = None
 

@@ -40,7 +40,7 @@ class HttpAnswer:
 
         Returns why the answer is bad, "" if it is good, or None if more bytes must come.
         """
-        self._received += data
+        self._received += data[: MOST_BYTES - len(self._received)]
         self._has_ended = not data
         try:
             next(self._judging)

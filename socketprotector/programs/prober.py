@@ -93,13 +93,15 @@ class TlsRequest:
         until = time.monotonic() + self._limit_s
         _await_connected(connection, until)
         with self._secured(connection) as secured:
+            secured.settimeout(_left_s(until))
             secured.sendall(self._request.encode("ascii"))
+            secured.settimeout(_left_s(until))
             while data := secured.recv(_COPIED_BYTES):
                 try:
                     answer.sendall(data)
                 except (BrokenPipeError, ConnectionResetError):
                     return  # the protector has read enough
-                secured.settimeout(max(0.001, until - time.monotonic()))
+                secured.settimeout(_left_s(until))
 
     def _secured(self, connection: socket.socket) -> socket.socket:
         import ssl  # here: not every Python has it, and forwarding does not need it
@@ -161,7 +163,12 @@ def _await_connected(connection: socket.socket, until: float) -> None:
         raise TimeoutError
     if failed := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
         raise OSError(failed, os.strerror(failed))
-    connection.settimeout(max(0.001, until - time.monotonic()))
+    connection.settimeout(_left_s(until))
+
+
+def _left_s(until: float) -> float:
+    """Return the time left, as a time limit; the time limit 0 would mean: do not wait."""
+    return max(0.001, until - time.monotonic())
 
 
 def _quoted(text: str) -> str:

@@ -76,6 +76,11 @@ class Loop:
             self.call_after(_COMING, 0.0, self._take_in)
         self._coming[fd] = callback
 
+    def rewatch(self, fd: int, callback: Callable[[], None], events: int = READ) -> None:
+        """Replace the callback and the events of fd, from its callback.  This needs no memory."""
+        self._epoll.modify(fd, events)
+        self._callbacks[fd] = callback
+
     def unwatch(self, fd: int) -> None:
         """Stop calling back for fd; do nothing if it is not watched."""
         if self._callbacks.pop(fd, None) or self._coming.pop(fd, None):

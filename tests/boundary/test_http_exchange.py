@@ -94,8 +94,7 @@ def test_a_close_within_the_header_is_reported(loop: Loop) -> None:
         assert verdicts(loop, address) == ["closed within its header"]
 
 
-def test_an_answer_comes_before_the_end_of_a_long_request(loop: Loop) -> None:
-    """The request does not fit into the socket's buffer; nothing may block."""
+def test_a_request_that_does_not_fit_into_the_buffer_is_sent_in_parts(loop: Loop) -> None:
     received = []
 
     def serve(connection: socket.socket) -> None:
@@ -170,6 +169,30 @@ def test_a_connection_that_is_refused_later_is_reported(loop: Loop) -> None:
         HttpExchange(loop, Refused(ours), b"GET /", (200,), done)  # type: ignore[arg-type]
         loop.run()
     assert found == ["refused"]
+
+
+def test_once_begun_an_exchange_does_not_fail_for_want_of_memory(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That would count as a bad answer, and fail a settling generation."""
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    found: list[str] = []
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+
+        def done(why: str) -> None:
+            found.append(why)
+            loop.running = False
+
+        HttpExchange(loop, ours, b"GET /", (200,), done)
+        monkeypatch.setattr(loop, "watch", fails)
+        theirs.sendall(HTTP + b"200 OK\r\n\r\n")
+        loop.run()
+    assert found == [""]
 
 
 def test_after_close_nothing_is_reported(loop: Loop) -> None:

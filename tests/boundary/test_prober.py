@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 
@@ -164,10 +165,34 @@ def test_an_answer_that_does_not_end_is_late(tls: ssl.SSLContext, tls_first: boo
             select.select([], [], [], 0.01)
 
     for serve in (says(close=False), drip):
-        with serving(serve, tls if tls_first else None) as address:
-            late = carried_out(address, limit_s=0.3, limit="300ms")
         wrong = not tls_first and serve is drip  # it is no TLS
+        limit_s = DEADLINE_S if wrong else 0.3
+        with serving(serve, tls if tls_first else None) as address:
+            late = carried_out(address, limit_s=limit_s, limit="300ms")
         assert late[0].startswith("-7 no TLS" if wrong else "~7 no answer within 300ms")
+
+
+def test_the_time_of_the_handshake_counts(
+    tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, over = [0.0], threading.Event()
+    monkeypatch.setattr(prober, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def take_long(*_: object) -> None:
+        now[0] = DEADLINE_S
+
+    def answer(one: socket.socket) -> None:
+        over.wait(5)
+        one.sendall(GOOD)
+
+    tls.sni_callback = take_long
+    try:
+        with serving(answer, tls) as address:
+            late = carried_out(address, limit="1m")
+            over.set()
+    finally:
+        tls.sni_callback = None
+    assert late == ("~7 no answer within 1m", b"")
 
 
 @pytest.mark.parametrize("limit_s", [30 * 86_400.0, 999_999_999.0])

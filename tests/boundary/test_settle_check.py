@@ -7,6 +7,7 @@ import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,6 +176,27 @@ def test_nor_what_it_has_answered_by_http(
     settling = Settling(loop, "https:/", lambda *_: way)
     assert settling.check.note_settle_over(2)
     assert settling.fails() == SHUT_DOWN
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_verdict_ends_the_probers_copy_of_the_connection(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, way: SimpleNamespace
+) -> None:
+    """Otherwise connections would pile up at a server whose answers do not end."""
+    monkeypatch.setattr(probe, "Prober", Probers(loop, b"HTTP/1.1 500\r\n\r\nand so on"))
+    connect = way.connecting
+    with ExitStack() as closing:
+
+        def connecting() -> socket.socket:
+            one: socket.socket = connect()
+            copies.append(closing.enter_context(one.dup()))
+            return one
+
+        copies: list[socket.socket] = []
+        monkeypatch.setattr(way, "connecting", connecting)
+        assert Settling(loop, "https:/", lambda *_: way).fails() == 'GET /: 500, "and so on"'
+        [copy] = copies
+        assert copy.recv(1) == b""
 
 
 @pytest.mark.usefixtures("soon")

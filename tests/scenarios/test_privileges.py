@@ -367,8 +367,9 @@ def test_a_python_that_the_protectors_user_cannot_execute_is_named(
         "file": ("--config", str(file)),
         "prober": ("--health", "https:/"),
         "watcher": ("--watch", str(file)),
+        "": ("--health", "http:/"),  # without TLS the protector itself sends probes
     }
-    words = (*modes.get(needs, ()), "--no-log-relay", "--user", A, "unix:s", "--")
+    words = (*modes[needs], "--no-log-relay", "--user", A, "unix:s", "--")
     log: tuple[str | Path, ...] = ("--log-file", command.start.log_file)
 
     ended = command.start(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from socketprotector.model.http_answer import HttpAnswer
+from socketprotector.model.http_answer import MOST_BYTES, HttpAnswer
 from tests.together import together
 
 HTTP = b"HTTP/1.1 "
@@ -108,6 +108,14 @@ def test_a_204_that_is_bad_has_no_body() -> None:
 
 def test_less_than_the_most_may_be_incomplete() -> None:
     assert verdict([bytes(64 * 1024 - 1)]) is None
+
+
+@together("size", [MOST_BYTES // 3, MOST_BYTES - 1, 2 * MOST_BYTES])
+def test_how_much_is_read_does_not_depend_on_how_it_arrives(size: int) -> None:
+    begin, end = HTTP + b"200 OK\r\nX: ", b"\r\n\r\n"
+    for more, why in ((0, ""), (1, "more than 64 KiB")):
+        answer = begin + b"y" * (MOST_BYTES - len(begin + end) + more) + end
+        assert verdict([answer[at : at + size] for at in range(0, len(answer), size)]) == why
 
 
 def test_a_body_that_does_not_come_leaves_what_the_header_says() -> None:

@@ -95,27 +95,16 @@ class HttpExchange:
         self._done(why)
 
 
-def request(path: str, host: str, address: tuple[str, int]) -> bytes:
-    """Return a GET request.
-
-    host: the Host header; "": the address.  address: host and port; a UNIX socket has port 0.
-    """
+def request(path: str, host: str) -> bytes:
+    """Return a GET request.  host: the Host header."""
     header = (
         f"GET {path} HTTP/1.1",
-        f"Host: {host or _shown_address(*address)}",
+        f"Host: {host}",
         "User-Agent: SocketProtector",
         "Accept: */*",
         "Connection: close",
     )
     return "".join(f"{line}\r\n" for line in (*header, "")).encode("ascii")
-
-
-def _shown_address(host: str, port: int) -> str:
-    """Return an address as the Host header has it."""
-    if not port:
-        return "localhost"  # it is a UNIX socket
-    bare = host.partition("%")[0]  # an interface means nothing to others (RFC 6874)
-    return f"[{bare}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _text(error: OSError) -> str:

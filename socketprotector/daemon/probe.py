@@ -329,7 +329,7 @@ class Probe:
     def _begin_exchange(self, client: socket.socket, target: ProbeTarget, limit_s: float) -> None:
         """Send the request.  Raises OSError."""
         spec, left_s = self._spec, self._left_s
-        text = request(spec.path, spec.host, target.address)
+        text = request(spec.path, spec.host or target.host_header)
         if spec.kind == "http":
             late = partial(self._on_late, f"no answer within {in_units(limit_s)}")
             self._exchange = HttpExchange(self._loop, client, text, spec.good, self._on_answer)

@@ -5,41 +5,19 @@ from __future__ import annotations
 import errno
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 
 import pytest
 
+from socketprotector.daemon.delivery.probe_target import ProbeTarget
 from socketprotector.daemon.http_exchange import HttpExchange, request
 from socketprotector.system.loop import Loop
+from tests.boundary.serving import reset, serving
 from tests.running import DEADLINE_S
 from tests.together import together
 
 HTTP = b"HTTP/1.1 "
-Serve = Callable[[socket.socket], object]
 LONG = b"GET /" + b"x" * 10_000_000
-
-
-@contextmanager
-def serving(serve: Serve) -> Iterator[tuple[str, int]]:
-    """Serve one connection in a thread."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def run() -> None:
-            with suppress(OSError):
-                connection, _ = listening.accept()
-                with connection:
-                    connection.settimeout(DEADLINE_S)
-                    serve(connection)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        try:
-            yield listening.getsockname()
-        finally:
-            with suppress(OSError):
-                listening.shutdown(socket.SHUT_RDWR)
-            thread.join()
 
 
 def connecting(address: tuple[str, int]) -> socket.socket:
@@ -49,16 +27,23 @@ def connecting(address: tuple[str, int]) -> socket.socket:
     return connection
 
 
+class Verdicts(list[str]):
+    """What an exchange reports; a report stops the loop."""
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def done(self, why: str) -> None:
+        self.append(why)
+        self._loop.running = False
+
+
 def verdicts(loop: Loop, address: tuple[str, int], text: bytes = b"GET /") -> list[str]:
     """Run one exchange to its end."""
-    found: list[str] = []
-
-    def done(why: str) -> None:
-        found.append(why)
-        loop.running = False
-
+    found = Verdicts(loop)
     with connecting(address) as connection:
-        exchange = HttpExchange(loop, connection, text, (200,), done)
+        exchange = HttpExchange(loop, connection, text, (200,), found.done)
         loop.call_after("too long", DEADLINE_S, lambda: pytest.fail("no verdict"))
         loop.run()
         loop.cancel("too long")
@@ -66,11 +51,6 @@ def verdicts(loop: Loop, address: tuple[str, int], text: bytes = b"GET /") -> li
         loop.unwatch(connection.fileno())
         exchange.close()
     return found
-
-
-def reset(connection: socket.socket) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    connection.close()
 
 
 def test_a_good_answer_ends_the_exchange_while_the_server_sends_more(loop: Loop) -> None:
@@ -89,6 +69,7 @@ def test_a_close_within_the_header_is_reported(loop: Loop) -> None:
     def serve(connection: socket.socket) -> None:
         connection.recv(100)
         connection.sendall(HTTP + b"200")
+        connection.close()
 
     with serving(serve) as address:
         assert verdicts(loop, address) == ["closed within its header"]
@@ -134,14 +115,9 @@ def test_a_reset_is_reported_unless_the_status_is_known(sent: bytes, why: str) -
             assert read.wait(DEADLINE_S)
         reset(connection)
 
-    found: list[str] = []
     with closing(Loop()) as loop, serving(serve) as address, connecting(address) as connection:
-
-        def done(why: str) -> None:
-            found.append(why)
-            loop.running = False
-
-        exchange = Reading(loop, connection, b"GET /", (200,), done)
+        found = Verdicts(loop)
+        exchange = Reading(loop, connection, b"GET /", (200,), found.done)
         loop.run()
         exchange.close()
     assert found == [why]
@@ -158,15 +134,10 @@ class Refused:
 
 
 def test_a_connection_that_is_refused_later_is_reported(loop: Loop) -> None:
-    found: list[str] = []
+    found = Verdicts(loop)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-
-        def done(why: str) -> None:
-            found.append(why)
-            loop.running = False
-
-        HttpExchange(loop, Refused(ours), b"GET /", (200,), done)  # type: ignore[arg-type]
+        HttpExchange(loop, Refused(ours), b"GET /", (200,), found.done)  # type: ignore[arg-type]
         loop.run()
     assert found == ["refused"]
 
@@ -179,16 +150,11 @@ def test_once_begun_an_exchange_does_not_fail_for_want_of_memory(
     def fails(*_: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    found: list[str] = []
+    found = Verdicts(loop)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
-
-        def done(why: str) -> None:
-            found.append(why)
-            loop.running = False
-
-        HttpExchange(loop, ours, b"GET /", (200,), done)
+        HttpExchange(loop, ours, b"GET /", (200,), found.done)
         monkeypatch.setattr(loop, "watch", fails)
         theirs.sendall(HTTP + b"200 OK\r\n\r\n")
         loop.run()
@@ -240,17 +206,12 @@ def test_the_prober_reports_how_its_connection_ended(sent: bytes, end: str, why:
 
 
 def test_an_answer_by_the_prober_is_judged_when_it_comes(loop: Loop) -> None:
-    found: list[str] = []
+    found = Verdicts(loop)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
         theirs.sendall(HTTP + b"500 Oh\r\nContent-Length: 9\r\n\r\n")
-
-        def done(why: str) -> None:
-            found.append(why)
-            loop.running = False
-
-        exchange = HttpExchange(loop, ours, b"", (200,), done)
+        exchange = HttpExchange(loop, ours, b"", (200,), found.done)
         exchange._receive()
         assert exchange.why_by_header == "500, Oh"
         theirs.sendall(b"too early")
@@ -264,19 +225,18 @@ def test_an_answer_by_the_prober_is_judged_when_it_comes(loop: Loop) -> None:
 @together(
     ("address", "shown"),
     [
-        (("127.0.0.1", 80), b"127.0.0.1:80"),
-        (("::1", 8080), b"[::1]:8080"),
-        (("fe80::1%eth0", 80), b"[fe80::1]:80"),
-        (("/run/s", 0), b"localhost"),
+        (("127.0.0.1", 80), "127.0.0.1:80"),
+        (("::1", 8080), "[::1]:8080"),
+        (("fe80::1%eth0", 80), "[fe80::1]:80"),
+        (("/run/s", 0), "localhost"),
     ],
 )
-def test_a_server_is_called_by_its_address(address: tuple[str, int], shown: bytes) -> None:
-    text = (
-        b"GET /p?q=1 HTTP/1.1\r\nHost: %s\r\nUser-Agent: SocketProtector\r\n"
+def test_a_server_is_called_by_its_address(address: tuple[str, int], shown: str) -> None:
+    assert ProbeTarget(address, None, lambda _: False, lambda: None).host_header == shown
+
+
+def test_a_request_has_these_lines() -> None:
+    assert request("/p?q=1", "shop.example") == (
+        b"GET /p?q=1 HTTP/1.1\r\nHost: shop.example\r\nUser-Agent: SocketProtector\r\n"
         b"Accept: */*\r\nConnection: close\r\n\r\n"
     )
-    assert request("/p?q=1", "", address) == text % shown
-
-
-def test_a_server_is_called_by_its_host() -> None:
-    assert b"\r\nHost: shop.example\r\n" in request("/", "shop.example", ("127.0.0.1", 80))

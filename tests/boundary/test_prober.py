@@ -11,7 +11,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
 
@@ -20,12 +20,12 @@ import pytest
 from socketprotector.daemon import prober_client
 from socketprotector.programs import prober
 from socketprotector.system.loop import Loop
+from tests.boundary.serving import Serve, reset, serving
 from tests.certificates import self_signed
 from tests.running import DEADLINE_S
 from tests.together import together
 
 GOOD = b"HTTP/1.1 200 OK\r\n\r\nfine"
-Serve = Callable[[socket.socket], object]
 
 
 @pytest.fixture(scope="module")
@@ -33,34 +33,6 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(self_signed(tmp_path_factory.mktemp("tls")))
     return context
-
-
-@contextmanager
-def serving(
-    serve: Serve, tls: ssl.SSLContext | None = None, seen: list[bytes] | None = None
-) -> Iterator[tuple[str, int]]:
-    """Serve on a free port in one thread; with tls, after the handshake.  seen: the requests."""
-    requests = seen if seen is not None else []
-    with socket.create_server(("127.0.0.1", 0)) as listening, ExitStack() as kept:
-
-        def run() -> None:
-            with suppress(OSError):
-                while True:
-                    one, _ = listening.accept()
-                    kept.callback(one.close)
-                    with suppress(OSError):
-                        if tls is not None:
-                            one = kept.enter_context(tls.wrap_socket(one, server_side=True))
-                        requests.append(one.recv(65536))
-                        serve(one)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        try:
-            yield listening.getsockname()
-        finally:
-            listening.shutdown(socket.SHUT_RDWR)
-            thread.join()
 
 
 def message(**fields: object) -> bytes:
@@ -86,6 +58,7 @@ def carried_out(address: tuple[str, int], **fields: object) -> tuple[str, bytes]
 
 def says(*parts: bytes, close: bool = True) -> Serve:
     def serve(one: socket.socket) -> None:
+        one.recv(65536)
         for part in parts:
             one.sendall(part)
         if close:
@@ -103,7 +76,13 @@ def test_an_answer_is_copied_to_its_end(tls: ssl.SSLContext, answer: bytes) -> N
 def test_the_request_is_sent_as_it_is(tls: ssl.SSLContext) -> None:
     seen: list[bytes] = []
     text = "GET /p?q=1 HTTP/1.1\r\n\r\n"
-    with serving(says(GOOD), tls, seen) as address:
+
+    def serve(one: socket.socket) -> None:
+        seen.append(one.recv(65536))
+        one.sendall(GOOD)
+        one.shutdown(socket.SHUT_RDWR)
+
+    with serving(serve, tls) as address:
         assert carried_out(address, request=text)[0] == "+7 "
     assert seen == [text.encode()]
 
@@ -144,12 +123,12 @@ def test_without_the_ssl_module_that_is_reported(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_reset_is_reported_after_what_came_before(tls: ssl.SSLContext) -> None:
-    def reset(one: socket.socket) -> None:
+    def serve(one: socket.socket) -> None:
+        one.recv(65536)
         one.sendall(GOOD)
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        os.close(one.detach())
+        reset(one)
 
-    with serving(reset, tls) as address:
+    with serving(serve, tls) as address:
         report, answer = carried_out(address)
     assert report in ("-7 Connection reset by peer", "+7 ")
     assert GOOD.startswith(answer)
@@ -157,9 +136,10 @@ def test_a_reset_is_reported_after_what_came_before(tls: ssl.SSLContext) -> None
 
 @together("tls_first", [False, True])
 def test_an_answer_that_does_not_end_is_late(tls: ssl.SSLContext, tls_first: bool) -> None:
-    """Also one whose handshake hangs, and one that comes slowly for ever."""
+    """So is a handshake that hangs, and an answer of one byte at a time."""
 
     def drip(one: socket.socket) -> None:
+        one.recv(65536)
         for byte in bytes(1 << 20):
             one.sendall(bytes([byte]))
             select.select([], [], [], 0.01)
@@ -182,6 +162,7 @@ def test_the_time_of_the_handshake_counts(
         now[0] = DEADLINE_S
 
     def answer(one: socket.socket) -> None:
+        one.recv(65536)
         over.wait(5)
         one.sendall(GOOD)
 
@@ -215,7 +196,7 @@ def test_the_report_names_the_limit_that_was_used(monkeypatch: pytest.MonkeyPatc
 
 
 def send(line: socket.socket, address: tuple[str, int], **fields: object) -> socket.socket:
-    """Have a request sent over a connection that is being made; return where the answer comes."""
+    """Give the prober a request and a connection in progress; return the answer's socket."""
     ours, theirs = socket.socketpair()
     with socket.socket() as one, theirs:
         one.setblocking(False)
@@ -268,6 +249,7 @@ def test_a_report_on_an_earlier_request_is_ignored(
     came, go_on = threading.Event(), threading.Event()
 
     def hangs(one: socket.socket) -> None:
+        one.recv(65536)
         came.set()
         assert go_on.wait(DEADLINE_S)
 

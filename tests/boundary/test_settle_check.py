@@ -123,7 +123,7 @@ def way() -> Iterator[SimpleNamespace]:
             listening.getsockname(), None, lambda _: True, lambda: None
         ).connecting
         yield SimpleNamespace(
-            address=listening.getsockname(),
+            host_header="",
             connect_address=listening.getsockname(),
             connecting=connecting,
             waits=lambda _: False,

@@ -1794,7 +1794,7 @@ def installed(world: World) -> Iterator[None]:
                     put(module, name, getattr(kernel.modules, name))
         put(program_spec, "resolve", resolve)
         put(probe, "Prober", lambda loop, **told: FakeProber(world, loop, **told))
-        put(probe, "HttpExchange", lambda loop, *told: FakeExchange(world, loop, *told))
+        put(probe, "HttpExchange", lambda loop, *given: FakeExchange(world, loop, *given))
         put(config_reader, "ConfigReader", lambda _, loop, key: Reads(world, loop, key))
         put(bpf, "attach", lambda to, option, code: to.attach(option, code[-1][3]))
         put(reuseport, "steer", kernel.steer)

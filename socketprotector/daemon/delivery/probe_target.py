@@ -68,6 +68,11 @@ class ProbeTarget:
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     @property
+    def host_header(self) -> str:
+        """The address for an HTTP request; an interface means nothing to others (RFC 6874)."""
+        return "localhost" if self.is_unix else scoped.without_interface(self.text)
+
+    @property
     def in_words(self) -> str:
         """The address for messages, such as "127.0.0.1 port 80"."""
         return self.text if self.is_unix else "{} port {}".format(*self.address)

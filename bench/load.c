@@ -16,6 +16,11 @@
  * With --again a connection asks again and again until the end: keep-alive.  A reply that says
  * "Connection: close" is its last.
  *
+ * A gap is the longest time in which no client had a reply.  This contains the time in which this
+ * program waits for a core.  With --arrivals (TCP) a gap is the longest time in which a request
+ * waited and no reply arrived, by the kernel's time of arrival (SO_TIMESTAMPNS, socket(7)).  Clients
+ * on other machines do not compete for the server's cores; here this program's wait does not count.
+ *
  * Prints one line of JSON at the end.  With --keep, a first line when all connections are open.
  */
 #define _GNU_SOURCE
@@ -46,7 +51,7 @@ struct connection {
     int fd;
     enum state state;
     size_t got;
-    uint64_t started_ns;
+    uint64_t started_ns, asked_ns; /* when it waits for its reply since, or 0 */
     char reply[REPLY_BYTES];
 };
 
@@ -59,11 +64,13 @@ static socklen_t server_len;
 static const char *request = "ping\n", *expected;
 static size_t request_len, expected_len;
 static uint64_t timeout_ns = 10000000000ULL, started_ns, slowest_at_ns;
-static uint64_t answered_ns, gap_ns, gap_at_ns; /* the longest time in which no client had a reply */
+static uint64_t answered_ns, gap_ns, gap_at_ns; /* the longest gap, and its begin */
+static uint64_t *asked, *arrived; /* --arrivals: of each request and of its reply */
+static uint64_t arrived_ns, realtime_ns; /* of the bytes read last; CLOCK_REALTIME at time 0 of now_ns() */
 static uint32_t *samples; /* tenths of a microsecond: exact percentiles, 429 s at most */
 static size_t sample_count, sample_room;
 static unsigned long failures[KINDS], backlog_full, begun, most = (unsigned long)-1;
-static int epoll_fd, idle, open_now, keep, kept, until_reply, plain, again;
+static int epoll_fd, idle, open_now, keep, kept, until_reply, plain, again, arrivals;
 static volatile sig_atomic_t stopping;
 
 static void on_stop(int signal_number)
@@ -140,6 +147,8 @@ static void rest(struct connection *c, enum state state)
 static void fail(struct connection *c, enum kind kind)
 {
     failures[kind]++;
+    if (c->asked_ns == 0)
+        c->asked_ns = c->started_ns;
     if (c->fd >= 0)
         close(c->fd);
     c->fd = -1;
@@ -163,10 +172,14 @@ static void send_request(struct connection *c)
         if (c->state == CONNECTING)
             watch(c, EPOLL_CTL_MOD, 0);
         c->state = SENT;
+        if (arrivals && c->asked_ns == 0)
+            c->asked_ns = now_ns(); /* not before it was sent: only the server's time counts */
     } else if (sent < 0 && errno == EAGAIN) { /* the handshake is not over: a full backlog */
         if (c->state != CONNECTING)
             watch(c, EPOLL_CTL_MOD, EPOLLOUT);
         c->state = CONNECTING;
+        if (c->asked_ns == 0)
+            c->asked_ns = c->started_ns;
     } else {
         fail_errno(c);
     }
@@ -183,6 +196,8 @@ static void begin(struct connection *c)
             failures[LOCAL]++;
             return;
         }
+        if (arrivals && setsockopt(c->fd, SOL_SOCKET, SO_TIMESTAMPNS, &arrivals, sizeof arrivals) < 0)
+            die("ask for times of arrival");
         watch(c, EPOLL_CTL_ADD, 0);
     }
     begun++;
@@ -212,7 +227,15 @@ static void note_gap(uint64_t now)
     answered_ns = now;
 }
 
-static void record(const struct connection *c)
+static void *enlarge(void *array, size_t item)
+{
+    array = realloc(array, sample_room * item);
+    if (array == NULL)
+        die("keep the latencies");
+    return array;
+}
+
+static void record(struct connection *c)
 {
     static uint32_t slowest;
     uint64_t now = now_ns(), tenths = (now - c->started_ns) / 100;
@@ -221,9 +244,16 @@ static void record(const struct connection *c)
         note_gap(now);
     if (sample_count == sample_room) {
         sample_room = sample_room ? sample_room * 2 : 1 << 20;
-        samples = realloc(samples, sample_room * sizeof *samples);
-        if (samples == NULL)
-            die("keep the latencies");
+        samples = enlarge(samples, sizeof *samples);
+        if (arrivals) {
+            asked = enlarge(asked, sizeof *asked);
+            arrived = enlarge(arrived, sizeof *arrived);
+        }
+    }
+    if (arrivals) {
+        asked[sample_count] = c->asked_ns < arrived_ns ? c->asked_ns : arrived_ns;
+        arrived[sample_count] = arrived_ns;
+        c->asked_ns = 0;
     }
     samples[sample_count] = tenths > UINT32_MAX ? UINT32_MAX : (uint32_t)tenths;
     if (samples[sample_count] > slowest) {
@@ -244,6 +274,27 @@ static void succeed(struct connection *c)
     begin(c);
 }
 
+static ssize_t receive(struct connection *c)
+{
+    union { struct cmsghdr align; char bytes[CMSG_SPACE(sizeof(struct timespec))]; } control;
+    struct iovec into = {c->reply + c->got, sizeof c->reply - c->got};
+    struct msghdr message = {.msg_iov = &into, .msg_iovlen = 1, .msg_control = control.bytes,
+                             .msg_controllen = sizeof control.bytes};
+    struct timespec stamp;
+
+    if (!arrivals)
+        return recv(c->fd, into.iov_base, into.iov_len, 0);
+    ssize_t got = recvmsg(c->fd, &message, 0);
+    struct cmsghdr *found = got > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+    if (found != NULL && found->cmsg_type == SO_TIMESTAMPNS) {
+        memcpy(&stamp, CMSG_DATA(found), sizeof stamp);
+        arrived_ns = (uint64_t)stamp.tv_sec * 1000000000ULL + (uint64_t)stamp.tv_nsec - realtime_ns;
+    } else if (got > 0) {
+        arrived_ns = now_ns();
+    }
+    return got;
+}
+
 static void on_event(struct connection *c, uint32_t events)
 {
     if (c->state == IDLE || c->state == GONE)
@@ -253,7 +304,7 @@ static void on_event(struct connection *c, uint32_t events)
         if (c->state != SENT)
             return;
     }
-    ssize_t got = recv(c->fd, c->reply + c->got, sizeof c->reply - c->got, 0);
+    ssize_t got = receive(c);
     if (got < 0) {
         if (errno != EAGAIN)
             fail_errno(c);
@@ -289,6 +340,42 @@ static int by_value(const void *left, const void *right)
 {
     uint32_t a = *(const uint32_t *)left, b = *(const uint32_t *)right;
     return (a > b) - (a < b);
+}
+
+static int by_time(const void *left, const void *right)
+{
+    uint64_t a = *(const uint64_t *)left, b = *(const uint64_t *)right;
+    return (a > b) - (a < b);
+}
+
+/* Find the longest time in which a request waited and no reply arrived, until ended_ns. */
+static void find_gap(const struct connection *all, int count, uint64_t ended_ns)
+{
+    size_t begins = 0, replies = 0, total = sample_count + (size_t)count;
+
+    asked = realloc(asked, total * sizeof *asked);
+    arrived = realloc(arrived, total * sizeof *arrived);
+    if (asked == NULL || arrived == NULL)
+        die("keep the times of arrival");
+    total = sample_count;
+    for (int i = 0; i < count; i++)
+        if (all[i].asked_ns != 0) {
+            asked[total] = all[i].asked_ns;
+            arrived[total++] = ended_ns;
+        }
+    qsort(asked, total, sizeof *asked, by_time);
+    qsort(arrived, total, sizeof *arrived, by_time);
+    gap_ns = 0;
+    answered_ns = started_ns;
+    while (replies < total && answered_ns < ended_ns) {
+        if (begins < total && asked[begins] <= arrived[replies]) {
+            if (begins++ == replies) /* none waited before */
+                answered_ns = asked[begins - 1];
+        } else {
+            note_gap(arrived[replies] < ended_ns ? arrived[replies] : ended_ns);
+            replies++;
+        }
+    }
 }
 
 static double percentile_us(double share)
@@ -330,13 +417,14 @@ int main(int argc, char **argv)
         {"connections", 1, 0, 'c'}, {"seconds", 1, 0, 't'}, {"count", 1, 0, 'n'},
         {"send", 1, 0, 's'}, {"expect", 1, 0, 'x'}, {"timeout", 1, 0, 'T'},
         {"until-reply", 0, 0, 'r'}, {"keep", 1, 0, 'k'}, {"plain", 0, 0, 'p'},
-        {"again", 0, 0, 'a'}, {0, 0, 0, 0}};
+        {"again", 0, 0, 'a'}, {"arrivals", 0, 0, 'A'}, {0, 0, 0, 0}};
     double seconds = 0;
     int count = 1, option, said_kept = 0;
+    struct timespec realtime;
     struct sigaction stop = {.sa_handler = on_stop};
     struct epoll_event events[EVENTS];
 
-    while ((option = getopt_long(argc, argv, "c:t:n:s:x:T:rk:pa", options, NULL)) != -1)
+    while ((option = getopt_long(argc, argv, "c:t:n:s:x:T:rk:paA", options, NULL)) != -1)
         switch (option) {
         case 'c': count = atoi(optarg); break;
         case 't': seconds = atof(optarg); break;
@@ -347,13 +435,14 @@ int main(int argc, char **argv)
         case 'r': until_reply = 1; break;
         case 'p': plain = 1; break;
         case 'a': again = 1; break;
+        case 'A': arrivals = 1; break;
         case 'k': count = keep = atoi(optarg); most = (unsigned long)keep; break;
         default: return 2;
         }
     if (optind + 1 != argc || count < 1) {
         fprintf(stderr,
                 "usage: load [--connections C] [--seconds S | --count N] [--send LINE] "
-                "[--expect END]\n            [--timeout S] [--until-reply] [--plain] [--again]\n            [--keep N] ADDRESS\n");
+                "[--expect END]\n            [--timeout S] [--until-reply] [--plain] [--again]\n            [--arrivals] [--keep N] ADDRESS\n");
         return 2;
     }
     parse_address(argv[optind]);
@@ -369,6 +458,8 @@ int main(int argc, char **argv)
     for (int i = 0; i < count; i++)
         all[i].fd = -1;
     idle = count;
+    clock_gettime(CLOCK_REALTIME, &realtime);
+    realtime_ns = (uint64_t)realtime.tv_sec * 1000000000ULL + (uint64_t)realtime.tv_nsec - now_ns();
     started_ns = answered_ns = gap_at_ns = now_ns();
     uint64_t swept_ns = 0, ended_ns = 0, retried_ns = 0, now = started_ns;
     size_t in_time = 0;
@@ -404,6 +495,8 @@ int main(int argc, char **argv)
             in_time = sample_count;
         }
     }
+    if (arrivals)
+        find_gap(all, count, ended_ns);
     report((double)(ended_ns - started_ns) / 1e9, in_time);
     return 0;
 }

@@ -9,11 +9,6 @@ listen(2), which is another order once a member other than the last has left.  S
 and leaves before another socket could join behind it.  Between plans both orders are the same, or
 SILENT has the position of a shut-down socket, whose clients then get no answer.
 
-SILENT also stays when no program selects it.  While it leaves, the kernel can give it a client: the
-newest socket of an IPv4 address is the first that the kernel finds, and between two steps of the
-kernel it is no longer in the group, but can still be found.  Source: inet_lhash2_lookup() in
-net/ipv4/inet_hashtables.c; inet_unhash() calls reuseport_stop_listen_sock() first.
-
 A foreign member, which this module cannot remove, breaks that rule.  No plan can restore the order
 without a shutdown of a socket at which clients may wait.  So the state records both orders then.
 A program that is killed in the middle of such a plan leaves an old record.
@@ -150,14 +145,13 @@ class Group:
         yield from self._restore_order()
         self.to, self.marked = SILENT if held else to, dict(marked)
         self.share = 0 if held else share
-        needed = held or guarded
-        if needed and not self._is_silent_placed(held=held):
+        stays = held or guarded
+        if stays and not self._is_silent_placed(held=held):
             yield from self._end_silence()
-        if needed and not self.is_silent:
+        if stays and not self.is_silent:
             error = yield from self._try(Join(SILENT))
             if error is not None and held:
                 raise error
-        stays = needed or self._is_silent_unselected
         error = yield from self._attach(self._order if stays else self._without_silent)
         if error is not None:
             raise error
@@ -222,11 +216,6 @@ class Group:
         if held or not self.is_silent:
             return True
         return self._order[-1] == SILENT or not set(self.sockets) <= set(self._order)
-
-    @property
-    def _is_silent_unselected(self) -> bool:
-        """Whether SILENT is the last member, and no socket's position leads to it."""
-        return self._order[-1:] == (SILENT,) and set(self.sockets) <= set(self._order)
 
     def _restore_order(self) -> Plan:
         """Restore known positions if a server has changed them.

@@ -311,7 +311,6 @@ class TcpListener(Listener):
         """
         if self.settings.foreign:
             return False
-        self._end_silence()  # otherwise clients could still reach its group
         try:
             for each in self.sockets:
                 reuseport.refuse_new(each)

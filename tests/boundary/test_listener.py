@@ -309,7 +309,7 @@ def test_while_one_is_asked_what_is_for_one_that_is_shut_down_comes_to_no_other(
             if number == serving:
                 listener.steer(serving, marked)
     listener.steer(serving)
-    assert len(sock_diag.listening(listener.socket.family, listener.port)) == 3
+    assert len(sock_diag.listening(listener.socket.family, listener.port)) == 2
     listener.close()
 
 

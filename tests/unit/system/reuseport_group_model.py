@@ -311,10 +311,7 @@ class World:
             instead = {SILENT} if SILENT in socks else set(socks)
             right = {its} if its in socks else instead
             assert self.kernel.select(of) <= right, f"{of} comes to {self.kernel.select(of)}"
-        needed = self.held or self.asked
-        assert SILENT in socks or not needed
-        # It may stay when it is not needed; then each socket has a position of its own.
-        assert needed or SILENT not in socks or ({0, 1} <= set(socks) and socks[-1] == SILENT)
+        assert (SILENT in socks) == (self.held or self.asked)
 
 
 def perform(kernel: Kernel, step: group.Step) -> None:

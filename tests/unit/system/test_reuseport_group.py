@@ -54,21 +54,6 @@ def test_they_do_while_a_foreign_member_comes_and_leaves() -> None:
     assert search(FOREIGN, most=rounds(4, 99)) > rounds(600, 5000)
 
 
-def steps(plan: group.Plan) -> list[group.Step]:
-    return list(plan)
-
-
-def test_the_silent_member_stays_while_each_socket_has_its_own_position() -> None:
-    """The kernel may give a client to a member that leaves."""
-    one = Group.of(2)
-    assert group.Join(SILENT) in steps(one.steer(0, {}, held=True, guarded=False))
-
-    assert steps(one.steer(1, {}, held=False, guarded=False)) == [group.Attach(SILENT, 1, {})]
-
-    one.left(0)  # it has the position of socket 0 now
-    assert steps(one.steer(1, {}, held=False, guarded=False))[-1] == Leave(SILENT)
-
-
 def keeps_the_order(order: group.Order, member: int) -> group.Order:
     return tuple(each for each in order if each != member)
 

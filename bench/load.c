@@ -42,7 +42,7 @@
 #include <unistd.h>
 
 enum { REPLY_BYTES = 512, EVENTS = 256, TICK_MS = 100, RETRY_MS = 1 };
-#define CLOCK_NS 1000000ULL /* by so much the clocks may drift apart in a run */
+#define CLOCK_NS 1000000ULL /* the most by which two clocks may drift apart in a run */
 enum state { IDLE, CONNECTING, SENT, REPLIED, KEPT, GONE };
 enum kind { REFUSED, RESET, TIMED_OUT, EMPTY, WRONG, LOCAL, KINDS };
 static const char *const kind_names[KINDS] = {
@@ -52,7 +52,7 @@ struct connection {
     int fd;
     enum state state;
     size_t got;
-    uint64_t started_ns, asked_ns; /* when it waits for its reply since, or 0 */
+    uint64_t started_ns, asked_ns; /* asked: since when it waits; 0: it does not */
     char reply[REPLY_BYTES];
 };
 

@@ -52,7 +52,7 @@ struct connection {
     int fd;
     enum state state;
     size_t got;
-    uint64_t started_ns, asked_ns; /* asked: since when it waits; 0: it does not */
+    uint64_t started_ns, waits_since_ns; /* waits_since_ns 0: no request waits */
     char reply[REPLY_BYTES];
 };
 
@@ -66,7 +66,7 @@ static const char *request = "ping\n", *expected;
 static size_t request_len, expected_len;
 static uint64_t timeout_ns = 10000000000ULL, started_ns, slowest_at_ns;
 static uint64_t answered_ns, gap_ns, gap_at_ns; /* the longest gap, and its begin */
-static uint64_t *asked, *arrived; /* --arrivals: of each request and of its reply */
+static uint64_t *wait_begins, *wait_ends; /* --arrivals: for each request */
 static uint64_t arrived_ns, realtime_ns; /* of the bytes read last; CLOCK_REALTIME at time 0 of now_ns() */
 static uint32_t *samples; /* tenths of a microsecond: exact percentiles, 429 s at most */
 static size_t sample_count, sample_room;
@@ -166,8 +166,8 @@ static void rest(struct connection *c, enum state state)
 static void fail(struct connection *c, enum kind kind)
 {
     failures[kind]++;
-    if (c->asked_ns == 0)
-        c->asked_ns = c->started_ns;
+    if (c->waits_since_ns == 0)
+        c->waits_since_ns = c->started_ns;
     if (c->fd >= 0)
         close(c->fd);
     c->fd = -1;
@@ -191,14 +191,14 @@ static void send_request(struct connection *c)
         if (c->state == CONNECTING)
             watch(c, EPOLL_CTL_MOD, 0);
         c->state = SENT;
-        if (arrivals && c->asked_ns == 0)
-            c->asked_ns = now_ns(); /* not before it was sent: only the server's time counts */
+        if (arrivals && c->waits_since_ns == 0)
+            c->waits_since_ns = now_ns(); /* not before it was sent: only the server's time counts */
     } else if (sent < 0 && errno == EAGAIN) { /* the handshake is not over: a full backlog */
         if (c->state != CONNECTING)
             watch(c, EPOLL_CTL_MOD, EPOLLOUT);
         c->state = CONNECTING;
-        if (c->asked_ns == 0)
-            c->asked_ns = c->started_ns;
+        if (c->waits_since_ns == 0)
+            c->waits_since_ns = c->started_ns;
     } else {
         fail_errno(c);
     }
@@ -246,9 +246,9 @@ static void note_gap(uint64_t now)
     answered_ns = now;
 }
 
-static void *enlarge(void *array, size_t item)
+static void *enlarge(void *array, size_t count, size_t item)
 {
-    array = realloc(array, sample_room * item);
+    array = realloc(array, count * item);
     if (array == NULL)
         die("keep the latencies");
     return array;
@@ -259,20 +259,20 @@ static void record(struct connection *c)
     static uint32_t slowest;
     uint64_t now = now_ns(), tenths = (now - c->started_ns) / 100;
 
-    if (!stopping)
+    if (!stopping && !arrivals)
         note_gap(now);
     if (sample_count == sample_room) {
         sample_room = sample_room ? sample_room * 2 : 1 << 20;
-        samples = enlarge(samples, sizeof *samples);
+        samples = enlarge(samples, sample_room, sizeof *samples);
         if (arrivals) {
-            asked = enlarge(asked, sizeof *asked);
-            arrived = enlarge(arrived, sizeof *arrived);
+            wait_begins = enlarge(wait_begins, sample_room, sizeof *wait_begins);
+            wait_ends = enlarge(wait_ends, sample_room, sizeof *wait_ends);
         }
     }
     if (arrivals) {
-        asked[sample_count] = c->asked_ns < arrived_ns ? c->asked_ns : arrived_ns;
-        arrived[sample_count] = arrived_ns;
-        c->asked_ns = 0;
+        wait_begins[sample_count] = c->waits_since_ns < arrived_ns ? c->waits_since_ns : arrived_ns;
+        wait_ends[sample_count] = arrived_ns;
+        c->waits_since_ns = 0;
     }
     samples[sample_count] = tenths > UINT32_MAX ? UINT32_MAX : (uint32_t)tenths;
     if (samples[sample_count] > slowest) {
@@ -372,26 +372,22 @@ static void find_gap(const struct connection *all, int count, uint64_t ended_ns)
 {
     size_t begins = 0, replies = 0, total = sample_count + (size_t)count;
 
-    asked = realloc(asked, total * sizeof *asked);
-    arrived = realloc(arrived, total * sizeof *arrived);
-    if (asked == NULL || arrived == NULL)
-        die("keep the times of arrival");
+    wait_begins = enlarge(wait_begins, total, sizeof *wait_begins);
+    wait_ends = enlarge(wait_ends, total, sizeof *wait_ends);
     total = sample_count;
     for (int i = 0; i < count; i++)
-        if (all[i].asked_ns != 0) {
-            asked[total] = all[i].asked_ns;
-            arrived[total++] = ended_ns;
+        if (all[i].waits_since_ns != 0) {
+            wait_begins[total] = all[i].waits_since_ns;
+            wait_ends[total++] = ended_ns;
         }
-    qsort(asked, total, sizeof *asked, by_time);
-    qsort(arrived, total, sizeof *arrived, by_time);
-    gap_ns = 0;
-    answered_ns = started_ns;
+    qsort(wait_begins, total, sizeof *wait_begins, by_time);
+    qsort(wait_ends, total, sizeof *wait_ends, by_time);
     while (replies < total && answered_ns < ended_ns) {
-        if (begins < total && asked[begins] <= arrived[replies]) {
+        if (begins < total && wait_begins[begins] <= wait_ends[replies]) {
             if (begins++ == replies) /* none waited before */
-                answered_ns = asked[begins - 1];
+                answered_ns = wait_begins[begins - 1];
         } else {
-            note_gap(arrived[replies] < ended_ns ? arrived[replies] : ended_ns);
+            note_gap(wait_ends[replies] < ended_ns ? wait_ends[replies] : ended_ns);
             replies++;
         }
     }
@@ -508,7 +504,8 @@ int main(int argc, char **argv)
             stopping = 1;
         if (!ended_ns && (stopping || (!keep && begun >= most && open_now == 0))) {
             ended_ns = now;
-            note_gap(now);
+            if (!arrivals)
+                note_gap(now);
             in_time = sample_count;
         }
     }

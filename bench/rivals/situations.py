@@ -37,7 +37,7 @@ RELOADS = 5
 class Loading:
     """A load generator that runs beside a situation; `seen` has its result.
 
-    gaps: it finds the longest gap by times of arrival, which costs it some time at each request.
+    finds_gaps: it finds the longest gap by times of arrival, which costs CPU for each request.
     """
 
     def __init__(
@@ -46,9 +46,10 @@ class Loading:
         at_once: int,
         seconds: float,
         options: tuple[str, ...],
-        gaps: bool = True,
+        *,
+        finds_gaps: bool = True,
     ) -> None:
-        if gaps:
+        if finds_gaps:
             options = (*options, "--arrivals")
         words = [built("load"), "-c", str(at_once), "-t", str(seconds), *options, one.address]
         self._process = subprocess.Popen(words, stdout=subprocess.PIPE)
@@ -68,7 +69,7 @@ class Loading:
 def _quiet(one: Running, seconds: float, at_once: int, options: tuple[str, ...] = SHORT) -> Seen:
     pids = one.family()
     before_s = cpu_s(pids)
-    load = Loading(one, at_once, seconds, options, gaps=False)
+    load = Loading(one, at_once, seconds, options, finds_gaps=False)
     with load.running():
         pass
     spent_s = cpu_s(pids) - before_s

@@ -310,7 +310,11 @@ def _idle_mbs() -> list[float]:
     This is VmRSS and the memfd of its kept code, once that is compressed.
     """
     with ExitStack() as running:
-        started = [running.enter_context(protector(*each)) for each in ((), *_FEATURES.values())]
+        started = []
+        for number, (mode, *options) in enumerate((("library",), *_FEATURES.values())):
+            # Of protectors with one name, only the first has a control socket.
+            named = protector(mode, "--name", f"idle-{number}", *options)
+            started.append(running.enter_context(named))
         time.sleep(PACK_AFTER_S + 1.0)
         return [*map(_memory_mb, started)]
 

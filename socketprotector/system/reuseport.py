@@ -11,11 +11,9 @@ member, and the kernel gives each client to a remaining member: a filter of this
 a client.
 
 While a generation is probed (daemon/ready_probe.py), the filter (bpf.py) also sends connections
-with a mark to that generation's socket.  If that socket is shut down, its probes reach the other
-generation; so daemon/probe.py checks the socket before it believes an answer.  The third member is
-no help there: while it leaves, the kernel can still give it an IPv4 client, who then waits a
-second.  Source: inet_lhash2_lookup() in net/ipv4/inet_hashtables.c; inet_unhash() calls
-reuseport_stop_listen_sock() first.
+with a mark to that generation's socket.  The third member is then the last member, so it takes the
+position of a socket that is shut down.  Probes for that socket then get no answer, instead of an
+answer from the other generation.
 
 Socket 0 is bound without SO_REUSEPORT.  So binding a port in use fails as usual, and no other
 process can bind the port later without SO_REUSEPORT.

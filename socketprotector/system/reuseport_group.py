@@ -134,21 +134,28 @@ class Group:
 
     # -- plans -----------------------------------------------------------------------
 
-    def steer(self, to: int, marked: Mapping[Any, int], *, held: bool, share: int = 0) -> Plan:
+    def steer(
+        self, to: int, marked: Mapping[Any, int], *, held: bool, guarded: bool, share: int = 0
+    ) -> Plan:
         """Steer new clients to a socket, or during a hold to SILENT, and each mark to its socket.
 
-        share: the part of new clients for the other socket: none during a hold, or while that
-        socket is shut down.
+        guarded: SILENT must take the position of a socket that is shut down.  share: the part of
+        new clients for the other socket: none during a hold, or while that socket is shut down.
         """
         yield from self._restore_order()
         self.to, self.marked = SILENT if held else to, dict(marked)
         self.share = 0 if held else share
-        if held and not self.is_silent:
-            yield from self._do(Join(SILENT))
-        error = yield from self._attach(self._order if held else self._without_silent)
+        stays = held or guarded
+        if stays and not self._is_silent_placed(held=held):
+            yield from self._end_silence()
+        if stays and not self.is_silent:
+            error = yield from self._try(Join(SILENT))
+            if error is not None and held:
+                raise error
+        error = yield from self._attach(self._order if stays else self._without_silent)
         if error is not None:
             raise error
-        if not held and self.is_silent:
+        if not stays and self.is_silent:
             yield from self._do(Leave(SILENT))
 
     def listen_again(self, number: int) -> Plan:
@@ -165,7 +172,7 @@ class Group:
         if self.is_silent and not self._order[-1] == self.listed[-1] == SILENT:
             # If the socket joined behind SILENT, it would later take SILENT's position, before an
             # older member.
-            yield from self.end_silence()
+            yield from self._end_silence()
         held = self.to == SILENT and self.is_silent
         yield from self._attach(self._order if held else (*self._without_silent, number))
         yield from self._do(Join(number))
@@ -180,14 +187,13 @@ class Group:
             if not self.is_silent:  # otherwise SILENT takes its position
                 yield from self._attach(self._order, away=number)
             yield from self._do(Leave(number))
-        yield from self.end_silence()
+        yield from self._end_silence()
         yield from self._attach(self._order)
-        yield from self.end_silence()
+        yield from self._end_silence()
 
     def end_silence(self) -> Plan:
-        """Remove SILENT from the group, if it is a member."""
-        if self.is_silent:
-            yield from self._do(Leave(SILENT))
+        """Remove SILENT from the group."""
+        yield from self._end_silence()
 
     # -- parts of plans --------------------------------------------------------------
 
@@ -205,6 +211,12 @@ class Group:
         """The order without SILENT."""
         return _without(self._order, SILENT)
 
+    def _is_silent_placed(self, *, held: bool) -> bool:
+        """Return whether SILENT, if it is a member, has a suitable position."""
+        if held or not self.is_silent:
+            return True
+        return self._order[-1] == SILENT or not set(self.sockets) <= set(self._order)
+
     def _restore_order(self) -> Plan:
         """Restore known positions if a server has changed them.
 
@@ -213,16 +225,22 @@ class Group:
         """
         if self.order is not None:
             if OTHER in self.listed and SILENT in self.listed[:-1]:
-                yield from self.end_silence()  # steer() lets it join again, as the last
+                yield from self._end_silence()  # steer() lets it join again, as the last
             return
         last = self.listed[-1]
         several = len(self.listed) > 2 and last not in (SILENT, OTHER)
         if several:
             yield from self._do(Leave(last))
-        yield from self.end_silence()
+        yield from self._end_silence()
         if several:
             yield from self._attach((*self.listed, last))
             yield from self._do(Join(last))
+
+    def _end_silence(self) -> Plan:
+        if self.is_silent:
+            if self.order is not None and len(self._without_silent) > 1:
+                yield from self._attach(self._without_silent)  # the positions after SILENT has left
+            yield from self._do(Leave(SILENT))
 
     def _attach(self, order: Order, away: int | None = None) -> Try:
         """Attach a program with the targets' positions in an order.

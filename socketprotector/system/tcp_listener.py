@@ -180,8 +180,8 @@ class TcpListener(Listener):
     ) -> None:
         """Steer new clients to socket 0 or 1; if held, leave them without an answer.
 
-        marked: the socket of each probe mark.  While a socket is shut down, its clients and probes
-        come to the other socket.
+        marked: the socket of each probe mark.  While there are marks, clients of a socket that is
+        shut down get no answer either: the third socket, the last member, takes its position.
         share: the part of new clients, in ten thousandths, that the other socket gets.
         Raises OSError.
         """
@@ -190,11 +190,14 @@ class TcpListener(Listener):
         for each in self.sockets:  # a first socket without the option would get all new clients
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._look()
+        guarded = bool(marked) and self.has_sibling and self.can_be_held
         count = len(self.sockets)
         socket_of_mark = {mark: number % count for mark, number in marked.items()}
         to, both = socket_number % count, self.has_sibling
         self._carry_out(
-            self._group.steer(to, socket_of_mark, held=held, share=share if both else 0)
+            self._group.steer(
+                to, socket_of_mark, held=held, guarded=guarded, share=share if both else 0
+            )
         )
 
     @property

@@ -283,35 +283,33 @@ def test_no_client_gets_to_one_that_listens_again_while_the_other_is_steered_to(
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0"])
-@pytest.mark.parametrize("probed", [0, 1])
+@pytest.mark.parametrize("asked", [0, 1])
 @pytest.mark.parametrize("dead", [0, 1])
-def test_during_a_probe_each_socket_gets_its_own_until_one_is_shut_down(
-    listen: str, probed: int, dead: int
+def test_while_one_is_asked_what_is_for_one_that_is_shut_down_comes_to_no_other(
+    listen: str, asked: int, dead: int
 ) -> None:
-    """Then both clients and probes come to the other.  No third socket ever listens."""
+    """Neither a client to the one that is asked, nor the question to the one that serves."""
     listener = shared(listen)
     mark = bpf.Mark.draw(listener.local_address[0])
-    address, marked = listener.socket.getsockname(), {mark: probed}
-    serving = 1 - probed
-
-    def come_to(of_probes: int, of_clients: int) -> None:
-        for number, put in ((of_probes, mark.put), (of_clients, lambda one: None)) * 2:
+    address, marked = listener.socket.getsockname(), {mark: asked}
+    serving = 1 - asked
+    for _ in range(2):  # in whatever order they stand then
+        listener.steer(serving, marked)
+        listener.socket_for(dead).shutdown(socket.SHUT_RDWR)
+        with Unanswered(address, mark.put if dead == asked else lambda one: None):
+            assert not listener.has_waiting()
+            listener.steer(serving, marked)  # before that is seen
+        with Unanswered(address, mark.put if dead == asked else lambda one: None):
+            assert not listener.has_waiting()
+        assert listener.listen_again(dead)
+        for number, put in ((asked, mark.put), (serving, lambda one: None)) * 2:
             with Unanswered(address, put):
                 assert [listener.has_waiting(n) for n in (number, 1 - number)] == [True, False]
                 listener.socket_for(number).accept()[0].close()
-        there = len(sock_diag.listening(listener.socket.family, listener.port))
-        assert there == sum(listener.is_alive(n) for n in (0, 1))
-
-    for _ in range(2):  # the second time the sockets have another order
-        listener.steer(serving, marked)
-        come_to(probed, serving)
-        listener.socket_for(dead).shutdown(socket.SHUT_RDWR)
-        come_to(1 - dead, 1 - dead)  # before we notice it
-        listener.steer(serving, marked)
-        come_to(1 - dead, 1 - dead)
-        assert listener.listen_again(dead)
-        listener.steer(serving, marked)
-        come_to(probed, serving)
+            if number == serving:
+                listener.steer(serving, marked)
+    listener.steer(serving)
+    assert len(sock_diag.listening(listener.socket.family, listener.port)) == 2
     listener.close()
 
 

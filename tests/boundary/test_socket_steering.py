@@ -1353,20 +1353,15 @@ def test_a_generation_whose_answer_is_too_early_is_probed_again(
     assert len(its.heard) == 2
 
 
-def test_a_client_waits_at_the_probed_generation_while_the_serving_socket_is_shut_down(
-    reloaded: World,
-) -> None:
-    """It is not lost, whether that generation becomes ready or fails; later clients are served."""
+def test_no_client_gets_to_one_that_is_asked_while_the_other_is_shut_down(reloaded: World) -> None:
     way = reloaded.steering.probes.reach_by_mark(2, "")
     assert way is not None
     reloaded.listener.socket.shutdown(socket.SHUT_RDWR)
-    reloaded.connect()
-    assert reloaded.waiting() == [1]
-
-    reloaded.pass_time(0.3)
-    reloaded.connect()
-
-    assert reloaded.waiting() == [0, 1]
+    with Unanswered(reloaded.listener.socket.getsockname()) as late:
+        assert reloaded.waiting() == []
+        reloaded.pass_time(0.3)
+        late.connects()
+        assert reloaded.waiting() == [0]
     way.close()
     assert there_are(reloaded) == 2
 

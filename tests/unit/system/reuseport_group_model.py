@@ -220,8 +220,11 @@ class World:
 
     def steer(self, before: dict[str | None, int] | None) -> None:
         self.look()
+        guarded = self.asked and not self.held
         share = SHARE if self.shared else 0
-        plan = self.value.steer(self.serving, self.marked, held=self.held, share=share)
+        plan = self.value.steer(
+            self.serving, self.marked, held=self.held, guarded=guarded, share=share
+        )
         self.astray = False
         whole = {0, 1} <= set(self.kernel.socks)
         try:
@@ -284,7 +287,7 @@ class World:
         socks, found = self.kernel.socks, self.kernel.select(of)
         if found <= at_last | wanted | {SILENT}:
             return  # it is right, or was so before this step
-        stays = {SILENT} if self.held else set()
+        stays = {SILENT} if self.held or self.asked else set()
         instead = (wanted - {SILENT, unsound}) | stays
         assert not instead.intersection(socks), f"{of} comes to {found} of {socks}"
         self.astray = True
@@ -308,7 +311,7 @@ class World:
             instead = {SILENT} if SILENT in socks else set(socks)
             right = {its} if its in socks else instead
             assert self.kernel.select(of) <= right, f"{of} comes to {self.kernel.select(of)}"
-        assert (SILENT in socks) == self.held
+        assert (SILENT in socks) == (self.held or self.asked)
 
 
 def perform(kernel: Kernel, step: group.Step) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from socketprotector.system import reuseport_group as group
-from socketprotector.system.reuseport_group import Attach, Group
+from socketprotector.system.reuseport_group import SILENT, Group, Leave
 from tests.rounds import rounds
 from tests.unit.system.reuseport_group_model import EVENTS, FOREIGN, UNSEEN, World
 
@@ -54,14 +54,6 @@ def test_they_do_while_a_foreign_member_comes_and_leaves() -> None:
     assert search(FOREIGN, most=rounds(4, 99)) > rounds(600, 5000)
 
 
-def test_a_probe_begins_and_ends_with_one_step_each() -> None:
-    """SILENT must not join for a probe: while it leaves, the kernel can give it a client."""
-    one, mark = Group.of(2), object()
-
-    assert list(one.steer(0, {mark: 1}, held=False)) == [Attach(1, 0, {mark: 1})]
-    assert list(one.steer(1, {}, held=False)) == [Attach(1, 1, {})]
-
-
 def keeps_the_order(order: group.Order, member: int) -> group.Order:
     return tuple(each for each in order if each != member)
 
@@ -72,6 +64,12 @@ def believes(self: Group, listed: group.Order) -> group.Order:
 
 def leaves_silence(self: Group) -> group.Plan:
     yield from ()
+
+
+def ends_silence_at_once(self: Group) -> group.Plan:
+    if SILENT in self.listed:
+        yield Leave(SILENT)
+        self.left(SILENT)
 
 
 def is_known(self: Group) -> group.Plan:
@@ -85,7 +83,9 @@ def is_known(self: Group) -> group.Plan:
         (group, "_without", keeps_the_order),
         (Group, "_order_of", believes),
         (Group, "_restore_order", is_known),
-        (Group, "end_silence", leaves_silence),
+        (Group, "_end_silence", leaves_silence),
+        (Group, "_end_silence", ends_silence_at_once),
+        (Group, "_is_silent_placed", lambda self, *, held: True),
         (Group, "_without_silent", property(lambda self: self._order)),
     ],
 )

@@ -101,7 +101,7 @@ def let_in(listening: socket.socket) -> None:
 
     Raises OSError if the filter is locked, or the device may not be changed.
     """
-    if device_of(listening) == NO_DEVICE:
+    if is_nowhere(listening):
         listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, 0)
     with suppress(FileNotFoundError):  # there is no filter
         listening.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
@@ -154,7 +154,7 @@ def device_is_gone(listening: socket.socket) -> bool:
 
 def interface_is_gone(listening: socket.socket) -> bool:
     """Return whether a socket's interface was removed; False after leave_devices()."""
-    return device_is_gone(listening) and device_of(listening) != NO_DEVICE
+    return device_is_gone(listening) and not is_nowhere(listening)
 
 
 def leave_devices(listening: socket.socket) -> None:
@@ -162,9 +162,16 @@ def leave_devices(listening: socket.socket) -> None:
 
     Raises OSError.
     """
-    if device_of(listening) == NO_DEVICE:
-        return
-    listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, NO_DEVICE)
+    if not is_nowhere(listening):
+        listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, NO_DEVICE)
+
+
+def is_nowhere(listening: socket.socket) -> bool:
+    """Return whether leave_devices() was called for a socket."""
+    try:
+        return device_of(listening) == NO_DEVICE
+    except OSError:
+        return False  # a kernel older than 5.0 lacks the option
 
 
 def copy(first: socket.socket, second: socket.socket, *, device: bool = True) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 
 from . import accept_tags, bpf, reuseport, reuseport_group, scoped, sock_diag, socket_copy
+from .cleanup import on_error
 from .listener import NO_MARKS, RESOURCE_ERRNOS, Listener, is_listening, shut_down
 
 TYPE_CHECKING = False
@@ -143,6 +144,7 @@ class TcpListener(Listener):
 
     def _bind_port(self, socket_number: int) -> socket.socket:
         """Return another socket, bound beside the sibling, or the spare.  Raises OSError."""
+        self._forget_retired()
         number = socket_number % len(self.sockets)
         sock, other = self.socket_for(socket_number), self.socket_for(1 - socket_number)
         backlog, spare = self._backlogs[number], self._reserved
@@ -203,7 +205,7 @@ class TcpListener(Listener):
     @property
     def has_no_spare(self) -> bool:
         """Whether a socket was bound again, but no further socket can be bound."""
-        return self.can_be_held and any(self._again) and self._reserved is None
+        return self.can_be_held and any(self._again[:2]) and self._reserved is None
 
     # -- during a hold -------------------------------------------------------------
 
@@ -217,6 +219,7 @@ class TcpListener(Listener):
 
         Raises OSError.
         """
+        self._forget_retired()
         if self._reserved is None:
             alive = (each for n, each in enumerate(self.sockets) if self.is_alive(n))
             sock = next(alive, self.socket)
@@ -231,8 +234,8 @@ class TcpListener(Listener):
     def _end_silence(self) -> None:
         if self._is_silent:
             self._carry_out(self._group.end_silence())
-            if self._reserved is not None:
-                shut_down(self._reserved)  # the group may not know this member
+            if self._is_silent:  # the group did not know this member
+                self._retire()
 
     # -- the group's members -------------------------------------------------------
 
@@ -262,8 +265,45 @@ class TcpListener(Listener):
                 reuseport.silence(self.reserve())
             case reuseport_group.Join(number):
                 self.sockets[number].listen(self._backlogs[number])
+            case reuseport_group.Leave(reuseport_group.SILENT):
+                self._retire()
             case reuseport_group.Leave(number):
-                shut_down(self._member(number))
+                shut_down(self.sockets[number])
+
+    def _retire(self) -> None:
+        """Remove the third socket from the group, and put a fresh one in its place if possible.
+
+        While a socket leaves, the kernel can still find it.  Over IPv4 it finds the newest socket
+        first, so a client's first packet would be lost.  A socket that is bound to a missing device
+        is not found.  Only root can undo that, so the socket serves no second time.  Source:
+        inet_lhash2_lookup(); inet_unhash(), which calls reuseport_stop_listen_sock() first, both in
+        net/ipv4/inet_hashtables.c.
+        """
+        silent, fresh = self._reserved, None
+        assert silent is not None
+        if silent.family == socket.AF_INET:
+            # We may not bind the address, or not change the device.  Then a client can wait 1 s.
+            with suppress(OSError):
+                made = reuseport.reserve(silent, self._bind_address)
+                with on_error(made.close):
+                    socket_copy.leave_devices(silent)
+                fresh = made
+        shut_down(silent)
+        if fresh is not None:
+            silent.close()
+            self._reserved = fresh
+            self._again[2] += 1
+
+    def _forget_retired(self) -> None:
+        """Close a third socket that serves no second time.
+
+        An earlier program was killed in _retire(), or before it could store the fresh socket.
+        """
+        used = self._reserved
+        if used is not None and not is_listening(used) and socket_copy.is_nowhere(used):
+            used.close()
+            self._reserved = None
+            self._again[2] += 1
 
     def _look(self, *, or_guess: bool = False) -> None:
         """Update the group's members from the kernel.

@@ -313,6 +313,97 @@ def test_while_one_is_asked_what_is_for_one_that_is_shut_down_comes_to_no_other(
     listener.close()
 
 
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_the_kernel_finds_no_third_socket_while_it_leaves(
+    host: str, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over IPv4 it would find this socket first, and a client would wait for a second."""
+    listener = shared(f"{host}:0")
+    marked = {} if held else {bpf.Mark.draw(listener.local_address[0]): 1}
+    left: list[int] = []
+
+    def leaves(sock: socket.socket) -> None:
+        left.append(socket_copy.device_of(sock))
+        sock.shutdown(socket.SHUT_RDWR)
+
+    monkeypatch.setattr("socketprotector.system.tcp_listener.shut_down", leaves)
+    for number in range(3):
+        listener.steer(0, marked, held=held)
+        assert len(sock_diag.listening(listener.socket.family, listener.port)) == 3
+        listener.steer(0)
+        again = f".{number + 1}"
+        assert [*listener.descriptors()] == ["sp.listener.0", "sp.twin.0", f"sp.reserved.0{again}"]
+
+    assert left == [socket_copy.NO_DEVICE] * 3
+    assert came(listener) == [8, 0]
+    monkeypatch.undo()
+    listener.close()
+
+
+def test_over_ipv6_the_third_socket_leaves_and_joins_again() -> None:
+    """There the kernel finds the oldest socket first."""
+    listener = shared("[::1]:0")
+    for _ in range(2):
+        listener.steer(0, held=True)
+        listener.steer(0)
+
+    assert "sp.reserved.0" in listener.descriptors()
+    assert came(listener) == [8, 0]
+    listener.close()
+
+
+@pytest.mark.parametrize("failing", ["bind_beside", "leave_devices"])
+def test_without_a_fresh_third_socket_the_same_one_joins_again(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> socket.socket:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    listener = shared("127.0.0.1:0")
+    listener.reserve()
+    monkeypatch.setattr(socket_copy, failing, fails)
+    for _ in range(2):
+        listener.steer(0, held=True)
+        with Unanswered(listener.socket.getsockname()) as client:
+            client.tries_again()
+            listener.steer(0)
+            client.connects()
+        listener.socket.accept()[0].close()
+
+    assert "sp.reserved.0" in listener.descriptors()
+    assert not listener.has_no_spare
+    monkeypatch.undo()
+    listener.close()
+
+
+@pytest.mark.parametrize("is_member", [True, False])
+def test_a_retired_third_socket_that_the_store_still_has_is_replaced(is_member: bool) -> None:
+    """The program was killed while the socket left, or before it could store the next one."""
+    listener = shared("127.0.0.1:0")
+    listener.steer(0, held=True)
+    fds = [os.dup(fd) for fd in listener.descriptors().values()]
+    socket_copy.leave_devices(listener.reserve())
+    if not is_member:
+        listener.reserve().shutdown(socket.SHUT_RDWR)
+    after = listener_of(fds[0], 0, listener.settings, shared=True, sibling=fds[1], reserved=fds[2])
+
+    for held in (False, True, False):
+        after.steer(0, held=held)
+        with Unanswered(after.socket.getsockname()) as client:
+            if held:
+                client.tries_again()
+            else:
+                client.connects()
+                after.socket.accept()[0].close()
+    after.bind_anew(1)
+
+    assert not after.has_no_spare
+    assert came(after) == [8, 0]
+    for each in (after, listener):
+        each.close()
+
+
 def test_one_of_an_ipv4_address_in_the_form_of_ipv6_is_asked_over_ipv4() -> None:
     """From ::1 there is no way to it."""
     listener = shared("[::ffff:127.0.0.1]:0", both=True)

@@ -91,8 +91,8 @@ class Address:
             os.close(fd)
         for each in before.sockets:
             each.detach()
-        if reserved >= 0:
-            before.reserve().detach()
+        if before._reserved is not None:
+            before._reserved.detach()
 
     def steer(self) -> None:
         model = self.model

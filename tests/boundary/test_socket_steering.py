@@ -133,6 +133,7 @@ class World(Host):
 
     def persist(self) -> bool:
         self.written = self.steering.record()
+        self.stored = {name for each in self.listeners for name in each.descriptors()}
         return True
 
     def resume(
@@ -1756,6 +1757,18 @@ def test_another_program_ends_a_hold_of_which_it_knows_no_more(
     assert there_are(reloaded) == 2
 
 
+def test_the_third_socket_that_replaces_a_retired_one_is_stored(reloaded: World) -> None:
+    way = reloaded.steering.probes.reach_by_mark(2, "")
+    assert way is not None
+    reloaded.pass_time(0.1)
+    assert reloaded.stored == {"sp.listener.0", "sp.twin.0", "sp.reserved.0"}
+
+    way.close()
+    reloaded.pass_time(0.1)
+
+    assert reloaded.stored == {"sp.listener.0", "sp.twin.0", "sp.reserved.0.1"}
+
+
 def test_another_program_that_knows_no_hold_lets_clients_in(reloaded: World) -> None:
     """An older one: it closes what it does not know."""
     on_hold(reloaded)
@@ -1811,6 +1824,9 @@ def test_one_listener_that_fails_keeps_none_of_the_others_on_hold(
         index, lost, shared, has_sibling, can_be_held = 1, False, True, False, True
         path, path_fault, settings = "", "", ListenerSettings("tcp:127.0.0.1:1")
         is_reserved_for_clients, has_held_client, group_record = False, False, None
+
+        def descriptors(self) -> dict[str, int]:
+            return {}
 
         def steer(self, *_: object, **__: object) -> None:
             raise OSError(errno.ENOMEM, "Cannot allocate memory")

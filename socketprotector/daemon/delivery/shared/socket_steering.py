@@ -42,7 +42,7 @@ class SocketSteering(Steering):
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._post = runtime.persist, runtime.post
         self._not_held = ""  # why workers accept clients that we should hold; "": no fault
-        self._written_groups = self._groups  # the _groups of the last written state
+        self._written = self._unwritten()  # the last value of which the state was written
         self.turns = Turns()
         self.hold = ListenerHold(listeners)
         self.probes = Probes(listeners, self.turns, self)
@@ -268,10 +268,10 @@ class SocketSteering(Steering):
         """
         probes = self.probes
         self.turns.adopt(record)
-        self._written_groups = record.groups
         orders = {index: (listed, order) for index, listed, order in record.groups}
         for each in self._listeners.all:
             each.group_record = orders.get(each.index)
+        self._written = self._unwritten()
         probes.probed, probes.probe_sources = set(record.asked), set(record.asked_from)
         self._repairs.options.record = record.options
         self._listeners.adopt_rights(record.rights)
@@ -395,10 +395,15 @@ class SocketSteering(Steering):
         if not_steered or not_held:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
         self._repair_while_starting()
-        if self._written_groups != self._groups:  # a repair changed a group: update the state
-            self._written_groups = self._groups
+        if self._written != (now := self._unwritten()):
+            self._written = now
             self._loop.call_after("groups", 0, self._write)
         return self.is_steered
+
+    def _unwritten(self) -> tuple[object, ...]:
+        """Return what steering can change, and the next program must know."""
+        names = [[*each.descriptors()] for each in self._listeners.all]
+        return self._groups, names
 
     def _write(self) -> None:
         self._persist()

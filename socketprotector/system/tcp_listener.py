@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 
@@ -20,6 +21,9 @@ from .listener import NO_MARKS, RESOURCE_ERRNOS, Listener, is_listening, shut_do
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .reuseport_group import Group, Plan, Record, Step
+
+#: After this time the kernel has ended each lookup that had found a socket before.
+_LOOKUP_S = 0.0001
 
 
 class TcpListener(Listener):
@@ -287,6 +291,7 @@ class TcpListener(Listener):
                 made = reuseport.reserve(silent, self._bind_address)
                 with on_error(made.close):
                     socket_copy.leave_devices(silent)
+                time.sleep(_LOOKUP_S)
                 fresh = made
         shut_down(silent)
         if fresh is not None:

@@ -266,13 +266,12 @@ class SocketSteering(Steering):
 
         held: whether a hold is in force; if not, a hold in the record ends now.
         """
-        probes = self.probes
         self.turns.adopt(record)
         orders = {index: (listed, order) for index, listed, order in record.groups}
         for each in self._listeners.all:
             each.group_record = orders.get(each.index)
         self._written = self._unwritten()
-        probes.probed, probes.probe_sources = set(record.asked), set(record.asked_from)
+        self.probes.probed, self.probes.probe_sources = set(record.asked), set(record.asked_from)
         self._repairs.options.record = record.options
         self._listeners.adopt_rights(record.rights)
         self.hold.record = record.hold
@@ -395,22 +394,20 @@ class SocketSteering(Steering):
         if not_steered or not_held:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
         self._repair_while_starting()
-        if self._written != (now := self._unwritten()):
-            self._written = now
+        if self._written != self._unwritten():
+            self._written = self._unwritten()
             self._loop.call_after("groups", 0, self._write)
         return self.is_steered
 
-    def _unwritten(self) -> tuple[object, ...]:
-        """Return what steering can change, and the next program must know."""
-        names = [[*each.descriptors()] for each in self._listeners.all]
-        return self._groups, names
+    def _unwritten(self) -> object:
+        """Return what steering can change and the next program must know."""
+        return self._groups, [[*each.descriptors()] for each in self._listeners.all]
 
     def _write(self) -> None:
         self._persist()
 
     def _repair_while_starting(self) -> None:
-        """Repair repeatedly while a release starts, because its workers can divert clients."""
-        # Workers could clear SO_REUSEPORT, attach a filter, or connect() the socket.
+        """Repair repeatedly while a release starts: a worker may attach a filter, or connect()."""
         if self.turns.starting is not None and self._listeners.living and not self._repairs.ended:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
 

@@ -22,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .reuseport_group import Group, Plan, Record, Step
 
-#: After this time the kernel has ended each lookup that had found a socket before.
+#: After this time each look-up that found a socket before has usually ended.
 _LOOKUP_S = 0.0001
 
 
@@ -148,7 +148,9 @@ class TcpListener(Listener):
 
     def _bind_port(self, socket_number: int) -> socket.socket:
         """Return another socket, bound beside the sibling, or the spare.  Raises OSError."""
-        self._forget_retired()
+        if self._reserved is not None:
+            with suppress(OSError):
+                self.reserve()  # the spare may be one that serves no second time
         number = socket_number % len(self.sockets)
         sock, other = self.socket_for(socket_number), self.socket_for(1 - socket_number)
         backlog, spare = self._backlogs[number], self._reserved
@@ -223,7 +225,12 @@ class TcpListener(Listener):
 
         Raises OSError.
         """
-        self._forget_retired()
+        used = self._reserved
+        if used is not None and socket_copy.is_nowhere(used) and not is_listening(used):
+            # An earlier program was killed in _retire(), or before it could store the fresh socket.
+            used.close()
+            self._reserved = None
+            self._again[2] += 1
         if self._reserved is None:
             alive = (each for n, each in enumerate(self.sockets) if self.is_alive(n))
             sock = next(alive, self.socket)
@@ -279,7 +286,7 @@ class TcpListener(Listener):
 
         While a socket leaves, the kernel can still find it.  Over IPv4 it finds the newest socket
         first, so a client's first packet would be lost.  A socket that is bound to a missing device
-        is not found.  Only root can undo that, so the socket serves no second time.  Source:
+        is not found.  Undoing that needs CAP_NET_RAW, so the socket serves no second time.  Source:
         inet_lhash2_lookup(); inet_unhash(), which calls reuseport_stop_listen_sock() first, both in
         net/ipv4/inet_hashtables.c.
         """
@@ -297,17 +304,6 @@ class TcpListener(Listener):
         if fresh is not None:
             silent.close()
             self._reserved = fresh
-            self._again[2] += 1
-
-    def _forget_retired(self) -> None:
-        """Close a third socket that serves no second time.
-
-        An earlier program was killed in _retire(), or before it could store the fresh socket.
-        """
-        used = self._reserved
-        if used is not None and not is_listening(used) and socket_copy.is_nowhere(used):
-            used.close()
-            self._reserved = None
             self._again[2] += 1
 
     def _look(self, *, or_guess: bool = False) -> None:

@@ -391,6 +391,7 @@ def test_a_retired_third_socket_that_the_store_still_has_is_replaced(is_member: 
     after.steer(0)
     after.bind_anew(1)
     assert not after.has_no_spare
+    assert "sp.reserved.0.1" in after.descriptors(), "a broken socket could need it"
 
     for held in (True, False):
         after.steer(0, held=held)

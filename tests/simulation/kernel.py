@@ -426,6 +426,7 @@ class Kernel:
             time=SimpleNamespace(
                 time=self._monotonic,
                 monotonic=self._monotonic,
+                sleep=lambda _: None,  # too short for anything else to happen
                 monotonic_ns=self._monotonic_ns,
                 clock_gettime_ns=lambda _: self._monotonic_ns(),
                 CLOCK_MONOTONIC=1,

@@ -63,7 +63,7 @@ def test_many_steps_lose_nothing_and_leave_nothing(handoff: str, part: int) -> N
 @pytest.mark.timeout(rounds(120, 3600))
 @pytest.mark.parametrize("handoff", ["connection", "listener"])
 def test_rollouts_share_and_stay_within_their_bound(handoff: str) -> None:
-    lives = str(rounds(8, 500))
+    lives = str(rounds(12, 500))
     seen = simulate("--rollouts", "--verbose", "--handoff", handoff, "--lives", lives)
 
     for stage in ("canary: share", "canary: all clients", "rolling: the others"):
@@ -75,7 +75,7 @@ def test_rollouts_share_and_stay_within_their_bound(handoff: str) -> None:
 @EITHER_IN_TEST_ALL
 def test_current_names_only_what_was_proved(handoff: str) -> None:
     """Releases are deployed and rolled back; each write may fail, or end the protector."""
-    lives = str(rounds(8, 500))
+    lives = str(rounds(12, 500))
     seen = simulate(
         "--deploys", "--verbose", "--handoff", handoff, "--first", "16", "--lives", lives
     )
@@ -87,7 +87,7 @@ def test_current_names_only_what_was_proved(handoff: str) -> None:
 @pytest.mark.timeout(rounds(120, 3600))
 @pytest.mark.parametrize("handoff", ["connection", "listener"])
 def test_an_order_to_end_evenly_outlives_kills_and_only_a_stop_shortens_it(handoff: str) -> None:
-    lives = str(rounds(8, 500))
+    lives = str(rounds(12, 500))
     seen = simulate("--spreads", "--verbose", "--handoff", handoff, "--lives", lives)
 
     for event in ("ordered at a drain", "ordered at a stop", "killed in a spread"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -174,7 +175,10 @@ def kinds_of(*pids: int) -> dict[str, int]:
 
 def watched_by(pid: int) -> dict[int, int]:
     """The descriptors in the epoll sets of a process, and which events are waited for."""
-    infos = [file.read_text() for file in Path(f"/proc/{pid}/fdinfo").iterdir()]
+    infos = []
+    for file in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with suppress(FileNotFoundError):  # the process has closed it since it was listed
+            infos.append(file.read_text())
     rows = re.findall(r"^tfd: +(\d+) events: +([0-9a-f]+)", "".join(infos), re.MULTILINE)
     return {int(fd): int(events, 16) for fd, events in rows}
 

@@ -102,6 +102,10 @@ class Checkpoint:
         descriptors that the state lists as left out.  So an upgrade must wait until all other
         descriptors have been sent to the store.
         """
+        # If the last write failed, the store still has old descriptors.  Remove them now: the next
+        # program does not inherit them, so it would never remove them.
+        if not self.save():
+            return False
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self.store.has(wanted)
 

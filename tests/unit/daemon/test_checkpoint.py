@@ -182,6 +182,21 @@ def test_an_upgrade_needs_the_state_and_every_descriptor_in_the_store(world: Wor
     assert wanted[0] == {inherited.STATE, "listener.0", "worker.1.process"}
 
 
+def test_an_upgrade_leaves_nothing_in_the_store_that_the_next_program_would_not_know(
+    world: World,
+) -> None:
+    """After a failed write the store has kept what was to be removed."""
+    world.store.has = lambda names: True
+    world.file.fails = True
+    assert not world.checkpoint.save()
+    assert not world.checkpoint.write()
+
+    world.file.fails = False
+    world.calls.clear()
+    assert world.checkpoint.write()
+    assert world.calls == ["store", "whole"]
+
+
 def test_the_next_program_reads_the_last_state_and_refuses_what_is_none() -> None:
     file = StateFile.make()
     try:

@@ -415,8 +415,12 @@ def test_a_socket_that_its_workers_lost_has_no_worker(world: World, pair: Memory
 def test_once_discarded_later_connections_are_clients(world: World, path: MemoryListener) -> None:
     world.probe(path, 1, world.reach(2))
     world.turns.leave(2, world.clock.now)
+    saves = world.clock.saves
     world.probes.discard()
     assert world.probes.probed == set()
+    assert world.clock.saves == saves + 1, "the next program would discard clients of a hold"
+    world.probes.discard()
+    assert world.clock.saves == saves + 1
     path.sockets[1].line.append(5)
     assert world.probes.clients_wait(path, 1)  # type: ignore[arg-type]
 

@@ -312,7 +312,7 @@ class Probes:
         client also accepts the probes.  Returns the sockets, by listener and number, where
         discarding failed, but may succeed later.
         """
-        unreadable = set()
+        unreadable, before = set(), self.probed.copy()
         for each, number in [(each, number) for each in self._listeners.pairs for number in (0, 1)]:
             is_assigned = number in self._turns.accepting.values()
             is_accepted = is_assigned and self._turns.is_served(each, number)
@@ -332,6 +332,10 @@ class Probes:
             self.probe_sources = {entry for entry in self.probe_sources if entry[:2] != place}
             self.probed.discard(place)
             self._marks.pop(place, None)
+        if self.probed != before:
+            # Before such a place gets a socket at which clients of a hold wait
+            # (SocketSteering.adopt_held()), as in clients_come().
+            self._persist()
         return unreadable
 
     def clients_come(self, places: set[tuple[int, int]]) -> None:

@@ -42,7 +42,7 @@ class SocketSteering(Steering):
         self._loop, self._log = runtime.loop, runtime.log
         self._persist, self._post = runtime.persist, runtime.post
         self._not_held = ""  # why workers accept clients that we should hold; "": no fault
-        self._written = self._unwritten()  # the last value of which the state was written
+        self._written = self._current()  # the last value of which the state was written
         self.turns = Turns()
         self.hold = ListenerHold(listeners)
         self.probes = Probes(listeners, self.turns, self)
@@ -270,7 +270,7 @@ class SocketSteering(Steering):
         orders = {index: (listed, order) for index, listed, order in record.groups}
         for each in self._listeners.all:
             each.group_record = orders.get(each.index)
-        self._written = self._unwritten()
+        self._written = self._current()
         self.probes.probed, self.probes.probe_sources = set(record.asked), set(record.asked_from)
         self._repairs.options.record = record.options
         self._listeners.adopt_rights(record.rights)
@@ -394,12 +394,12 @@ class SocketSteering(Steering):
         if not_steered or not_held:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._repair)
         self._repair_while_starting()
-        if self._written != self._unwritten():
-            self._written = self._unwritten()
+        if self._written != self._current():
+            self._written = self._current()
             self._loop.call_after("groups", 0, self._write)
         return self.is_steered
 
-    def _unwritten(self) -> object:
+    def _current(self) -> object:
         """Return what steering can change and the next program must know."""
         return self._groups, [[*each.descriptors()] for each in self._listeners.all]
 

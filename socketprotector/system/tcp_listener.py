@@ -150,7 +150,7 @@ class TcpListener(Listener):
         """Return another socket, bound beside the sibling, or the spare.  Raises OSError."""
         if self._reserved is not None:
             with suppress(OSError):
-                self.reserve()  # the spare may be one that serves no second time
+                self.reserve()  # this replaces a spare that an earlier program has retired
         number = socket_number % len(self.sockets)
         sock, other = self.socket_for(socket_number), self.socket_for(1 - socket_number)
         backlog, spare = self._backlogs[number], self._reserved
@@ -286,7 +286,7 @@ class TcpListener(Listener):
 
         While a socket leaves, the kernel can still find it.  Over IPv4 it finds the newest socket
         first, so a client's first packet would be lost.  A socket that is bound to a missing device
-        is not found.  Undoing that needs CAP_NET_RAW, so the socket serves no second time.  Source:
+        is not found.  Undoing that needs CAP_NET_RAW, so the socket cannot be used again.  Source:
         inet_lhash2_lookup(); inet_unhash(), which calls reuseport_stop_listen_sock() first, both in
         net/ipv4/inet_hashtables.c.
         """

@@ -26,7 +26,7 @@ REQUESTS = 20
 
 
 class Server:
-    """Answers one request after the other, and notes when."""
+    """Answers one request after the other."""
 
     def __init__(self) -> None:
         self._listening = socket.create_server(("127.0.0.1", 0))

@@ -1468,6 +1468,17 @@ def test_under_a_hold_new_clients_get_no_answer_and_come_in_after_it(reloaded: W
     assert reloaded.waiting() == [0]
 
 
+def test_a_stop_after_a_hold_refuses_new_clients(reloaded: World) -> None:
+    on_hold(reloaded)
+    on_hold(reloaded, False)
+
+    assert reloaded.listener.refuse_new()
+
+    with socket.socket() as late:
+        late.settimeout(DEADLINE_S)
+        assert late.connect_ex(reloaded.listener.socket.getsockname()) == errno.ECONNREFUSED
+
+
 def test_a_reload_meanwhile_lets_no_client_in_either(reloaded: World) -> None:
     on_hold(reloaded)
     supersede(reloaded)

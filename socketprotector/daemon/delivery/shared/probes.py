@@ -333,8 +333,8 @@ class Probes:
             self.probed.discard(place)
             self._marks.pop(place, None)
         if self.probed != before:
-            # Before such a place gets a socket at which clients of a hold wait
-            # (SocketSteering.adopt_held()), as in clients_come().
+            # Write the state before such a place gets a socket at which clients of a hold wait
+            # (SocketSteering.adopt_held()), as clients_come() does.
             self._persist()
         return unreadable
 

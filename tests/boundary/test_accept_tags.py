@@ -187,15 +187,58 @@ def counts(two: list[Listener]) -> OpenCounts:
     return counting(two[:1])
 
 
-@pytest.mark.usefixtures("told")
-def test_each_generation_has_a_tag_of_its_own(counts: OpenCounts) -> None:
+def test_each_generation_has_a_tag_of_its_own(told: Told, counts: OpenCounts) -> None:
     first = counts.tag_sockets(0, ())
     second = counts.tag_sockets(1, first)
     again = counts.tag_sockets(0, second)
     third = counts.tag_sockets(1, {*second, *again})
 
-    assert len({*first, *second, *third}) == 3
-    assert again == first  # nothing of the first is left
+    assert len({*first, *second, *again, *third}) == 4
+    assert told.asked == 1
+
+
+def test_most_reloads_query_nothing(told: Told, counts: OpenCounts) -> None:
+    """One query finds several unused tags, and a connection gets a tag only from a socket."""
+    serving = counts.tag_sockets(0, ())
+    for generation in range(1, 21):
+        has(told, serving[0][1])
+        new = counts.tag_sockets(generation % 2, serving)
+        assert new not in (serving, ((0, NO_TAG),))
+        serving = new
+
+    assert told.asked <= 1 + 20 / 3
+
+
+def test_a_tag_that_a_socket_had_for_a_moment_is_not_unused(
+    monkeypatch: pytest.MonkeyPatch, told: Told, counts: OpenCounts
+) -> None:
+    first, tag = counts.tag_sockets(0, ()), accept_tags.tag
+    with monkeypatch.context() as patch:
+        patch.setattr(accept_tags, "tag", lambda *given: tag(*given) | {4, 5})
+        second = counts.tag_sockets(1, first)
+    told.says = [{}]  # from now on only known tags can be chosen
+    later = {counts.tag_sockets(number % 2, {*first, *second})[0][1] for number in range(7)}
+
+    assert NO_TAG in later
+    assert later.isdisjoint({4, 5, first[0][1], second[0][1]})
+    assert len(later) > 2
+
+
+def test_after_an_error_no_tag_is_known_to_be_unused(
+    monkeypatch: pytest.MonkeyPatch, told: Told, counts: OpenCounts
+) -> None:
+    """The options are set one by one, so the socket may have had any tag."""
+    first = counts.tag_sockets(0, ())
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOBUFS, "no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accept_tags, "tag", fails)
+        assert counts.tag_sockets(1, first) == ()
+    counts.tag_sockets(1, first)
+
+    assert told.asked == 2
 
 
 @pytest.mark.usefixtures("told")
@@ -276,18 +319,18 @@ def test_a_tag_of_which_connections_are_open_is_nobody_elses(
 
 
 def test_a_generation_that_begins_while_the_kernel_does_not_tell_takes_nothing_from_others(
-    told: Told, counts: OpenCounts
+    told: Told, counts: OpenCounts, two: list[Listener]
 ) -> None:
     """There may be no descriptor to ask it with, for that moment."""
     first = counts.tag_sockets(0, ())
     told.says = [{}]
-    second = counts.tag_sockets(1, first)
-    again = counts.tag_sockets(0, {*first, *second})
+    upgraded = counting(two[:1])
+    second = upgraded.tag_sockets(1, first)
+    again = upgraded.tag_sockets(0, {*first, *second})
     has(told, *(tag for _, tag in first))
-    counts._next_query_at = 0.0
 
     assert second == again == ((0, NO_TAG),)
-    assert [counts.active(tags) for tags in (first, second, again)] == [1, None, None]
+    assert [upgraded.active(tags) for tags in (first, second, again)] == [1, None, None]
 
 
 def test_whose_client_waits_is_not_known_where_only_the_gone_had_that_tag(

@@ -63,7 +63,7 @@ def test_many_steps_lose_nothing_and_leave_nothing(handoff: str, part: int) -> N
 @pytest.mark.timeout(rounds(120, 3600))
 @pytest.mark.parametrize("handoff", ["connection", "listener"])
 def test_rollouts_share_and_stay_within_their_bound(handoff: str) -> None:
-    lives = str(rounds(12, 500))
+    lives = str(rounds(20, 500))
     seen = simulate("--rollouts", "--verbose", "--handoff", handoff, "--lives", lives)
 
     for stage in ("canary: share", "canary: all clients", "rolling: the others"):

@@ -38,6 +38,10 @@ class OpenCounts:
     #: Index of a listener -> how many connections carry each tag.  A listener is missing if it
     #: has one socket, or if the kernel did not answer.
     _found: dict[int, Counter[int]] = field(default_factory=dict)
+    #: Index of a TCP listener -> tags that no connection carries.  The last query found none with
+    #: such a tag, and no socket has had the tag since then.  So a reload need not query: with
+    #: 260,000 places in the kernel's table of connections, a query takes 4 ms or more.
+    _unused: dict[int, set[int]] = field(default_factory=dict)
     _next_query_at: float = 0.0
 
     def tag_sockets(
@@ -81,7 +85,8 @@ class OpenCounts:
             raise OSError(errno.EBUSY, _OTHERS_WAIT)
         tag = NO_TAG
         with suppress(OSError):  # for example no descriptor is free, or the kernel does not answer
-            tag = self._unused(listener, socket_number, used)
+            tag = self._unused_tag(listener, socket_number, used)
+        unused = self._unused.pop(listener.index, set())  # unknown if an OSError ends this method
         earlier = accept_tags.tag(listening, tag, used)
         if earlier and listener.has_waiting(socket_number):
             # Connections in the backlog may carry one of this socket's earlier tags.  A count by
@@ -93,26 +98,33 @@ class OpenCounts:
             if not earlier.isdisjoint(used):
                 raise OSError(errno.EBUSY, _OTHERS_WAIT)
             tag = NO_TAG
+        self._unused[listener.index] = unused - {tag, *earlier}
         return listener.index, tag
 
-    def _unused(self, listener: Listener, socket_number: int, used: Collection[int]) -> int:
+    def _unused_tag(self, listener: Listener, socket_number: int, used: Collection[int]) -> int:
         """Return a tag that no accepted connection carries; NO_TAG: no tag is left.
 
-        Prefer the socket's present tag, because clients in its backlog may carry this tag.
+        Prefer the socket's present tag if clients in its backlog may carry this tag.
 
         used: the tags of other generations.  Raises OSError.
         """
         listening, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
+        tag, other_tag = accept_tags.tag_of(listening), accept_tags.tag_of(other)
+        # A socket that was replaced (socket_repair.py) may have a tag that counts as unused.
+        unused = self._unused.get(listener.index, set()).difference(used, {tag, other_tag})
+        if unused and not listener.has_waiting(socket_number):
+            # The fewer bits change, the fewer tags the socket has in between.
+            return min(unused, key=lambda each: ((each ^ tag).bit_count(), each))
         # Avoid the tags of open connections, too.  A connection may outlive its generation's
         # workers: another process, such as a worker's child, may have the connection.
         ours = self.listeners.host.own_connection
         found, waiting = accept_tags.connections(listening, ours)
         self._found[listener.index] = found
-        tag = accept_tags.tag_of(listening)
+        all_used = {*used, *found, *waiting, other_tag}
+        unused = self._unused[listener.index] = set(range(1, accept_tags.TAGS + 1)) - all_used
         if tag != NO_TAG and tag not in {*used, *found}:
             return tag
-        all_used = {*used, *found, *waiting, accept_tags.tag_of(other)}
-        return min(set(range(1, accept_tags.TAGS + 1)) - all_used, default=NO_TAG)
+        return min(unused, default=NO_TAG)
 
     def active(self, tags: Collection[tuple[int, int]]) -> int | None:
         """Return how many open connections carry these tags; None: unknown.

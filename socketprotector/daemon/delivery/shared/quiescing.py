@@ -176,20 +176,15 @@ class Quiescing:
         must_accept = now < state.accept_until and not all(map(can_stray, with_waiting))
         if gets_clients or must_accept:
             self.begin_again(generation)
+        if waiting:
+            # A query would be useless: this look cannot find the generation quiet.  The next look
+            # counts as the first, because later looks only remove clients from `unread`.
+            state.unread = None
+        elif state.unread is None:
+            state.unread = self._query(generation, queried)
+        elif state.unread and (found := self._query(generation, queried)) is not None:
+            state.unread = {client: found[client] for client in state.unread if client in found}
         unread = state.unread
-        # sock_diag reports by port: it cannot tell apart the backlogs of an address's two sockets.
-        # If no client waits for this generation, all clients in both backlogs are the other
-        # generation's, so leave them out.  If clients wait for this generation, the result does not
-        # matter, because this look cannot find the generation quiet.
-        query = partial(self._query, generation, queried, accepted_only=not waiting)
-        if unread is None:
-            unread = query()
-        elif unread and (found := query()) is not None:
-            unread = {client: found[client] for client in unread if client in found}
-        # The first look cannot see clients in a UNIX backlog, and later looks only remove clients
-        # from `unread`.  So while clients wait, set `unread` to None: the next look counts as the
-        # first.
-        state.unread = None if waiting else unread
         state.waited_s += state.delay_s
         state.quiet_s += state.delay_s if state.quiet_looks else 0.0
         state.quiet_looks += 1
@@ -217,15 +212,13 @@ class Quiescing:
         self._loop.call_after(("quiesce", generation), state.delay_s, again)
 
     def _query(
-        self, generation: int, listeners: Sequence[Listener], *, accepted_only: bool
+        self, generation: int, listeners: Sequence[Listener]
     ) -> dict[tuple[int, bytes], bool] | None:
         """Return the unread clients of these listeners, and whether each is silent.
 
         For a generation with `reads_on`, return instead the clients whose handshake is under way.
         None: the system is short of memory or descriptors, so try again.  If a query has failed for
         another reason, leave out the clients of its address family.
-
-        accepted_only: whether to leave out clients that wait in a backlog.
         """
         state, found = self._generations[generation], dict[tuple[int, bytes], bool]()
         for family in {each.socket.family for each in listeners}:
@@ -249,7 +242,10 @@ class Quiescing:
                     handshakes = handshakes_by_port(family, ports)
                     known = {port: dict.fromkeys(each, False) for port, each in handshakes.items()}
                 else:
-                    known = unread_by_port(family, ports, accepted=accepted_only)
+                    # sock_diag reports by port: it cannot tell apart the backlogs of an address's
+                    # two sockets.  No client waits for this generation (see _look()), so all
+                    # clients in both backlogs are the other generation's: leave them out.
+                    known = unread_by_port(family, ports, accepted=True)
             except OSError as error:
                 if error.errno in RESOURCE_ERRNOS:
                     return None

@@ -1,30 +1,43 @@
 /* The least that can replace workers: fork, exec, and a signal; nothing else.
  *
- *     least PORT|PATH COMMAND...    listens, and starts COMMAND twice, with the listener as
- *                                   descriptor 3; at HUP it starts two more and, 0.5 s later,
- *                                   sends TERM to the first two
+ *     least [forward] PORT|PATH COMMAND...
+ *
+ * It listens, and starts COMMAND twice, with the listener as descriptor 3; at HUP it starts two
+ * more and, 0.5 s later, sends TERM to the first two.  With `forward`, it accepts itself, and the
+ * workers get the connections by the channel of docs/protocol.md; at a reload, the end of the first
+ * channel ends the first two.
  *
  * It checks no release, and waits for none.  So its gap at a reload is mostly the workers' own.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
+#include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { WORKERS = 2, BACKLOG = 4096, LISTENER = 3 };
+#include "forward_one.h"
 
-static const struct timespec overlap = {0, 500000000};
+enum { WORKERS = 2, BACKLOG = 4096, LISTENER = 3, OVERLAP_MS = 500 };
+
+struct generation {
+    pid_t pids[WORKERS]; /* 0: it has ended */
+    int channel;         /* -1: its workers accept themselves */
+};
+
 static sigset_t watched;
-static pid_t serving[WORKERS], newer[WORKERS]; /* 0: it has ended */
+static struct generation serving, newer;
 
 static void die(const char *what)
 {
@@ -47,25 +60,56 @@ static int listen_at(const char *where)
     return fd;
 }
 
-static void start(char **command, pid_t *pids)
+/* Never returns.  theirs: the workers' end of the channel, or -1. */
+static void become(char **command, int theirs)
 {
-    for (int i = 0; i < WORKERS; i++) {
-        pids[i] = fork();
-        if (pids[i] < 0)
-            die("fork");
-        if (pids[i] == 0) {
-            sigprocmask(SIG_UNBLOCK, &watched, NULL);
-            execvp(command[0], command);
-            die(command[0]);
-        }
+    struct sched_param no_priority = {0};
+    char number[16];
+
+    sigprocmask(SIG_UNBLOCK, &watched, NULL);
+    if (theirs >= 0) {
+        setsid(); /* as our workers do */
+        sched_setscheduler(0, SCHED_OTHER, &no_priority);
+        close(LISTENER);
+        snprintf(number, sizeof number, "%d", theirs);
+        setenv("SOCKETPROTECTOR_CHANNEL", number, 1);
+        setenv("SOCKETPROTECTOR_LISTENERS", "tcp:127.0.0.1:1", 1);
+        fcntl(theirs, F_SETFD, 0);
     }
+    execvp(command[0], command);
+    die(command[0]);
 }
 
-static void end(const pid_t *pids)
+static void start(char **command, int forwards, struct generation *started)
 {
+    int channel[2] = {-1, -1}, room = 1 << 18;
+
+    if (forwards) {
+        if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, channel) < 0)
+            die("socketpair");
+        setsockopt(channel[1], SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
+    }
+    for (int i = 0; i < WORKERS; i++) {
+        started->pids[i] = fork();
+        if (started->pids[i] < 0)
+            die("fork");
+        if (started->pids[i] == 0)
+            become(command, channel[0]);
+    }
+    if (forwards)
+        close(channel[0]);
+    started->channel = channel[1];
+}
+
+static void end(const struct generation *ended)
+{
+    if (ended->channel >= 0) {
+        close(ended->channel);
+        return;
+    }
     for (int i = 0; i < WORKERS; i++)
-        if (pids[i])
-            kill(pids[i], SIGTERM);
+        if (ended->pids[i])
+            kill(ended->pids[i], SIGTERM);
 }
 
 /* Reap ended workers, so that end() signals no process that got an ended worker's pid. */
@@ -75,41 +119,79 @@ static void reap(void)
 
     while ((pid = waitpid(-1, NULL, WNOHANG)) > 0)
         for (int i = 0; i < WORKERS; i++) {
-            serving[i] = serving[i] == pid ? 0 : serving[i];
-            newer[i] = newer[i] == pid ? 0 : newer[i];
+            serving.pids[i] = serving.pids[i] == pid ? 0 : serving.pids[i];
+            newer.pids[i] = newer.pids[i] == pid ? 0 : newer.pids[i];
         }
+}
+
+static int64_t now_ms(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000LL + now.tv_nsec / 1000000;
+}
+
+/* Returns the number of the signal, 0 when the time is over.  Forwards until then. */
+static int next_signal(int signals, int forwards, int64_t until_ms)
+{
+    struct pollfd watch[2] = {{signals, POLLIN, 0}, {LISTENER, POLLIN, 0}};
+    struct signalfd_siginfo got;
+
+    for (;;) {
+        int64_t left_ms = until_ms < 0 ? -1 : until_ms - now_ms();
+
+        if (until_ms >= 0 && left_ms <= 0)
+            return 0;
+        if (poll(watch, forwards ? 2 : 1, (int)left_ms) < 0 && errno != EINTR)
+            die("poll");
+        if (read(signals, &got, sizeof got) == sizeof got)
+            return (int)got.ssi_signo;
+        for (int i = 0; forwards && i < BURST && forward_one(LISTENER, serving.channel); i++)
+            ;
+    }
 }
 
 int main(int argc, char **argv)
 {
-    sigset_t term;
+    struct sched_param no_priority = {0};
+    int forwards = argc > 1 && strcmp(argv[1], "forward") == 0;
+    int64_t until_ms = -1; /* -1: it does not replace */
 
-    if (argc < 3)
+    argv += forwards;
+    if (argc - forwards < 3)
         return 2;
-    sigemptyset(&term);
-    sigaddset(&term, SIGTERM);
-    watched = term;
+    sigemptyset(&watched);
+    sigaddset(&watched, SIGTERM);
     sigaddset(&watched, SIGHUP);
     sigaddset(&watched, SIGCHLD);
     sigprocmask(SIG_BLOCK, &watched, NULL);
     int listener = listen_at(argv[1]);
     if (listener != LISTENER && dup2(listener, LISTENER) < 0)
         die("dup2");
-    start(argv + 2, serving);
+    int signals = signalfd(-1, &watched, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (signals < 0)
+        die("signalfd");
+    if (forwards) {
+        fcntl(LISTENER, F_SETFL, fcntl(LISTENER, F_GETFL) | O_NONBLOCK);
+        sched_setscheduler(0, SCHED_BATCH, &no_priority);
+    }
+    start(argv + 2, forwards, &serving);
     for (int got = 0; got != SIGTERM;) {
-        got = sigwaitinfo(&watched, NULL);
-        if (got == SIGHUP) {
-            start(argv + 2, newer);
-            if (sigtimedwait(&term, NULL, &overlap) == SIGTERM)
-                got = SIGTERM;
-            reap();
-            end(got == SIGTERM ? newer : serving);
-            if (got == SIGHUP)
-                memcpy(serving, newer, sizeof serving);
+        got = next_signal(signals, forwards, until_ms);
+        if (got == SIGHUP && until_ms < 0) { /* another one has no effect until it has replaced */
+            start(argv + 2, forwards, &newer);
+            until_ms = now_ms() + OVERLAP_MS;
+        } else if (got == 0) {
+            end(&serving);
+            serving = newer;
+            until_ms = -1;
         }
         reap();
     }
-    end(serving);
+    end(&serving);
+    if (until_ms >= 0)
+        end(&newer);
     while (wait(NULL) > 0 || errno == EINTR)
         ;
     return 0;

@@ -37,12 +37,13 @@ class Switches(NamedTuple):
 
 
 def built(name: str, *, preloaded: bool = False) -> str:
-    """Return the path of bench/NAME, compiled from bench/NAME.c if that is newer.
+    """Return the path of bench/NAME, compiled from bench/NAME.c if that or a header is newer.
 
     preloaded: as NAME.so, for LD_PRELOAD.
     """
     source, binary = HERE / f"{name}.c", HERE / (f"{name}.so" if preloaded else name)
-    if not binary.exists() or binary.stat().st_mtime < source.stat().st_mtime:
+    newest_s = max(each.stat().st_mtime for each in (source, *HERE.glob("*.h")))
+    if not binary.exists() or binary.stat().st_mtime < newest_s:
         flags = ["-std=c99", "-O2", "-Wall", "-Wextra", "-Werror"]
         flags += ["-fPIC", "-shared"] if preloaded else []
         # Renamed, because another process may run or compile it now.

@@ -145,15 +145,19 @@ ALL = (
     *(
         Rival(
             name,
-            "{built}/least {port} " + worker,
+            f"{{built}}/least {form}{{port}} {worker}",
             "{python} --version",
             _LEAST_DOES,
             "bench/least.c",
             without=_BEYOND_LEAST,
-            at_path="{built}/least {path} " + worker,
+            at_path=f"{{built}}/least {form}{{path}} {worker}",
             compared=False,
         )
-        for name, worker in (("least", "{worker} fd:3"), ("least-c", "{built}/serve 3"))
+        for name, form, worker in (
+            ("least", "", "{worker} fd:3"),
+            ("least-c", "", "{built}/serve 3"),
+            ("least-forward", "forward ", "{worker} library"),
+        )
     ),
     Rival(
         "server-starter",

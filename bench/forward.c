@@ -69,7 +69,8 @@ int main(int argc, char **argv)
     for (;;) {
         if (epoll_wait(set, &event, 1, -1) < 0 && errno != EINTR)
             die("epoll_wait");
-        for (int i = 0; i < BURST && forward_one(listener, channel[1]); i++)
-            ;
+        for (int i = 0, forwarded = 1; i < BURST && forwarded; i++)
+            if ((forwarded = forward_one(listener, channel[1])) < 0)
+                return 0; /* the worker has ended */
     }
 }

@@ -2,9 +2,7 @@
  *
  * forward.c and least.c share it.
  */
-#include <errno.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -19,7 +17,7 @@ struct header { /* docs/protocol.md, "Channel" */
     uint64_t accepted_ns;
 };
 
-/* Returns 0 when no client waits. */
+/* Forward one client; return 1, 0 if no client waits, or -1 if no worker is left. */
 static int forward_one(int listener, int channel)
 {
     union {
@@ -38,8 +36,7 @@ static int forward_one(int listener, int channel)
     clock_gettime(CLOCK_MONOTONIC, &now);
     header.accepted_ns = (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec;
     memcpy(CMSG_DATA(&rights.header), &fd, sizeof fd);
-    if (sendmsg(channel, &message, MSG_NOSIGNAL) < 0) /* waits for room */
-        exit(0); /* the worker has ended */
+    int sent = (int)sendmsg(channel, &message, MSG_NOSIGNAL); /* waits for room */
     close(fd);
-    return 1;
+    return sent < 0 ? -1 : 1;
 }

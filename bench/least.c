@@ -3,9 +3,9 @@
  *     least [forward] PORT|PATH COMMAND...
  *
  * It listens, and starts COMMAND twice, with the listener as descriptor 3; at HUP it starts two
- * more and, 0.5 s later, sends TERM to the first two.  With `forward`, it accepts itself, and the
- * workers get the connections by the channel of docs/protocol.md; at a reload, the end of the first
- * channel ends the first two.
+ * more and, 0.5 s later, sends TERM to the first two.  With `forward`, it accepts the
+ * connections and sends them to the workers (docs/protocol.md, "Channel").  At a reload it then
+ * closes the first channel instead of sending TERM, and the first two workers finish.
  *
  * It checks no release, and waits for none.  So its gap at a reload is mostly the workers' own.
  */
@@ -32,7 +32,7 @@
 enum { WORKERS = 2, BACKLOG = 4096, LISTENER = 3, OVERLAP_MS = 500 };
 
 struct generation {
-    pid_t pids[WORKERS]; /* 0: it has ended */
+    pid_t pids[WORKERS]; /* 0: the worker has ended */
     int channel;         /* -1: its workers accept themselves */
 };
 
@@ -60,7 +60,7 @@ static int listen_at(const char *where)
     return fd;
 }
 
-/* Never returns.  theirs: the workers' end of the channel, or -1. */
+/* Run COMMAND in this child.  theirs: the workers' end of the channel; -1: the workers accept. */
 static void become(char **command, int theirs)
 {
     struct sched_param no_priority = {0};
@@ -132,7 +132,7 @@ static int64_t now_ms(void)
     return now.tv_sec * 1000LL + now.tv_nsec / 1000000;
 }
 
-/* Returns the number of the signal, 0 when the time is over.  Forwards until then. */
+/* Return the next signal's number; 0 at until_ms (-1: no limit).  Forward connections meanwhile. */
 static int next_signal(int signals, int forwards, int64_t until_ms)
 {
     struct pollfd watch[2] = {{signals, POLLIN, 0}, {LISTENER, POLLIN, 0}};
@@ -147,8 +147,9 @@ static int next_signal(int signals, int forwards, int64_t until_ms)
             die("poll");
         if (read(signals, &got, sizeof got) == sizeof got)
             return (int)got.ssi_signo;
-        for (int i = 0; forwards && i < BURST && forward_one(LISTENER, serving.channel); i++)
-            ;
+        for (int i = 0, forwarded = forwards; i < BURST && forwarded; i++)
+            if ((forwarded = forward_one(LISTENER, serving.channel)) < 0)
+                die("no worker is left");
     }
 }
 
@@ -156,7 +157,8 @@ int main(int argc, char **argv)
 {
     struct sched_param no_priority = {0};
     int forwards = argc > 1 && strcmp(argv[1], "forward") == 0;
-    int64_t until_ms = -1; /* -1: it does not replace */
+    int64_t until_ms = -1; /* when to end the old workers; -1: no replacement is under way */
+    int wanted = 0;        /* whether to begin another replacement after this one */
 
     argv += forwards;
     if (argc - forwards < 3)
@@ -179,13 +181,16 @@ int main(int argc, char **argv)
     start(argv + 2, forwards, &serving);
     for (int got = 0; got != SIGTERM;) {
         got = next_signal(signals, forwards, until_ms);
-        if (got == SIGHUP && until_ms < 0) { /* another one has no effect until it has replaced */
-            start(argv + 2, forwards, &newer);
-            until_ms = now_ms() + OVERLAP_MS;
-        } else if (got == 0) {
+        wanted = wanted || got == SIGHUP;
+        if (got == 0) {
             end(&serving);
             serving = newer;
             until_ms = -1;
+        }
+        if (wanted && until_ms < 0) {
+            start(argv + 2, forwards, &newer);
+            until_ms = now_ms() + OVERLAP_MS;
+            wanted = 0;
         }
         reap();
     }

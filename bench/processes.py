@@ -37,7 +37,7 @@ class Switches(NamedTuple):
 
 
 def built(name: str, *, preloaded: bool = False) -> str:
-    """Return the path of bench/NAME, compiled from bench/NAME.c if that or a header is newer.
+    """Return the path of bench/NAME; compile it first if bench/NAME.c or a header is newer.
 
     preloaded: as NAME.so, for LD_PRELOAD.
     """

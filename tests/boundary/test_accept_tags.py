@@ -198,7 +198,7 @@ def test_each_generation_has_a_tag_of_its_own(told: Told, counts: OpenCounts) ->
 
 
 def test_most_reloads_query_nothing(told: Told, counts: OpenCounts) -> None:
-    """One query finds several unused tags, and a connection gets a tag only from a socket."""
+    """One query finds several unused tags, which the next reloads use."""
     serving = counts.tag_sockets(0, ())
     for generation in range(1, 21):
         has(told, serving[0][1])
@@ -216,12 +216,36 @@ def test_a_tag_that_a_socket_had_for_a_moment_is_not_unused(
     with monkeypatch.context() as patch:
         patch.setattr(accept_tags, "tag", lambda *given: tag(*given) | {4, 5})
         second = counts.tag_sockets(1, first)
-    told.says = [{}]  # from now on only known tags can be chosen
+    told.says = [{}]  # from now on each query fails, so only remembered tags are left
     later = {counts.tag_sockets(number % 2, {*first, *second})[0][1] for number in range(7)}
 
     assert NO_TAG in later
     assert later.isdisjoint({4, 5, first[0][1], second[0][1]})
     assert len(later) > 2
+
+
+def test_a_socket_keeps_its_tag_while_a_client_waits_there(
+    told: Told, counts: OpenCounts, two: list[Listener]
+) -> None:
+    """With another tag, that client would be counted for no generation."""
+    first = counts.tag_sockets(0, ())
+    second = counts.tag_sockets(1, first)
+    with socket.create_connection(two[0].socket.getsockname()):
+        assert counts.tag_sockets(0, second) == first
+    assert told.asked == 2
+
+
+@pytest.mark.usefixtures("told")
+def test_a_tag_that_another_program_gave_to_a_socket_is_not_chosen(
+    counts: OpenCounts, two: list[Listener]
+) -> None:
+    counts.tag_sockets(0, ())
+    for tag in range(1, accept_tags.TAGS + 1):
+        accept_tags.tag(two[0].sockets[1], tag)
+        accept_tags.tag(two[0].sockets[0], tag % accept_tags.TAGS + 1)
+
+        ((_, chosen),) = counts.tag_sockets(0, ())
+        assert chosen != tag
 
 
 def test_after_an_error_no_tag_is_known_to_be_unused(
@@ -387,7 +411,8 @@ def test_the_tag_of_clients_that_wait_elsewhere_is_given_to_none(
     stack.enter_context(socket.create_connection(its.socket.getsockname()))
     assert counts.tag_sockets(0, first) == ()  # for him; and it is not known whose tag that is
 
-    found = counts.tag_sockets(1, {(0, accept_tags.tag_of(its.sockets[1]))})
+    upgraded = counting(two[:1])  # remembers no unused tags
+    found = upgraded.tag_sockets(1, {(0, accept_tags.tag_of(its.sockets[1]))})
 
     assert found
     assert not set(found) & set(first)

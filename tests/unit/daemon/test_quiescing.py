@@ -45,9 +45,7 @@ class World:
         )
         self.pairs = [cast("Listener", listener)]
         patch.setattr(quiescing, "unread_by_port", self._unread)
-        patch.setattr(
-            quiescing, "handshakes_by_port", lambda _, ports: self._of(ports, self.shaking)
-        )
+        patch.setattr(quiescing, "handshakes_by_port", self._handshakes)
         host = SimpleNamespace(runtime=self.clock.use_in(patch, quiescing))
         self.turns = Turns()
         listeners = SimpleNamespace(host=host, awaited=self._awaited, can_stray=self._can_stray)
@@ -61,10 +59,15 @@ class World:
     def _awaited(self, _generation: int, leave_out: Collection[int]) -> list[Listener]:
         return [each for each in self.pairs if each.index not in leave_out]
 
+    def _handshakes(self, _family: int, ports: set[int]) -> Any:
+        assert not self.in_backlog, "a query would be useless"
+        return self._of(ports, self.shaking)
+
     def _unread(self, _family: int, ports: set[int], *, accepted: bool) -> Any:
         if self.scarce:
             raise OSError(24, "Too many open files")
-        assert accepted == (not self.in_backlog)
+        assert accepted
+        assert not self.in_backlog, "a query would be useless"
         return self._of(ports, self.unread)
 
     @staticmethod
@@ -100,6 +103,16 @@ def test_one_whose_workers_read_on_is_quiet_after_two_looks(world: World) -> Non
     world.unread = {READ: False}  # they read from it before they leave
     world.begin(reads_on=True)
     assert not world.ended
+    world.clock.pass_time(0.05)
+    assert len(world.ended) == 1
+
+
+def test_while_its_clients_wait_no_handshake_is_looked_for(world: World) -> None:
+    world.in_backlog = True
+    world.begin(reads_on=True)
+    world.clock.pass_time(1)
+    assert not world.ended
+    world.in_backlog = False
     world.clock.pass_time(0.05)
     assert len(world.ended) == 1
 

@@ -38,9 +38,10 @@ class OpenCounts:
     #: Index of a listener -> how many connections carry each tag.  A listener is missing if it
     #: has one socket, or if the kernel did not answer.
     _found: dict[int, Counter[int]] = field(default_factory=dict)
-    #: Index of a TCP listener -> tags that no connection carries.  The last query found none with
-    #: such a tag, and no socket has had the tag since then.  So a reload need not query: with
-    #: 260,000 places in the kernel's table of connections, a query takes 4 ms or more.
+    #: Index of a TCP listener -> tags that no connection carries: the last query of _unused_tag()
+    #: found no connection with such a tag, and we have since given the tag to no socket.  So most
+    #: reloads need no query.  A query takes 4 ms or more if the kernel's table of connections has
+    #: 260,000 places.
     _unused: dict[int, set[int]] = field(default_factory=dict)
     _next_query_at: float = 0.0
 
@@ -86,7 +87,8 @@ class OpenCounts:
         tag = NO_TAG
         with suppress(OSError):  # for example no descriptor is free, or the kernel does not answer
             tag = self._unused_tag(listener, socket_number, used)
-        unused = self._unused.pop(listener.index, set())  # unknown if an OSError ends this method
+        # Removed first: if setting the tag fails, we do not know which tags the socket has had.
+        unused = self._unused.pop(listener.index, set())
         earlier = accept_tags.tag(listening, tag, used)
         if earlier and listener.has_waiting(socket_number):
             # Connections in the backlog may carry one of this socket's earlier tags.  A count by
@@ -104,16 +106,18 @@ class OpenCounts:
     def _unused_tag(self, listener: Listener, socket_number: int, used: Collection[int]) -> int:
         """Return a tag that no accepted connection carries; NO_TAG: no tag is left.
 
-        Prefer the socket's present tag if clients in its backlog may carry this tag.
+        After a query, prefer the socket's present tag, because clients in its backlog may carry
+        this tag.
 
         used: the tags of other generations.  Raises OSError.
         """
         listening, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
         tag, other_tag = accept_tags.tag_of(listening), accept_tags.tag_of(other)
-        # A socket that was replaced (socket_repair.py) may have a tag that counts as unused.
+        # If the tag of a replaced socket could not be copied (tcp_listener.py), the new socket has
+        # a tag that may be in `_unused`.
         unused = self._unused.get(listener.index, set()).difference(used, {tag, other_tag})
         if unused and not listener.has_waiting(socket_number):
-            # The fewer bits change, the fewer tags the socket has in between.
+            # Each changed bit gives the socket one more tag for a moment, so change few bits.
             return min(unused, key=lambda each: ((each ^ tag).bit_count(), each))
         # Avoid the tags of open connections, too.  A connection may outlive its generation's
         # workers: another process, such as a worker's child, may have the connection.

@@ -177,8 +177,9 @@ class Quiescing:
         if gets_clients or must_accept:
             self.begin_again(generation)
         if waiting:
-            # A query would be useless: this look cannot find the generation quiet.  The next look
-            # counts as the first, because later looks only remove clients from `unread`.
+            # Do not query: while clients wait, the generation is not quiet.  Once they are
+            # accepted, they may be unread.  Later looks only remove clients from `unread`, so the
+            # next look counts as the first.
             state.unread = None
         elif state.unread is None:
             state.unread = self._query(generation, queried)

@@ -41,9 +41,12 @@ def _of_port(host: str, port: int) -> str:
     def listens(each: Any) -> bool:
         return each.status == psutil.CONN_LISTEN and has_port(each)
 
-    found = []
-    with suppress(psutil.Error, OSError):  # there is no /proc, or we may not read it
-        found = [each for each in psutil.net_connections("tcp") if has_port(each)]
+    found: list[Any] = []
+    for _ in range(2):  # sockets come and go while /proc is read, so that one can be missed
+        with suppress(psutil.Error, OSError):  # there is no /proc, or we may not read it
+            found = [each for each in psutil.net_connections("tcp") if has_port(each)]
+        if any(each.pid for each in found):
+            break
     # If no socket listens on the port, an outgoing connection uses the port.
     pids = [each.pid for each in [*filter(listens, found)] or found if each.pid]
     if os.getpid() in pids:  # the configuration has the address twice

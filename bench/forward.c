@@ -18,7 +18,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "forward_one.h"
+#include "forward.h"
 
 static void die(const char *what)
 {
@@ -28,18 +28,13 @@ static void die(const char *what)
 
 static void start(char **command, int channel, pid_t parent)
 {
-    char number[16];
-
     if (fork() != 0)
         return;
     prctl(PR_SET_PDEATHSIG, SIGTERM);
     if (getppid() != parent)
         exit(0);
     setsid(); /* as our workers do */
-    snprintf(number, sizeof number, "%d", channel);
-    setenv("SOCKETPROTECTOR_CHANNEL", number, 1);
-    setenv("SOCKETPROTECTOR_LISTENERS", "tcp:127.0.0.1:1", 1);
-    fcntl(channel, F_SETFD, 0);
+    inherit_channel(channel);
     execvp(command[0], command);
     die(command[0]);
 }
@@ -69,8 +64,7 @@ int main(int argc, char **argv)
     for (;;) {
         if (epoll_wait(set, &event, 1, -1) < 0 && errno != EINTR)
             die("epoll_wait");
-        for (int i = 0, forwarded = 1; i < BURST && forwarded; i++)
-            if ((forwarded = forward_one(listener, channel[1])) < 0)
-                return 0; /* the worker has ended */
+        if (forward_waiting(listener, channel[1]) < 0)
+            return 0; /* the worker has ended */
     }
 }

@@ -27,7 +27,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "forward_one.h"
+#include "forward.h"
 
 enum { WORKERS = 2, BACKLOG = 4096, LISTENER = 3, OVERLAP_MS = 500 };
 
@@ -64,17 +64,13 @@ static int listen_at(const char *where)
 static void become(char **command, int theirs)
 {
     struct sched_param no_priority = {0};
-    char number[16];
 
     sigprocmask(SIG_UNBLOCK, &watched, NULL);
     if (theirs >= 0) {
         setsid(); /* as our workers do */
         sched_setscheduler(0, SCHED_OTHER, &no_priority);
         close(LISTENER);
-        snprintf(number, sizeof number, "%d", theirs);
-        setenv("SOCKETPROTECTOR_CHANNEL", number, 1);
-        setenv("SOCKETPROTECTOR_LISTENERS", "tcp:127.0.0.1:1", 1);
-        fcntl(theirs, F_SETFD, 0);
+        inherit_channel(theirs);
     }
     execvp(command[0], command);
     die(command[0]);
@@ -147,9 +143,8 @@ static int next_signal(int signals, int forwards, int64_t until_ms)
             die("poll");
         if (read(signals, &got, sizeof got) == sizeof got)
             return (int)got.ssi_signo;
-        for (int i = 0, forwarded = forwards; i < BURST && forwarded; i++)
-            if ((forwarded = forward_one(LISTENER, serving.channel)) < 0)
-                die("no worker is left");
+        if (forwards && forward_waiting(LISTENER, serving.channel) < 0)
+            die("no worker is left");
     }
 }
 

@@ -87,12 +87,12 @@ def test_those_at_another_address_of_the_port_are_not_counted(stack: ExitStack) 
     assert accept_tags.connections(other)[0] == Counter({3: 2})
 
 
-class Told:
-    """A kernel that says what it is to say, and the time that it takes for that."""
+class Kernel:
+    """A kernel with given answers, and the time that each query takes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.takes_s, self.asked = 100.0, 0.5, 0
-        self.says: list[dict[int, int]] = []  # of one listener after the other
+        self.now, self.takes_s, self.queries = 100.0, 0.5, 0
+        self.answers: list[dict[int, int]] = []  # of one listener after the other
         monkeypatch.setattr("time.monotonic", lambda: self.now)
         monkeypatch.setattr(accept_tags, "connections", self.connections)
 
@@ -100,8 +100,8 @@ class Told:
         self, listening: socket.socket, but: socket.socket | None = None
     ) -> tuple[Counter[int], Counter[int]]:
         self.now += self.takes_s
-        self.asked += 1
-        found = self.says[(self.asked - 1) % len(self.says)]
+        self.queries += 1
+        found = self.answers[(self.queries - 1) % len(self.answers)]
         if not found:
             raise OSError(errno.EOPNOTSUPP, "the kernel does not tell")
         return Counter(found), Counter()
@@ -131,19 +131,19 @@ def counting(listeners: list[Listener]) -> OpenCounts:
 def test_a_generation_has_what_has_its_tags_at_all_its_listeners(
     monkeypatch: pytest.MonkeyPatch, two: list[Listener]
 ) -> None:
-    told = Told(monkeypatch)
-    told.says = [{1: 10, 2: 20, 0: 7}, {1: 1, 3: 3}]
+    kernel = Kernel(monkeypatch)
+    kernel.answers = [{1: 10, 2: 20, 0: 7}, {1: 1, 3: 3}]
     counts = counting(two)
 
     assert counts.active(((0, 1), (1, 3))) == 13
     assert counts.active(((0, 2),)) == 20
     assert counts.active(((0, 2), (1, 2))) == 20
-    assert told.asked == 2
+    assert kernel.queries == 2
 
 
 def test_what_is_not_known_is_none(monkeypatch: pytest.MonkeyPatch, two: list[Listener]) -> None:
-    told = Told(monkeypatch)
-    told.says = [{1: 10}, {}]
+    kernel = Kernel(monkeypatch)
+    kernel.answers = [{1: 10}, {}]
     counts = counting(two)
 
     assert counts.active(()) is None
@@ -155,28 +155,28 @@ def test_what_is_not_known_is_none(monkeypatch: pytest.MonkeyPatch, two: list[Li
 def test_the_kernel_is_asked_for_a_tenth_of_the_time_at_most(
     monkeypatch: pytest.MonkeyPatch, two: list[Listener]
 ) -> None:
-    told = Told(monkeypatch)
-    told.says = [{1: 10}, {1: 5}]
+    kernel = Kernel(monkeypatch)
+    kernel.answers = [{1: 10}, {1: 5}]
     counts = counting(two)
     for _ in range(100):
         counts.active(((0, 1),))
-        told.now += 1.0
+        kernel.now += 1.0
 
-    assert 16 <= told.asked <= 22  # both listeners, once in ten seconds
+    assert 16 <= kernel.queries <= 22  # both listeners, once in ten seconds
 
 
 # -- whose connections are whose --------------------------------------------------------
 
 
-def has(told: Told, *tags: int) -> None:
+def has(kernel: Kernel, *tags: int) -> None:
     """Let the kernel report open connections with these tags."""
-    told.says = [dict.fromkeys(tags, 1) or {0: 1}]
+    kernel.answers = [dict.fromkeys(tags, 1) or {0: 1}]
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """A kernel that says that no connection is open."""
-    made = Told(monkeypatch)
+    made = Kernel(monkeypatch)
     has(made)
     return made
 
@@ -187,36 +187,36 @@ def counts(two: list[Listener]) -> OpenCounts:
     return counting(two[:1])
 
 
-def test_each_generation_has_a_tag_of_its_own(told: Told, counts: OpenCounts) -> None:
+def test_each_generation_has_a_tag_of_its_own(kernel: Kernel, counts: OpenCounts) -> None:
     first = counts.tag_sockets(0, ())
     second = counts.tag_sockets(1, first)
     again = counts.tag_sockets(0, second)
     third = counts.tag_sockets(1, {*second, *again})
 
     assert len({*first, *second, *again, *third}) == 4
-    assert told.asked == 1
+    assert kernel.queries == 1
 
 
-def test_most_reloads_query_nothing(told: Told, counts: OpenCounts) -> None:
+def test_most_reloads_query_nothing(kernel: Kernel, counts: OpenCounts) -> None:
     """One query finds several unused tags, which the next reloads use."""
     serving = counts.tag_sockets(0, ())
     for generation in range(1, 21):
-        has(told, serving[0][1])
+        has(kernel, serving[0][1])
         new = counts.tag_sockets(generation % 2, serving)
         assert new not in (serving, ((0, NO_TAG),))
         serving = new
 
-    assert told.asked <= 1 + 20 / 3
+    assert kernel.queries <= 1 + 20 / 3
 
 
 def test_a_tag_that_a_socket_had_for_a_moment_is_not_unused(
-    monkeypatch: pytest.MonkeyPatch, told: Told, counts: OpenCounts
+    monkeypatch: pytest.MonkeyPatch, kernel: Kernel, counts: OpenCounts
 ) -> None:
     first, tag = counts.tag_sockets(0, ()), accept_tags.tag
     with monkeypatch.context() as patch:
         patch.setattr(accept_tags, "tag", lambda *given: tag(*given) | {4, 5})
         second = counts.tag_sockets(1, first)
-    told.says = [{}]  # from now on each query fails, so only remembered tags are left
+    kernel.answers = [{}]  # from now on each query fails, so only remembered tags are left
     later = {counts.tag_sockets(number % 2, {*first, *second})[0][1] for number in range(7)}
 
     assert NO_TAG in later
@@ -225,18 +225,18 @@ def test_a_tag_that_a_socket_had_for_a_moment_is_not_unused(
 
 
 def test_a_socket_keeps_its_tag_while_a_client_waits_there(
-    told: Told, counts: OpenCounts, two: list[Listener]
+    kernel: Kernel, counts: OpenCounts, two: list[Listener]
 ) -> None:
     """With another tag, that client would be counted for no generation."""
     first = counts.tag_sockets(0, ())
     second = counts.tag_sockets(1, first)
     with socket.create_connection(two[0].socket.getsockname()):
         assert counts.tag_sockets(0, second) == first
-    assert told.asked == 2
+    assert kernel.queries == 2
 
 
-@pytest.mark.usefixtures("told")
-def test_a_tag_that_another_program_gave_to_a_socket_is_not_chosen(
+@pytest.mark.usefixtures("kernel")
+def test_a_tag_that_a_socket_has_already_is_not_chosen(
     counts: OpenCounts, two: list[Listener]
 ) -> None:
     counts.tag_sockets(0, ())
@@ -249,7 +249,7 @@ def test_a_tag_that_another_program_gave_to_a_socket_is_not_chosen(
 
 
 def test_after_an_error_no_tag_is_known_to_be_unused(
-    monkeypatch: pytest.MonkeyPatch, told: Told, counts: OpenCounts
+    monkeypatch: pytest.MonkeyPatch, kernel: Kernel, counts: OpenCounts
 ) -> None:
     """The options are set one by one, so the socket may have had any tag."""
     first = counts.tag_sockets(0, ())
@@ -262,10 +262,10 @@ def test_after_an_error_no_tag_is_known_to_be_unused(
         assert counts.tag_sockets(1, first) == ()
     counts.tag_sockets(1, first)
 
-    assert told.asked == 2
+    assert kernel.queries == 2
 
 
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("kernel")
 def test_where_a_client_of_another_one_waits_nothing_is_known(
     counts: OpenCounts, two: list[Listener]
 ) -> None:
@@ -274,7 +274,7 @@ def test_where_a_client_of_another_one_waits_nothing_is_known(
         assert counts.tag_sockets(0, first) == ()
 
 
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("kernel")
 def test_the_next_program_finds_the_same_where_a_client_of_another_one_waits(
     counts: OpenCounts, two: list[Listener]
 ) -> None:
@@ -343,35 +343,35 @@ def test_a_tag_of_which_connections_are_open_is_nobody_elses(
 
 
 def test_a_generation_that_begins_while_the_kernel_does_not_tell_takes_nothing_from_others(
-    told: Told, counts: OpenCounts, two: list[Listener]
+    kernel: Kernel, counts: OpenCounts, two: list[Listener]
 ) -> None:
     """There may be no descriptor to ask it with, for that moment."""
     first = counts.tag_sockets(0, ())
-    told.says = [{}]
+    kernel.answers = [{}]
     upgraded = counting(two[:1])
     second = upgraded.tag_sockets(1, first)
     again = upgraded.tag_sockets(0, {*first, *second})
-    has(told, *(tag for _, tag in first))
+    has(kernel, *(tag for _, tag in first))
 
     assert second == again == ((0, NO_TAG),)
     assert [upgraded.active(tags) for tags in (first, second, again)] == [1, None, None]
 
 
 def test_whose_client_waits_is_not_known_where_only_the_gone_had_that_tag(
-    told: Told, counts: OpenCounts, two: list[Listener]
+    kernel: Kernel, counts: OpenCounts, two: list[Listener]
 ) -> None:
     first = counts.tag_sockets(0, ())
     second = counts.tag_sockets(1, first)
-    has(told, *(tag for _, tag in first))  # a connection of the first is left
+    has(kernel, *(tag for _, tag in first))  # a connection of the first is left
     with socket.create_connection(two[0].socket.getsockname()):
         assert counts.tag_sockets(0, second) == ((0, NO_TAG),)
 
 
 def test_one_that_came_between_two_options_is_counted_for_no_generation(
-    told: Told, counts: OpenCounts, two: list[Listener]
+    kernel: Kernel, counts: OpenCounts, two: list[Listener]
 ) -> None:
     accept_tags.tag(two[0].socket, 1)
-    has(told, 1)  # of one that is gone
+    has(kernel, 1)  # of one that is gone
     taken = {(0, its) for its in (2, 3, 4, 5, 7)}
     with socket.create_connection(two[0].socket.getsockname()):
         assert counts.tag_sockets(0, taken) == (), "on the way from 1 to 6 it has one of the others"

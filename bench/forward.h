@@ -1,8 +1,8 @@
-/* The least that can forward one connection: accept4, sendmsg with the descriptor, close.
- *
- * forward.c and least.c share it.
- */
+/* What forward.c and least.c share: the least that can forward connections to a worker. */
+#include <fcntl.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -16,6 +16,17 @@ struct header { /* docs/protocol.md, "Channel" */
     uint32_t state_bytes;
     uint64_t accepted_ns;
 };
+
+/* In a worker's process: let it inherit its end of the channel, as docs/protocol.md says. */
+static void inherit_channel(int channel)
+{
+    char number[16];
+
+    snprintf(number, sizeof number, "%d", channel);
+    setenv("SOCKETPROTECTOR_CHANNEL", number, 1);
+    setenv("SOCKETPROTECTOR_LISTENERS", "tcp:127.0.0.1:1", 1);
+    fcntl(channel, F_SETFD, 0);
+}
 
 /* Forward one client; return 1, 0 if no client waits, or -1 if no worker is left. */
 static int forward_one(int listener, int channel)
@@ -39,4 +50,14 @@ static int forward_one(int listener, int channel)
     int sent = (int)sendmsg(channel, &message, MSG_NOSIGNAL); /* waits for room */
     close(fd);
     return sent < 0 ? -1 : 1;
+}
+
+/* Forward waiting clients, up to BURST; return -1 if no worker is left. */
+static int forward_waiting(int listener, int channel)
+{
+    int forwarded = 1;
+
+    for (int i = 0; i < BURST && forwarded > 0; i++)
+        forwarded = forward_one(listener, channel);
+    return forwarded;
 }

@@ -101,7 +101,7 @@ def let_in(listening: socket.socket) -> None:
 
     Raises OSError if the filter is locked, or the device may not be changed.
     """
-    if is_nowhere(listening):
+    if has_left_devices(listening):
         listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, 0)
     with suppress(FileNotFoundError):  # there is no filter
         listening.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
@@ -154,7 +154,7 @@ def device_is_gone(listening: socket.socket) -> bool:
 
 def interface_is_gone(listening: socket.socket) -> bool:
     """Return whether a socket's interface was removed; False after leave_devices()."""
-    return device_is_gone(listening) and not is_nowhere(listening)
+    return device_is_gone(listening) and not has_left_devices(listening)
 
 
 def leave_devices(listening: socket.socket) -> None:
@@ -162,11 +162,11 @@ def leave_devices(listening: socket.socket) -> None:
 
     Raises OSError.
     """
-    if not is_nowhere(listening):
+    if not has_left_devices(listening):
         listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, NO_DEVICE)
 
 
-def is_nowhere(listening: socket.socket) -> bool:
+def has_left_devices(listening: socket.socket) -> bool:
     """Return whether leave_devices() was called for a socket."""
     try:
         return device_of(listening) == NO_DEVICE

@@ -226,7 +226,7 @@ class TcpListener(Listener):
         Raises OSError.
         """
         used = self._reserved
-        if used is not None and socket_copy.is_nowhere(used) and not is_listening(used):
+        if used is not None and socket_copy.has_left_devices(used) and not is_listening(used):
             # An earlier program was killed in _retire(), or before it could store the fresh socket.
             used.close()
             self._reserved = None

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 
 from socketprotector.system import sock_diag as module
-from socketprotector.system.sock_diag import accepted, is_waiting, unaccepted, unread
+from socketprotector.system.sock_diag import accepted, is_waiting, still_unread, unaccepted, unread
 from socketprotector.system.socket_copy import device_of, leave_devices
 from tests import needs
 from tests.boundary.listening import KINDS, listening
@@ -30,10 +30,15 @@ def port_of(one: socket.socket) -> int:
     return port
 
 
+def found_at(listener: socket.socket, *, in_handshake: bool = False) -> dict[bytes, bool]:
+    port = port_of(listener)
+    return unread(listener.family, (port,), in_handshake=in_handshake)[port]
+
+
 def known(listener: socket.socket) -> dict[int, bool]:
-    """The ports of clients that no server has read from -> whether they are silent."""
-    found = unread(listener.family, port_of(listener))
-    return {int.from_bytes(who[:2], "big"): silent for who, silent in found.items()}
+    """The ports of accepted clients that no server has read from -> whether they are silent."""
+    found = found_at(listener)
+    return {int.from_bytes(client[2:4], "big"): silent for client, silent in found.items()}
 
 
 @pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
@@ -125,43 +130,75 @@ def can_accept(listener: socket.socket, accepted: ExitStack) -> bool:
 
 
 @pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
-@pytest.mark.parametrize("accepted", [True, False])
 def test_a_client_that_says_nothing_is_silent_until_it_speaks(
-    family: int, host: str, both: bool, hosts: tuple[str, ...], accepted: bool
+    family: int, host: str, both: bool, hosts: tuple[str, ...]
 ) -> None:
     with listening(family, host, both=both) as listener, ExitStack() as ends:
         client = ends.enter_context(socket.create_connection((hosts[-1], port_of(listener))))
-        if accepted:
-            server = ends.enter_context(listener.accept()[0])
+        server = ends.enter_context(listener.accept()[0])
         assert known(listener) == {port_of(client): True}
+        clients = found_at(listener)
+        assert still_unread(family, clients) == clients
 
         client.sendall(b"two words")
-        eventually(lambda: known(listener) == {port_of(client): False}, "his words")
+        eventually(lambda: known(listener) == {port_of(client): False}, "the words")
+        assert still_unread(family, clients) == dict.fromkeys(clients, False)
+        assert still_unread(family, clients, in_handshake=True) == {}
 
-        if not accepted:
-            server = ends.enter_context(listener.accept()[0])
-        server.recv(3)  # that there is more is his server's affair
+        server.recv(3)  # the rest is the server's affair
         assert known(listener) == {}
+        assert still_unread(family, clients) == {}
         client.sendall(b"and more")
         assert known(listener) == {}
+        assert still_unread(family, clients) == {}
 
 
-def test_clients_that_are_still_to_be_accepted_may_be_left_out(first: socket.socket) -> None:
-    family, port = first.family, port_of(first)
+@pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
+def test_a_client_in_a_handshake_is_the_same_client_afterwards(
+    family: int, host: str, both: bool, hosts: tuple[str, ...]
+) -> None:
+    with (
+        listening(family, host, both=both, TCP_DEFER_ACCEPT=30) as listener,
+        ExitStack() as ends,
+    ):
+        client = ends.enter_context(socket.create_connection((hosts[-1], port_of(listener))))
+        clients = found_at(listener, in_handshake=True)
+        assert [*clients.values()] == [False]
+        assert still_unread(family, clients) == clients
+        assert still_unread(family, clients, in_handshake=True) == clients
+
+        client.sendall(b"words")
+        eventually(lambda: not found_at(listener, in_handshake=True), "the end of the handshake")
+        assert still_unread(family, clients) == {}, "it waits to be accepted"
+        ends.enter_context(listener.accept()[0])
+        assert still_unread(family, clients) == clients == found_at(listener)
+        assert still_unread(family, clients, in_handshake=True) == {}
+
+
+def test_another_client_with_the_same_ports_is_another(first: socket.socket) -> None:
+    with socket.create_connection(first.getsockname()) as client, first.accept()[0] as server:
+        address, clients = client.getsockname(), found_at(first)
+        for end in (client, server):  # a reset: no TIME_WAIT keeps the ports
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0" + bytes(4))
+            end.close()
+    assert still_unread(V4, clients) == {}
+    with socket.create_connection(first.getsockname(), source_address=address), first.accept()[0]:
+        assert still_unread(V4, clients) == {}
+        assert [*found_at(first).values()] == [True]
+        assert clients.keys().isdisjoint(found_at(first))
+
+
+def test_clients_that_wait_to_be_accepted_are_left_out(first: socket.socket) -> None:
     with (
         socket.create_connection(first.getsockname()) as one,
         socket.create_connection(first.getsockname()) as another,
     ):
         one.sendall(b"words")
-        eventually(lambda: known(first)[port_of(one)] is False, "his words")
-        assert unread(family, port, accepted=True) == {}
-
+        assert known(first) == {}
         with first.accept()[0]:
-            assert [*unread(family, port, accepted=True).values()] == [False]
+            eventually(lambda: known(first) == {port_of(one): False}, "the words")
             with first.accept()[0]:
-                found = unread(family, port, accepted=True)
-                assert found == unread(family, port)
-                assert {*known(first)} == {port_of(one), port_of(another)}
+                assert known(first) == {port_of(one): False, port_of(another): True}
 
 
 def test_a_client_that_only_hangs_up_is_known_until_that_is_read(first: socket.socket) -> None:
@@ -187,6 +224,7 @@ def test_other_ports_clients_are_not_listed(first: socket.socket) -> None:
     with (
         listening(V4, "127.0.0.1") as other,
         socket.create_connection(other.getsockname()),
+        other.accept()[0],
     ):
         assert known(other)
         assert known(first) == {}
@@ -198,6 +236,7 @@ def test_more_than_one_answer_holds_is_read(monkeypatch: pytest.MonkeyPatch) -> 
         late.listen(200)
         for _ in range(150):
             clients.enter_context(socket.create_connection(late.getsockname()))
+            clients.enter_context(late.accept()[0])
 
         assert len(known(late)) == 150
 
@@ -205,11 +244,16 @@ def test_more_than_one_answer_holds_is_read(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_kernel_that_reports_less_is_no_error(
     first: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BYTES_RECEIVED_OFFSET", 4096)
-    with socket.create_connection(first.getsockname()):
+    with socket.create_connection(first.getsockname()), first.accept()[0]:
+        clients = found_at(first)
+        monkeypatch.setattr(module, "_BYTES_RECEIVED_OFFSET", 4096)
+        assert clients
         assert known(first) == {}
+        assert still_unread(V4, clients) == {}
 
 
 def test_a_refusal_of_the_kernel_is_an_error() -> None:
     with pytest.raises(OSError, match="does not report that"):
-        unread(200, 80)
+        unread(200, (80,))
+    with pytest.raises(OSError, match="does not report that"):
+        still_unread(200, [bytes(48)])

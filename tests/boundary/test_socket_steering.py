@@ -82,12 +82,8 @@ class World(Host):
         self.lost: list[Listener] = []
         self.untaken: list[tuple[float, int, bool, str]] = []
         self.shaking: set[bytes] = set()  # clients who are about to connect
-        monkeypatch.setattr(quiescing, "unread_by_port", self.ask)
-        monkeypatch.setattr(
-            quiescing,
-            "handshakes_by_port",
-            lambda _, ports: dict.fromkeys(ports, frozenset(self.shaking)),
-        )
+        monkeypatch.setattr(quiescing, "unread", self.ask)
+        monkeypatch.setattr(quiescing, "still_unread", self.ask_again)
         # By its number, as launch/bind.py does.
         with socket.socket() as chooser:
             chooser.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -177,13 +173,21 @@ class World(Host):
         return self.listeners[-1]
 
     def ask(
-        self, family: int, ports: Collection[int], *, accepted: bool
+        self, family: int, ports: Collection[int], *, in_handshake: bool
     ) -> dict[int, dict[bytes, bool]]:
+        return dict.fromkeys(ports, self._answer(in_handshake))
+
+    def ask_again(
+        self, family: int, clients: Collection[bytes], *, in_handshake: bool
+    ) -> dict[bytes, bool]:
+        return {who: it for who, it in self._answer(in_handshake).items() if who in clients}
+
+    def _answer(self, in_handshake: bool) -> dict[bytes, bool]:
         self.asked += 1
         self.now += self.asking_s
-        left_out = self.unaccepted if accepted else set()
-        found = {who: silent for who, silent in self.unread.items() if who not in left_out}
-        return dict.fromkeys(ports, found)
+        if in_handshake:
+            return dict.fromkeys(self.shaking, False)
+        return {who: it for who, it in self.unread.items() if who not in self.unaccepted}
 
     def post(self, event: Event) -> None:
         match event:
@@ -403,20 +407,20 @@ def test_one_quiesces_though_clients_come_while_no_other_generation_accepts(worl
 def test_where_the_kernel_cannot_tell_for_the_moment_no_client_is_forgotten(
     reloaded: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(family: int, port: int, *, accepted: bool) -> dict[bytes, bool]:
+    def fails(*_: object, in_handshake: bool) -> dict[bytes, bool]:
         raise OSError(errno.EMFILE, "Too many open files")
 
     reloaded.unread = {b"slow": False}
-    monkeypatch.setattr(quiescing, "unread_by_port", fails)
+    monkeypatch.setattr(quiescing, "unread", fails)
     supersede(reloaded)
     reloaded.pass_time(2 * GENERATION_QUIET_S)
     assert reloaded.quiesced == []
-    monkeypatch.setattr(quiescing, "unread_by_port", reloaded.ask)
+    monkeypatch.setattr(quiescing, "unread", reloaded.ask)
     reloaded.pass_time(2 * GENERATION_QUIET_S)
-    monkeypatch.setattr(quiescing, "unread_by_port", fails)
+    monkeypatch.setattr(quiescing, "still_unread", fails)
     reloaded.pass_time(2 * GENERATION_QUIET_S)
     assert reloaded.quiesced == []
-    monkeypatch.setattr(quiescing, "unread_by_port", reloaded.ask)
+    monkeypatch.setattr(quiescing, "still_unread", reloaded.ask_again)
     reloaded.unread = {}
     reloaded.pass_time(2 * GENERATION_QUIET_S)
 
@@ -716,10 +720,10 @@ def test_until_the_kernel_steers_to_the_new_one_the_old_one_serves(
 def test_where_the_kernel_does_not_report_handshakes_only_time_counts(
     reloaded: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: object, accepted: bool) -> dict[bytes, bool]:
+    def fails(*_: object, in_handshake: bool) -> dict[bytes, bool]:
         raise OSError(errno.ENOENT, "no sock_diag")
 
-    monkeypatch.setattr(quiescing, "unread_by_port", fails)
+    monkeypatch.setattr(quiescing, "unread", fails)
     supersede(reloaded)
     reloaded.pass_time(GENERATION_QUIET_S + 0.3)
 

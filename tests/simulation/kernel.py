@@ -648,19 +648,22 @@ class Kernel:
         self.enter("sock_diag")
         return self.addresses["h", port].order()
 
-    def unread_by_port(
-        self, family: int, ports: Collection[int], *, accepted: bool = False
+    def unread(
+        self, family: int, ports: Collection[int], *, in_handshake: bool = False
     ) -> dict[int, dict[bytes, bool]]:
-        """In the place of sock_diag.unread_by_port()."""
+        """In the place of sock_diag.unread()."""
         self.enter("sock_diag")
-        return {port: self.addresses["h", port].unread(accepted) for port in ports}
+        return {port: self.addresses["h", port].unread(in_handshake) for port in ports}
 
-    def handshakes_by_port(
-        self, family: int, ports: Collection[int]
-    ) -> dict[int, frozenset[bytes]]:
-        """In the place of sock_diag.handshakes_by_port()."""
+    def still_unread(
+        self, family: int, clients: Collection[bytes], *, in_handshake: bool = False
+    ) -> dict[bytes, bool]:
+        """In the place of sock_diag.still_unread()."""
         self.enter("sock_diag")
-        return {port: self.addresses["h", port].handshakes() for port in ports}
+        found: dict[bytes, bool] = {}
+        for address in self.addresses.values():
+            found.update(address.unread(in_handshake))
+        return {client: found[client] for client in clients if client in found}
 
     def unaccepted(self, which: Socket) -> frozenset[bytes] | tuple[int, ...]:
         """In the place of sock_diag.unaccepted()."""

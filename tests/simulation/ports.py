@@ -152,19 +152,14 @@ class Address:
         """What sock_diag reports of listening sockets: inode -> how they were shut down."""
         return {each.inode: each.mask for each in self.listening}
 
-    def unread(self, accepted: bool) -> dict[bytes, bool]:
-        """What sock_diag reports of unread clients -> whether they are silent."""
-        left_out = [each for one in self.listening for each in one.backlog] if accepted else []
+    def unread(self, in_handshake: bool) -> dict[bytes, bool]:
+        """What sock_diag reports of unread, accepted clients -> whether they are silent."""
+        left_out = [each for one in self.listening for each in one.backlog]
         return {
             b"%d" % each.number: not each.said and each.established
             for each in self.clients.values()
-            if not each.heard and each not in left_out
+            if not each.heard and each not in left_out and not (in_handshake and each.established)
         }
-
-    def handshakes(self) -> frozenset[bytes]:
-        """What sock_diag tells of clients who are about to connect."""
-        under_way = (each for each in self.clients.values() if not each.established)
-        return frozenset(b"%d" % each.number for each in under_way)
 
 
 class Listening(File):

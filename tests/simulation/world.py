@@ -1804,8 +1804,8 @@ def installed(world: World) -> Iterator[None]:
         put(sock_diag, "unaccepted", kernel.unaccepted)
         put(unix_listener, "locked", kernel.locked)
         put(unix_listener, "give", kernel.give)
-        put(quiescing, "unread_by_port", kernel.unread_by_port)
-        put(quiescing, "handshakes_by_port", kernel.handshakes_by_port)
+        put(quiescing, "unread", kernel.unread)
+        put(quiescing, "still_unread", kernel.still_unread)
         for module in (accept_watch, probes):
             put(module, "unaccepted", kernel.unaccepted)
         put(probes, "is_waiting", kernel.is_waiting)

@@ -36,6 +36,7 @@ class World:
         self.is_steered = True
         self.strays = False  # whether new clients can come to its socket
         self.scarce = False
+        self.queries = 0  # by port
         self.ended: list[float] = []
         listener = SimpleNamespace(
             socket=SimpleNamespace(family=socket.AF_INET),
@@ -44,8 +45,8 @@ class World:
             has_waiting=lambda: self.in_backlog,
         )
         self.pairs = [cast("Listener", listener)]
-        patch.setattr(quiescing, "unread_by_port", self._unread)
-        patch.setattr(quiescing, "handshakes_by_port", self._handshakes)
+        patch.setattr(quiescing, "unread", self._unread)
+        patch.setattr(quiescing, "still_unread", self._still_unread)
         host = SimpleNamespace(runtime=self.clock.use_in(patch, quiescing))
         self.turns = Turns()
         listeners = SimpleNamespace(host=host, awaited=self._awaited, can_stray=self._can_stray)
@@ -59,20 +60,20 @@ class World:
     def _awaited(self, _generation: int, leave_out: Collection[int]) -> list[Listener]:
         return [each for each in self.pairs if each.index not in leave_out]
 
-    def _handshakes(self, _family: int, ports: set[int]) -> Any:
-        assert not self.in_backlog, "a query would be useless"
-        return self._of(ports, self.shaking)
+    def _unread(self, _family: int, ports: set[int], *, in_handshake: bool) -> Any:
+        self.queries += 1
+        return {port: self._clients(in_handshake) for port in ports}
 
-    def _unread(self, _family: int, ports: set[int], *, accepted: bool) -> Any:
+    def _still_unread(self, _family: int, clients: set[bytes], *, in_handshake: bool) -> Any:
+        assert clients, "a query would be useless"
+        found = self._clients(in_handshake)
+        return {client: found[client] for client in clients if client in found}
+
+    def _clients(self, in_handshake: bool) -> dict[bytes, bool]:
         if self.scarce:
             raise OSError(24, "Too many open files")
-        assert accepted
         assert not self.in_backlog, "a query would be useless"
-        return self._of(ports, self.unread)
-
-    @staticmethod
-    def _of(ports: set[int], clients: Any) -> Any:
-        return {port: clients.copy() for port in ports}
+        return dict.fromkeys(self.shaking, False) if in_handshake else self.unread.copy()
 
     def _can_stray(self, listener: Listener) -> bool:
         return self.strays and listener is self.pairs[0]
@@ -125,6 +126,27 @@ def test_there_a_handshake_that_is_under_way_is_waited_for(world: World) -> None
     world.shaking.clear()
     world.clock.pass_time(0.1)
     assert len(world.ended) == 1
+
+
+@pytest.mark.parametrize("reads_on", [True, False])
+def test_the_query_by_port_is_not_repeated(world: World, reads_on: bool) -> None:
+    """It walks the table of all connections."""
+    world.unread, world.shaking = {READ: False, SILENT: True}, {READ}
+    world.begin(reads_on=reads_on)
+    world.clock.pass_time(1)
+    assert world.queries == 1
+
+
+def test_after_clients_have_waited_the_query_by_port_is_repeated(world: World) -> None:
+    world.unread = {READ: False}
+    world.begin()
+    world.clock.pass_time(1)
+    world.in_backlog = True
+    world.clock.pass_time(1)
+    assert world.queries == 1
+    world.in_backlog = False
+    world.clock.pass_time(1)
+    assert world.queries == 2
 
 
 def test_a_client_that_has_sent_something_is_waited_for_to_the_end(world: World) -> None:

@@ -26,7 +26,7 @@ from functools import partial
 
 from ....model.lazy_dataclass import mutable
 from ....system.listener import RESOURCE_ERRNOS, Listener
-from ....system.sock_diag import accepted_unix, handshakes_by_port, unread_by_port
+from ....system.sock_diag import accepted_unix, still_unread, unread
 from ....system.socket_file import path_of
 from .accept_watch import QUERY_SHARE
 from .probes import Probes
@@ -68,10 +68,34 @@ class _Generation:
     quiet_s: float = 0.0  # since the first of the `quiet_looks` looks
     quiet_looks: int = 0  # looks in a row that found no client, or only silent clients
     # The clients that the first look and all later looks have found unread (with `reads_on`: in
-    # the handshake) -> whether the client is silent.  The key: the listener's index, and for TCP
-    # the client's port and address, for UNIX the connection's inode.  None: the next look counts
+    # the handshake) -> whether the client is silent.  The key: the listener's index, and the
+    # connection: for TCP as in sock_diag.unread(), for UNIX the inode.  None: the next look counts
     # as the first.
     unread: dict[tuple[int, bytes], bool] | None = None
+
+
+def _unread_tcp(
+    family: int, listeners: Sequence[Listener], state: _Generation
+) -> dict[tuple[int, bytes], bool]:
+    """Return the unread clients of a generation's TCP sockets.  Raises OSError.
+
+    sock_diag reports by port: it cannot tell apart the backlogs of an address's two sockets.  No
+    client waits for this generation (see Quiescing._look()), so all clients in both backlogs are
+    the other generation's.  unread() leaves them out.
+    """
+    if state.unread is None:
+        by_port = unread(family, {each.port for each in listeners}, in_handshake=state.reads_on)
+        by_listener = {each.index: by_port[each.port] for each in listeners}
+    else:  # only look up these: the query by port is costly
+        indices = {each.index for each in listeners}
+        clients = {client for index, client in state.unread if index in indices}
+        still = still_unread(family, clients, in_handshake=state.reads_on)
+        by_listener = dict.fromkeys(indices, still)
+    return {
+        (index, client): silent
+        for index, clients in by_listener.items()
+        for client, silent in clients.items()
+    }
 
 
 def _unread_unix(
@@ -91,11 +115,11 @@ def _unread_unix(
     by_path = {each.path: each.index for each in replaced}
     present = {listening.getsockname() for each in replaced for listening in each.sockets}
     found: dict[tuple[int, bytes], bool] = {}
-    for name, inode, unread in accepted_unix():
+    for name, inode, unread_bytes in accepted_unix():
         index = by_name.get(name)
         if index is None and by_path and name not in present:
             index = by_path.get(path_of(name))
-        if unread and index is not None:
+        if unread_bytes and index is not None:
             found[index, b"%d" % inode] = False
     return found
 
@@ -184,7 +208,7 @@ class Quiescing:
         elif state.unread is None:
             state.unread = self._query(generation, queried)
         elif state.unread and (found := self._query(generation, queried)) is not None:
-            state.unread = {client: found[client] for client in state.unread if client in found}
+            state.unread = found
         unread = state.unread
         state.waited_s += state.delay_s
         state.quiet_s += state.delay_s if state.quiet_looks else 0.0
@@ -217,43 +241,29 @@ class Quiescing:
     ) -> dict[tuple[int, bytes], bool] | None:
         """Return the unread clients of these listeners, and whether each is silent.
 
-        For a generation with `reads_on`, return instead the clients whose handshake is under way.
-        None: the system is short of memory or descriptors, so try again.  If a query has failed for
-        another reason, leave out the clients of its address family.
+        After the first look, return only clients that all looks have found.  For a generation with
+        `reads_on`, return instead the clients whose handshake is under way.  None: the system is
+        short of memory or descriptors, so try again.  If a query has failed for another reason,
+        leave out the clients of its address family.
         """
         state, found = self._generations[generation], dict[tuple[int, bytes], bool]()
         for family in {each.socket.family for each in listeners}:
             of_family = [each for each in listeners if each.socket.family == family]
-            if family == socket.AF_UNIX:
-                if state.reads_on:
-                    continue  # a UNIX connection has no handshake
-                replaced = [
-                    each for each in of_family if (generation, each.index) in self._turns.unserved
-                ]
-                try:
-                    found.update(_unread_unix(of_family, state.socket_number, replaced))
-                except OSError as error:
-                    if error.errno in RESOURCE_ERRNOS:
-                        return None
-                continue
-            ports = {each.port for each in of_family}
-            known: dict[int, dict[bytes, bool]]
             try:
-                if state.reads_on:
-                    handshakes = handshakes_by_port(family, ports)
-                    known = {port: dict.fromkeys(each, False) for port, each in handshakes.items()}
-                else:
-                    # sock_diag reports by port: it cannot tell apart the backlogs of an address's
-                    # two sockets.  No client waits for this generation (see _look()), so all
-                    # clients in both backlogs are the other generation's: leave them out.
-                    known = unread_by_port(family, ports, accepted=True)
+                if family != socket.AF_UNIX:
+                    found.update(_unread_tcp(family, of_family, state))
+                elif not state.reads_on:  # a UNIX connection has no handshake
+                    replaced = [
+                        each
+                        for each in of_family
+                        if (generation, each.index) in self._turns.unserved
+                    ]
+                    found.update(_unread_unix(of_family, state.socket_number, replaced))
             except OSError as error:
                 if error.errno in RESOURCE_ERRNOS:
                     return None
                 # No sock_diag: no client counts as unread.  Without `reads_on`, most workers have
                 # read from all their clients when GENERATION_QUIET_S has passed.
-                continue
-            for each in of_family:
-                clients = known[each.port].items()
-                found.update(((each.index, client), silent) for client, silent in clients)
+        if state.unread is not None:
+            found = {client: silent for client, silent in found.items() if client in state.unread}
         return found

@@ -93,6 +93,9 @@ def test_one_whose_listener_is_bound_to_a_device_waits_too() -> None:
             assert is_waiting(ours, address, device_of(listener))
             with listener.accept()[0]:
                 assert not is_waiting(ours, address, device_of(listener))
+                clients = found_at(listener)
+                assert [*clients.values()] == [True]
+                assert still_unread(V4, clients) == clients
 
 
 def test_clients_of_the_same_address_on_another_link_are_not_counted() -> None:
@@ -186,6 +189,27 @@ def test_another_client_with_the_same_ports_is_another(first: socket.socket) -> 
         assert still_unread(V4, clients) == {}
         assert [*found_at(first).values()] == [True]
         assert clients.keys().isdisjoint(found_at(first))
+
+
+def test_a_client_is_no_longer_unread_once_its_server_has_half_closed(first: socket.socket) -> None:
+    with socket.create_connection(first.getsockname()) as client, first.accept()[0] as server:
+        client.sendall(b"words")
+        eventually(lambda: known(first) == {port_of(client): False}, "the words")
+        clients = found_at(first)
+        server.shutdown(socket.SHUT_WR)
+        assert found_at(first) == {}
+        assert still_unread(V4, clients) == {}
+
+
+def test_clients_after_one_that_has_gone_are_found(first: socket.socket) -> None:
+    with ExitStack() as ends:
+        for _ in range(3):
+            ends.enter_context(socket.create_connection(first.getsockname()))
+            ends.enter_context(first.accept()[0])
+        clients = found_at(first)
+        for gone in clients:
+            never = bytes(4) + gone[4:]  # no connection has port 0
+            assert still_unread(V4, [never, *clients]) == clients
 
 
 def test_clients_that_wait_to_be_accepted_are_left_out(first: socket.socket) -> None:

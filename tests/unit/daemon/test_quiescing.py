@@ -65,7 +65,7 @@ class World:
         return {port: self._clients(in_handshake) for port in ports}
 
     def _still_unread(self, _family: int, clients: set[bytes], *, in_handshake: bool) -> Any:
-        assert clients, "a query would be useless"
+        assert not any(each.isdigit() for each in clients), "the inode of a UNIX connection"
         found = self._clients(in_handshake)
         return {client: found[client] for client in clients if client in found}
 
@@ -88,6 +88,17 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return World(monkeypatch)
+
+
+def unix_listener(name: str) -> Any:
+    only = SimpleNamespace(getsockname=lambda: name)
+    return SimpleNamespace(
+        socket=SimpleNamespace(family=socket.AF_UNIX),
+        sockets=[only],
+        socket_for=lambda _: only,
+        path="/run/s",
+        index=INDEX + 1,
+    )
 
 
 def test_without_clients_it_is_quiet_after_a_second(world: World) -> None:
@@ -202,18 +213,61 @@ def test_clients_of_a_replaced_unix_socket_are_waited_for(
 def test_one_whose_workers_read_on_waits_for_no_unread_client_of_a_unix_path(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only = SimpleNamespace(getsockname=lambda: "/run/.s.sp-000001")
-    listener = SimpleNamespace(
-        socket=SimpleNamespace(family=socket.AF_UNIX),
-        sockets=[only],
-        socket_for=lambda _: only,
-        path="/run/s",
-        index=INDEX,
-    )
-    world.pairs[:] = [cast("Listener", listener)]
+    world.pairs[:] = [unix_listener("/run/.s.sp-000001")]
     monkeypatch.setattr(quiescing, "accepted_unix", lambda: [("/run/.s.sp-000001", 7, 1)])
     world.begin(reads_on=True)
     world.clock.pass_time(0.05)
+    assert len(world.ended) == 1
+
+
+def test_a_client_counts_for_each_listener_of_its_port_until_no_listener_is_awaited(
+    world: World,
+) -> None:
+    """Two addresses with the same port: the kernel's table is queried by port."""
+    other: Any = copy(world.pairs[0])
+    other.index = INDEX + 1
+    world.pairs.append(other)
+    world.unread = {READ: False}
+    world.begin()
+    world.clock.pass_time(1.5)
+    del world.pairs[0]
+    world.clock.pass_time(1.5)
+    assert not world.ended
+    world.pairs.clear()
+    world.clock.pass_time(GENERATION_QUIET_S + 0.3)
+    assert len(world.ended) == 1
+
+
+def test_clients_of_both_families_are_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "/run/.s.sp-000001"
+    world.pairs.append(unix_listener(name))
+    at_path = [(name, 7, 1)]
+    monkeypatch.setattr(quiescing, "accepted_unix", lambda: at_path)
+    world.unread = {READ: False}
+    world.begin()
+    world.clock.pass_time(3)
+    world.unread.clear()
+    world.clock.pass_time(3)
+    assert not world.ended
+    at_path.clear()
+    world.clock.pass_time(GENERATION_QUIET_S + 0.3)
+    assert len(world.ended) == 1
+
+
+def test_clients_of_the_next_generation_at_a_unix_path_are_none_of_its_own(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its socket may be one that this generation's records do not name."""
+    name = "/run/.s.sp-000001"
+    world.pairs[:] = [unix_listener(name)]
+    at_path = [(name, 7, 1)]
+    monkeypatch.setattr(quiescing, "accepted_unix", lambda: at_path)
+    world.begin()
+    world.clock.pass_time(0.5)
+    at_path[:] = [(name, 8, 1)]
+    world.clock.pass_time(GENERATION_QUIET_S + 0.3)
     assert len(world.ended) == 1
 
 

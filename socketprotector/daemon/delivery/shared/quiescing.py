@@ -85,17 +85,15 @@ def _unread_tcp(
     """
     if state.unread is None:
         by_port = unread(family, {each.port for each in listeners}, in_handshake=state.reads_on)
-        by_listener = {each.index: by_port[each.port] for each in listeners}
-    else:  # only look up these: the query by port is costly
-        indices = {each.index for each in listeners}
-        clients = {client for index, client in state.unread if index in indices}
-        still = still_unread(family, clients, in_handshake=state.reads_on)
-        by_listener = dict.fromkeys(indices, still)
-    return {
-        (index, client): silent
-        for index, clients in by_listener.items()
-        for client, silent in clients.items()
-    }
+        return {
+            (each.index, client): silent
+            for each in listeners
+            for client, silent in by_port[each.port].items()
+        }
+    indices = {each.index for each in listeners}
+    known = [key for key in state.unread if key[0] in indices]
+    still = still_unread(family, {client for _, client in known}, in_handshake=state.reads_on)
+    return {key: still[key[1]] for key in known if key[1] in still}
 
 
 def _unread_unix(
@@ -253,11 +251,8 @@ class Quiescing:
                 if family != socket.AF_UNIX:
                     found.update(_unread_tcp(family, of_family, state))
                 elif not state.reads_on:  # a UNIX connection has no handshake
-                    replaced = [
-                        each
-                        for each in of_family
-                        if (generation, each.index) in self._turns.unserved
-                    ]
+                    unserved = self._turns.unserved
+                    replaced = [e for e in of_family if (generation, e.index) in unserved]
                     found.update(_unread_unix(of_family, state.socket_number, replaced))
             except OSError as error:
                 if error.errno in RESOURCE_ERRNOS:

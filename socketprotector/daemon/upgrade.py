@@ -62,7 +62,7 @@ class Upgrade:
         if self.is_trying:
             self.log.write("info", "upgrade-under-way")
             return
-        self._call_off_check()
+        self.call_off_check()
 
         def answered(version: str, failure: str) -> None:
             if failure:
@@ -86,7 +86,8 @@ class Upgrade:
         self._check = answered
         self._start(copies, done)
 
-    def _call_off_check(self) -> None:
+    def call_off_check(self) -> None:
+        """End a running check, without a result."""
         if self._check is not None and self._trial is not None:
             self.loop.cancel(_TIMER)
             self._trial.discard()

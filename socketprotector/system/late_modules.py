@@ -75,6 +75,7 @@ LATE = (
     "system.check_command",
     "system.env_file",
     "system.log_file",
+    "system.netlink",
     "system.path_group",
     "system.peer_credentials",
     "system.privileges",

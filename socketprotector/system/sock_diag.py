@@ -19,20 +19,15 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 
-from . import scoped
+from . import netlink, scoped
 from .socket_copy import NO_DEVICE, device_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    #: The fixed fields of a reply about one socket, and its attributes.
-    DiagReply = tuple[tuple[Any, ...], bytes]
+    from .netlink import Reply
 
-_ROUTES, _SOCK_DIAG = 0, 4  # the netlink families
-_GET_ROUTE, _BY_FAMILY = 26, 20
-_DONE, _ERROR = 3, 2
-_REQUEST, _REQUEST_AND_DUMP = 0x001, 0x301
 _ESTABLISHED, _SYN_RECV, _CLOSE_WAIT, _LISTEN = 1, 3, 8, 10
 _STATES = 1 << _ESTABLISHED | 1 << _SYN_RECV | 1 << _CLOSE_WAIT
 #: States in which a process may have the socket open: not CLOSE, TIME_WAIT, LISTEN or handshakes.
@@ -41,7 +36,6 @@ _INFO = 2  # attribute: a tcp_info
 _SHOW_INFO = 1 << _INFO - 1
 _SHUTDOWN = 8  # attribute: which directions are shut down; always sent
 _OPTIONS = 22  # attribute: some socket options, as bits; always sent, since Linux 5.10
-_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 #: Family, protocol, attributes, padding, states; then the socket: ports (in network byte order),
 #: two addresses, interface, cookie.
 _INET_QUERY = struct.Struct("=BBBBI2s2s16s16sI8s")
@@ -59,7 +53,6 @@ _UNIX_REPLY = struct.Struct("=BBBBI8s")
 _FILE, _PENDING, _QUEUES = (2, 1), (8, 3), (16, 4)
 _BOUND_AS = (1, 0)
 _INODE = struct.Struct("=I")  # in an attribute about a file, the device follows
-_ATTRIBUTE = struct.Struct("=HH")  # length, type
 _BYTES_RECEIVED_OFFSET = 128  # in a tcp_info; an end of file counts as one byte
 _COUNT = struct.Struct("=Q")
 _NO_COOKIE = b"\xff" * 8
@@ -67,7 +60,6 @@ _NO_COOKIE = b"\xff" * 8
 _ROUTE = struct.Struct("=BB6BI")
 _LOCAL = 2  # the type of a route to this machine
 _SO_NETNS_COOKIE = 71
-_ANSWER_BYTES = 65_536
 
 #: The clients that a socket has not accepted: TCP clients by port and address; UNIX clients by
 #: inode, in queue order, with 0 for a client that has disconnected.
@@ -108,11 +100,11 @@ def still_unread(
     OSError where sock_diag is unavailable.
     """
     found = {}
-    with _netlink(_SOCK_DIAG) as netlink:
+    with netlink.connect() as channel:
         for client in clients:
             identity = _CONNECTION.unpack(client)
             try:
-                fields, info = _tcp_connection(netlink, family, *identity, show=_SHOW_INFO)
+                fields, info = _tcp_connection(channel, family, *identity, show=_SHOW_INFO)
             except OSError as error:
                 if error.errno != errno.ENOENT:
                     raise
@@ -127,7 +119,7 @@ def _is_unread(fields: tuple[Any, ...], attributes: bytes) -> bool:
     state, left, inode = fields[1], fields[11], fields[-1]
     if state == _SYN_RECV:
         return True
-    info = _attribute(attributes, _INFO)
+    info = netlink.attribute(attributes, _INFO)
     # A connection has an inode once it is accepted.  Linux before 4.1 does not report the bytes
     # received.
     if not inode or not _STATES >> state & 1 or len(info) < _BYTES_RECEIVED_OFFSET + _COUNT.size:
@@ -154,7 +146,9 @@ def listening(family: int, port: int, like: Collection[int] = ()) -> dict[int, i
     found: dict[int, int] = {}
     for fields, attributes in replies:
         if not like or fields[6:9:2] in places:
-            found[fields[-1]] = int.from_bytes(_attribute(attributes, _SHUTDOWN)[:1], "little")
+            found[fields[-1]] = int.from_bytes(
+                netlink.attribute(attributes, _SHUTDOWN)[:1], "little"
+            )
     # The kernel lists the newest socket first, but appends IPv6 sockets that share a port.
     return found if family == socket.AF_INET6 else dict(reversed(found.items()))
 
@@ -193,9 +187,9 @@ def is_waiting(client: socket.socket, server: tuple[str, int], device: int = 0) 
         for host, port in (server, client.getsockname()[:2])
     )
     try:
-        with _netlink(_SOCK_DIAG) as netlink:
+        with netlink.connect() as channel:
             identity = port, ours, address, our_address, device, _NO_COOKIE
-            fields, _ = _tcp_connection(netlink, family, *identity)
+            fields, _ = _tcp_connection(channel, family, *identity)
     except OSError as error:
         if error.errno != errno.ENOENT:
             raise
@@ -222,9 +216,9 @@ def accepted(
         if fields[5] + fields[7] == exclude or not is_here(fields):
             continue
         if fields[-1]:
-            found[_attribute(attributes, _OPTIONS)] += 1
+            found[netlink.attribute(attributes, _OPTIONS)] += 1
         elif fields[1] in (_ESTABLISHED, _CLOSE_WAIT):  # otherwise no process has it open any more
-            waiting[_attribute(attributes, _OPTIONS)] += 1
+            waiting[netlink.attribute(attributes, _OPTIONS)] += 1
     if b"" in found or b"" in waiting:
         raise OSError(errno.EOPNOTSUPP, "the kernel does not report that")
     return found, waiting
@@ -271,9 +265,11 @@ def why_unreachable(listening: socket.socket, host: str) -> str:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     packed = socket.inet_pton(family, host)
     query = _ROUTE.pack(family, 8 * len(packed), *bytes(7))
-    query += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(packed), 1) + packed
+    query += netlink.ATTRIBUTE.pack(netlink.ATTRIBUTE.size + len(packed), 1) + packed
     try:
-        ((fields, _),) = _query(query, _ROUTE, dump=False, kind=_GET_ROUTE, netlink_family=_ROUTES)
+        ((fields, _),) = netlink.query(
+            query, _ROUTE, dump=False, kind=netlink.GET_ROUTE, netlink_family=netlink.ROUTES
+        )
         is_here = fields[7] == _LOCAL
     except OSError as error:
         is_here = error.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH)  # no route
@@ -345,7 +341,7 @@ def unread_unix() -> dict[int, int]:
     found: dict[int, int] = {}
     try:
         for fields, attributes in _unix(1 << _ESTABLISHED, 0, show):
-            if queues := _attribute(attributes, wanted):
+            if queues := netlink.attribute(attributes, wanted):
                 found[fields[4]] = _INODE.unpack_from(queues)[0]
     except OSError:
         return {}
@@ -359,37 +355,37 @@ def accepted_unix() -> Iterator[tuple[str, int, int]]:
     """
     show = _BOUND_AS[0] | _QUEUES[0]
     for fields, attributes in _unix(1 << _ESTABLISHED, 0, show):
-        if name := _attribute(attributes, _BOUND_AS[1]).rstrip(b"\0"):
-            queues = _attribute(attributes, _QUEUES[1])
+        if name := netlink.attribute(attributes, _BOUND_AS[1]).rstrip(b"\0"):
+            queues = netlink.attribute(attributes, _QUEUES[1])
             yield os.fsdecode(name), fields[4], _INODE.unpack_from(queues)[0] if queues else 0
 
 
 def _unix_attribute(sock: socket.socket, show: int, wanted: int) -> bytes:
     """Return an attribute of a UNIX socket, empty where it has none.  Raises OSError."""
     inode = os.fstat(sock.fileno()).st_ino
-    answers = [_attribute(attributes, wanted) for _, attributes in _unix(0xFFFFFFFF, inode, show)]
+    answers = [
+        netlink.attribute(attributes, wanted) for _, attributes in _unix(0xFFFFFFFF, inode, show)
+    ]
     return b"".join(answers)
 
 
-def _tcp(family: int, port: int, states: int, attributes: int = 0) -> Iterator[DiagReply]:
+def _tcp(family: int, port: int, states: int, attributes: int = 0) -> Iterator[Reply]:
     """Query the sockets of a port, 0 for any port.  Raises OSError."""
     any_address = bytes(16)
     query = _INET_QUERY.pack(
         *(family, socket.IPPROTO_TCP, attributes, 0, states),
         *(port.to_bytes(2, "big"), bytes(2), any_address, any_address, 0, _NO_COOKIE),
     )
-    return _query(query, _INET_REPLY, dump=True)
+    return netlink.query(query, _INET_REPLY, dump=True)
 
 
-def _tcp_connection(
-    netlink: socket.socket, family: int, *identity: Any, show: int = 0
-) -> DiagReply:
+def _tcp_connection(channel: socket.socket, family: int, *identity: Any, show: int = 0) -> Reply:
     """Query one connection.  identity: the fields of _CONNECTION.
 
     Raises OSError, ENOENT if there is no such connection.
     """
     query = _INET_QUERY.pack(family, socket.IPPROTO_TCP, show, 0, 0, *identity)
-    (found,) = _replies(netlink, query, _INET_REPLY, dump=False)
+    (found,) = netlink.replies(channel, query, _INET_REPLY, dump=False)
     return found
 
 
@@ -408,70 +404,7 @@ def _tcp_by_port(
             yield port, fields, found_attributes
 
 
-def _unix(states: int, inode: int, show: int) -> Iterator[DiagReply]:
+def _unix(states: int, inode: int, show: int) -> Iterator[Reply]:
     """Query a UNIX socket, or with inode 0 all in these states.  Raises OSError."""
     query = _UNIX_QUERY.pack(socket.AF_UNIX, 0, 0, states, inode, show, _NO_COOKIE)
-    return _query(query, _UNIX_REPLY, dump=not inode)
-
-
-def _query(
-    query: bytes,
-    form: struct.Struct,
-    *,
-    dump: bool,
-    kind: int = _BY_FAMILY,
-    netlink_family: int = _SOCK_DIAG,
-) -> Iterator[DiagReply]:
-    """Send a query, and yield each reply: about a socket, or about a route.
-
-    dump: the kernel sends many replies and an end marker.  Raises OSError, also for a refusal.
-    """
-    with _netlink(netlink_family) as netlink:
-        yield from _replies(netlink, query, form, dump=dump, kind=kind)
-
-
-def _netlink(family: int) -> socket.socket:
-    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family)
-
-
-def _replies(
-    netlink: socket.socket,
-    query: bytes,
-    form: struct.Struct,
-    *,
-    dump: bool,
-    kind: int = _BY_FAMILY,
-) -> Iterator[DiagReply]:
-    """Send a query by a socket, see _query()."""
-    flags = _REQUEST_AND_DUMP if dump else _REQUEST
-    # The kernel replies during send(): nothing here ever waits.
-    netlink.send(
-        _HEADER.pack(_HEADER.size + len(query), kind, flags, 1, 0) + query, socket.MSG_DONTWAIT
-    )
-    while data := netlink.recv(_ANSWER_BYTES, socket.MSG_DONTWAIT):
-        at = 0
-        while at + _HEADER.size <= len(data):
-            length, found, *_ = _HEADER.unpack_from(data, at)
-            body = at + _HEADER.size
-            if found == _ERROR:
-                number = -struct.unpack_from("=i", data, body)[0]
-                raise OSError(number, "the kernel does not report that")
-            if found == _DONE or length < _HEADER.size:
-                return
-            yield form.unpack_from(data, body), data[body + form.size : at + length]
-            at += (length + 3) & ~3
-        if not dump:
-            return
-
-
-def _attribute(attributes: bytes, wanted: int) -> bytes:
-    """Return the content of an attribute, empty if it is missing."""
-    at = 0
-    while at + _ATTRIBUTE.size <= len(attributes):
-        length, kind = _ATTRIBUTE.unpack_from(attributes, at)
-        if length < _ATTRIBUTE.size:
-            break
-        if kind == wanted:
-            return attributes[at + _ATTRIBUTE.size : at + length]
-        at += (length + 3) & ~3
-    return b""
+    return netlink.query(query, _UNIX_REPLY, dump=not inode)

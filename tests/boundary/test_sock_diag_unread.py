@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from socketprotector.system import netlink
 from socketprotector.system import sock_diag as module
 from socketprotector.system.sock_diag import accepted, is_waiting, still_unread, unaccepted, unread
 from socketprotector.system.socket_copy import device_of, leave_devices
@@ -255,7 +256,7 @@ def test_other_ports_clients_are_not_listed(first: socket.socket) -> None:
 
 
 def test_more_than_one_answer_holds_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ANSWER_BYTES", 8192)
+    monkeypatch.setattr(netlink, "_ANSWER_BYTES", 8192)
     with listening(V4, "127.0.0.1") as late, ExitStack() as clients:
         late.listen(200)
         for _ in range(150):

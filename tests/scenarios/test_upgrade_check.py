@@ -232,6 +232,28 @@ def test_a_check_whose_client_has_gone_ends_and_leaves_nothing(
 
 
 @pytest.mark.costly
+def test_a_check_whose_client_has_gone_gives_way_to_the_next(
+    web: Protector, installation: Installation, place: Path, waiting: Waiting
+) -> None:
+    descriptors = kinds_at_rest(web)
+    waiting.running.end()
+    installation.script("two", "from socketprotector.__main__ import main\nmain()\n")
+
+    with Line(place) as line:
+        eventually(lambda: checked(line), "an answer of the second check")
+    reaped(web, waiting.pid)
+    no_more_open(descriptors, web.pid)
+    web.stop()
+
+
+def checked(line: Line) -> bool:
+    """Whether a check is answered: the protector may not know yet that the client has gone."""
+    line.send("upgrade", check=True)
+    answer = line.answer()
+    return bool(answer["ok"] and answer["result"]["reason"] is None)
+
+
+@pytest.mark.costly
 def test_a_stop_ends_a_check(web: Protector, waiting: Waiting) -> None:
     web.signal(signal.SIGTERM)
     assert web.process.wait(DEADLINE_S) == 0

@@ -26,6 +26,48 @@ from tests.unit.ctl.fake import (
     worker,
 )
 
+#: Each metric's type, and its labels besides `instance`: stable (docs/compatibility.md).
+STABLE = {
+    "up": ("gauge", ()),
+    "build": ("info", ()),
+    "start_time_seconds": ("gauge", ()),
+    "restarts": ("counter", ()),
+    "phase": ("gauge", ("phase",)),
+    "serving": ("gauge", ()),
+    "held": ("gauge", ()),
+    "lame_duck": ("gauge", ()),
+    "healthy": ("gauge", ()),
+    "health_failures": ("gauge", ()),
+    "guarded": ("gauge", ()),
+    "generations": ("gauge", ("phase",)),
+    "workers": ("gauge", ("state",)),
+    "child_processes": ("gauge", ()),
+    "workers_wanted": ("gauge", ()),
+    "rollout_stage": ("gauge", ("stage",)),
+    "rollout_share_ratio": ("gauge", ()),
+    "rollout_connections": ("gauge", ()),
+    "rollout_workers_replaced": ("gauge", ()),
+    "rollout_workers_awaited": ("gauge", ()),
+    "release": ("info", ()),
+    "release_is_current": ("gauge", ()),
+    "worker_crashes": ("counter", ()),
+    "connections_accepted": ("counter", ()),
+    "connections_taken": ("counter", ()),
+    "connections_finished": ("counter", ()),
+    "connection_errors": ("counter", ()),
+    "connections_lost": ("counter", ("by",)),
+    "connections_active": ("gauge", ()),
+    "queue_depth": ("gauge", ()),
+    "queue_limit": ("gauge", ()),
+    "backlog_depth": ("gauge", ("listener",)),
+    "backlog_limit": ("gauge", ("listener",)),
+    "wait_seconds": ("histogram", ()),
+    "reloads": ("counter", ("result",)),
+    "last_reload_successful": ("gauge", ()),
+    "last_dry_run_successful": ("gauge", ()),
+    "last_reload_success_timestamp_seconds": ("gauge", ()),
+}
+
 
 class Collected:
     """One instance, seen status by status, as a scrape would show it."""
@@ -68,6 +110,18 @@ def waits(**counts: int) -> dict[str, Any]:
     for place, count in counts.items():
         buckets[int(place[1:])] = count
     return {"count": sum(buckets), "p50": 1, "p99": 1, "buckets": buckets}
+
+
+def test_no_metric_is_removed_or_changed() -> None:
+    """A metric is only added: add it here, too."""
+    made = {
+        family.name.removeprefix("socketprotector_"): (
+            family.type,
+            (*family.__dict__["_labelnames"],),
+        )
+        for family in MetricSet().families()
+    }
+    assert made == {name: (kind, ("instance", *labels)) for name, (kind, labels) in STABLE.items()}
 
 
 def test_a_status_becomes_metrics() -> None:

@@ -51,7 +51,8 @@ _ALL_STATUSES = (
     (
         "3",
         "reload, deploy, rollback, upgrade: the new version failed or was called off (the "
-        "old version serves, or is stopping); diff: a reload would fail; ready: not ready",
+        "old version serves, or is stopping); diff: a reload would fail; ready: not ready; each "
+        "command: files of SocketProtector are missing or broken",
     ),
     (
         "4",

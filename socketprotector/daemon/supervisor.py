@@ -202,14 +202,16 @@ class Supervisor:
         else:
             self.upgrade.failed(_NOT_KEPT)
 
-    def check_upgrade(self, answered: Answered) -> None:
+    def check_upgrade(self, answered: Answered, is_gone: Callable[[], bool]) -> None:
         """Try the new program with a copy of the state, and call `answered`.
 
         Raises OSError or StateError if the state cannot be copied.  Call this only if no upgrade
         and no other check is in progress.
+
+        is_gone: whether the check's client has gone.
         """
         copies = self.checkpoint.copies()
-        self.upgrade.check(copies, answered)
+        self.upgrade.check(copies, answered, is_gone)
         for fd in copies.values():
             os.close(fd)
 

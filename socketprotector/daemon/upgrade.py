@@ -52,6 +52,7 @@ class Upgrade:
     _trial: HelperProcess | None = None
     _opened: ExitStack = field(default_factory=ExitStack)  # the trial's answer and output
     _check: Answered | None = None  # called with a check's result; None: no check is in progress
+    _is_gone: Callable[[], bool] = bool  # whether the client of the last check has gone
 
     def begin(self, descriptors: Mapping[str, int], ready: Callable[[], None]) -> None:
         """Try the new program with the settings and the state; if that succeeds, call `ready`.
@@ -62,7 +63,7 @@ class Upgrade:
         if self.is_trying:
             self.log.write("info", "upgrade-under-way")
             return
-        self.call_off_check()
+        self._call_off_check()
 
         def answered(version: str, failure: str) -> None:
             if failure:
@@ -73,21 +74,29 @@ class Upgrade:
 
         self._start({each: descriptors[each] for each in _NEEDED}, answered)
 
-    def check(self, copies: Mapping[str, int], answered: Answered) -> None:
+    def check(
+        self, copies: Mapping[str, int], answered: Answered, is_gone: Callable[[], bool]
+    ) -> None:
         """Try the new program with copies of the settings and the state, and call `answered`.
 
         Call this only if no check and no upgrade is in progress.
+
+        is_gone: whether the check's client has gone, for end_unwanted_check().
         """
 
         def done(version: str, failure: str) -> None:
             self._check = None
             answered(version, failure)
 
-        self._check = answered
+        self._check, self._is_gone = answered, is_gone
         self._start(copies, done)
 
-    def call_off_check(self) -> None:
-        """End a running check, without a result."""
+    def end_unwanted_check(self) -> None:
+        """End a check whose client has gone."""
+        if self._is_gone():
+            self._call_off_check()
+
+    def _call_off_check(self) -> None:
         if self._check is not None and self._trial is not None:
             self.loop.cancel(_TIMER)
             self._trial.discard()

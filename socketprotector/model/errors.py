@@ -55,7 +55,7 @@ _FREE_MEMORY = "raise the limit (ulimit -v, LimitAS= of a unit), or free some"
 
 def lack_of_memory(error: MemoryError | ImportError) -> str:
     """Return the message if memory for loading a program is lacking; "" for any other error."""
-    if isinstance(error, ImportError) and ".so" not in str(error):
+    if isinstance(error, ImportError) and not str(error.path).endswith(".so"):
         return ""
     return f"out of memory ({error}): {_FREE_MEMORY}".replace(" ()", "")
 

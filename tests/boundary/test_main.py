@@ -104,7 +104,9 @@ def test_ctrl_c_while_the_demo_is_loaded_is_the_status_of_one_that_was_interrupt
     ],
     ids=["SocketProtector", "ctl", "exporter"],
 )
-@pytest.mark.parametrize("error", ["MemoryError", "ImportError('x.so: failed to map segment')"])
+@pytest.mark.parametrize(
+    "error", ["MemoryError", "ImportError('x.so: failed to map segment', path='x.so')"]
+)
 def test_without_memory_to_load_it_says_so_in_one_line(
     package: str, loaded: str, name: str, status: int, error: str
 ) -> None:

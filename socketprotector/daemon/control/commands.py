@@ -61,7 +61,6 @@ class CommandHandler:
 
     supervisor: Supervisor
     runtime: Runtime
-    _checker: Client | None = None  # the client of the last upgrade check
 
     @property
     def _effects(self) -> Effects:
@@ -228,15 +227,13 @@ class CommandHandler:
             result = {"from": __version__, "version": version or None, "reason": failure or None}
             client.send_line(control_requests.answer(request.id, result))
 
-        if self._checker is not None and self._checker.gone:  # nobody awaits the result
-            self.supervisor.upgrade.call_off_check()
+        self.supervisor.upgrade.end_unwanted_check()
         if self.supervisor.upgrade_waits_for() or self.supervisor.upgrade.is_checking:
             raise RequestError(
                 "busy", "an upgrade or an upgrade check is in progress; try again later"
             )
-        self._checker = client
         try:
-            self.supervisor.check_upgrade(answered)
+            self.supervisor.check_upgrade(answered, lambda: client.gone)
         except (OSError, StateError) as error:
             what = what_failed(error) if isinstance(error, OSError) else str(error)
             why = f"cannot check the upgrade: copying the protector's state failed: {what}"

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -17,10 +18,12 @@ PACKAGE = Path(socketprotector.__file__).parent
 SPOILED = {
     "a missing package": ("system", None, "ModuleNotFoundError: No module named 'socketprotector."),
     "a missing module": ("ctl/main.py", None, "ImportError: cannot import name 'main' from "),
+    "a missing module with .so": ("system/sock_diag.py", None, "ModuleNotFoundError: No module "),
     "a missing module of errors": ("model/errors.py", None, "ModuleNotFoundError: No module "),
     "no syntax": ("ctl/client.py", "def", "SyntaxError: invalid syntax "),
-    "no syntax in a command": ("ctl/upgrade.py", "def", "SyntaxError: invalid syntax "),
-    "an error": ("ctl/cli.py", "raise RuntimeError('one\\ntwo')", "RuntimeError: one two)"),
+    "an empty program": ("ctl/main.py", "", "ImportError: socketprotector.ctl.main is empty)"),
+    "an empty module": ("ctl/upgrade.py", "", "ImportError: socketprotector.ctl.upgrade is empty)"),
+    "an error": ("ctl/cli.py", "raise RuntimeError('one\\ntwo\\udcff')", "RuntimeError: one two"),
     "an exit": ("ctl/cli.py", "raise SystemExit(0)", "SystemExit: 0)"),
 }
 
@@ -32,12 +35,15 @@ def installed(tmp_path: Path) -> Path:
     return Path(shutil.copytree(PACKAGE, tmp_path / "there" / PACKAGE.name, ignore=ignore))
 
 
-def ctl(installed: Path, *words: str) -> tuple[int, str, str]:
+def ctl(
+    installed: Path, *words: str, stderr: int | IO[str] = subprocess.PIPE
+) -> tuple[int, str, str]:
     done = subprocess.run(
         [sys.executable, "-m", "socketprotector.ctl", *words],
         env={**os.environ, "PYTHONPATH": str(installed.parent)},
         cwd=installed.parent,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         timeout=DEADLINE_S,
     )
@@ -60,15 +66,52 @@ def test_a_broken_installation_cannot_take_over(installed: Path, spoiled: str) -
 
     assert (status, out) == (3, "")
     [line] = err.splitlines()
-    start = "socketprotectorctl: this installation of SocketProtector is broken ("
+    start = "socketprotectorctl: files of SocketProtector are missing or broken ("
     assert line.startswith(start + why)
     assert line.endswith("); install it again")
 
 
-def test_only_an_upgrade_fails_with_the_status_of_a_failed_upgrade(installed: Path) -> None:
-    shutil.rmtree(installed / "system")
+def test_the_status_is_the_same_if_the_line_cannot_be_written(installed: Path) -> None:
+    (installed / "ctl/main.py").unlink()
+    with open("/dev/full", "w") as full:
+        assert ctl(installed, "upgrade", stderr=full)[0] == 3
 
-    assert ctl(installed, "status")[0] == 1
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        ("MemoryError", (1, "socketprotectorctl: out of memory: ")),
+        ("ImportError('no', path='/lib/x.so')", (1, "socketprotectorctl: out of memory (no): ")),
+        ("KeyboardInterrupt", (130, "")),
+    ],
+)
+@pytest.mark.parametrize("when", ["", "def main(*_): "])
+def test_a_lack_of_memory_or_an_interrupt_is_no_broken_file(
+    installed: Path, raised: str, expected: tuple[int, str], when: str
+) -> None:
+    """While the program is loaded, and later."""
+    (installed / "ctl/main.py").write_text(f"{when}raise {raised}")
+
+    status, _, err = ctl(installed, "upgrade")
+
+    assert (status, err[: len(expected[1])]) == expected
+    assert err.count("\n") == bool(expected[1])
+
+
+def test_a_zip_file_runs(installed: Path) -> None:
+    """As zipapps do."""
+    there = installed.parent
+    shutil.make_archive(str(there / "all"), "zip", there, installed.name)
+    shutil.rmtree(installed)
+    (there / "all.zip").rename(installed)
+    done = subprocess.run(
+        [sys.executable, "-c", "from socketprotector.ctl.__main__ import main; main(['--help'])"],
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        stdout=subprocess.PIPE,
+        timeout=DEADLINE_S,
+    )
+
+    assert done.stdout.startswith(b"Usage: ")
 
 
 def test_a_whole_copy_runs(installed: Path) -> None:

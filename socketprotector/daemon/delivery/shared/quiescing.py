@@ -207,17 +207,16 @@ class Quiescing:
             state.unread = self._query(generation, queried)
         elif state.unread and (found := self._query(generation, queried)) is not None:
             state.unread = found
-        unread = state.unread
         state.waited_s += state.delay_s
         state.quiet_s += state.delay_s if state.quiet_looks else 0.0
         state.quiet_looks += 1
-        if waiting or gets_clients or unread is None or not all(unread.values()):
+        if waiting or gets_clients or state.unread is None or not all(state.unread.values()):
             state.quiet_looks, state.quiet_s = 0, 0.0
         if state.reads_on:
             quiet = state.quiet_looks >= _SOON_LOOKS
         else:
             quiet = state.quiet_s > GENERATION_QUIET_S - _LOOK_S / 2
-        awaits_silent = unread and state.waited_s < SILENT_S - _LOOK_S / 2
+        awaits_silent = state.unread and state.waited_s < SILENT_S - _LOOK_S / 2
         late = now - state.began >= GENERATION_LAST_S
         if late or (quiet and not awaits_silent):
             if waiting:

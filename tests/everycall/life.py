@@ -293,8 +293,13 @@ class Life:
         # By a signal: a protector may run without a control socket.
         times = len(re.findall("event=reloaded", self.log))
         self.send(signal.SIGHUP)
-        if not self.says("event=reloaded", times + 1):
-            self.problems.append("the next reload failed")
+        if self.says("event=reloaded", times + 1):
+            return
+        if "event=guard-died" in self.log:  # a killed guard may have had our HUP: send it again
+            self.send(signal.SIGHUP)
+            if self.says("event=reloaded", times + 1):
+                return
+        self.problems.append("the next reload failed")
 
     def _end(self) -> None:
         value = self.mark[MARK]

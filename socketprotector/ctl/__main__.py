@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 try:
     from ..model.errors import lack_of_memory
-except Exception:  # broken, too
+except Exception:  # errors.py may be broken as well
 
-    def lack_of_memory(error: MemoryError | ImportError) -> str:
+    def lack_of_memory(error: BaseException) -> str:
         """Stand in for the function of model/errors.py."""
         return "out of memory" if isinstance(error, MemoryError) else ""
 
@@ -30,33 +30,32 @@ _INTERRUPTED = 130  # equals main.INTERRUPTED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status.  arguments: if None, sys.argv[1:]."""
+    """Run one command and return the exit status.  arguments: if None, sys.argv[1:].
+
+    If memory is short, or files of this package are missing or broken, exit.
+    """
     try:
-        return _load()(arguments)
-    except (MemoryError, ImportError) as error:  # for example under `ulimit -v`
-        lack = lack_of_memory(error)
-        if not lack:
-            raise
-        _fail(lack, _NO_MEMORY_STATUS)
+        run = _load()
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except (Exception, SystemExit) as error:
+        _fail(error)
+    try:
+        return run(arguments)
+    except (MemoryError, ImportError, SyntaxError) as error:  # of a module that a command imports
+        _fail(error)
     except KeyboardInterrupt:  # outside the part of main.main() that handles it
         return _INTERRUPTED
 
 
 def _load() -> Callable[[Sequence[str] | None], int]:
-    """Return main.main().  If files of this package are missing or broken, exit."""
-    try:
-        from . import main as program
+    """Return main.main().  Raises any exception if files of this package are missing or broken."""
+    from . import main as program
 
-        for name, module in list(sys.modules.items()):
-            if name.startswith("socketprotector.") and _is_empty(str(module.__file__)):
-                raise ImportError(f"{name} is empty")
-        return program.main
-    except (Exception, SystemExit) as error:
-        if isinstance(error, MemoryError | ImportError) and lack_of_memory(error):
-            raise
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        why = f"files of SocketProtector are missing or broken ({what}); install it again"
-        _fail(why, _BROKEN_STATUS)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("socketprotector.") and _is_empty(str(module.__file__)):
+            raise ImportError(f"{name} is empty")
+    return program.main
 
 
 def _is_empty(file: str) -> bool:
@@ -67,10 +66,13 @@ def _is_empty(file: str) -> bool:
         return False
 
 
-def _fail(why: str, status: int) -> NoReturn:
+def _fail(error: BaseException) -> NoReturn:
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    why = f"files of SocketProtector are missing or broken ({what}); install it again"
+    lack = lack_of_memory(error)
     with suppress(OSError):
-        os.write(2, f"socketprotectorctl: {why}\n".encode(errors="replace"))
-    os._exit(status)
+        os.write(2, f"socketprotectorctl: {lack or why}\n".encode(errors="replace"))
+    os._exit(_NO_MEMORY_STATUS if lack else _BROKEN_STATUS)
 
 
 if __name__ == "__main__":

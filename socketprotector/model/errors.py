@@ -53,11 +53,21 @@ NO_PROCESSES = (
 _FREE_MEMORY = "raise the limit (ulimit -v, LimitAS= of a unit), or free some"
 
 
-def lack_of_memory(error: MemoryError | ImportError) -> str:
+#: What the dynamic loader says if it lacks memory, in an ImportError.
+_LOADER_LACKS_MEMORY = ("failed to map segment", "cannot map", "allocate", "cannot create")
+
+
+def lack_of_memory(error: BaseException) -> str:
     """Return the message if memory for loading a program is lacking; "" for any other error."""
-    if isinstance(error, ImportError) and not str(error.path).endswith(".so"):
-        return ""
-    return f"out of memory ({error}): {_FREE_MEMORY}".replace(" ()", "")
+    match error:
+        case MemoryError() | SystemError() | OSError(errno=errno.ENOMEM):
+            lacks = True
+        case ImportError():
+            loader = str(error) if str(error.path).endswith(".so") else ""
+            lacks = any(each in loader for each in _LOADER_LACKS_MEMORY)
+        case _:
+            lacks = False
+    return f"out of memory ({error}): {_FREE_MEMORY}".replace(" ()", "") if lacks else ""
 
 
 def what_failed(error: BaseException) -> str:

@@ -81,7 +81,12 @@ def test_the_status_is_the_same_if_the_line_cannot_be_written(installed: Path) -
     ("raised", "expected"),
     [
         ("MemoryError", (1, "socketprotectorctl: out of memory: ")),
-        ("ImportError('no', path='/lib/x.so')", (1, "socketprotectorctl: out of memory (no): ")),
+        (
+            "ImportError('failed to map segment', path='/lib/x.so')",
+            (1, "socketprotectorctl: out of memory (failed to map segment): "),
+        ),
+        ("ImportError('too short', path='/lib/x.so')", (3, "socketprotectorctl: files of ")),
+        ("ImportError('failed to map segment', path='x.py')", (3, "socketprotectorctl: files of ")),
         ("KeyboardInterrupt", (130, "")),
     ],
 )
@@ -98,6 +103,27 @@ def test_a_lack_of_memory_or_an_interrupt_is_no_broken_file(
     assert err.count("\n") == bool(expected[1])
 
 
+@pytest.mark.parametrize("error", ["SystemError('no')", "OSError(12, 'no')"])
+def test_a_lack_of_memory_during_an_import_is_no_broken_file(installed: Path, error: str) -> None:
+    (installed / "ctl/main.py").write_text(f"raise {error}")
+
+    status, _, err = ctl(installed, "upgrade")
+
+    assert status == 1
+    assert err.startswith("socketprotectorctl: out of memory (")
+
+
+def test_a_module_that_only_a_command_imports_may_be_broken(installed: Path) -> None:
+    (installed / "ctl/completion_script.py").write_text("def make(*_): import socketprotector.none")
+    with open(installed / "ctl/completion_script.py", "a") as file:
+        file.write("\nSHELLS = ('bash',)\n")
+
+    status, out, err = ctl(installed, "completion", "bash")
+
+    assert (status, out) == (3, "")
+    assert err.startswith("socketprotectorctl: files of SocketProtector are missing or broken (")
+
+
 def test_a_zip_file_runs(installed: Path) -> None:
     """As zipapps do."""
     there = installed.parent
@@ -107,6 +133,7 @@ def test_a_zip_file_runs(installed: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", "from socketprotector.ctl.__main__ import main; main(['--help'])"],
         env={**os.environ, "PYTHONPATH": str(installed)},
+        cwd=there,
         stdout=subprocess.PIPE,
         timeout=DEADLINE_S,
     )

@@ -180,7 +180,11 @@ def test_a_client_in_a_handshake_is_the_same_client_afterwards(
 
 
 def test_another_client_with_the_same_ports_is_another(first: socket.socket) -> None:
-    with socket.create_connection(first.getsockname()) as client, first.accept()[0] as server:
+    ours = "127.77.0.1", 0  # no other test takes a port of this address
+    with (
+        socket.create_connection(first.getsockname(), source_address=ours) as client,
+        first.accept()[0] as server,
+    ):
         address, clients = client.getsockname(), found_at(first)
         for end in (client, server):  # a reset: no TIME_WAIT keeps the ports
             end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0" + bytes(4))

@@ -2,7 +2,8 @@
 
 click's scripts do not complete `--name=WORD`.  bash splits words at `:`, so click's script for bash
 completes nothing after `--name web:8000`, either.  In fish, click's script ends descriptions at a
-comma.  _CHANGES corrects these three faults.
+comma.  In zsh, an autoloaded script completes nothing at its second call: only the first call has
+the context `loadautofunc`; later calls have `shfunc`.  _CHANGES corrects these four faults.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _CHANGES = {
     "zsh": {
         "for type key descr in": "compset -P 1 '--*='\n    for type key descr in",
         "compadd -U": 'compadd -U -i "$IPREFIX"',
+        "== loadautofunc": "== (loadautofunc|shfunc)",
     },
     "fish": {
         "for completion in": "set -l option (string match -r '^--[^=]*=' -- (commandline -ct))\n"

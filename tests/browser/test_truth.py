@@ -145,8 +145,11 @@ def test_a_killed_protector_is_grey_and_its_clocks_stand(
     assert browser.run(f"return {colour('other', '.lane .phase')} !== {QUIET}")
     ages = f"[{texts('web', '.where, .age')}, {texts('other', '.age')}].flat()"
     before = browser.run(f"return {ages}")
-    later(browser, 10 * 86_400)
-    after = browser.run(f"return {ages}")
+    # In one script: a message of the exporter would set the page's clock right again.
+    after = browser.run(
+        "const now = Date.now; Date.now = () => now() + 864_000_000;"
+        f"document.querySelectorAll('[data-since]').forEach(age); return {ages}"
+    )
     assert after[:2] == before[:2]
     assert after[2] != before[2]
 

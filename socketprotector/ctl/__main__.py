@@ -1,7 +1,7 @@
 """`socketprotectorctl` and `python -m socketprotector.ctl`.
 
 If memory is short, or if files of this package are missing or broken, the import of ctl/main.py
-fails.  So the import is inside main(), which reports the failure in one line.
+fails.  So _load() imports it, and main() reports the failure in one line.
 """
 
 from __future__ import annotations

@@ -371,7 +371,7 @@ def test_one_that_came_between_two_options_is_counted_for_no_generation(
     kernel: Kernel, counts: OpenCounts, two: list[Listener]
 ) -> None:
     accept_tags.tag(two[0].socket, 1)
-    has(kernel, 1)  # of one that is gone
+    has(kernel, 1)  # the generation of tag 1 has gone
     taken = {(0, its) for its in (2, 3, 4, 5, 7)}
     with socket.create_connection(two[0].socket.getsockname()):
         assert counts.tag_sockets(0, taken) == (), "on the way from 1 to 6 it has one of the others"

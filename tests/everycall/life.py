@@ -295,7 +295,7 @@ class Life:
         self.send(signal.SIGHUP)
         if self.says("event=reloaded", times + 1):
             return
-        if "event=guard-died" in self.log:  # a killed guard may have had our HUP: send it again
+        if "event=guard-died" in self.log:  # a killed guard may have swallowed our HUP
             self.send(signal.SIGHUP)
             if self.says("event=reloaded", times + 1):
                 return

@@ -91,7 +91,7 @@ def test_the_status_is_the_same_if_the_line_cannot_be_written(installed: Path) -
     ],
 )
 @pytest.mark.parametrize("when", ["", "def main(*_): "])
-def test_a_lack_of_memory_or_an_interrupt_is_no_broken_file(
+def test_a_lack_of_memory_and_an_interrupt_differ_from_a_broken_file(
     installed: Path, raised: str, expected: tuple[int, str], when: str
 ) -> None:
     """While the program is loaded, and later."""
@@ -114,9 +114,9 @@ def test_a_lack_of_memory_during_an_import_is_no_broken_file(installed: Path, er
 
 
 def test_a_module_that_only_a_command_imports_may_be_broken(installed: Path) -> None:
-    (installed / "ctl/completion_script.py").write_text("def make(*_): import socketprotector.none")
-    with open(installed / "ctl/completion_script.py", "a") as file:
-        file.write("\nSHELLS = ('bash',)\n")
+    (installed / "ctl/completion_script.py").write_text(
+        "SHELLS = ('bash',)\ndef make(*_): import socketprotector.none\n"
+    )
 
     status, out, err = ctl(installed, "completion", "bash")
 

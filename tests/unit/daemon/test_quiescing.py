@@ -90,15 +90,21 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return World(monkeypatch)
 
 
-def unix_listener(name: str) -> Any:
+def add_path(world: World, patch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """Add a UNIX path with one unread client; return what accepted_unix() yields."""
+    name = "/run/.s.sp-000001"
     only = SimpleNamespace(getsockname=lambda: name)
-    return SimpleNamespace(
+    listener = SimpleNamespace(
         socket=SimpleNamespace(family=socket.AF_UNIX),
         sockets=[only],
         socket_for=lambda _: only,
         path="/run/s",
         index=INDEX + 1,
     )
+    world.pairs.append(cast("Listener", listener))
+    clients = [(name, 7, 1)]
+    patch.setattr(quiescing, "accepted_unix", lambda: clients)
+    return clients
 
 
 def test_without_clients_it_is_quiet_after_a_second(world: World) -> None:
@@ -213,8 +219,7 @@ def test_clients_of_a_replaced_unix_socket_are_waited_for(
 def test_one_whose_workers_read_on_waits_for_no_unread_client_of_a_unix_path(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world.pairs[:] = [unix_listener("/run/.s.sp-000001")]
-    monkeypatch.setattr(quiescing, "accepted_unix", lambda: [("/run/.s.sp-000001", 7, 1)])
+    add_path(world, monkeypatch)
     world.begin(reads_on=True)
     world.clock.pass_time(0.05)
     assert len(world.ended) == 1
@@ -241,10 +246,7 @@ def test_a_client_counts_for_each_listener_of_its_port_until_no_listener_is_awai
 def test_clients_of_both_families_are_waited_for(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = "/run/.s.sp-000001"
-    world.pairs.append(unix_listener(name))
-    at_path = [(name, 7, 1)]
-    monkeypatch.setattr(quiescing, "accepted_unix", lambda: at_path)
+    at_path = add_path(world, monkeypatch)
     world.unread = {READ: False}
     world.begin()
     world.clock.pass_time(3)
@@ -259,14 +261,12 @@ def test_clients_of_both_families_are_waited_for(
 def test_clients_of_the_next_generation_at_a_unix_path_are_none_of_its_own(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its socket may be one that this generation's records do not name."""
-    name = "/run/.s.sp-000001"
-    world.pairs[:] = [unix_listener(name)]
-    at_path = [(name, 7, 1)]
-    monkeypatch.setattr(quiescing, "accepted_unix", lambda: at_path)
+    """Only clients that the first look has found count."""
+    at_path = add_path(world, monkeypatch)
     world.begin()
     world.clock.pass_time(0.5)
-    at_path[:] = [(name, 8, 1)]
+    [(name, inode, unread_bytes)] = at_path
+    at_path[:] = [(name, inode + 1, unread_bytes)]
     world.clock.pass_time(GENERATION_QUIET_S + 0.3)
     assert len(world.ended) == 1
 

@@ -97,7 +97,7 @@ def _unread_tcp(
 
 
 def _unread_unix(
-    listeners: Sequence[Listener], socket_number: int, replaced: Sequence[Listener]
+    listeners: Sequence[Listener], state: _Generation, replaced: Sequence[Listener]
 ) -> dict[tuple[int, bytes], bool]:
     """Return the unread clients of a generation's UNIX sockets.  Raises OSError.
 
@@ -109,7 +109,7 @@ def _unread_unix(
     longer know the name of the replaced socket.  So we also count the unread clients of all former
     sockets of the path.
     """
-    by_name = {each.socket_for(socket_number).getsockname(): each.index for each in listeners}
+    by_name = {each.socket_for(state.socket_number).getsockname(): each.index for each in listeners}
     by_path = {each.path: each.index for each in replaced}
     present = {listening.getsockname() for each in replaced for listening in each.sockets}
     found: dict[tuple[int, bytes], bool] = {}
@@ -118,7 +118,9 @@ def _unread_unix(
         if index is None and by_path and name not in present:
             index = by_path.get(path_of(name))
         if unread_bytes and index is not None:
-            found[index, b"%d" % inode] = False
+            client = index, b"%d" % inode
+            if state.unread is None or client in state.unread:
+                found[client] = False
     return found
 
 
@@ -203,9 +205,7 @@ class Quiescing:
             # accepted, they may be unread.  Later looks only remove clients from `unread`, so the
             # next look counts as the first.
             state.unread = None
-        elif state.unread is None:
-            state.unread = self._query(generation, queried)
-        elif state.unread and (found := self._query(generation, queried)) is not None:
+        elif state.unread != {} and (found := self._query(generation, queried)) is not None:
             state.unread = found
         state.waited_s += state.delay_s
         state.quiet_s += state.delay_s if state.quiet_looks else 0.0
@@ -252,12 +252,10 @@ class Quiescing:
                 elif not state.reads_on:  # a UNIX connection has no handshake
                     unserved = self._turns.unserved
                     replaced = [e for e in of_family if (generation, e.index) in unserved]
-                    found.update(_unread_unix(of_family, state.socket_number, replaced))
+                    found.update(_unread_unix(of_family, state, replaced))
             except OSError as error:
                 if error.errno in RESOURCE_ERRNOS:
                     return None
                 # No sock_diag: no client counts as unread.  Without `reads_on`, most workers have
                 # read from all their clients when GENERATION_QUIET_S has passed.
-        if state.unread is not None:
-            found = {client: silent for client, silent in found.items() if client in state.unread}
         return found

@@ -252,7 +252,7 @@ def test_a_prober_that_dies_or_hangs_is_no_failure_and_is_followed_by_another(
     watched: Callable[..., Watched], asked: Asked, how: signal.Signals
 ) -> None:
     asked.speaks_tls()
-    one = watched(HTTPS, "--health-failures", "1", "--health-timeout", "100ms")
+    one = watched(HTTPS, "--health-failures", "1", "--health-timeout", "2s")
     one.until(state="healthy")
     [first] = probers(one.daemon)
     answered = one.says["answered_at"]

@@ -118,4 +118,5 @@ CODEC = Codec(
     strict=settings.CLASSES,
     added=settings.ADDED,
     said=settings.SAID,
+    checks={**settings.CHECKS, **settings.PROGRAM_CHECKS},
 )

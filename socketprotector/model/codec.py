@@ -2,8 +2,8 @@
 
 Classes and fields are identified by name, so that a newer program can read an older program's
 state.  A missing field takes its default, and a renamed field is found by its old name.
-An older program ignores an unknown field, but refuses an unknown class, and an unknown field of a
-strict class (Codec); the error says why.
+An older program ignores an unknown field, but refuses an unknown class, an unknown field of a
+strict class (Codec), and an unknown value of an enumeration or a checked field; the error says why.
 
 Pure.  All values that outlive a program use this serializer.
 """
@@ -90,6 +90,7 @@ class Codec:
         strict: Collection[type] = (),
         added: Collection[str] = (),
         said: Collection[str] = (),
+        checks: Mapping[str, Callable[[Any], bool]] | None = None,
     ) -> None:
         """classes: frozen dataclasses and enums with distinct names.
 
@@ -98,6 +99,7 @@ class Codec:
         added: `Class.field` that older programs lack; it is not written while it has its default.
         said: `Class.field` that is only for people.  Such fields are written separately, so that an
         older program skips them.
+        checks: `Class.field` -> whether this program knows a value of the field; tuples are lists.
         """
         self._classes: Mapping[str, type] = {each.__name__: each for each in classes}
         self._fields: dict[type, tuple[str, ...]] = {
@@ -124,6 +126,10 @@ class Codec:
         for each in said:
             kind, _, name = each.partition(".")
             self._said.setdefault(self._classes[kind], []).append(name)
+        self._checks: dict[type, dict[str, Callable[[Any], bool]]] = {}
+        for each, knows in (checks or {}).items():
+            kind, _, name = each.partition(".")
+            self._checks.setdefault(self._classes[kind], {})[name] = knows
 
     def encode(self, value: object) -> bytes:
         """Return a value as bytes.
@@ -257,7 +263,7 @@ class Codec:
         if "s" in value:
             return frozenset(self._value(each) for each in value["s"])
         if "e" in value:
-            return self._older[value["e"]](value["v"])
+            return self._member(value["e"], value["v"])
         if value["c"] not in self._older:
             raise NewerError(f"this one does not know {value['c']}")
         known = self._older[value["c"]]
@@ -265,6 +271,9 @@ class Codec:
         found = self._today(known, value["f"])
         if known in self._strict and (unknown := found.keys() - set(names)):
             raise NewerError(f"this one does not know {', '.join(sorted(unknown))}")
+        for name, knows in self._checks.get(known, {}).items():
+            if name in found and not knows(found[name]):
+                raise NewerError(f"this one does not know {name} {found[name]!r}")
         return known(
             **{
                 name: v if type(v) in plain else self._value(v)
@@ -272,6 +281,13 @@ class Codec:
                 if name in names
             }
         )
+
+    def _member(self, name: str, value: object) -> object:
+        """Return the member of an enumeration.  name: of its class."""
+        try:
+            return self._older[name](value)
+        except ValueError:
+            raise NewerError(f"this one does not know {name} {value!r}") from None
 
     def _today(self, known: type, written: dict[str, Any]) -> dict[str, Any]:
         """Return a class's written fields under their names of today."""

@@ -5,19 +5,25 @@ process reads them from there (`load`).  Units are in the names.
 
 A newer program reads an older program's settings; a missing field takes its default.  An older
 program refuses settings with a field that it does not know: otherwise it would silently drop an
-option.
+option.  For the same reason it refuses a value that it does not know.
 """
 
 from __future__ import annotations
 
-from . import json_text
-from .codec import FORMAT, Codec, DecodeError, NewerError, decoding, need_format, refusal
+from . import json_text, probe_spec
+from .codec import FORMAT, Codec, DecodeError, decoding, need_format, refusal
 from .handoff_modes import MODES, HandoffMode
 from .lazy_dataclass import field, frozen
+from .log_format import FORMATS, LEVELS
 from .policy import Policy
 from .ready_kinds import KINDS
 from .share import Canary
 from .text import in_units
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
 
 
 class SettingsError(ValueError):
@@ -185,7 +191,56 @@ ADDED = (
 )
 #: Fields that are only for people; an older program skips them.
 SAID = ("Settings.warnings",)
-_CODEC = Codec(CLASSES, strict=CLASSES, added=ADDED, said=SAID)
+#: The resource limits of --limit.
+LIMITS = ("nofile", "core")
+
+
+def _are_limits(pairs: Iterable[tuple[str, int]]) -> bool:
+    return all(name in LIMITS for name, _ in pairs)
+
+
+def _is_probe(text: str) -> bool:
+    return not text or _is_read_by(probe_spec.read, text)
+
+
+def _is_health_check(text: str) -> bool:
+    return not text or _is_read_by(probe_spec.read_health, text)
+
+
+def _is_settle_check(text: str) -> bool:
+    # Not by read_settle_check(), which would take an unknown kind as a command.
+    return text != "accept" and _is_health_check(text)
+
+
+def _is_read_by(read: Callable[[str], object], text: str) -> bool:
+    try:
+        read(text)
+    except ValueError:
+        return False
+    return True
+
+
+_OF_PROGRAMS: dict[str, Callable[[Any], bool]] = {
+    "handoff": MODES.__contains__,
+    "ready": KINDS.__contains__,
+    "ready_question": _is_probe,
+    "limits": _are_limits,
+}
+#: Fields to which a later version may add values -> whether this program knows a value.
+CHECKS: dict[str, Callable[[Any], bool]] = {
+    **{f"Settings.{name}": knows for name, knows in _OF_PROGRAMS.items()},
+    "Settings.health": _is_health_check,
+    "Settings.log_level": LEVELS.__contains__,
+    "Settings.log_format": FORMATS.__contains__,
+    "Policy.ready": KINDS.__contains__,
+    "Policy.settle_check": _is_settle_check,
+}
+#: The same for each generation's Program (records.py).
+PROGRAM_CHECKS: dict[str, Callable[[Any], bool]] = {
+    **{f"Program.{name}": knows for name, knows in _OF_PROGRAMS.items()},
+    "Program.settle_check": _is_settle_check,
+}
+_CODEC = Codec(CLASSES, strict=CLASSES, added=ADDED, said=SAID, checks=CHECKS)
 
 
 def dump(settings: Settings) -> bytes:
@@ -204,8 +259,6 @@ def load(data: bytes) -> Settings:
             need_format(values["format"])
             found = _CODEC.value_of(values["settings"])
         if isinstance(found, Settings):
-            if MODES.get(found.handoff) is None:
-                raise NewerError(f"no --handoff {found.handoff} is known")
             return found
         raise DecodeError(f"they are {type(found).__name__}")
     except DecodeError as error:

@@ -15,13 +15,14 @@ from contextlib import suppress
 
 from ..model.errors import NO_PROCESSES
 from ..model.records import Program
+from ..model.settings import LIMITS
 from . import privileges
 from .cleanup import on_error
 from .cpu_quota import scheduler
 from .process import Process
 
 #: The resource limits that options may set (--limit), by the option's name.
-RLIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
+RLIMITS = {name: getattr(resource, f"RLIMIT_{name.upper()}") for name in LIMITS}
 
 
 def spawn(

@@ -19,9 +19,13 @@ from socketprotector.core.fleet import Fleet, Generation, Worker
 from socketprotector.core.snapshot import CLASSES, CODEC, Snapshot
 from socketprotector.daemon import checkpoint
 from socketprotector.model.codec import FORMAT, Codec, DecodeError, NewerError
+from socketprotector.model.handoff_modes import MODES
 from socketprotector.model.lazy_dataclass import frozen, init_of
-from socketprotector.model.records import ForwarderRecord, SettingsRecord, WorkerRecord
-from socketprotector.model.settings import Settings
+from socketprotector.model.log_format import FORMATS, LEVELS
+from socketprotector.model.policy import Policy
+from socketprotector.model.ready_kinds import KINDS
+from socketprotector.model.records import ForwarderRecord, Program, SettingsRecord, WorkerRecord
+from socketprotector.model.settings import LIMITS, Settings
 from socketprotector.system import state_file
 from socketprotector.system.state_file import StateError, StateFile
 from tests.rounds import rounds
@@ -46,6 +50,20 @@ for _each in CLASSES:
     if is_dataclass(_each):
         with_parameters(_each)
 # Made by the tests that take from them: each process of `pytest -n` collects all tests.
+#: Values of fields that are checked (CHECKS of model/settings.py).
+CHECKED = {
+    "handoff": st.sampled_from([*MODES]),
+    "ready": st.sampled_from([*KINDS]),
+    "ready_question": st.sampled_from(["", "accept", "http:/"]),
+    "settle_check": st.sampled_from(["", "http:/", "check:true"]),
+    "health": st.sampled_from(["", "accept", "check:true"]),
+    "limits": st.lists(st.tuples(st.sampled_from(LIMITS), st.integers())).map(tuple),
+    "log_level": st.sampled_from([*LEVELS]),
+    "log_format": st.sampled_from(FORMATS),
+}
+for _class in (Settings, Policy, Program):
+    _fields = {name: CHECKED.get(name, ...) for name in _class.__match_args__}
+    st.register_type_strategy(_class, st.builds(_class, **_fields))
 snapshots = st.deferred(lambda: st.from_type(Snapshot))
 values = st.deferred(lambda: st.one_of(*(st.from_type(each) for each in CLASSES)))
 
@@ -175,6 +193,21 @@ def test_what_was_renamed_is_read_by_its_old_name_and_written_by_its_own() -> No
 def test_an_unknown_field_of_a_strict_class_is_a_newer_program_s() -> None:
     with pytest.raises(NewerError, match="does not know weight"):
         Codec([Thing], strict=[Thing]).decode(b'{"c":"Thing","f":{"size":3,"weight":1}}')
+
+
+def test_an_unknown_value_of_an_enumeration_is_a_newer_program_s() -> None:
+    with pytest.raises(NewerError, match="does not know Colour 'teal'"):
+        Codec([Thing, Colour]).decode(b'{"c":"Thing","f":{"colour":{"e":"Colour","v":"teal"}}}')
+
+
+def test_a_value_that_a_check_does_not_know_is_a_newer_program_s() -> None:
+    """Also if a change has set it."""
+    codec = Codec([Thing, Colour], checks={"Thing.size": lambda size: size < 5})
+    written = codec.encode(Thing(4))
+    assert codec.decode(written) == Thing(4)
+
+    with pytest.raises(NewerError, match="does not know size 5"):
+        codec.decode(written, [codec.changes(Thing(4), Thing(5))])
 
 
 def newer_thing(name: str, annotation: str, default: object) -> Any:

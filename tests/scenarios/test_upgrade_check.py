@@ -159,6 +159,63 @@ def test_a_program_that_cannot_take_over_is_status_3_and_one_line(
     web.stop()
 
 
+@pytest.mark.parametrize(
+    ("options", "module", "old", "new", "why"),
+    [
+        ((), "model/handoff_modes", r'HandoffMode\("connection"', 'HandoffMode("q"', "handoff"),
+        ((), "model/ready_kinds", r'    "notify": ReadyKind', '    "told": ReadyKind', "ready"),
+        (
+            ("--ready", "accept"),
+            *("model/probe_spec", 'if text == "accept"', 'if text == "dial"', "ready_question"),
+        ),
+        (
+            ("--health", "accept"),
+            *("model/probe_spec", 'if text == "accept"', 'if text == "dial"', "health"),
+        ),
+        (
+            ("--settle", "1s", "--settle-check", "true"),
+            *("model/probe_spec", 'CHECK = "check"', 'CHECK = "command"', "settle_check"),
+        ),
+        (
+            ("--limit", "core=0"),
+            *("model/settings", r'LIMITS = \("nofile", "core"\)', 'LIMITS = ("nofile",)', "limits"),
+        ),
+        (("-v",), "model/log_format", '"debug": 7', '"trace": 7', "log_level"),
+        (
+            (),
+            "model/log_format",
+            r'FORMATS = \("text", "json"\)',
+            'FORMATS = ("json",)',
+            "log_form",
+        ),
+    ],
+)
+def test_a_program_that_lacks_a_value_in_use_does_not_take_over(
+    options: tuple[str, ...],
+    module: str,
+    old: str,
+    new: str,
+    why: str,
+    place: Path,
+    installation: Installation,
+) -> None:
+    daemon = installation.start("--control", place, *options, "127.0.0.1:0", "--", *MANY).ready()
+    installation.add("two", version="9.8.7")
+    installation.change("two", module, old, new)
+    installation.switch("two")
+    why = rf"written by a newer version \(this one does not know {why}"
+
+    said = run("--control", str(place), "upgrade", "--check")
+
+    assert (said.status, said.out) == (3, "")
+    [line] = said.lines
+    assert re.search(why, line), line
+    assert re.search(rf"event=upgrade-failed .*{why}", upgrade(daemon))
+    installation.switch("one")
+    daemon.reload()
+    daemon.stop()
+
+
 # -- what happens during a check -------------------------------------------------------------
 
 

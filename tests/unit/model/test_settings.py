@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 
 from socketprotector.core.fleet import Policy
 from socketprotector.model.codec import FORMAT
+from socketprotector.model.handoff_modes import MODES
+from socketprotector.model.log_format import FORMATS, LEVELS
+from socketprotector.model.ready_kinds import KINDS
 from socketprotector.model.settings import (
+    LIMITS,
     Identity,
     ListenerSettings,
     Settings,
@@ -50,7 +54,7 @@ whole = st.builds(
     ready_after_s=st.none() | numbers,
     identity=st.none() | identities,
     worker_identity=st.none() | identities,
-    limits=st.lists(st.tuples(texts, st.integers())).map(tuple),
+    limits=st.lists(st.tuples(st.sampled_from(LIMITS), st.integers())).map(tuple),
     environment=st.lists(st.tuples(texts, texts)).map(tuple),
     env_file=st.none() | texts,
     log_file=st.none() | texts,
@@ -82,6 +86,27 @@ def _fields(**values: object) -> dict[str, object]:
     return {**fields, **values}
 
 
+def _policy(**values: object) -> dict[str, object]:
+    return {"c": "Policy", "f": values}
+
+
+@together(
+    "values",
+    [
+        *({"ready_question": each} for each in ("accept", "http:/", "https://web:1/ok=204")),
+        *({"health": each} for each in ("accept", "http:[web]/p", "check:true")),
+        *({"handoff": each} for each in MODES),
+        *({"ready": each} for each in KINDS),
+        *({"log_level": each} for each in LEVELS),
+        *({"log_format": each} for each in FORMATS),
+        *({"policy": _policy(settle_check=each)} for each in ("", "check:x", "http:/", "https:/")),
+        {"limits": [[name, 7] for name in LIMITS]},
+    ],
+)
+def test_each_value_of_this_version_is_known(values: dict[str, object]) -> None:
+    load(changed(**values))
+
+
 def test_warnings_keep_no_older_program_from_reading_the_settings() -> None:
     """It refuses each field that it does not know, and these are for people alone."""
     warned = replace(PLAIN, warnings=("only user root can connect",))
@@ -105,6 +130,21 @@ def test_warnings_keep_no_older_program_from_reading_the_settings() -> None:
         ),
         (changed(policy={"c": "Policy", "f": {"teapot_s": 1.0}}), "does not know teapot_s"),
         (changed(policy={"c": "Teapot", "f": {}}), "does not know Teapot"),
+        (
+            changed(handoff="pigeon"),
+            "the settings cannot be read: written by a newer version (this one does not know "
+            "handoff 'pigeon'); start that version, or stop and start afresh",
+        ),
+        (changed(ready="signal"), "does not know ready 'signal'"),
+        (changed(ready_question="grpc:/"), "does not know ready_question 'grpc:/'"),
+        (changed(ready_question="check:true"), "does not know ready_question 'check:true'"),
+        (changed(health="ping:"), "does not know health 'ping:'"),
+        (changed(limits=[["nofile", 9], ["stack", 1]]), "does not know limits [['nofile', 9], ['"),
+        (changed(log_level="notice"), "does not know log_level 'notice'"),
+        (changed(log_format="cbor"), "does not know log_format 'cbor'"),
+        (changed(policy=_policy(ready="signal")), "does not know ready 'signal'"),
+        (changed(policy=_policy(settle_check="grpc:/")), "does not know settle_check 'grpc:/'"),
+        (changed(policy=_policy(settle_check="accept")), "does not know settle_check 'accept'"),
         (
             b'{"format": 2, "name": "web"}',
             "the settings cannot be read: written by an older version (format 2, this one reads "

@@ -41,7 +41,10 @@ _LOOK_SOON_S = 0.01
 _SOON_LOOKS = 2
 #: Without `reads_on`: a generation is quiet when, for this long, each look has found that no client
 #: waits, and that all unread clients are silent.
-GENERATION_QUIET_S = 1.0
+GENERATION_QUIET_S = 0.5
+#: The same if the kernel does not report each unread client: it has no sock_diag, or the generation
+#: has a UNIX socket (see _unread_unix()).
+UNREPORTED_QUIET_S = 1.0
 #: How long to wait for silent clients.
 SILENT_S = 3.0
 #: After this time we stop waiting for a generation, even if clients are unaccepted or unread.
@@ -72,6 +75,7 @@ class _Generation:
     # connection: for TCP as in sock_diag.unread(), for UNIX the inode.  None: the next look counts
     # as the first.
     unread: dict[tuple[int, bytes], bool] | None = None
+    reports_all: bool = True  # whether the kernel reports each unread client
 
 
 def _unread_tcp(
@@ -215,7 +219,8 @@ class Quiescing:
         if state.reads_on:
             quiet = state.quiet_looks >= _SOON_LOOKS
         else:
-            quiet = state.quiet_s > GENERATION_QUIET_S - _LOOK_S / 2
+            limit_s = GENERATION_QUIET_S if state.reports_all else UNREPORTED_QUIET_S
+            quiet = state.quiet_s > limit_s - _LOOK_S / 2
         awaits_silent = state.unread and state.waited_s < SILENT_S - _LOOK_S / 2
         late = now - state.began >= GENERATION_LAST_S
         if late or (quiet and not awaits_silent):
@@ -250,6 +255,7 @@ class Quiescing:
                 if family != socket.AF_UNIX:
                     found.update(_unread_tcp(family, of_family, state))
                 elif not state.reads_on:  # a UNIX connection has no handshake
+                    state.reports_all = False
                     unserved = self._turns.unserved
                     replaced = [e for e in of_family if (generation, e.index) in unserved]
                     found.update(_unread_unix(of_family, state, replaced))
@@ -257,5 +263,6 @@ class Quiescing:
                 if error.errno in RESOURCE_ERRNOS:
                     return None
                 # No sock_diag: no client counts as unread.  Without `reads_on`, most workers have
-                # read from all their clients when GENERATION_QUIET_S has passed.
+                # read from all their clients when UNREPORTED_QUIET_S has passed.
+                state.reports_all = False
         return found

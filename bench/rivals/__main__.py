@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,8 +45,9 @@ class Run:
 
     def keep(self, note: Note) -> None:
         self.notes.append(note)
+        # The line begins with a newline, in case a killed run left its last line incomplete.
         with self._file.open("a") as file:
-            file.write(note.line() + "\n")
+            file.write("\n" + note.line())
 
     def turns(self, situation: str, names: Sequence[str]) -> None:
         """Note a situation of all of them."""
@@ -122,7 +124,16 @@ def _print(one: Run, names: list[str], chosen: list[str], versions: dict[str, st
 
 
 def main() -> int:
-    """Run the comparison that the options name, and print it."""
+    """Run the comparison that the options name, and print it.  Returns the exit status."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends what it has started
+    try:
+        return _compare()
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+def _compare() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.rivals", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RIVALS))
     parser.add_argument("--only", action="append", choices=SITUATIONS, help="this situation")
@@ -131,11 +142,18 @@ def main() -> int:
     parser.add_argument("--kept", type=Path, default=ROOT / "build" / "rivals", metavar="FOLDER")
     parser.add_argument("--round", type=float, default=15, metavar="S", help="seconds of a turn")
     given = parser.parse_args()
+    if not 0.1 <= given.round <= 600:
+        parser.error(f"--round {given.round:g}: write seconds from 0.1 to 600")
+    if given.turns < 1:
+        parser.error(f"--turns {given.turns}: write a number from 1")
     if unknown := set(given.names) - set(RIVALS):
         parser.error(f"{' '.join(sorted(unknown))}: there are {', '.join(RIVALS)}")
     become_sub_reaper()
     commit = re.search(r"commit (\S+)", about := machine())
-    given.kept.mkdir(parents=True, exist_ok=True)
+    try:
+        given.kept.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--kept {given.kept}: {error.strerror}; choose another")
     file = given.kept / f"{commit[1] if commit else 'unknown'}-{given.round:g}.jsonl"
     one = Run(file, given.round, given.turns, given.hours)
     missing, versions = dict[str, str](), dict[str, str]()

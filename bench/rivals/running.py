@@ -309,7 +309,7 @@ class Running:
             self._start()
             if self.unix:
                 self._start_front()
-        except CannotMeasure:
+        except BaseException:
             self.close()
             raise
         return self

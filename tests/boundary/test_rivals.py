@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from bench.processes import ROOT
+from bench.processes import ROOT, descendants
 from bench.rivals import report
 from bench.rivals.catalogue import RIVALS
 from bench.rivals.report import Note, Results
 from bench.rivals.running import steps
 from bench.rivals.situations import SITUATIONS
 from tests import needs
+from tests.running import DEADLINE_S, eventually
 from tests.together import together
 
 
@@ -186,4 +187,58 @@ def test_one_row_is_measured_and_printed(tmp_path: Path) -> None:
     assert "ours-listener: 0 failed" in done.stderr
     assert re.search(r"^\| ours-listener \|.*\| - \| - \|", done.stdout, re.MULTILINE)
     (kept,) = tmp_path.iterdir()
-    assert len(kept.read_text().splitlines()) == 1
+    assert len(report.read(kept.read_text().splitlines())) == 1
+
+
+@pytest.mark.costly
+def test_a_run_that_gets_term_ends_what_it_has_started(tmp_path: Path) -> None:
+    if shutil.which("cc") is None:
+        needs.skip("cc")
+    options = ("--only", "reload", "--round", "600", "--kept", str(tmp_path))
+    command = [sys.executable, "-m", "bench.rivals", "ours-listener", *options]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as run:
+        eventually(lambda: any(map(is_a_worker, descendants(run.pid))), "a worker")
+        started = descendants(run.pid)
+
+        run.terminate()
+
+        _, last = run.communicate(timeout=DEADLINE_S)
+    assert (run.returncode, last.splitlines()[-1]) == (
+        130,
+        "Interrupted; the same command goes on from here.",
+    )
+    eventually(lambda: not any(map(is_alive, started)), "the end of all")
+
+
+def is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def is_a_worker(pid: int) -> bool:
+    try:
+        return b"bench.rivals.programs.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+@together("written", ["", "{", '{"rival": 1}', "7"])
+def test_a_result_that_a_killed_run_left_incomplete_is_passed_over(written: str) -> None:
+    whole = note("nginx")
+    assert report.read([whole.line(), written, whole.line()]) == [whole, whole]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("nosuch",), "nosuch: there are direct, "),
+        (("--round", "0"), "--round 0: write seconds from 0.1 to 600"),
+        (("--round", "nan"), "--round nan: write seconds from 0.1 to 600"),
+        (("--turns", "0"), "--turns 0: write a number from 1"),
+        (("--kept", "/proc/x"), "--kept /proc/x: No such file or directory; choose another"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(words: tuple[str, ...], why: str) -> None:
+    command = [sys.executable, "-m", "bench.rivals", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"python -m bench.rivals: error: {why}")

@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from tests.everycall.trials import Trial, found_sites, report, trials, try_one
+from tests.everycall.life import OPERATIONS
+from tests.everycall.trials import Trial, found_sites, kept_outcomes, report, trials, try_one
 from tests.running import ROOT
 
 
@@ -36,15 +39,26 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=36, help="the order of the faults")
     parser.add_argument("--jobs", type=int, default=4, help="how many lives run side by side")
     arguments = parser.parse_args()
+    names = [each for each in arguments.only.split(",") if each]
+    if unknown := set(names) - set(OPERATIONS):
+        parser.error(f"--only {','.join(sorted(unknown))}: there are {', '.join(OPERATIONS)}")
+    if arguments.jobs < 1:
+        parser.error("--jobs: write a number from 1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the lives that run now are ended
     # Lines of other sources are other sites.
     folder: Path = arguments.folder.absolute() / digest_of_sources()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--folder {arguments.folder}: {error.strerror}; choose another")
     until = time.monotonic() + 60 * arguments.minutes
-    names = [each for each in arguments.only.split(",") if each]
-    sites = found_sites(folder, names)
+    try:
+        sites = found_sites(folder, names)
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on from here.")
+        sys.exit(130)
     results = folder / "results.jsonl"
-    text = results.read_text() if results.exists() else ""
-    done = {tuple(json.loads(line)["trial"]) for line in text.splitlines()}
+    done = {tuple(each["trial"]) for each in kept_outcomes(results)}
     open_trials = [
         each
         for each in trials(sites, arguments.seed)
@@ -58,8 +72,9 @@ def main() -> None:
         outcome = try_one(folder, trial)
         if interrupted.is_set():
             return  # a terminal's Ctrl-C reaches the processes of this life, too
+        # The line begins with a newline, in case a killed run left its last line incomplete.
         with writing, results.open("a") as file:
-            file.write(json.dumps(outcome) + "\n")
+            file.write(f"\n{json.dumps(outcome)}")
         if outcome["problems"]:
             print(*trial, *outcome["problems"], sep="; ", flush=True)
 
@@ -75,6 +90,8 @@ def main() -> None:
         finally:
             pool.shutdown(cancel_futures=True)
     print(report(sites, results))
+    if interrupted.is_set():
+        sys.exit(130)
 
 
 if __name__ == "__main__":

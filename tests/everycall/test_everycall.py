@@ -11,8 +11,8 @@ import pytest
 
 from tests.c.building import installed
 from tests.everycall.life import OPERATIONS, build
-from tests.everycall.trials import MENDED, found_sites, trials, try_one
-from tests.running import DEADLINE_S
+from tests.everycall.trials import MENDED, found_sites, kept_outcomes, trials, try_one
+from tests.running import DEADLINE_S, ROOT, eventually
 
 #: Of each operation, `make test-all` tries so many: 300 in all.
 EACH = -(-300 // len(OPERATIONS))
@@ -62,6 +62,42 @@ def test_faults_at_single_calls_do_no_harm(tmp_path: Path, operation: str) -> No
     assert sum(each["fired"] for each in outcomes) > EACH // 2
     failed = [each for each in outcomes if each["problems"]]
     assert not failed, "\n".join(map(str, failed))
+
+
+def test_an_outcome_that_a_killed_run_left_incomplete_is_passed_over(tmp_path: Path) -> None:
+    kept = tmp_path / "results.jsonl"
+    assert kept_outcomes(kept) == []
+    kept.write_text('\n{"fired": true}\n{"fir\n{"fired": false}')
+    assert kept_outcomes(kept) == [{"fired": True}, {"fired": False}]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--only", "reload,nosuch"), "--only nosuch: there are start, "),
+        (("--jobs", "0"), "--jobs: write a number from 1"),
+        (("--folder", "/proc/x"), "--folder /proc/x: No such file or directory; choose another"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(words: tuple[str, ...], why: str) -> None:
+    command = [sys.executable, "-m", "tests.everycall", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"python -m tests.everycall: error: {why}")
+
+
+@pytest.mark.costly
+def test_a_run_that_gets_term_ends_what_it_has_started(tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "-m", "tests.everycall", "--only", "reload", "--jobs", "2"]
+    command += ["--folder", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+        eventually(lambda: len([*tmp_path.glob("*/life-*/**/pid")]) == 2, "two lives")
+
+        run.terminate()
+
+        said, _ = run.communicate(timeout=2 * DEADLINE_S)
+    assert run.returncode == 130
+    assert "The lives that run now come to their end.\n126" in said
 
 
 @pytest.mark.costly

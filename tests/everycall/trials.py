@@ -8,6 +8,7 @@ import random
 import re
 import tempfile
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +155,18 @@ def found_sites(folder: Path, names: list[str]) -> dict[str, dict[str, str]]:
         if name in sites:
             continue
         life = _life(folder, name, "")
-        problems = life.live()
+        try:
+            problems = life.live()
+        except BaseException:
+            life._end()
+            raise
         assert not problems, f"{name} without a fault: {problems}\n{life.log}"
         lines = (life.folder / "sites").read_text().splitlines()
         sites[name] = dict(line.rsplit(" ", 1) for line in sorted(lines))
         life.forget()
-        kept.write_text(json.dumps(sites, indent=1))
+        written = kept.with_suffix(".new")
+        written.write_text(json.dumps(sites, indent=1))
+        written.replace(kept)
     return {name: sites[name] for name in names or OPERATIONS}
 
 
@@ -217,9 +224,18 @@ def try_one(folder: Path, trial: Trial) -> dict[str, Any]:
     }
 
 
+def kept_outcomes(results: Path) -> list[dict[str, Any]]:
+    """Return the kept outcomes, without a line that a killed run left incomplete."""
+    found = []
+    for line in results.read_text().splitlines() if results.exists() else []:
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
 def report(sites: dict[str, dict[str, str]], results: Path) -> str:
     """Return how many sites and faults there are, and what came of them."""
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    lines = kept_outcomes(results)
     there = {(name, site) for name, found in sites.items() for site in found}
     tried = {tuple(each["trial"][:2]) for each in lines}
     missed = sum(not each["fired"] for each in lines)

@@ -29,11 +29,13 @@ def resolve(commit: str) -> str:
 def release_before() -> str:
     """Return the last release before this code, as a tag or a commit.  Raises NoSuchCommit.
 
-    Without a tag, it is the parent of the commit that set this code's version.
+    Without a tag, it is the parent of the commit that set this code's version.  A pre-release's
+    tag, such as v0.9.0rc1, does not count.
     """
-    tags = _git("HEAD", "tag", "--list", "v*", "--merged", "HEAD^", "--sort=-version:refname")
+    listed = _git("HEAD", "tag", "--list", "v*", "--merged", "HEAD^", "--sort=-version:refname")
+    tags = [tag for tag in listed.decode().split() if re.fullmatch(r"v\d+\.\d+\.\d+", tag)]
     if tags:
-        return tags.decode().split()[0]
+        return tags[0]
     version = f'version = "{__version__}"'
     found = _git("HEAD", "log", "--format=%H", f"-S{version}", "--", "pyproject.toml").split()
     if not found:

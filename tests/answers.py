@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,20 @@ def strict(schema: Any) -> Any:
     elif schema.get("type") == "object" and "properties" in schema:
         found["additionalProperties"] = False
     return found
+
+
+def lost(old: Any, new: Any, place: str = "$") -> Iterator[str]:
+    """Yield each part of a schema that a later schema lacks or has changed, but no descriptions."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in old.keys() - {"description"}:
+            if name in new:
+                yield from lost(old[name], new[name], f"{place}/{name}")
+            else:
+                yield f"{place}/{name}"
+    elif isinstance(old, list) and isinstance(new, list):
+        yield from (f"{place}: {each}" for each in old if each not in new)
+    elif old != new:
+        yield f"{place}: {old}, now {new}"
 
 
 #: In JSON Schema 2.0 is an integer.  Here it is not: the field has another type.

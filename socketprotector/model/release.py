@@ -162,12 +162,16 @@ def dump(history: ReleaseHistory) -> bytes:
 
 
 def load(data: bytes) -> ReleaseHistory:
-    """Return the history that `dump` wrote.  Raises HistoryError."""
+    """Return the history that `dump` wrote.  Raises HistoryError.
+
+    An entry with an outcome that only a newer version knows is left out.
+    """
     try:
         found = json_text.parse(data)
         if found["format"] != _FORMAT:
             raise HistoryError("another version of SocketProtector has written it")
-        way, entries = tuple(found["way"]), tuple(map(_entry, found["entries"]))
+        known = (each for each in found["entries"] if each["outcome"] in _OUTCOMES)
+        way, entries = tuple(found["way"]), tuple(map(_entry, known))
     except _WRONG as error:
         raise HistoryError(f"it is no history of releases ({error})") from error
     if not all(map(is_name, way)):
@@ -180,8 +184,8 @@ def _entry(found: dict[str, object]) -> Entry:
     release, at, outcome, reason = (found[each] for each in ("release", "at", "outcome", "reason"))
     if not is_name(release) or not isinstance(at, int | float):
         raise ValueError("an entry has no name or time")
-    if outcome not in _OUTCOMES or not isinstance(reason, str):
-        raise ValueError("an entry has no outcome or reason")
+    if not isinstance(reason, str):
+        raise ValueError("an entry has no reason")
     entry = Entry(str(release), at, str(outcome), reason)
     if not isinstance(was, dict):
         return entry

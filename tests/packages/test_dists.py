@@ -341,8 +341,9 @@ def test_a_release_needs_the_upgrade_and_the_downgrade_under_load() -> None:
     compatible, _, build = text.partition("\n  compatible:\n")[2].partition("\n  build:\n")
     publish = build.partition("\n  publish:\n")[2]
 
-    assert "pytest -v tests/scenarios/test_release_before.py" in compatible
-    assert (ROOT / "tests/scenarios/test_release_before.py").exists()
+    needed = ["tests/scenarios/test_release_before.py", "tests/scenarios/test_upgrade_from.py"]
+    assert f"pytest -v {' '.join(needed)}\n" in compatible
+    assert all((ROOT / each).exists() for each in needed)
     assert build.startswith("    needs: compatible\n")
     assert publish.startswith("    needs: build\n")
 

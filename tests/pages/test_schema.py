@@ -42,6 +42,28 @@ def test_it_is_a_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(answers.SCHEMA)
 
 
+def test_a_loss_from_one_schema_to_the_next_is_found() -> None:
+    assert [*answers.lost(answers.SCHEMA, answers.SCHEMA)] == []
+    new = copy.deepcopy(answers.SCHEMA)
+    status = new["$defs"]["result-status"]
+    status["properties"]["added"] = {"type": "integer"}
+    status["properties"]["phase"]["description"] = "other words"
+    assert [*answers.lost(answers.SCHEMA, new)] == []
+
+    del status["properties"]["pid"]
+    status["required"].remove("name")
+    status["properties"]["version"]["type"] = "integer"
+    del status["properties"]["log_level"]["enum"][0]
+
+    at = "$/$defs/result-status"
+    assert {*answers.lost(answers.SCHEMA, new)} == {
+        f"{at}/properties/pid",
+        f"{at}/required: name",
+        f"{at}/properties/version/type: string, now integer",
+        f"{at}/properties/log_level/enum: {STATUS['log_level']['enum'][0]}",
+    }
+
+
 def test_each_command_has_a_result() -> None:
     named = {name for name in DEFINITIONS if name.startswith("result-")}
 

@@ -5,13 +5,16 @@ The release workflow runs this.  docs/compatibility.md promises it.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from bench.earlier import NoSuchCommit, release_before, resolve
+from socketprotector import __version__
 from tests import needs
+from tests.answers import SCHEMA, lost
 from tests.c.building import shared_folder
 from tests.load import Load
 from tests.rounds import rounds
@@ -35,6 +38,15 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def downgraded(daemon: Protector, version: str) -> None:
     """Let the protector execute the code in place: that of the release before."""
     assert re.search(f"event=resumed .*version={version}( |$)", upgrade(daemon)), daemon.log.text()
+
+
+def test_answers_and_events_keep_what_they_had(extracted: Path) -> None:
+    """0.9.0 is the first version with a schema."""
+    schema = extracted / "socketprotector" / "control.schema.json"
+    if not schema.exists():
+        assert __version__ == "0.9.0"
+        return
+    assert [*lost(json.loads(schema.read_text(encoding="utf-8")), SCHEMA)] == []
 
 
 @pytest.mark.parametrize("began", ["with the release before", "with this code"])

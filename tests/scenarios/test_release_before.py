@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,10 +21,10 @@ from tests.answers import SCHEMA, lost
 from tests.c.building import shared_folder
 from tests.load import Load
 from tests.rounds import rounds
-from tests.running import Client, Protector
+from tests.running import DEADLINE_S, Client, Protector
 from tests.scenarios.adopting import at_rest, kill_protector, revived, served, upgrade
 from tests.scenarios.earlier import Earlier, extracted_once, killed, upgraded
-from tests.scenarios.tools import EITHER_HANDOFF, library_worker, pid_in, worker
+from tests.scenarios.tools import EITHER_HANDOFF, Gate, library_worker, pid_in, worker
 
 MANY = worker("many")
 
@@ -119,3 +122,121 @@ def test_after_a_kill_the_guard_starts_either_code(
     assert re.search(f"version={earlier.version}( |$)", line)
     assert len(failures) <= (2 if handoff == "connection" else 0), failures
     assert {failure.kind for failure in failures} <= {"reset", "empty"}
+
+
+# -- in the middle of something --------------------------------------------------------------
+
+EITHER_WAY = pytest.mark.parametrize("way", ["up", "down"])
+
+
+@pytest.fixture
+def switch(earlier: Earlier, way: str) -> Callable[[Protector], None]:
+    """Put in place the code to start with; return a function that switches to the other code."""
+    if way == "down":
+        earlier.replace()
+
+    def to_the_other(daemon: Protector) -> None:
+        if way == "down":
+            earlier.put_back()
+            downgraded(daemon, earlier.version)
+        else:
+            earlier.replace()
+            upgraded(daemon)
+
+    return to_the_other
+
+
+def order(place: Path, command: str, **arguments: object) -> None:
+    """Give a command that either code knows."""
+    with socket.socket(socket.AF_UNIX) as line, line.makefile("rb") as answers:
+        line.settimeout(DEADLINE_S)
+        line.connect(str(place))
+        request = {"v": 1, "id": 1, "command": command, **arguments}
+        line.sendall(json.dumps(request).encode() + b"\n")
+        assert json.loads(answers.readline())["ok"]
+
+
+@EITHER_WAY
+@EITHER_HANDOFF
+@pytest.mark.costly
+def test_while_a_reload_starts_workers(
+    earlier: Earlier, handoff: str, switch: Callable[[Protector], None], tmp_path: Path
+) -> None:
+    gate, second = Gate(tmp_path / "gate"), tmp_path / "second"
+    script = f'test -e {second} && cat {gate.path}; exec "$@"'
+    daemon = earlier.start("127.0.0.1:0", "--", "/bin/sh", "-c", script, "sh", *MANY)
+    second.touch()
+
+    with Load(f"127.0.0.1:{daemon.port}") as load:
+        mark = daemon.signal(signal.SIGHUP)
+        daemon.log.wait_for("event=spawned generation=2 ", after=mark)
+        switch(daemon)
+        served(load)
+        gate.stay_open()
+        daemon.log.wait_for("event=reloaded generation=2", after=mark)
+        daemon.log.wait_for("event=drained generation=1", after=mark)
+        served(load)
+    daemon.stop()
+
+    assert load.snapshot().failures == ()
+
+
+@EITHER_WAY
+@EITHER_HANDOFF
+@pytest.mark.costly
+def test_while_a_generation_settles(
+    earlier: Earlier, handoff: str, switch: Callable[[Protector], None]
+) -> None:
+    daemon = earlier.start("--settle", "4s", "127.0.0.1:0", "--", *MANY)
+
+    with Load(f"127.0.0.1:{daemon.port}") as load:
+        mark = daemon.signal(signal.SIGHUP)
+        daemon.log.wait_for("event=route generation=2", after=mark)
+        switch(daemon)
+        daemon.log.wait_for("event=reloaded generation=2", after=mark)
+        daemon.log.wait_for("event=drained generation=1", after=mark)
+        served(load)
+    daemon.stop()
+
+    assert load.snapshot().failures == ()
+
+
+@EITHER_WAY
+@EITHER_HANDOFF
+@pytest.mark.costly
+def test_while_a_canary_has_its_share(
+    earlier: Earlier, handoff: str, switch: Callable[[Protector], None], place: Path
+) -> None:
+    options = ("--control", place, "--workers", "2")
+    daemon = earlier.start(*options, "127.0.0.1:0", "--", *library_worker("echo"))
+
+    with Load(f"127.0.0.1:{daemon.port}") as load:
+        mark = len(daemon.log.seen)
+        order(place, "reload", canary={"share": "50%", "for_s": 5})
+        daemon.log.wait_for("event=route generation=1 sharing=2", after=mark)
+        switch(daemon)
+        served(load)
+        daemon.log.wait_for("event=reloaded generation=2", after=mark)
+        daemon.log.wait_for("event=drained generation=1", after=mark)
+        served(load)
+    daemon.stop()
+
+    assert load.snapshot().failures == ()
+
+
+@EITHER_WAY
+@EITHER_HANDOFF
+@pytest.mark.costly
+def test_while_clients_are_held(
+    earlier: Earlier, handoff: str, switch: Callable[[Protector], None], place: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "s"
+    daemon = earlier.start("--control", place, f"unix:{path}", "--", *MANY)
+    order(place, "hold", seconds=DEADLINE_S)
+
+    with Client(str(path), "early") as held:
+        switch(daemon)
+        order(place, "release")
+        assert pid_in(held.hear())
+    daemon.reload()
+    daemon.stop()

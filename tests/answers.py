@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,13 +41,19 @@ def strict(schema: Any) -> Any:
 def lost(old: Any, new: Any, place: str = "$") -> Iterator[str]:
     """Yield each part of a schema that a later schema lacks or has changed, but no descriptions."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for name in old.keys() - {"description"}:
+        for name in old:
+            if name == "description" and isinstance(old[name], str):
+                continue
             if name in new:
                 yield from lost(old[name], new[name], f"{place}/{name}")
             else:
                 yield f"{place}/{name}"
     elif isinstance(old, list) and isinstance(new, list):
-        yield from (f"{place}: {each}" for each in old if each not in new)
+        if old and isinstance(old[0], dict):  # such as anyOf, whose order stays
+            for at, (each, now) in enumerate(zip_longest(old, new[: len(old)])):
+                yield from lost(each, now, f"{place}/{at}")
+        else:
+            yield from (f"{place}: {each}" for each in old if each not in new)
     elif old != new:
         yield f"{place}: {old}, now {new}"
 

@@ -15,6 +15,7 @@ from ..model import settings
 from ..model.codec import Codec
 from ..model.history import Crash, History, Reload
 from ..model.lazy_dataclass import field, frozen
+from ..model.log_format import LEVELS
 from ..model.records import (
     Counts,
     DeliveryRecord,
@@ -118,5 +119,9 @@ CODEC = Codec(
     strict=settings.CLASSES,
     added=settings.ADDED,
     said=settings.SAID,
-    checks={**settings.CHECKS, **settings.PROGRAM_CHECKS},
+    checks={
+        **settings.CHECKS,
+        **settings.PROGRAM_CHECKS,
+        "Snapshot.log_level": ("", *LEVELS).__contains__,
+    },
 )

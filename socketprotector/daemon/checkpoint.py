@@ -21,13 +21,13 @@ import os
 from collections.abc import Callable, Mapping
 
 from ..core.snapshot import CODEC, Snapshot
-from ..model.codec import DecodeError, refusal
+from ..model.codec import DecodeError
 from ..model.lazy_dataclass import mutable, replace
 from ..system import inherited
 from ..system.cleanup import on_error
 from ..system.log import Log
 from ..system.sd_notify import Store
-from ..system.state_file import StateError, StateFile
+from ..system.state_file import StateError, StateFile, unreadable
 from .effects import Effects
 
 _FULL = (
@@ -146,7 +146,7 @@ class Checkpoint:
 def read(fd: int) -> Snapshot | None:
     """Return the snapshot in an earlier program's state memfd; None: the memfd is empty.
 
-    Raises StateError if we cannot read the state: it is damaged, or a newer version wrote it.
+    Raises StateError if the state is damaged, and NewerStateError if a newer version wrote it.
     """
     file = StateFile(fd)
     if file.empty:
@@ -155,7 +155,7 @@ def read(fd: int) -> Snapshot | None:
     try:
         snapshot = CODEC.decode(whole, changes)
     except DecodeError as error:
-        raise StateError(refusal("the state", error)) from error
+        raise unreadable(error) from error
     if not isinstance(snapshot, Snapshot):
         raise StateError("the state has no snapshot of a protector")
     return snapshot

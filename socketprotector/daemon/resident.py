@@ -24,7 +24,7 @@ from ..core.snapshot import Snapshot
 from ..model.errors import Refusal, SystemRefused, what_failed
 from ..model.settings import ListenerSettings, Settings, SettingsError, load
 from ..system import executable, inherited, late_modules, signals
-from ..system.state_file import StateError
+from ..system.state_file import NewerStateError, StateError
 from . import checkpoint
 from .assembly import Resident
 from .delivery.choice import delivery_for
@@ -81,6 +81,11 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     try:
         if inherited.STATE in descriptors:
             earlier = checkpoint.read(descriptors[inherited.STATE])
+    except NewerStateError as error:
+        # Change nothing.  The guard or systemd starts SocketProtector again, and the newer version
+        # may be installed by then.
+        print(error, file=sys.stderr)
+        return SystemRefused.status
     except StateError as error:
         earlier = error
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ..model import release
+from ..model import probe_spec, release
 from ..model.errors import UsageError
 from ..model.handoff_modes import MODES, HandoffMode
 from ..model.lazy_dataclass import frozen
@@ -146,6 +146,19 @@ class OptionResolver:
             if self._ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
         ]
 
+    def _probe(self, fill: Callable[[str], str], name: str, text: str) -> str:
+        """Return a probe with the release's path.  Raises UsageError if no probe can have it."""
+        found = fill(text)
+        if found == text:
+            return text
+        with self._about(name):
+            try:
+                probe_spec.read_health(found)
+            except ValueError as error:
+                raise UsageError(f"--{name.replace('_', '-')} {error}") from None
+            return found
+        return text  # the file reports its mistakes together, later
+
     def _about(self, name: str) -> AbstractContextManager[None]:
         return self._about_file(self._from_file(name), name.replace("_", "-"))
 
@@ -247,6 +260,7 @@ class OptionResolver:
         if given["releases"] and not self._release.path and self.file is not None:
             self.file.refuse_if_mistaken()  # other options need the path of the release
         fill = partial(release.fill, path=self._release.path)
+        probe = partial(self._probe, fill)
         command = tuple(map(fill, command))
         directory = fill(self._path("chdir") or self.directory)
         with self._about("chdir"):
@@ -283,7 +297,7 @@ class OptionResolver:
             "policy.stop_first": given["reload_order"] == STOP_FIRST.name,
             **_rollout(given),
             "policy.workers_accept": mode.workers_accept,
-            "policy.settle_check": fill(given["settle_check"] or ""),
+            "policy.settle_check": probe("settle_check", given["settle_check"] or ""),
             "policy.ready": mode.ready_hint or ready.kind,
             "pools": os.cpu_count() or 1,
             "workers": given["workers"] or mode.workers,
@@ -291,8 +305,8 @@ class OptionResolver:
             "ready_after_s": ready.after_s,
             "ready_fd": ready.fd,
             "ready_check": fill(ready.check),
-            "ready_question": fill(ready.question),
-            "health": fill(given["health"] or ""),
+            "ready_question": probe("ready", ready.question),
+            "health": probe("health", given["health"] or ""),
             "identity": identity,
             "worker_identity": worker_identity,
             "umask": umask if given["umask"] is None else given["umask"],

@@ -17,6 +17,7 @@ from enum import Enum
 
 from . import json_text
 from .lazy_dataclass import default_of
+from .text import shortened
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -273,7 +274,7 @@ class Codec:
             raise NewerError(f"this one does not know {', '.join(sorted(unknown))}")
         for name, knows in self._checks.get(known, {}).items():
             if name in found and not knows(found[name]):
-                raise NewerError(f"this one does not know {name} {found[name]!r}")
+                raise NewerError(f"this one does not know {name} {shortened(repr(found[name]))}")
         return known(
             **{
                 name: v if type(v) in plain else self._value(v)
@@ -284,10 +285,12 @@ class Codec:
 
     def _member(self, name: str, value: object) -> object:
         """Return the member of an enumeration.  name: of its class."""
+        if name not in self._older:
+            raise NewerError(f"this one does not know {name}")
         try:
             return self._older[name](value)
         except ValueError:
-            raise NewerError(f"this one does not know {name} {value!r}") from None
+            raise NewerError(f"this one does not know {name} {shortened(repr(value))}") from None
 
     def _today(self, known: type, written: dict[str, Any]) -> dict[str, Any]:
         """Return a class's written fields under their names of today."""

@@ -199,6 +199,10 @@ def _are_limits(pairs: Iterable[tuple[str, int]]) -> bool:
     return all(name in LIMITS for name, _ in pairs)
 
 
+def _is_address(text: str) -> bool:
+    return text.startswith(("tcp:", "unix:"))
+
+
 def _is_probe(text: str) -> bool:
     return not text or _is_read_by(probe_spec.read, text)
 
@@ -232,6 +236,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "Settings.health": _is_health_check,
     "Settings.log_level": LEVELS.__contains__,
     "Settings.log_format": FORMATS.__contains__,
+    "ListenerSettings.address": _is_address,
     "Policy.ready": KINDS.__contains__,
     "Policy.settle_check": _is_settle_check,
 }

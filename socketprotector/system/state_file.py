@@ -14,7 +14,7 @@ import os
 import struct
 import zlib
 
-from ..model.codec import FORMAT, DecodeError, need_format, refusal
+from ..model.codec import FORMAT, DecodeError, NewerError, need_format, refusal
 from .cleanup import on_error
 
 #: magic, format, sequence, length; then the checksum of these and the payload.  A change has the
@@ -33,6 +33,16 @@ _CHANGES_BYTES = 16 * 1024
 
 class StateError(Exception):
     """The state cannot be used; the message says why."""
+
+
+class NewerStateError(StateError):
+    """A newer version has written the state, so that version can use it."""
+
+
+def unreadable(error: DecodeError) -> StateError:
+    """Return the error for a state that cannot be decoded."""
+    kind = NewerStateError if isinstance(error, NewerError) else StateError
+    return kind(refusal("the state", error))
 
 
 class StateFile:
@@ -106,7 +116,7 @@ class StateFile:
         try:
             need_format(form)
         except DecodeError as error:
-            raise StateError(refusal("the state", error)) from error
+            raise unreadable(error) from error
         found, at = [payload], _RECORD_BYTES + len(payload)
         while (change := self._record(sequence % 2, at)) and change[:2] == (_CHANGE, sequence):
             found.append(change[3])

@@ -77,6 +77,17 @@ def test_the_path_comes_everywhere_an_option_may_name_a_file(web: Web) -> None:
     assert settings.origin.configured
 
 
+@together("option", ["ready", "health", "settle-check"])
+def test_a_path_that_no_probe_can_have_is_refused(option: str, tmp_path: Path) -> None:
+    folder = tmp_path / f"my {option}"
+    folder.mkdir()
+    more = f'settle = "1s"\n{option} = "http:/x{{release}}"\n'
+
+    refused = Web(folder).refused(KEYS + COMMAND + more)
+
+    assert f"--{option} 'http:/x./releases/1': write http:/path" in refused
+
+
 def test_they_work_without_a_file_and_a_reload_reads_the_line_again(web: Web) -> None:
     words = ["--releases", str(web.folder / "releases"), "--current", str(web.current)]
     found = cli.parse([*words, "127.0.0.1:0", "--", "{release}/daemon"])

@@ -24,8 +24,14 @@ from socketprotector.model.lazy_dataclass import frozen, init_of
 from socketprotector.model.log_format import FORMATS, LEVELS
 from socketprotector.model.policy import Policy
 from socketprotector.model.ready_kinds import KINDS
-from socketprotector.model.records import ForwarderRecord, Program, SettingsRecord, WorkerRecord
-from socketprotector.model.settings import LIMITS, Settings
+from socketprotector.model.records import (
+    ForwarderRecord,
+    GenerationRecord,
+    Program,
+    SettingsRecord,
+    WorkerRecord,
+)
+from socketprotector.model.settings import LIMITS, ListenerSettings, Settings
 from socketprotector.system import state_file
 from socketprotector.system.state_file import StateError, StateFile
 from tests.rounds import rounds
@@ -60,8 +66,9 @@ CHECKED = {
     "limits": st.lists(st.tuples(st.sampled_from(LIMITS), st.integers())).map(tuple),
     "log_level": st.sampled_from([*LEVELS]),
     "log_format": st.sampled_from(FORMATS),
+    "address": st.sampled_from(["tcp:127.0.0.1:80", "tcp:[::1]:80", "unix:/x", "unix:@x"]),
 }
-for _class in (Settings, Policy, Program):
+for _class in (Settings, Policy, Program, ListenerSettings, Snapshot):
     _fields = {name: CHECKED.get(name, ...) for name in _class.__match_args__}
     st.register_type_strategy(_class, st.builds(_class, **_fields))
 snapshots = st.deferred(lambda: st.from_type(Snapshot))
@@ -208,6 +215,51 @@ def test_a_value_that_a_check_does_not_know_is_a_newer_program_s() -> None:
 
     with pytest.raises(NewerError, match="does not know size 5"):
         codec.decode(written, [codec.changes(Thing(4), Thing(5))])
+
+
+@together(
+    ("of", "name", "value"),
+    [
+        *(("Program", each, "pigeon") for each in ("handoff", "ready", "ready_question")),
+        ("Program", "settle_check", "grpc:/"),
+        ("Program", "limits", [["stack", 1]]),
+        ("Settings", "health", "ping:"),
+        ("ListenerSettings", "address", "vsock:7"),
+        ("Snapshot", "log_level", "notice"),
+    ],
+)
+def test_a_snapshot_with_a_value_of_a_newer_program_is_refused(
+    of: str, name: str, value: object
+) -> None:
+    program = Program("./web", ("./web",), "/", (), 0, (), 0)
+    settings = replace(SETTINGS.current, listeners=(ListenerSettings("unix:/x"),))
+    snapshot = Snapshot(
+        Fleet(), SettingsRecord(settings), generations=(GenerationRecord(1, program),)
+    )
+    written = json.loads(CODEC.encode(snapshot))
+    assert CODEC.decode(json.dumps(written).encode()) == snapshot
+    inside = {
+        "Program": written["f"]["generations"][0]["f"]["program"],
+        "Settings": written["f"]["settings"]["f"]["current"],
+        "ListenerSettings": written["f"]["settings"]["f"]["current"]["f"]["listeners"][0],
+        "Snapshot": written,
+    }
+    assert inside[of]["c"] == of
+    inside[of]["f"][name] = value
+
+    with pytest.raises(NewerError, match=f"does not know {name} "):
+        CODEC.decode(json.dumps(written).encode())
+
+
+def test_a_long_value_is_shortened_in_the_refusal() -> None:
+    codec = Codec([Thing, Colour], checks={"Thing.size": lambda _: False})
+    with pytest.raises(NewerError, match=r"^this one does not know size 1{40}\.\.\.$"):
+        codec.decode(codec.encode(Thing(int("1" * 500))))
+
+
+def test_an_enumeration_of_a_newer_program_is_named() -> None:
+    with pytest.raises(NewerError, match="does not know Shade"):
+        Codec([Thing]).decode(b'{"c":"Thing","f":{"colour":{"e":"Shade","v":"red"}}}')
 
 
 def newer_thing(name: str, annotation: str, default: object) -> Any:

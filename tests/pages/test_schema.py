@@ -48,8 +48,12 @@ def test_a_loss_from_one_schema_to_the_next_is_found() -> None:
     status = new["$defs"]["result-status"]
     status["properties"]["added"] = {"type": "integer"}
     status["properties"]["phase"]["description"] = "other words"
+    health = status["properties"]["health"]["anyOf"]
+    health[0]["properties"]["added"] = {"type": "integer", "description": "words"}
     assert [*answers.lost(answers.SCHEMA, new)] == []
 
+    del health[0]["properties"]["probe"]
+    del health[1]
     del status["properties"]["pid"]
     status["required"].remove("name")
     status["properties"]["version"]["type"] = "integer"
@@ -58,6 +62,8 @@ def test_a_loss_from_one_schema_to_the_next_is_found() -> None:
     at = "$/$defs/result-status"
     assert {*answers.lost(answers.SCHEMA, new)} == {
         f"{at}/properties/pid",
+        f"{at}/properties/health/anyOf/0/properties/probe",
+        f"{at}/properties/health/anyOf/1: {{'type': 'null'}}, now None",
         f"{at}/required: name",
         f"{at}/properties/version/type: string, now integer",
         f"{at}/properties/log_level/enum: {STATUS['log_level']['enum'][0]}",

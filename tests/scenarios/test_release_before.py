@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import earlier as earlier_code
 from bench.earlier import NoSuchCommit, release_before, resolve
 from socketprotector import __version__
 from tests import needs
@@ -36,6 +37,12 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except NoSuchCommit as error:
         needs.skip("a git history with the release before", error)
     return extracted_once(commit, shared_folder(tmp_path_factory))
+
+
+def test_the_release_before_is_no_pre_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = b"v0.10.0rc1\nv0.9.1\nv0.9.0\n"
+    monkeypatch.setattr(earlier_code, "_git", lambda *_: listed)
+    assert release_before() == "v0.9.1"
 
 
 def downgraded(daemon: Protector, version: str) -> None:

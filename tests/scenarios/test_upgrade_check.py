@@ -16,8 +16,8 @@ from socketprotector import __version__
 from socketprotector.daemon.upgrade import TRIAL_S
 from tests.load import Load
 from tests.procfs import children_of
-from tests.running import DEADLINE_S, Protector, eventually
-from tests.scenarios.adopting import Installation, served, upgrade
+from tests.running import DEADLINE_S, Client, Protector, eventually
+from tests.scenarios.adopting import Installation, kill_protector, served, upgrade
 from tests.scenarios.operating import Line
 from tests.scenarios.running_ctl import Running
 from tests.scenarios.tools import (
@@ -212,6 +212,37 @@ def test_a_program_that_lacks_a_value_in_use_does_not_take_over(
     assert re.search(why, line), line
     assert re.search(rf"event=upgrade-failed .*{why}", upgrade(daemon))
     installation.switch("one")
+    daemon.reload()
+    daemon.stop()
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("model/probe_spec", 'if text == "accept"', 'if text == "dial"'),
+        ("core/fleet", 'OFF = "off"', 'OFF = "none"'),  # of LameDuck
+    ],
+)
+def test_after_a_kill_clients_wait_for_files_that_know_each_value(
+    module: str, old: str, new: str, place: Path, installation: Installation, tmp_path: Path
+) -> None:
+    """The settings of the start, which the guard keeps too, have no such value."""
+    config = tmp_path / "config"
+    config.write_text("")
+    options = ("--guard", "--pid-file", tmp_path / "pid", "--control", place, "--config", config)
+    daemon = installation.start(*options, "127.0.0.1:0", "--", *MANY).ready()
+    config.write_text('health = "accept"\n')
+    daemon.reload()
+    installation.add("two", version="9.8.7")
+    installation.change("two", module, old, new)
+    installation.switch("two")
+
+    mark = kill_protector(daemon)
+    daemon.log.wait_for(r"written by a newer version \(this one does not know ", after=mark)
+    with Client(("127.0.0.1", daemon.port), "hello") as client:
+        installation.switch("one")
+        assert client.hear()
+    daemon.log.wait_for("event=resumed", after=mark)
     daemon.reload()
     daemon.stop()
 

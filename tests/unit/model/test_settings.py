@@ -47,7 +47,12 @@ whole = st.builds(
     command=st.lists(texts).map(tuple),
     directory=texts,
     listeners=st.lists(
-        st.builds(ListenerSettings, address=texts, device=st.integers(), foreign=st.booleans())
+        st.builds(
+            ListenerSettings,
+            address=texts.map("unix:{}".format),
+            device=st.integers(),
+            foreign=st.booleans(),
+        )
     ).map(tuple),
     policy=st.builds(Policy, settle_s=numbers, start_tries=st.integers(), stop_first=st.booleans()),
     workers=st.integers(),

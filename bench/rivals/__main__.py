@@ -131,6 +131,11 @@ def main() -> int:
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from here.", file=sys.stderr)
         return 130
+    except OSError as error:  # a full disk, for example
+        print(
+            f"python -m bench.rivals: {error}; the same command goes on from here", file=sys.stderr
+        )
+        return 1
 
 
 def _compare() -> int:
@@ -144,6 +149,8 @@ def _compare() -> int:
     given = parser.parse_args()
     if not 0.1 <= given.round <= 600:
         parser.error(f"--round {given.round:g}: write seconds from 0.1 to 600")
+    if not given.hours >= 0:
+        parser.error(f"--hours {given.hours:g}: write a number from 0")
     if given.turns < 1:
         parser.error(f"--turns {given.turns}: write a number from 1")
     if unknown := set(given.names) - set(RIVALS):

@@ -233,6 +233,7 @@ def test_a_result_that_a_killed_run_left_incomplete_is_passed_over(written: str)
         (("nosuch",), "nosuch: there are direct, "),
         (("--round", "0"), "--round 0: write seconds from 0.1 to 600"),
         (("--round", "nan"), "--round nan: write seconds from 0.1 to 600"),
+        (("--hours", "nan"), "--hours nan: write a number from 0"),
         (("--turns", "0"), "--turns 0: write a number from 1"),
         (("--kept", "/proc/x"), "--kept /proc/x: No such file or directory; choose another"),
     ],

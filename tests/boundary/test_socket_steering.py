@@ -27,7 +27,6 @@ from socketprotector.daemon.delivery.shared.quiescing import (
     GENERATION_LAST_S,
     GENERATION_QUIET_S,
     SILENT_S,
-    UNREPORTED_QUIET_S,
 )
 from socketprotector.daemon.delivery.shared.shared_listeners import SharedListeners
 from socketprotector.daemon.delivery.shared.socket_steering import SocketSteering
@@ -726,9 +725,7 @@ def test_where_the_kernel_does_not_report_handshakes_only_time_counts(
 
     monkeypatch.setattr(quiescing, "unread", fails)
     supersede(reloaded)
-    reloaded.pass_time(UNREPORTED_QUIET_S - 0.2)
-    assert reloaded.quiesced == []
-    reloaded.pass_time(0.5)
+    reloaded.pass_time(GENERATION_QUIET_S + 0.3)
 
     assert reloaded.quiesced == [1]
 
@@ -2570,13 +2567,13 @@ def test_a_client_of_a_path_that_waited_is_read_from_before_one_quiesces(
     client.send(b"a request")
     world.steering.enter(2, 1)
     supersede(world)
-    world.pass_time(UNREPORTED_QUIET_S)
+    world.pass_time(GENERATION_QUIET_S)
     accepted, _ = pair.socket_for(0).accept()
     with accepted:
-        world.pass_time(2 * UNREPORTED_QUIET_S)
+        world.pass_time(2 * GENERATION_QUIET_S)
         assert world.quiesced == []
         accepted.recv(100)
-        world.pass_time(2 * UNREPORTED_QUIET_S)
+        world.pass_time(2 * GENERATION_QUIET_S)
 
     assert world.quiesced == [1]
 

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -44,6 +45,8 @@ def main() -> None:
         parser.error(f"--only {','.join(sorted(unknown))}: there are {', '.join(OPERATIONS)}")
     if arguments.jobs < 1:
         parser.error("--jobs: write a number from 1")
+    if not arguments.minutes >= 0:
+        parser.error("--minutes: write a number from 0")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the lives that run now are ended
     # Lines of other sources are other sites.
     folder: Path = arguments.folder.absolute() / digest_of_sources()
@@ -95,4 +98,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, subprocess.CalledProcessError) as error:  # a full disk, for example
+        sys.exit(f"python -m tests.everycall: {error}; the same command goes on from here")

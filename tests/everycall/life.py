@@ -68,10 +68,10 @@ FILES_UNTIL_NEXT = "until the next start files are left"
 def build(folder: Path) -> Path:
     """Compile the library that is preloaded, and make a certificate beside it."""
     self_signed(folder)
-    library = folder / "faults.so"
-    compile_it = ("gcc", "-shared", "-fPIC", "-O1", "-o", library, HERE / "faults.c", "-ldl")
+    library, new = folder / "faults.so", folder / "faults.new"
+    compile_it = ("gcc", "-shared", "-fPIC", "-O1", "-o", new, HERE / "faults.c", "-ldl")
     subprocess.run(compile_it, check=True)
-    return library
+    return new.replace(library)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def test_an_outcome_that_a_killed_run_left_incomplete_is_passed_over(tmp_path: P
     ("words", "why"),
     [
         (("--only", "reload,nosuch"), "--only nosuch: there are start, "),
+        (("--minutes", "nan"), "--minutes: write a number from 0"),
         (("--jobs", "0"), "--jobs: write a number from 1"),
         (("--folder", "/proc/x"), "--folder /proc/x: No such file or directory; choose another"),
     ],

@@ -150,7 +150,9 @@ def _life(folder: Path, operation: str, plan: str) -> Life:
 def found_sites(folder: Path, names: list[str]) -> dict[str, dict[str, str]]:
     """Return the sites of each operation, each with its descriptor's kind; keep them in a file."""
     kept = folder / "sites.json"
-    sites: dict[str, dict[str, str]] = json.loads(kept.read_text()) if kept.exists() else {}
+    sites: dict[str, dict[str, str]] = {}
+    with suppress(FileNotFoundError, json.JSONDecodeError):
+        sites = json.loads(kept.read_text())
     for name in names or OPERATIONS:
         if name in sites:
             continue
@@ -159,6 +161,7 @@ def found_sites(folder: Path, names: list[str]) -> dict[str, dict[str, str]]:
             problems = life.live()
         except BaseException:
             life._end()
+            life.forget()
             raise
         assert not problems, f"{name} without a fault: {problems}\n{life.log}"
         lines = (life.folder / "sites").read_text().splitlines()

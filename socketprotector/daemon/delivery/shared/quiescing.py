@@ -40,11 +40,9 @@ _LOOK_SOON_S = 0.01
 #: With `reads_on`: how many looks in a row must find that all clients are accepted.
 _SOON_LOOKS = 2
 #: Without `reads_on`: a generation is quiet when, for this long, each look has found that no client
-#: waits, and that all unread clients are silent.
-GENERATION_QUIET_S = 0.5
-#: The same if the kernel does not report each unread client: it has no sock_diag, or the generation
-#: has a UNIX socket (see _unread_unix()).
-UNREPORTED_QUIET_S = 1.0
+#: waits, and that all unread clients are silent.  A client in a TLS handshake, or with half a
+#: request, is not unread: its worker has read something.  With 0.5 s, reloads cut off such clients.
+GENERATION_QUIET_S = 1.0
 #: How long to wait for silent clients.
 SILENT_S = 3.0
 #: After this time we stop waiting for a generation, even if clients are unaccepted or unread.
@@ -75,7 +73,6 @@ class _Generation:
     # connection: for TCP as in sock_diag.unread(), for UNIX the inode.  None: the next look counts
     # as the first.
     unread: dict[tuple[int, bytes], bool] | None = None
-    reports_all: bool = True  # whether the kernel reports each unread client
 
 
 def _unread_tcp(
@@ -219,8 +216,7 @@ class Quiescing:
         if state.reads_on:
             quiet = state.quiet_looks >= _SOON_LOOKS
         else:
-            limit_s = GENERATION_QUIET_S if state.reports_all else UNREPORTED_QUIET_S
-            quiet = state.quiet_s > limit_s - _LOOK_S / 2
+            quiet = state.quiet_s > GENERATION_QUIET_S - _LOOK_S / 2
         awaits_silent = state.unread and state.waited_s < SILENT_S - _LOOK_S / 2
         late = now - state.began >= GENERATION_LAST_S
         if late or (quiet and not awaits_silent):
@@ -255,7 +251,6 @@ class Quiescing:
                 if family != socket.AF_UNIX:
                     found.update(_unread_tcp(family, of_family, state))
                 elif not state.reads_on:  # a UNIX connection has no handshake
-                    state.reports_all = False
                     unserved = self._turns.unserved
                     replaced = [e for e in of_family if (generation, e.index) in unserved]
                     found.update(_unread_unix(of_family, state, replaced))
@@ -263,6 +258,5 @@ class Quiescing:
                 if error.errno in RESOURCE_ERRNOS:
                     return None
                 # No sock_diag: no client counts as unread.  Without `reads_on`, most workers have
-                # read from all their clients when UNREPORTED_QUIET_S has passed.
-                state.reports_all = False
+                # read from all their clients when GENERATION_QUIET_S has passed.
         return found

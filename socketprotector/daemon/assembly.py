@@ -27,7 +27,7 @@ from ..system.listeners import listener_of
 from ..system.log import Log
 from ..system.loop import Loop
 from ..system.sd_notify import remove_folder
-from ..system.state_file import StateError, StateFile
+from ..system.state_file import NewerStateError, StateError, StateFile
 from ..system.unix_listener import close_control
 from . import recovery, releases, watch_client
 from .checkpoint import Checkpoint
@@ -114,8 +114,7 @@ class Resident:
     def supervise(self) -> int:
         """Resume from an earlier state, or start; return the exit status when the fleet has ended.
 
-        If the earlier program was exiting, only complete its exit.  Raises StateError if the
-        earlier state cannot be resumed.
+        If the earlier program was exiting, only complete its exit.  Raises StateError.
         """
         snapshot = self._snapshot_to_resume()
         if snapshot is not None and snapshot.fleet.exiting:
@@ -179,10 +178,11 @@ class Resident:
     def _snapshot_to_resume(self) -> Snapshot | None:
         """Return the snapshot of an earlier program; None: there is none.
 
-        Also make the state memfd, unless there is one.  Raises StateError if the state is unusable,
-        SystemRefused if the memfd cannot be made.
+        Also make the state memfd, unless there is one.  Raises StateError and SystemRefused.
         """
         if isinstance(self.earlier, StateError):
+            if isinstance(self.earlier, NewerStateError):
+                self.is_resumable = not self.start_report.is_due  # a start that is not over fails
             raise self.earlier
         if inherited.STATE not in self.own:
             try:

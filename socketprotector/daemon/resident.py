@@ -81,11 +81,6 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     try:
         if inherited.STATE in descriptors:
             earlier = checkpoint.read(descriptors[inherited.STATE])
-    except NewerStateError as error:
-        # Change nothing.  The guard or systemd starts SocketProtector again, and the newer version
-        # may be installed by then.
-        print(error, file=sys.stderr)
-        return SystemRefused.status
     except StateError as error:
         earlier = error
     try:
@@ -103,14 +98,18 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
         # signal, so that the traceback still reaches the terminal.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
         if resident.is_resumable and resident.parents.store.keeps:
-            # The guard or systemd starts SocketProtector again, which resumes.
-            if resident.is_adopting and isinstance(error, OSError):
+            # The guard or systemd starts SocketProtector again, which resumes.  If only a newer
+            # version can resume, it may be installed by then.
+            is_short = resident.is_adopting and isinstance(error, OSError)
+            if is_short or isinstance(error, NewerStateError):
                 sys.exit(f"SocketProtector: cannot resume: {what_failed(error)}")
             raise
         # No program will resume our work: finish() reports the failure, and removes our files.
         reason = str(error)
         if isinstance(error, OSError) and not resident.is_resumable:
             reason = f"cannot start: {what_failed(error)}"  # the system's fault, so no traceback
+        elif isinstance(error, StateError):
+            print(f"SocketProtector: cannot resume: {error}", file=sys.stderr)
         elif not isinstance(error, Refusal):
             sys.excepthook(type(error), error, error.__traceback__)
         status = SystemRefused.status

@@ -79,6 +79,11 @@ class StartReport:
             found[inherited.TERMINAL] = self._terminal
         return found
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the result of the start was not sent yet."""
+        return self._socket is not None or self._terminal is not None
+
     def started(self) -> None:
         """Report that the first generation is serving, and close the descriptors."""
         self._send(ready=True)

@@ -21,6 +21,7 @@ from ..model.errors import UsageError
 from ..model.handoff_modes import MODES, HandoffMode
 from ..model.lazy_dataclass import frozen
 from ..model.policy import Policy
+from ..model.probe_spec import ProbeSpec
 from ..model.reload_orders import ROLLING, STOP_FIRST
 from ..model.settings import Identity, Limits, Origin, Settings
 from ..model.share import Canary
@@ -146,14 +147,18 @@ class OptionResolver:
             if self._ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
         ]
 
-    def _probe(self, fill: Callable[[str], str], name: str, text: str) -> str:
+    def _probe(
+        self, fill: Callable[[str], str], name: str, read: Callable[[str], ProbeSpec], text: str
+    ) -> str:
         """Return a probe with the release's path.  Raises UsageError if no probe can have it."""
         found = fill(text)
         if found == text:
             return text
         with self._about(name):
             try:
-                probe_spec.read_health(found)
+                meant = read(text)
+                if read(found) != replace(meant, path=fill(meant.path)):
+                    raise ValueError(f"{found!r}: the release's path changes the host or status")
             except ValueError as error:
                 raise UsageError(f"--{name.replace('_', '-')} {error}") from None
             return found
@@ -297,7 +302,9 @@ class OptionResolver:
             "policy.stop_first": given["reload_order"] == STOP_FIRST.name,
             **_rollout(given),
             "policy.workers_accept": mode.workers_accept,
-            "policy.settle_check": probe("settle_check", given["settle_check"] or ""),
+            "policy.settle_check": probe(
+                "settle_check", probe_spec.read_settle_check, given["settle_check"] or ""
+            ),
             "policy.ready": mode.ready_hint or ready.kind,
             "pools": os.cpu_count() or 1,
             "workers": given["workers"] or mode.workers,
@@ -305,8 +312,8 @@ class OptionResolver:
             "ready_after_s": ready.after_s,
             "ready_fd": ready.fd,
             "ready_check": fill(ready.check),
-            "ready_question": probe("ready", ready.question),
-            "health": probe("health", given["health"] or ""),
+            "ready_question": probe("ready", probe_spec.read, ready.question),
+            "health": probe("health", probe_spec.read_health, given["health"] or ""),
             "identity": identity,
             "worker_identity": worker_identity,
             "umask": umask if given["umask"] is None else given["umask"],

@@ -247,6 +247,26 @@ def test_after_a_kill_clients_wait_for_files_that_know_each_value(
     daemon.stop()
 
 
+def test_without_a_guard_a_refused_state_leaves_nothing(
+    place: Path, installation: Installation, tmp_path: Path
+) -> None:
+    """The files change between the trial and the exec: no program will come that could resume."""
+    path, pid_file = tmp_path / "s", tmp_path / "pid"
+    options = ("--control", place, "--pid-file", pid_file)
+    daemon = installation.start(*options, f"unix:{path}", "--", *MANY).ready()
+    installation.add("two", version="9.8.7")
+    found = "            earlier = checkpoint.read(descriptors[inherited.STATE])\n"
+    refused = '            raise NewerStateError("a newer version has written it")\n'
+    installation.change("two", "daemon/resident", re.escape(found), refused)
+    installation.switch("two")
+
+    daemon.signal(signal.SIGUSR2)
+
+    assert daemon.process.wait(DEADLINE_S) == 111
+    daemon.log.wait_for("SocketProtector: .*a newer version has written it")
+    assert not any(each.exists() for each in (path, pid_file, place))
+
+
 # -- what happens during a check -------------------------------------------------------------
 
 

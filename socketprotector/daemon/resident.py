@@ -100,8 +100,8 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
         if resident.is_resumable and resident.parents.store.keeps:
             # The guard or systemd starts SocketProtector again, which resumes.  If only a newer
             # version can resume, it may be installed by then.
-            is_short = resident.is_adopting and isinstance(error, OSError)
-            if is_short or isinstance(error, NewerStateError):
+            is_shortage = resident.is_adopting and isinstance(error, OSError)
+            if is_shortage or isinstance(error, NewerStateError):
                 sys.exit(f"SocketProtector: cannot resume: {what_failed(error)}")
             raise
         # No program will resume our work: finish() reports the failure, and removes our files.

@@ -18,7 +18,8 @@ from bench.rivals.report import Note, Results
 from bench.rivals.running import steps
 from bench.rivals.situations import SITUATIONS
 from tests import needs
-from tests.running import DEADLINE_S, eventually
+from tests.procfs import command_line_of
+from tests.running import DEADLINE_S, eventually, wait_gone
 from tests.together import together
 
 
@@ -207,18 +208,11 @@ def test_a_run_that_gets_term_ends_what_it_has_started(tmp_path: Path) -> None:
         130,
         "Interrupted; the same command goes on from here.",
     )
-    eventually(lambda: not any(map(is_alive, started)), "the end of all")
-
-
-def is_alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+    assert not wait_gone(started)
 
 
 def is_a_worker(pid: int) -> bool:
-    try:
-        return b"bench.rivals.programs.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+    return "bench.rivals.programs.worker" in command_line_of(pid)
 
 
 @together("written", ["", "{", '{"rival": 1}', "7"])

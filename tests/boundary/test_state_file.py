@@ -55,7 +55,6 @@ def with_parameters(made: Any) -> None:
 for _each in CLASSES:
     if is_dataclass(_each):
         with_parameters(_each)
-# Made by the tests that take from them: each process of `pytest -n` collects all tests.
 #: Values of fields that are checked (CHECKS of model/settings.py).
 CHECKED = {
     "handoff": st.sampled_from([*MODES]),
@@ -71,6 +70,7 @@ CHECKED = {
 for _class in (Settings, Policy, Program, ListenerSettings, Snapshot):
     _fields = {name: CHECKED.get(name, ...) for name in _class.__match_args__}
     st.register_type_strategy(_class, st.builds(_class, **_fields))
+# Made by the tests that take from them: each process of `pytest -n` collects all tests.
 snapshots = st.deferred(lambda: st.from_type(Snapshot))
 values = st.deferred(lambda: st.one_of(*(st.from_type(each) for each in CLASSES)))
 

@@ -55,11 +55,7 @@ def main() -> None:
     except OSError as error:
         parser.error(f"--folder {arguments.folder}: {error.strerror}; choose another")
     until = time.monotonic() + 60 * arguments.minutes
-    try:
-        sites = found_sites(folder, names)
-    except KeyboardInterrupt:
-        print("Interrupted; the same command goes on from here.")
-        sys.exit(130)
+    sites = found_sites(folder, names)
     results = folder / "results.jsonl"
     done = {tuple(each["trial"]) for each in kept_outcomes(results)}
     open_trials = [
@@ -100,5 +96,8 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on from here.")
+        sys.exit(130)
     except (OSError, subprocess.CalledProcessError) as error:  # a full disk, for example
         sys.exit(f"python -m tests.everycall: {error}; the same command goes on from here")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.c.building import installed
 from tests.everycall.life import OPERATIONS, build
-from tests.everycall.trials import MENDED, found_sites, kept_outcomes, trials, try_one
+from tests.everycall.trials import FIXED, found_sites, kept_outcomes, trials, try_one
 from tests.running import DEADLINE_S, ROOT, eventually
 
 #: Of each operation, `make test-all` tries so many: 300 in all.
@@ -39,7 +39,7 @@ def _compiler() -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("operation", "place", "code"), MENDED)
+@pytest.mark.parametrize(("operation", "place", "code"), FIXED)
 def test_a_fault_that_once_did_harm(tmp_path: Path, operation: str, place: str, code: int) -> None:
     sites = found_sites(tmp_path, [operation])[operation]
     chosen = [site for site in sites if site.startswith(f"{place}:")]

@@ -16,8 +16,8 @@ from tests import running
 from tests.everycall.life import FILES_UNTIL_NEXT, KILL, OPERATIONS, Life, build
 from tests.running import MARK
 
-#: Trials that failed before the code was mended.  A site's line may have moved since.
-MENDED = (
+#: Trials that failed before the code was fixed.  A site's line may have moved since.
+FIXED = (
     ("rotation", "poll socketprotector/programs/guard.py", errno.ENOMEM),
     ("start", "pipe2 socketprotector/system/signals.py", errno.EMFILE),
     ("reload", "epoll_add socketprotector_client/wait_set.py", errno.ENOSPC),

@@ -163,6 +163,13 @@ def order(place: Path, command: str, **arguments: object) -> None:
         assert json.loads(answers.readline())["ok"]
 
 
+def reloaded(daemon: Protector, load: Load, mark: int) -> None:
+    """Wait until generation 2 has replaced generation 1, and serves.  mark: a length of the log."""
+    daemon.log.wait_for("event=reloaded generation=2", after=mark)
+    daemon.log.wait_for("event=drained generation=1", after=mark)
+    served(load)
+
+
 @EITHER_WAY
 @EITHER_HANDOFF
 @pytest.mark.costly
@@ -180,9 +187,7 @@ def test_while_a_reload_starts_workers(
         switch(daemon)
         served(load)
         gate.stay_open()
-        daemon.log.wait_for("event=reloaded generation=2", after=mark)
-        daemon.log.wait_for("event=drained generation=1", after=mark)
-        served(load)
+        reloaded(daemon, load, mark)
     daemon.stop()
 
     assert load.snapshot().failures == ()
@@ -200,9 +205,7 @@ def test_while_a_generation_settles(
         mark = daemon.signal(signal.SIGHUP)
         daemon.log.wait_for("event=route generation=2", after=mark)
         switch(daemon)
-        daemon.log.wait_for("event=reloaded generation=2", after=mark)
-        daemon.log.wait_for("event=drained generation=1", after=mark)
-        served(load)
+        reloaded(daemon, load, mark)
     daemon.stop()
 
     assert load.snapshot().failures == ()
@@ -223,9 +226,7 @@ def test_while_a_canary_has_its_share(
         daemon.log.wait_for("event=route generation=1 sharing=2", after=mark)
         switch(daemon)
         served(load)
-        daemon.log.wait_for("event=reloaded generation=2", after=mark)
-        daemon.log.wait_for("event=drained generation=1", after=mark)
-        served(load)
+        reloaded(daemon, load, mark)
     daemon.stop()
 
     assert load.snapshot().failures == ()

@@ -163,7 +163,7 @@ def test_a_program_that_cannot_take_over_is_status_3_and_one_line(
     ("options", "module", "old", "new", "why"),
     [
         ((), "model/handoff_modes", r'HandoffMode\("connection"', 'HandoffMode("q"', "handoff"),
-        ((), "model/ready_kinds", r'    "notify": ReadyKind', '    "told": ReadyKind', "ready"),
+        ((), "model/ready_kinds", r'    "notify": ReadyKind', '    "sent": ReadyKind', "ready"),
         (
             ("--ready", "accept"),
             *("model/probe_spec", 'if text == "accept"', 'if text == "dial"', "ready_question"),

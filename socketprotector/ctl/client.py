@@ -208,7 +208,7 @@ class Client:
             later = "" if reads else " It may still carry out the request"
             raise NoProtector(
                 f"{self.path}: no answer to {command!r} within {in_units(round(within_s, 1))}; "
-                f"is the protector suspended (SIGSTOP) or starting?{later}",
+                f"is the protector suspended (SIGSTOP) or starting? See its log.{later}",
                 "silent",
             )
         return result

@@ -76,6 +76,7 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     command: executes this program again.
     """
     os.chdir("/")  # not earlier: Python may have had to import modules from the caller's directory
+    guard = descriptors.get(inherited.GUARD, -1)
     # Read the state only once, because the state of a thousand workers is large.
     earlier: Snapshot | StateError | None = None
     try:
@@ -87,7 +88,7 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
         snapshot = earlier if isinstance(earlier, Snapshot) else None
         settings, listeners = _settings_and_listeners(descriptors, snapshot)
     except SettingsError as error:
-        print(error, file=sys.stderr)
+        _report(str(error), guard)
         return SystemRefused.status
     _name_process()
     resident = Resident(settings, listeners, descriptors, earlier, command)
@@ -102,14 +103,15 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
             # version can resume, it may be installed by then.
             is_shortage = resident.is_adopting and isinstance(error, OSError)
             if is_shortage or isinstance(error, NewerStateError):
-                sys.exit(f"SocketProtector: cannot resume: {what_failed(error)}")
+                _report(f"cannot resume: {what_failed(error)}", guard)
+                sys.exit(1)
             raise
         # No program will resume our work: finish() reports the failure, and removes our files.
         reason = str(error)
         if isinstance(error, OSError) and not resident.is_resumable:
             reason = f"cannot start: {what_failed(error)}"  # the system's fault, so no traceback
         elif isinstance(error, StateError):
-            print(f"SocketProtector: cannot resume: {error}", file=sys.stderr)
+            _report(f"cannot resume: {error}")
         elif not isinstance(error, Refusal):
             sys.excepthook(type(error), error, error.__traceback__)
         status = SystemRefused.status
@@ -132,6 +134,17 @@ def _settings_and_listeners(
     fd = descriptors[inherited.SETTINGS]
     settings = load(os.pread(fd, os.fstat(fd).st_size, 0))
     return settings, settings.listeners
+
+
+def _report(why: str, guard: int = -1) -> None:
+    """Send the guard the reason why we exit, for its log; without a guard, print the reason.
+
+    guard: the descriptor of the line to the guard; -1: there is none.
+    """
+    try:
+        os.write(guard, f"X_FAILED={why}".encode("utf-8", "backslashreplace"))
+    except OSError:
+        print(f"SocketProtector: {why}", file=sys.stderr)
 
 
 def _name_process() -> None:

@@ -86,7 +86,8 @@ class Guard:
         #: Signals that no protector has confirmed; True: a stop signal that this one has taken.
         self.untaken: dict[int, bool] = {}
         self.stopping = False  # a protector has confirmed a stop
-        self.began = False  # this protector has sent a message: it handles signals
+        self.began = False  # this protector has sent another message: it handles signals
+        self.failure: dict[str, str] = {}  # `error`: why this protector cannot resume
         self.statuses: list[tuple[float, bytes]] = []  # exits of workers: when, and the message
         self.sent = 0  # how many of these were sent to this protector
         self.dropped = 0  # log lines that could not be written
@@ -96,7 +97,7 @@ class Guard:
     def start(self) -> None:
         """Start a protector with all descriptors in the store."""
         self.due = None
-        self.accepted_at, self.began = None, False
+        self.accepted_at, self.began, self.failure = None, False, {}
         theirs = None
         # Block signals until the protector has its handlers: an earlier signal must kill nothing.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -169,13 +170,15 @@ class Guard:
             self.give_up_if_pointless(how, code or FAILED)
         self.first = False
         self.deaths += 1
+        if not self.began:
+            self.sent = 0  # this protector has read none
         served_s = 0.0
         if self.accepted_at is not None:
             served_s = time.monotonic() - self.accepted_at
             # KILL has an outside cause, so the next protector need not wait.
             if served_s >= LAST_WAIT_S or code == -signal.SIGKILL:
                 self.deaths = 0
-        self.start_later("protector-died", served_s, protector=how)
+        self.start_later("protector-died", served_s, protector=how, **self.failure)
 
     def give_up_if_pointless(self, how: str, status: int) -> None:
         """Exit if another protector would be useless after this one failed.
@@ -219,6 +222,9 @@ class Guard:
 
     def take(self, said: dict[str, str], fd: int) -> None:
         """Handle one message of the protector.  Takes ownership of its descriptor."""
+        if "X_FAILED" in said:
+            self.failure = {"error": said["X_FAILED"]}
+            return
         self.began = True
         self.stopping = self.stopping or "STOPPING" in said
         took = int(said.get("X_TOOK", "0"))
@@ -257,7 +263,7 @@ class Guard:
         """Order the workers to finish, remove the pid file and sockets' files, and exit."""
         for name in (inherited.SETTINGS, inherited.STATE):
             self.forget(name)  # a log line to a pipe takes two descriptors; none may be free
-        self.log("guard-gives-up", protector=why)
+        self.log("guard-gives-up", protector=why, **self.failure)
         for name, fd in self.store.items():
             if self.finish and name.startswith(inherited.WORKER) and name.endswith(".process"):
                 try:
@@ -270,7 +276,7 @@ class Guard:
         sys.exit(status)
 
     def remove_files(self) -> None:
-        """Remove the files of listening sockets, and the folder of notify sockets, if unused."""
+        """Remove the files of listening sockets, and the folder of notify sockets."""
         for name in [*self.store]:
             if name == inherited.CONTROL or name.startswith(WITH_FILES):
                 with_path = socket.socket(fileno=self.store.pop(name))
@@ -280,9 +286,11 @@ class Guard:
                     remove_if_stale(path)
         if inherited.NOTIFY in self.store:
             try:
-                os.rmdir(os.readlink(f"/proc/self/fd/{self.store[inherited.NOTIFY]}"))
-            except OSError:
-                pass  # workers still use the folder, or there is no /proc
+                from socketprotector.system.sd_notify import remove_folder
+
+                remove_folder(os.readlink(f"/proc/self/fd/{self.store[inherited.NOTIFY]}"))
+            except (OSError, ImportError):
+                pass  # there is no /proc, or descriptors have run out
 
     def log(self, event: str, **fields: str | float) -> None:
         """Write a line to the protector's log, in the same form.
@@ -349,10 +357,7 @@ class Guard:
         self.sent -= excess
 
     def run(self) -> None:
-        """Run protectors until one announces its exit; then raise SystemExit with that status.
-
-        A signal after that could still change the exit status: see signals.block().
-        """
+        """Run protectors until one announces its exit; then raise SystemExit with that status."""
         try:
             receive = signals.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD))
         except OSError as error:
@@ -403,21 +408,13 @@ def remove_if_stale(path: str) -> None:
     try:
         # Imported only at the exit, to save memory; the import fails if descriptors have run out.
         from socketprotector.system.dir_lock import locked
-        from socketprotector.system.socket_file import files_of
+        from socketprotector.system.socket_file import files_of, is_leftover
 
         with locked(path):
-            for each in files_of(path):
-                if not stat.S_ISSOCK(os.lstat(each).st_mode):
-                    continue
-                probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-                try:
-                    probe.connect(each)
-                except ConnectionRefusedError:
-                    os.unlink(each)
-                finally:
-                    probe.close()
+            for each in filter(is_leftover, files_of(path)):
+                os.unlink(each)
     except (OSError, ImportError):
-        pass  # a process listens there, or the folder is not this user's
+        pass  # the folder is not this user's
 
 
 def pairs(data: bytes) -> dict[str, str]:

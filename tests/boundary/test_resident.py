@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -45,20 +46,20 @@ class Failing:
         self.ended.append(status)
 
 
-def run(patch: pytest.MonkeyPatch, failing: Failing) -> int:
-    """Run it with the settings of a first start."""
+def run(patch: pytest.MonkeyPatch, failing: Failing, **more: int) -> int:
+    """Run it with the settings of a first start.  more: descriptors."""
     patch.setattr(resident, "Resident", lambda *_: failing)
     patch.setattr(resident, "_name_process", lambda: None)
     fd = os.memfd_create("settings")
     try:
         os.write(fd, dump(Settings(name="web", command=("x",), directory="/")))
-        return resident.run({inherited.SETTINGS: fd}, ("socketprotector",))
+        return resident.run({inherited.SETTINGS: fd, **more}, ("socketprotector",))
     finally:
         os.close(fd)
 
 
 def test_what_the_system_lacks_to_resume_is_said_in_one_line(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The guard or systemd tries again; a traceback at each try would hide the cause."""
     failing = Failing(NO_SPACE, adopts=True)
@@ -66,8 +67,23 @@ def test_what_the_system_lacks_to_resume_is_said_in_one_line(
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, failing)
 
-    assert ended.value.code == "SocketProtector: cannot resume: No space left on device"
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "SocketProtector: cannot resume: No space left on device\n"
     assert failing.ended == []
+
+
+def test_a_guard_gets_the_reason_for_its_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = Failing(NO_SPACE, adopts=True)
+    line, guards = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    with line, guards:
+        with pytest.raises(SystemExit):
+            run(monkeypatch, failing, **{inherited.GUARD: line.fileno()})
+        assert guards.recv(100) == b"X_FAILED=cannot resume: No space left on device"
+
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("error", "adopts"), [(FAULT, True), (FAULT, False), (NO_SPACE, False)])

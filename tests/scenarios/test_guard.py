@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -634,6 +635,39 @@ def test_how_workers_ended_is_reported_once_a_protector_that_stood_still_reads_o
     assert heard == ends
     line.close()
     protectors.close()
+
+
+def test_the_next_protector_gets_how_workers_ended_however_long_no_protector_could_resume(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    one = guard.Guard([sys.executable, "-c", ""], {})
+    one.first = False
+    lines: list[dict[str, object]] = []
+    monkeypatch.setattr(one, "log", lambda event, **fields: lines.append(fields))
+    one.statuses.append((now[0], b"X_EXITED=7 0"))
+
+    for _ in range(3):
+        one.start()
+        assert one.sent == 1
+        one.take({"X_FAILED": "cannot resume: it is newer"}, -1)
+        _, status = os.waitpid(one.pid, 0)
+        now[0] += guard.SENT_AGAIN_S + 1
+        one.ended(status)
+    assert [each for _, each in one.statuses] == [b"X_EXITED=7 0"]
+    assert [each["error"] for each in lines] == 3 * ["cannot resume: it is newer"]
+    one.start()
+    assert one.sent == 1
+    one.take({"X_BEGAN": "1"}, -1)
+    _, status = os.waitpid(one.pid, 0)
+    now[0] += guard.SENT_AGAIN_S + 1
+    one.ended(status)
+    assert "error" not in lines[-1]
+    one.start()
+    _, status = os.waitpid(one.pid, 0)
+    assert one.statuses == [], "the last protector has read it"
+    one.close_line()
 
 
 # --- a protector that cannot go on -------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 from socketprotector import __version__
 from socketprotector.daemon.upgrade import TRIAL_S
 from tests.load import Load
-from tests.procfs import children_of
+from tests.procfs import children_of, name_of
 from tests.running import DEADLINE_S, Client, Protector, eventually
 from tests.scenarios.adopting import Installation, kill_protector, served, upgrade
 from tests.scenarios.operating import Line
@@ -238,13 +238,44 @@ def test_after_a_kill_clients_wait_for_files_that_know_each_value(
     installation.switch("two")
 
     mark = kill_protector(daemon)
-    daemon.log.wait_for(r"written by a newer version \(this one does not know ", after=mark)
+    why = r'protector="exited with status 1" error="cannot resume: .*\(this one does not know '
+    daemon.log.wait_for(f"event=protector-died {why}", after=mark)
     with Client(("127.0.0.1", daemon.port), "hello") as client:
         installation.switch("one")
         assert client.hear()
     daemon.log.wait_for("event=resumed", after=mark)
     daemon.reload()
     daemon.stop()
+
+
+def test_a_guard_says_why_no_protector_can_resume_and_its_stop_leaves_no_file(
+    place: Path, installation: Installation, tmp_path: Path
+) -> None:
+    """Its log is JSON, and so is the reason.  The start's settings have a newer value."""
+    path, pid_file = tmp_path / "s", tmp_path / "pid"
+    options = ("--guard", "--pid-file", pid_file, "--control", place, "--log-format", "json")
+    command = ("--health", "accept", f"unix:{path}", "--", *MANY)
+    daemon = installation.start(*options, *command)
+    daemon.log.wait_for('"event": *"ready"')
+    installation.add("two", version="9.8.7")
+    installation.change("two", "model/probe_spec", 'if text == "accept"', 'if text == "dial"')
+    installation.switch("two")
+
+    mark = len(daemon.log.seen)
+    [pid] = [pid for pid in children_of(daemon.pid) if name_of(pid) == "SocketProtector"]
+    os.kill(pid, signal.SIGKILL)
+
+    daemon.log.wait_for(
+        r'"protector-died", "protector": "exited with status 111", "error": "the settings cannot '
+        r"be read: written by a newer version \(this one does not know health 'accept'\)",
+        after=mark,
+    )
+    daemon.signal(signal.SIGTERM)
+    daemon.process.wait(DEADLINE_S)
+    daemon.log.wait_for('"event": *"guard-gives-up"', after=mark)
+    eventually(lambda: not os.listdir(tmp_path), "the removal of its files")
+    for each in daemon.log.seen[mark:]:
+        json.loads(each)
 
 
 def test_without_a_guard_a_refused_state_leaves_nothing(

@@ -155,6 +155,7 @@ ALL = (
         )
         for name, form, worker in (
             ("least", "", "{worker} fd:3"),
+            ("least-late", "late ", "{worker} fd:3"),
             ("least-c", "", "{built}/serve 3"),
             ("least-forward", "forward ", "{worker} library"),
         )

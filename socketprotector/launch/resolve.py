@@ -157,10 +157,14 @@ class OptionResolver:
         with self._about(name):
             try:
                 meant = read(text)
-                if read(found) != replace(meant, path=fill(meant.path)):
-                    raise ValueError(f"{found!r}: the release's path changes the host or status")
-            except ValueError as error:
-                raise UsageError(f"--{name.replace('_', '-')} {error}") from None
+                differs = read(found) != replace(meant, path=fill(meant.path))
+            except ValueError:
+                differs = True
+            if differs:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {text!r} would become {found!r}: no probe, or one "
+                    "with another host or status; write check:COMMAND instead"
+                )
             return found
         return text  # the file reports its mistakes together, later
 

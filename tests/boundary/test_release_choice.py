@@ -85,7 +85,7 @@ def test_a_path_that_no_probe_can_have_is_refused(option: str, tmp_path: Path) -
 
     refused = Web(folder).refused(KEYS + COMMAND + more)
 
-    assert f"--{option} 'http:/x./releases/1': write http:/path" in refused
+    assert f"--{option} 'http:/x{{release}}' would become 'http:/x./releases/1': no" in refused
 
 
 def test_a_release_s_name_does_not_change_what_a_probe_means(web: Web) -> None:
@@ -98,7 +98,7 @@ def test_a_release_s_name_does_not_change_what_a_probe_means(web: Web) -> None:
     found = web.read(status, running=replace(running, release_wanted="x=999")).settings
     assert found.health == f"http:/x{web.folder}/releases/x=999"
     for text, wanted in ((status, "x=204"), (host, "2")):
-        with pytest.raises(UsageError, match="changes the host or status"):
+        with pytest.raises(UsageError, match="with another host or status"):
             web.read(text, running=replace(running, release_wanted=wanted))
 
 

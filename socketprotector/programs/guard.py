@@ -87,7 +87,7 @@ class Guard:
         self.untaken: dict[int, bool] = {}
         self.stopping = False  # a protector has confirmed a stop
         self.began = False  # this protector has sent another message: it handles signals
-        self.failure: dict[str, str] = {}  # `error`: why this protector cannot resume
+        self.failure = ""  # why this protector cannot resume
         self.statuses: list[tuple[float, bytes]] = []  # exits of workers: when, and the message
         self.sent = 0  # how many of these were sent to this protector
         self.dropped = 0  # log lines that could not be written
@@ -97,7 +97,7 @@ class Guard:
     def start(self) -> None:
         """Start a protector with all descriptors in the store."""
         self.due = None
-        self.accepted_at, self.began, self.failure = None, False, {}
+        self.accepted_at, self.began, self.failure = None, False, ""
         theirs = None
         # Block signals until the protector has its handlers: an earlier signal must kill nothing.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -136,6 +136,8 @@ class Guard:
         wait_s = max(0.0, min(backoff_s(self.deaths), LAST_WAIT_S) - served_s)
         if self.deaths > 1:
             why["in_a_row"] = self.deaths
+        if self.failure:
+            why["error"] = self.failure
         self.log(event, **why, again_in_s=round(wait_s, 2) or 0)
         self.due = time.monotonic() + wait_s
 
@@ -178,7 +180,7 @@ class Guard:
             # KILL has an outside cause, so the next protector need not wait.
             if served_s >= LAST_WAIT_S or code == -signal.SIGKILL:
                 self.deaths = 0
-        self.start_later("protector-died", served_s, protector=how, **self.failure)
+        self.start_later("protector-died", served_s, protector=how)
 
     def give_up_if_pointless(self, how: str, status: int) -> None:
         """Exit if another protector would be useless after this one failed.
@@ -223,7 +225,7 @@ class Guard:
     def take(self, said: dict[str, str], fd: int) -> None:
         """Handle one message of the protector.  Takes ownership of its descriptor."""
         if "X_FAILED" in said:
-            self.failure = {"error": said["X_FAILED"]}
+            self.failure = said["X_FAILED"]
             return
         self.began = True
         self.stopping = self.stopping or "STOPPING" in said
@@ -263,7 +265,7 @@ class Guard:
         """Order the workers to finish, remove the pid file and sockets' files, and exit."""
         for name in (inherited.SETTINGS, inherited.STATE):
             self.forget(name)  # a log line to a pipe takes two descriptors; none may be free
-        self.log("guard-gives-up", protector=why, **self.failure)
+        self.log("guard-gives-up", protector=why)
         for name, fd in self.store.items():
             if self.finish and name.startswith(inherited.WORKER) and name.endswith(".process"):
                 try:

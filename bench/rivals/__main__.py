@@ -164,7 +164,7 @@ def _compare() -> int:
     file = given.kept / f"{commit[1] if commit else 'unknown'}-{given.round:g}.jsonl"
     one = Run(file, given.round, given.turns, given.hours)
     missing, versions = dict[str, str](), dict[str, str]()
-    names = given.names or list(RIVALS)
+    names = list(dict.fromkeys(given.names)) or list(RIVALS)
     for name in names:
         try:
             install(RIVALS[name])

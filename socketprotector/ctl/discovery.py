@@ -218,7 +218,7 @@ def _names_of(found: SocketAnswer) -> tuple[str, ...]:
 def by_pid_file(file: str) -> str:
     """Return the path of the socket of the protector whose pid is in this file.
 
-    Raises NoProtector, UsageError.
+    Raises NoProtector, UsageError; RequestRefused if this user may not connect to some socket.
     """
     pid = _living_pid(file)
     found = query_all(sockets())
@@ -236,10 +236,13 @@ def by_pid_file(file: str) -> str:
     for why, words in (("denied", "no permission for"), ("silent", "no answer from")):
         if paths := [each.path for each in found if each.why == why]:
             hint += f" ({words} {_shortened(paths)})"
-    raise NoProtector(
+    error = (
         f"--pid-file {file}: no control socket of process {pid} in {where()}{hint}; "
         "pass --control PATH"
     )
+    if any(each.why == "denied" for each in found):
+        raise RequestRefused("denied", escape(error))
+    raise NoProtector(error)
 
 
 def _of_process(pid: int, found: Sequence[SocketAnswer]) -> list[SocketAnswer]:

@@ -32,6 +32,8 @@ from .delivery.choice import delivery_for
 #: Before an upgrade, a trial process loads the new program.  The new program's start needs this
 #: much more memory than the trial.
 _SPARE_BYTES = 4 * 1024 * 1024
+#: How many characters of a reason the guard gets: its log lines have 4,096 bytes at most.
+_LONGEST = 500
 
 
 def main() -> None:
@@ -142,7 +144,7 @@ def _report(why: str, guard: int = -1) -> None:
     guard: the descriptor of the line to the guard; -1: there is none.
     """
     try:
-        os.write(guard, f"X_FAILED={why}".encode("utf-8", "backslashreplace"))
+        os.write(guard, f"X_FAILED={why[:_LONGEST]}".encode("utf-8", "backslashreplace"))
     except OSError:
         print(f"SocketProtector: {why}", file=sys.stderr)
 

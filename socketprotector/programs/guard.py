@@ -86,7 +86,7 @@ class Guard:
         #: Signals that no protector has confirmed; True: a stop signal that this one has taken.
         self.untaken: dict[int, bool] = {}
         self.stopping = False  # a protector has confirmed a stop
-        self.began = False  # this protector has sent another message: it handles signals
+        self.began = False  # this protector handles signals
         self.failure = ""  # why this protector cannot resume
         self.statuses: list[tuple[float, bytes]] = []  # exits of workers: when, and the message
         self.sent = 0  # how many of these were sent to this protector
@@ -224,10 +224,8 @@ class Guard:
 
     def take(self, said: dict[str, str], fd: int) -> None:
         """Handle one message of the protector.  Takes ownership of its descriptor."""
-        if "X_FAILED" in said:
-            self.failure = said["X_FAILED"]
-            return
-        self.began = True
+        self.began = self.began or "X_BEGAN" in said or "X_TOOK" in said
+        self.failure = said.get("X_FAILED", self.failure)
         self.stopping = self.stopping or "STOPPING" in said
         took = int(said.get("X_TOOK", "0"))
         if took in self.untaken:
@@ -265,7 +263,8 @@ class Guard:
         """Order the workers to finish, remove the pid file and sockets' files, and exit."""
         for name in (inherited.SETTINGS, inherited.STATE):
             self.forget(name)  # a log line to a pipe takes two descriptors; none may be free
-        self.log("guard-gives-up", protector=why)
+        error = {"error": self.failure} if self.failure else {}
+        self.log("guard-gives-up", protector=why, **error)
         for name, fd in self.store.items():
             if self.finish and name.startswith(inherited.WORKER) and name.endswith(".process"):
                 try:
@@ -291,8 +290,8 @@ class Guard:
                 from socketprotector.system.sd_notify import remove_folder
 
                 remove_folder(os.readlink(f"/proc/self/fd/{self.store[inherited.NOTIFY]}"))
-            except (OSError, ImportError):
-                pass  # there is no /proc, or descriptors have run out
+            except Exception:
+                pass  # no /proc, no descriptor, or other files are installed by now
 
     def log(self, event: str, **fields: str | float) -> None:
         """Write a line to the protector's log, in the same form.
@@ -410,13 +409,14 @@ def remove_if_stale(path: str) -> None:
     try:
         # Imported only at the exit, to save memory; the import fails if descriptors have run out.
         from socketprotector.system.dir_lock import locked
-        from socketprotector.system.socket_file import files_of, is_leftover
+        from socketprotector.system.socket_file import files_of, is_stale
 
         with locked(path):
-            for each in filter(is_leftover, files_of(path)):
-                os.unlink(each)
-    except (OSError, ImportError):
-        pass  # the folder is not this user's
+            for each in files_of(path):
+                if is_stale(each):
+                    os.unlink(each)
+    except Exception:
+        pass  # a process listens there, the folder is not this user's, or other files are installed
 
 
 def pairs(data: bytes) -> dict[str, str]:

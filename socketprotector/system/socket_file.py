@@ -272,13 +272,12 @@ def examine(path: str, group: PathGroup, members: Members | None = None) -> Path
         own = {own_file(path, sock) for sock in members.values()}
         known = {_identity(each) for each in own}
         for each in left_beside(path):
-            if each not in own and (_identity(each) in known or is_leftover(each)):
+            if each not in own and (_identity(each) in known or _is_leftover(each)):
                 leftovers.append(each)
     return replace(group, leads_to=target, leftovers=tuple(dict.fromkeys(leftovers)))
 
 
-def is_leftover(name: str) -> bool:
-    """Return whether a path is a socket file that can be removed: no process listens on it."""
+def _is_leftover(name: str) -> bool:
     try:
         return is_stale(name)
     except OSError:

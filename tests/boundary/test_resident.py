@@ -11,9 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from socketprotector.daemon import resident
+from socketprotector.daemon import assembly, resident
+from socketprotector.daemon.start_report import StartReport
 from socketprotector.model.settings import Settings, dump
 from socketprotector.system import inherited
+from socketprotector.system.state_file import NewerStateError, StateError
+from tests.running import DEADLINE_S
 
 pytestmark = pytest.mark.usefixtures("in_root_directory", "_signals")
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -75,13 +78,18 @@ def test_what_the_system_lacks_to_resume_is_said_in_one_line(
 def test_a_guard_gets_the_reason_for_its_log(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failing = Failing(NO_SPACE, adopts=True)
+    """A file's name need not be UTF-8, and may be long."""
+    failing = Failing(OSError(errno.ENOSPC, "\udcff" + "x" * 5000), adopts=True)
     line, guards = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    guards.settimeout(DEADLINE_S)
 
     with line, guards:
         with pytest.raises(SystemExit):
             run(monkeypatch, failing, **{inherited.GUARD: line.fileno()})
-        assert guards.recv(100) == b"X_FAILED=cannot resume: No space left on device"
+        reason = guards.recv(10_000)
+
+    assert reason.startswith(rb"X_FAILED=cannot resume: \udcffxxx")
+    assert len(reason) < 600
 
     assert capsys.readouterr().err == ""
 
@@ -112,3 +120,31 @@ def test_without_a_next_program_an_error_ends_all(
     assert run(monkeypatch, faulty) == 111
     assert faulty.ended == ["a fault of ours", 111]
     assert "LookupError: a fault of ours" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "reports_to", "next_resumes"),
+    [
+        (NewerStateError("newer"), "nobody", True),
+        (NewerStateError("newer"), "launcher", False),
+        (NewerStateError("newer"), "terminal", False),
+        (StateError("damaged"), "nobody", False),
+    ],
+)
+def test_only_a_newer_state_of_a_finished_start_is_left_to_the_next_program(
+    error: StateError, reports_to: str, next_resumes: bool
+) -> None:
+    launcher, terminal = socket.socketpair()
+    with launcher, terminal:
+        report = StartReport(
+            launcher.detach() if reports_to == "launcher" else None,
+            terminal.detach() if reports_to == "terminal" else None,
+            1,
+        )
+        one = SimpleNamespace(earlier=error, start_report=report, is_resumable=False)
+
+        with pytest.raises(StateError):
+            assembly.Resident._snapshot_to_resume(one)  # type: ignore[arg-type]
+
+        assert one.is_resumable is next_resumes
+        report.started()  # closes its descriptors

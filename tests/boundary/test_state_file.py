@@ -225,6 +225,7 @@ def test_a_value_that_a_check_does_not_know_is_a_newer_program_s() -> None:
         ("Program", "limits", [["stack", 1]]),
         ("Settings", "health", "ping:"),
         ("ListenerSettings", "address", "vsock:7"),
+        ("ListenerSettings", "address", "tcp6:7"),
         ("Snapshot", "log_level", "notice"),
     ],
 )
@@ -255,6 +256,9 @@ def test_a_long_value_is_shortened_in_the_refusal() -> None:
     codec = Codec([Thing, Colour], checks={"Thing.size": lambda _: False})
     with pytest.raises(NewerError, match=r"^this one does not know size 1{40}\.\.\.$"):
         codec.decode(codec.encode(Thing(int("1" * 500))))
+    colour = b'{"c":"Thing","f":{"colour":{"e":"Colour","v":"%s"}}}' % (b"x" * 500)
+    with pytest.raises(NewerError, match=r"^this one does not know Colour 'x{39}\.\.\.$"):
+        codec.decode(colour)
 
 
 def test_an_enumeration_of_a_newer_program_is_named() -> None:
@@ -520,6 +524,7 @@ def test_a_state_of_an_older_format_is_refused_in_words(
     with pytest.raises(StateError) as refused:
         StateFile(file.fd).read()
 
+    assert type(refused.value) is StateError, "no later program could read it"
     assert str(refused.value) == (
         "the state cannot be read: written by an older version (format 2, this one reads only 3); "
         "stop that version, then start this one"

@@ -99,3 +99,11 @@ def test_workers_get_no_more_of_the_callers_than_is_asked_for(
     assert theirs == kept | {"OWN", "NOTIFY_SOCKET", "PWD"}
     assert (found["PATH"] == os.environ["PATH"]) == (options[-1] == "COLOUR,PATH")
     assert "SOCKETPROTECTOR_CHANNEL" in found
+
+
+def test_a_worker_finds_what_its_options_mean_for_it(protector: Start, folder: Path) -> None:
+    """docs/protocol.md promises these texts to workers without the library."""
+    found = environment(protector, folder, "--watchdog", "500ms", "--log-prefix", "--workers", "1")
+
+    assert found["WATCHDOG_USEC"] == "500000"
+    assert found["SOCKETPROTECTOR_LOG_PREFIX"] == "1"

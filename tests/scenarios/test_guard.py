@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -668,6 +669,43 @@ def test_the_next_protector_gets_how_workers_ended_however_long_no_protector_cou
     _, status = os.waitpid(one.pid, 0)
     assert one.statuses == [], "the last protector has read it"
     one.close_line()
+
+
+def test_a_guard_removes_only_files_on_which_no_process_listens(tmp_path: Path) -> None:
+    stale, held = tmp_path / "stale", tmp_path / "held"
+    with socket.socket(socket.AF_UNIX) as listens, socket.socket(socket.AF_UNIX) as closed:
+        listens.bind(str(held))
+        listens.listen()
+        closed.bind(str(stale))
+        closed.close()
+
+        for each in (stale, held):
+            guard.remove_if_stale(str(each))
+
+        assert held.exists()
+        assert not stale.exists()
+
+
+@pytest.mark.parametrize("lacks", ["module", "name"])
+def test_a_guard_s_end_is_the_same_with_files_that_were_replaced(
+    lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package manager replaced or removed them, and the guard imports some only at its end."""
+    for name in ("socket_file", "sd_notify"):
+        module = f"socketprotector.system.{name}"
+        stands = None if lacks == "module" else SimpleNamespace()
+        monkeypatch.setitem(sys.modules, module, stands)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        one = guard.Guard([], {"sp.listener.0": listener.detach(), "sp.notify": folder})
+
+    with pytest.raises(SystemExit) as ended:
+        one.give_up("dies", 7)
+
+    assert ended.value.code == 7
+    os.close(folder)
 
 
 # --- a protector that cannot go on -------------------------------------------------

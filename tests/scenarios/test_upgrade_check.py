@@ -238,7 +238,7 @@ def test_after_a_kill_clients_wait_for_files_that_know_each_value(
     installation.switch("two")
 
     mark = kill_protector(daemon)
-    why = r'protector="exited with status 1" error="cannot resume: .*\(this one does not know '
+    why = r'protector="exited with status 1"( in_a_row=\d+)? error="cannot resume: .*\(this one does not know '
     daemon.log.wait_for(f"event=protector-died {why}", after=mark)
     with Client(("127.0.0.1", daemon.port), "hello") as client:
         installation.switch("one")
@@ -257,6 +257,7 @@ def test_a_guard_says_why_no_protector_can_resume_and_its_stop_leaves_no_file(
     command = ("--health", "accept", f"unix:{path}", "--", *MANY)
     daemon = installation.start(*options, *command)
     daemon.log.wait_for('"event": *"ready"')
+    [notify] = place.parent.glob(".notify-*")
     installation.add("two", version="9.8.7")
     installation.change("two", "model/probe_spec", 'if text == "accept"', 'if text == "dial"')
     installation.switch("two")
@@ -266,14 +267,16 @@ def test_a_guard_says_why_no_protector_can_resume_and_its_stop_leaves_no_file(
     os.kill(pid, signal.SIGKILL)
 
     daemon.log.wait_for(
-        r'"protector-died", "protector": "exited with status 111", "error": "the settings cannot '
-        r"be read: written by a newer version \(this one does not know health 'accept'\)",
+        r'"protector-died", "protector": "exited with status 111",( "in_a_row": \d+,)? "error": "the '
+        r"settings cannot be read: written by a newer version \(this one does not know health 'accept'\)",
         after=mark,
     )
     daemon.signal(signal.SIGTERM)
     daemon.process.wait(DEADLINE_S)
-    daemon.log.wait_for('"event": *"guard-gives-up"', after=mark)
+    line = daemon.log.wait_for('"event": *"guard-gives-up"', after=mark)
+    assert "this one does not know" in json.loads(line)["error"]
     eventually(lambda: not os.listdir(tmp_path), "the removal of its files")
+    assert not notify.exists()
     for each in daemon.log.seen[mark:]:
         json.loads(each)
 

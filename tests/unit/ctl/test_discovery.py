@@ -438,7 +438,7 @@ def test_a_pid_file_of_another_users_protector_says_that_permission_is_missing(
 
     said = level(ctl, "--pid-file", str(tmp_path / "pid"))
 
-    assert said.status == 1
+    assert said.status == 100
     assert f" (no permission for {secret.path}); pass --control PATH\n" in said.err
 
 

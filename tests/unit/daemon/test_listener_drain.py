@@ -6,6 +6,7 @@ import errno
 from typing import Any
 
 import pytest
+from socketprotector_client import wire
 
 from socketprotector.daemon.delivery import LAST_S, QUIET_S
 from socketprotector.daemon.delivery.queue import listener_drain
@@ -59,6 +60,8 @@ def test_connected_clients_are_delivered_and_then_the_listener_is_closed(world: 
     world.clock.pass_time(0.0)
     assert world.to.names == ["a", "b"]
     assert [record[2:4] for record, _ in world.to.line] == [header(0)[2:4]] * 2
+    accepted_at = [wire.HEADER.unpack(record)[4] for record, _ in world.to.line]
+    assert all(accepted_at), "a worker would take it for a connection of ours, and not count it"
     assert any_of(world.drains.listeners) == (listener,)
 
     world.clock.pass_time(2.5 * QUIET_S)

@@ -99,10 +99,11 @@ def test_ready_counts_only_where_messages_make_a_worker_ready(world: World) -> N
     world.say(READY="1")
     world.say(READY="1", **dict([wire.RETIRES_ON_RETURN.split("=")]))
     world.say(READY="0")
+    world.say(READY="1", **{wire.RETIRES_ON_RETURN.split("=")[0]: "0"})
     world.worker.readiness.by_message = False
     world.say(READY="1")
 
-    assert world.ready == [("notify", False), ("notify", True)]
+    assert world.ready == [("notify", False), ("notify", True), ("notify", False)]
 
 
 def test_a_message_is_removed_only_after_it_was_handled(world: World) -> None:

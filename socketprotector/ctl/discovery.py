@@ -218,7 +218,7 @@ def _names_of(found: SocketAnswer) -> tuple[str, ...]:
 def by_pid_file(file: str) -> str:
     """Return the path of the socket of the protector whose pid is in this file.
 
-    Raises NoProtector, UsageError; RequestRefused if this user may not connect to some socket.
+    Raises NoProtector, UsageError; RequestRefused if this user may not connect to the socket.
     """
     pid = _living_pid(file)
     found = query_all(sockets())
@@ -240,7 +240,7 @@ def by_pid_file(file: str) -> str:
         f"--pid-file {file}: no control socket of process {pid} in {where()}{hint}; "
         "pass --control PATH"
     )
-    if any(each.why == "denied" for each in found):
+    if any(each.why == "denied" for each in found) and _is_another_users(pid):
         raise RequestRefused("denied", escape(error))
     raise NoProtector(error)
 
@@ -256,6 +256,14 @@ def _of_process(pid: int, found: Sequence[SocketAnswer]) -> list[SocketAnswer]:
         if each.alive and pid in (each.pid, status.get("pid"), status.get("main_pid")):
             matching.append(each)
     return matching
+
+
+def _is_another_users(pid: int) -> bool:
+    """Return whether a process belongs to another user; False if that is unknown."""
+    try:
+        return os.stat(f"/proc/{pid}").st_uid != os.geteuid()
+    except OSError:
+        return False
 
 
 def _living_pid(file: str) -> int:

@@ -122,6 +122,17 @@ def test_without_a_next_program_an_error_ends_all(
     assert "LookupError: a fault of ours" in capsys.readouterr().err
 
 
+def test_a_state_that_no_program_can_resume_is_said_and_ends_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = Failing(StateError("damaged"), adopts=False, has_next=False)
+
+    assert run(monkeypatch, failing) == 111
+
+    assert capsys.readouterr().err == "SocketProtector: cannot resume: damaged\n"
+    assert failing.ended == ["damaged", 111]
+
+
 @pytest.mark.parametrize(
     ("error", "reports_to", "next_resumes"),
     [

@@ -671,6 +671,17 @@ def test_the_next_protector_gets_how_workers_ended_however_long_no_protector_cou
     one.close_line()
 
 
+def test_a_signal_that_a_protector_has_taken_shows_that_it_handles_signals() -> None:
+    one = guard.Guard([], {})
+
+    one.take({"X_FAILED": "a shortage"}, -1)
+    one.take({"WATCHDOG": "1"}, -1)
+    assert (one.began, one.failure) == (False, "a shortage")
+
+    one.take({"X_TOOK": str(signal.SIGHUP.value)}, -1)
+    assert one.began
+
+
 def test_a_guard_removes_only_files_on_which_no_process_listens(tmp_path: Path) -> None:
     stale, held = tmp_path / "stale", tmp_path / "held"
     with socket.socket(socket.AF_UNIX) as listens, socket.socket(socket.AF_UNIX) as closed:
@@ -686,14 +697,19 @@ def test_a_guard_removes_only_files_on_which_no_process_listens(tmp_path: Path) 
         assert not stale.exists()
 
 
-@pytest.mark.parametrize("lacks", ["module", "name"])
+@pytest.mark.parametrize("lacks", ["module", "name", "sense"])
 def test_a_guard_s_end_is_the_same_with_files_that_were_replaced(
     lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A package manager replaced or removed them, and the guard imports some only at its end."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("it has other arguments now")
+
+    other = {name: fail for name in ("files_of", "is_stale", "remove_folder") if lacks == "sense"}
     for name in ("socket_file", "sd_notify"):
         module = f"socketprotector.system.{name}"
-        stands = None if lacks == "module" else SimpleNamespace()
+        stands = None if lacks == "module" else SimpleNamespace(**other)
         monkeypatch.setitem(sys.modules, module, stands)
     folder = os.open(tmp_path, os.O_RDONLY)
     path = tmp_path / "s"

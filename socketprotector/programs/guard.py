@@ -358,7 +358,10 @@ class Guard:
         self.sent -= excess
 
     def run(self) -> None:
-        """Run protectors until one announces its exit; then raise SystemExit with that status."""
+        """Run protectors until one announces its exit; then raise SystemExit with that status.
+
+        A signal after that could still change the exit status: see signals.block().
+        """
         try:
             receive = signals.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD))
         except OSError as error:

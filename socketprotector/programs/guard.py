@@ -358,10 +358,7 @@ class Guard:
         self.sent -= excess
 
     def run(self) -> None:
-        """Run protectors until one announces its exit; then raise SystemExit with that status.
-
-        A signal after that could still change the exit status: see signals.block().
-        """
+        """Run protectors until one announces its exit; then raise SystemExit with that status."""
         try:
             receive = signals.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD))
         except OSError as error:
@@ -445,7 +442,7 @@ def main() -> None:
     try:
         Guard(command, store, json=json, pid_file_path=path).run()
     finally:
-        signals.block()
+        signals.block()  # a later signal could still change the exit status
 
 
 if __name__ == "__main__":

@@ -90,7 +90,6 @@ def test_a_guard_gets_the_reason_for_its_log(
 
     assert reason.startswith(rb"X_FAILED=cannot resume: \udcffxxx")
     assert len(reason) < 600
-
     assert capsys.readouterr().err == ""
 
 

@@ -649,24 +649,23 @@ def test_the_next_protector_gets_how_workers_ended_however_long_no_protector_cou
     monkeypatch.setattr(one, "log", lambda event, **fields: lines.append(fields))
     one.statuses.append((now[0], b"X_EXITED=7 0"))
 
-    for _ in range(3):
+    def runs(message: dict[str, str]) -> None:
+        """A protector is started, sends this message, and ends long after."""
         one.start()
         assert one.sent == 1
-        one.take({"X_FAILED": "cannot resume: it is newer"}, -1)
+        one.take(message, -1)
         _, status = os.waitpid(one.pid, 0)
         now[0] += guard.SENT_AGAIN_S + 1
         one.ended(status)
+
+    for _ in range(3):
+        runs({"X_FAILED": "cannot resume: it is newer"})
     assert [each for _, each in one.statuses] == [b"X_EXITED=7 0"]
     assert [each["error"] for each in lines] == 3 * ["cannot resume: it is newer"]
-    one.start()
-    assert one.sent == 1
-    one.take({"X_BEGAN": "1"}, -1)
-    _, status = os.waitpid(one.pid, 0)
-    now[0] += guard.SENT_AGAIN_S + 1
-    one.ended(status)
+    runs({"X_BEGAN": "1"})
     assert "error" not in lines[-1]
     one.start()
-    _, status = os.waitpid(one.pid, 0)
+    os.waitpid(one.pid, 0)
     assert one.statuses == [], "the last protector has read it"
     one.close_line()
 

@@ -204,10 +204,10 @@ class Running:
                 pass  # it is written again
         return self._first
 
-    def ask(self) -> Answer:
+    def ask(self, within_s: float = 5) -> Answer:
         """Return an answer.  Raises OSError."""
         with socket.socket(socket.AF_UNIX if self.unix else socket.AF_INET) as client:
-            client.settimeout(5)
+            client.settimeout(within_s)
             client.connect(str(self._path) if self.unix else ("127.0.0.1", self._port))
             client.sendall(_REQUEST)
             said = b""

@@ -117,11 +117,19 @@ def _fault(one: Running, seconds: float, at_once: int, act: Callable[[], object]
 def kill_worker(one: Running) -> None:
     """Stop all that answer until clients wait in the queue, then kill one of them."""
     family = set(one.family())
-    answering = {one.ask().pid for _ in range(32)} & family
-    for pid in answering:
-        os.kill(pid, signal.SIGSTOP)
-    time.sleep(STOPPED_S)
-    for number, pid in enumerate(sorted(answering)):
+    stopped: list[int] = []
+    for _ in range(32):
+        try:
+            pid = one.ask(STOPPED_S).pid
+        except TimeoutError:
+            break  # none is left that answers
+        # Stop it before the next question: of two idle workers one could answer all of them.
+        if pid in family and pid not in stopped:
+            os.kill(pid, signal.SIGSTOP)
+            stopped.append(pid)
+    else:
+        time.sleep(STOPPED_S)
+    for number, pid in enumerate(stopped):
         os.kill(pid, signal.SIGCONT if number else signal.SIGKILL)
 
 

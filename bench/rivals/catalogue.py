@@ -294,6 +294,7 @@ ALL = (
             "unicorn.rb": _UNICORN + 'listen "127.0.0.1:{port}"\n',
             "unicorn-unix.rb": _UNICORN + 'listen "{path}"\n',
         },
+        without=("keep-alive",),  # it closes each connection
         pid_file=True,
     ),
     Rival(
@@ -431,7 +432,7 @@ ALL = (
         + "--handoff stdio --chdir {folder}/current --settle 1s --settle-check http:/ "
         "{unix} -- {built}/answer",
         guarded=True,
-        without=NO_START,
+        without=(*NO_START, "keep-alive"),  # its program closes each connection
     ),
 )
 RIVALS = {each.name: each for each in ALL}

@@ -213,10 +213,11 @@ class Running:
             said = b""
             while data := client.recv(4096):
                 said += data
-        body = said.rpartition(b"\r\n\r\n")[2].decode().split()
-        if len(body) != 3:
-            raise ConnectionResetError(f"only {said!r} came back")
-        return Answer(int(body[0]), int(body[1]), body[2])
+        try:
+            pid, release, word = said.rpartition(b"\r\n\r\n")[2].decode().split()
+            return Answer(int(pid), int(release), word)
+        except ValueError:
+            raise ConnectionResetError(f"only {said!r} came back") from None
 
     def until_new(self, limit_s: float = LOOKS_S) -> bool:
         """Wait until the release that was deployed last answers well; whether it did."""

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,22 +115,38 @@ def _fault(one: Running, seconds: float, at_once: int, act: Callable[[], object]
 
 
 def kill_worker(one: Running) -> None:
-    """Stop all that answer until clients wait in the queue, then kill one of them."""
+    """Stop all that answer until clients wait in the queue, then kill one of them.
+
+    Raises CannotMeasure if one still answers after 32 questions.  Raises OSError.
+    """
     family = set(one.family())
     stopped: list[int] = []
-    for _ in range(32):
-        try:
-            pid = one.ask(STOPPED_S).pid
-        except TimeoutError:
-            break  # none is left that answers
-        # Stop it before the next question: of two idle workers one could answer all of them.
-        if pid in family and pid not in stopped:
-            os.kill(pid, signal.SIGSTOP)
-            stopped.append(pid)
-    else:
-        time.sleep(STOPPED_S)
-    for number, pid in enumerate(stopped):
-        os.kill(pid, signal.SIGCONT if number else signal.SIGKILL)
+    try:
+        for _ in range(32):
+            try:
+                pid = (one.ask(STOPPED_S) if stopped else one.ask()).pid
+            except TimeoutError:
+                if not stopped:
+                    raise
+                break  # none is left that answers
+            # Stop it before the next question: of two idle workers one could answer all of them.
+            if pid in family and pid not in stopped:
+                os.kill(pid, signal.SIGSTOP)
+                stopped.append(pid)
+        else:
+            raise CannotMeasure("not all workers could be stopped")
+        os.kill(stopped.pop(0), signal.SIGKILL)
+    finally:
+        for pid in stopped:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def _worker_killed(one: Running, seconds: float) -> Seen:
+    seen = _fault(one, seconds, 64, lambda: kill_worker(one))
+    if seen["gap_us"] < STOPPED_S * 0.8e6:
+        raise CannotMeasure("a worker answered while all should have been stopped")
+    return seen
 
 
 def _memory(one: Running, seconds: float) -> Seen:
@@ -210,10 +226,7 @@ SITUATIONS = {
     "answers-500": Situation(
         "a release that answers 500", lambda one, s: _release(one, s, "answers-500")
     ),
-    "worker": Situation(
-        "a worker killed with a full queue, C=64",
-        lambda one, s: _fault(one, s, 64, lambda: kill_worker(one)),
-    ),
+    "worker": Situation("a worker killed with a full queue, C=64", _worker_killed),
     "supervisor": Situation(
         "the supervisor killed",
         lambda one, s: _fault(one, s, 8, lambda: os.kill(one.supervisor(), signal.SIGKILL)),

@@ -117,24 +117,22 @@ def _fault(one: Running, seconds: float, at_once: int, act: Callable[[], object]
 def kill_worker(one: Running) -> None:
     """Stop all that answer until clients wait in the queue, then kill one of them.
 
-    Raises CannotMeasure if one still answers after 32 questions.  Raises OSError.
+    Raises CannotMeasure if none answers in time, or one still answers after 32 questions.  Raises
+    OSError.
     """
     family = set(one.family())
     stopped: list[int] = []
     try:
-        for _ in range(32):
-            try:
-                pid = (one.ask(STOPPED_S) if stopped else one.ask()).pid
-            except TimeoutError:
-                if not stopped:
-                    raise
-                break  # none is left that answers
-            # Stop it before the next question: of two idle workers one could answer all of them.
-            if pid in family and pid not in stopped:
-                os.kill(pid, signal.SIGSTOP)
-                stopped.append(pid)
-        else:
+        with suppress(TimeoutError):  # no worker is left that answers
+            for _ in range(32):
+                pid = one.ask(STOPPED_S).pid
+                # Stop it before the next question: one of two idle workers could answer them all.
+                if pid in family and pid not in stopped:
+                    os.kill(pid, signal.SIGSTOP)
+                    stopped.append(pid)
             raise CannotMeasure("not all workers could be stopped")
+        if not stopped:
+            raise CannotMeasure("no worker answered")
         os.kill(stopped.pop(0), signal.SIGKILL)
     finally:
         for pid in stopped:

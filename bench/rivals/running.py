@@ -238,6 +238,10 @@ class Running:
     def reload(self, release: str = "good") -> bool:
         """Deploy a release; whether each step could be done."""
         self.deploy(release)
+        return self.order_reload()
+
+    def order_reload(self) -> bool:
+        """Reload the release that was deployed last; whether each step could be done."""
         return self._do(self.rival.reload)
 
     def upgrade(self) -> bool:

@@ -129,16 +129,18 @@ def _with_key(name: str, found: Sequence[str]) -> tuple[list[str], list[str], st
     with_key: the paths of the sockets with the name's key.
     listening: the paths in with_key where a process listens.
     The certain match: the only path in `listening`; "" if `listening` has no or several paths.
-    The certain match is also "" if some socket's key is NAME:PORT or NAME:ADDRESS.  A protector
-    called NAME gets such a key if another protector has the key NAME (docs/control.md).  So several
-    protectors may be called NAME.
+    The certain match is also "" if another socket's key begins with the same NAME as `name` and
+    then ends, or continues with ":".  Such a protector may be called `name` (docs/control.md): its
+    key may be NAME, NAME:PORT or NAME:ADDRESS, and a reload may have changed its first listener.
     If the certain match is "", the caller must request the statuses.
     """
     key = control_path.key_of(name)
     with_key = [path for path in found if control_path.key(path) == key]
-    with_longer_key = [path for path in found if control_path.key(path).startswith(f"{key}:")]
+    first = f"{key.partition(':')[0]}:"
+    related = [path for path in found if f"{control_path.key(path)}:".startswith(first)]
     listening = [path for path in with_key if _is_listening(path)]
-    return with_key, listening, listening[0] if len(listening) == 1 and not with_longer_key else ""
+    is_certain = len(listening) == 1 and len(related) == len(with_key)
+    return with_key, listening, listening[0] if is_certain else ""
 
 
 def _with_name(name: str, alive: Sequence[SocketAnswer]) -> list[str]:

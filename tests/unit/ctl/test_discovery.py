@@ -150,6 +150,28 @@ def test_two_of_a_name_are_told_apart_by_their_listeners(fakes: Fakes, ctl: Ctl)
     assert names == ["api", "web:80", "web:81"]
 
 
+@pytest.mark.usefixtures("patient")
+def test_a_changed_first_listener_changes_the_name(fakes: Fakes, ctl: Ctl) -> None:
+    """A key keeps the port of the start; the name has the port of the last reload."""
+    for key, port in (("web", 80), ("web:81", 82), ("web:0.0.0.0:81", 81)):
+        fakes(key).status.update(name="web", listeners=listening(port))
+
+    for port in (80, 81, 82):
+        found = json.loads(level(ctl, "--name", f"web:{port}").out)
+        assert found["listeners"] == listening(port)
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_key_that_is_the_name_of_a_second_protector_too(fakes: Fakes, ctl: Ctl) -> None:
+    for key, address in (("web", "10.0.0.1"), ("web:80", "10.0.0.2")):
+        fakes(key).status.update(name="web", listeners=[listener(f"tcp:{address}:80")])
+
+    several = level(ctl, "--name", "web:80")
+
+    assert several.status == 2
+    assert several.err.endswith("several match; choose one of web:10.0.0.1:80, web:10.0.0.2:80\n")
+
+
 @pytest.fixture
 def claimant(folder: Path) -> Iterator[tuple[Fake, Fake]]:
     """Two instances with folders of their own: the first can claim to be the second."""

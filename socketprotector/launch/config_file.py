@@ -113,21 +113,38 @@ class ConfigFile:
             mistaken = {names.partition(".")[0] for _, names, _ in self._mistakes}
             if mistaken & {*_NAMED.findall(str(error))} - {str(where[0])}:
                 return
-            # If the error names another option that is in the file, record it for that option.
-            option = _OPTION.match(str(error))
-            in_file = option and (option[1],) in self._places and option[1] not in self.overridden
-            key = option[1] if option and in_file else str(where[0])
-            where = where if key == where[0] else (key,)
-            start = option.end() if option and option[2] and option[1] == key else 0
-            self.mistake(where, str(error)[start:])
+            if not self._about_its_option(error, where):
+                self.mistake(where, str(error))
+
+    def _about_its_option(self, error: UsageError, where: toml_lines.Path) -> bool:
+        """Record an error that begins with an option of the file as a mistake of this option.
+
+        where: the key that was checked; empty if this key is not in the file.  Returns False if the
+        error begins with no option of the file.
+        """
+        option = _OPTION.match(str(error))
+        if option is None:
+            return False
+        name = option[1]
+        if where[:1] != (name,):
+            if (name,) not in self._places or name in self.overridden:
+                return False
+            where = (name,)
+        self.mistake(where, str(error)[option.end() if option[2] else 0 :])
+        return True
 
     @contextmanager
     def mistakes_first(self) -> Iterator[None]:
-        """If the block raises a UsageError, raise the file's mistakes instead, if there are any."""
+        """If the block raises a UsageError, raise the file's mistakes instead, if there are any.
+
+        If there are none, but the error begins with an option of the file, raise it as a mistake.
+        """
         try:
             yield
-        except UsageError:
+        except UsageError as error:
             self.refuse_if_mistaken()
+            if self._about_its_option(error, ()):
+                self.refuse_if_mistaken()
             raise
 
     def refuse_if_mistaken(self) -> None:

@@ -140,11 +140,15 @@ class OptionResolver:
         return self._ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
 
     def _given_options(self) -> list[str]:
-        """Return the names of the options that were given, without leading dashes."""
+        """Return the names of the options that were given, without leading dashes.
+
+        Leaves out an option that is `false` in the file, which is its default.
+        """
         return [
             name.replace("_", "-")
-            for name in self._given
-            if self._ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+            for name, value in self._given.items()
+            if value is not False
+            and self._ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
         ]
 
     def _probe(

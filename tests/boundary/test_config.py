@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.launch import cli, preflight
-from socketprotector.launch.option_values import NOT_EMPTY
+from socketprotector.launch.option_values import FLAG, NOT_EMPTY
 from socketprotector.launch.options import OPTIONS
 from socketprotector.launch.resolve import ParsedOptions
 from socketprotector.launch.settings_diff import forbidden
@@ -366,6 +366,8 @@ memory = 2
             "line 2: log-prefix: --log-prefix needs the log relay; leave out --no-log-relay",
         ),
         ("handoff = 'connection'\nshell = true\n", "line 2: shell: --shell with --handoff "),
+        ("shell = true\n", "line 1: shell: --shell with --handoff connection: it needs "),
+        ("deployer = 'root'\n", "line 1: deployer: --deployer needs --releases and --current"),
         ("env-file = ''\n", "line 1: env-file: it is empty; leave the option out, or write a "),
         ("env.kill-timeout = '9s'\n", "line 1: env.kill-timeout: the name of an option; "),
         ("[env]\nA = '1'\nworkers = 2\n", "line 3: env.workers: the name of an option; "),
@@ -376,6 +378,14 @@ def test_a_mistake_is_reported_with_what_is_allowed(read: Reader, text: str, sai
     (line,) = read.mistakes(text)
 
     assert line.startswith(said)
+
+
+def test_a_flag_that_is_false_in_the_file_is_as_if_left_out(read: Reader) -> None:
+    flags = [each.key for each in OPTIONS if each.kind is FLAG and not each.no_key]
+    text = COMMAND + 'listen = "127.0.0.1:0"\n' + "".join(f"{each} = false\n" for each in flags)
+
+    assert "shell" in flags
+    assert not read(text).settings.shell
 
 
 def test_no_line_is_blamed_that_the_command_line_overrides(read: Reader) -> None:

@@ -117,7 +117,8 @@ def parse(text: str, directory: str) -> Listen:
         where, allowed = {"path": path}, UNIX_OPTIONS
     else:
         host, colon, port = body.rpartition(":")
-        if colon and (host in ("", "*") or (":" in host and not host.startswith("["))):
+        bracketed = host.startswith("[") and host.endswith("]")
+        if colon and (host in ("", "*") or (not bracketed and {*host} & {*":[]"})):
             raise UsageError(
                 f"{text}: write PORT (on every address), HOST:PORT, [HOST6]:PORT, unix:PATH or "
                 "fd:NAME; NAME=ADDRESS names the listener"

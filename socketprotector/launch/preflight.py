@@ -338,7 +338,13 @@ def check_log_file(path: str | None, others: Mapping[str, str | None]) -> None:
                 f"the log file {path} is also the file of {option}, which log lines would "
                 "damage; give each its own path"
             )
-        there = path if os.path.lexists(path) else os.path.dirname(path)
+        there = path
+        try:
+            os.stat(path)
+        except FileNotFoundError:  # the file will be made, perhaps as the target of a link
+            there = os.path.dirname(os.path.realpath(path))
+        except OSError:
+            pass  # _refuse_unwritable() reports it
         _refuse_unwritable("log file", path, there)
 
 

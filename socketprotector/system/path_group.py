@@ -133,7 +133,7 @@ class PathGroup:
     def fault(self) -> str:
         """Why no client comes by the path, and what to do; "" if clients come."""
         if self.leads_to == MISSING:
-            return "its socket file was removed; reload"
+            return "its socket file was removed; reload (first make its folder, if that is missing)"
         return _THEIRS if self.leads_to == OTHER else ""
 
     def is_out_of_reach(self, number: int) -> bool:

@@ -16,7 +16,7 @@ from socketprotector.launch.option_values import FLAG, NOT_EMPTY
 from socketprotector.launch.options import OPTIONS
 from socketprotector.launch.resolve import ParsedOptions
 from socketprotector.launch.settings_diff import forbidden
-from socketprotector.model.errors import UsageError
+from socketprotector.model.errors import SystemRefused, UsageError
 from tests.together import together
 
 ROOT = Path(__file__).parents[2]
@@ -448,6 +448,16 @@ def test_a_mistake_is_reported_before_an_error_of_a_default(read: Reader) -> Non
     (said,) = read.mistakes('handoff = "listner"\ndrain-signal = "QUIT"\n')
 
     assert said.startswith("line 1: handoff: ")
+
+
+def test_a_log_file_that_no_file_system_can_have_is_refused_before_the_start(
+    read: Reader,
+) -> None:
+    """--check makes no file, so it must not wait for the start to find out."""
+    log_file = str(read.path.parent / ("x" * 300))
+
+    with pytest.raises(SystemRefused, match=r"cannot write the log file .*: File name too long; "):
+        preflight.check_log_file(log_file, {})
 
 
 def test_what_is_no_text_is_reported_with_its_line(read: Reader) -> None:

@@ -211,7 +211,8 @@ def test_status_reports_a_path_that_leads_no_client_to_a_worker(one: Operated, p
     assert faults(one, path) == []
     path.unlink()
     assert faults(one, path) == [
-        f"unix:{path}: no client can connect: its socket file was removed; reload"
+        f"unix:{path}: no client can connect: its socket file was removed; reload "
+        "(first make its folder, if that is missing)"
     ]
     path.touch()
     assert faults(one, path) == [

@@ -92,13 +92,36 @@ def test_each_command_that_prints_json_of_its_own_has_an_output() -> None:
 def test_an_outcome_has_each_result_of_the_code() -> None:
     finished = words_of("finish", "ctl") | {"passed", "reloaded"}
     errors = {ControlError.result, *(each.result for each in descendants(ControlError))}
-    results = {
-        result
-        for name in ("reload", "deploy", "upgrade", "stop")
-        for result in DEFINITIONS[f"output-{name}"]["properties"]["result"]["enum"]
-    }
+    outcomes = [DEFINITIONS[f"output-{name}"] for name in ("reload", "deploy", "stop")]
+    outcomes.append(DEFINITIONS["output-upgrade"]["anyOf"][0])
+    results = {result for each in outcomes for result in each["properties"]["result"]["enum"]}
 
     assert results == finished | errors - {NotReady.result} | {"interrupted"}
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "a client's"])
+def test_the_output_of_upgrade_is_an_outcome_or_the_result_of_a_check(*, strict: bool) -> None:
+    check = {"from": "0.9.0", "version": "0.9.1", "reason": None}
+    outcome = {**check, "result": "upgraded", "reason": "", "waited_s": 0.5}
+    later = jsonschema.Draft202012Validator(
+        {"$ref": "#/$defs/output-upgrade", "$defs": DEFINITIONS}
+    )
+
+    def is_described(value: dict[str, Any]) -> bool:
+        return not answers.output_faults("upgrade", value) if strict else later.is_valid(value)
+
+    def lacks(value: dict[str, Any], name: str) -> dict[str, Any]:
+        return {each: value[each] for each in value if each != name}
+
+    assert is_described(check)
+    assert is_described({**check, "version": None, "reason": "no such module"})
+    assert is_described(outcome)
+    for name in check:
+        assert not is_described(lacks(check, name))
+    assert not is_described({**check, "result": "upgraded"})
+    assert not is_described({**outcome, "result": "another"})
+    assert not is_described(lacks(outcome, "waited_s"))
+    assert is_described(outcome | {"later": 1}) is not strict
 
 
 def descendants(kind: type[ControlError]) -> Iterator[type[ControlError]]:

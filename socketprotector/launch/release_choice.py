@@ -130,9 +130,12 @@ def absolute(folder: str, path: str) -> str:
     return path if path.startswith(PLACEHOLDER) else os.path.join(folder, path)
 
 
-def check_folder(current: str, identity: Identity | None) -> None:
-    """Refuse a folder in which the protector cannot move `current`, or other users can move it."""
-    _refuse_shared(current)
+def refuse_unmovable(current: str, identity: Identity | None) -> None:
+    """Refuse a folder in which the protector cannot move `current`.
+
+    This check is for a start, where root can become the protector's user.  At a deploy, prepare()
+    of daemon/current_link.py makes the link as that user.  A plain reload moves no link.
+    """
     closed = partial(_closed, os.path.dirname(current))
     found = user_access.as_user(identity, closed) if identity else closed()
     if found:
@@ -151,8 +154,11 @@ def _closed(folder: str) -> str:
     return ""
 
 
-def _refuse_shared(current: str) -> None:
-    """Refuse a folder in which other users could replace `current` or the files beside it."""
+def refuse_shared(current: str) -> None:
+    """Refuse a folder in which other users could replace `current` or the files beside it.
+
+    This check reads only the folder's mode, so its result is the same for each user.
+    """
     folder = os.path.dirname(current)
     try:
         mode = os.stat(folder).st_mode

@@ -251,8 +251,9 @@ class OptionResolver:
             "the command": command[0] if command and "/" in command[0] else None,
         }
         release_choice.check_files(releases, current, files)
+        release_choice.refuse_shared(current)
         if running is None:
-            release_choice.check_folder(current, identity)
+            release_choice.refuse_unmovable(current, identity)
         self._release = release_choice.choose(
             *(releases, current, running.release_wanted if running else ""),
             *(given["deployer"], identity, worker_identity),

@@ -278,6 +278,28 @@ def test_no_other_user_may_replace_current(web: Web, mode: int) -> None:
     assert "line 3: current: ./live/current: other users can write ./live (" in web.refused()
 
 
+@pytest.mark.parametrize("wanted", ["", "2"], ids=["reload", "deploy"])
+def test_no_other_user_may_replace_current_after_a_reload(web: Web, wanted: str) -> None:
+    running = replace(web.read().settings, release_wanted=wanted)
+    (web.folder / "live").chmod(0o770)
+    with pytest.raises(UsageError) as error:
+        web.read(running=running)
+    assert "other users can write " in str(error.value)
+    assert str(error.value).endswith(f"(drwxrwx---); chmod go-w {web.folder}/live")
+
+
+@needs.ROOT
+def test_another_user_than_that_of_the_start_can_reload(web: Web) -> None:
+    """Only a start checks whether the protector's user can move `current`."""
+    running = web.read().settings
+    for each in (web.folder, *web.folder.parents):
+        if str(each) in ("/", "/tmp"):
+            break
+        each.chmod(0o755)
+    words = ("--user", "nobody")
+    assert web.read(KEYS + COMMAND, *words, running=running).settings.release == "1"
+
+
 @needs.ROOT
 def test_the_protectors_user_must_be_able_to_move_current(web: Web) -> None:
     for each in (web.folder, *web.folder.parents):

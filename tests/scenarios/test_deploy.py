@@ -145,6 +145,31 @@ def test_a_release_that_may_not_start_is_refused(
     one.daemon.stop()
 
 
+@pytest.mark.parametrize("words", [("deploy", "2"), ("deploy", "2", "--dry-run"), ("reload",)])
+@pytest.mark.costly
+def test_a_folder_of_current_that_a_restart_would_refuse_is_refused(
+    web: Web, releases: Releases, words: tuple[str, ...]
+) -> None:
+    one = web()
+    releases.live.chmod(0o775)
+
+    ended = ctl(one, *words)
+
+    assert ended.status == 3, ended
+    said = (
+        f"--current {releases.current}: other users can write {releases.live} (drwxrwxr-x); "
+        f"chmod go-w {releases.live}"
+    )
+    assert said in ended.err
+    assert (serving(one), releases.named) == ("1", "1")
+    assert not one.daemon.log.count("event=spawned generation=2")
+    [known] = one.line().ask("releases")["releases"]
+    assert (known["release"], known["refused_at"]) == ("1", None)
+    releases.live.chmod(0o755)
+    deployed(one, "2")
+    one.daemon.stop()
+
+
 @pytest.mark.parametrize("name", ["../2", "/etc", "2/", ".", "a b", "x" * 129])
 def test_a_name_that_is_none_reaches_no_protector(web: Web, name: str) -> None:
     one = web()

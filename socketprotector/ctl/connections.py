@@ -1,9 +1,9 @@
 """Reads the open connections of workers from /proc.
 
 The protector does not see when a worker closes a connection, so it cannot list open connections.
-This module lists only connections to a listener's address.  So it leaves out connections that a
-worker opens itself, such as to a database.  It also searches each worker's descendants, because a
-server may fork a child for each connection.
+This module lists only connections to an address of a listener with which the worker's generation
+was opened.  So it leaves out connections that a worker opens itself, such as to a database.  It
+also searches each worker's descendants, because a server may fork a child for each connection.
 
 Source: proc(5).  The columns of `net/tcp` that are used: local and remote address, state,
 tx_queue:rx_queue, inode.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -34,6 +34,7 @@ _CONNECTED = "03"
 EXACT, AT_LEAST, AT_MOST = "exact", "at least", "at most"
 _HIDDEN = f"not in /proc (hidepid, or {procfs.MISSING}); run as root, with /proc mounted"
 _ELSEWHERE = "in another PID namespace; run this command in the same container"
+_NO_ADDRESS = "its listeners' addresses are unknown: an older SocketProtector started it"
 _V4_MAPPED = b"\0" * 10 + b"\xff\xff"
 
 
@@ -78,14 +79,16 @@ def find_connections(
     now: float,
     draining: Container[int] = (),
     *,
+    known: Mapping[int, Sequence[str]] | None = None,
     shares_pids: bool = True,
 ) -> tuple[list[Connection], list[HiddenWorker]]:
     """Return the workers' connections, and the workers whose list may be incomplete.
 
     workers: the workers and their forked children, from the answer to the request `connections`.
-    listeners: the canonical addresses of the listeners.
+    listeners: the canonical addresses of the listeners in force; a stop leaves none in force.
     now: seconds since the epoch.
     draining: the numbers of the draining generations.
+    known: the result of known_addresses(); a generation that it lacks has those of `listeners`.
     shares_pids: whether the workers' pids are of our own PID namespace (Client.shares_pids).
 
     If the worker has recorded the time of the accept (docs/protocol.md), the bound is EXACT.
@@ -97,32 +100,33 @@ def find_connections(
     * In any other generation, the worker started at `since_at`.  The worker's connections began
       later, so the bound is AT_MOST.
     """
-    addresses = tuple(listeners)
+    in_force = tuple(listeners)
     # Key: the worker's number, network namespace, inode.  A worker and its forked child have the
     # same number, so a connection that both have open is listed once.
     found: dict[tuple[int, str, int], Connection] = {}
     hidden_workers: list[HiddenWorker] = []
-    tables: dict[str, dict[int, _Socket]] = {}
+    tables: dict[tuple[str, tuple[str, ...]], dict[int, _Socket]] = {}
     why_all_hidden = _ELSEWHERE if not shares_pids else "" if procfs.is_ours() else _HIDDEN
     for worker in workers:
         generation, number = number_in(worker, "generation"), number_in(worker, "worker")
         pid = number_in(worker, "pid")
         if pid <= 0:
             continue  # the worker has not started yet
-        if why_all_hidden:
-            hidden_workers.append(HiddenWorker(generation, number, pid, why_all_hidden))
+        addresses = tuple((known or {}).get(generation, in_force))
+        if why_hidden := why_all_hidden or ("" if addresses else _NO_ADDRESS):
+            hidden_workers.append(HiddenWorker(generation, number, pid, why_hidden))
             continue
         pids = _session_members(pid) if worker.get("orphaned") is True else [pid]
         if not pids:
             continue  # the orphaned worker's processes have ended meanwhile
         try:
             namespace = os.readlink(f"/proc/{pids[0]}/ns/net")
-            if namespace not in tables:
+            if (namespace, addresses) not in tables:
                 table = dict(_sockets(pids[0], addresses))
                 # Check that the process still runs: if it has ended, the table may be incomplete.
                 # Then this readlink() raises, and the table is not kept.
                 os.readlink(f"/proc/{pids[0]}/ns/net")
-                tables[namespace] = table
+                tables[namespace, addresses] = table
             inodes, why = _inodes(pids)
         except OSError as error:
             inodes, why = {}, _why_hidden(pids[0], error)
@@ -130,7 +134,7 @@ def find_connections(
             hidden_workers.append(HiddenWorker(generation, number, pid, why))
         times = worker.get("accepted_at_by_fd")
         for inode, fd in inodes.items():
-            if (entry := tables[namespace].get(inode)) is None:
+            if (entry := tables[namespace, addresses].get(inode)) is None:
                 continue
             begun_at = worker.get("since_at")
             bound = AT_LEAST if generation in draining else AT_MOST
@@ -148,6 +152,19 @@ def find_connections(
 def addresses_of(status: Message) -> list[str]:
     """Return the addresses of the listeners in a status."""
     return [text_in(each, "address") for each in listed(status, "listeners")]
+
+
+def known_addresses(answer: Message) -> dict[int, list[str]]:
+    """Return the addresses of the listeners with which each generation was opened.
+
+    answer: the answer to the request `connections`.  An older protector's answer has no addresses.
+    """
+    found = answer.get("addresses_by_generation")
+    return {
+        int(number): [each for each in addresses if isinstance(each, str)]
+        for number, addresses in (found.items() if isinstance(found, dict) else ())
+        if number.isdecimal() and isinstance(addresses, list)
+    }
 
 
 def _session_members(leader: int) -> list[int]:

@@ -32,6 +32,7 @@ from .connections import (
     HiddenWorker,
     addresses_of,
     find_connections,
+    known_addresses,
 )
 from .errors import ConnectionLost, NewVersionFailed, NoProtector, NotReady, RequestRefused
 from .fields import (
@@ -192,7 +193,7 @@ def connections(instance: Instance, generation: int | None, as_json: bool) -> No
     with instance.client() as client:
         state = client.request("status")
         arguments = {} if generation is None else {"generation": generation}
-        workers = listed(client.request("connections", **arguments), "workers")
+        answer = client.request("connections", **arguments)
         shares_pids = client.shares_pids(state)
     now = measure(state, "now") or time.time()
     draining = {
@@ -201,7 +202,12 @@ def connections(instance: Instance, generation: int | None, as_json: bool) -> No
         if each.get("phase") == "draining"
     }
     found, hidden = find_connections(
-        workers, addresses_of(state), now, draining, shares_pids=shares_pids
+        listed(answer, "workers"),
+        addresses_of(state),
+        now,
+        draining,
+        known=known_addresses(answer),
+        shares_pids=shares_pids,
     )
     found.sort(key=lambda each: (each.generation, -each.age_s))
     if as_json:

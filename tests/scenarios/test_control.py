@@ -468,7 +468,10 @@ def test_where_connections_are_is_shown(operated: Operating) -> None:
         }
         assert len(sockets) == 1
         assert began - 1 <= times[sockets.pop()] <= web.status()["now"]
-        assert line.ask("connections", generation=1)["workers"][0]["pid"] == found["pid"]
+        asked = line.ask("connections", generation=1)
+        assert asked["workers"][0]["pid"] == found["pid"]
+        [address] = [each["address"] for each in web.status()["listeners"]]
+        assert asked["addresses_by_generation"] == {"1": [address]}
     assert line.refused("connections", generation=9) == (
         "unknown",
         "there is no generation 9; `status` lists the generations",

@@ -28,6 +28,7 @@ from tests.scenarios.adopting import (
     revived,
     upgrade,
 )
+from tests.scenarios.config_file import File
 from tests.scenarios.running_ctl import Running
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
@@ -627,6 +628,41 @@ def test_connections_shows_which_clients_keep_a_generation_alive(
         assert 0 <= found["age_s"] < DEADLINE_S
         assert found["waiting_bytes"] == 0
         assert "generation 1 draining: 1 connection, oldest " in run("connections").out
+
+
+@EITHER_HANDOFF
+def test_connections_of_a_removed_listener_and_of_a_stop_are_shown(
+    control: Path, protector: Start, tmp_path: Path
+) -> None:
+    file, path = File(tmp_path / "web.toml"), tmp_path / "s"
+    file.listens += [f"unix:{path}"]
+    file.says()
+    daemon = protector("--name", "web", "--config", file.path).ready()
+
+    def shown(*words: str) -> list[tuple[int, str]]:
+        answer = json.loads(run("connections", *words, "--json").out)
+        assert answer["unseen"] == []
+        return sorted((each["generation"], each["local"]) for each in answer["connections"])
+
+    address = ("127.0.0.1", daemon.port)
+    tcp, unix = f"127.0.0.1:{daemon.port}", f"unix:{path}"
+    with Client(address, "hello") as first, Client(str(path), "hello") as second:
+        old = [pid_in(each.hear()) for each in (first, second)]
+        file.listens.pop()
+        file.says()
+        daemon.reload()
+        with Client(address, "hello") as third:
+            assert pid_in(third.hear()) not in old
+            assert shown() == [(1, tcp), (1, unix), (2, tcp)]
+            assert shown("1") == [(1, tcp), (1, unix)]
+
+            upgrade(daemon)
+            assert run("stop", "--no-wait").status == 0
+            eventually(lambda: not state()["listeners"], "a stop without listeners")
+
+            assert shown() == [(1, tcp), (1, unix), (2, tcp)]
+            assert "generation 1 draining: 2 connections, oldest " in run("connections").out
+    assert daemon.wait() == 0
 
 
 def test_crashes_shows_how_a_worker_failed(web: Start, tmp_path: Path) -> None:

@@ -180,7 +180,8 @@ class CommandHandler:
         if generation is not None and generation not in generations:
             raise _no_generation(generation)
         return {
-            "workers": status.of_connections(generations, self._effects.pool.records(), generation)
+            "workers": status.of_connections(generations, self._effects.pool.records(), generation),
+            "addresses_by_generation": status.of_addresses(generations, generation),
         }
 
     def do_crashes(self) -> Mapping[str, Any]:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
+from socketprotector_client import wire
+
 from ...core.fleet import Fleet, Generation, Phase, State, Worker
 from ...core.waiting import Facts, waits
 from ...model.lazy_dataclass import as_dict
@@ -334,6 +336,26 @@ def of_connections(
                 }
             )
     return found
+
+
+def of_addresses(
+    generations: Mapping[int, OpenGeneration], only: int | None
+) -> dict[str, list[str]]:
+    """Return the addresses of the listeners with which each generation was opened.
+
+    A removed listener counts, too: its clients may still be connected.  Leave out a generation that
+    an earlier version opened without recording these addresses.
+    only: a generation's number; None: all generations.
+    """
+    return {
+        str(number): [
+            each
+            for each in wire.unpack_listeners(opened.program.listeners)
+            if each != wire.REMOVED_LISTENER
+        ]
+        for number, opened in generations.items()
+        if only in (None, number) and opened.program.listeners
+    }
 
 
 def plain(values: Iterable[object]) -> list[dict[str, Any]]:

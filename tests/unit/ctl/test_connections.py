@@ -122,6 +122,45 @@ def test_a_line_break_in_the_name_of_somebodys_socket_is_no_row(
     assert [each.local for each in found] == [f"unix:{path}"]
 
 
+def test_a_worker_has_the_addresses_of_its_generation(stack: ExitStack) -> None:
+    """Another generation may have had a listener where this worker itself listens now."""
+    _, accepted = pair(stack, socket.AF_INET, ("127.0.0.1", 0))
+    address = "tcp:{}:{}".format(*accepted.getsockname())
+    workers = [owner(os.getpid()), owner(os.getpid(), generation=9, worker=15)]
+
+    for known, in_force, generations in (
+        ({8: [address], 9: ["unix:@x"]}, ["unix:@x"], [8]),
+        ({8: ["unix:@x"], 9: [address]}, [address], [9]),
+        ({8: [address], 9: [address]}, [], [8, 9]),
+        ({9: ["unix:@x"]}, [address], [8]),  # an older version started generation 8
+        (None, [address], [8, 9]),  # an older protector
+    ):
+        found, unseen = connections.find_connections(workers, in_force, 100.0, known=known)
+
+        assert sorted(each.generation for each in found) == generations
+        assert unseen == []
+
+
+def test_a_worker_without_known_addresses_is_unseen() -> None:
+    """An older protector that stops does not say where its clients came from."""
+    found, unseen = connections.find_connections(
+        [owner(os.getpid()), owner(os.getpid(), generation=9)],
+        [],
+        100.0,
+        known={9: ["unix:@x"]},
+    )
+
+    assert found == []
+    assert [(each.generation, each.why) for each in unseen] == [(8, connections._NO_ADDRESS)]
+
+
+@pytest.mark.parametrize("found", [None, [], {"8": "unix:@x"}, {"x": ["unix:@x"]}])
+def test_addresses_of_another_type_are_ignored(found: object) -> None:
+    assert connections.known_addresses({"addresses_by_generation": found}) == {}
+    mixed = {"addresses_by_generation": {"8": [1, "unix:@x"]}}
+    assert connections.known_addresses(mixed) == {8: ["unix:@x"]}
+
+
 def test_what_is_no_connection_to_a_listener_is_not_shown(stack: ExitStack) -> None:
     pair(stack, socket.AF_INET, ("127.0.0.1", 0))
 
@@ -339,6 +378,15 @@ def test_the_command_shows_rows_and_sums(
     ]
     assert said.out.endswith(f"\ngeneration 8 {phase}: 1 connection, oldest {age}\n")
     assert fake.asked[-1] == {"command": "connections", "generation": 8}
+    # So it is during a stop: no listener is in force, but the answer has the generation's.
+    fake.status["listeners"] = []
+    hidden = ctl("connections")
+    assert hidden.out == "no connections that this user can see\n"
+    assert connections._NO_ADDRESS in hidden.err
+    fake.answers["connections"] = lambda *_: {
+        "workers": [owner(os.getpid())],
+        "addresses_by_generation": {"8": [f"tcp:127.0.0.1:{port}"]},
+    }
     told = json.loads(ctl("connections", "--json").out)
     assert [each["peer"] for each in told["connections"]] == [peer]
     assert fake.asked[-1] == {"command": "connections"}

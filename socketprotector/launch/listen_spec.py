@@ -25,6 +25,8 @@ UNIX_OPTIONS = ("backlog", "group", "mode", "nonblock", "user")
 _PATH_MAX_BYTES = 107
 #: Longer than a name of 255 characters, a host of 253 characters and all options together.
 _MOST_CHARS = 2000
+#: The host of an address: a name, an IPv4 address, or an IPv6 address in brackets.
+_HOST = re.compile(r"(?!\*\Z)[^][:]+|\[[^][]+\]", re.DOTALL)
 #: NAME= before an address.  sd_listen_fds(3) allows names of up to 255 bytes.
 _NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]{0,254})=(.*)", re.DOTALL)
 
@@ -117,8 +119,7 @@ def parse(text: str, directory: str) -> Listen:
         where, allowed = {"path": path}, UNIX_OPTIONS
     else:
         host, colon, port = body.rpartition(":")
-        bracketed = host.startswith("[") and host.endswith("]")
-        if colon and (host in ("", "*") or (not bracketed and {*host} & {*":[]"})):
+        if colon and not _HOST.fullmatch(host):
             raise UsageError(
                 f"{text}: write PORT (on every address), HOST:PORT, [HOST6]:PORT, unix:PATH or "
                 "fd:NAME; NAME=ADDRESS names the listener"

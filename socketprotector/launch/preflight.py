@@ -340,9 +340,9 @@ def check_log_file(path: str | None, others: Mapping[str, str | None]) -> None:
             )
         there = path
         try:
-            os.stat(path)
-        except FileNotFoundError:  # the file will be made, perhaps as the target of a link
-            there = os.path.dirname(os.path.realpath(path))
+            os.lstat(path)
+        except FileNotFoundError:  # the file will be made
+            there = os.path.dirname(path)
         except OSError:
             pass  # _refuse_unwritable() reports it
         _refuse_unwritable("log file", path, there)

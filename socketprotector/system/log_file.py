@@ -61,12 +61,7 @@ def _open(path: str, folder: int | None = None, flags: int = 0) -> tuple[int, bo
         new = os.O_CREAT | os.O_EXCL
         return os.open(path, _FLAGS | new | flags, _MODE, dir_fd=folder), True
     except FileExistsError:
-        try:
-            return os.open(path, _FLAGS | flags, dir_fd=folder), False
-        except FileNotFoundError:
-            if folder is not None:
-                raise
-            return _open(os.path.realpath(path))  # a symbolic link whose target is missing
+        return os.open(path, _FLAGS | flags, dir_fd=folder), False
 
 
 def _open_strictly(path: str, identity: Identity | None) -> tuple[int, bool]:
@@ -130,7 +125,7 @@ def _is_roots(path: str) -> bool:
         try:
             found = os.lstat(there)
         except FileNotFoundError:
-            return not shared  # only root can make the file, or its missing folder
+            return not names and not shared  # the file will be made
         if found.st_uid != 0:
             return False
         if stat.S_ISLNK(found.st_mode):

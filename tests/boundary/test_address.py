@@ -70,7 +70,7 @@ def test_an_argument_is_read(text: str, meaning: Listen) -> None:
     "text",
     [
         *("", ":80", "*:80", "::1:80", "host", "host:", "host:http", "65536", "-1", "80 "),
-        *("[::1", "[::1:80", "::1]:80", "[::1]x:80", "a[b:80"),
+        *("[::1", "[::1:80", "::1]:80", "[::1]x:80", "a[b:80", "[]:80", "[::1]]:80"),
         *("\u00b2", "\u0663", "unix:", "unix:@", "unix:" + "x" * 108),
         *("1?backlog=-1", "1?backlog=99999999999", "1?backlog=\u00b2", "1?v6only=2", "1?device="),
         *("1?mode=660", "unix:/x?device=lo", "unix:/x?mode=8", "unix:/x?mode=-1", "1?nonsense=1"),

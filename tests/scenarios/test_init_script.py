@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -108,23 +108,6 @@ class Machine:
             text=True,
             start_new_session=True,
         )
-
-    def run_at_once(
-        self, *actions: str, meanwhile: Callable[[list[int]], None] = lambda pids: None
-    ) -> list[tuple[int, str]]:
-        """Run the script for several actions at once; return exit statuses and outputs.
-
-        meanwhile: called with the pids of the scripts.
-        """
-        with ExitStack() as at_the_end:
-            begun = [at_the_end.enter_context(self.begin(action)) for action in actions]
-            for each in begun:
-                at_the_end.callback(each.kill)
-            meanwhile([each.pid for each in begun])
-            outputs = [each.communicate(timeout=2 * DEADLINE_S)[0] for each in begun]
-        for action, each, output in zip(actions, begun, outputs, strict=True):
-            print(f"$ socketprotector {action}\n{output}[{each.returncode}]")
-        return [(each.returncode, output) for each, output in zip(begun, outputs, strict=True)]
 
     def start(self, *names: str) -> tuple[str, int]:
         """Start instances; return the address that the first of them listens on."""
@@ -388,17 +371,15 @@ def test_stop_ends_a_draining_generation_too(machine: Machine) -> None:
     assert wait_gone([old, new], 0.0) == []
 
 
-#: A guard ignores a second TERM that comes at once, so most tests have no guard.
 ENDLESS_STOP = "--stop-timeout 10m --kill-timeout 100ms"
 
 
-@pytest.mark.parametrize("more", ["", "--no-control"], ids=["control", "no control"])
 @pytest.mark.parametrize("guard", ["yes", "no"], ids=["guard", "no guard"])
 @pytest.mark.costly
 def test_stop_says_when_the_end_does_not_come_in_time_and_a_second_one_cuts_no_client(
-    machine: Machine, guard: str, more: str
+    machine: Machine, guard: str
 ) -> None:
-    machine.configure(GUARD=guard, OPTIONS=f"{ENDLESS_STOP} {more}", STOP_WAIT="1")
+    machine.configure(GUARD=guard, OPTIONS=ENDLESS_STOP, STOP_WAIT="1")
     address = machine.start()
     pid, worker = machine.pid(), worker_of(address)
     with Client(address) as held:
@@ -424,7 +405,6 @@ def test_stop_says_when_the_end_does_not_come_in_time_and_a_second_one_cuts_no_c
     assert worker_of(machine.address()) != worker
     assert machine.run("stop") == 0, "what was a stop of the one before is none of this one"
     assert machine.output == "socketprotector: web: stopped\n"
-    assert list(machine.run_directory().parent.iterdir()) == []
 
 
 @pytest.mark.costly
@@ -437,34 +417,15 @@ def test_a_restart_during_a_stop_waits_for_the_last_client_and_starts(machine: M
         held.ask("mine")
         # Another program's stop: the script knows of it by the control socket alone.
         assert ctl_run("--control", str(control), "stop", "--no-wait").status == 0
-
-        def close_when_it_waits(scripts: list[int]) -> None:
-            eventually(lambda: named("sleep", scripts) != [], "a script that waits")
+        with machine.begin("restart") as script:
+            eventually(lambda: named("sleep", [script.pid]) != [], "a script that waits")
             assert held.ask("still mine") == f"[{worker}] still mine"
             held.close()
+            machine.output, _ = script.communicate(timeout=2 * DEADLINE_S)
 
-        [(status, output)] = machine.run_at_once("restart", meanwhile=close_when_it_waits)
-
-    assert status == 0
-    assert f"a stop is in progress (pid {pid}): waiting for its end" in output
-    machine.output = output
+    assert script.returncode == 0, machine.output
+    assert f"a stop is in progress (pid {pid}): waiting for its end" in machine.output
     assert worker_of(machine.address()) != worker
-
-
-@pytest.mark.costly
-def test_of_two_stops_at_once_one_only_waits(machine: Machine) -> None:
-    machine.configure(GUARD="no", OPTIONS=ENDLESS_STOP, STOP_WAIT="1")
-    address = machine.start()
-    with Client(address) as held:
-        mine = held.ask("mine")
-
-        done = machine.run_at_once("stop", "stop")
-
-        assert [status for status, _ in done] == [1, 1]
-        waited = ["a stop is in progress" in output for _, output in done]
-        assert sorted(waited) == [False, True]
-        assert held.ask("mine") == mine
-    assert machine.run("stop") == 0
 
 
 def test_a_worker_that_says_stopping_does_not_make_the_protector_stop(machine: Machine) -> None:
@@ -832,67 +793,6 @@ def test_restart_starts_what_does_not_run_and_try_restart_leaves_it(machine: Mac
 
     assert machine.run("restart") == 0
     assert machine.run("status") == 0
-
-
-# --- several starts at once ---------------------------------------------------
-
-
-@needs.programs("flock")
-@pytest.mark.costly
-def test_of_several_starts_at_once_one_starts_it_and_all_succeed(
-    machine: Machine, free_port: Callable[[], int]
-) -> None:
-    """Each program waits until all scripts have one, or wait for that of another."""
-    waits = machine.root / "waits"
-    waits.mkdir()
-    go = machine.root / "go"
-    whole = machine.program.read_text().removeprefix("#!/bin/sh\n")
-    machine.program.write_text(
-        f"#!/bin/sh\n: >{waits}/$$\nwhile [ ! -e {go} ]; do sleep 0.05; done\n{whole}"
-    )
-    machine.configure(LISTEN=f"127.0.0.1:{free_port()}")
-
-    def proceed(scripts: list[int]) -> None:
-        eventually(
-            lambda: len([*waits.iterdir()]) + len(named("flock", scripts)) >= len(scripts),
-            "each script at its program, or waiting",
-        )
-        go.touch()
-
-    done = machine.run_at_once("start", "start", "start", meanwhile=proceed)
-
-    assert [status for status, _ in done] == [0, 0, 0], done
-    pid = machine.pid()
-    waited = [f"is running already (pid {pid})" in output for _, output in done]
-    assert sorted(waited) == [False, True, True]
-    assert machine.run("stop") == 0
-    assert list(machine.run_directory().parent.iterdir()) == []
-
-
-@needs.programs("flock")
-@pytest.mark.costly
-def test_a_start_during_another_one_that_fails_is_no_success(machine: Machine) -> None:
-    go = machine.root / "go"
-    waits = f"while [ ! -e {go} ]; do sleep 0.05; done; exit 3"
-    machine.configure(command=release(machine, waits))
-
-    def proceed(scripts: list[int]) -> None:
-        eventually(machine.pid_file().exists, "the pid file of the first start")
-        with machine.begin("start") as second:
-
-            def has_decided() -> bool:
-                return second.poll() is not None or named("flock", [second.pid]) != []
-
-            eventually(has_decided, "the other start, which waits or has ended")
-            go.touch()
-            output, _ = second.communicate(timeout=2 * DEADLINE_S)
-            assert second.returncode == 1, output
-            assert "running already" not in output
-
-    [(status, _)] = machine.run_at_once("start", meanwhile=proceed)
-
-    assert status == 1
-    assert list(machine.run_directory().parent.iterdir()) == []
 
 
 # --- what can be wrong --------------------------------------------------------

@@ -178,32 +178,6 @@ def test_a_link_of_ours_for_the_folder_of_a_log_that_is_yet_to_be_made_is_follow
     assert (tmp_path / "real" / "log").read_text() == ""
 
 
-def test_a_link_of_ours_to_a_log_that_is_yet_to_be_made_is_followed(tmp_path: Path) -> None:
-    """Also after a rotation that renames the link's target."""
-    (tmp_path / "log").symlink_to(tmp_path / "real" / "log")
-    with pytest.raises(FileNotFoundError):  # and not: a link that other users may change
-        log_file.open_log(str(tmp_path / "log"))
-    (tmp_path / "real").mkdir(0o755)
-
-    os.close(log_file.open_log(str(tmp_path / "log")))
-
-    assert (tmp_path / "real" / "log").read_text() == ""
-
-
-@needs_root
-@pytest.mark.parametrize("user", [(), ("--user", "nobody")], ids=["root", "user"])
-def test_a_link_to_a_missing_log_in_another_users_folder_is_refused(
-    start: Start, theirs: Path, tmp_path: Path, user: tuple[str, ...]
-) -> None:
-    (theirs / "log").symlink_to(tmp_path / "made")
-    let_through(tmp_path)
-
-    err = refused(start, *user, "--log-file", theirs / "log")
-
-    assert "a symbolic link that users other than root may change" in err
-    assert not (tmp_path / "made").exists()
-
-
 @pytest.mark.parametrize("folder", ["mine", "theirs.sh"])
 def test_a_fifo_without_a_reader_does_not_hold_the_start_up(start: Start, folder: str) -> None:
     log = start.folder / ("fifo.sh" if folder == "mine" else f"{folder}/fifo")

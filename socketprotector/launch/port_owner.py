@@ -18,6 +18,7 @@ _CREDENTIALS = struct.Struct("3i")
 _OURS = "SocketProtector"  # the name of a protector's process, and of its guard's
 #: At a reload, the pid of the running protector, so that no advice says to stop it; at a start, 0.
 protector = 0
+_UNKNOWN = "another program has it: stop that program, or choose another address"
 
 
 def of_port(host: str, port: int) -> str:
@@ -25,7 +26,7 @@ def of_port(host: str, port: int) -> str:
     try:
         return _of_port(host, port)
     except MemoryError:  # `ulimit -v`
-        return "another program has it: stop that program, or choose another address"
+        return _UNKNOWN
 
 
 def _of_port(host: str, port: int) -> str:
@@ -41,17 +42,17 @@ def _of_port(host: str, port: int) -> str:
     def listens(each: Any) -> bool:
         return each.status == psutil.CONN_LISTEN and has_port(each)
 
-    found: list[Any] = []
-    for _ in range(2):  # sockets come and go while /proc is read, so that one can be missed
+    for _ in range(2):  # sockets come and go while /proc is read; a process found can end
+        found: list[Any] = []
         with suppress(psutil.Error, OSError):  # there is no /proc, or we may not read it
             found = [each for each in psutil.net_connections("tcp") if has_port(each)]
-        if any(each.pid for each in found):
-            break
-    # If no socket listens on the port, an outgoing connection uses the port.
-    pids = [each.pid for each in [*filter(listens, found)] or found if each.pid]
-    if os.getpid() in pids:  # the configuration has the address twice
-        return "another listener of this protector has it: leave one of them out"
-    return _advice(pids[0] if pids else None, listens)
+        # If no socket listens on the port, an outgoing connection uses the port.
+        pids = [each.pid for each in [*filter(listens, found)] or found if each.pid]
+        if os.getpid() in pids:  # the configuration has the address twice
+            return "another listener of this protector has it: leave one of them out"
+        if advice := _advice(pids, listens):
+            return advice
+    return _UNKNOWN
 
 
 def addresses_of(pid: int) -> frozenset[str]:
@@ -75,27 +76,30 @@ def _sockets_of(process: Any) -> Iterable[Any]:
     return cast("Iterable[Any]", listed("all"))
 
 
-def _advice(pid: int | None, listens: Callable[[Any], bool]) -> str:
-    """Return which process has an address, and what to do.
+def _advice(pids: Iterable[int], listens: Callable[[Any], bool]) -> str:
+    """Return which process has an address, and what to do; "" if each of the processes has ended.
 
-    pid: a process that has the address; None: unknown.
+    pids: processes that have the address; the first that still runs is named.
     listens: returns True for a socket that listens on the address.
     """
-    if pid and protector and _is_of_protector(pid):
-        which = _OURS if pid == protector else f"its process {pid}"
-        return f"{which} has it: leave it out, and add it when the old workers have exited"
-    pid, program = _holder_to_name(pid, listens) if pid else (0, "")
-    called = f"process {pid} ({program})" if program else "another program"
-    if program == "systemd":
-        # For a .socket unit, perhaps another service's, or in a stopped unit's descriptor store.
-        return (
-            f"{called} has it for a unit: if that is this service's .socket unit, listen on the "
-            "unit's address; otherwise stop the unit, or choose another address"
-        )
-    if program == _OURS and not protector:
-        hint = "if that is this instance, use `socketprotectorctl diff`; otherwise"
-        return f"{called} has it: {hint} stop it, or choose another address"
-    return f"{called} has it: stop that program, or choose another address"
+    for pid in pids:
+        if protector and _is_of_protector(pid):
+            which = _OURS if pid == protector else f"its process {pid}"
+            return f"{which} has it: leave it out, and add it when the old workers have exited"
+        holder, program = _holder_to_name(pid, listens)
+        called = f"process {holder} ({program})"
+        if program == "systemd":
+            # For a .socket unit, perhaps another service's, or in a stopped unit's store.
+            return (
+                f"{called} has it for a unit: if that is this service's .socket unit, listen on "
+                "the unit's address; otherwise stop the unit, or choose another address"
+            )
+        if program == _OURS and not protector:
+            hint = "if that is this instance, use `socketprotectorctl diff`; otherwise"
+            return f"{called} has it: {hint} stop it, or choose another address"
+        if program:
+            return f"{called} has it: stop that program, or choose another address"
+    return ""
 
 
 def _is_of_protector(pid: int) -> bool:
@@ -120,10 +124,11 @@ def _holder_to_name(pid: int, listens: Callable[[Any], bool]) -> tuple[int, str]
     named = (pid, "")
     with suppress(psutil.Error):  # a child of the process may still have the socket
         process = psutil.Process(pid)
-        named = (pid, process.name())
-        for each in (process, *process.parents()):
-            if each.name() == _OURS and _may_listen(each, listens):
-                named = (each.pid, _OURS)
+        line = [(each, each.name()) for each in (process, *process.parents())]
+        named = (pid, line[0][1])
+        for each, name in line:
+            if name == _OURS and _may_listen(each, listens):
+                named = (each.pid, name)
     return named
 
 
@@ -151,7 +156,7 @@ def of_path(path: str) -> str:
     pid = _peer("\0" + path[1:] if path.startswith("@") else path)
     if pid and not os.path.exists(f"/proc/{pid}"):  # the program was killed; its children have it
         pid = _holder(listens)
-    return _advice(pid, listens)
+    return _advice([pid] if pid else [], listens) or _UNKNOWN
 
 
 def _holder(listens: Callable[[Any], bool]) -> int | None:

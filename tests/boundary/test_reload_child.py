@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from socketprotector.daemon.config_reader import ConfigAnswer, ConfigReader
@@ -202,7 +203,7 @@ def test_an_address_of_this_instance_is_no_reason_to_stop_it(
         with subprocess.Popen((sys.executable, "-c", "input()"), stdin=subprocess.PIPE) as child:
             port_owner.protector = os.getpid()
             try:
-                said = port_owner._advice(child.pid, lambda _: False)
+                said = port_owner._advice([child.pid], lambda _: False)
                 assert f"its process {child.pid} has it" in said
             finally:
                 port_owner.protector = 0
@@ -242,6 +243,33 @@ def test_a_protector_is_named_and_not_its_worker_that_accepts() -> None:
     assert of_shared.startswith(f"{protector}if that is this instance, use ")
     assert of_own == f"process {child} (server) has it: {ELSE}"
     assert of_another == f"{protector}{ELSE}"  # at a reload, `diff` would ask itself
+
+
+def test_a_process_that_has_ended_meanwhile_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/proc is read before the processes found there are looked at."""
+    real = psutil.net_connections
+    with (
+        subprocess.Popen((sys.executable, "-c", "")) as ended,
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        subprocess.Popen(
+            (sys.executable, "-c", "open(0).read()"),
+            stdin=subprocess.PIPE,
+            pass_fds=[taken.fileno()],
+        ) as holder,
+    ):
+        ended.wait()
+        port = taken.getsockname()[1]
+        taken.close()
+
+        def net_connections(kind: str) -> list[object]:
+            found = [each for each in real(kind) if each.pid == holder.pid]
+            return [found[0]._replace(pid=ended.pid), *found]
+
+        monkeypatch.setattr(psutil, "net_connections", net_connections)
+        said = port_owner.of_port("127.0.0.1", port)
+        pid = holder.pid
+
+    assert said.startswith(f"process {pid} (python")
 
 
 def test_an_address_that_is_bound_already_is_kept_whatever_it_is_called_now(

@@ -124,12 +124,11 @@ def _holder_to_name(pid: int, listens: Callable[[Any], bool]) -> tuple[int, str]
     named = (pid, "")
     with suppress(psutil.Error):  # a child of the process may still have the socket
         process = psutil.Process(pid)
-        line = [(each, each.name()) for each in (process, *process.parents())]
-        named = (pid, line[0][1])
-        for each, name in line:
-            if name == _OURS and _may_listen(each, listens):
-                named = (each.pid, name)
-    return named
+        named = (pid, process.name())
+        for each in (process, *process.parents()):
+            if each.name() == _OURS and _may_listen(each, listens):
+                named = (each.pid, _OURS)
+    return named if psutil.pid_exists(named[0]) else (pid, "")
 
 
 def _may_listen(process: Any, listens: Callable[[Any], bool]) -> bool:

@@ -245,6 +245,25 @@ def test_a_protector_is_named_and_not_its_worker_that_accepts() -> None:
     assert of_another == f"{protector}{ELSE}"  # at a reload, `diff` would ask itself
 
 
+def test_a_process_is_named_though_its_parents_may_not_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With `hidepid=1` a user may read only the user's own processes."""
+
+    def parents(process: psutil.Process) -> list[psutil.Process]:
+        raise psutil.AccessDenied(process.ppid())
+
+    monkeypatch.setattr(psutil.Process, "parents", parents)
+    words = (sys.executable, "-c", "open(0).read()")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        holder = subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=[taken.fileno()])
+        port = taken.getsockname()[1]
+    with holder:
+        said = port_owner.of_port("127.0.0.1", port)
+
+    assert said.startswith(f"process {holder.pid} (python")
+
+
 def test_a_process_that_has_ended_meanwhile_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """/proc is read before the processes found there are looked at."""
     real = psutil.net_connections

@@ -23,10 +23,13 @@ from tests.running import ROOT
 
 
 def digest_of_sources() -> str:
-    """Return a name for the code as it is now."""
+    """Return a name for the code as it is now, and for what is asked of it."""
     digest = hashlib.sha256()
-    for package in (ROOT / "socketprotector", ROOT / "client_lib" / "socketprotector_client"):
-        for path in sorted(package.rglob("*.py")):
+    packages = ("socketprotector", "client_lib/socketprotector_client", "tests/everycall")
+    for package in packages:
+        for path in sorted((ROOT / package).rglob("*.[cp]*")):
+            if path.suffix not in (".c", ".py"):
+                continue
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -91,6 +94,7 @@ def main() -> None:
     print(report(sites, results))
     if interrupted.is_set():
         sys.exit(130)
+    sys.exit(any(each["problems"] for each in kept_outcomes(results)))
 
 
 if __name__ == "__main__":

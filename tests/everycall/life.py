@@ -61,6 +61,7 @@ serve(serve_one)'"""
 RELEASE = f"sh -c '. {{release}}/settings; exec {ECHO}'"
 RELEASES = ("--releases", "releases", "--current", "live/current")
 KILL = 0
+OUTCOME = "event=(reloaded|reload-failed)"
 #: What a life says of files that the next start and stop remove.
 FILES_UNTIL_NEXT = "until the next start files are left"
 
@@ -162,8 +163,8 @@ class Life:
     def said(self) -> str:
         return (self.folder / "err").read_text(errors="replace")
 
-    def ctl(self, *words: str) -> None:
-        """Run socketprotectorctl, under faults as well."""
+    def ctl(self, *words: str) -> int:
+        """Run socketprotectorctl, under faults as well; return its status."""
         control = (PYTHON, "-m", "socketprotector.ctl", "--pid-file", "pid", *words)
         try:
             done = subprocess.run(
@@ -177,10 +178,11 @@ class Life:
             )
         except subprocess.TimeoutExpired:
             self.problems.append(f"{words[0]} did not end")
-            return
+            return 1
         self.look_for_tracebacks(done.stderr)
         if done.returncode > 0 and not done.stderr.strip() + done.stdout.strip():
             self.problems.append(f"{words[0]} ended with status {done.returncode} and no line")
+        return done.returncode
 
     def send(self, number: signal.Signals, pid: int = 0) -> None:
         with suppress(ProcessLookupError):
@@ -197,6 +199,19 @@ class Life:
 
     def says(self, pattern: str, times: int = 1) -> bool:
         return self.until(lambda: len(re.findall(pattern, self.log)) >= times, LIMIT_S / 2)
+
+    def must_say(self, pattern: str, times: int = 1) -> None:
+        """Wait for a line of the log, which only a kill may prevent."""
+        if not self.says(pattern, times) and not self.kills:
+            self.problems.append(f"the log has no line {pattern}")
+
+    @property
+    def kills(self) -> bool:
+        return self.plan.endswith(f" {KILL}")
+
+    @property
+    def release(self) -> str:
+        return (self.folder / "live" / "current").readlink().name
 
     def answers(self) -> bool:
         """Return whether a new connection is answered."""
@@ -259,8 +274,7 @@ class Life:
             if operation.load:
                 clients.join()
         self._end()
-        allowed = 1 if self.plan.endswith(f" {KILL}") else 0
-        if self.lost > allowed:
+        if self.lost > int(self.kills):
             self.problems.append(f"{self.lost} connections lost")
         return self.problems
 
@@ -347,56 +361,63 @@ def start(life: Life) -> None:
 
 def reload(life: Life) -> None:
     life.send(signal.SIGHUP)
-    life.says("event=(reloaded|reload-failed)")
-    life.says("event=drained")
+    life.must_say(OUTCOME)
+    if "event=reloaded" in life.log:
+        life.must_say("event=drained")
 
 
 def failed_reload(life: Life) -> None:
     (life.folder / "bad").touch()
     life.send(signal.SIGHUP)
-    life.says("event=reload-failed")
+    life.must_say("event=reload-failed")
     (life.folder / "bad").unlink()
 
 
 def canary(life: Life) -> None:
-    life.ctl("reload", "--canary", "50%", "--for", "500ms", "--timeout", "15s")
+    if life.ctl("reload", "--canary", "50%", "--for", "500ms", "--timeout", "15s") == 0:
+        life.must_say("event=reloaded")
 
 
 def promote(life: Life) -> None:
-    life.ctl("reload", "--no-wait", "--canary", "50%", "--for", "3s")
-    if life.says("event=(route .*sharing|reload-failed)"):
-        life.ctl("promote")
-    life.says("event=(reloaded|reload-failed)")
+    _canary_until(life, "promote", "event=reloaded")
 
 
 def rollback(life: Life) -> None:
-    life.ctl("reload", "--no-wait", "--canary", "50%", "--for", "3s")
+    _canary_until(life, "rollback", "event=reload-failed")
+
+
+def _canary_until(life: Life, order: str, line: str) -> None:
+    begun = life.ctl("reload", "--no-wait", "--canary", "50%", "--for", "3s")
+    ordered = 1
     if life.says("event=(route .*sharing|reload-failed)"):
-        life.ctl("rollback")
-    life.says("event=(reloaded|reload-failed)")
+        ordered = life.ctl(order)
+    if begun == 0:
+        life.must_say(OUTCOME if ordered else line)
 
 
 def deploy(life: Life) -> None:
-    life.ctl("deploy", "2", "--timeout", "15s")
+    if life.ctl("deploy", "2", "--timeout", "15s") == 0 and life.release != "2":
+        life.problems.append(f"a deploy succeeded, and the release is {life.release}")
 
 
 def failed_deploy(life: Life) -> None:
-    life.ctl("deploy", "bad", "--timeout", "15s")
+    if life.ctl("deploy", "bad", "--timeout", "15s") == 0:
+        life.problems.append("a deploy of a bad release succeeded")
 
 
 def hold(life: Life) -> None:
-    life.ctl("hold", "--for", "300ms")
-    life.says("event=released")
+    if life.ctl("hold", "--for", "300ms") == 0:
+        life.must_say("event=released")
 
 
 def upgrade(life: Life) -> None:
     life.send(signal.SIGUSR2)
-    life.says("event=(resumed|upgrade-failed)")
+    life.must_say("event=(resumed|upgrade-failed)")
 
 
 def recovery(life: Life) -> None:
     life.send(signal.SIGKILL, life.protector)
-    life.says("event=resumed")
+    life.must_say("event=resumed")
     life.until(life.answers)
 
 
@@ -405,7 +426,7 @@ def rotation(life: Life) -> None:
     life.send(signal.SIGUSR1)
     if not life.says("event=reopened"):  # a kill came first: logrotate's next run asks again
         life.send(signal.SIGUSR1)
-        life.says("event=reopened")
+        life.must_say("event=reopened")
     text = (life.folder / "sites.log").read_text(errors="replace") + life.log
     (life.folder / "sites.log").unlink()
     life.look_for_tracebacks(text)
@@ -419,8 +440,8 @@ def stop(life: Life) -> None:
 def death(life: Life) -> None:
     pids = re.findall(r"event=spawned .*\bpid=(\d+)", life.log)
     life.send(signal.SIGKILL, int(pids[-1]))
-    life.says("event=worker-ready", 2)
-    life.lost = 0  # what that worker had is its own
+    life.must_say("event=worker-ready", 2)
+    life.lost = max(0, life.lost - 1)  # the one client at that time was that worker's
 
 
 OPERATIONS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.c.building import installed
-from tests.everycall.life import OPERATIONS, build
+from tests.everycall.life import KILL, OPERATIONS, Life, build
 from tests.everycall.trials import FIXED, found_sites, kept_outcomes, trials, try_one
-from tests.running import DEADLINE_S, ROOT, eventually
+from tests.running import DEADLINE_S, MARK, ROOT, eventually
 
 #: Of each operation, `make test-all` tries so many: 300 in all.
 EACH = -(-300 // len(OPERATIONS))
@@ -62,6 +63,24 @@ def test_faults_at_single_calls_do_no_harm(tmp_path: Path, operation: str) -> No
     assert sum(each["fired"] for each in outcomes) > EACH // 2
     failed = [each for each in outcomes if each["problems"]]
     assert not failed, "\n".join(map(str, failed))
+
+
+@pytest.mark.parametrize("code", [errno.ENOMEM, KILL])
+@pytest.mark.parametrize("name", ["reload", "failed-reload", "upgrade", "rotation", "death"])
+def test_an_order_that_has_no_effect_is_a_problem_unless_something_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    operation = OPERATIONS[name]
+    life = Life(tmp_path, tmp_path / "faults.so", operation, f"poll x.py:1 {code}", {MARK: "x"})
+    (tmp_path / "log").write_text("event=spawned generation=1 pid=0\n")
+    monkeypatch.setattr(Life, "send", lambda *_: None)
+    monkeypatch.setattr(Life, "says", lambda *_: False)
+    life.lost = 3
+    with life._reserved:
+        operation.act(life)
+
+    assert bool(life.problems) == (code != KILL)
+    assert life.lost == (2 if name == "death" else 3)
 
 
 def test_an_outcome_that_a_killed_run_left_incomplete_is_passed_over(tmp_path: Path) -> None:

@@ -48,6 +48,11 @@ def lost(old: Any, new: Any, place: str = "$") -> Iterator[str]:
                 yield from lost(old[name], new[name], f"{place}/{name}")
             else:
                 yield f"{place}/{name}"
+    elif place.endswith("/type"):  # one name, or a list of them
+        if {*([old] if isinstance(old, str) else old)} != {
+            *([new] if isinstance(new, str) else new)
+        }:
+            yield f"{place}: {old}, now {new}"
     elif isinstance(old, list) and isinstance(new, list):
         if old and isinstance(old[0], dict):  # such as anyOf, whose order stays
             for at, (each, now) in enumerate(zip_longest(old, new[: len(old)])):

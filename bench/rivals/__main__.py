@@ -82,6 +82,9 @@ class Run:
         figures = []
         for name, take in TARGETS.items():
             if ("targets", name, 0) not in self._done:
+                if time.monotonic() > self._until_s:
+                    self.left_out += 1
+                    continue
                 taken = take(Scale(quick=self._round_s < 10))
                 self.keep(Note("targets", name, 0, {"figures": [vars(each) for each in taken]}))
         for note in self.notes:

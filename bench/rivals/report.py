@@ -64,19 +64,22 @@ class Results:
 
     def __init__(self, notes: Iterable[Note]) -> None:
         self._seen: dict[tuple[str, str], dict[int, Seen]] = defaultdict(dict)
-        self._errors: dict[tuple[str, str], str] = {}
+        errors: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
         for each in notes:
             place = each.rival, each.situation
             if each.error:
-                self._errors[place] = each.error
+                errors[place][each.turn] = each.error
             else:
                 self._seen[place][each.turn] = each.seen
+                errors[place].pop(each.turn, None)  # a second run has measured it
+        self._errors = {place: [*found.values()] for place, found in errors.items()}
 
     def turns(self, rival: str, situation: str) -> list[Seen]:
         return list(self._seen.get((rival, situation), {}).values())
 
-    def error(self, rival: str, situation: str) -> str:
-        return self._errors.get((rival, situation), "")
+    def errors(self, rival: str, situation: str) -> list[str]:
+        """Return why turns were not measured."""
+        return self._errors.get((rival, situation), [])
 
     def middle(self, rival: str, situation: str, name: str) -> float | None:
         found = [float(each[name]) for each in self.turns(rival, situation) if name in each]
@@ -181,7 +184,7 @@ def _cell(results: Results, rival: str, situation: str) -> str:
     if situation in RIVALS[rival].without:
         return "has none"
     if not results.turns(rival, situation):
-        return (results.error(rival, situation) and "failed") or "-"
+        return "failed" if results.errors(rival, situation) else "-"
     if situation == "memory":
         return " / ".join(
             number(results.most(rival, situation, name)) for name in ("idle_mb", "most_mb")
@@ -235,8 +238,10 @@ def _measures() -> list[_Measure]:
             found.append(_Measure(situation, "longest gap", "gap_us", scale=1e-3, unit=" ms"))
         else:
             found.append(_Measure(situation, "connections/s", "per_second", True, True))
+        found.append(
+            _Measure(situation, "p99.9", "p999_us", same_worker=True, scale=1e-3, unit=" ms")
+        )
     found += [
-        _Measure("short", "p99.9", "p999_us", same_worker=True, scale=1e-3, unit=" ms"),
         _Measure("short", "CPU a connection", "cpu_us", same_worker=True, unit=" us"),
         _Measure("memory", "idle", "idle_mb", unit=" MB"),
         _Measure("memory", "at the peak of a reload", "most_mb", unit=" MB"),
@@ -363,5 +368,5 @@ def errors(results: Results, names: Iterable[str]) -> list[str]:
         f"{name}, {SITUATIONS[situation].title}: {error}"
         for name in names
         for situation in SITUATIONS
-        if (error := results.error(name, situation)) and not results.turns(name, situation)
+        for error in results.errors(name, situation)
     ]

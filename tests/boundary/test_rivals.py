@@ -89,6 +89,16 @@ def test_a_second_run_skips_what_is_done_and_not_what_has_failed() -> None:
     assert report.done(notes) == {("nginx", "reload", 0)}
 
 
+def test_each_turn_that_could_not_be_measured_is_listed() -> None:
+    notes = [note("nginx", "worker", 0), Note("nginx", "worker", 1, {}, "a worker answered")]
+
+    (line,) = report.errors(Results(notes), ["nginx"])
+    assert line == "nginx, a worker killed with a full queue, C=64: a worker answered"
+
+    again = [*notes, note("nginx", "worker", 1)]  # a second run has measured it
+    assert report.errors(Results(again), ["nginx"]) == []
+
+
 def test_failures_are_counted_by_kind_over_all_turns() -> None:
     results = Results([note("nginx", turn=0, failed=2), note("nginx", turn=1, failed=1)])
 

@@ -1,4 +1,6 @@
-"""Later versions keep these options with their defaults (docs/compatibility.md).
+"""Later versions keep these options, and the requests of the control protocol.
+
+Source: docs/compatibility.md.
 
 A change that fails here needs a deprecation first.  A new option is added to the lists.
 """
@@ -8,7 +10,9 @@ from __future__ import annotations
 from socketprotector.launch import socket_options
 from socketprotector.launch.listen_spec import UNIX_OPTIONS
 from socketprotector.launch.options import OPTIONS
+from socketprotector.model.control_requests import COMMANDS, canary_of
 from socketprotector.model.handoff_modes import MODES
+from socketprotector.model.share import Canary, read_percent
 
 #: Each option, and its default if that is not "absent" or a matter of the mode or the caller.
 STABLE = """
@@ -26,6 +30,31 @@ no-control version help help-all
 OF_TCP = """
 backlog congestion defer_accept device fastopen freebind keepalive mark nodelay nonblock priority
 rcvbuf sndbuf tos transparent user_timeout v6only
+"""
+
+#: Each command of the control protocol with its arguments; a colon marks a required one.
+STABLE_REQUESTS = """
+status
+history
+reload dry_run canary
+promote now
+deploy release: expect force dry_run
+rollback expect
+releases
+upgrade check
+stop quick
+lame-duck on
+scale to by
+hold seconds
+release
+replace generation pid
+kill generation
+log-level level
+reopen
+connections generation
+crashes
+diff
+events
 """
 
 
@@ -47,6 +76,19 @@ def test_modes_keep_their_defaults() -> None:
         "stdio": (4, "notify", None),
         "legacy": (1, "notify", None),
     }
+
+
+def test_requests_keep_their_arguments() -> None:
+    found = [
+        " ".join(
+            (name, *(f"{each}:" * (each == command.required) or each for each in command.arguments))
+        )
+        for name, command in COMMANDS.items()
+    ]
+
+    assert found == [each.strip() for each in STABLE_REQUESTS.strip().splitlines()]
+    canary = canary_of({"share": "5%", "for_s": 9, "at_least": 2})
+    assert canary == Canary(read_percent("5%"), 9.0, 2)
 
 
 def test_listeners_keep_their_options() -> None:

@@ -57,6 +57,8 @@ def test_a_loss_from_one_schema_to_the_next_is_found() -> None:
     del status["properties"]["pid"]
     status["required"].remove("name")
     status["properties"]["version"]["type"] = "integer"
+    gained = ["boolean", *STATUS["held_s"]["type"]]
+    status["properties"]["held_s"]["type"] = gained
     del status["properties"]["log_level"]["enum"][0]
 
     at = "$/$defs/result-status"
@@ -66,6 +68,7 @@ def test_a_loss_from_one_schema_to_the_next_is_found() -> None:
         f"{at}/properties/health/anyOf/1: {{'type': 'null'}}, now None",
         f"{at}/required: name",
         f"{at}/properties/version/type: string, now integer",
+        f"{at}/properties/held_s/type: {gained[1:]}, now {gained}",
         f"{at}/properties/log_level/enum: {STATUS['log_level']['enum'][0]}",
     }
 

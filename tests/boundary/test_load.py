@@ -135,14 +135,14 @@ def test_by_times_of_arrival_a_gap_lacks_the_time_in_which_the_load_stands_still
 
 
 def test_a_request_that_was_not_answered_makes_a_gap_until_the_end(server: Server) -> None:
-    with load(server, "--arrivals", "--timeout", "0.3") as (_, seen):
+    with load(server, "--arrivals", "--timeout", "2") as (_, seen):
         with server.next_one():
             pass
         with server._listening.accept()[0]:
-            time.sleep(STILL_S)
+            time.sleep(2 + STILL_S)
         for _ in range(REQUESTS - 2):
             with server.next_one():
                 pass
 
     assert (seen["connections"], seen["timed_out"]) == (REQUESTS - 1, 1)
-    assert seen["gap_us"] >= 0.3e6
+    assert seen["gap_us"] >= 2e6

@@ -421,8 +421,8 @@ def test_what_is_forked_was_loaded_without_collections(
     (tmp_path / "loads.py").write_text(LOADS + last)
     path = {**PATH, "PYTHONPATH": f"{tmp_path}:{PATH['PYTHONPATH']}"}
     daemon = protector("127.0.0.1:0", "--", *RUN, "--processes", "2", "loads:app", **path).ready()
+    eventually(lambda: daemon.log.count(f"^child: {threshold} True$") == 2, "its children's lines")
     assert daemon.log.count("^0 collections$") == 1
-    assert daemon.log.count(f"^child: {threshold} True$") == 2
 
 
 def test_a_thread_of_the_application_is_refused_at_the_fork(shapes: Path) -> None:

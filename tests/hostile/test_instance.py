@@ -80,7 +80,7 @@ def test_one_that_says_more_than_a_protector_could_is_none_before_its_time_is_ov
 
     with (
         false.instance(folder / "x.control", behave) as path,
-        Client(path, 2.0, events=follows) as client,
+        Client(path, 30.0, events=follows) as client,
         pytest.raises(NoProtector) as refused,
     ):
         client.request("status")

@@ -269,7 +269,7 @@ def test_drained_waits_for_the_last_connection(beside: Beside, web: Start) -> No
     with Client(("127.0.0.1", daemon.port), "hello") as client:
         client.hear()
 
-        short = run("reload", "--drained", "--timeout", "5s")
+        short = run("reload", "--drained", "--timeout", "10s")
         running = beside("reload", "--drained")
         running.err.wait_for(r"drained 0/\d workers")
 

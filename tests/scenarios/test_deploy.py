@@ -836,6 +836,7 @@ def test_after_a_power_cut_what_was_proved_starts(
     one = web()
     deployed(one, "2")
     assert ctl(one, "deploy", "bad").status == 3
+    saved(one)
     pids = one.pids(2)
     for each in (one.daemon.pid, *pids):
         os.kill(each, signal.SIGKILL)

@@ -122,7 +122,7 @@ def served_by(one: Operated, traffic: Traffic, name: str) -> None:
 def release_of(pid: int) -> str:
     try:
         return environment_of(pid).get("SOCKETPROTECTOR_RELEASE", "")
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:  # it has ended; PermissionError: of a zombie, for a user
         return ""
 
 

@@ -91,7 +91,8 @@ def test_a_release_that_would_serve_serves_nobody_and_is_ended(
     assert said.out == PASSED
     assert len(tried) == 2
     assert {*load.snapshot().pids} <= old
-    assert wait_gone(tried, 0.0) == []
+    assert wait_gone(tried) == []
+    one.daemon.log.wait_for("event=drained generation=2")
     assert what_serves(one) == before
     tells = one.status()["dry_run"]
     assert (tells["generation"], tells["result"], tells["reason"]) == (2, "passed", "")
@@ -235,7 +236,7 @@ def test_the_file_is_tried_with_what_it_adds_and_nothing_of_it_stays(
         one.daemon.log.wait_for("event=dry-run-configured changes=")
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", added))
-        assert wait_gone([new], 0.0) == []
+        assert wait_gone([new]) == []
     finally:
         one.end()
 

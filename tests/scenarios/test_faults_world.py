@@ -83,7 +83,7 @@ def test_clients_wait_while_the_protector_is_stopped(protector: Start, handoff: 
         for number, client in enumerate(clients):
             client.say(f"line {number}")
     else:
-        assert in_backlog(daemon.port) == 50
+        eventually(lambda: in_backlog(daemon.port) == 50, "the queue")
     assert held.ask("still").endswith("still")  # what a worker has is the worker's
     os.kill(daemon.pid, signal.SIGCONT)
 

@@ -338,7 +338,7 @@ class Life:
         before = self.count(verdict)
         self.control.send("reload", dry_run=True)
         if self.control.answer()["ok"]:
-            eventually(lambda: self.count(verdict) > before, verdict)
+            eventually(lambda: self.count(verdict) > before, verdict, PATIENCE_S)
 
     def deploy(self) -> None:
         """Refused beside a reload."""
@@ -346,7 +346,7 @@ class Life:
         before = self.count(verdict)
         self.control.send("deploy", release=("a", "b", "none")[self.turn % 3], force=True)
         if self.control.answer()["ok"]:
-            eventually(lambda: self.count(verdict) > before, verdict)
+            eventually(lambda: self.count(verdict) > before, verdict, PATIENCE_S)
 
     def rollback(self) -> None:
         self.control.send("rollback")
@@ -372,7 +372,7 @@ class Life:
             os.kill(pids[self.turn % len(pids)], signal.SIGKILL)
         except ProcessLookupError:
             return  # it has drained meanwhile
-        eventually(lambda: self.count("event=exited") > before, "its end")
+        eventually(lambda: self.count("event=exited") > before, "its end", PATIENCE_S)
 
     def pids(self) -> list[int]:
         found = self.control.status()
@@ -382,7 +382,8 @@ class Life:
     def rotate(self) -> None:
         (self.folder / "log").rename(self.folder / "log.1")
         self.daemon.signal(signal.SIGUSR1)
-        eventually(lambda: (self.folder / "log").exists() and "reopened" in self.log, "rotation")
+        reopened = lambda: (self.folder / "log").exists() and "reopened" in self.log  # noqa: E731
+        eventually(reopened, "rotation", PATIENCE_S)
 
     def hold(self) -> None:
         self.control.send("hold", seconds=0.05)

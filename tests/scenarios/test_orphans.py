@@ -205,15 +205,21 @@ def test_a_failed_start_leaves_no_orphan(protector: Starter, tmp_path: Path) -> 
     assert wait_gone(children(daemon), 0) == []
 
 
-def test_what_a_failed_worker_leaves_is_told_once_to_end(protector: Starter) -> None:
+def test_what_a_failed_worker_leaves_is_told_once_to_end(
+    protector: Starter, tmp_path: Path
+) -> None:
     """Those in its group, and those that have left it: a second TERM may mean: at once."""
     counts = (
-        "trap 'echo $0 told >&2' TERM; echo $0 child=$$ >&2; while :; do sleep 1000 & wait; done"
+        "trap 'echo $0 told >&2' TERM; echo $0 child=$$ >&2; : >$0;"
+        " while :; do sleep 1000 & wait; done"
     )
-    words = 'sh -c "$1" stays & setsid sh -c "$1" detached & sleep 0.5'
+    words = """
+        sh -c "$1" stays & setsid sh -c "$1" detached &
+        until [ -e stays ] && [ -e detached ]; do sleep 0.1; done
+    """
     daemon = protector(
         *(*MODE, "--no-log-relay"),
-        *("--kill-timeout", "500ms", "--start-tries", "1", "127.0.0.1:0"),
+        *("--kill-timeout", "5s", "--start-tries", "1", "--chdir", tmp_path, "127.0.0.1:0"),
         *("--", "sh", "-c", words, "-", counts),
     )
 

@@ -239,8 +239,9 @@ def test_a_child_that_reaches_a_limit_is_replaced(
 def test_a_child_that_hangs_is_replaced_by_its_parent(operated: Operating) -> None:
     web = operated("--watchdog", "1s", command=shares(2))
     [parent] = web.pids(1)
+    line = web.line(follows=True)
     with Client(web.address, "hang") as client:
-        found = web.line(follows=True).event("child-failed")
+        found = line.event("child-failed")
         assert found["how"].startswith("was killed by SIGABRT")
         try:
             assert client.hear() == ""

@@ -16,6 +16,7 @@ from tests.load import Load
 from tests.procfs import ports_of
 from tests.running import FAIR_START_S, Protector, ask, eventually, shared_path, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
+from tests.scenarios.faults import injected
 from tests.scenarios.operating import Operating
 from tests.scenarios.probed import Asked, get, probers
 from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, spawned, worker
@@ -36,10 +37,10 @@ def reload_failed(daemon: Protector) -> str:
 # -- the default of --handoff listener -----------------------------------------------
 
 
-def accepting(protector: Starter, release: Release, *options: str) -> Protector:
+def accepting(protector: Starter, release: Release, *options: str, **env: str) -> Protector:
     """One whose release says nothing, and is ready once it accepts."""
     words = ("--handoff", "listener", *options, "127.0.0.1:0", "--", release.path)
-    return protector(*words).ready()
+    return protector(*words, **env).ready()
 
 
 def test_a_server_that_says_nothing_is_ready_once_it_accepts(
@@ -88,9 +89,11 @@ def test_a_release_that_never_accepts_is_told_from_one_that_does(
 
 
 def test_a_release_that_dies_soon_after_it_has_accepted_is_rolled_back(
-    protector: Starter, asked: Asked, gate: Gate
+    protector: Starter, asked: Asked, gate: Gate, tmp_path: Path
 ) -> None:
-    daemon = accepting(protector, asked.release)
+    # In the usual second it might not have died yet on a busy machine.
+    longer = "from socketprotector.model import policy\npolicy.STANDBY_S = 9.0\n"
+    daemon = accepting(protector, asked.release, **injected(tmp_path / "longer", longer))
     old = get(daemon.port)
     asked.becomes("--dies", gate.path)
     mark = daemon.signal(signal.SIGHUP)

@@ -137,7 +137,7 @@ def test_what_arrives_while_the_first_worker_starts_is_answered(
 ) -> None:
     daemon = protector("127.0.0.1:0", "--", *gate.before(*worker("many")))
     clients = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(100)]
-    assert in_backlog(daemon.port) == 100
+    eventually(lambda: in_backlog(daemon.port) == 100, "the queue")
 
     gate.open()
 

@@ -52,7 +52,7 @@ def test_emfile_in_the_protector_holds_connections_and_does_not_spin(protector: 
     clients = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(50)]
     daemon.log.wait_for("event=resources-exhausted call=accept error=.Too many open files")
     watch_for_spinning(daemon.pid, 5, daemon)
-    assert in_backlog(daemon.port) == 50
+    eventually(lambda: in_backlog(daemon.port) == 50, "the queue")
     resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (soft, hard))
 
     for number, client in enumerate(clients):
@@ -77,7 +77,7 @@ def test_emfile_where_workers_accept_costs_only_the_replacement_its_time(
     os.kill(pid, signal.SIGKILL)
     eventually(lambda: daemon.log.count("cannot start: Too many open files") >= 3, "its tries")
     watch_for_spinning(daemon.pid, 1, daemon)
-    assert in_backlog(daemon.port) == 50
+    eventually(lambda: in_backlog(daemon.port) == 50, "the queue")
     resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (soft, hard))
 
     for number, client in enumerate(clients):

@@ -320,12 +320,14 @@ def test_a_worker_that_is_never_ready_is_reported_with_what_ready_means(
 def test_what_is_said_of_one_that_is_never_ready_speaks_of_what_was_to_say_so(
     start: Start, mode: tuple[str, ...], ready: str, hint: str
 ) -> None:
-    timed = ("--ready", ready, "--start-timeout", "300ms", f"unix:{start.folder}/s")
+    # A check must end in this time, too.
+    limit = "3s" if ready.startswith("check:") else "300ms"
+    timed = ("--ready", ready, "--start-timeout", limit, f"unix:{start.folder}/s")
 
     ended = start(*mode, *timed, "--", *worker("never_ready"))
 
     assert ended.status == 3, ended
-    assert re.search(rf"not ready within 300ms \(--start-timeout\); {hint}", ended.lines[-1])
+    assert re.search(rf"not ready within {limit} \(--start-timeout\); {hint}", ended.lines[-1])
     assert "READY=1" not in ended.lines[-1]
     assert start.left() == []
 

@@ -81,7 +81,7 @@ def test_clients_go_back_though_the_files_were_removed(
     protector: Callable[..., Protector], path: Path, place: Path, release: Release
 ) -> None:
     release.becomes(*SERVER)
-    words = (*MODE, "--settle", "2s", "--control", place, f"unix:{path}", "--", release.path)
+    words = (*MODE, "--settle", "5s", "--control", place, f"unix:{path}", "--", release.path)
     daemon = protector(*words).ready()
     mark = daemon.signal(signal.SIGHUP)
     daemon.log.wait_for("event=route generation=2", after=mark)

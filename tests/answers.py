@@ -55,7 +55,8 @@ def lost(old: Any, new: Any, place: str = "$") -> Iterator[str]:
             yield f"{place}: {old}, now {new}"
     elif isinstance(old, list) and isinstance(new, list):
         if old and isinstance(old[0], dict):  # such as anyOf, whose order stays
-            for at, (each, now) in enumerate(zip_longest(old, new[: len(old)])):
+            shown = new if "/properties/" in place else new[: len(old)]  # of a field: its types
+            for at, (each, now) in enumerate(zip_longest(old, shown)):
                 yield from lost(each, now, f"{place}/{at}")
         else:
             yield from (f"{place}: {each}" for each in old if each not in new)

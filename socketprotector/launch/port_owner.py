@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ def of_port(host: str, port: int) -> str:
     """Return, for an error, which process has a TCP port, and what to do."""
     try:
         return _of_port(host, port)
-    except MemoryError:  # `ulimit -v`
+    except (MemoryError, OSError):  # `ulimit -v`; no free descriptor
         return _UNKNOWN
 
 
@@ -77,9 +77,9 @@ def _sockets_of(process: Any) -> Iterable[Any]:
 
 
 def _advice(pids: Iterable[int], listens: Callable[[Any], bool]) -> str:
-    """Return which process has an address, and what to do; "" if each of the processes has ended.
+    """Return which process has an address, and what to do; "" if no process can be named.
 
-    pids: processes that have the address; the first that still runs is named.
+    pids: processes that have the address; the first that runs, and may be read, is named.
     listens: returns True for a socket that listens on the address.
     """
     for pid in pids:
@@ -104,11 +104,18 @@ def _advice(pids: Iterable[int], listens: Callable[[Any], bool]) -> str:
 
 def _is_of_protector(pid: int) -> bool:
     """Return True if a process is the protector, or a descendant of the protector."""
+    return any(each.pid == protector for each, _ in _line_of(pid))
+
+
+def _line_of(pid: int) -> Iterator[tuple[Any, str]]:
+    """Yield a process and its ancestors with their names, as far as they may be read."""
     import psutil
 
-    with suppress(psutil.Error):
-        return protector in (pid, *(each.pid for each in psutil.Process(pid).parents()))
-    return False
+    with suppress(psutil.Error, OSError):  # with `hidepid=1` other users' processes
+        each: Any = psutil.Process(pid)
+        while each:
+            yield each, each.name()
+            each = each.parent()
 
 
 def _holder_to_name(pid: int, listens: Callable[[Any], bool]) -> tuple[int, str]:
@@ -117,18 +124,25 @@ def _holder_to_name(pid: int, listens: Callable[[Any], bool]) -> tuple[int, str]
     Under --handoff listener, workers have the socket, too.  If an operator stopped a worker, the
     protector would replace the worker, and the address would still be in use.  A guard would
     replace a protector, so the guard is named.
-    The program is "" if the process has ended.
+    The program is "" if the process has ended, or may not be read.
     """
+    named = (pid, "")
+    for each, name in _line_of(pid):
+        if each.pid == pid or (name == _OURS and _may_listen(each, listens)):
+            named = (each.pid, name)
+    return named if _runs(named[0]) else (pid, "")
+
+
+def _runs(pid: int) -> bool:
+    """Return False if a process has ended, also if its parent has not noticed that yet."""
     import psutil
 
-    named = (pid, "")
-    with suppress(psutil.Error):  # a child of the process may still have the socket
-        process = psutil.Process(pid)
-        named = (pid, process.name())
-        for each in (process, *process.parents()):
-            if each.name() == _OURS and _may_listen(each, listens):
-                named = (each.pid, _OURS)
-    return named if psutil.pid_exists(named[0]) else (pid, "")
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+    except (psutil.Error, OSError):
+        return True
 
 
 def _may_listen(process: Any, listens: Callable[[Any], bool]) -> bool:
@@ -153,7 +167,7 @@ def of_path(path: str) -> str:
         return each.family == socket.AF_UNIX and path_of(str(each.laddr)) == path
 
     pid = _peer("\0" + path[1:] if path.startswith("@") else path)
-    if pid and not os.path.exists(f"/proc/{pid}"):  # the program was killed; its children have it
+    if pid and not _runs(pid):  # the program was killed; its children have it
         pid = _holder(listens)
     return _advice([pid] if pid else [], listens) or _UNKNOWN
 
@@ -170,11 +184,11 @@ def _holder(listens: Callable[[Any], bool]) -> int | None:
 
 
 def _peer(address: str) -> int | None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
             probe.connect(address)
             found = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        except OSError:
-            return None
+    except OSError:
+        return None
     pid, _, _ = _CREDENTIALS.unpack(found)
     return int(pid)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -245,27 +246,37 @@ def test_a_protector_is_named_and_not_its_worker_that_accepts() -> None:
     assert of_another == f"{protector}{ELSE}"  # at a reload, `diff` would ask itself
 
 
-def test_a_process_is_named_though_its_parents_may_not_be_read(
+def test_a_process_is_named_though_an_ancestor_may_not_be_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With `hidepid=1` a user may read only the user's own processes."""
+    real = psutil.Process.parent
 
-    def parents(process: psutil.Process) -> list[psutil.Process]:
-        raise psutil.AccessDenied(process.ppid())
+    def parent(process: psutil.Process) -> psutil.Process | None:
+        if process.pid == os.getpid():
+            raise psutil.AccessDenied(os.getppid())
+        return real(process)
 
-    monkeypatch.setattr(psutil.Process, "parents", parents)
+    monkeypatch.setattr(psutil.Process, "parent", parent)
     words = (sys.executable, "-c", "open(0).read()")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         holder = subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=[taken.fileno()])
         port = taken.getsockname()[1]
     with holder:
         said = port_owner.of_port("127.0.0.1", port)
+        monkeypatch.setattr(port_owner, "protector", os.getpid())
+        at_a_reload = port_owner.of_port("127.0.0.1", port)
 
     assert said.startswith(f"process {holder.pid} (python")
+    assert at_a_reload.startswith(f"its process {holder.pid} has it: leave it out")
 
 
-def test_a_process_that_has_ended_meanwhile_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """/proc is read before the processes found there are looked at."""
+@pytest.mark.parametrize("reaped", [True, False])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_process_that_has_ended_meanwhile_is_not_named(
+    monkeypatch: pytest.MonkeyPatch, reaped: bool, at_once: bool
+) -> None:
+    """/proc is read before the processes found there are looked at, and again if none runs."""
     real = psutil.net_connections
     with (
         subprocess.Popen((sys.executable, "-c", "")) as ended,
@@ -276,13 +287,18 @@ def test_a_process_that_has_ended_meanwhile_is_not_named(monkeypatch: pytest.Mon
             pass_fds=[taken.fileno()],
         ) as holder,
     ):
-        ended.wait()
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        if reaped:
+            ended.wait()
         port = taken.getsockname()[1]
         taken.close()
+        times = iter(range(2))
 
         def net_connections(kind: str) -> list[object]:
-            found = [each for each in real(kind) if each.pid == holder.pid]
-            return [found[0]._replace(pid=ended.pid), *found]
+            found: list[Any] = [each for each in real(kind) if each.pid == holder.pid]
+            if next(times) == 0:
+                return [found[0]._replace(pid=ended.pid), *(found if at_once else [])]
+            return found
 
         monkeypatch.setattr(psutil, "net_connections", net_connections)
         said = port_owner.of_port("127.0.0.1", port)

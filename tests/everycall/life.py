@@ -163,8 +163,11 @@ class Life:
     def said(self) -> str:
         return (self.folder / "err").read_text(errors="replace")
 
-    def ctl(self, *words: str) -> int:
-        """Run socketprotectorctl, under faults as well; return its status."""
+    def ctl(self, *words: str, expected: int = 0) -> int:
+        """Run socketprotectorctl, under faults as well; return its status.
+
+        expected: the status without a fault.
+        """
         control = (PYTHON, "-m", "socketprotector.ctl", "--pid-file", "pid", *words)
         try:
             done = subprocess.run(
@@ -180,8 +183,11 @@ class Life:
             self.problems.append(f"{words[0]} did not end")
             return 1
         self.look_for_tracebacks(done.stderr)
-        if done.returncode > 0 and not done.stderr.strip() + done.stdout.strip():
+        said = (done.stderr + done.stdout).strip()
+        if done.returncode > 0 and not said:
             self.problems.append(f"{words[0]} ended with status {done.returncode} and no line")
+        if done.returncode != expected and not self.plan:  # without a fault it must do its work
+            self.problems.append(f"{words[0]} ended with status {done.returncode}: {said}")
         return done.returncode
 
     def send(self, number: signal.Signals, pid: int = 0) -> None:
@@ -203,11 +209,13 @@ class Life:
     def must_say(self, pattern: str, times: int = 1) -> None:
         """Wait for a line of the log, which only a kill may prevent."""
         if not self.says(pattern, times) and not self.kills:
-            self.problems.append(f"the log has no line {pattern}")
+            counted = re.search(r"dropped_lines=\d+", self.log)
+            self.problems.append(f"the log has no line {pattern}; {counted and counted[0]}")
 
     @property
     def kills(self) -> bool:
-        return self.plan.endswith(f" {KILL}")
+        """Whether the fault was a kill, so that an order or a line may be lost."""
+        return self.plan.endswith(f" {KILL}") and self.fired
 
     @property
     def release(self) -> str:
@@ -274,7 +282,8 @@ class Life:
             if operation.load:
                 clients.join()
         self._end()
-        if self.lost > int(self.kills):
+        # A worker that dies has at most the one client of that time.
+        if self.lost > int(self.kills) + (operation.act is death):
             self.problems.append(f"{self.lost} connections lost")
         return self.problems
 
@@ -387,12 +396,16 @@ def rollback(life: Life) -> None:
 
 
 def _canary_until(life: Life, order: str, line: str) -> None:
-    begun = life.ctl("reload", "--no-wait", "--canary", "50%", "--for", "3s")
-    ordered = 1
-    if life.says("event=(route .*sharing|reload-failed)"):
-        ordered = life.ctl(order)
-    if begun == 0:
-        life.must_say(OUTCOME if ordered else line)
+    # The canary would last longer than must_say() waits.
+    if life.ctl("reload", "--no-wait", "--canary", "50%", "--for", "60s"):
+        return
+    life.must_say("event=(route .*sharing|reload-failed)")
+    if "event=reload-failed" in life.log:
+        return
+    if life.ctl(order) == 0:
+        life.must_say(line)
+    else:
+        life.ctl("rollback")
 
 
 def deploy(life: Life) -> None:
@@ -401,8 +414,10 @@ def deploy(life: Life) -> None:
 
 
 def failed_deploy(life: Life) -> None:
-    if life.ctl("deploy", "bad", "--timeout", "15s") == 0:
+    if life.ctl("deploy", "bad", "--timeout", "15s", expected=3) == 0:
         life.problems.append("a deploy of a bad release succeeded")
+    if life.release == "bad" and not life.plan:
+        life.problems.append("the bad release is current")
 
 
 def hold(life: Life) -> None:
@@ -424,24 +439,27 @@ def recovery(life: Life) -> None:
 def rotation(life: Life) -> None:
     (life.folder / "log").rename(life.folder / "sites.log")
     life.send(signal.SIGUSR1)
-    if not life.says("event=reopened"):  # a kill came first: logrotate's next run asks again
-        life.send(signal.SIGUSR1)
+    old = life.folder / "sites.log"
+    if not life.says("event=reopened"):
+        if not life.kills and "event=reopen-failed" not in old.read_text(errors="replace"):
+            life.problems.append("the log has no line about its rotation")
+        life.send(signal.SIGUSR1)  # as logrotate's next run does
         life.must_say("event=reopened")
-    text = (life.folder / "sites.log").read_text(errors="replace") + life.log
+    text = old.read_text(errors="replace") + life.log
     (life.folder / "sites.log").unlink()
     life.look_for_tracebacks(text)
 
 
 def stop(life: Life) -> None:
     life.send(signal.SIGTERM)
-    wait_gone(marked(life.mark[MARK]), LIMIT_S / 2)
+    if wait_gone(marked(life.mark[MARK]), LIMIT_S) and not life.kills:
+        life.problems.append("a stop had no effect")
 
 
 def death(life: Life) -> None:
     pids = re.findall(r"event=spawned .*\bpid=(\d+)", life.log)
     life.send(signal.SIGKILL, int(pids[-1]))
     life.must_say("event=worker-ready", 2)
-    life.lost = max(0, life.lost - 1)  # the one client at that time was that worker's
 
 
 OPERATIONS = {

@@ -344,7 +344,9 @@ def test_a_release_needs_the_upgrade_and_the_downgrade_under_load() -> None:
     needed = ["tests/scenarios/test_release_before.py", "tests/scenarios/test_upgrade_from.py"]
     assert f"pytest -v {' '.join(needed)}\n" in compatible
     assert all((ROOT / each).exists() for each in needed)
-    assert build.startswith("    needs: compatible\n")
+    assert build.startswith("    needs: [check, compatible]\n")
+    assert "\n  check:\n" in text
+    assert "    uses: ./.github/workflows/check.yml\n" in text
     assert publish.startswith("    needs: build\n")
 
 

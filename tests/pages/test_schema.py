@@ -60,6 +60,7 @@ def test_a_loss_from_one_schema_to_the_next_is_found() -> None:
     gained = ["boolean", *STATUS["held_s"]["type"]]
     status["properties"]["held_s"]["type"] = gained
     del status["properties"]["log_level"]["enum"][0]
+    status["properties"]["dry_run"]["anyOf"].append({"type": "string"})
 
     at = "$/$defs/result-status"
     assert {*answers.lost(answers.SCHEMA, new)} == {
@@ -67,6 +68,7 @@ def test_a_loss_from_one_schema_to_the_next_is_found() -> None:
         f"{at}/properties/health/anyOf/0/properties/probe",
         f"{at}/properties/health/anyOf/1: {{'type': 'null'}}, now None",
         f"{at}/required: name",
+        f"{at}/properties/dry_run/anyOf/2: None, now {{'type': 'string'}}",
         f"{at}/properties/version/type: string, now integer",
         f"{at}/properties/held_s/type: {gained[1:]}, now {gained}",
         f"{at}/properties/log_level/enum: {STATUS['log_level']['enum'][0]}",

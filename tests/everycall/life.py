@@ -404,8 +404,8 @@ def _canary_until(life: Life, order: str, line: str) -> None:
         return
     if life.ctl(order) == 0:
         life.must_say(line)
-    else:
-        life.ctl("rollback")
+    else:  # the fault may have ended the generation that it would go back to
+        life.ctl("promote" if order == "rollback" else "rollback")
 
 
 def deploy(life: Life) -> None:

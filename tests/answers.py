@@ -49,9 +49,7 @@ def lost(old: Any, new: Any, place: str = "$") -> Iterator[str]:
             else:
                 yield f"{place}/{name}"
     elif place.endswith("/type"):  # one name, or a list of them
-        if {*([old] if isinstance(old, str) else old)} != {
-            *([new] if isinstance(new, str) else new)
-        }:
+        if _types(old) != _types(new):
             yield f"{place}: {old}, now {new}"
     elif isinstance(old, list) and isinstance(new, list):
         if old and isinstance(old[0], dict):  # such as anyOf, whose order stays
@@ -62,6 +60,10 @@ def lost(old: Any, new: Any, place: str = "$") -> Iterator[str]:
             yield from (f"{place}: {each}" for each in old if each not in new)
     elif old != new:
         yield f"{place}: {old}, now {new}"
+
+
+def _types(named: str | list[str]) -> set[str]:
+    return {named} if isinstance(named, str) else {*named}
 
 
 #: In JSON Schema 2.0 is an integer.  Here it is not: the field has another type.

@@ -104,10 +104,10 @@ def _advice(pids: Iterable[int], listens: Callable[[Any], bool]) -> str:
 
 def _is_of_protector(pid: int) -> bool:
     """Return True if a process is the protector, or a descendant of the protector."""
-    return any(each.pid == protector for each, _ in _line_of(pid))
+    return any(each.pid == protector for each, _ in _with_ancestors(pid))
 
 
-def _line_of(pid: int) -> Iterator[tuple[Any, str]]:
+def _with_ancestors(pid: int) -> Iterator[tuple[Any, str]]:
     """Yield a process and its ancestors with their names, as far as they may be read."""
     import psutil
 
@@ -127,7 +127,7 @@ def _holder_to_name(pid: int, listens: Callable[[Any], bool]) -> tuple[int, str]
     The program is "" if the process has ended, or may not be read.
     """
     named = (pid, "")
-    for each, name in _line_of(pid):
+    for each, name in _with_ancestors(pid):
         if each.pid == pid or (name == _OURS and _may_listen(each, listens)):
             named = (each.pid, name)
     return named if _runs(named[0]) else (pid, "")

@@ -27,10 +27,9 @@ def digest_of_sources() -> str:
     digest = hashlib.sha256()
     packages = ("socketprotector", "client_lib/socketprotector_client", "tests/everycall")
     for package in packages:
-        for path in sorted((ROOT / package).rglob("*.[cp]*")):
-            if path.suffix not in (".c", ".py"):
-                continue
-            digest.update(path.read_bytes())
+        for path in sorted((ROOT / package).rglob("*")):
+            if path.suffix in (".c", ".py"):
+                digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 

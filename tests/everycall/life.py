@@ -209,8 +209,8 @@ class Life:
     def must_say(self, pattern: str, times: int = 1) -> None:
         """Wait for a line of the log, which only a kill may prevent."""
         if not self.says(pattern, times) and not self.kills:
-            counted = re.search(r"dropped_lines=\d+", self.log)
-            self.problems.append(f"the log has no line {pattern}; {counted and counted[0]}")
+            dropped = re.findall(r"dropped_lines=\d+", self.log)
+            self.problems.append(f"the log has no line {pattern} {' '.join(dropped)}")
 
     @property
     def kills(self) -> bool:
@@ -446,7 +446,7 @@ def rotation(life: Life) -> None:
         life.send(signal.SIGUSR1)  # as logrotate's next run does
         life.must_say("event=reopened")
     text = old.read_text(errors="replace") + life.log
-    (life.folder / "sites.log").unlink()
+    old.unlink()
     life.look_for_tracebacks(text)
 
 

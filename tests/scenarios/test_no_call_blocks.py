@@ -382,8 +382,8 @@ class Life:
     def rotate(self) -> None:
         (self.folder / "log").rename(self.folder / "log.1")
         self.daemon.signal(signal.SIGUSR1)
-        reopened = lambda: (self.folder / "log").exists() and "reopened" in self.log  # noqa: E731
-        eventually(reopened, "rotation", PATIENCE_S)
+        new = self.folder / "log"
+        eventually(lambda: new.exists() and "reopened" in self.log, "rotation", PATIENCE_S)
 
     def hold(self) -> None:
         self.control.send("hold", seconds=0.05)

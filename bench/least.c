@@ -1,15 +1,11 @@
 /* The least that can replace workers: fork, exec, and a signal; nothing else.
  *
- *     least [forward|late] PORT|PATH COMMAND...
+ *     least [forward] PORT|PATH COMMAND...
  *
  * It listens, and starts COMMAND twice, with the listener as descriptor 3; at HUP it starts two
  * more and, 0.5 s later, sends TERM to the first two.  With `forward`, it accepts the
  * connections and sends them to the workers (docs/protocol.md, "Channel").  At a reload it then
  * closes the first channel instead of sending TERM, and the first two workers finish.
- *
- * With `late`, TERM comes after 1 s.  Listener mode waits as long, because an earlier TERM would cut
- * off clients that have sent half a request.  With a reload each second, the old workers then end
- * while the next ones start.
  *
  * It checks no release, and waits for none.  So its gap at a reload is mostly the workers' own.
  */
@@ -33,7 +29,7 @@
 
 #include "forward.h"
 
-enum { WORKERS = 2, BACKLOG = 4096, LISTENER = 3, OVERLAP_MS = 500, LATE_MS = 1000 };
+enum { WORKERS = 2, BACKLOG = 4096, LISTENER = 3, OVERLAP_MS = 500 };
 
 struct generation {
     pid_t pids[WORKERS]; /* 0: the worker has ended */
@@ -156,12 +152,11 @@ int main(int argc, char **argv)
 {
     struct sched_param no_priority = {0};
     int forwards = argc > 1 && strcmp(argv[1], "forward") == 0;
-    int late = argc > 1 && strcmp(argv[1], "late") == 0;
     int64_t until_ms = -1; /* when to end the old workers; -1: no replacement is under way */
     int wanted = 0;        /* whether to begin another replacement after this one */
 
-    argv += forwards || late;
-    argc -= forwards || late;
+    argv += forwards;
+    argc -= forwards;
     if (argc < 3)
         return 2;
     sigemptyset(&watched);
@@ -190,7 +185,7 @@ int main(int argc, char **argv)
         }
         if (wanted && until_ms < 0) {
             start(argv + 2, forwards, &newer);
-            until_ms = now_ms() + (late ? LATE_MS : OVERLAP_MS);
+            until_ms = now_ms() + OVERLAP_MS;
             wanted = 0;
         }
         reap();

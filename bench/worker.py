@@ -123,12 +123,12 @@ SOURCES = {
 }
 
 
-def say_ready() -> None:
-    """Tell the protector, if there is one, that connections may come."""
+def say_ready(also: bytes = b"") -> None:
+    """Tell the protector, if there is one, that connections may come; also: further lines."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
+            sock.sendto(b"READY=1" + also, "\0" + address[1:] if address[0] == "@" else address)
 
 
 class Worker:

@@ -111,10 +111,8 @@ def _print(one: Run, names: list[str], chosen: list[str], versions: dict[str, st
     print(f"## All of them\n\n{report.everyone(results, names)}\n")
     print(f"## The best {report.BEST} and ours\n\n{report.chosen(results, chosen)}\n")
     print("## Targets\n")
-    print(report.rows(("longest gap", "ours and those only shown; the best rival's", ""), [
-        (title, text, "holds" if holds else "**missed**")
-        for title, text, holds in report.gaps(results, names)
-    ]))  # fmt: skip
+    header = "longest gap", "ours and those only shown; the best rival's", ""
+    print(report.rows(header, report.gaps(results, names)))
     if figures:
         print(f"\n{table(figures)}")
     print(f"\n## Who they are\n\n{report.manuals(names, versions)}\n")

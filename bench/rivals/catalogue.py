@@ -128,6 +128,11 @@ _OUR_MANUAL = (
     "`--guard` so that a kill of the protector loses no connection; `--ready http:/` so that a "
     "release which answers 500 never serves; it is asked for --start-timeout (60 s, here 10)"
 )
+_ROLLING = "--reload-order rolling --drain-timeout 10s "
+_ROLLING_MANUAL = (
+    _OUR_MANUAL + "; `--reload-order rolling`: one worker after the other, which needs "
+    "--drain-timeout (here 10 s)"
+)
 _TCP, _UNIX = "127.0.0.1:{port}", "unix:{path}"
 
 ALL = (
@@ -155,7 +160,6 @@ ALL = (
         )
         for name, form, worker in (
             ("least", "", "{worker} fd:3"),
-            ("least-late", "late ", "{worker} fd:3"),
             ("least-c", "", "{built}/serve 3"),
             ("least-forward", "forward ", "{worker} library"),
         )
@@ -392,6 +396,25 @@ ALL = (
         "docs/modes.md, docs/probes.md",
         upgrade=("USR2",),
         at_path=_OURS + "--handoff listener --ready http:/ {unix} -- {worker} fd:3",
+        guarded=True,
+    ),
+    Rival(
+        "ours-connection-rolling",
+        _OURS + _ROLLING + "--ready http:/ " + _TCP + " -- {worker} library",
+        "{tools}/SocketProtector --version",
+        _ROLLING_MANUAL,
+        "docs/rollout.md",
+        upgrade=("USR2",),
+        at_path=_OURS + _ROLLING + "--ready http:/ {unix} -- {worker} library",
+        guarded=True,
+    ),
+    Rival(
+        "ours-listener-rolling",
+        _OURS + _ROLLING + "--handoff listener --ready http:/ " + _TCP + " -- {worker} retiring:3",
+        "{tools}/SocketProtector --version",
+        _ROLLING_MANUAL + "; the worker retires at the end of its RETURN line",
+        "docs/rollout.md",
+        upgrade=("USR2",),
         guarded=True,
     ),
     Rival(

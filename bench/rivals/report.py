@@ -316,8 +316,11 @@ def _ahead(measure: _Measure, theirs: float, ours: float) -> bool:
     return theirs < ours * (1 - NOISE)
 
 
-def gaps(results: Results, names: Sequence[str]) -> list[tuple[str, str, bool]]:
-    """Return, for each situation with a reload: our longest gap beside the best rival's."""
+def gaps(results: Results, names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return, for each situation with a reload: our longest gap beside the best rival's.
+
+    The last element names the modes that meet the target.
+    """
     found = []
     for situation, each in SITUATIONS.items():
         if situation in ("memory", "first") or not each.reloads:
@@ -330,14 +333,21 @@ def gaps(results: Results, names: Sequence[str]) -> list[tuple[str, str, bool]]:
         theirs = {name: gap for name, gap in all_gaps.items() if _is_rival(name)}
         shown = (name for name in all_gaps if name not in theirs)
         beside = {name: all_gaps[name] for name in sorted(shown, key=_is_ours, reverse=True)}
-        compared = [gap for name, gap in beside.items() if _is_ours(name)]
+        compared = {name: gap for name, gap in beside.items() if _is_ours(name)}
         if theirs and compared:
             best_name = min(theirs, key=theirs.__getitem__)
             least = max(theirs[best_name] * (1 + NOISE), NO_GAP_MS)
             said = ", ".join(f"{name} {gap:.1f}" for name, gap in beside.items())
             text = f"{said} against {theirs[best_name]:.1f} ms of {best_name}"
-            found.append((each.title, text, all(gap <= least for gap in compared)))
+            meet = [name for name, gap in compared.items() if gap <= least]
+            found.append((each.title, text, _verdict(meet, compared)))
     return found
+
+
+def _verdict(meet: Sequence[str], compared: Iterable[str]) -> str:
+    if not meet:
+        return "**missed**"
+    return "holds" if set(meet) == set(compared) else f"holds for {', '.join(meet)}"
 
 
 def manuals(names: Iterable[str], versions: dict[str, str]) -> str:

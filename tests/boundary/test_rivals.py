@@ -159,10 +159,22 @@ def test_a_longer_gap_than_the_best_rivals_is_missed() -> None:
         Note("ours-listener", "reload", 0, seen() | {"gap_us": 30_000.0}),
     ]
 
-    ((_, text, holds),) = report.gaps(Results(notes), ["nginx", "puma", "ours-listener"])
+    ((_, text, verdict),) = report.gaps(Results(notes), ["nginx", "puma", "ours-listener"])
 
-    assert not holds
+    assert verdict == "**missed**"
     assert text == "ours-listener 30.0 against 20.0 ms of nginx"
+
+
+def test_the_modes_that_meet_a_target_are_named() -> None:
+    names = ["nginx", "ours-listener", "ours-listener-rolling"]
+    gaps = dict(zip(names, (20_000.0, 30_000.0, 20_900.0), strict=True))
+    notes = [Note(name, "reload", 0, seen() | {"gap_us": gap}) for name, gap in gaps.items()]
+
+    ((_, _, verdict),) = report.gaps(Results(notes), names)
+    assert verdict == "holds for ours-listener-rolling"
+
+    ((_, _, verdict),) = report.gaps(Results(notes), ["nginx", "ours-listener-rolling"])
+    assert verdict == "holds"
 
 
 def test_workers_in_c_and_the_least_supervisor_are_shown_and_not_compared() -> None:
@@ -170,9 +182,9 @@ def test_workers_in_c_and_the_least_supervisor_are_shown_and_not_compared() -> N
     gaps = dict(zip(names, (9_000.0, 20_000.0, 10_000.0, 30_000.0), strict=True))
     notes = [Note(name, "reload", 0, seen() | {"gap_us": gap}) for name, gap in gaps.items()]
 
-    ((_, text, holds),) = report.gaps(Results(notes), names)
+    ((_, text, verdict),) = report.gaps(Results(notes), names)
     assert text == "ours-listener 30.0, least 9.0, ours-c 10.0 against 20.0 ms of nginx"
-    assert not holds
+    assert verdict == "**missed**"
 
     assert report.gaps(Results(notes), ["nginx", "ours-c"]) == []
     assert report.best(Results(notes), names) == ["nginx"]

@@ -1,11 +1,12 @@
 """A web server of one process and one loop, for supervisors of any program.
 
-    worker.py [--fork N] SOURCE     SOURCE: fd:N, starter (Server::Starter), library (ours)
-                                    or listen:HOST:PORT
+    worker.py [--fork N] SOURCE     SOURCE: fd:N, starter (Server::Starter), library (ours),
+                                    retiring:N (ours, see below) or listen:HOST:PORT
 
 It answers `PID RELEASE pong`, keeps a connection if the client asks for that, and drains at
 TERM: it accepts no more, and ends each kept connection with the answer to its next request.
 --fork N: a parent with N such processes, which it restarts, as Perl's prefork servers do.
+retiring:N: fd:N that also drains at the end of its RETURN line (docs/protocol.md, "Readiness").
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from bench.worker import SOURCES, say_ready
 #: Longest time of a drain: an idle client does not hold an old worker for longer.
 DRAIN_S = 5.0
 BURST = 16
+_RETIRES = b"\nX_SOCKETPROTECTOR_RETIRE=1"
 
 
 class Server:
     """Owns what it accepts from and every connection."""
 
-    def __init__(self, mode: str, code: int, said: str) -> None:
+    def __init__(self, mode: str, code: int, said: str, *, retires: bool = False) -> None:
         self._source, self._take = SOURCES[mode]()
         self._poll = select.epoll()
         self._poll.register(self._source, select.EPOLLIN)
@@ -42,6 +44,9 @@ class Server:
         self._wake.setblocking(False)
         write.setblocking(False)
         self._poll.register(self._wake.fileno(), select.EPOLLIN)
+        self._return = int(os.environ["SOCKETPROTECTOR_RETURN"]) if retires else -1
+        if retires:
+            self._poll.register(self._return, select.EPOLLIN)
         signal.set_wakeup_fd(write.detach())
         signal.signal(signal.SIGTERM, lambda *_: self._drain())
 
@@ -52,7 +57,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until the drain is over."""
-        say_ready()
+        say_ready(_RETIRES if self._return >= 0 else b"")
         while not self._until_s or self._kept:
             left_s = self._until_s - time.monotonic() if self._until_s else -1
             if self._until_s and left_s <= 0:
@@ -60,6 +65,9 @@ class Server:
             for fd, _ in self._poll.poll(left_s):
                 if fd == self._wake.fileno():
                     self._wake.recv(64)
+                elif fd == self._return:
+                    self._poll.unregister(fd)
+                    self._drain()
                 elif fd != self._source:
                     self._answer(fd, self._kept[fd])
                 elif not self._until_s:
@@ -129,8 +137,8 @@ def prefork(count: int) -> None:
 def main() -> None:
     *fork, source = sys.argv[1:]
     processes = int(fork[1]) if fork else 0
-    if source.startswith("fd:"):
-        os.environ["BENCH_LISTENER"] = source.removeprefix("fd:")
+    if source.startswith(("fd:", "retiring:")):
+        os.environ["BENCH_LISTENER"] = source.partition(":")[2]
     elif source == "starter":
         os.environ["BENCH_LISTENER"] = os.environ["SERVER_STARTER_PORT"].rpartition("=")[2]
     elif source.startswith("listen:"):
@@ -140,7 +148,8 @@ def main() -> None:
     code, said = release()
     if processes:
         prefork(processes)
-    Server("library" if source == "library" else "direct", code, said).run()
+    mode = "library" if source == "library" else "direct"
+    Server(mode, code, said, retires=source.startswith("retiring:")).run()
 
 
 if __name__ == "__main__":

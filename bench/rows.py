@@ -80,13 +80,13 @@ def load(started: Started, at_once: int, seconds: float, *more: str) -> Seen:
 
 
 def _rate(scale: Scale, client: str, *options: str) -> Figure:
-    with protector() as forwarded, direct() as accepting:
-        through, straight = alternately(
-            scale.rounds(9),
-            lambda: load(forwarded, 64, scale(3, 0.5), *options),
-            lambda: load(accepting, 64, scale(3, 0.5), *options),
+    with protector() as forwarded, least() as bare, direct() as accepting:
+        ways = (
+            partial(load, each, 64, scale(3, 0.5), *options)
+            for each in (forwarded, accepting, bare)
         )
-    nothing_failed(through + straight)
+        through, straight, barely = alternately(scale.rounds(9), *ways)
+    nothing_failed(through + straight + barely)
     middle, words = ratio(column(through, "per_second"), column(straight, "per_second"))
     return Figure(
         f"connections/s forwarded / accepting directly, C=64, {client}",
@@ -97,6 +97,7 @@ def _rate(scale: Scale, client: str, *options: str) -> Figure:
         [
             f"{middle_of(through, 'per_second'):,.0f}/s forwarded, "
             f"{middle_of(straight, 'per_second'):,.0f}/s directly",
+            _by_the_least(barely, straight, "per_second", "/s"),
             f"CPU a connection, forwarded: protector {middle_of(through, 'parent_us'):.1f} us, "
             f"worker {middle_of(through, 'workers_us'):.1f}, "
             f"generator {middle_of(through, 'own_cpu_us'):.1f}; "
@@ -177,7 +178,7 @@ def latency(scale: Scale) -> list[Figure]:
                 f"{middle_of(straight, 'p50_us'):.1f}: {longer_us:+.1f} us "
                 f"(p99 {middle_of(through, 'p99_us'):.0f} against "
                 f"{middle_of(straight, 'p99_us'):.0f})",
-                _by_the_least(barely, straight),
+                _by_the_least(barely, straight, "p50_us", " us"),
                 f"seen in place, from the protector's accept to the worker's take: "
                 f"{handed_us:.1f} us: sendmsg {sent_us:.1f}, recvmsg and making the socket "
                 f"{taken_us:.1f}, so waking the worker {handed_us - sent_us - taken_us:.1f}",
@@ -198,17 +199,17 @@ def latency(scale: Scale) -> list[Figure]:
                 f"{middle_of(awake, 'p50_us'):.1f} us against "
                 f"{middle_of(awake_straight, 'p50_us'):.1f}: what is left when the hop to the "
                 "worker need not wake a sleeping core, which in a virtual machine takes long",
-                _by_the_least(awake_barely, awake_straight),
+                _by_the_least(awake_barely, awake_straight, "p50_us", " us"),
             ],
         ),
     ]
 
 
-def _by_the_least(barely: list[Seen], straight: list[Seen]) -> str:
-    """Say how long the minimal forwarder (forward.c) takes beside accepting directly."""
-    _, words = ratio(column(barely, "p50_us"), column(straight, "p50_us"))
-    us = middle_of(barely, "p50_us")
-    return f"forwarded by the least that can (forward.c): {us:.1f} us; / directly {words}"
+def _by_the_least(barely: list[Seen], straight: list[Seen], name: str, unit: str) -> str:
+    """Say what the minimal forwarder (forward.c) has beside accepting directly."""
+    _, words = ratio(column(barely, name), column(straight, name))
+    value = f"{middle_of(barely, name):,.1f}{unit}"
+    return f"forwarded by the least that can (forward.c): {value}; / directly {words}"
 
 
 @contextmanager

@@ -347,7 +347,7 @@ def gaps(results: Results, names: Sequence[str]) -> list[tuple[str, str, str]]:
 def _verdict(meet: Sequence[str], compared: Iterable[str]) -> str:
     if not meet:
         return "**missed**"
-    return "holds" if set(meet) == set(compared) else f"holds for {', '.join(meet)}"
+    return "holds" if set(meet) == set(compared) else f"**missed**; holds for {', '.join(meet)}"
 
 
 def manuals(names: Iterable[str], versions: dict[str, str]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,8 @@ from tests import needs
 from tests.procfs import command_line_of
 from tests.running import DEADLINE_S, eventually, wait_gone
 from tests.together import together
+
+PROGRAM = (sys.executable, "-m", "bench.rivals.programs.worker")
 
 
 def seen(failed: int = 0, connections: int = 1000, **more: Any) -> dict[str, Any]:
@@ -214,6 +218,41 @@ def test_one_row_is_measured_and_printed(tmp_path: Path) -> None:
 
 
 @pytest.mark.costly
+def test_a_retiring_worker_ends_when_its_return_line_ends(tmp_path: Path) -> None:
+    release, address = tmp_path / "release", str(tmp_path / "notify")
+    release.write_text("good 1")
+    line, theirs = socket.socketpair()
+    with (
+        line,
+        theirs,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified,
+    ):
+        notified.bind(address)
+        notified.settimeout(DEADLINE_S)
+        process = subprocess.Popen(
+            [*PROGRAM, f"retiring:{listener.fileno()}"],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "RELEASE": str(release),
+                "NOTIFY_SOCKET": address,
+                "SOCKETPROTECTOR_RETURN": str(theirs.fileno()),
+            },
+            pass_fds=(listener.fileno(), theirs.fileno()),
+        )
+        try:
+            theirs.close()
+            assert notified.recv(100).splitlines() == [b"READY=1", b"X_SOCKETPROTECTOR_RETIRE=1"]
+            with socket.create_connection(listener.getsockname(), DEADLINE_S) as client:
+                client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                assert b"pong" in client.recv(4096)
+                line.close()
+            assert process.wait(DEADLINE_S) == 0
+        finally:
+            process.kill()
+
+
 def test_a_run_that_gets_term_ends_what_it_has_started(tmp_path: Path) -> None:
     if shutil.which("cc") is None:
         needs.skip("cc")

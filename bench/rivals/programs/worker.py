@@ -6,7 +6,8 @@
 It answers `PID RELEASE pong`, keeps a connection if the client asks for that, and drains at
 TERM: it accepts no more, and ends each kept connection with the answer to its next request.
 --fork N: a parent with N such processes, which it restarts, as Perl's prefork servers do.
-retiring:N: fd:N that also drains at the end of its RETURN line (docs/protocol.md, "Readiness").
+retiring:N: fd:N that also drains at the end of its RETURN line
+(docs/protocol.md, "READY and other messages").
 """
 
 from __future__ import annotations

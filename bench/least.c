@@ -1,11 +1,12 @@
 /* The least that can replace workers: fork, exec, and a signal; nothing else.
  *
- *     least [forward] PORT|PATH COMMAND...
+ *     least [forward|rolling] PORT|PATH COMMAND...
  *
  * It listens, and starts COMMAND twice, with the listener as descriptor 3; at HUP it starts two
  * more and, 0.5 s later, sends TERM to the first two.  With `forward`, it accepts the
  * connections and sends them to the workers (docs/protocol.md, "Channel").  At a reload it then
- * closes the first channel instead of sending TERM, and the first two workers finish.
+ * closes the first channel instead of sending TERM, and the first two workers finish.  With
+ * `rolling`, each 0.25 s one worker starts or gets TERM, so usually at most three run.
  *
  * It checks no release, and waits for none.  So its gap at a reload is mostly the workers' own.
  */
@@ -29,7 +30,7 @@
 
 #include "forward.h"
 
-enum { WORKERS = 2, BACKLOG = 4096, LISTENER = 3, OVERLAP_MS = 500 };
+enum { WORKERS = 2, BACKLOG = 4096, LISTENER = 3, STEP_MS = 250 };
 
 struct generation {
     pid_t pids[WORKERS]; /* 0: the worker has ended */
@@ -76,7 +77,8 @@ static void become(char **command, int theirs)
     die(command[0]);
 }
 
-static void start(char **command, int forwards, struct generation *started)
+/* Start `count` workers from number `first` on. */
+static void start(char **command, int forwards, struct generation *started, int first, int count)
 {
     int channel[2] = {-1, -1}, room = 1 << 18;
 
@@ -85,7 +87,7 @@ static void start(char **command, int forwards, struct generation *started)
             die("socketpair");
         setsockopt(channel[1], SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
     }
-    for (int i = 0; i < WORKERS; i++) {
+    for (int i = first; i < first + count; i++) {
         started->pids[i] = fork();
         if (started->pids[i] < 0)
             die("fork");
@@ -97,13 +99,23 @@ static void start(char **command, int forwards, struct generation *started)
     started->channel = channel[1];
 }
 
-static void end(const struct generation *ended)
+/* Let the newer workers from number `first` on take the place of the serving ones. */
+static void replace(int first, int count)
+{
+    serving.channel = newer.channel;
+    for (int i = first; i < first + count; i++) {
+        serving.pids[i] = newer.pids[i];
+        newer.pids[i] = 0;
+    }
+}
+
+static void end(const struct generation *ended, int first, int count)
 {
     if (ended->channel >= 0) {
         close(ended->channel);
         return;
     }
-    for (int i = 0; i < WORKERS; i++)
+    for (int i = first; i < first + count; i++)
         if (ended->pids[i])
             kill(ended->pids[i], SIGTERM);
 }
@@ -152,11 +164,15 @@ int main(int argc, char **argv)
 {
     struct sched_param no_priority = {0};
     int forwards = argc > 1 && strcmp(argv[1], "forward") == 0;
-    int64_t until_ms = -1; /* when to end the old workers; -1: no replacement is under way */
-    int wanted = 0;        /* whether to begin another replacement after this one */
+    int rolls = argc > 1 && strcmp(argv[1], "rolling") == 0;
+    int count = rolls ? 1 : WORKERS; /* how many workers are replaced at once */
+    int first = WORKERS;             /* the first of them; WORKERS: no replacement is under way */
+    int started = 0;                 /* whether the newer ones of them run */
+    int wanted = 0;                  /* whether to begin another replacement after this one */
+    int64_t until_ms = -1;           /* when to start or end workers; -1: never */
 
-    argv += forwards;
-    argc -= forwards;
+    argv += forwards || rolls;
+    argc -= forwards || rolls;
     if (argc < 3)
         return 2;
     sigemptyset(&watched);
@@ -174,25 +190,30 @@ int main(int argc, char **argv)
         fcntl(LISTENER, F_SETFL, fcntl(LISTENER, F_GETFL) | O_NONBLOCK);
         sched_setscheduler(0, SCHED_BATCH, &no_priority);
     }
-    start(argv + 2, forwards, &serving);
+    start(argv + 2, forwards, &serving, 0, WORKERS);
     for (int got = 0; got != SIGTERM;) {
         got = next_signal(signals, forwards, until_ms);
         wanted = wanted || got == SIGHUP;
         if (got == 0) {
-            end(&serving);
-            serving = newer;
-            until_ms = -1;
+            if (started) {
+                end(&serving, first, count);
+                replace(first, count);
+                first += count;
+            } else {
+                start(argv + 2, forwards, &newer, first, count);
+            }
+            started = !started;
+            until_ms = first < WORKERS ? now_ms() + STEP_MS * count : -1;
         }
-        if (wanted && until_ms < 0) {
-            start(argv + 2, forwards, &newer);
-            until_ms = now_ms() + OVERLAP_MS;
-            wanted = 0;
+        if (wanted && first == WORKERS) {
+            wanted = first = 0;
+            until_ms = now_ms();
         }
         reap();
     }
-    end(&serving);
-    if (until_ms >= 0)
-        end(&newer);
+    end(&serving, 0, WORKERS);
+    if (started)
+        end(&newer, first, count);
     while (wait(NULL) > 0 || errno == EINTR)
         ;
     return 0;

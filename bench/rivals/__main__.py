@@ -111,7 +111,7 @@ def _print(one: Run, names: list[str], chosen: list[str], versions: dict[str, st
     print(f"## All of them\n\n{report.everyone(results, names)}\n")
     print(f"## The best {report.BEST} and ours\n\n{report.chosen(results, chosen)}\n")
     print("## Targets\n")
-    header = "longest gap", "ours and those only shown; the best rival's", ""
+    header = "situation", f"{report.GAP}; ours, those only shown, the best rival", ""
     print(report.rows(header, report.gaps(results, names)))
     if figures:
         print(f"\n{table(figures)}")

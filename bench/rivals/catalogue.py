@@ -160,6 +160,7 @@ ALL = (
         )
         for name, form, worker in (
             ("least", "", "{worker} fd:3"),
+            ("least-rolling", "rolling ", "{worker} fd:3"),
             ("least-c", "", "{built}/serve 3"),
             ("least-forward", "forward ", "{worker} library"),
         )

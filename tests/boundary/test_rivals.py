@@ -166,7 +166,22 @@ def test_a_longer_gap_than_the_best_rivals_is_missed() -> None:
     ((_, text, verdict),) = report.gaps(Results(notes), ["nginx", "puma", "ours-listener"])
 
     assert verdict == "**missed**"
-    assert text == "ours-listener 30.0 against 20.0 ms of nginx"
+    assert text == "ours-listener 30.0 (30.0) against 20.0 (20.0) of nginx"
+
+
+def test_gaps_are_compared_by_their_median_and_shown_with_the_longest() -> None:
+    names = ["nginx", "ours-listener"]
+    gaps = {"nginx": (20_000.0, 22_000.0, 90_000.0), "ours-listener": (1e3, 23_000.0, 99_000.0)}
+    notes = [
+        Note(name, "broken", turn, seen() | {"gap_us": gap, "p999_us": 1e3})
+        for name, found in gaps.items()
+        for turn, gap in enumerate(found)
+    ]
+
+    ((_, text, verdict),) = report.gaps(Results(notes), names)
+    assert text == "ours-listener 23.0 (99.0) against 22.0 (90.0) of nginx"
+    assert verdict == "holds"
+    assert "| 0 of 3,000; 23.0 (99.0); 1.0 |" in report.chosen(Results(notes), names)
 
 
 def test_the_modes_that_meet_a_target_are_named() -> None:
@@ -187,14 +202,15 @@ def test_workers_in_c_and_the_least_supervisor_are_shown_and_not_compared() -> N
     notes = [Note(name, "reload", 0, seen() | {"gap_us": gap}) for name, gap in gaps.items()]
 
     ((_, text, verdict),) = report.gaps(Results(notes), names)
-    assert text == "ours-listener 30.0, least 9.0, ours-c 10.0 against 20.0 ms of nginx"
+    ours, least, c = "ours-listener 30.0 (30.0)", "least 9.0 (9.0)", "ours-c 10.0 (10.0)"
+    assert text == f"{ours}, {least}, {c} against 20.0 (20.0) of nginx"
     assert verdict == "**missed**"
 
     assert report.gaps(Results(notes), ["nginx", "ours-c"]) == []
     assert report.best(Results(notes), names) == ["nginx"]
 
     (line,) = report.better(Results(notes), names)
-    assert line.endswith("longest gap: nginx 20.0 ms; ours: ours-listener 30.0 ms")
+    assert line.endswith("longest gap, median: nginx 20.0 ms; ours: ours-listener 30.0 ms")
 
 
 def test_one_that_cannot_be_run_is_listed_with_the_command_that_failed() -> None:

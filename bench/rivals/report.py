@@ -239,7 +239,8 @@ def _measures() -> list[_Measure]:
             continue
         found.append(_Measure(situation, "failed", "share", scale=100, unit=" %"))
         if each.reloads:
-            found.append(_Measure(situation, "longest gap, median", "gap_us", scale=1e-3, unit=" ms"))
+            gap = "longest gap, median"
+            found.append(_Measure(situation, gap, "gap_us", scale=1e-3, unit=" ms"))
         else:
             found.append(_Measure(situation, "connections/s", "per_second", True, True))
         found.append(

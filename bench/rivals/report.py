@@ -250,7 +250,7 @@ def _measures() -> list[_Measure]:
         _Measure("short", "CPU a connection", "cpu_us", same_worker=True, unit=" us"),
         _Measure("memory", "idle", "idle_mb", unit=" MB"),
         _Measure("memory", "at the peak of a reload", "most_mb", unit=" MB"),
-        _Measure("first", "HUP to the first new answer", "first_ms", unit=" ms"),
+        _Measure("first", "median", "first_ms", unit=" ms"),
     ]
     return found
 

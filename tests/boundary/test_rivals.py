@@ -233,7 +233,6 @@ def test_one_row_is_measured_and_printed(tmp_path: Path) -> None:
     assert len(report.read(kept.read_text().splitlines())) == 1
 
 
-@pytest.mark.costly
 def test_a_retiring_worker_ends_when_its_return_line_ends(tmp_path: Path) -> None:
     release, address = tmp_path / "release", str(tmp_path / "notify")
     release.write_text("good 1")
@@ -269,6 +268,7 @@ def test_a_retiring_worker_ends_when_its_return_line_ends(tmp_path: Path) -> Non
             process.kill()
 
 
+@pytest.mark.costly
 def test_a_run_that_gets_term_ends_what_it_has_started(tmp_path: Path) -> None:
     if shutil.which("cc") is None:
         needs.skip("cc")

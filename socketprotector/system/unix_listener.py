@@ -17,6 +17,7 @@ from contextlib import suppress
 
 from ..model.lazy_dataclass import replace
 from ..model.settings import ListenerSettings
+from ..model.share import WHOLE
 from . import bpf, path_group, sock_diag, socket_file
 from .cleanup import on_error
 from .dir_lock import give, locked
@@ -156,13 +157,15 @@ class UnixListener(Listener):
     ) -> None:
         """Steer new clients to socket 0 or 1; if held, to a socket that no worker has.
 
-        marked: unused, because each UNIX socket has an address of its own.  share: unused, because
-        a path leads to one socket.  Raises OSError.
+        marked: unused, because each UNIX socket has an address of its own.  share: if it is above a
+        half, all new clients go to the other socket, because a path leads to one socket.
+        Raises OSError.
         """
         if self.path:
             if held:
                 self.reserve()
-            self._carry_out(self._examine().steer(socket_number % len(self.sockets), held=held))
+            number = 1 - socket_number if 2 * share > WHOLE else socket_number
+            self._carry_out(self._examine().steer(number % len(self.sockets), held=held))
             with suppress(FileNotFoundError, PermissionError):
                 self.file_rights = socket_file.rights_of(self.path)
 

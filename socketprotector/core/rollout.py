@@ -246,8 +246,10 @@ def room(fleet: Fleet, most: int) -> int:
 
 def lacks_room(fleet: Fleet, starting: Generation) -> bool:
     """Return whether a starting generation lacks only workers for which there is no room."""
-    is_ready = starting.ready and len(starting.workers) < fleet.wanted_in(starting)
-    return is_ready and room(fleet, 1) == 0
+    if len(starting.workers) >= fleet.wanted_in(starting) or room(fleet, 1):
+        return False
+    # Probes begin when no worker is missing, so the other workers may await their first probe.
+    return starting.ready or fleet.policy_of(starting.fresh).probes
 
 
 def waits_to_replace(fleet: Fleet) -> bool:

@@ -301,8 +301,12 @@ def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
         if not worker.alive
         and Deadline(TimerKind.WORKER_RESPAWN, worker.number) not in fleet.timers
     ]
-    until = "waiting for the end of the reload" if rollout.waits_to_replace(fleet) else ""
-    if waiting and (until or not rollout.room(fleet, 1)):
-        what = _count(len(waiting), "worker")
-        reason = f"{what} of generation {serving.number}: {until or _room(fleet, facts)}"
-        yield Wait("worker", reason, serving.number)
+    until_end = [each for each in waiting if each.replaces and rollout.waits_to_replace(fleet)]
+    for_room = len(waiting) - len(until_end) if not rollout.room(fleet, 1) else 0
+    for count, awaited in (
+        (len(until_end), "waiting for the end of the reload"),
+        (for_room, _room(fleet, facts)),
+    ):
+        if count:
+            reason = f"{_count(count, 'worker')} of generation {serving.number}: {awaited}"
+            yield Wait("worker", reason, serving.number)

@@ -11,6 +11,7 @@ from socketprotector.core.actions import (
     CancelTimer,
     Drain,
     Open,
+    Probe,
     Report,
     ReportKind,
     Retire,
@@ -778,6 +779,20 @@ def test_the_start_timeout_does_not_count_waiting_for_room(story: Story) -> None
 
     assert story.starting == {2}
     assert [each for each in actions if isinstance(each, StartTimer)]
+
+
+def test_the_start_timeout_does_not_count_the_wait_for_room_before_a_probe(story: Story) -> None:
+    """Probes begin when all new workers run, so none of them is ready before."""
+    story.given(replace(rolling(2), ready="http"), workers=2).and_also(Launched(), Answered(1))
+    story.and_also(WorkerExited(1, DIED, served_s=20.0, orphans=True), ReloadRequested())
+    assert len(story.fleet[2].workers) == 1
+
+    actions = story.when(DeadlinePassed(Deadline(TimerKind.START, 2)))
+
+    assert story.starting == {2}
+    assert [each for each in actions if isinstance(each, StartTimer)]
+    assert Probe(2) in story.when(WorkerExited(1, "orphans gone"))
+    assert ReportKind.RELOAD_FAILED in dict(news(story.when_over(TimerKind.START, 2)))
 
 
 def test_a_worker_that_starts_too_slowly_fails_a_reload_without_room(story: Story) -> None:

@@ -408,3 +408,11 @@ def test_a_worker_that_starts_when_the_loop_turns_does_not_wait_for_room(story: 
     assert [each.state for each in story.fleet[1].workers] == [State.STARTING, State.WAITING]
 
     assert reasons(story) == ["1 worker of generation 1: not ready yet"]
+
+
+def test_an_old_worker_that_died_in_a_rolling_reload_waits_for_room(story: Story) -> None:
+    """Only replacements wait for the end of the reload."""
+    rolling(story)
+    story.when(WorkerExited(3, DIED, served_s=20.0, orphans=True))
+
+    assert reasons(story)[-1] == "1 worker of generation 1: waiting for processes of worker 3"

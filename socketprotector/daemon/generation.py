@@ -15,7 +15,7 @@ from ..model.lazy_dataclass import mutable, replace
 from ..model.records import Counts, GenerationRecord, Program
 from ..system import inherited
 from ..system.program_spec import change_of
-from ..system.scoreboard import SLOTS, Board
+from ..system.scoreboard import Board
 
 
 @mutable
@@ -97,7 +97,7 @@ class OpenGeneration:
     @property
     def accepted(self) -> int | None:
         """Return how many connections the workers have accepted; None: no worker has counted."""
-        slots = range(SLOTS) if self.board is not None else ()
+        slots = self.board.written_slots() if self.board is not None else ()
         found = [self.record.past, *map(self.counts, slots)]
         counted = [each.accepted for each in found if each is not None]
         return sum(counted) if counted else None

@@ -4,15 +4,18 @@ The worker in a slot writes its record, and the protector reads it on request.  
 be resized, so no process can make a read fail by truncating it.  We do not trust
 the values of workers: each value has a limit.
 
-Source: docs/protocol.md, section "Scoreboard"; memfd_create(2), fcntl(2) for the seals.
+Source: docs/protocol.md, section "Scoreboard"; memfd_create(2), fcntl(2) for the seals; lseek(2),
+SEEK_DATA.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
 import sys
+from collections.abc import Iterator
 
 from socketprotector_client import wire
 
@@ -54,6 +57,21 @@ class Board:
     def offset(self, slot: int) -> int:
         """Return the offset of a slot's record, -1 if the slot is not counted."""
         return slot * wire.BOARD_BYTES if slot < SLOTS else -1
+
+    def written_slots(self) -> Iterator[int]:
+        """Yield the workers' slots that may have a record; the others were never written."""
+        slot = 0
+        while slot < SLOTS:
+            try:
+                at = os.lseek(self.fd, slot * wire.BOARD_BYTES, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # the system cannot find written slots
+                    yield from range(slot, SLOTS)
+                return
+            slot = at // wire.BOARD_BYTES
+            if slot < SLOTS:
+                yield slot
+            slot += 1
 
     def read(self, slot: int) -> Counts | None:
         """Return the counts of the worker in a slot; None if it does not count."""

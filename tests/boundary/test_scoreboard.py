@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import struct
@@ -12,7 +13,8 @@ import pytest
 from socketprotector_client import wire
 from socketprotector_client.scoreboard import Scoreboard
 
-from socketprotector.model.records import Counts
+from socketprotector.daemon.generation import OpenGeneration
+from socketprotector.model.records import Counts, GenerationRecord, Program
 from socketprotector.system.scoreboard import SLOTS, Board
 from tests.rounds import rounds
 
@@ -33,6 +35,12 @@ def record(board: Board) -> Iterator[memoryview]:
         words = memoryview(shared).cast("Q")
         yield words
         words.release()
+
+
+def accepted(board: Board) -> int | None:
+    """Return how many connections the workers of a generation with this board have accepted."""
+    program = Program("/w", ("w",), "/", (), 0, (), 0)
+    return OpenGeneration(GenerationRecord(1, program), board).accepted
 
 
 def test_what_a_worker_counts_is_read(board: Board) -> None:
@@ -85,6 +93,30 @@ def test_garbage_is_taken_with_a_limit(board: Board, record: memoryview) -> None
     assert found.accepted == 2**53
     assert found.active == 2**20
     assert set(found.waits) == {2**53}
+
+
+def test_only_the_slots_that_were_written_are_looked_at(board: Board) -> None:
+    assert [*board.written_slots()] == []
+    for slot in (2, 7, SLOTS - 1):
+        Scoreboard(os.dup(board.fd), board.offset(slot)).count_taken(7, 99)
+    os.pwrite(board.fd, b"x", (SLOTS + 3) * wire.BOARD_BYTES)  # a forked child's record
+
+    assert [*board.written_slots()] == [2, 7, SLOTS - 1]
+    board.clear(7)
+    assert accepted(board) == 2
+
+
+def test_each_slot_is_looked_at_where_the_system_finds_no_written_ones(
+    board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EINVAL, "no SEEK_DATA")
+
+    Scoreboard(os.dup(board.fd), board.offset(2)).count_taken(7, 99)
+    monkeypatch.setattr(os, "lseek", fail)
+
+    assert [*board.written_slots()] == [*range(SLOTS)]
+    assert accepted(board) == 1
 
 
 def test_no_more_connections_are_open_than_were_taken(board: Board, record: memoryview) -> None:

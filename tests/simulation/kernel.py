@@ -189,6 +189,13 @@ class Memory(File):
         found = self.slots.get(slot, b"")[begin : begin + size]
         return found.ljust(min(size, max(0, self.size - at)), b"\0")
 
+    def data_from(self, at: int) -> int:
+        """Return where the next slot that was written begins; `at` must be a slot's beginning."""
+        slot = min((each for each in self.slots if each * _SLOT >= at), default=None)
+        if slot is None:
+            raise OSError(errno.ENXIO, "no data")
+        return slot * _SLOT
+
 
 class Pipe(File):
     """Both ends of the pipe that signals come through."""
@@ -396,6 +403,7 @@ class Kernel:
                 read=self._read,
                 pipe2=self._pipe2,
                 pread=lambda fd, size, at: self._memory(fd).read(size, at),
+                lseek=lambda fd, at, _: self._memory(fd, "lseek").data_from(at),
                 pwrite=self._pwrite,
                 fstat=self._fstat,
                 stat=lambda _: SimpleNamespace(st_ctime=0.0),  # of a program, never changed
@@ -464,8 +472,8 @@ class Kernel:
         self.clock_ns += 1000
         return self.clock_ns
 
-    def _memory(self, fd: int) -> Memory:
-        self.enter("pread")
+    def _memory(self, fd: int, call: str = "pread") -> Memory:
+        self.enter(call)
         file = self.file(fd)
         assert isinstance(file, Memory)
         return file

@@ -157,17 +157,25 @@ class UnixListener(Listener):
     ) -> None:
         """Steer new clients to socket 0 or 1; if held, to a socket that no worker has.
 
-        marked: unused, because each UNIX socket has an address of its own.  share: if it is above a
-        half, all new clients go to the other socket, because a path leads to one socket.
-        Raises OSError.
+        marked: unused, because each UNIX socket has an address of its own.  share: see
+        real_share().  Raises OSError.
         """
         if self.path:
             if held:
                 self.reserve()
-            number = 1 - socket_number if 2 * share > WHOLE else socket_number
+            number = 1 - socket_number if self.real_share(share) else socket_number
             self._carry_out(self._examine().steer(number % len(self.sockets), held=held))
             with suppress(FileNotFoundError, PermissionError):
                 self.file_rights = socket_file.rights_of(self.path)
+
+    def real_share(self, share: int) -> int:
+        """Return 0 or WHOLE if each generation has its own socket: the path leads to one of them.
+
+        So from a half on, the other socket gets all new clients.
+        """
+        if not (self.path and self.has_sibling):
+            return share
+        return WHOLE if 2 * share >= WHOLE else 0
 
     def _steer_last(self, socket_number: int) -> None:
         self.steer(socket_number)

@@ -1,11 +1,12 @@
 """Rolling reloads under --handoff listener where two generations cannot share an address's clients.
 
-At a UNIX path the generation with more ready workers gets all new clients.  At a listener with one
-socket both generations accept.
+At a UNIX path the new generation gets no new clients until half of the ready workers are new, and
+then all.  At a listener with one socket both generations accept.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from tests.scenarios.adopting import kill_protector, revived, served, upgrade
 from tests.scenarios.config_file import File
 from tests.scenarios.operating import OBEYS, Operated
 from tests.scenarios.running_ctl import Running
+from tests.scenarios.tools import hold as stand_still
 from tests.scenarios.tools import pid_in
 from tests.unit.ctl.conftest import run
 
@@ -49,15 +51,19 @@ def one(protector: Starter, path: Path, place: Path) -> Iterator[Operated]:
 class Halfway:
     """A rolling reload that stays where two of three workers are new: the path has moved."""
 
-    def __init__(self, one: Operated, path: Path, *more: str) -> None:
+    def __init__(self, one: Operated, path: Path) -> None:
         self.one, self.path = one, path
         self.held = ExitStack()
         clients = self._in_each(one.pids(1))
-        self.reload = Running("--control", str(one.path), "reload", *more)
+        self.reload = Running("--control", str(one.path), "reload")
         first = self._retiring()
+        assert self._replaced() == 1
+        assert self.share == 0.0
+        assert self.all_come_to(1)
         clients.pop(first).close()
         eventually(lambda: self._replaced() == 2, "the second new worker")
         assert self._retiring() != first
+        assert self.share == 100.0
 
     def _in_each(self, pids: list[int]) -> dict[int, Client]:
         """Keep a client in each worker."""
@@ -82,6 +88,11 @@ class Halfway:
 
         eventually(looked, "an old worker that finishes")
         return found[0]
+
+    @property
+    def share(self) -> float:
+        """The new generation's share in the status, in percent."""
+        return float(self.one.status()["rollout"]["share"])
 
     def _replaced(self) -> int:
         return int(self.one.status().get("rollout", {}).get("replaced", 0))
@@ -116,12 +127,41 @@ def test_rolling_reloads_upgrades_and_kills_at_a_path_lose_no_client(
     assert load.snapshot().failures == ()
 
 
-def test_the_path_leads_to_the_generation_with_more_workers(one: Operated, path: Path) -> None:
+def test_the_path_leads_to_the_new_generation_once_half_of_the_workers_are_new(
+    one: Operated, path: Path
+) -> None:
     halfway = Halfway(one, path)
     assert halfway.all_come_to(2)
 
     halfway.end()
     assert halfway.all_come_to(2)
+    shown = halfway.reload.err.text()
+    assert "switched: 100% of new connections go to generation 2" in shown
+    assert "switched: 0%" not in shown
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("numbers", [("1", "1"), ("2", "100%")], ids=["1", "2"])
+def test_as_many_new_workers_as_old_ones_get_the_clients_while_they_settle(
+    protector: Starter, path: Path, place: Path, numbers: tuple[str, str]
+) -> None:
+    """A release that fails at its first clients must not pass."""
+    workers, surge = numbers
+    words = (*MODE, *ROLLING[:-1], workers, "--surge", surge, "--settle", "1h", "--control", place)
+    one = Operated(protector(*words, f"unix:{path}", "--", *WORKER).ready(), place)
+    reload = Running("--control", str(place), "reload")
+    eventually(
+        lambda: one.status().get("rollout", {}).get("stage") == "settling", "the time of --settle"
+    )
+    assert one.status()["rollout"]["share"] == 100.0
+
+    victim = pid_in(ask(str(path)))
+    assert victim in one.pids(2)
+    os.kill(victim, signal.SIGKILL)
+
+    assert reload.wait() == 3, reload.err.text()
+    assert pid_in(ask(str(path))) in one.pids(1)
+    one.daemon.stop()
 
 
 @pytest.mark.costly
@@ -158,9 +198,11 @@ def test_a_rollback_gives_the_clients_back(one: Operated, path: Path) -> None:
 def test_a_hold_in_the_middle_ends_with_all_clients_answered(one: Operated, path: Path) -> None:
     halfway = Halfway(one, path)
     with Load(f"unix:{path}", concurrency=4) as load:
+        mark = len(one.daemon.log.seen)
         assert run("--control", str(one.path), "hold", "--for", "60s").status == 0
         eventually(lambda: load.snapshot().open_now == 4, "clients that wait")
         assert run("--control", str(one.path), "release").status == 0
+        one.daemon.log.wait_for("clients that waited during the hold come first", after=mark)
         served(load)
         halfway.end()
         served(load)
@@ -172,9 +214,11 @@ def test_removed_files_are_made_again_in_the_middle(one: Operated, path: Path) -
     halfway = Halfway(one, path)
     for each in path.parent.iterdir():
         each.unlink()
-    one.daemon.signal(signal.SIGUSR1)
+    eventually(path.exists, "the path")
+    assert pid_in(ask(str(path)))
 
-    halfway.end()
+    halfway.held.close()
+    halfway.reload.wait()
     one.daemon.reload()
     assert pid_in(ask(str(path))) in one.pids(one.status()["route"])
 
@@ -182,9 +226,15 @@ def test_removed_files_are_made_again_in_the_middle(one: Operated, path: Path) -
 @pytest.mark.costly
 def test_a_stop_in_the_middle_answers_all_that_have_connected(one: Operated, path: Path) -> None:
     halfway = Halfway(one, path)
-    halfway.held.close()
+    new = one.pids(2)
+    for pid in new:
+        stand_still(pid)
     waiting = [Client(str(path), f"{number}") for number in range(50)]
-    one.daemon.signal(signal.SIGTERM)
+    mark = one.daemon.signal(signal.SIGTERM)
+    one.daemon.log.wait_for("event=stopping", after=mark)
+    halfway.held.close()
+    for pid in new:
+        os.kill(pid, signal.SIGCONT)
     for number, each in enumerate(waiting):
         assert each.hear().endswith(f"] {number}")
         each.close()

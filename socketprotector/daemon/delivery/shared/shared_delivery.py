@@ -189,6 +189,11 @@ class SharedDelivery(Delivery):
         both = frozenset(n for n in indices if generation.knows(n) and sharing.knows(n))
         return Share(sharing.record.number, share, both)
 
+    def real_share(self, share: int) -> int:
+        # If the listeners differ, the listeners that divide their clients count.
+        shares = {each.real_share(share) for each in self._listeners if not each.lost}
+        return shares.pop() if len(shares) == 1 else share
+
     def met(self, generation: OpenGeneration) -> int | None:
         """Return how many clients the workers have accepted.
 

@@ -199,10 +199,6 @@ class Listener:
         """
         return ""
 
-    def real_share(self, share: int) -> int:
-        """Return the share that the other socket gets if steer() is called with this share."""
-        return share
-
     def ensure_address(self, socket_number: int) -> tuple[str, int]:
         """Return a socket's address for local clients; over TCP a probe mark selects the socket."""
         return self.local_address

@@ -17,7 +17,6 @@ from contextlib import suppress
 
 from ..model.lazy_dataclass import replace
 from ..model.settings import ListenerSettings
-from ..model.share import WHOLE
 from . import bpf, path_group, sock_diag, socket_file
 from .cleanup import on_error
 from .dir_lock import give, locked
@@ -158,24 +157,15 @@ class UnixListener(Listener):
         """Steer new clients to socket 0 or 1; if held, to a socket that no worker has.
 
         marked: unused, because each UNIX socket has an address of its own.  share: see
-        real_share().  Raises OSError.
+        path_group.real_share().  Raises OSError.
         """
         if self.path:
             if held:
                 self.reserve()
-            number = 1 - socket_number if self.real_share(share) else socket_number
+            number = 1 - socket_number if path_group.real_share(share) else socket_number
             self._carry_out(self._examine().steer(number % len(self.sockets), held=held))
             with suppress(FileNotFoundError, PermissionError):
                 self.file_rights = socket_file.rights_of(self.path)
-
-    def real_share(self, share: int) -> int:
-        """Return 0 or WHOLE if each generation has its own socket: the path leads to one of them.
-
-        So from a half on, the other socket gets all new clients.
-        """
-        if not (self.path and self.has_sibling):
-            return share
-        return WHOLE if 2 * share >= WHOLE else 0
 
     def _steer_last(self, socket_number: int) -> None:
         self.steer(socket_number)

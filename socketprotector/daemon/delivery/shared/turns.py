@@ -91,7 +91,7 @@ class Turns:
         """Return the canary's share of a listener's new clients, in ten-thousandths.
 
         0: a single socket gets all new clients of the listener.  At a UNIX path one socket gets
-        them with any share (UnixListener.real_share()).
+        them with any share (real_share() in system/path_group.py).
         """
         share, other = self.share, 1 - self.current
         if share is None or listener.index not in share.listeners or not listener.has_sibling:

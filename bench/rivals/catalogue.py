@@ -416,9 +416,6 @@ ALL = (
         _ROLLING_MANUAL + "; the worker retires at the end of its RETURN line",
         "docs/rollout.md",
         upgrade=("USR2",),
-        at_path=_OURS
-        + _ROLLING
-        + "--handoff listener --ready http:/ {unix} -- {worker} retiring:3",
         guarded=True,
     ),
     Rival(

@@ -21,7 +21,7 @@ from ..model.text import headline
 from ..model.wait_lines import WaitLines
 from .cli import plural
 from .client import Message
-from .fields import listed, measure, number_in, share_of, text_in, waits_of
+from .fields import listed, measure, number_in, text_in, waits_of
 
 #: The phases of ending generations.
 ENDING = ("draining", "abandoned")
@@ -219,7 +219,7 @@ class Reload(Awaited):
             if each.get("phase") == "settling":
                 if status.get("route") in (number, None):
                     self._show_switch(number)
-                elif share_of(status, number) != 0:
+                else:
                     self._show_share(number)
         # Once we have shown which generation is starting, hide waits of kind `earlier-reload`.
         # They now mean that a later reload waits for our generation, or that our reload waits for
@@ -301,7 +301,7 @@ class Reload(Awaited):
     def _show_share(self, number: int, share: str = "a share") -> None:
         """Show, once, that a generation gets a share of the new connections."""
         progress = self._progress_of(number)
-        if not progress.share_shown and share != "0%":
+        if not progress.share_shown:
             progress.share_shown = True
             self.tell(f"switched: {share} of new connections go to generation {number}")
 

@@ -310,7 +310,7 @@ class Effects(Host):
             if each.program.spreads:
                 spread.warn_if_unable(each, self.pool.records(), self._log)
         self.delivery.route_to(generation, served_before=served_before, sharing=other, share=share)
-        part = percent(self.delivery.real_share(share)) if other is not None else None
+        part = percent(share) if other is not None else None
         self._log.write("info", "route", generation=number, sharing=part and sharing, share=part)
         self.probing.set_serving(generation)
 

@@ -254,7 +254,7 @@ class LiveSettings:
         """
         policy = new.policy
         cannot = no_canary_under(policy) if canary else None
-        if cannot is None and (canary or policy.canary):
+        if cannot is None and (canary or policy.canary or policy.rolls):
             remaining = [e for e in self._delivery.listeners if not new.listeners[e.index].removed]
             cannot = self._delivery.cannot_share([*remaining, *added])
         if cannot is not None and canary:

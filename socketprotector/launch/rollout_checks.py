@@ -1,8 +1,8 @@
 """Refuses --settle, a canary or a rolling reload that could not work, before anything is bound.
 
-In listener mode, a canary needs two sockets for each TCP listener, and no UNIX listener.  A rolling
-reload needs workers that use the client library.  Without the library, a worker that ends may cut
-clients that it has accepted, and one worker may be a whole server with many processes.
+In listener mode, a canary and a rolling reload need two sockets for each listener.  A rolling
+reload also needs workers that use the client library.  Without the library, a worker that ends may
+cut clients that it has accepted, and one worker may be a whole server with many processes.
 
 A command does not show whether it uses the library, so only well-known servers are refused here.
 core/workers.py refuses other servers when the first worker is ready without the library's
@@ -15,7 +15,6 @@ from collections.abc import Collection, Iterator, Sequence
 
 from ..model import known_servers
 from ..model.errors import UsageError
-from ..model.policy import Policy
 from ..model.ready_kinds import PROBED
 from ..model.settings import Settings
 from . import server_hints
@@ -44,9 +43,10 @@ def refusals(
     if policy.rolls:
         for refused in _rolling(settings):
             yield "reload_order", refused
-    for listen in listens if _has_shared_canary(policy) else ():
+    option = _sharing_option(settings)
+    for listen in listens if option else ():
         if why := _why_one_socket(listen):
-            yield "canary", _one_socket(listen.text, why)
+            yield option, _one_socket(option, listen.text, why)
 
 
 def _rolling(settings: Settings) -> Iterator[str]:
@@ -74,14 +74,21 @@ def _rolling(settings: Settings) -> Iterator[str]:
         )
 
 
-def _has_shared_canary(policy: Policy) -> bool:
-    """Return whether a canary gets its share from the listeners' sockets."""
-    return policy.workers_accept and policy.canary is not None
+def _sharing_option(settings: Settings) -> str:
+    """Return the option that makes two generations share the clients of a listener's sockets.
+
+    Returns "" if there is no such option, or if the protector accepts the clients.
+    """
+    policy = settings.policy
+    if not policy.workers_accept:
+        return ""
+    return "canary" if policy.canary else "reload_order" if policy.rolls else ""
 
 
-def _one_socket(where: str, why: str) -> str:
+def _one_socket(option: str, where: str, why: str) -> str:
+    words = _ROLLING if option == "reload_order" else "--canary"
     return (
-        f"--canary: all new clients of {where} ({why}) reach one socket, so two generations cannot "
+        f"{words}: all new clients of {where} ({why}) reach one socket, so two generations cannot "
         "share them; leave the option out, or listen on TCP"
     )
 
@@ -93,11 +100,12 @@ def _why_one_socket(listen: Listen) -> str:
 
 
 def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
-    """Refuse a canary if a listener turned out to have only one socket.
+    """Refuse a canary or a rolling reload if a listener turned out to have only one socket.
 
     siblings: the indexes of the listeners with a second socket.
     """
-    for index, each in enumerate(settings.listeners if _has_shared_canary(settings.policy) else ()):
+    option = _sharing_option(settings)
+    for index, each in enumerate(settings.listeners if option else ()):
         if index not in siblings:
             why = "passed in without ReusePort=yes, or no second socket could be made"
-            raise UsageError(_one_socket(each.text, why))
+            raise UsageError(_one_socket(option, each.text, why))

@@ -14,7 +14,6 @@ import errno
 import os
 
 from ..model.lazy_dataclass import frozen, replace
-from ..model.share import WHOLE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -271,14 +270,6 @@ class PathGroup:
 
     def _remove_leftovers(self) -> Plan:
         return tuple(map(RemoveLeftover, self.leftovers))
-
-
-def real_share(share: int) -> int:
-    """Return which share of a path's new clients the other socket gets: WHOLE from a half on, or 0.
-
-    share: the wanted share.  A path leads to one socket.
-    """
-    return WHOLE if 2 * share >= WHOLE else 0
 
 
 def undo(done: Sequence[Step]) -> Plan:

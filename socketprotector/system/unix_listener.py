@@ -156,14 +156,13 @@ class UnixListener(Listener):
     ) -> None:
         """Steer new clients to socket 0 or 1; if held, to a socket that no worker has.
 
-        marked: unused, because each UNIX socket has an address of its own.  share: see
-        path_group.real_share().  Raises OSError.
+        marked: unused, because each UNIX socket has an address of its own.  share: unused, because
+        a path leads to one socket.  Raises OSError.
         """
         if self.path:
             if held:
                 self.reserve()
-            number = 1 - socket_number if path_group.real_share(share) else socket_number
-            self._carry_out(self._examine().steer(number % len(self.sockets), held=held))
+            self._carry_out(self._examine().steer(socket_number % len(self.sockets), held=held))
             with suppress(FileNotFoundError, PermissionError):
                 self.file_rights = socket_file.rights_of(self.path)
 

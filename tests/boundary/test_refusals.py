@@ -199,6 +199,18 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
             "needs workers on the client library, which gunicorn does not use; choose start-first",
         ),
         (
+            [*ROLLING, *LISTENER, "unix:/run/w", "--", "true"],
+            "all new clients of unix:/run/w (a UNIX path) reach one socket",
+        ),
+        (
+            [*ROLLING, *LISTENER, "0", "unix:@w", "--", "true"],
+            "all new clients of unix:@w (an abstract name) reach one socket",
+        ),
+        (
+            [*ROLLING, *LISTENER, "0", "web=0?defer_accept=5", "--", "true"],
+            "all new clients of web=0?defer_accept=5 (?defer_accept) reach one socket",
+        ),
+        (
             [*ROLLING, *LISTENER, "--ready", "check:true", "0", "--", "true"],
             "needs --ready notify or a probe",
         ),
@@ -933,19 +945,15 @@ def test_a_question_is_refused_once_it_is_known_that_there_is_no_second_socket(
 
 
 @pytest.mark.parametrize("asked", [CANARY, ROLLING])
-def test_a_canary_is_refused_once_it_is_known_that_there_is_no_second_socket(
+def test_a_share_is_refused_once_it_is_known_that_there_is_no_second_socket(
     asked: tuple[str, ...],
 ) -> None:
-    """A rolling reload needs none: both generations accept from one socket."""
     found = cli.parse([*asked, *LISTENER, "0", "--", "true"])
     assert isinstance(found, ParsedOptions)
     settings = replace(found.settings, listeners=(ListenerSettings("tcp:127.0.0.1:80", text="80"),))
 
     rollout_checks.check_siblings(settings, {0})
-    if asked is ROLLING:
-        rollout_checks.check_siblings(settings, ())
-        return
-    with pytest.raises(UsageError, match=r"--canary: .* of 80 .passed in without"):
+    with pytest.raises(UsageError, match=f"{asked[0]}.*: .* of 80 .passed in without"):
         rollout_checks.check_siblings(settings, ())
 
 

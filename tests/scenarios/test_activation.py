@@ -13,15 +13,12 @@ import pytest
 
 from socketprotector.system import reuseport
 from tests import needs
-from tests.load import Load
 from tests.namespaces import socket_elsewhere
 from tests.procfs import descriptors, environment_of, listening
 from tests.rounds import rounds
 from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
-from tests.scenarios.adopting import served as load_served
 from tests.scenarios.adopting import upgrade
 from tests.scenarios.managers import Giver
-from tests.scenarios.operating import OBEYS
 from tests.scenarios.tools import pid_in, spawned, worker
 from tests.steady import Steady
 
@@ -183,44 +180,22 @@ def test_one_socket_is_not_two_listeners(giver: Giver, check: tuple[str, ...]) -
     assert still_listens(giver)
 
 
+@pytest.mark.parametrize(
+    "share", [("--canary", "5%"), ("--reload-order", "rolling", "--drain-timeout", "9s")]
+)
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 @pytest.mark.costly
-def test_a_socket_without_a_second_is_refused_for_a_canary_and_check_says_so(
-    giver: Giver, tmp_path: Path, kind: str
+def test_a_socket_without_a_second_is_refused_for_a_share_and_check_says_so(
+    giver: Giver, tmp_path: Path, kind: str, share: tuple[str, ...]
 ) -> None:
     if kind == "tcp":
         giver.tcp("web")
     else:
         giver.unix("web", tmp_path / "socket")
     for options in (("--check",), ()):
-        daemon = giver.start(*options, "--canary", "5%", *SHARED)
+        daemon = giver.start(*options, *share, *SHARED)
         assert daemon.wait() == 2
         assert "all new clients of fd:web (passed in" in (daemon.log.text())
-    assert still_listens(giver)
-
-
-@pytest.mark.parametrize("kind", ["tcp", "unix"])
-@pytest.mark.costly
-def test_rolling_reloads_of_a_passed_socket_lose_no_client(
-    giver: Giver, tmp_path: Path, kind: str
-) -> None:
-    """Usually it has no second socket, so both generations accept from it."""
-    path = tmp_path / "socket"
-    address = f"127.0.0.1:{giver.tcp('web')}" if kind == "tcp" else f"unix:{path}"
-    if kind == "unix":
-        giver.unix("web", path)
-    rolling = ("--reload-order", "rolling", "--drain-timeout", "1h", "--workers", "3")
-    words = (*rolling, "--handoff", "listener", "fd:web", "--", *OBEYS, "8")
-    daemon = giver.start(*words).ready()
-    with Load(address) as load:
-        for _ in range(rounds(2, 10)):
-            daemon.reload()
-            load_served(load)
-        assert "event=resumed" in upgrade(daemon)
-        daemon.reload()
-        load_served(load)
-    assert load.snapshot().failures == ()
-    daemon.stop()
     assert still_listens(giver)
 
 

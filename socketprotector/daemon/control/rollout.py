@@ -47,7 +47,7 @@ def of_rollout(fleet: Fleet, effects: Effects, connections: LeavingConnections) 
         "generation": new.number,
         "kind": "canary" if canary else "rolling",
         "stage": _stage(fleet, new),
-        "share": effects.delivery.real_share(_share(fleet, new)) * 100 / WHOLE,
+        "share": _share(fleet, new) * 100 / WHOLE,
         "met": effects.delivery.met(opened) if opened is not None else None,
         "left_s": _stage_left_s(new, effects),
     }

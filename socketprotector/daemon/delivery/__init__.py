@@ -154,10 +154,6 @@ class Delivery(ABC):
         listeners that both generations know.
         """
 
-    def real_share(self, share: int) -> int:
-        """Return which share of the new clients a generation gets by route_to() with `share`."""
-        return share
-
     @abstractmethod
     def met(self, generation: OpenGeneration) -> int | None:
         """Return how many new clients a generation has got so far; None: unknown.

@@ -62,7 +62,7 @@ class Seen:
         opened = {each.number: self._opened(each.number) for each in fleet.generations}
         effects = SimpleNamespace(
             generations=opened,
-            delivery=SimpleNamespace(met=lambda _: self.met, real_share=lambda share: share),
+            delivery=SimpleNamespace(met=lambda _: self.met),
             probing=SimpleNamespace(settle_check_due=self.is_due),
             pool=SimpleNamespace(records=lambda: tuple(self.records)),
             due=lambda: [(each, due) for each in fleet.timers],

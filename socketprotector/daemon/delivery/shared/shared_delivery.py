@@ -21,7 +21,6 @@ from ....model.settings import ListenerSettings, Settings
 from ....system.inherited import Inherited
 from ....system.listener import Listener
 from ....system.listeners import listener_of
-from ....system.path_group import real_share
 from ...generation import OpenGeneration
 from .. import LAST_S, QUIET_S, Delivery, Handles
 from ..host import Host
@@ -189,13 +188,6 @@ class SharedDelivery(Delivery):
         indices = (each.index for each in self._listeners)
         both = frozenset(n for n in indices if generation.knows(n) and sharing.knows(n))
         return Share(sharing.record.number, share, both)
-
-    def real_share(self, share: int) -> int:
-        # If the listeners differ, the listeners that divide their clients count.
-        living = [each for each in self._listeners if not each.lost]
-        if living and all(each.path and each.has_sibling for each in living):
-            return real_share(share)
-        return share
 
     def met(self, generation: OpenGeneration) -> int | None:
         """Return how many clients the workers have accepted.

@@ -90,8 +90,7 @@ class Turns:
     def share_of(self, listener: Listener) -> int:
         """Return the canary's share of a listener's new clients, in ten-thousandths.
 
-        0: a single socket gets all new clients of the listener.  At a UNIX path one socket gets
-        them with any share (real_share() in system/path_group.py).
+        0: a single socket gets all new clients of the listener.
         """
         share, other = self.share, 1 - self.current
         if share is None or listener.index not in share.listeners or not listener.has_sibling:

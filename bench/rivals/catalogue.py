@@ -43,7 +43,7 @@ class Rival:
 
 _LEAST_DOES = "the least that can replace workers: it checks no release, and waits for none"
 _BEYOND_LEAST = (
-    *("broken", "slow", "answers-500", "worker", "supervisor", "upgrade"),
+    *("c64", "broken", "slow", "answers-500", "worker", "supervisor", "upgrade"),
     *("hog", "memory", "first"),
 )
 _STARTER_WORKER = "{worker} --fork 2 starter"
@@ -133,6 +133,8 @@ _ROLLING_MANUAL = (
     _OUR_MANUAL + "; `--reload-order rolling`: one worker after the other, which needs "
     "--drain-timeout (here 10 s)"
 )
+#: What the order of a reload does not change.
+_NOT_OF_ORDER = ("c64", "hog", "worker", "supervisor", "upgrade")
 _TCP, _UNIX = "127.0.0.1:{port}", "unix:{path}"
 
 ALL = (
@@ -161,7 +163,6 @@ ALL = (
         for name, form, worker in (
             ("least", "", "{worker} fd:3"),
             ("least-rolling", "rolling ", "{worker} fd:3"),
-            ("least-c", "", "{built}/serve 3"),
             ("least-forward", "forward ", "{worker} library"),
         )
     ),
@@ -405,9 +406,9 @@ ALL = (
         "{tools}/SocketProtector --version",
         _ROLLING_MANUAL,
         "docs/rollout.md",
-        upgrade=("USR2",),
         at_path=_OURS + _ROLLING + "--ready http:/ {unix} -- {worker} library",
         guarded=True,
+        without=_NOT_OF_ORDER,
     ),
     Rival(
         "ours-listener-rolling",
@@ -415,8 +416,8 @@ ALL = (
         "{tools}/SocketProtector --version",
         _ROLLING_MANUAL + "; the worker retires at the end of its RETURN line",
         "docs/rollout.md",
-        upgrade=("USR2",),
         guarded=True,
+        without=_NOT_OF_ORDER,
     ),
     Rival(
         "ours-c",
@@ -428,6 +429,7 @@ ALL = (
         upgrade=("USR2",),
         at_path=_OURS + "--handoff listener --ready http:/ {unix} -- {built}/serve 3",
         guarded=True,
+        without=("c64", "hog"),
         compared=False,
     ),
     Rival(

@@ -1,7 +1,7 @@
 """The situations: faults and reloads of each rival while clients come, and their results.
 
-A round is as long as the operator wants; a fault comes at a quarter of it, and its end at
-three quarters.
+A round is as long as the operator wants, but beside a fault at most FAULT_S.  The fault comes at a
+quarter of it, and its end at three quarters.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ SHORT = ("--plain", "--send", "GET / HTTP/1.0\r\n\r\n", *_END)
 KEPT = ("--again", "--send", "GET / HTTP/1.1\r\nHost: rivals\r\n\r\n", *_END)
 #: A killed worker is stopped for so long before, so that clients wait in the queue.
 STOPPED_S = 0.3
+#: A longer round shows nothing more of one fault.
+FAULT_S = 8.0
 #: The old processes of a reload have ended after this time.
 _ENDS_S = 2.0
 RELOADS = 5
@@ -95,6 +97,7 @@ def _reloading(one: Running, seconds: float, at_once: int, options: tuple[str, .
 
 def _release(one: Running, seconds: float, name: str) -> Seen:
     """Deploy a release that is bad in some way, then a good one."""
+    seconds = min(seconds, FAULT_S)
     load = Loading(one, 8, seconds, SHORT)
     with load.running():
         time.sleep(seconds / 4)
@@ -107,6 +110,7 @@ def _release(one: Running, seconds: float, name: str) -> Seen:
 
 
 def _fault(one: Running, seconds: float, at_once: int, act: Callable[[], object]) -> Seen:
+    seconds = min(seconds, FAULT_S)
     load = Loading(one, at_once, seconds, SHORT)
     with load.running():
         time.sleep(seconds / 4)

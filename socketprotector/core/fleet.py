@@ -308,30 +308,39 @@ class Fleet:
     def most_processes(self) -> int:
         """How many processes may live at once under --reload-order rolling.
 
-        The number includes the workers of all generations, and orphaned process groups.
+        The number includes the workers of all generations, and orphaned process groups.  For
+        exceptions see rollout.room().
         """
         wanted, incoming = self.workers_wanted, self.incoming
         if incoming:
             wanted = max(wanted, self.full_size(incoming))
         return wanted + self.newest_policy.surge_of(wanted)
 
+    @property
+    def free_places(self) -> int:
+        """How many more processes may start under --reload-order rolling; may be below 0."""
+        return self.most_processes - sum(1 for _ in self.alive())
+
     def wanted_in(self, generation: Generation) -> int:
         """Return how many workers a generation should have."""
         full, incoming, policy = self.full_size(generation), self.incoming, self.newest_policy
         if not incoming or not policy.rolls or not self.served:
             return full
-        if not self.of(Phase.SERVING):
-            # No generation serves: start as many workers as have room; the missing workers follow.
-            elsewhere = sum(1 for _ in self.alive()) - len(generation.alive)
-            return max(1, min(full, self.most_processes - elsewhere))
+        is_alone = self.of(Phase.SERVING) is None
         is_first_stage = (
             incoming.phase is Phase.STARTING
             or Deadline(TimerKind.SETTLE, incoming.number) in self.timers
         )
-        if generation.number == incoming.number:
-            return min(full, policy.surge_of(full)) if is_first_stage else full
-        # One old worker stays until the new generation is complete, for a rollback.
-        return full if is_first_stage else max(1, full - incoming.ready_workers)
+        if generation.number != incoming.number:
+            # One old worker stays until the new generation is complete, for a rollback.
+            return full if is_first_stage else max(1, full - incoming.ready_workers)
+        if not is_alone and not is_first_stage:
+            return full
+        first = full if is_alone else min(full, policy.surge_of(full))
+        if incoming.fresh and not is_alone:
+            return first
+        # Clients may wait for it: begin with the workers that have room; the others follow.
+        return max(1, min(first, max(0, self.free_places) + len(generation.alive)))
 
     def generation(self, number: int) -> Generation | None:
         return next((g for g in self.generations if g.number == number), None)

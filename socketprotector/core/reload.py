@@ -71,9 +71,13 @@ def dry_run_requested(step: Step, release: str = "") -> None:
 
 def renew_requested(step: Step) -> None:
     """Replace the serving generation with the last good command, as a reload does."""
-    if not renew(step):
+    if not _may_renew(step.fleet):
         reason = "a replacement is already in progress, or nothing is serving; see `status`"
         step.do(Report(ReportKind.REFUSED, reason=reason))
+    elif rollout.is_full(step.fleet):
+        step.do(Report(ReportKind.REFUSED, reason=rollout.FULL))
+    else:
+        renew(step)
 
 
 def renew(step: Step) -> bool:
@@ -82,13 +86,16 @@ def renew(step: Step) -> bool:
     A replacement cannot begin during a stop or a reload, or if no generation serves.  A queued
     reload follows the replacement.
     """
-    fleet = step.fleet
-    if not fleet.of(Phase.SERVING) or fleet.stopping or fleet.is_opening:
+    if not _may_renew(step.fleet):
         return False
     step.do(Report(ReportKind.RELOADING))
-    step.fleet = replace(fleet, to_open=Next.LAST_GOOD)
+    step.fleet = replace(step.fleet, to_open=Next.LAST_GOOD)
     _make_room(step)
     return True
+
+
+def _may_renew(fleet: Fleet) -> bool:
+    return not (fleet.of(Phase.SERVING) is None or fleet.stopping or fleet.is_opening)
 
 
 def begin_if_wanted(step: Step) -> None:

@@ -30,6 +30,10 @@ from .step import Step
 
 #: How soon to check again whether workers accept the waiting clients.
 _LOOK_AGAIN_S = 0.1
+#: Why a rolling policy refuses to replace a generation.
+FULL = (
+    "--workers plus --surge processes exist already; try again when some have exited, see `status`"
+)
 #: Why --reload-order rolling fails in listener mode.
 NO_LIBRARY = (
     "--reload-order rolling needs workers on the client library: a worker sent no "
@@ -237,25 +241,55 @@ def promote_requested(step: Step, met: int | None, *, now: bool) -> None:
 # -- room: how many processes a rolling reload may use ----------------------------
 
 
-def room(fleet: Fleet, most: int) -> int:
-    """Return how many workers may start now, at most `most`."""
+def room(fleet: Fleet, most: int, generation: Generation) -> int:
+    """Return how many workers of a generation may start now, at most `most`.
+
+    If clients would otherwise find no worker, one may start although there are too many processes:
+    leaving processes can take as long as --drain-timeout.
+    """
     if not fleet.newest_policy.rolls:
         return most
-    return max(0, min(most, fleet.most_processes - sum(1 for _ in fleet.alive())))
+    free = fleet.free_places
+    if free < 1 and _clients_lack_worker(fleet, generation):
+        free = 1
+    return max(0, min(most, free))
+
+
+def is_full(fleet: Fleet) -> bool:
+    """Return whether a rolling policy allows no more processes."""
+    return fleet.newest_policy.rolls and fleet.free_places < 1
+
+
+def _clients_lack_worker(fleet: Fleet, generation: Generation) -> bool:
+    """Return whether clients may wait for a generation that has no worker except stuck ones."""
+    match generation.phase:
+        case Phase.STARTING:
+            may_rescue = not generation.fresh and fleet.policy.has_two_places
+            waited_for = may_rescue or fleet.of(Phase.SERVING) is None
+        case Phase.DRAINING:
+            waited_for = fleet.queue_is_last
+        case phase:
+            waited_for = phase is Phase.SERVING
+    return waited_for and all(worker.hung for worker in generation.staying)
 
 
 def lacks_room(fleet: Fleet, starting: Generation) -> bool:
     """Return whether a starting generation lacks only workers for which there is no room."""
-    if len(starting.workers) >= fleet.wanted_in(starting) or room(fleet, 1):
+    if len(starting.workers) >= fleet.wanted_in(starting) or room(fleet, 1, starting):
         return False
     # Probes begin when no worker is missing, so the other workers may await their first probe.
     return starting.ready or fleet.policy_of(starting.fresh).probes
 
 
-def waits_to_replace(fleet: Fleet) -> bool:
-    """Return whether replacements of single workers wait for the end of a rolling reload."""
+def rolls(fleet: Fleet) -> bool:
+    """Return whether a rolling reload, or a dry run under a rolling policy, is under way."""
     incoming = fleet.incoming if fleet.of(Phase.SERVING) else None
     return incoming is not None and fleet.newest_policy.rolls
+
+
+def waits_to_replace(fleet: Fleet, generation: Generation) -> bool:
+    """Return whether a generation's replacements wait for the end of a rolling reload."""
+    return rolls(fleet) and not _clients_lack_worker(fleet, generation)
 
 
 def may_respawn(fleet: Fleet, generation: Generation) -> bool:

@@ -148,7 +148,7 @@ def _rolling(fleet: Fleet, facts: Facts, settling: Generation) -> str:
         return f"{text}, {starting} starting"
     if leaving := sum(worker.state in LEAVING for worker in settling.workers):
         return f"{text}, {leaving} finishing"
-    if len(settling.workers) < full and not rollout.room(fleet, 1):
+    if len(settling.workers) < full and not rollout.room(fleet, 1, settling):
         return f"{text}, {_room(fleet, facts)}"
     return text
 
@@ -301,8 +301,9 @@ def _workers(fleet: Fleet, facts: Facts) -> Iterator[Wait]:
         if not worker.alive
         and Deadline(TimerKind.WORKER_RESPAWN, worker.number) not in fleet.timers
     ]
-    until_end = [each for each in waiting if each.replaces and rollout.waits_to_replace(fleet)]
-    for_room = len(waiting) - len(until_end) if not rollout.room(fleet, 1) else 0
+    wait_for_end = rollout.waits_to_replace(fleet, serving)
+    until_end = [each for each in waiting if each.replaces and wait_for_end]
+    for_room = len(waiting) - len(until_end) if not rollout.room(fleet, 1, serving) else 0
     for count, awaited in (
         (len(until_end), "waiting for the end of the reload"),
         (for_room, _room(fleet, facts)),

@@ -240,27 +240,29 @@ def reconcile(step: Step) -> None:
 
 def _start_waiting(step: Step, most: int) -> int:
     """Start the workers that have a slot and no process; return how many were started."""
-    found = tuple(islice(_waiting(step), rollout.room(step.fleet, most)))
-    for number, worker in found:
-        step.spawn(number, worker)
-    return len(found)
-
-
-def _waiting(step: Step) -> Iterator[tuple[int, Worker]]:
-    """Yield the workers that may start now, each with its generation's number."""
     before, timers = step.before, step.fleet.timers
-    waits = rollout.waits_to_replace(step.fleet)
     # While processes are limited, and when the limit ends, unchanged generations may get room.
     limited = step.fleet.newest_policy.rolls or before.newest_policy.rolls
+    started = 0
     for generation in step.fleet.generations:
         as_it_was = before.timers is timers and before.generation(generation.number) is generation
         may_start = limited or not as_it_was
         if may_start and State.WAITING in map(_STATE, generation.workers):
-            for worker in generation.workers:
-                if worker.alive or (worker.replaces and waits):
-                    continue
-                if Deadline(TimerKind.WORKER_RESPAWN, worker.number) not in timers:
-                    yield generation.number, worker
+            room = rollout.room(step.fleet, most - started, generation)
+            for worker in islice(_waiting(step.fleet, generation), room):
+                step.spawn(generation.number, worker)
+                started += 1
+    return started
+
+
+def _waiting(fleet: Fleet, generation: Generation) -> Iterator[Worker]:
+    """Yield the workers of a generation that may start now, if there is room."""
+    waits = rollout.waits_to_replace(fleet, generation)
+    for worker in generation.workers:
+        if worker.alive or (worker.replaces and waits):
+            continue
+        if Deadline(TimerKind.WORKER_RESPAWN, worker.number) not in fleet.timers:
+            yield worker
 
 
 def _fill(step: Step, most: int) -> int:
@@ -270,7 +272,7 @@ def _fill(step: Step, most: int) -> int:
     if starting is None:
         return 0
     slots = range(len(starting.workers), fleet.wanted_in(starting))
-    slots = slots[: rollout.room(fleet, most)]
+    slots = slots[: rollout.room(fleet, most, starting)]
     new = tuple(Worker(number, slot) for number, slot in enumerate(slots, fleet.next_worker))
     if new:
         filled = replace(starting, workers=(*starting.workers, *new))
@@ -327,7 +329,7 @@ def _resize_one(step: Step, generation: Generation, most: int) -> int:
             if replacement:
                 _retire(step, generation.number, replacement)
         return len(excess)
-    missing = rollout.room(step.fleet, max(0, min(wanted - staying, most)))
+    missing = rollout.room(step.fleet, max(0, min(wanted - staying, most)), generation)
     for slot in islice(_free_slots(generation), missing):
         step.spawn(generation.number, step.add(generation.number, slot))
     return missing

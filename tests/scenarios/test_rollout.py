@@ -21,7 +21,7 @@ from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.config_file import File
 from tests.scenarios.operating import OBEYS, Operated, Operating
 from tests.scenarios.running_ctl import Running
-from tests.scenarios.tools import Gate, Release, pid_in, worker
+from tests.scenarios.tools import Gate, Release, pid_in, spawned, worker
 from tests.unit.ctl.conftest import run
 
 #: Each worker has several clients at a time, and counts them.
@@ -379,8 +379,8 @@ def test_a_later_worker_may_be_slow_to_declare_that_it_can_finish_alone(
     reload = beside(one)
     eventually(lambda: one.status().get("rollout", {}).get("replaced") == 1, "the first new worker")
     eventually(lambda: len(one.generation(2)["workers"]) == 2, "the second new worker")
-    spawned = time.monotonic()
-    eventually(lambda: time.monotonic() > spawned + 2 * ALIVE_S, "the time of the timer")
+    begun = time.monotonic()
+    eventually(lambda: time.monotonic() > begun + 2 * ALIVE_S, "the time of the timer")
 
     gate.stay_open()
 
@@ -389,12 +389,16 @@ def test_a_later_worker_may_be_slow_to_declare_that_it_can_finish_alone(
     one.daemon.stop()
 
 
+def occupy(one: Operated, clients: ExitStack, workers: int = 4) -> None:
+    """Connect until each of the workers has a client that stays."""
+    occupied: set[int] = set()
+    while len(occupied) < workers:
+        occupied.add(pid_in(clients.enter_context(Client(one.address)).ask()))
+
+
 def awaiting(one: Operated, beside: Beside, clients: ExitStack) -> Running:
     """Let a rolling reload wait for old workers that each have a client; return the reload."""
-    held: dict[int, Client] = {}
-    while len(held) < 4:
-        client = clients.enter_context(Client(one.address))
-        held.setdefault(pid_in(client.ask()), client)
+    occupy(one, clients)
     reload = beside(one)
     eventually(
         lambda: any(w["state"] == "retiring" for w in one.generation(1)["workers"]),
@@ -469,6 +473,41 @@ def test_scale_during_a_rolling_reload_changes_its_target(
         f"{wanted} new workers",
     )
     assert most_processes(one) <= max(4, wanted) + 1
+    one.daemon.stop()
+
+
+def test_the_last_worker_is_replaced_while_others_finish(operated: Operating) -> None:
+    """There is no room, but new clients would wait for as long as the old ones stay."""
+    one = operated(*ROLLING, command=WORKER)
+    with ExitStack() as clients:
+        occupy(one, clients)
+        ctl(one, "scale", "1")
+        eventually(
+            lambda: len([w for w in one.generation(1)["workers"] if w["state"] == "ready"]) == 1,
+            "three workers that finish",
+        )
+        [last] = [w for w in one.generation(1)["workers"] if w["state"] == "ready"]
+        os.kill(last["pid"], signal.SIGKILL)
+        one.daemon.log.wait_for("event=exited generation=1 .*SIGKILL")
+        assert pid_in(ask(one.address)) == spawned(one.daemon)[-1]
+        assert len(spawned(one.daemon)) == 5
+    one.daemon.stop()
+
+
+def test_a_generation_is_not_replaced_while_workers_of_an_earlier_reload_finish(
+    operated: Operating,
+) -> None:
+    words = ("--reload-order", "rolling", "--drain-timeout", "1h", "--workers", "1")
+    one = operated(*words, command=WORKER)
+    with Client(one.address) as old:
+        old.ask()
+        ctl(one, "reload")
+        refused = run("--control", str(one.path), "replace", "generation:2")
+        assert refused.status == 100, refused
+        assert "--workers plus --surge processes exist already; try again when" in refused.err
+    quiet(one, 1)
+    ctl(one, "replace", "generation:2")
+    one.until_generation(3, phase="serving")
     one.daemon.stop()
 
 

@@ -32,7 +32,7 @@ from ...core.events import (
 )
 from ...core.fleet import Fleet, Generation, Phase, State
 from ...core.reload import cannot_call_off
-from ...core.rollout import cannot_promote, no_canary_under
+from ...core.rollout import FULL, cannot_promote, is_full, no_canary_under
 from ...model import control_requests
 from ...model.control_requests import Request, RequestError
 from ...model.errors import what_failed
@@ -354,6 +354,8 @@ class CommandHandler:
         if found.phase is not Phase.SERVING or fleet.is_changing:
             why = "a start, reload, dry run or replacement is in progress; try again later"
             raise RequestError("refused", why)
+        if is_full(fleet):
+            raise RequestError("refused", FULL)
         self.runtime.post(RenewRequested())
         return {"generation": generation}
 

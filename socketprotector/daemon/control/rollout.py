@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from ...core.events import Deadline, TimerKind
 from ...core.fleet import LEAVING, Fleet, Generation, Phase, State, Worker
-from ...core.rollout import room, waits_to_replace
+from ...core.rollout import rolls, room
 from ...model.records import WorkerRecord
 from ...model.share import WHOLE
 from ...system.procfs import is_ours, sockets
@@ -62,7 +62,7 @@ def of_rollout(fleet: Fleet, effects: Effects, connections: LeavingConnections) 
 
 def _is_beginning(fleet: Fleet) -> bool:
     """Return whether the first workers of a rolling reload are starting."""
-    return waits_to_replace(fleet) and not fleet.dry_run
+    return rolls(fleet) and not fleet.dry_run
 
 
 def _stage(fleet: Fleet, new: Generation) -> str:
@@ -110,7 +110,7 @@ def _waits_for(
     """
     stage = _stage(fleet, new)
     wanted = fleet.full_size(new) if stage == "replacing" else fleet.wanted_in(new)
-    if len(new.workers) >= wanted or room(fleet, 1):
+    if len(new.workers) >= wanted or room(fleet, 1, new):
         return []
     return [
         {

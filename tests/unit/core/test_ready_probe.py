@@ -165,7 +165,7 @@ def test_a_rolling_reload_fails_if_its_first_workers_do_not_pass_the_probe_in_ti
     policy = Policy(ready="http", surge=1, drain_timeout_s=9.0)
     story.given(policy, workers=2).and_also(Launched(), Answered(1), ReloadRequested())
     story.when(WorkerReady(3))
-    assert room(story.fleet, 1) == 0
+    assert room(story.fleet, 1, story.fleet[2]) == 0
     answer = 'GET /healthz: 500, "database"'
 
     actions = story.when(DeadlinePassed(START_2, answer))

@@ -24,6 +24,7 @@ from socketprotector.core.actions import (
 from socketprotector.core.decide import resume, route_of
 from socketprotector.core.events import (
     Answered,
+    BacklogEmptied,
     ChannelBroken,
     Deadline,
     DeadlinePassed,
@@ -34,6 +35,7 @@ from socketprotector.core.events import (
     Launched,
     OpenFailed,
     PromoteRequested,
+    Quiesced,
     ReloadRequested,
     RenewRequested,
     ReplaceRequested,
@@ -43,6 +45,7 @@ from socketprotector.core.events import (
     SettleFailed,
     SocketLost,
     StopRequested,
+    Stranded,
     TimerKind,
     Untaken,
     WorkerExited,
@@ -50,7 +53,7 @@ from socketprotector.core.events import (
 )
 from socketprotector.core.fleet import Next, Phase, Policy, Rollout, State, Worker
 from socketprotector.core.reload import ROLLED_BACK
-from socketprotector.core.rollout import NO_COUNTS, NO_LIBRARY, no_canary_under
+from socketprotector.core.rollout import FULL, NO_COUNTS, NO_LIBRARY, no_canary_under
 from socketprotector.core.stop import CALLED_OFF
 from socketprotector.model.policy import STANDBY_S
 from socketprotector.model.share import WHOLE, Canary
@@ -743,19 +746,165 @@ def test_a_worker_that_no_protector_has_started_takes_no_room(story: Story) -> N
 
 
 def test_orphans_serve_until_another_worker_of_their_slot_is_ready(story: Story) -> None:
-    story.given_serving(rolling(), workers=1)
+    story.given_serving(rolling(), workers=2)
 
     actions = story.when(WorkerExited(1, DIED, served_s=20.0, orphans=True))
-    assert (spawned(actions), Retire(1) in actions) == ([2], False)
-    assert Retire(1) in story.when(WorkerReady(2, retires=True))
+    assert (spawned(actions), Retire(1) in actions) == ([3], False)
+    assert Retire(1) in story.when(WorkerReady(3, retires=True))
 
     # No room: the next orphans serve until the first are gone, and another worker is ready.
-    actions = story.when(WorkerExited(2, DIED, served_s=20.0, orphans=True))
-    assert (spawned(actions), Retire(2) in actions) == ([], False)
-    assert sum(1 for _ in story.fleet.alive()) == story.fleet.most_processes == 2
+    actions = story.when(WorkerExited(3, DIED, served_s=20.0, orphans=True))
+    assert (spawned(actions), Retire(3) in actions) == ([], False)
+    assert sum(1 for _ in story.fleet.alive()) == story.fleet.most_processes == 3
     actions = story.when(WorkerExited(1, "orphans gone"))
+    assert (spawned(actions), Retire(3) in actions) == ([4], False)
+    assert Retire(3) in story.when(WorkerReady(4, retires=True))
+
+
+def test_the_last_worker_is_replaced_while_others_of_its_slot_finish(story: Story) -> None:
+    """Nobody knows whether orphans take new clients."""
+    story.given_serving(rolling())
+    story.and_also(WorkerExited(1, DIED, served_s=20.0, orphans=True), WorkerReady(2, retires=True))
+    assert sum(1 for _ in story.fleet.alive()) == story.fleet.most_processes == 2
+
+    actions = story.when(WorkerExited(2, DIED, served_s=20.0, orphans=True))
+
     assert (spawned(actions), Retire(2) in actions) == ([3], False)
-    assert Retire(2) in story.when(WorkerReady(3, retires=True))
+
+
+def test_the_last_worker_is_replaced_while_many_finish(story: Story) -> None:
+    """The workers that `scale` has retired may have long connections."""
+    story.given_serving(rolling(), workers=4).and_also(ScaleRequested(to=1))
+    assert sum(1 for _ in story.fleet.alive()) > story.fleet.most_processes
+
+    assert spawned(story.when(WorkerExited(1, DIED, served_s=20.0))) == [5]
+
+
+def test_one_of_several_dead_workers_starts_while_many_finish(story: Story) -> None:
+    story.given_serving(rolling(), workers=6).and_also(ScaleRequested(to=2))
+
+    assert spawned(story.when(WorkerExited(1, DIED, served_s=20.0))) == []
+    assert spawned(story.when(WorkerExited(2, DIED, served_s=20.0))) == [7]
+
+
+def test_a_stuck_last_worker_is_replaced_while_many_finish(story: Story) -> None:
+    story.given_serving(rolling(), workers=4).and_also(ScaleRequested(to=1))
+
+    assert spawned(story.when(ReplaceRequested(1, "silent", hung=True))) == [5]
+
+
+def test_a_stuck_last_old_worker_is_replaced_during_a_rolling_reload(story: Story) -> None:
+    """It has a share of the clients, and the reload may wait long for workers that finish."""
+    story.given_serving(rolling(), workers=2).and_also(ReloadRequested(), WorkerReady(3))
+    assert [w.number for w in story.fleet[1].staying] == [1]
+
+    assert spawned(story.when(ReplaceRequested(1, "silent", hung=True))) == [4]
+    assert Signal(1, WorkerSignal.ABRT) in story.when(WorkerReady(4, retires=True))
+
+
+def test_a_worker_that_is_only_old_waits_for_room_for_its_replacement(story: Story) -> None:
+    story.given_serving(rolling(), workers=4).and_also(ScaleRequested(to=1))
+
+    assert spawned(story.when(ReplaceRequested(1, "too old"))) == []
+
+
+def test_a_rescue_starts_while_workers_of_an_earlier_reload_finish(story: Story) -> None:
+    """Clients wait at a socket that a worker has shut down."""
+    story.given(replace(rolling(), workers_accept=True)).and_also(
+        Launched(), WorkerReady(1, retires=True), ReloadRequested(), WorkerReady(2, retires=True)
+    )
+    story.and_also(Quiesced(1))
+    assert sum(1 for _ in story.fleet.alive()) == story.fleet.most_processes == 2
+
+    assert spawned(story.when(Stranded())) == [3]
+
+
+def full(story: Story, policy: Policy, workers: int = 1) -> Story:
+    """Workers of an earlier reload finish, so that there is no room."""
+    story.given(replace(policy, workers_accept=True), workers=workers).and_also(Launched())
+    story.and_also(*(WorkerReady(n + 1, retires=True) for n in range(workers)), ReloadRequested())
+    for _ in range(4):
+        starting = [w.number for w in story.fleet.alive() if w.state is State.STARTING]
+        story.and_also(*(WorkerReady(each, retires=True) for each in starting))
+    story.and_also(Quiesced(1))
+    assert story.serving == {2}
+    assert story.fleet.free_places == 0
+    return story
+
+
+def test_a_rescue_is_complete_with_the_workers_that_have_room(story: Story) -> None:
+    full(story, rolling(2), workers=2)
+    [rescuer] = spawned(story.when(Stranded()))
+
+    story.when(WorkerReady(rescuer, retires=True))
+
+    assert story.starting == set()
+    assert story.fleet.sharing is story.fleet[3]
+
+
+def test_a_generation_is_not_replaced_without_room(story: Story) -> None:
+    """Each further replacement would add a process."""
+    full(story, rolling())
+
+    assert news(story.when(RenewRequested())) == [(ReportKind.REFUSED, FULL)]
+
+
+def test_under_connection_no_generation_of_the_last_good_command_is_a_rescue(
+    story: Story,
+) -> None:
+    """Its first worker waits for room, because no client waits for it."""
+    story.given_serving(rolling()).and_also(RenewRequested())
+    assert story.starting == {2}
+    story.and_also(WorkerExited(2, DIED), WorkerExited(1, DIED, served_s=20.0, orphans=True))
+    assert story.fleet.free_places == 0
+
+    assert spawned(story.when(Stranded())) == []
+
+
+def test_in_a_stop_queued_clients_get_a_worker_without_room(story: Story) -> None:
+    story.given_serving(rolling(), workers=4)
+    story.and_also(ScaleRequested(to=1), StopRequested(), BacklogEmptied())
+
+    assert spawned(story.when(WorkerExited(1, DIED, served_s=20.0, waiting=3))) == [5]
+
+
+def test_a_stop_starts_no_replacement_that_waited_for_room(story: Story) -> None:
+    story.given_serving(rolling(), workers=4)
+    story.and_also(*(ReplaceRequested(each, "too old") for each in (1, 2, 3, 4)))
+
+    assert spawned(story.when(StopRequested())) == []
+
+
+def test_a_rescue_keeps_its_ready_workers_when_there_is_less_room(story: Story) -> None:
+    story.given(replace(rolling(2, settle_s=5.0), workers_accept=True), workers=4)
+    story.and_also(Launched(), *(WorkerReady(n, retires=True) for n in (1, 2, 3, 4)))
+    story.and_also(Stranded(), WorkerReady(5, retires=True), WorkerReady(6, retires=True))
+    assert story.settling == {2}
+
+    assert retired(story.when(ScaleRequested(to=3))) == [4]
+
+
+def test_a_stuck_worker_waits_for_room_for_its_replacement_if_another_serves(
+    story: Story,
+) -> None:
+    story.given_serving(rolling(), workers=4).and_also(ScaleRequested(to=2))
+
+    assert spawned(story.when(ReplaceRequested(1, "silent", hung=True))) == []
+
+
+def test_a_stuck_last_worker_is_replaced_while_a_release_waits_for_room(story: Story) -> None:
+    full(story, rolling()).and_also(ReloadRequested())
+
+    assert spawned(story.when(ReplaceRequested(2, "silent", hung=True))) == [3]
+
+
+def test_a_release_waits_for_room_while_workers_of_an_earlier_reload_finish(
+    story: Story,
+) -> None:
+    story.given_serving(rolling()).and_also(ReloadRequested(), WorkerReady(2, retires=True))
+    assert sum(1 for _ in story.fleet.alive()) == story.fleet.most_processes == 2
+
+    assert spawned(story.when(ReloadRequested())) == []
 
 
 def test_orphans_of_a_slot_that_is_not_filled_finish_at_once(story: Story) -> None:
@@ -1054,17 +1203,15 @@ def test_when_no_generation_serves_the_next_starts_all_that_there_is_room_for(
     assert len(story.fleet[2].workers) == 3
 
 
-def test_when_no_generation_serves_the_next_waits_for_room_for_its_first_worker(
+def test_when_no_generation_serves_the_first_worker_of_the_next_starts_at_once(
     story: Story,
 ) -> None:
     story.given_serving(rolling()).and_also(WorkerExited(1, DIED, served_s=20.0, orphans=True))
     assert sum(1 for _ in story.fleet.alive()) == story.fleet.most_processes == 2
 
-    assert spawned(story.when(ChannelBroken(1, served_s=20.0))) == []
-    assert spawned(story.when_over(TimerKind.DRAIN, 1)) == []
-    assert (story.starting, story.serving) == ({2}, set()), "no worker, so it cannot serve"
-
-    assert spawned(story.when(WorkerExited(1, "orphans gone"))) == [3]
+    assert spawned(story.when(ChannelBroken(1, served_s=20.0))) == [3]
+    story.when(WorkerReady(3))
+    assert story.serving == {2}
 
 
 def test_all_start_where_the_broken_generation_has_ended(story: Story) -> None:

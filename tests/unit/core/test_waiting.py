@@ -347,7 +347,7 @@ def test_a_rolling_reload_without_room_may_wait_for_single_replacements(story: S
 
 def test_a_start_that_has_all_its_workers_does_not_wait_for_room(story: Story) -> None:
     rolling(story)
-    assert room(story.fleet, 1) == 0
+    assert room(story.fleet, 1, story.fleet[2]) == 0
 
     assert reasons(story)[0] == "generation 2 starts: 0 of 1 worker ready"
 
@@ -375,7 +375,7 @@ def test_workers_that_cannot_start_for_lack_of_room_are_a_wait(story: Story) -> 
 def test_a_replacement_says_that_it_waits_for_the_end_of_a_rolling_reload(story: Story) -> None:
     story.given_serving(Policy(surge=2, drain_timeout_s=9.0))
     story.and_also(ReloadRequested(), ReplaceRequested(1, "too old"))
-    assert room(story.fleet, 1) == 1
+    assert room(story.fleet, 1, story.fleet[1]) == 1
 
     assert reasons(story)[-1] == ("1 worker of generation 1: waiting for the end of the reload")
 

@@ -118,6 +118,8 @@ POLICIES = [
     Policy(workers_accept=True, canary=CANARY),
     Policy(surge=1, drain_timeout_s=9.0),
     Policy(surge=2, drain_timeout_s=9.0, settle_s=5.0, settle_check="http:/"),
+    Policy(surge=1, drain_timeout_s=9.0, workers_accept=True),
+    Policy(surge=2, drain_timeout_s=9.0, workers_accept=True),
     Policy(surge=50, surge_is_percent=True, drain_timeout_s=9.0, workers_accept=True, ready="any"),
     Policy(drain_spread_s=6.0, stop_spread_s=3.0, drain_timeout_s=9.0),
     Policy(drain_spread_s=6.0, drain_timeout_s=9.0, surge=1),
@@ -247,8 +249,8 @@ class World:
                 assert slot not in others, "two living workers in one slot"
                 # A stop starts one for queued clients that no other worker can take.
                 if self.fleet.newest_policy.rolls and self.fleet.stopping is None:
-                    alive = sum(1 for _ in self.fleet.alive())
-                    assert alive <= self.fleet.most_processes, "more processes than allowed"
+                    allowed = len(self.processes) < self.fleet.most_processes
+                    assert allowed or self.is_first(number, worker), "more processes than allowed"
                 if self.channels[number] != "failed":
                     self.processes[worker] = action
             case Signal(worker, kind):
@@ -401,7 +403,7 @@ class World:
         elif self.runs(TimerKind.SETTLE, starting.number):
             pass  # it has answered
         elif fleet.policy_of(starting.fresh).probes and not (
-            self.runs(TimerKind.TURN) or room(fleet, 1) == 0
+            self.runs(TimerKind.TURN) or room(fleet, 1, starting) == 0
         ):
             assert self.probed == starting.number, "nothing probes it"
         settling = fleet.of(Phase.SETTLING)
@@ -415,6 +417,7 @@ class World:
             assert not fleet.reload_wanted
         elif fleet.served:
             self.check_one_serves_or_will()
+            self.check_clients_find_a_worker()
         if fleet.stopping is Stop.GRACEFUL and not self.exited:
             assert self.runs(TimerKind.STOP)
         if fleet.stopping is Stop.QUICK:
@@ -471,6 +474,15 @@ class World:
             case _:
                 return self.fleet.find(deadline.target) is not None
 
+    def is_first(self, number: int, worker: int) -> bool:
+        """Whether clients of a generation would have no worker without this one."""
+        fleet, generation = self.fleet, self.fleet[number]
+        may_rescue = not generation.fresh and fleet.policy.workers_accept
+        waited_for = generation.phase is Phase.SERVING or (
+            generation.phase is Phase.STARTING and (may_rescue or fleet.of(Phase.SERVING) is None)
+        )
+        return waited_for and [w.number for w in generation.staying if not w.hung] == [worker]
+
     def runs(self, wait: TimerKind, target: int = 0) -> bool:
         return Deadline(wait, target) in self.timers
 
@@ -479,7 +491,7 @@ class World:
         drains = self.channels[number] in ("quiescing", "drained")
         assert drains == (phase is Phase.DRAINING)
         assert generation.quiescing == (self.channels[number] == "quiescing")
-        comes = self.runs(TimerKind.TURN) or room(self.fleet, 1) == 0
+        comes = self.runs(TimerKind.TURN) or room(self.fleet, 1, generation) == 0
         begun = bool(generation.workers) or not comes
         proven = phase is Phase.STARTING and self.fleet.dry_run
         proven = proven and self.runs(TimerKind.SETTLE, number)
@@ -504,9 +516,9 @@ class World:
         staying = [w for w in generation.workers if w.state not in LEAVING and not w.replaces]
         if phase is Phase.STARTING:
             enough = len(staying) >= self.fleet.wanted_in(generation)
-            assert enough or self.runs(TimerKind.TURN) or room(self.fleet, 1) == 0
+            assert enough or self.runs(TimerKind.TURN) or room(self.fleet, 1, generation) == 0
         if phase is Phase.SERVING and not (self.fleet.incoming or self.fleet.stopping):
-            waits = self.runs(TimerKind.TURN) or room(self.fleet, 1) == 0
+            waits = self.runs(TimerKind.TURN) or room(self.fleet, 1, generation) == 0
             assert len(staying) == self.fleet.workers_wanted or waits
 
     def check_waits(self) -> None:
@@ -559,8 +571,8 @@ class World:
         assert (worker.state is State.ORPHANED) == (number in self.orphaned)
         waits = self.runs(TimerKind.WORKER_RESPAWN, number)
         assert not (worker.alive and waits)
-        delayed = waits or self.runs(TimerKind.TURN) or room(self.fleet, 1) == 0
-        delayed = delayed or (worker.replaces > 0 and waits_to_replace(self.fleet))
+        delayed = waits or self.runs(TimerKind.TURN) or room(self.fleet, 1, generation) == 0
+        delayed = delayed or (worker.replaces > 0 and waits_to_replace(self.fleet, generation))
         assert worker.alive or delayed, "no worker is ever started there"
         last_word = (
             self.runs(TimerKind.WORKER_KILL, number) or number in self.killed or generation.ending
@@ -586,6 +598,24 @@ class World:
             if number in self.lost and generation.phase is Phase.SERVING:
                 return  # it serves until its generation drains
             assert self.runs(TimerKind.WORKER_RETIRE, number) or drains or serves_on or last_word
+
+    def check_clients_find_a_worker(self) -> None:
+        """None waits only for processes that leave, which may take as long as --drain-timeout."""
+        fleet = self.fleet
+        if fleet.stopping or self.runs(TimerKind.TURN):
+            return
+        starting = fleet.of(Phase.STARTING)
+        may_rescue = starting and not starting.fresh and fleet.policy.workers_accept
+        if fleet.of(Phase.SERVING) and not may_rescue:
+            starting = None  # clients reach the other one
+        for generation in filter(None, (fleet.route, fleet.sharing, starting)):
+            found = any(not worker.hung for worker in generation.staying)
+            ended = any(
+                self.runs(TimerKind.WORKER_KILL, w.number) or w.number in self.killed
+                for w in generation.staying
+            )
+            comes = any(self.runs(TimerKind.WORKER_RESPAWN, w.number) for w in generation.workers)
+            assert found or ended or comes, "clients wait until other processes have left"
 
     def is_in_the_place_of_the_next(self, generation: Generation) -> bool:
         """Whether it accepts where the next one is to accept; it has an end."""

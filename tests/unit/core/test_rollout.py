@@ -762,7 +762,7 @@ def test_orphans_serve_until_another_worker_of_their_slot_is_ready(story: Story)
 
 
 def test_the_last_worker_is_replaced_while_others_of_its_slot_finish(story: Story) -> None:
-    """Nobody knows whether orphans take new clients."""
+    """The protector does not know whether orphans take new clients."""
     story.given_serving(rolling())
     story.and_also(WorkerExited(1, DIED, served_s=20.0, orphans=True), WorkerReady(2, retires=True))
     assert sum(1 for _ in story.fleet.alive()) == story.fleet.most_processes == 2

@@ -92,6 +92,8 @@ def _launch(parsed: ParsedOptions) -> int:
     given = activation.passed()
     passed = activation.take(listens, given.given)
     notices = [*activation.close_unused(given.given, passed)]
+    if check and parsed.control:
+        notices += preflight.control_notices(parsed.control)
     kept, released = {}, frozenset[str]()
     if holder:
         released = port_owner.addresses_of(holder)

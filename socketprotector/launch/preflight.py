@@ -310,6 +310,14 @@ def check_control(path: str, others: Mapping[str, str | None]) -> None:
             )
 
 
+def control_notices(path: str) -> Iterator[str]:
+    """Yield why a start would have no control socket at this path.  The daemon starts without."""
+    try:
+        _refuse_unwritable("control socket", path, os.path.dirname(path))
+    except SystemRefused as error:
+        yield str(error)
+
+
 def _sharer(path: str, others: Mapping[str, str | None]) -> str:
     """Return the first option that names the same file; "": none does."""
     named = ((option, other) for option, other in others.items() if other is not None)

@@ -106,6 +106,16 @@ def test_what_the_locale_cannot_encode_is_refused_with_its_line(start: Start) ->
     assert ended.err.removeprefix("SocketProtector: ").splitlines() == said
 
 
+def test_check_names_a_control_socket_that_a_start_could_not_bind(start: Start) -> None:
+    """A start would go on without it."""
+    path = start.folder / "missing" / "control"
+
+    ended = start("--check", "--control", path, "127.0.0.1:0", "--", *MINIMAL)
+
+    assert ended.status == 0, ended
+    assert f"cannot write the control socket {path}: No such file" in ended.err
+
+
 @pytest.mark.parametrize("guard", [["--guard"], []], ids=["guard", "plain"])
 @pytest.mark.costly
 def test_check_is_about_a_start_after_the_end_of_the_one_that_runs(

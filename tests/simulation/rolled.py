@@ -235,8 +235,11 @@ class RolledListener(Rolled, Handed):
 
     def _said(self, event: str, fields: Mapping[str, Any]) -> None:
         super()._said(event, fields)
-        if event == "reload-failed" and fields["reason"] == rollout.NO_LIBRARY:
-            self._crowded = True  # no other generation is to be had
+        if event == "reload-failed" and fields["reason"] in (
+            rollout.NO_LIBRARY,
+            rollout.NO_COUNTS,
+        ):
+            self._crowded = True  # each reload would fail in the same way
 
     def _check_share(self, fleet: Fleet, act: Effects) -> None:
         steering = steering_of(act)

@@ -137,7 +137,15 @@ def rollback(
         result = operation.client.request("rollback", **arguments)
         name, number = text_in(result, "release"), number_in(result, "generation")
         if not name:
+            # The generation that was called off may have had the route.
+            serving_now = [
+                number_in(each, "number")
+                for each in listed(before, "generations")
+                if each.get("phase") == "serving"
+            ]
+            operation.outcome["from"] = serving_now[0] if serving_now else None
             operation.outcome["generation"] = number
+            operation.outcome["release"] = _releases_in(before).get("deploying")
             words = f"rolled back: generation {number} gets no new clients"
             operation.finish("rolled back", words)
             return

@@ -634,6 +634,23 @@ def test_rollback_ends_a_deploy(deploying: Deploying, releases: Releases) -> Non
     one.daemon.stop()
 
 
+def test_a_rollback_during_settle_names_both_generations_and_releases(
+    web: Web, beside: Beside
+) -> None:
+    """The generation that it calls off has the route."""
+    one = web("--settle", "1h")
+    running = beside(one, "deploy", "2")
+    eventually(lambda: one.status()["route"] == 2, "generation 2 has the route")
+
+    ended = ctl(one, "rollback", "--json")
+
+    result = json.loads(ended.out)
+    assert (result["from"], result["generation"]) == (1, 2), result
+    assert (result["from_release"], result["release"]) == ("1", "2"), result
+    assert running.wait() == 3
+    one.daemon.stop()
+
+
 def test_without_releases_there_is_nothing_to_go_back_to(operated: Operating) -> None:
     one = operated(command=MANY)
     for words, said in (

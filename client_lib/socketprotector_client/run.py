@@ -245,14 +245,24 @@ def _serve_wsgi(app: Any, given: argparse.Namespace) -> None:
     from .waitress import serve_on
 
     listener = _listening(lambda: Listener(given.bind, take=None))
+    if not current().is_served:
+        signal.signal(signal.SIGTERM, functools.partial(_drain_or_exit, listener))
     serve_on(listener, app, threads=given.threads)
+
+
+def _drain_or_exit(listener: Listener, *_: object) -> None:
+    """Handle SIGTERM without a protector: finish the clients' requests, then exit."""
+    try:
+        listener.stop_accepting()
+    except OSError:
+        sys.exit(0)  # no free descriptor: end now, even if clients are cut off
 
 
 def _serve_asgi(app: Any, given: argparse.Namespace) -> None:
     import uvicorn
 
     # After its shutdown uvicorn raises SIGTERM again, which without a handler would kill us.
-    # waitress needs no handler, because it ends after its last client.
+    # waitress ends after its last client.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # loop: uvloop would accept below Python.  interface: known here; uvicorn would guess it.
     config = uvicorn.Config(

@@ -22,6 +22,8 @@ from .step import Step
 
 #: The exit status of SocketProtector after a start that failed.
 START_FAILED = 3
+#: The end of a reason that blames the protector's death, not the release.
+PROTECTOR_KILLED = "when the protector was killed"
 
 
 def open_failed(step: Step, number: int, reason: str, orphans: Collection[int]) -> None:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from functools import partial
 
 from ..core.events import ChannelBroken, Event, OpenFailed, SettleFailed, WorkerExited
+from ..core.failure import PROTECTOR_KILLED
 from ..core.fleet import Generation, Phase, State, Worker
 from ..core.snapshot import Snapshot
 from ..model.lazy_dataclass import field, mutable
@@ -30,9 +31,9 @@ from .effects import Effects
 from .generation import OpenGeneration
 
 #: Why a worker or generation of the fleet is missing.
-_KILLED = "it was starting when the protector was killed"
+_KILLED = f"it was starting {PROTECTOR_KILLED}"
 _ENDED = "ended while no protector was running"
-_NOT_STORED = "the worker's descriptors were not stored when the protector was killed"
+_NOT_STORED = f"the worker's descriptors were not stored {PROTECTOR_KILLED}"
 #: The descriptors without which a worker cannot be adopted.  Some workers also need `line`.
 _REQUIRED = {"process", "notify"}
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from ..core import stop
 from ..core.actions import Report, ReportKind
+from ..core.failure import PROTECTOR_KILLED
 from ..model import release
 from ..model.lazy_dataclass import replace
 from ..model.records import Program
@@ -183,14 +184,14 @@ class Releases:
     def _counts_against(self, name: str, report: Report, program: Program | None) -> bool:
         """Return whether a failure counts against a release; if so, a rollback skips the release.
 
-        A reload that a stop called off does not count.  If a generation was opened, any other
-        failure counts.  This includes a reload that an operator's `rollback` called off: the
-        operator has rejected the release.
+        A reload that a stop called off does not count, nor does one that failed because the
+        protector was killed.  If a generation was opened, any other failure counts.  This includes
+        a reload that an operator's `rollback` called off: the operator has rejected the release.
 
         A failure before a generation was opened counts only if its message names the release's
         folder.  Otherwise the configuration may be wrong, not the release.
         """
-        if report.reason == stop.CALLED_OFF:
+        if report.reason == stop.CALLED_OFF or report.reason.endswith(PROTECTOR_KILLED):
             return False
         return program is not None or self._path(name) in report.reason
 

@@ -21,6 +21,8 @@ from .option_values import octal
 from .users import MOST_ID
 
 UNIX_OPTIONS = ("backlog", "group", "mode", "nonblock", "user")
+#: An abstract socket has no file, so no permissions: any local user may connect.
+_ABSTRACT_OPTIONS = ("backlog", "nonblock")
 #: The longest path of a UNIX socket, without the final NUL (unix(7)).
 _PATH_MAX_BYTES = 107
 #: Longer than a name of 255 characters, a host of 253 characters and all options together.
@@ -116,7 +118,8 @@ def parse(text: str, directory: str) -> Listen:
             path = os.path.join(directory, path)
         if len(os.fsencode(path)) > _PATH_MAX_BYTES:
             raise UsageError(f"{text}: a UNIX socket's path has {_PATH_MAX_BYTES} bytes at most")
-        where, allowed = {"path": path}, UNIX_OPTIONS
+        where = {"path": path}
+        allowed = _ABSTRACT_OPTIONS if path.startswith("@") else UNIX_OPTIONS
     else:
         host, colon, port = body.rpartition(":")
         if colon and not _HOST.fullmatch(host):
@@ -125,6 +128,8 @@ def parse(text: str, directory: str) -> Listen:
                 "fd:NAME; NAME=ADDRESS names the listener"
             )
         number = whole(port, 65535)
+        if number is None and body.startswith(("/", "./", "../")):
+            raise UsageError(f"{shortened(text, 200)}: for a UNIX socket write unix:PATH")
         if number is None:
             raise UsageError(f"{shortened(text, 200)}: the port must be a number from 0 to 65535")
         where = {"port": number, "host": host.strip("[]") if colon else None}

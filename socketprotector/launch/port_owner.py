@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, cast
 
+from socketprotector_client import wire
+
 from ..system.socket_file import path_of
 
 _CREDENTIALS = struct.Struct("3i")
@@ -97,6 +99,11 @@ def _advice(pids: Iterable[int], listens: Callable[[Any], bool]) -> str:
         if program == _OURS and not protector:
             hint = "if that is this instance, use `socketprotectorctl diff`; otherwise"
             return f"{called} has it: {hint} stop it, or choose another address"
+        if program and _is_left_worker(holder):
+            return (
+                f"{called} has it, a worker that a killed {_OURS} left: end it by TERM, or choose "
+                "another address"
+            )
         if program:
             return f"{called} has it: stop that program, or choose another address"
     return ""
@@ -119,18 +126,28 @@ def _with_ancestors(pid: int) -> Iterator[tuple[Any, str]]:
 
 
 def _holder_to_name(pid: int, listens: Callable[[Any], bool]) -> tuple[int, str]:
-    """Return the pid and program of a process, or of the SocketProtector that also has the socket.
+    """Return the pid and program of a process, or of its first ancestor that also has the socket.
 
-    Under --handoff listener, workers have the socket, too.  If an operator stopped a worker, the
-    protector would replace the worker, and the address would still be in use.  A guard would
+    If an operator stopped a child, its parent would replace the child, and the address would still
+    be in use.  So the master of a server is named, and the protector of a worker.  A guard would
     replace a protector, so the guard is named.
     The program is "" if the process has ended, or may not be read.
     """
     named = (pid, "")
     for each, name in _with_ancestors(pid):
-        if each.pid == pid or (name == _OURS and _may_listen(each, listens)):
+        if each.pid == pid or _may_listen(each, listens, unread=name == _OURS):
             named = (each.pid, name)
     return named if _runs(named[0]) else (pid, "")
+
+
+def _is_left_worker(pid: int) -> bool:
+    """Return True if a process is the worker of a protector that is gone."""
+    import psutil
+
+    with suppress(psutil.Error, OSError):
+        if wire.ENV_RETURN in psutil.Process(pid).environ():
+            return all(name != _OURS for _, name in _with_ancestors(pid))
+    return False
 
 
 def _runs(pid: int) -> bool:
@@ -145,8 +162,8 @@ def _runs(pid: int) -> bool:
         return True
 
 
-def _may_listen(process: Any, listens: Callable[[Any], bool]) -> bool:
-    """Return True if a process has such a socket, or if we may not read which sockets it has.
+def _may_listen(process: Any, listens: Callable[[Any], bool], *, unread: bool) -> bool:
+    """Return True if a process has such a socket; `unread` if we may not read its sockets.
 
     A worker may also have bound the address itself; then its protector does not have it.
     """
@@ -155,7 +172,7 @@ def _may_listen(process: Any, listens: Callable[[Any], bool]) -> bool:
     try:
         return any(map(listens, _sockets_of(process)))
     except psutil.AccessDenied:
-        return True
+        return unread
     except (psutil.Error, OSError):
         return False
 

@@ -355,6 +355,50 @@ def test_forked_processes_serve_without_a_protector(app: str) -> None:
     assert parent.pid not in answers
 
 
+#: Answers when a file is there.
+GATED = """
+import os, pathlib, time
+def app(environ, start_response):
+    pathlib.Path("asked").touch()
+    while not os.path.exists("gate"):
+        time.sleep(0.01)
+    start_response("200 OK", [("Content-Length", "4")])
+    return [b"late"]
+"""
+
+
+@needs_both
+@pytest.mark.parametrize("processes", [(), ("--processes", "2")], ids=["one", "forked"])
+def test_without_a_protector_a_request_under_way_is_answered_after_term(
+    tmp_path: Path, processes: tuple[str, ...]
+) -> None:
+    (tmp_path / "gated.py").write_text(GATED)
+    path = tmp_path / "socket"
+    command = [*RUN, "--bind", f"unix:{path}", *processes, "gated:app"]
+    with subprocess.Popen(command, env={**os.environ, **PATH}, cwd=tmp_path) as server:
+        try:
+            eventually(path.exists, "it listens")
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(path))
+                client.sendall(b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+                eventually((tmp_path / "asked").exists, "the application has the request")
+
+                server.terminate()
+
+                eventually(lambda: not _accepts(path), "it has stopped accepting")
+                (tmp_path / "gate").touch()
+                with client.makefile("rb") as answer:
+                    assert answer.read().endswith(b"late")
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
+
+
+def _accepts(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
 #: Notes which process begins and ends its lifespan.
 LIVES = """
 import os

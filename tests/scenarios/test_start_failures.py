@@ -18,7 +18,8 @@ import pytest
 
 from socketprotector.launch import port_owner
 from tests import needs
-from tests.running import MARK, Ended, Protector, marked
+from tests.procfs import children_of, name_of
+from tests.running import MARK, Ended, Protector, marked, wait_gone
 from tests.scenarios.starting import MINIMAL, Start, start_of
 from tests.scenarios.tools import spawned, worker
 
@@ -65,6 +66,33 @@ def test_a_port_that_a_worker_has_too_is_refused_with_the_name_of_its_protector(
     assert port_owner.of_port("127.0.0.1", daemon.port).startswith(expected)
     daemon.reload()  # a worker of this generation has the address's other socket
     assert port_owner.of_port("127.0.0.1", daemon.port).startswith(expected)
+
+
+@pytest.mark.parametrize("listen", ["tcp", "unix"])
+def test_an_address_that_the_workers_of_a_killed_protector_keep_is_refused_with_their_master(
+    protector: Callable[..., Protector], tmp_path: Path, listen: str
+) -> None:
+    """The master would start another child in place of one that is ended."""
+    path = str(tmp_path / "s")
+    address = f"unix:{path}" if listen == "unix" else "127.0.0.1:0"
+    command = ("--", *worker("master", "v1"))
+    daemon = protector("--handoff", "listener", "--ready", "notify", address, *command).ready()
+    [master] = spawned(daemon)
+
+    os.kill(daemon.pid, signal.SIGKILL)
+    assert wait_gone([daemon.pid]) == []
+
+    name = name_of(master)
+    who = f"process {master} ({name}) has it, a worker that a killed SocketProtector left: "
+    said = (
+        port_owner.of_path(path)
+        if listen == "unix"
+        else port_owner.of_port("127.0.0.1", daemon.port)
+    )
+    assert said.startswith(who)
+    children = children_of(master)
+    os.kill(master, signal.SIGTERM)
+    assert wait_gone([master, *children]) == []
 
 
 def test_the_wildcard_is_in_use_where_one_address_is(start: Start) -> None:

@@ -520,6 +520,7 @@ def test_a_release_failed_if_it_was_started_and_was_refused_if_not(world: World)
     ("name", "reason", "started"),
     [
         ("2", stop.CALLED_OFF, True),
+        ("2", "it was starting when the protector was killed", True),
         ("2", "cannot read web.toml", False),  # it names no path of the release
         ("gone", "no such release", True),
         ("1", "the serving release", True),

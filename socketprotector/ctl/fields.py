@@ -66,7 +66,11 @@ def why_not_ready(status: Status) -> str:
     """
     if is_lame_duck(status):
         return "lame duck"
-    return "" if serves(status) else text_in(status, "phase") or "no generation is serving"
+    if not serves(status):
+        return text_in(status, "phase") or "no generation is serving"
+    listeners = listed(status, "listeners")
+    cut_off = listeners and all(each.get("reachable") is False for each in listeners)
+    return "no client can connect; see the warnings of `status`" if cut_off else ""
 
 
 def valid_dry_run(status: Status) -> Status | None:

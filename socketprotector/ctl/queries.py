@@ -125,8 +125,8 @@ def ready(instance: Instance, health: bool, as_json: bool) -> None:
     """Print whether SocketProtector is ready for clients, as /readyz of the exporter does.
 
     Exit status 0: ready, even during a hold, or while the workers of the serving generation
-    restart. 3: no generation is serving, a stop has begun, SocketProtector is a lame duck, or, with
-    --health, it is unhealthy.
+    restart. 3: no generation is serving, no client can connect, a stop has begun, SocketProtector
+    is a lame duck, or, with --health, it is unhealthy.
     """
     found = instance.request("status")
     why, why_unhealthy = why_not_ready(found), unhealthy(found)

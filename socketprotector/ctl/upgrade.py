@@ -8,7 +8,7 @@ import click
 
 from .cli import Instance, command, say, say_json, say_outcome
 from .client import Message
-from .errors import NewVersionFailed, RequestRefused
+from .errors import NewVersionFailed, NoProtector, RequestRefused
 from .fields import number_in, text_in
 from .operation import begin
 from .reload import TIMEOUT, WAIT, quoted
@@ -47,7 +47,12 @@ def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json
             operation.finish("requested", f"upgrade requested; {hint}")
             return
         upgraded = _Upgraded(before, operation.tell)
-        operation.wait(upgraded)
+        try:
+            operation.wait(upgraded)
+        except NoProtector:
+            if not upgraded.stopping:
+                raise
+            raise NewVersionFailed("not upgraded: the protector was stopped") from None
         after = upgraded.status
         new = operation.outcome["version"] = after.get("version")
         operation.finish("upgraded", f"upgraded: pid {after.get('pid')} runs {new} ({old} before)")
@@ -83,6 +88,7 @@ class _Upgraded(Awaited):
         self.status = self._before = before
 
     def on_event(self, event: Message) -> None:
+        super().on_event(event)
         if event.get("event") == "upgrade-failed":
             raise NewVersionFailed(
                 f"not upgraded: {self._before.get('version')} keeps running: "
@@ -90,6 +96,7 @@ class _Upgraded(Awaited):
             )
 
     def on_status(self, status: Message) -> None:
+        super().on_status(status)
         self.status = status
         self.waits.on_status(status, ("upgrade",))
 

@@ -77,6 +77,7 @@ def test_status_of_one_that_serves(operated: Operating, place: Path) -> None:
             "name": "0",
             "backlog": 0,
             "backlog_limit": 4096,
+            "reachable": True,
         }
     ]
     [generation] = found["generations"]

@@ -1152,9 +1152,7 @@ def test_a_start_during_a_start_waits_and_finds_that_it_runs(machine: Machine) -
 @needs.programs("flock")
 def test_a_start_during_a_start_that_fails_starts_again(machine: Machine) -> None:
     gate, reached = machine.root / "gate", machine.root / "reached"
-    daemon = release(
-        machine, f"touch {reached}\nwhile [ ! -e {gate} ]; do sleep 0.1; done\nexit 3"
-    )
+    daemon = release(machine, f"touch {reached}\nwhile [ ! -e {gate} ]; do sleep 0.1; done\nexit 3")
     machine.configure(command=daemon)
     first = machine.begin("start")
     eventually(reached.exists, "the first start waits for its daemon")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from socketprotector.ctl.api import why_not_ready
 from tests import needs
 from tests.procfs import listening_descriptors, name_of
 from tests.running import COMMAND, MARK, ask, eventually, marked, wait_gone
@@ -330,6 +331,16 @@ def test_another_processs_socket_in_our_place_is_reported_and_not_removed(start:
     path.unlink()
     [removed] = warnings()
     assert removed.startswith(f"unix:{path}: its socket file was removed")
+    with Line(start.folder / "c") as line:
+        [listener] = line.status()["listeners"]
+        assert listener["reachable"] is False
+        assert why_not_ready(line.status()) == (
+            "no client can connect; see the warnings of `status`"
+        )
+        line.ask("reload")
+        eventually(lambda: bool(line.status()["reloads"]), "the verdict of the reload")
+        failed = line.status()["reloads"][-1]
+        assert (failed["result"], failed["reason"]) == ("failed", removed)
     with socket.socket(socket.AF_UNIX) as theirs:
         theirs.bind(str(path))
         theirs.listen()

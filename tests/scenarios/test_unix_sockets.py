@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from socketprotector.ctl.api import why_not_ready
 from tests import needs
 from tests.load import Load
 from tests.rounds import rounds
@@ -176,6 +177,30 @@ def test_clients_wait_through_a_hold_and_the_next_generation_answers(
             assert late.hear().endswith(" hello")
     assert "hint=" not in one.daemon.log.wait_for("event=stranded")
     eventually(lambda: pid_in(ask(str(path))) != serving, "the next generation")
+
+
+def test_a_status_warns_of_clients_of_a_hold_whose_generation_does_not_start(
+    one: Operated, path: Path, release: Release
+) -> None:
+    said = f"unix:{path}: clients wait, and no worker has their socket; "
+
+    def warnings() -> str:
+        return " ".join(one.status()["warnings"])
+
+    with one.line() as line:
+        line.ask("hold", seconds=3600)
+        with Client(str(path), "hello") as late:
+            release.becomes("/bin/sh", "-c", "exit 3")
+            assert said not in warnings()
+            line.ask("release")
+            one.daemon.log.wait_for("event=reload-failed")
+
+            assert said in warnings()
+            assert why_not_ready(one.status()) == ""
+
+            release.becomes(*SERVER)
+            assert late.hear().endswith(" hello")
+    eventually(lambda: said not in warnings(), "no client waits")
 
 
 def on_hold(start: Starter, place: Path, release: Release, *words: str) -> Operated:

@@ -406,7 +406,7 @@ class Kernel:
                 lseek=lambda fd, at, _: self._memory(fd, "lseek").data_from(at),
                 pwrite=self._pwrite,
                 fstat=self._fstat,
-                stat=lambda _: SimpleNamespace(st_ctime=0.0),  # of a program, never changed
+                stat=self._stat,
                 lstat=self._lstat,
                 unlink=self._unlink,
                 rename=self._rename,
@@ -513,6 +513,11 @@ class Kernel:
         return SimpleNamespace(
             st_dev=1, st_ino=node.inode, st_mode=mode, st_uid=1000, st_gid=1000, st_nlink=1
         )
+
+    def _stat(self, path: str) -> Any:
+        if path.startswith("/srv/"):
+            return self._lstat(path)
+        return SimpleNamespace(st_ctime=0.0)  # of a program, never changed
 
     def _lexists(self, path: str) -> bool:
         self.enter("lstat")

@@ -168,6 +168,7 @@ def of_listener(listener: Listener, delivery: Delivery) -> dict[str, Any]:
         "name": listener.settings.name,
         "backlog": waiting,
         "backlog_limit": limit,
+        "reachable": not (listener.lost or listener.is_cut_off or listener.path_fault),
     }
 
 

@@ -72,6 +72,7 @@ def listener(address: str = "tcp:0.0.0.0:4321", **more: Any) -> Message:
         "name": address.rpartition(":")[2],
         "backlog": 3,
         "backlog_limit": 4096,
+        "reachable": True,
         **more,
     }
 

@@ -356,6 +356,24 @@ def test_upgrade_that_stays_with_the_old_is_status_3_with_the_probes_words(
     )
 
 
+def test_an_upgrade_that_a_stop_ends_is_status_3(fake: Fake, ctl: Ctl) -> None:
+    def answer(connection: Connection, asked: Message) -> None:
+        connection.send({"v": 1, "id": asked["id"], "ok": True, "result": {"from": "0.9.0"}})
+        connection.event("stopping")
+        fake.path.unlink()
+        connection.cut()
+
+    fake.answers["upgrade"] = answer
+
+    said = ctl("upgrade")
+
+    assert (said.status, said.out) == (3, "")
+    assert said.err == (
+        "the protector is being stopped\n"
+        "socketprotectorctl: not upgraded: the protector was stopped\n"
+    )
+
+
 def test_an_older_protector_has_no_check(fake: Fake, ctl: Ctl) -> None:
     def answer(connection: Connection, asked: Message) -> None:
         error = "upgrade: unknown argument 'check'; allowed: none"

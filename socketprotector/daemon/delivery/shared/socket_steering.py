@@ -337,7 +337,7 @@ class SocketSteering(Steering):
         ]
         if self._not_held and self.hold.on:
             unsteered.append(f"on hold, but workers accept new clients: {self._not_held}")
-        return *lost, *self._repairs.warnings, *unsteered
+        return *lost, *self._repairs.warnings, *unsteered, *self._watch.stranded(held=self.hold.on)
 
     @property
     def has_passed_in_pair(self) -> bool:

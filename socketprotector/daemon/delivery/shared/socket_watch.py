@@ -207,6 +207,17 @@ class SocketWatch(Backlogs):
         canary, at = self.canary.never_accepted
         return at if canary == generation else ()
 
+    def stranded(self, *, held: bool) -> tuple[str, ...]:
+        """Return messages about stranded clients, once a rescue was needed; none during a hold."""
+        if held or not self._rescue_s:
+            return ()
+        return tuple(
+            f"{each.settings.address}: clients wait, and no worker has their socket; "
+            "SocketProtector starts the last good command for them: see `crashes` if it fails"
+            for each, number in self._without_worker()
+            if each.has_waiting(number)
+        )
+
     def _plan_rescue(self) -> None:
         """Call _rescue() now, or after a pause in which finishing workers may accept the clients.
 

@@ -245,13 +245,14 @@ def _serve_wsgi(app: Any, given: argparse.Namespace) -> None:
     from .waitress import serve_on
 
     listener = _listening(lambda: Listener(given.bind, take=None))
-    if not current().is_served:
+    if not current().is_served and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, functools.partial(_drain_or_exit, listener))
     serve_on(listener, app, threads=given.threads)
 
 
 def _drain_or_exit(listener: Listener, *_: object) -> None:
-    """Handle SIGTERM without a protector: finish the clients' requests, then exit."""
+    """Handle SIGTERM without a protector: exit after the last client; a second SIGTERM ends us."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         listener.stop_accepting()
     except OSError:

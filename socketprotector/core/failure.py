@@ -22,8 +22,9 @@ from .step import Step
 
 #: The exit status of SocketProtector after a start that failed.
 START_FAILED = 3
-#: The end of a reason that blames the protector's death, not the release.
-PROTECTOR_KILLED = "when the protector was killed"
+#: Why a worker or generation is missing.  The protector's death is to blame, not the release.
+STARTING_WHEN_KILLED = "it was starting when the protector was killed"
+NOT_STORED = "the worker's descriptors were not stored when the protector was killed"
 
 
 def open_failed(step: Step, number: int, reason: str, orphans: Collection[int]) -> None:

@@ -206,6 +206,9 @@ class Effects(Host):
         if report.news in _FAILURE and report.reason not in (stop.CALLED_OFF, UPGRADED):
             more = self.generations.program_change(self._route)
             report = replace(report, reason=added(report.reason, more))
+        elif report.news is ReportKind.RELOADED:
+            notes = filter(None, (report.reason, *self.delivery.warnings))
+            report = replace(report, reason="; ".join(notes))
         self.reports.write(*self.live_settings.reported(report, program))
 
     # -- for upgrades, and after crashes ------------------------------------------

@@ -19,7 +19,7 @@ from contextlib import suppress
 from functools import partial
 
 from ..core.events import ChannelBroken, Event, OpenFailed, SettleFailed, WorkerExited
-from ..core.failure import PROTECTOR_KILLED
+from ..core.failure import NOT_STORED, STARTING_WHEN_KILLED
 from ..core.fleet import Generation, Phase, State, Worker
 from ..core.snapshot import Snapshot
 from ..model.lazy_dataclass import field, mutable
@@ -31,9 +31,7 @@ from .effects import Effects
 from .generation import OpenGeneration
 
 #: Why a worker or generation of the fleet is missing.
-_KILLED = f"it was starting {PROTECTOR_KILLED}"
 _ENDED = "ended while no protector was running"
-_NOT_STORED = f"the worker's descriptors were not stored {PROTECTOR_KILLED}"
 #: The descriptors without which a worker cannot be adopted.  Some workers also need `line`.
 _REQUIRED = {"process", "notify"}
 
@@ -170,7 +168,7 @@ class Recovery:
         unadopted = {each.number for each in fleet.alive()} - known
         # A generation without its descriptors cannot serve: end its start, or replace it.
         events: list[Event] = [
-            OpenFailed(each.number, _KILLED, tuple(sorted(unadopted)))
+            OpenFailed(each.number, STARTING_WHEN_KILLED, tuple(sorted(unadopted)))
             if each.phase in (Phase.STARTING, Phase.ABANDONED)
             else ChannelBroken(each.number)
             for each in fleet.generations
@@ -239,9 +237,9 @@ def _exit_of(
     number: int, record: WorkerRecord | None, waiting: int, *, orphans: bool, lost: bool
 ) -> WorkerExited:
     """Return the event about a worker that cannot be adopted."""
-    reason = _NOT_STORED
+    reason = NOT_STORED
     if record is None:  # the protector was killed before it recorded the worker's pid
-        reason = _KILLED
+        reason = STARTING_WHEN_KILLED
     elif record.orphaned:
         reason = _ENDED
     ready_at = record.ready_at if record is not None else None

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from ..core import stop
 from ..core.actions import Report, ReportKind
-from ..core.failure import PROTECTOR_KILLED
+from ..core.failure import NOT_STORED, STARTING_WHEN_KILLED
 from ..model import release
 from ..model.lazy_dataclass import replace
 from ..model.records import Program
@@ -191,7 +191,8 @@ class Releases:
         A failure before a generation was opened counts only if its message names the release's
         folder.  Otherwise the configuration may be wrong, not the release.
         """
-        if report.reason == stop.CALLED_OFF or report.reason.endswith(PROTECTOR_KILLED):
+        # A reason in which a worker's output comes begins with the worker.
+        if report.reason.startswith((stop.CALLED_OFF, STARTING_WHEN_KILLED, NOT_STORED)):
             return False
         return program is not None or self._path(name) in report.reason
 

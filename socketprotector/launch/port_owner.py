@@ -101,8 +101,8 @@ def _advice(pids: Iterable[int], listens: Callable[[Any], bool]) -> str:
             return f"{called} has it: {hint} stop it, or choose another address"
         if program and _is_left_worker(holder):
             return (
-                f"{called} has it, a worker that a killed {_OURS} left: end it by TERM, or choose "
-                "another address"
+                f"{called} has it: if a killed {_OURS} left this worker, end it by TERM; otherwise "
+                "choose another address"
             )
         if program:
             return f"{called} has it: stop that program, or choose another address"
@@ -141,7 +141,10 @@ def _holder_to_name(pid: int, listens: Callable[[Any], bool]) -> tuple[int, str]
 
 
 def _is_left_worker(pid: int) -> bool:
-    """Return True if a process is the worker of a protector that is gone."""
+    """Return True if a process may be the worker of a protector that is gone.
+
+    It may also be a helper that such a worker has detached, or its protector may be hidden.
+    """
     import psutil
 
     with suppress(psutil.Error, OSError):

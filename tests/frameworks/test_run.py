@@ -377,7 +377,7 @@ def test_without_a_protector_a_request_under_way_is_answered_after_term(
     command = [*RUN, "--bind", f"unix:{path}", *processes, "gated:app"]
     with subprocess.Popen(command, env={**os.environ, **PATH}, cwd=tmp_path) as server:
         try:
-            eventually(path.exists, "it listens")
+            eventually(lambda: _accepts(path), "it listens")
             with socket.socket(socket.AF_UNIX) as client:
                 client.connect(str(path))
                 client.sendall(b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")

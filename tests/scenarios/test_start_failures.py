@@ -83,7 +83,7 @@ def test_an_address_that_the_workers_of_a_killed_protector_keep_is_refused_with_
     assert wait_gone([daemon.pid]) == []
 
     name = name_of(master)
-    who = f"process {master} ({name}) has it, a worker that a killed SocketProtector left: "
+    who = f"process {master} ({name}) has it: if a killed SocketProtector left this worker, "
     said = (
         port_owner.of_path(path)
         if listen == "unix"

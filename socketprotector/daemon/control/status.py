@@ -168,8 +168,19 @@ def of_listener(listener: Listener, delivery: Delivery) -> dict[str, Any]:
         "name": listener.settings.name,
         "backlog": waiting,
         "backlog_limit": limit,
-        "reachable": not (listener.lost or listener.is_cut_off or listener.path_fault),
+        "reachable": _is_reachable(listener),
     }
+
+
+def _is_reachable(listener: Listener) -> bool:
+    """Return False if no client can connect at the listener's address.
+
+    What another program has put in place of a socket file may lead to the socket.
+    """
+    if listener.lost or listener.is_cut_off:
+        return False
+    path = listener.settings.address.removeprefix("unix:")
+    return not listener.path_fault or os.path.exists(path)
 
 
 def of_generations(fleet: Fleet, effects: Effects) -> list[dict[str, Any]]:

@@ -509,7 +509,7 @@ def test_the_next_program_knows_where_the_link_led_when_the_deploy_began(world: 
 
 def test_a_release_failed_if_it_was_started_and_was_refused_if_not(world: World) -> None:
     made = world.make()
-    world.failed(made, "2", "worker 3 exited with status 7")
+    world.failed(made, "2", "worker 3 exited with status 7\nwhen the protector was killed")
     world.failed(made, "3", f"{world.folder}/3/daemon: Permission denied", started=False)
 
     assert outcomes(made) == [("2", FAILED), ("3", REFUSED)]
@@ -521,6 +521,7 @@ def test_a_release_failed_if_it_was_started_and_was_refused_if_not(world: World)
     [
         ("2", stop.CALLED_OFF, True),
         ("2", "it was starting when the protector was killed", True),
+        ("2", "it was starting when the protector was killed; restore 1/daemon", True),
         ("2", "cannot read web.toml", False),  # it names no path of the release
         ("gone", "no such release", True),
         ("1", "the serving release", True),

@@ -14,7 +14,6 @@ channel go to the route, or to a later route that knows their listener.
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -39,16 +38,6 @@ from ..probe_target import ProbeTarget
 from . import probe_port
 from .forwarder import Forwarder
 from .generation_channel import GenerationChannel
-
-
-def _is_lost(listener: Listener) -> bool:
-    """Return whether no client can connect to a listener before a restart."""
-    return listener.lost or listener.is_cut_off
-
-
-def _why_lost(listener: Listener) -> str:
-    removed = "its socket file was removed or replaced, so " if listener.is_cut_off else ""
-    return f"{removed}no client can connect; restart SocketProtector"
 
 
 class QueueDelivery(Delivery):
@@ -90,9 +79,6 @@ class QueueDelivery(Delivery):
         return None
 
     def open(self, generation: OpenGeneration, queue: int, *, fresh: bool) -> None:
-        if fresh and self.listeners and all(map(_is_lost, self.listeners)):
-            lost = self.listeners[0]
-            raise FileNotFoundError(errno.ENOENT, _why_lost(lost), lost.settings.address)
         channel = GenerationChannel(Channel.make(queue), generation)
         try:
             self._watch(generation.record.number, channel)
@@ -313,8 +299,13 @@ class QueueDelivery(Delivery):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        lost = filter(_is_lost, self.listeners)
-        return tuple(f"{each.settings.address}: {_why_lost(each)}" for each in lost)
+        cut_off = "its socket file was removed or replaced, so "
+        return tuple(
+            f"{each.settings.address}: {cut_off if each.is_cut_off else ''}"
+            "no client can connect; restart SocketProtector"
+            for each in self.listeners
+            if each.lost or each.is_cut_off
+        )
 
     def accept_waiting(self) -> None:
         self.forwarder.accept_waiting()

@@ -1170,6 +1170,46 @@ def test_a_start_during_a_start_that_fails_starts_again(machine: Machine) -> Non
     assert list(machine.run_directory().parent.iterdir()) == []
 
 
+@needs.programs("flock")
+def test_a_start_during_a_restart_waits_and_what_a_file_starts_keeps_no_lock(
+    machine: Machine,
+) -> None:
+    gate, reached = machine.root / "gate", machine.root / "reached"
+    daemon = release(
+        machine,
+        f"touch {reached}\nwhile [ ! -e {gate} ]; do sleep 0.1; done\nexec {ECHO}",
+    )
+    file = machine.configure(command=daemon)
+    gate.touch()
+    assert machine.run("start") == 0
+    gate.unlink()
+    reached.unlink()
+    with file.open("a") as opened:
+        opened.write(f"sleep 1000 >/dev/null 2>&1 & echo $! >>{machine.root}/sleepers\n")
+    restart = machine.begin("restart")
+    eventually(reached.exists, "the restart waits for its daemon")
+    start = machine.begin("start")
+    assert start.stdout is not None
+    for line in start.stdout:
+        if "another start or restart is in progress" in line:
+            break
+
+    gate.touch()
+
+    assert (restart.wait(DEADLINE_S), start.wait(DEADLINE_S)) == (0, 0)
+    assert f"web: is running already (pid {machine.pid()})" in start.stdout.read()
+    start.stdout.close()
+    assert restart.stdout is not None
+    restart.stdout.close()
+    assert machine.run("start") == 0
+    assert machine.run("stop") == 0
+    assert list(machine.run_directory().parent.iterdir()) == []
+    sleepers = [int(pid) for pid in (machine.root / "sleepers").read_text().split()]
+    for pid in sleepers:
+        os.kill(pid, signal.SIGKILL)
+    assert wait_gone(sleepers) == []
+
+
 @needs.ROOT
 @pytest.mark.parametrize("where", ["setting", "option", "config"])
 def test_an_unknown_user_is_6_and_leaves_nothing(machine: Machine, where: str) -> None:

@@ -53,11 +53,9 @@ from ..core.reload import UPGRADED
 from ..core.snapshot import Snapshot, Undone, due_after
 from ..model import known_servers, probe_spec, ready_kinds
 from ..model.errors import what_failed
-from ..model.lazy_dataclass import replace
 from ..model.records import Program
 from ..model.settings import Settings
 from ..model.share import percent
-from ..model.text import added
 from ..system.listener import Listener
 from ..system.program_spec import program_of
 from ..system.sd_notify import Systemd
@@ -69,7 +67,7 @@ from .generation import Generations, OpenGeneration
 from .live_settings import LiveSettings
 from .log_output import Output
 from .probing import Probing
-from .reports import Reports
+from .reports import Reports, with_notes
 from .runtime import Runtime
 from .start_report import StartReport
 from .worker_pool import WorkerPool
@@ -204,11 +202,9 @@ class Effects(Host):
         program = self.generations.program_of(report.generation)
         self.last_good = (report.news in _SUCCESS and program) or self.last_good
         if report.news in _FAILURE and report.reason not in (stop.CALLED_OFF, UPGRADED):
-            more = self.generations.program_change(self._route)
-            report = replace(report, reason=added(report.reason, more))
+            report = with_notes(report, self.generations.program_change(self._route))
         elif report.news is ReportKind.RELOADED:
-            notes = filter(None, (report.reason, *self.delivery.warnings))
-            report = replace(report, reason="; ".join(notes))
+            report = with_notes(report, *self.delivery.warnings)
         self.reports.write(*self.live_settings.reported(report, program))
 
     # -- for upgrades, and after crashes ------------------------------------------

@@ -18,7 +18,7 @@ from ..model.history import History
 from ..model.lazy_dataclass import replace
 from ..model.policy import Policy
 from ..model.records import RunRecord
-from ..model.text import headline, in_units
+from ..model.text import added, headline, in_units
 from ..system.listener import Listener
 from ..system.log import Log
 from ..system.sd_notify import Systemd
@@ -48,6 +48,11 @@ NO_INTERFACE = (
 )
 #: How long our exit may take after the last worker's exit.  EXTEND_TIMEOUT_USEC includes this time.
 _TO_END_S = 5.0
+
+
+def with_notes(report: Report, *notes: str) -> Report:
+    """Return a report whose reason also has these notes, before any last words."""
+    return replace(report, reason=added(report.reason, "; ".join(notes)))
 
 
 class Reports:

@@ -74,7 +74,8 @@ def added(reason: str, more: str) -> str:
         return reason
     first, end, words = reason.partition("\n")
     before = LAST_WORDS if first.endswith(LAST_WORDS) else ""
-    return f"{headline(reason)}; {more}{before}{end}{words}"
+    noted = "; ".join(filter(None, (headline(reason), more)))
+    return f"{noted}{before}{end}{words}"
 
 
 def field(value: object) -> str:

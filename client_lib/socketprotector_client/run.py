@@ -263,7 +263,6 @@ def _serve_asgi(app: Any, given: argparse.Namespace) -> None:
     import uvicorn
 
     # After its shutdown uvicorn raises SIGTERM again, which without a handler would kill us.
-    # waitress ends after its last client.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # loop: uvloop would accept below Python.  interface: known here; uvicorn would guess it.
     config = uvicorn.Config(

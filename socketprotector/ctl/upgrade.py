@@ -29,7 +29,8 @@ def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json
     """Replace the protector's program with the installed program. Pid and workers stay the same.
 
     Clients notice nothing. The command waits until the installed program is running. If the
-    installed program cannot take over, the exit status is 3, and the old program keeps running.
+    installed program cannot take over, the exit status is 3, and the old program keeps running. The
+    exit status is also 3 if the protector is stopped.
 
     With --check the installed program only reads a copy of the state, and nothing is replaced.
     """

@@ -191,7 +191,7 @@ class Releases:
         A failure before a generation was opened counts only if its message names the release's
         folder.  Otherwise the configuration may be wrong, not the release.
         """
-        # A reason in which a worker's output comes begins with the worker.
+        # A worker's output never begins a reason.
         if report.reason.startswith((stop.CALLED_OFF, STARTING_WHEN_KILLED, NOT_STORED)):
             return False
         return program is not None or self._path(name) in report.reason

@@ -126,16 +126,18 @@ def _with_ancestors(pid: int) -> Iterator[tuple[Any, str]]:
 
 
 def _holder_to_name(pid: int, listens: Callable[[Any], bool]) -> tuple[int, str]:
-    """Return the pid and program of a process, or of its first ancestor that also has the socket.
+    """Return the pid and program of a process, or of its outermost ancestor that has the socket.
 
     If an operator stopped a child, its parent would replace the child, and the address would still
     be in use.  So the master of a server is named, and the protector of a worker.  A guard would
-    replace a protector, so the guard is named.
+    replace a protector, so the guard is named, but not systemd, which may store their sockets.
     The program is "" if the process has ended, or may not be read.
     """
     named = (pid, "")
     for each, name in _with_ancestors(pid):
-        if each.pid == pid or _may_listen(each, listens, unread=name == _OURS):
+        is_ours = name == _OURS
+        may_be_named = is_ours or named[1] != _OURS
+        if each.pid == pid or (may_be_named and _may_listen(each, listens, unread=is_ours)):
             named = (each.pid, name)
     return named if _runs(named[0]) else (pid, "")
 

@@ -1250,12 +1250,12 @@ def test_the_user_of_the_options_has_the_run_directory_too(machine: Machine, whe
 
 
 @needs.ANOTHER_USER
-def test_without_the_right_to_write_the_pid_file_it_is_4(machine: Machine) -> None:
+def test_who_may_not_write_in_the_run_directory_gets_4(machine: Machine) -> None:
     machine.configure()
     machine.start()
     other = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
-    for action in ("start", "stop", "reload", "restart", "try-restart"):
+    for action in ("start", "restart", "try-restart"):
         assert machine.run(action, before=other) == 4
         assert machine.output.endswith("run this as root\n")
         assert len(machine.output.splitlines()) == 1
@@ -1273,8 +1273,8 @@ def test_without_the_right_to_write_the_pid_file_it_is_4(machine: Machine) -> No
 def test_a_second_listener_without_quotes_and_a_wrong_word_are_6(
     machine: Machine, line: str, said: str
 ) -> None:
-    with machine.configure(MY_COLOUR="blue").open("a") as file:
-        file.write(f"ONE=1 TWO=2 # both are set\n{line}\n")
+    with machine.configure().open("a") as file:
+        file.write(f"{line}\n")
 
     assert machine.run("start") == 6
 

@@ -175,7 +175,7 @@ def of_listener(listener: Listener, delivery: Delivery) -> dict[str, Any]:
 def _is_reachable(listener: Listener) -> bool:
     """Return False if no client can connect at the listener's address.
 
-    What another program has put in place of a socket file may lead to the socket.
+    If another program's file is at the path, return True: it may lead to our socket.
     """
     if listener.lost or listener.is_cut_off:
         return False

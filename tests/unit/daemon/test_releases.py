@@ -14,6 +14,7 @@ import pytest
 
 from socketprotector.core import stop
 from socketprotector.core.actions import Report, ReportKind
+from socketprotector.core.failure import NOT_STORED
 from socketprotector.daemon import release_history, releases
 from socketprotector.daemon.releases import Releases
 from socketprotector.model import release
@@ -521,6 +522,7 @@ def test_a_release_failed_if_it_was_started_and_was_refused_if_not(world: World)
     [
         ("2", stop.CALLED_OFF, True),
         ("2", "it was starting when the protector was killed", True),
+        ("2", NOT_STORED, True),
         ("2", "it was starting when the protector was killed; restore 1/daemon", True),
         ("2", "cannot read web.toml", False),  # it names no path of the release
         ("gone", "no such release", True),

@@ -190,6 +190,25 @@ def release(machine: Machine, text: str) -> str:
     return str(daemon)
 
 
+def gated(machine: Machine, then: str) -> tuple[str, Path, Path]:
+    """Install a daemon that waits for a file.  Returns the daemon, that file, one made before."""
+    gate, reached = machine.root / "gate", machine.root / "reached"
+    wait = f"touch {reached}\nwhile [ ! -e {gate} ]; do sleep 0.1; done\n"
+    return release(machine, wait + then), gate, reached
+
+
+def two_starts(
+    machine: Machine, reached: Path
+) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+    """Begin a start, and a second one that waits for the first."""
+    first = machine.begin("start")
+    eventually(reached.exists, "the first start waits for its daemon")
+    second = machine.begin("start")
+    assert second.stdout is not None
+    assert "another start or restart is in progress" in second.stdout.readline()
+    return first, second
+
+
 # --- start, status, stop ------------------------------------------------------
 
 
@@ -1125,23 +1144,16 @@ def test_a_machine_without_the_program_is_5(machine: Machine) -> None:
 
 @needs.programs("flock")
 def test_a_start_during_a_start_waits_and_finds_that_it_runs(machine: Machine) -> None:
-    gate, reached = machine.root / "gate", machine.root / "reached"
-    daemon = release(
-        machine,
-        f"touch {reached}\nwhile [ ! -e {gate} ]; do sleep 0.1; done\nexec {ECHO}",
-    )
+    daemon, gate, reached = gated(machine, f"exec {ECHO}")
     machine.configure(command=daemon)
-    first = machine.begin("start")
-    eventually(reached.exists, "the first start waits for its daemon")
-    second = machine.begin("start")
-    assert second.stdout is not None
-    assert "another start or restart is in progress" in second.stdout.readline()
+    first, second = two_starts(machine, reached)
 
     gate.touch()
 
     assert (first.wait(DEADLINE_S), second.wait(DEADLINE_S)) == (0, 0)
-    assert f"web: is running already (pid {machine.pid()})" in second.stdout.read()
     assert first.stdout is not None
+    assert second.stdout is not None
+    assert f"web: is running already (pid {machine.pid()})" in second.stdout.read()
     assert f"web: started (pid {machine.pid()})" in first.stdout.read()
     first.stdout.close()
     second.stdout.close()
@@ -1151,14 +1163,9 @@ def test_a_start_during_a_start_waits_and_finds_that_it_runs(machine: Machine) -
 
 @needs.programs("flock")
 def test_a_start_during_a_start_that_fails_starts_again(machine: Machine) -> None:
-    gate, reached = machine.root / "gate", machine.root / "reached"
-    daemon = release(machine, f"touch {reached}\nwhile [ ! -e {gate} ]; do sleep 0.1; done\nexit 3")
+    daemon, gate, reached = gated(machine, "exit 3")
     machine.configure(command=daemon)
-    first = machine.begin("start")
-    eventually(reached.exists, "the first start waits for its daemon")
-    second = machine.begin("start")
-    assert second.stdout is not None
-    assert "another start or restart is in progress" in second.stdout.readline()
+    first, second = two_starts(machine, reached)
 
     gate.touch()
 
@@ -1174,11 +1181,7 @@ def test_a_start_during_a_start_that_fails_starts_again(machine: Machine) -> Non
 def test_a_start_during_a_restart_waits_and_what_a_file_starts_keeps_no_lock(
     machine: Machine,
 ) -> None:
-    gate, reached = machine.root / "gate", machine.root / "reached"
-    daemon = release(
-        machine,
-        f"touch {reached}\nwhile [ ! -e {gate} ]; do sleep 0.1; done\nexec {ECHO}",
-    )
+    daemon, gate, reached = gated(machine, f"exec {ECHO}")
     file = machine.configure(command=daemon)
     gate.touch()
     assert machine.run("start") == 0

@@ -72,7 +72,7 @@ def test_a_port_that_a_worker_has_too_is_refused_with_the_name_of_its_protector(
 def test_an_address_that_the_workers_of_a_killed_protector_keep_is_refused_with_their_master(
     protector: Callable[..., Protector], tmp_path: Path, listen: str
 ) -> None:
-    """The master would start another child in place of one that is ended."""
+    """The master replaces a child that is ended."""
     path = str(tmp_path / "s")
     address = f"unix:{path}" if listen == "unix" else "127.0.0.1:0"
     command = ("--", *worker("master", "v1"))

@@ -1268,7 +1268,7 @@ def test_who_may_not_write_in_the_run_directory_gets_4(machine: Machine) -> None
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("SOCKETPROTECTOR_LISTEN=127.0.0.1:80 api=127.0.0.1:81", "several words need quotes"),
+        ("SOCKETPROTECTOR_LISTEN=[::1]:80 api=127.0.0.1:81", "several words need quotes"),
         ("SOCKETPROTECTOR_GUARD=false", "write yes or no"),
     ],
     ids=["words", "guard"],

@@ -65,8 +65,9 @@ class Channel:
 
     @classmethod
     def from_environment(cls) -> Optional[Channel]:
-        """Return the channel that the environment names, None without a protector.
+        """Return the channel that the environment names; None: there is none.
 
+        Only a protector with `--handoff connection` makes a channel.
         Call it once: the Channel owns the descriptor from then on.  Raises
         ProtocolError if the named descriptor is not a channel.
         """

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 
 from . import wire
 from .errors import ProtocolError
+from .log import Logger
 from .system import Socket
 
 TYPE_CHECKING = False
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 _FIRST_PASSED = 3
 #: The most digits of a count of descriptors, and of any other number.
 _COUNT_DIGITS, _DIGITS = 6, 9
+_log = Logger(__name__)
 
 
 class Environment:
@@ -49,7 +52,7 @@ class Environment:
 def read_environment(environ: Mapping[str, str]) -> Environment:
     """Return the worker's descriptors and listeners; none if no protector started this process.
 
-    Raises ProtocolError if the variables name a descriptor that is not a channel.
+    Raises ProtocolError if the variables name a descriptor that is not a channel or RETURN line.
     """
     found = Environment()
     if wire.ENV_CHANNEL not in environ:
@@ -57,17 +60,7 @@ def read_environment(environ: Mapping[str, str]) -> Environment:
         if found.passed:
             _add_lines(environ, found)
         return found
-    channel_fd = _number(environ, wire.ENV_CHANNEL, -1)
-    # A program that a worker starts inherits the variables, but not the descriptors.
-    # Another file may have this number there.
-    if not _is_line(channel_fd):
-        raise ProtocolError(
-            f"cannot use descriptor {channel_fd} named by {wire.ENV_CHANNEL}: it is not a channel; "
-            f"a program that a worker starts inherits the variable but not the descriptor, "
-            f"so unset {wire.ENV_CHANNEL} for it"
-        )
-    os.set_inheritable(channel_fd, False)
-    found.channel_fd = channel_fd
+    found.channel_fd = _line(environ, wire.ENV_CHANNEL, "a channel")
     found.listeners = tuple(wire.unpack_listeners(environ.get(wire.ENV_LISTENERS, "")))
     found.workers = max(1, _number(environ, wire.ENV_WORKERS, 1))
     _add_lines(environ, found)
@@ -76,20 +69,22 @@ def read_environment(environ: Mapping[str, str]) -> Environment:
 
 def _add_lines(environ: Mapping[str, str], found: Environment) -> None:
     """Add the RETURN line and the scoreboard that the environment names."""
-    return_fd = _number(environ, wire.ENV_RETURN, -1)
-    if found.passed and not _is_line(return_fd):
+    if found.passed and not _is_line(_number(environ, wire.ENV_RETURN, -1)):
         return  # the sockets came from another service manager, which itself runs under a protector
-    # The scoreboard is optional, so a value that does not name one is ignored.
-    board, _, offset = environ.get(wire.ENV_SCOREBOARD, "").partition(":")
-    found.return_fd = return_fd
+    if environ.get(wire.ENV_RETURN):
+        found.return_fd = _line(environ, wire.ENV_RETURN, "a RETURN line")
     found.paths = _paths(environ.get("SERVER_STARTER_PORT", ""))
     if environ.get(wire.ENV_DRAIN_SPREAD) or environ.get(wire.ENV_STOP_SPREAD):
         found.spread_s = _seconds(environ.get(wire.ENV_DRAIN_SPREAD, ""))
+    # The scoreboard is optional, so a value that does not name one is ignored.
+    board, _, offset = environ.get(wire.ENV_SCOREBOARD, "").partition(":")
     if all(each.isdecimal() and len(each) <= _DIGITS for each in (board, offset)):
-        found.board = int(board), int(offset)
-    for fd in (return_fd, found.board[0]):
-        if fd >= 0:
-            os.set_inheritable(fd, False)
+        try:
+            if not stat.S_ISSOCK(os.fstat(int(board)).st_mode):
+                os.set_inheritable(int(board), False)
+                found.board = int(board), int(offset)
+        except OSError:
+            pass
 
 
 def passed_listeners(environ: Mapping[str, str]) -> Tuple[int, ...]:
@@ -102,8 +97,15 @@ def passed_listeners(environ: Mapping[str, str]) -> Tuple[int, ...]:
         return ()
     if not count.isdecimal() or len(count) > _COUNT_DIGITS:
         return ()
-    passed = range(_FIRST_PASSED, _FIRST_PASSED + int(count))
+    end = min(_FIRST_PASSED + int(count), os.sysconf("SC_OPEN_MAX"))
+    passed = range(_FIRST_PASSED, end)
     found = tuple(fd for fd in passed if _kind_of(fd)[1:] == (socket.SOCK_STREAM, 1))
+    if passed and not found:
+        _log.warning(
+            "LISTEN_FDS=%s: no descriptor is a listening stream socket, so all are ignored; for "
+            "systemd write ListenStream= and Accept=no",
+            count,
+        )
     for fd in found:
         os.set_inheritable(fd, False)
     return found
@@ -117,6 +119,21 @@ def _paths(text: str) -> Dict[int, str]:
         for path, _, fd in pairs
         if path.startswith("/") and fd.isdecimal() and len(fd) <= _COUNT_DIGITS
     }
+
+
+def _line(environ: Mapping[str, str], name: str, what: str) -> int:
+    """Return the descriptor of a channel or RETURN line.  Raises ProtocolError if it is neither."""
+    fd = _number(environ, name, -1)
+    # A program that a worker starts inherits the variables, but not the descriptors.
+    # Another file may have this number there.
+    if not _is_line(fd):
+        raise ProtocolError(
+            f"cannot use descriptor {fd} named by {name}: it is not {what}; "
+            f"a program that a worker starts inherits the variable but not the descriptor, "
+            f"so unset {name} for it"
+        )
+    os.set_inheritable(fd, False)
+    return fd
 
 
 def _is_line(fd: int) -> bool:

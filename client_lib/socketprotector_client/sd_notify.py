@@ -35,6 +35,8 @@ _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)
 def notify(*lines: str, **fields: object) -> bool:
     """Send lines such as "READY=1", and fields (`status="warm"` becomes STATUS=warm).
 
+    A field whose value is None is left out.
+
     All lines and fields go out in one datagram.  Never blocks, and raises no error if sending
     fails.  Returns True if the kernel has taken the datagram.  Returns False without
     NOTIFY_SOCKET or a receiver, or while the receiver's queue is full.  If the queue is full, a
@@ -50,7 +52,8 @@ def notify(*lines: str, **fields: object) -> bool:
         if seat is not None:  # the parent watches its children, and the protector the parent
             seat.turn()
             return True
-    words = [*lines, *(f"{name.upper()}={value}" for name, value in fields.items())]
+    given = [(name, value) for name, value in fields.items() if value is not None]
+    words = [*lines, *(f"{name.upper()}={value}" for name, value in given)]
     # The receiver would read a line end within a value as the next assignment.
     return _sender(address).send([" ".join(word.splitlines()) for word in words])
 

@@ -235,6 +235,8 @@ def omitted_columns(status: Message) -> list[Text]:
     if not hidden:
         return []
     why = "the workers do not use the client library, or use its Channel, which counts nothing"
+    if any(each.get("orphaned") is True for each in _workers_of(status)):
+        why = "SocketProtector cannot count the connections of an orphaned worker"
     if _workers_accept(status):
         why = "workers accept clients themselves, so SocketProtector cannot count these"
         why += with_instance("; see `connections`")

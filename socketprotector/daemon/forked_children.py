@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from ..model.lazy_dataclass import frozen
 from ..model.records import Counts, WorkerRecord
+from ..system.process import Process
 from .generation import OpenGeneration
 
 
@@ -46,13 +47,17 @@ def _recorded(record: WorkerRecord, generation: OpenGeneration) -> Iterator[Chil
         return
 
 
-def left_open(record: WorkerRecord, generation: OpenGeneration) -> int:
-    """Return how many connections are open in the children of a worker that has just exited.
+def left_open(record: WorkerRecord, generation: OpenGeneration, process: Process) -> int:
+    """Return how many connections stay open after the exit of a worker.
 
+    They are open in its forked children, or in the programs of a stdio pool.
     Call this before the record is `orphaned`; after that, children_of() returns no children.
     """
     if record.killed:
-        return 0  # the children are killed, too
+        return 0  # its process group is killed, too
+    if generation.program.mode.pooled:
+        counts = generation.counts(record.slot)
+        return counts.active if counts is not None and process.has_group() else 0
     living = children_of(record, generation)
     return sum(each.counts.active for each in living if each.counts is not None)
 

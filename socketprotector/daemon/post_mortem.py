@@ -34,6 +34,7 @@ from ..system.foreign_descriptors import close_unread
 from ..system.orphans import Orphans
 from ..system.process import End, Process
 from ..system.process_groups import Groups
+from ..system.program_spec import name_of
 from . import forked_children
 from .delivery import Delivery
 from .generation import OpenGeneration
@@ -134,7 +135,7 @@ class PostMortem:
         record, number = worker.record, worker.record.number
         if end.how == exit_text.KILLED and not record.killed:
             end = replace(end, how=self.why_killed())
-        kept = forked_children.left_open(record, worker.generation)
+        kept = forked_children.left_open(record, worker.generation, worker.process)
         lost = worker.generation.take_counts(record.slot, kept)
         # Forked children finish at end of file on the RETURN line (worker_spawn.py).  They must
         # not finish yet, so keep the line open until core/ orders them to finish.
@@ -218,7 +219,7 @@ class PostMortem:
         """Return what is known about why a worker exited before it was ready, or right after."""
         when = "as soon as it was ready" if worker.record.ready_by else "before it was ready"
         program = worker.generation.program
-        reason = f"{escape(program.argv[0])} {how} {when}"
+        reason = f"{escape(name_of(program))} {how} {when}"
         if detached:
             reason += f"; {known_servers.detached(program)}"
         where = "" if last_words else self.output.where_to_look()

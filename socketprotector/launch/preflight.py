@@ -162,7 +162,7 @@ def check_mode(settings: Settings, given: Collection[str], listens: Sequence[Lis
             )
     if settings.log_prefix and not settings.log_relay:
         raise UsageError("--log-prefix needs the log relay; leave out --no-log-relay")
-    if settings.shell and len(settings.command) > 1:
+    if settings.shell and (len(settings.command) > 1 or not settings.command[0].strip()):
         raise UsageError("--shell takes COMMAND as one word, in quotes: -- 'cat | tr a b'")
 
 

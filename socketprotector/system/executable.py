@@ -5,6 +5,7 @@ Source: execve(2), binfmt_misc of the kernel's documentation.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -25,11 +26,15 @@ def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, t
     So a generation keeps its release even if a link is changed later.  A final link to a script of
     another name is not followed, because such a script may depend on the name by which it was
     called.
-    Raises FileNotFoundError, or PermissionError if the file is not executable.
+    Raises OSError: FileNotFoundError, IsADirectoryError, or PermissionError for a file that is not
+    executable.
     """
     name = command[0]
     found = os.path.join(directory, name) if "/" in name else _search(name, search)
-    if not stat.S_ISREG(os.stat(found).st_mode) or not os.access(found, os.X_OK):
+    mode = os.stat(found).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a directory", found)
+    if not stat.S_ISREG(mode) or not os.access(found, os.X_OK):
         raise PermissionError(13, "not executable", found)
     by_name = os.path.join(os.path.realpath(os.path.dirname(found)), os.path.basename(found))
     real = os.path.realpath(found)

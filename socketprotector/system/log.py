@@ -42,6 +42,8 @@ class Log:
         self._json = form == "json"
         self._coloured = False
         self._dropped = 0
+        #: Why the last reopening of the log file failed; "": it succeeded.
+        self.not_reopened = ""
         self._end = b""  # the line end that a cut line still needs
         self._fd = -1
         self._put: Callable[[int, bytes], int] = os.write
@@ -71,6 +73,17 @@ class Log:
         if self._filter is not None:
             self._filter.flush()
 
+    @property
+    def dropped(self) -> int:
+        """How many lines were lost since the last complete line."""
+        return self._dropped
+
+    def reopen_failed(self, reason: str, file: str | None = None) -> str:
+        """Log that the log file was not reopened; return the file and the reason."""
+        self.write("error", "reopen-failed", file=file, error=reason)
+        self.not_reopened = f"{file}: {reason}" if file else reason
+        return self.not_reopened
+
     def reopen(self) -> None:
         """Write to the current stderr from now on.
 
@@ -78,6 +91,7 @@ class Log:
         affect every worker's output.  A socket cannot be opened again, but allows MSG_DONTWAIT.
         """
         mode = os.fstat(_STDERR).st_mode
+        self.not_reopened = ""
         self._coloured = _wants_colour()
         # dup2 into the same number: without memory or a free descriptor, dup fails.
         fd = self._release_fd()

@@ -78,6 +78,18 @@ def change_of(record: GenerationRecord) -> str:
     return f"restore {file}: {crash}, its replacement runs the changed file"
 
 
+def name_of(program: Program) -> str:
+    """Return the first word of COMMAND, also if an adapter of this package starts it.
+
+    For a shell's command return "sh": the command may have passwords.
+    """
+    argv = program.argv
+    if program.mode.adapter and "--" in argv:  # otherwise an older protector has started it
+        at = argv.index("--")
+        return "sh" if "--shell" in argv[:at] else argv[at + 1]
+    return argv[0]
+
+
 def changed_file(program: Program, since: float) -> str:
     """Return a file of a program, if the file has changed since a time; "": none, or unknown.
 

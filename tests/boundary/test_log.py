@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from socketprotector.daemon.control import status
 from socketprotector.daemon.log_output import Output
 from socketprotector.model.log_format import is_own
 from socketprotector.model.settings import Settings
@@ -89,6 +90,8 @@ def test_lines_that_would_block_are_dropped_and_counted(pipe: tuple[int, int]) -
     with log_to(send, prioritized=True) as log:
         for _ in range(10_000):
             log.write("info", "many", padding="x" * 50)
+        lost = f"the log cannot be written: {log.dropped} of our last lines are lost"
+        assert lost in status.of_log(log)
         while len(os.read(receive, 1 << 20)) == 1 << 20:
             pass
         log.write("info", "first")
@@ -97,6 +100,7 @@ def test_lines_that_would_block_are_dropped_and_counted(pipe: tuple[int, int]) -
 
     assert re.fullmatch(r"<6>event=first dropped_lines=\d+", first)
     assert second == "<6>event=second"
+    assert log.dropped == 0
     assert os.get_blocking(send), "the workers' description is as it was"
 
 

@@ -502,7 +502,8 @@ def test_a_command_that_is_not_executable_is_refused(typed: Typed, kind: str) ->
 
     ended = typed("127.0.0.1:0", "--", "./daemon")
 
-    refused(ended, 2, "cannot run .*/daemon: not executable", r"chmod \+x")
+    reason = ("it is a directory",) if kind == "folder" else ("not executable", r"chmod \+x")
+    refused(ended, 2, f"cannot run .*/daemon: {reason[0]}", *reason[1:])
     assert typed.left() == ["daemon"]
 
 

@@ -98,6 +98,17 @@ def test_a_variable_inherited_without_its_descriptor_is_explained(
             read_environment({wire.ENV_CHANNEL: str(number)})
 
 
+def test_a_wrapper_that_passes_the_channel_alone_is_explained(fds: tuple[int, int, int]) -> None:
+    free = os.dup(0)
+    os.close(free)
+    for number in (free, fds[2]):
+        with pytest.raises(ProtocolError, match=f"{number} named by SOCKETPROTECTOR_RETURN: it is"):
+            read_environment({**environ(fds), wire.ENV_RETURN: str(number)})
+    for number in (free, fds[0], fds[1]):
+        found = read_environment({**environ(fds), wire.ENV_SCOREBOARD: f"{number}:0"})
+        assert found.board == (-1, 0)
+
+
 def test_a_variable_that_is_no_number_is_named() -> None:
     with pytest.raises(ProtocolError, match="cannot use SOCKETPROTECTOR_CHANNEL='x'"):
         read_environment({wire.ENV_CHANNEL: "x"})
@@ -131,7 +142,7 @@ def test_the_wire_format_costs_no_other_import() -> None:
 def test_handed_listeners_are_found_and_kept_from_what_a_worker_starts() -> None:
     """In a process of its own: they stand at fixed numbers."""
     program = """
-import os, socket, sys
+import contextlib, io, os, socket, sys
 from socketprotector_client.environment import passed_listeners, read_environment
 listener = socket.create_server(("127.0.0.1", 0))
 plain = socket.socket()
@@ -147,6 +158,15 @@ os.fstat(4), os.fstat(5)  # what is no listener is left alone
 assert passed_listeners({**told, "LISTEN_PID": "1"}) == ()
 assert passed_listeners({**told, "LISTEN_FDS": "x"}) == ()
 assert passed_listeners({}) == ()
+assert passed_listeners({**told, "LISTEN_FDS": "999999"})[:2] == (3, 6)
+warned = io.StringIO()
+with contextlib.redirect_stderr(warned):
+    assert passed_listeners({**told, "LISTEN_FDS": "0"}) == ()
+    assert warned.getvalue() == ""
+    os.dup2(41, 3)
+    assert passed_listeners({**told, "LISTEN_FDS": "1"}) == ()
+assert "LISTEN_FDS=1: no descriptor is a listening stream socket" in warned.getvalue()
+os.dup2(40, 3)
 
 # What a protector gives beside them; and where the variables are another one's worker's.
 line, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -113,7 +113,8 @@ def test_one_idle_worker_wakes_for_a_connection_and_they_take_turns(
         shares[served_by(channel)] += 1
         all_wait(workers)  # on a busy machine one may be long on its way back
 
-    assert sum(wake_ups(each.pid) for each in workers) - before <= 1.2 * ROUNDS
+    # All of them would be WORKERS * ROUNDS; on a busy machine one may also wait for a lock.
+    assert sum(wake_ups(each.pid) for each in workers) - before <= 2 * ROUNDS
     assert max(shares.values()) <= 1.5 * ROUNDS / WORKERS
 
 

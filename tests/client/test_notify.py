@@ -51,7 +51,7 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
 
 
 def test_lines_and_fields_travel_in_one_datagram(receiver: socket.socket) -> None:
-    assert notify("READY=1", wire.RETIRES_ON_RETURN, status="warm", watchdog=1)
+    assert notify("READY=1", wire.RETIRES_ON_RETURN, status="warm", errno=None, watchdog=1)
 
     assert receiver.recv(4096) == (b"READY=1\nX_SOCKETPROTECTOR_RETIRE=1\nSTATUS=warm\nWATCHDOG=1")
 

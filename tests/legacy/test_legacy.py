@@ -171,7 +171,7 @@ def test_a_daemon_that_ends_before_it_connects_fails_the_reload_alone(
     mark = daemon.signal(signal.SIGHUP)
 
     line = daemon.log.wait_for("event=reload-failed", after=mark)
-    assert "exited with status 7 before it was ready" in line
+    assert f"{release.path} exited with status 7 before it was ready" in line
     daemon.log.wait_for(
         f"{release.path} ended before it connected to sock_srv_{service.port}", after=mark
     )

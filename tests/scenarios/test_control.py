@@ -794,6 +794,12 @@ def test_a_log_that_cannot_be_reopened_is_refused(operated: Operating, tmp_path:
     text = (moved / "log").read_text()
     assert "event=reopen-failed" in text
     assert "event=reopened" not in text
+    [warning] = web.status()["warnings"]
+    assert re.fullmatch("the log was not reopened, .*: No such file or directory", warning)
+
+    folder.mkdir()
+    assert web.line().ask("reopen") == {}
+    assert web.status()["warnings"] == []
 
 
 def test_a_quick_stop_waits_for_no_client(operated: Operating) -> None:

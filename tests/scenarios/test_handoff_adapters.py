@@ -71,8 +71,9 @@ def test_nothing_of_a_shell_s_command_is_shown(operated: Operating) -> None:
     assert daemon.status()["handoff"] == "stdio"
 
 
-def test_the_shell_s_command_is_one_word(start: Start) -> None:
-    ended = start(*STDIO, "--shell", "127.0.0.1:0", "--", "cat", "-n")
+@pytest.mark.parametrize("command", [("cat", "-n"), ("",)], ids=["two", "empty"])
+def test_the_shell_s_command_is_one_word(start: Start, command: tuple[str, ...]) -> None:
+    ended = start(*STDIO, "--shell", "127.0.0.1:0", "--", *command)
 
     assert (ended.status, len(ended.lines)) == (2, 1)
     assert "--shell takes COMMAND as one word, in quotes" in ended.lines[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.procfs import children_of, running
-from tests.running import DEADLINE_S, ask, eventually
+from tests.running import DEADLINE_S, Client, ask, eventually
 from tests.scenarios.adopting import kill_protector, protector_pid, revived
 from tests.scenarios.operating import Operated, Operating
 from tests.scenarios.running_ctl import Running
@@ -183,4 +183,21 @@ def test_a_kill_before_the_last_words_were_read_hides_no_failure(
     revived(one.daemon, mark)
     one.daemon.log.wait_for("event=reload-failed generation=2 .*first 3 programs", after=begun)
     assert one.status()["route"] == 1
+    one.daemon.stop()
+
+
+def test_status_names_a_program_that_cannot_be_started(
+    operated: Operating, release: Release, tmp_path: Path
+) -> None:
+    one = serving(operated, release, "--workers", "1")
+    release.path.rename(tmp_path / "aside")
+    with Client(one.address) as client:
+        client.say("hello")
+        one.until_generation(1, active=1)
+        why = f"a connection waits: cannot start {release.path}: No such file or directory"
+        eventually(lambda: why in one.generation(1)["workers"][0]["status"], "the reason")
+        (tmp_path / "aside").rename(release.path)
+
+        assert client.hear() == "hello"
+    eventually(lambda: "waits" not in one.generation(1)["workers"][0]["status"], "the news")
     one.daemon.stop()

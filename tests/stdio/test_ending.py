@@ -206,6 +206,8 @@ def test_the_programs_of_a_killed_pool_end_at_the_limits_of_others(protector: St
         pid = int(client.hear())
         group = parent_of(pid)
         os.kill(group, signal.SIGKILL)
+        exited = daemon.log.wait_for("event=exited generation=1 worker=1 ")
+        assert "lost=" not in exited
         daemon.log.wait_for(rf"event=orphans generation=1 worker=1 group={group} ")
         assert client.ask("still there") == "still there"
         assert daemon.log.count("event=signalled") == 0  # they are not told to finish
@@ -255,6 +257,39 @@ def test_term_is_heeded_while_a_connection_waits_for_its_program(
     assert worker.wait() == 0
     assert client.hear() == ""
     assert "a connection was closed" in channel.log.read_text()
+
+
+def test_a_drain_closes_the_connection_whose_program_is_gone(
+    channel: Channel, program: Release
+) -> None:
+    worker = channel.start(*pool(1, program.path))
+    program.path.unlink()
+    client, queued = channel.connect(), channel.connect()
+    eventually(lambda: "cannot start" in channel.log.read_text(), "a try")
+
+    channel.end_channel()
+
+    assert client.hear() == ""
+    assert worker.wait() == 0
+    assert channel.queued() == 1  # for the new generation
+    assert not queued.has_answer()
+    reason = f"a connection was closed: cannot start {program.path}: No such file or directory"
+    assert reason in channel.log.read_text()
+
+
+def test_a_pool_that_retires_tries_once_more(channel: Channel, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.touch()
+    worker = channel.start(*refusing(full, errno.ENOENT, 1, "cat"), env={"WAIT_S": "1000"})
+    client = channel.connect()
+    eventually(lambda: full.read_text() != "", "a try")
+    full.unlink()
+
+    worker.retire()
+
+    assert client.ask("hello") == "hello"
+    client.close()
+    assert worker.wait() == 0
 
 
 def test_a_drain_waits_for_the_connection_in_hand(channel: Channel, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ class CommandHandler:
             "warnings": (
                 *status.of_warnings(settings, delivery.listeners),
                 *status.of_guard(settings, guarded=effects.pool.guarded),
-                *status.of_log(),
+                *status.of_log(self.runtime.log),
                 *effects.pool.warnings,
                 *delivery.warnings,
                 *releases.warnings(effects),

@@ -36,6 +36,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from ...system.log import Log
     from ..health import Health
     from .rollout import LeavingConnections
 
@@ -138,13 +139,18 @@ def of_guard(settings: Settings, *, guarded: bool) -> list[str]:
     return [died] if settings.guarded and not guarded else []
 
 
-def of_log() -> list[str]:
-    """Return a warning if the log's reader is behind now.
+def of_log(log: Log) -> list[str]:
+    """Return warnings if lines are lost, the log was not reopened, or its reader is behind now.
 
     The kernel calls a full pipe unwritable, but a socket (the journal) that is a quarter full.
     """
     behind = "the reader of the log is suspended or slow; workers that write may have to wait"
-    return [] if events_of(_STDERR, select.POLLOUT) else [behind]
+    found = [] if events_of(_STDERR, select.POLLOUT) else [behind]
+    if log.dropped:
+        found.append(f"the log cannot be written: {log.dropped} of our last lines are lost")
+    if log.not_reopened:
+        found.append(f"the log was not reopened, lines go to the old file: {log.not_reopened}")
+    return found
 
 
 def _is_resolved(warning: str) -> bool:

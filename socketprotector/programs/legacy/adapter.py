@@ -407,6 +407,7 @@ def end_like(code: int) -> None:
             signal.signal(-code, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, _NO_SIGNALS)
         os.kill(os.getpid(), -code)
+    signals.block()  # a later signal could still change the exit status
     sys.exit(code)
 
 

@@ -12,6 +12,7 @@ import sys
 
 from socketprotector_client import wire
 
+from ...system import signals
 from ..worker_protocol import FAILED, Notifier, Refusal, inherited
 from .environment import Environments
 from .pool import Pool
@@ -30,6 +31,8 @@ def main() -> None:
     except OSError as error:
         say(f"cannot continue: {error}")
         sys.exit(FAILED)
+    finally:
+        signals.block()  # a later signal could still change the exit status
 
 
 def run(words: list[str]) -> None:

@@ -39,6 +39,8 @@ _EVENTS = select.EPOLLIN
 _ONE_OF_US = select.EPOLLIN | select.EPOLLEXCLUSIVE
 #: Temporary errors, which must not end the pool (ENOSPC: fs.epoll.max_user_watches).
 _NO_MEMORY = (errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC)
+#: The program's file is missing or unusable.  A pool that drains does not wait for its return.
+_NO_PROGRAM = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENOEXEC, errno.ELOOP)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -148,11 +150,12 @@ class Pool:
             return
         self._pending = fd, environment
         self._start()
+        self._count()
 
     def _start(self) -> None:
         """Start a program for the pending connection; if that fails, try again later."""
         if self._pending is None:
-            return  # SIGTERM has closed it
+            return  # it was closed, at SIGTERM or because this pool drains
         fd, environment = self._pending
         try:
             pid = self._starter.start(fd, environment)
@@ -175,15 +178,41 @@ class Pool:
     def _not_started(self, error: OSError) -> None:
         if error.errno != self._trouble:
             self._trouble = error.errno or errno.EIO
-            reason = os.strerror(self._trouble)
-            if self._trouble == errno.EAGAIN:
-                reason = "no more processes (the user's RLIMIT_NPROC, or the service's TasksMax)"
-            say(
-                f"cannot start {self._starter.path}: {reason}; trying again, while the connection "
-                "waits"
-            )
+            say(f"{self._why_not()}; trying again, while the connection waits")
+            self._call_after(_STATUS_S, self._say_status)
+        if self._trouble in _NO_PROGRAM and self._drains():
+            self._taking = False  # the new generation gets the connections that are queued
+            self._board.failed()
+            self._close_pending(self._why_not())
+            return
         self._call_after(self._wait_s, self._start)
         self._wait_s = min(2 * self._wait_s, LAST_WAIT_S)
+
+    def _drains(self) -> bool:
+        """Return whether we take no more connections: we read no end of file while one is pending.
+
+        Source: EPOLLRDHUP in epoll_ctl(2).
+        """
+        channel = select.poll()
+        channel.register(self._channel.fileno(), select.POLLRDHUP)
+        return not self._taking or bool(channel.poll(0))
+
+    def _why_not(self) -> str:
+        reason = os.strerror(self._trouble)
+        if self._trouble == errno.EAGAIN:
+            reason = "no more processes (the user's RLIMIT_NPROC, or the service's TasksMax)"
+        return f"cannot start {self._starter.path}: {reason}"
+
+    def _close_pending(self, why: str) -> None:
+        if self._pending:
+            say(f"a connection was closed: {why}")
+            os.close(self._pending[0])
+            self._pending = None
+            self._count()
+
+    def _count(self) -> None:
+        """Count the open connections in the scoreboard, the pending one, too."""
+        self._board.active(len(self._programs) + (self._pending is not None))
 
     def _may_take(self) -> bool:
         """Open the spare descriptor if it was used; return whether a connection can be taken.
@@ -224,6 +253,7 @@ class Pool:
         """Handle the end of a program; return whether there is a free slot now."""
         if not self._programs.ended(pidfd):
             return False
+        self._count()
         if self._trouble == errno.EAGAIN:
             self._timers[self._start] = 0.0
         self._call_after(_STATUS_S, self._say_status)
@@ -254,7 +284,8 @@ class Pool:
 
     def _say_status(self) -> None:
         count = len(self._programs)
-        if self._notifier.send(f"STATUS={count} of {self._slots} programs run"):
+        trouble = f"; a connection waits: {self._why_not()}" if self._pending else ""
+        if self._notifier.send(f"STATUS={count} of {self._slots} programs run{trouble}"):
             self._call_after(_STATUS_S, self._say_status)
 
     def _report_first(self) -> None:
@@ -267,6 +298,7 @@ class Pool:
 
     def _look(self) -> None:
         self._programs.look()
+        self._count()
         self._first.look()
         self._report_first()
         if self._programs.unseen or self._first.holds:
@@ -288,11 +320,8 @@ class Pool:
     def _signalled(self) -> None:
         """Handle SIGTERM: stop taking, and pass the signal on to the programs."""
         os.read(self._wake, 4096)
+        self._close_pending("TERM came before its program could be started")
         self._stop_taking()
-        if self._pending:
-            say("a connection was closed: TERM came before its program could be started")
-            os.close(self._pending[0])
-            self._pending = None
         # To the whole process group, as with KILL: it includes processes that programs started.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.getpgrp() == os.getpid():
@@ -303,3 +332,5 @@ class Pool:
     def _stop_taking(self) -> None:
         self._taking = False
         self._listen(False)
+        if self._trouble in _NO_PROGRAM:
+            self._start()  # the last try, now that a deploy has perhaps put the file back

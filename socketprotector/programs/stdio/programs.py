@@ -50,7 +50,6 @@ class Programs:
             if pidfd >= 0:
                 os.close(pidfd)
             self._unwatched.append(pid)
-        self._board.running(len(self))
 
     def ended(self, pidfd: int) -> bool:
         """Reap the program whose pidfd is readable; return False if it cannot be reaped yet."""
@@ -60,13 +59,11 @@ class Programs:
         # Explicitly: a starting program may have a copy of the pidfd, so close() is not enough.
         self._epoll.unregister(pidfd)
         os.close(pidfd)
-        self._board.running(len(self))
         return True
 
     def look(self) -> None:
         """Reap the ended programs that have no pidfd."""
         self._unwatched = [pid for pid in self._unwatched if not self._reap(pid)]
-        self._board.running(len(self))
 
     def signal(self, number: int) -> None:
         """Send all programs a signal: until they are reaped, their pids cannot be reused."""

@@ -43,7 +43,7 @@ class Board:
         words[wire.BOARD_ACCEPTED] += 1
         words[wire.BOARD_WAITS + min(bucket, _LAST_WAIT)] += 1
 
-    def running(self, count: int) -> None:
+    def active(self, count: int) -> None:
         self._words[wire.BOARD_ACTIVE] = count
 
     def failed(self) -> None:

@@ -18,6 +18,7 @@ from socketprotector.core.events import (
 from socketprotector.core.fleet import Policy
 from socketprotector.daemon.control import status
 from socketprotector.daemon.control.status import phase_of
+from socketprotector.system.log import Log
 from tests.unit.conftest import Story
 
 
@@ -81,16 +82,18 @@ def test_a_dead_worker_of_one_that_serves_changes_no_phase(story: Story) -> None
 def test_a_log_whose_reader_stands_still_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     receive, send = os.pipe2(os.O_NONBLOCK)
     monkeypatch.setattr(status, "_STDERR", send)
-    assert status.of_log() == []
+    log = Log("info")
+    assert status.of_log(log) == []
 
     while True:
         try:
             os.write(send, bytes(65_536))
         except BlockingIOError:
             break
-    [warning] = status.of_log()
+    [warning] = status.of_log(log)
     assert "the reader of the log is suspended" in warning
 
     os.close(receive)
-    assert status.of_log() == []  # the lines are lost, and block no worker
+    assert status.of_log(log) == []  # the lines are lost, and block no worker
     os.close(send)
+    log.close()

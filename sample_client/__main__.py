@@ -52,6 +52,9 @@ def main() -> int:
             threading.Thread(target=echo, args=(client,)).start()
     except KeyboardInterrupt:
         pass  # Ctrl-C, where it runs alone
+    except OSError as error:
+        print(f"SampleClient: {error.strerror or error}", file=sys.stderr)
+        return 1
     return 0
 
 

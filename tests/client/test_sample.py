@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -79,6 +81,17 @@ def test_alone_it_serves_its_port(channel: Channel) -> None:
     client.close()
     worker.term()
     assert worker.wait() == 0
+
+
+def test_alone_a_port_in_use_is_one_line() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ended = subprocess.run(
+            [*SAMPLE, port], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    line = f"SampleClient: cannot listen on tcp:0.0.0.0:{port}: Address already in use\n"
+    assert (ended.returncode, ended.stderr) == (1, line)
 
 
 def test_alone_ctrl_c_ends_it_without_a_word(channel: Channel) -> None:

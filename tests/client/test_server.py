@@ -420,5 +420,13 @@ def test_the_example_is_the_echo_server_of_the_slides() -> None:
     assert answers == [f"{pid} hello", f"{pid} quit", ""] * 2
 
 
+@pytest.mark.parametrize("children", ["y", "0"])
+def test_the_example_says_how_it_is_used(children: str) -> None:
+    ended = subprocess.run([PYTHON, EXAMPLE, HOME, children], capture_output=True, check=False)
+
+    assert ended.returncode != 0
+    assert ended.stderr == b"usage: shared_queue.py [ADDRESS [CHILDREN]]\n"
+
+
 def test_the_example_is_short() -> None:
     assert len(EXAMPLE.read_text().splitlines()) < 30

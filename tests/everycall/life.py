@@ -398,6 +398,7 @@ def rollback(life: Life) -> None:
 def _canary_until(life: Life, order: str, line: str) -> None:
     # The canary would last longer than must_say() waits.
     if life.ctl("reload", "--no-wait", "--canary", "50%", "--for", "60s"):
+        life.ctl("rollback")  # a command that is killed as it reports has begun a canary
         return
     life.must_say("event=(route .*sharing|reload-failed)")
     if "event=reload-failed" in life.log:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hmac
 import io
-import re
 import ssl
 import time
 from collections.abc import Callable
@@ -29,11 +28,15 @@ from .token_file import read_token
 _PAGES = "/metrics, /healthz, /readyz, /readyz/NAME"
 #: The beginning of the path for one instance.
 _ONE = "/readyz/"
-#: The beginning of a target in absolute form, which a server must accept (RFC 9112, 3.2.2).
-_ABSOLUTE = re.compile(r"^https?://[^/?]*/?", re.IGNORECASE)
 #: The query with which an unhealthy instance counts as unready.
 _HEALTH = "health"
 _HEAD_BYTES = 16 * 1024
+
+
+def _origin_form(target: str) -> str:
+    """Return a target without scheme and host, which may precede the path (RFC 9112, 3.2.2)."""
+    scheme, found, rest = target.partition("://")
+    return f"/{rest.partition('/')[2]}" if found and scheme.lower() in ("http", "https") else target
 
 
 class Server(BoundedServer):
@@ -135,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.begin_answer(self.request)
-        page, _, query = _ABSOLUTE.sub("/", self.path).partition("?")
+        page, _, query = _origin_form(self.path).partition("?")
         match page:
             case "/metrics" if self._is_refused():
                 pass

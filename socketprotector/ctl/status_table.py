@@ -235,7 +235,8 @@ def omitted_columns(status: Message) -> list[Text]:
     if not hidden:
         return []
     why = "the workers do not use the client library, or use its Channel, which counts nothing"
-    if any(each.get("orphaned") is True for each in _workers_of(status)):
+    mode = MODES.get(text_in(status, "handoff"))
+    if mode is not None and mode.pooled:  # only the counts of exited pools are unknown
         why = "SocketProtector cannot count the connections of an orphaned worker"
     if _workers_accept(status):
         why = "workers accept clients themselves, so SocketProtector cannot count these"

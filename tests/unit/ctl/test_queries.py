@@ -292,6 +292,14 @@ def test_what_workers_without_the_library_do_not_count_is_left_out_once_they_ser
         assert ("do not use the client library" in out) is hidden
 
 
+def test_programs_of_an_exited_pool_are_not_counted(fake: Fake, ctl: Ctl) -> None:
+    pool = worker(14, 4712, "ready", **_UNKNOWN, orphaned=True)
+    served = generation(8, "serving", pool, **_UNKNOWN, lost=None, wait_us=None)
+    fake.status = status(served, handoff="stdio")
+
+    assert "cannot count the connections of an orphaned worker" in ctl("status").out
+
+
 def test_nothing_that_a_worker_says_reaches_the_terminal_as_it_is(fake: Fake, ctl: Ctl) -> None:
     evil = "\x1b]0;owned\x07\n\x9b31m\x7f\u202e[bold]"
     fake.status = status(generation(8, "serving", worker(14, status=evil)), name=evil)

@@ -35,6 +35,8 @@ $(BIN)/SocketProtector:
 	$(BIN)/pip install --quiet --disable-pip-version-check -e client_lib -e .
 
 CHOSEN := --once
+#: What to leave out, in tests/.
+WITHOUT :=
 #: Where the logs of failed tests go; without a name, into the output, before the summary.
 LOGS := build/failed-tests.log
 # Most tests wait for processes most of the time: with 9 two cores were idle for a quarter of the
@@ -63,7 +65,7 @@ test: $(INSTALLED) $(COLLECTED) test-tools ## run most tests in one combination 
 	@case "$(CURDIR)" in *" "*) echo "make test: the path '$(CURDIR)' has a space; clone the repository to another path" >&2; exit 2;; esac
 	@# Where PYTHONDONTWRITEBYTECODE is set, each of thousands of processes would compile all it imports.
 	@$(BIN)/python -m compileall -q -j 0 client_lib exporter sample_client socketprotector tests
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(CHOSEN) $(if $(LOGS),--logs-in $(LOGS)) tests
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(CHOSEN) $(if $(LOGS),--logs-in $(LOGS)) $(addprefix --ignore=tests/,$(WITHOUT)) tests
 
 test-all: export SOCKETPROTECTOR_ROUNDS = many
 test-all: CHOSEN :=

@@ -281,7 +281,7 @@ ASKED_FOR = {
     "finish_signal": {
         *{"daemon.assembly", "daemon.post_mortem", "daemon.recovery", "daemon.worker_pool"},
     },
-    "pooled": {"daemon.first_programs", "daemon.forked_children", "system.program_spec"},
+    "pooled": {"daemon.first_programs", "system.program_spec"},
     "workers_accept": {"daemon.delivery.choice", "system.program_spec"},
 }
 #: The fields of a mode, without those that others have by the same name.

@@ -20,7 +20,7 @@ def talk(client, peer):
 
 
 address, children = (sys.argv[1:] + ["8888", "1"][len(sys.argv) - 1 :])[:2]
-if not children.isdecimal() or children == "0":
+if not children.isdecimal() or int(children) == 0:
     sys.exit("usage: shared_queue.py [ADDRESS [CHILDREN]]")
 with SocketServer(address) as server:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # until run() handles it

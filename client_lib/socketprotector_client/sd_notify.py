@@ -39,8 +39,9 @@ def notify(*lines: str, **fields: object) -> bool:
 
     All lines and fields go out in one datagram.  Never blocks, and raises no error if sending
     fails.  Returns True if the kernel has taken the datagram.  Returns False without
-    NOTIFY_SOCKET or a receiver, or while the receiver's queue is full.  If the queue is full, a
-    thread sends the message later, unless a newer message with the same names replaces it.
+    NOTIFY_SOCKET or a receiver, with nothing to send, or while the receiver's queue is full.
+    If the queue is full, a thread sends the message later, unless a newer message with the same
+    names replaces it.
     """
     address = os.environ.get(wire.ENV_NOTIFY, "")
     if not address.startswith(("/", "@")):
@@ -54,6 +55,8 @@ def notify(*lines: str, **fields: object) -> bool:
             return True
     given = [(name, value) for name, value in fields.items() if value is not None]
     words = [*lines, *(f"{name.upper()}={value}" for name, value in given)]
+    if not words:
+        return False
     # The receiver would read a line end within a value as the next assignment.
     return _sender(address).send([" ".join(word.splitlines()) for word in words])
 

@@ -36,7 +36,10 @@ _HEAD_BYTES = 16 * 1024
 def _origin_form(target: str) -> str:
     """Return a target without scheme and host, which may precede the path (RFC 9112, 3.2.2)."""
     scheme, found, rest = target.partition("://")
-    return f"/{rest.partition('/')[2]}" if found and scheme.lower() in ("http", "https") else target
+    if not found or scheme.lower() not in ("http", "https"):
+        return target
+    end = min((at for at in map(rest.find, "/?#") if at >= 0), default=len(rest))
+    return rest[end:] if rest[end : end + 1] == "/" else f"/{rest[end:]}"
 
 
 class Server(BoundedServer):

@@ -218,7 +218,7 @@ def scale_requested(step: Step, change: int, to: int | None) -> None:
             candidate = replace(candidate, workers=max(1, more))
         step.fleet = replace(before, workers_wanted=wanted, candidate=candidate)
         if step.fleet != before:
-            step.do(Report(ReportKind.SCALED, reason=f"{wanted} worker{'s' * (wanted > 1)}"))
+            step.do(Report(ReportKind.SCALED, reason=f"{wanted} workers"))
 
 
 def reconcile(step: Step) -> None:

@@ -384,11 +384,14 @@ class Resident:
     def _reopen_logs(self, log: Log) -> str:
         """Reopen the log file; return why that failed, or ""."""
         if self.settings.log_file is None and stat.S_ISREG(os.fstat(_STDERR).st_mode):
-            return log.reopen_failed("stderr is a file, but only a --log-file can be reopened")
+            why = "stderr is a file, but only a --log-file can be reopened"
+            log.write("error", "reopen-failed", error=why)
+            return why
         try:
             self.output.reopen()
         except OSError as error:
-            return log.reopen_failed(error.strerror or str(error), self.settings.log_file)
+            log.write("error", "reopen-failed", file=self.settings.log_file, error=error.strerror)
+            return f"{self.settings.log_file}: {error.strerror}"
         # The guard, and each program that the guard starts, must write to the new file, too.
         if self.settings.log_file is not None:
             self.parents.guard.send("X_OUTPUT=1", _STDERR)

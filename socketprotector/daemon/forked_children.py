@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 from ..model.lazy_dataclass import frozen
 from ..model.records import Counts, WorkerRecord
-from ..system.process import Process
 from .generation import OpenGeneration
 
 
@@ -47,17 +46,13 @@ def _recorded(record: WorkerRecord, generation: OpenGeneration) -> Iterator[Chil
         return
 
 
-def left_open(record: WorkerRecord, generation: OpenGeneration, process: Process) -> int:
-    """Return how many connections stay open after the exit of a worker.
+def left_open(record: WorkerRecord, generation: OpenGeneration) -> int:
+    """Return how many connections are open in the children of a worker that has just exited.
 
-    They are open in its forked children, or in the programs of a stdio pool.
     Call this before the record is `orphaned`; after that, children_of() returns no children.
     """
     if record.killed:
-        return 0  # its process group is killed, too
-    if generation.program.mode.pooled:
-        counts = generation.counts(record.slot)
-        return counts.active if counts is not None and process.has_group() else 0
+        return 0  # the children are killed, too
     living = children_of(record, generation)
     return sum(each.counts.active for each in living if each.counts is not None)
 

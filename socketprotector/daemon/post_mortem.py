@@ -135,7 +135,7 @@ class PostMortem:
         record, number = worker.record, worker.record.number
         if end.how == exit_text.KILLED and not record.killed:
             end = replace(end, how=self.why_killed())
-        kept = forked_children.left_open(record, worker.generation, worker.process)
+        kept = forked_children.left_open(record, worker.generation)
         lost = worker.generation.take_counts(record.slot, kept)
         # Forked children finish at end of file on the RETURN line (worker_spawn.py).  They must
         # not finish yet, so keep the line open until core/ orders them to finish.

@@ -42,8 +42,6 @@ class Log:
         self._json = form == "json"
         self._coloured = False
         self._dropped = 0
-        #: Why the last reopening of the log file failed; "": it succeeded.
-        self.not_reopened = ""
         self._end = b""  # the line end that a cut line still needs
         self._fd = -1
         self._put: Callable[[int, bytes], int] = os.write
@@ -78,12 +76,6 @@ class Log:
         """How many lines were lost since the last complete line."""
         return self._dropped
 
-    def reopen_failed(self, reason: str, file: str | None = None) -> str:
-        """Log that the log file was not reopened; return the file and the reason."""
-        self.write("error", "reopen-failed", file=file, error=reason)
-        self.not_reopened = f"{file}: {reason}" if file else reason
-        return self.not_reopened
-
     def reopen(self) -> None:
         """Write to the current stderr from now on.
 
@@ -91,7 +83,6 @@ class Log:
         affect every worker's output.  A socket cannot be opened again, but allows MSG_DONTWAIT.
         """
         mode = os.fstat(_STDERR).st_mode
-        self.not_reopened = ""
         self._coloured = _wants_colour()
         # dup2 into the same number: without memory or a free descriptor, dup fails.
         fd = self._release_fd()

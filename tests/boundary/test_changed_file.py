@@ -1,4 +1,4 @@
-"""Whether a generation runs a file that was changed after it was opened."""
+"""The files of a generation's program: its name, and whether one has changed since its start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.model.records import Program
-from socketprotector.system.program_spec import changed_file
+from socketprotector.system.program_spec import changed_file, name_of
 
 BEFORE = 0.0  # the file has changed since
 
@@ -52,3 +52,19 @@ def test_the_executable_itself(program: Program) -> None:
 def test_what_is_no_file_of_it(program: Program) -> None:
     argv = ("/gone", "--config=app.py", "-c", "app:main", "nul\0")
     assert changed_file(replace(program, path="/gone", argv=argv), BEFORE) == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "handoff", "name"),
+    [
+        (("./daemon", "4321"), "connection", "./daemon"),
+        (("adapter", "--", "/srv/daemon", "--"), "legacy", "/srv/daemon"),
+        (("adapter", "--file", "/bin/cat", "--", "cat"), "stdio", "cat"),
+        (("adapter", "--shell", "--", "PASSWORD=secret exec cat"), "stdio", "sh"),
+        (("adapter", "of", "an", "older", "protector"), "stdio", "adapter"),
+    ],
+)
+def test_its_name_is_the_first_word_of_its_command_but_of_no_shell(
+    program: Program, argv: tuple[str, ...], handoff: str, name: str
+) -> None:
+    assert name_of(replace(program, argv=argv, handoff=handoff)) == name

@@ -273,7 +273,7 @@ def test_what_is_not_there_or_not_executable_is_named(tmp_path: Path) -> None:
         resolve(["no-such-command-anywhere"], str(tmp_path), "/bin")
     with pytest.raises(PermissionError):
         resolve(["./text"], str(tmp_path), "")
-    with pytest.raises(PermissionError):
+    with pytest.raises(IsADirectoryError):
         resolve(["./"], str(tmp_path), "")
 
 

@@ -420,7 +420,7 @@ def test_the_example_is_the_echo_server_of_the_slides() -> None:
     assert answers == [f"{pid} hello", f"{pid} quit", ""] * 2
 
 
-@pytest.mark.parametrize("children", ["y", "0"])
+@pytest.mark.parametrize("children", ["y", "00"])
 def test_the_example_says_how_it_is_used(children: str) -> None:
     ended = subprocess.run([PYTHON, EXAMPLE, HOME, children], capture_output=True, check=False)
 

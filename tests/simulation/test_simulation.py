@@ -60,7 +60,7 @@ def test_many_steps_lose_nothing_and_leave_nothing(handoff: str, part: int) -> N
         assert f"'{what}': 0" not in seen
 
 
-@pytest.mark.timeout(rounds(120, 3600))
+@pytest.mark.timeout(rounds(300, 3600))
 @pytest.mark.parametrize("handoff", ["connection", "listener"])
 def test_rollouts_share_and_stay_within_their_bound(handoff: str) -> None:
     lives = str(rounds(20, 500))
@@ -71,7 +71,7 @@ def test_rollouts_share_and_stay_within_their_bound(handoff: str) -> None:
     assert "'killed in canary: " in seen or "'killed in rolling: " in seen
 
 
-@pytest.mark.timeout(rounds(120, 3600))
+@pytest.mark.timeout(rounds(300, 3600))
 @EITHER_IN_TEST_ALL
 def test_current_names_only_what_was_proved(handoff: str) -> None:
     """Releases are deployed and rolled back; each write may fail, or end the protector."""
@@ -84,7 +84,7 @@ def test_current_names_only_what_was_proved(handoff: str) -> None:
         assert f"'{event}': " in seen
 
 
-@pytest.mark.timeout(rounds(120, 3600))
+@pytest.mark.timeout(rounds(300, 3600))
 @pytest.mark.parametrize("handoff", ["connection", "listener"])
 def test_an_order_to_end_evenly_outlives_kills_and_only_a_stop_shortens_it(handoff: str) -> None:
     lives = str(rounds(12, 500))

@@ -206,8 +206,6 @@ def test_the_programs_of_a_killed_pool_end_at_the_limits_of_others(protector: St
         pid = int(client.hear())
         group = parent_of(pid)
         os.kill(group, signal.SIGKILL)
-        exited = daemon.log.wait_for("event=exited generation=1 worker=1 ")
-        assert "lost=" not in exited
         daemon.log.wait_for(rf"event=orphans generation=1 worker=1 group={group} ")
         assert client.ask("still there") == "still there"
         assert daemon.log.count("event=signalled") == 0  # they are not told to finish
@@ -264,17 +262,36 @@ def test_a_drain_closes_the_connection_whose_program_is_gone(
 ) -> None:
     worker = channel.start(*pool(1, program.path))
     program.path.unlink()
-    client, queued = channel.connect(), channel.connect()
+    client = channel.connect()
     eventually(lambda: "cannot start" in channel.log.read_text(), "a try")
 
     channel.end_channel()
 
     assert client.hear() == ""
     assert worker.wait() == 0
-    assert channel.queued() == 1  # for the new generation
-    assert not queued.has_answer()
     reason = f"a connection was closed: cannot start {program.path}: No such file or directory"
     assert reason in channel.log.read_text()
+
+
+def test_at_the_end_of_the_channel_queued_clients_wait_for_the_program(
+    channel: Channel, tmp_path: Path
+) -> None:
+    """As at a stop: nobody else would serve them."""
+    full = tmp_path / "full"
+    full.touch()
+    worker = channel.start(*refusing(full, errno.ENOENT, 1, "cat"))
+    clients = channel.connect(), channel.connect()
+    eventually(lambda: full.read_text() != "", "a try")
+    channel.end_channel()
+    tries = full.read_text().count("\n")
+    eventually(lambda: full.read_text().count("\n") >= tries + 2, "two more tries")
+
+    full.unlink()
+
+    for each in clients:
+        assert each.ask("hello") == "hello"
+        each.close()
+    assert worker.wait() == 0
 
 
 def test_a_pool_that_retires_tries_once_more(channel: Channel, tmp_path: Path) -> None:

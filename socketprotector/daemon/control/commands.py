@@ -157,7 +157,7 @@ class CommandHandler:
             "warnings": (
                 *status.of_warnings(settings, delivery.listeners),
                 *status.of_guard(settings, guarded=effects.pool.guarded),
-                *status.of_log(self.runtime.log),
+                *status.of_log(self.runtime.log, settings.log_file),
                 *effects.pool.warnings,
                 *delivery.warnings,
                 *releases.warnings(effects),

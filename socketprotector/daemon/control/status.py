@@ -139,18 +139,28 @@ def of_guard(settings: Settings, *, guarded: bool) -> list[str]:
     return [died] if settings.guarded and not guarded else []
 
 
-def of_log(log: Log) -> list[str]:
-    """Return warnings if lines are lost, the log was not reopened, or its reader is behind now.
+def of_log(log: Log, file: str | None) -> list[str]:
+    """Return warnings if lines are lost, the log file was moved, or the log's reader is behind now.
 
     The kernel calls a full pipe unwritable, but a socket (the journal) that is a quarter full.
     """
     behind = "the reader of the log is suspended or slow; workers that write may have to wait"
     found = [] if events_of(_STDERR, select.POLLOUT) else [behind]
     if log.dropped:
-        found.append(f"the log cannot be written: {log.dropped} of our last lines are lost")
-    if log.not_reopened:
-        found.append(f"the log was not reopened, lines go to the old file: {log.not_reopened}")
+        found.append(f"lines are lost: the last {log.dropped} could not be written to the log")
+    if file is not None and _is_moved(file):
+        found.append(f"{file} was renamed or removed: lines go to the old file until a `reopen`")
     return found
+
+
+def _is_moved(file: str) -> bool:
+    """Return whether stderr is no longer the file at this path."""
+    try:
+        return not os.path.samestat(os.stat(file), os.fstat(_STDERR))
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False  # we may not look there
 
 
 def _is_resolved(warning: str) -> bool:
@@ -289,7 +299,7 @@ def _of_worker(
         "started_at": record.started_at if record is not None else None,
         "ready_at": None if ready_at is None else time.time() - (time.monotonic() - ready_at),
         "ready_by": record.ready_by if record is not None else "",
-        "status": record.status if record is not None else "",
+        "status": record.status if record is not None and not record.orphaned else "",
         "quick_deaths": worker.quick_deaths,
         **_of_counts(counts),
         "processes": [

@@ -180,27 +180,31 @@ class Pool:
             self._trouble = error.errno or errno.EIO
             say(f"{self._why_not()}; trying again, while the connection waits")
             self._call_after(_STATUS_S, self._say_status)
-        if self._trouble in _NO_PROGRAM and self._drains():
-            self._taking = False  # the new generation gets the connections that are queued
+        if self._trouble in _NO_PROGRAM and self._is_last():
+            self._taking = False
             self._board.failed()
             self._close_pending(self._why_not())
             return
         self._call_after(self._wait_s, self._start)
         self._wait_s = min(2 * self._wait_s, LAST_WAIT_S)
 
-    def _drains(self) -> bool:
-        """Return whether we take no more connections: we read no end of file while one is pending.
+    def _is_last(self) -> bool:
+        """Return whether this pool drains or retires, and no connection follows the pending one.
 
-        Source: EPOLLRDHUP in epoll_ctl(2).
+        At a stop, the queue stays ours: whoever waits there needs this pool.
         """
-        channel = select.poll()
-        channel.register(self._channel.fileno(), select.POLLRDHUP)
-        return not self._taking or bool(channel.poll(0))
+        try:
+            flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+            return not self._taking or not self._channel.recv(1, flags)
+        except OSError:
+            return False  # the queue is empty, but more may come
 
     def _why_not(self) -> str:
         reason = os.strerror(self._trouble)
         if self._trouble == errno.EAGAIN:
             reason = "no more processes (the user's RLIMIT_NPROC, or the service's TasksMax)"
+        elif self._trouble == errno.ENOENT and os.path.exists(self._starter.path):
+            reason = "the interpreter in its first line is missing"
         return f"cannot start {self._starter.path}: {reason}"
 
     def _close_pending(self, why: str) -> None:

@@ -14,7 +14,7 @@ from socketprotector.daemon.post_mortem import PostMortem
 from socketprotector.model.handoff_modes import MODES
 from socketprotector.model.history import History
 from socketprotector.model.lazy_dataclass import replace
-from socketprotector.model.records import Counts, WorkerRecord
+from socketprotector.model.records import WorkerRecord
 from socketprotector.system.process import End
 
 from .clock import Clock
@@ -51,8 +51,7 @@ class World:
             board=None,
             record=SimpleNamespace(lost=1),
             update_record=self.recorded.update,
-            counts=lambda slot: Counts(active=5) if slot == 4 else None,
-            take_counts=lambda slot, kept: max(0, 2 - kept) if slot == 4 else None,
+            take_counts=lambda slot, kept: 2 if slot == 4 else None,
         )
         self.worker: Any = SimpleNamespace(
             record=WorkerRecord(1, 3, 7, 0, slot=4),
@@ -239,20 +238,6 @@ def test_a_crash_while_serving_is_remembered_and_its_last_words_follow(world: Wo
     assert world.history.crashes[0].last_words == "out of memory"
     assert world.ended_orphans == []
     assert world.clock.fields[0]["lost"] == 2
-
-
-@pytest.mark.parametrize(("lives", "killed", "lost"), [(1, 0, None), (0, 0, 2), (1, 1, 2)])
-def test_connections_of_a_pool_are_lost_only_with_its_programs(
-    world: World, lives: int, killed: int, lost: int | None
-) -> None:
-    world.generation.program.mode = MODES["stdio"]
-    world.has_group = bool(lives)
-    world.worker.record = replace(world.worker.record, killed=bool(killed))
-    world.serves()
-
-    world.close()
-
-    assert world.clock.fields[0].get("lost") == lost
 
 
 def test_a_forked_child_that_failed_is_remembered_with_its_parent(world: World) -> None:

@@ -83,17 +83,17 @@ def test_a_log_whose_reader_stands_still_is_a_warning(monkeypatch: pytest.Monkey
     receive, send = os.pipe2(os.O_NONBLOCK)
     monkeypatch.setattr(status, "_STDERR", send)
     log = Log("info")
-    assert status.of_log(log) == []
+    assert status.of_log(log, None) == []
 
     while True:
         try:
             os.write(send, bytes(65_536))
         except BlockingIOError:
             break
-    [warning] = status.of_log(log)
+    [warning] = status.of_log(log, None)
     assert "the reader of the log is suspended" in warning
 
     os.close(receive)
-    assert status.of_log(log) == []  # the lines are lost, and block no worker
+    assert status.of_log(log, None) == []  # the lines are lost, and block no worker
     os.close(send)
     log.close()

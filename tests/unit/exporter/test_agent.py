@@ -322,8 +322,9 @@ def test_a_target_in_absolute_form_is_understood(web: Server) -> None:
     for target in ("http://web.example:9117/readyz", "HTTP://[::1]/readyz?health"):
         answer = check(at(web), f"GET {target} HTTP/1.0\r\n\r\n".encode())
         assert answer.endswith(b"\r\n\r\nok\n")
-    other = check(at(web), b"GET http://web.example HTTP/1.0\r\n\r\n")
-    assert other.startswith(b"HTTP/1.0 404 ")
+    for target in ("http://web.example", "http://web.example?a=/readyz", "ftp://a/readyz"):
+        answer = check(at(web), f"GET {target} HTTP/1.0\r\n\r\n".encode())
+        assert answer.startswith(b"HTTP/1.0 404 ")
 
 
 def test_haproxy_is_answered_however_many_clients_are_waited_for(few: int) -> None:

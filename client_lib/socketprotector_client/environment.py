@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 #: The first passed descriptor, by sd_listen_fds(3).
 _FIRST_PASSED = 3
-#: The most digits of a count of descriptors, and of any other number.
-_COUNT_DIGITS, _DIGITS = 6, 9
+#: The most digits of a count of passed sockets, of a descriptor, and of any other number.
+_COUNT_DIGITS, _FD_DIGITS, _DIGITS = 4, 6, 9
 _log = Logger(__name__)
 
 
@@ -97,8 +97,7 @@ def passed_listeners(environ: Mapping[str, str]) -> Tuple[int, ...]:
         return ()
     if not count.isdecimal() or len(count) > _COUNT_DIGITS:
         return ()
-    end = min(_FIRST_PASSED + int(count), os.sysconf("SC_OPEN_MAX"))
-    passed = range(_FIRST_PASSED, end)
+    passed = range(_FIRST_PASSED, _FIRST_PASSED + int(count))
     found = tuple(fd for fd in passed if _kind_of(fd)[1:] == (socket.SOCK_STREAM, 1))
     if passed and not found:
         _log.warning(
@@ -117,7 +116,7 @@ def _paths(text: str) -> Dict[int, str]:
     return {
         int(fd): path
         for path, _, fd in pairs
-        if path.startswith("/") and fd.isdecimal() and len(fd) <= _COUNT_DIGITS
+        if path.startswith("/") and fd.isdecimal() and len(fd) <= _FD_DIGITS
     }
 
 

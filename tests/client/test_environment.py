@@ -158,7 +158,7 @@ os.fstat(4), os.fstat(5)  # what is no listener is left alone
 assert passed_listeners({**told, "LISTEN_PID": "1"}) == ()
 assert passed_listeners({**told, "LISTEN_FDS": "x"}) == ()
 assert passed_listeners({}) == ()
-assert passed_listeners({**told, "LISTEN_FDS": "999999"})[:2] == (3, 6)
+assert passed_listeners({**told, "LISTEN_FDS": "99999"}) == ()
 warned = io.StringIO()
 with contextlib.redirect_stderr(warned):
     assert passed_listeners({**told, "LISTEN_FDS": "0"}) == ()

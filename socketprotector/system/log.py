@@ -41,7 +41,8 @@ class Log:
         self._prioritized = prioritized or is_journal()
         self._json = form == "json"
         self._coloured = False
-        self._dropped = 0
+        #: How many lines were lost since the last complete line.
+        self.dropped = 0
         self._end = b""  # the line end that a cut line still needs
         self._fd = -1
         self._put: Callable[[int, bytes], int] = os.write
@@ -70,11 +71,6 @@ class Log:
         """Write the withheld lines; call it before this program is replaced."""
         if self._filter is not None:
             self._filter.flush()
-
-    @property
-    def dropped(self) -> int:
-        """How many lines were lost since the last complete line."""
-        return self._dropped
 
     def reopen(self) -> None:
         """Write to the current stderr from now on.
@@ -122,8 +118,8 @@ class Log:
     def _write(self, level: str, event: str, fields: Mapping[str, object]) -> None:
         if LEVELS[level] > self._threshold:
             return
-        if self._dropped:
-            fields = {**fields, "dropped_lines": self._dropped}
+        if self.dropped:
+            fields = {**fields, "dropped_lines": self.dropped}
         line = self._line(level, event, fields)
         try:
             data = self._end + line.encode("utf-8", "backslashreplace")
@@ -132,12 +128,12 @@ class Log:
             else:
                 sent = self._put(self._fd, data)
         except OSError:
-            self._dropped += 1
+            self.dropped += 1
             return
         # If the disk is full now, the last line may be incomplete.
         cut = sent < len(data)
         self._end = b"\n" if cut else b""
-        self._dropped = self._dropped + 1 if cut else 0
+        self.dropped = self.dropped + 1 if cut else 0
 
     def _line(self, level: str, event: str, fields: Mapping[str, object]) -> str:
         now = time.time()

@@ -83,11 +83,8 @@ def name_of(program: Program) -> str:
 
     For a shell's command return "sh": the command may have passwords.
     """
-    argv = program.argv
-    if program.mode.adapter and "--" in argv:  # otherwise an older protector has started it
-        at = argv.index("--")
-        return "sh" if "--shell" in argv[:at] else argv[at + 1]
-    return argv[0]
+    options, argv = _adapter_and_command(program)
+    return "sh" if "--shell" in options else argv[0]
 
 
 def changed_file(program: Program, since: float) -> str:
@@ -96,10 +93,9 @@ def changed_file(program: Program, since: float) -> str:
     This checks the executable, and the first argument that is a file, such as a script.
     since: seconds since the epoch.
     """
-    path, argv = program.path, program.argv
-    if program.mode.adapter and "--" in argv:  # otherwise an older protector has started it
-        at = argv.index("--")
-        options, argv = argv[:at], argv[at + 1 :]
+    path = program.path
+    options, argv = _adapter_and_command(program)
+    if options:
         if "--shell" in options:
             argv = ("", *argv[0].split())
         path = options[options.index("--file") + 1] if "--file" in options else argv[0]
@@ -110,6 +106,15 @@ def changed_file(program: Program, since: float) -> str:
         except (OSError, ValueError):
             pass  # removed
     return ""
+
+
+def _adapter_and_command(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the adapter's words and options, () without an adapter, and the words of COMMAND."""
+    argv = program.argv
+    if program.mode.adapter and "--" in argv:  # otherwise an older protector has started it
+        at = argv.index("--")
+        return argv[:at], argv[at + 1 :]
+    return (), argv
 
 
 def _paths(directory: str, words: Iterable[str]) -> Iterator[str]:

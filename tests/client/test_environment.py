@@ -151,20 +151,20 @@ for place, one in ((40, listener), (41, plain)):
     os.dup2(one.fileno(), place)
 for place, source in ((3, 40), (4, 41), (5, 30), (6, 40)):
     os.dup2(source, place)
-told = {"LISTEN_FDS": "5", "LISTEN_PID": str(os.getpid())}
-assert passed_listeners(told) == (3, 6), passed_listeners(told)
+variables = {"LISTEN_FDS": "5", "LISTEN_PID": str(os.getpid())}
+assert passed_listeners(variables) == (3, 6), passed_listeners(variables)
 assert not os.get_inheritable(3) and not os.get_inheritable(6)
 os.fstat(4), os.fstat(5)  # what is no listener is left alone
-assert passed_listeners({**told, "LISTEN_PID": "1"}) == ()
-assert passed_listeners({**told, "LISTEN_FDS": "x"}) == ()
+assert passed_listeners({**variables, "LISTEN_PID": "1"}) == ()
+assert passed_listeners({**variables, "LISTEN_FDS": "x"}) == ()
 assert passed_listeners({}) == ()
-assert passed_listeners({**told, "LISTEN_FDS": "99999"}) == ()
+assert passed_listeners({**variables, "LISTEN_FDS": "99999"}) == ()
 warned = io.StringIO()
 with contextlib.redirect_stderr(warned):
-    assert passed_listeners({**told, "LISTEN_FDS": "0"}) == ()
+    assert passed_listeners({**variables, "LISTEN_FDS": "0"}) == ()
     assert warned.getvalue() == ""
     os.dup2(41, 3)
-    assert passed_listeners({**told, "LISTEN_FDS": "1"}) == ()
+    assert passed_listeners({**variables, "LISTEN_FDS": "1"}) == ()
 assert "LISTEN_FDS=1: no descriptor is a listening stream socket" in warned.getvalue()
 os.dup2(40, 3)
 
@@ -172,11 +172,11 @@ os.dup2(40, 3)
 line, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 os.dup2(line.fileno(), 50)
 beside = {"SOCKETPROTECTOR_RETURN": "50", "SOCKETPROTECTOR_SCOREBOARD": "30:8192"}
-found = read_environment({**told, **beside})
+found = read_environment({**variables, **beside})
 assert (found.channel_fd, found.passed) == (-1, (3, 6)), found
 assert (found.return_fd, found.board) == (50, (30, 8192)), found
 assert not os.get_inheritable(50) and not os.get_inheritable(30)
-stale = read_environment({**told, **beside, "SOCKETPROTECTOR_RETURN": "41"})
+stale = read_environment({**variables, **beside, "SOCKETPROTECTOR_RETURN": "41"})
 assert (stale.passed, stale.return_fd, stale.board) == ((3, 6), -1, (-1, 0)), stale
 assert vars(read_environment({**beside, "LISTEN_PID": "1"})) == vars(read_environment({}))
 """

@@ -200,7 +200,7 @@ def gated(machine: Machine, then: str) -> tuple[str, Path, Path]:
 def two_starts(
     machine: Machine, reached: Path
 ) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
-    """Begin a start, and a second one that waits for the first."""
+    """Begin two starts; the second waits for the first."""
     first = machine.begin("start")
     eventually(reached.exists, "the first start waits for its daemon")
     second = machine.begin("start")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.channel import Channel
+from tests.channel import Channel, Worker
 from tests.load import Load
 from tests.procfs import parent_of, watched_by
 from tests.rounds import rounds
@@ -241,14 +241,25 @@ def test_what_goes_to_the_background_frees_its_place_and_keeps_its_connection(
     daemon.stop()
 
 
+def without_its_program(
+    channel: Channel, tmp_path: Path, number: int, wait_s: float = 0.01
+) -> tuple[Worker, Client, Path]:
+    """Return a pool, its client whose program cannot be started, and the file that prevents it.
+
+    number: the errno.  wait_s: how long the pool waits before its second try.
+    """
+    full = tmp_path / "full"
+    full.touch()
+    command = refusing(full, number, 1, "cat")
+    worker, client = channel.start(*command, env={"WAIT_S": str(wait_s)}), channel.connect()
+    eventually(lambda: full.read_text() != "", "a try")
+    return worker, client, full
+
+
 def test_term_is_heeded_while_a_connection_waits_for_its_program(
     channel: Channel, tmp_path: Path
 ) -> None:
-    full = tmp_path / "full"
-    full.touch()
-    worker = channel.start(*refusing(full, errno.EAGAIN, 1, "cat"))
-    client = channel.connect()
-    eventually(lambda: full.read_text() != "", "a try")
+    worker, client, _ = without_its_program(channel, tmp_path, errno.EAGAIN)
 
     worker.term()
 
@@ -277,29 +288,22 @@ def test_at_the_end_of_the_channel_queued_clients_wait_for_the_program(
     channel: Channel, tmp_path: Path
 ) -> None:
     """As at a stop: nobody else would serve them."""
-    full = tmp_path / "full"
-    full.touch()
-    worker = channel.start(*refusing(full, errno.ENOENT, 1, "cat"))
-    clients = channel.connect(), channel.connect()
-    eventually(lambda: full.read_text() != "", "a try")
+    worker, client, full = without_its_program(channel, tmp_path, errno.ENOENT)
+    queued = channel.connect()
     channel.end_channel()
     tries = full.read_text().count("\n")
     eventually(lambda: full.read_text().count("\n") >= tries + 2, "two more tries")
 
     full.unlink()
 
-    for each in clients:
+    for each in (client, queued):
         assert each.ask("hello") == "hello"
         each.close()
     assert worker.wait() == 0
 
 
 def test_a_pool_that_retires_tries_once_more(channel: Channel, tmp_path: Path) -> None:
-    full = tmp_path / "full"
-    full.touch()
-    worker = channel.start(*refusing(full, errno.ENOENT, 1, "cat"), env={"WAIT_S": "1000"})
-    client = channel.connect()
-    eventually(lambda: full.read_text() != "", "a try")
+    worker, client, full = without_its_program(channel, tmp_path, errno.ENOENT, wait_s=1000)
     full.unlink()
 
     worker.retire()
@@ -310,11 +314,7 @@ def test_a_pool_that_retires_tries_once_more(channel: Channel, tmp_path: Path) -
 
 
 def test_a_drain_waits_for_the_connection_in_hand(channel: Channel, tmp_path: Path) -> None:
-    full = tmp_path / "full"
-    full.touch()
-    worker = channel.start(*refusing(full, errno.ENOMEM, 1, "cat"))
-    client = channel.connect()
-    eventually(lambda: full.read_text() != "", "a try")
+    worker, client, full = without_its_program(channel, tmp_path, errno.ENOMEM)
 
     channel.end_channel()
     full.unlink()

@@ -39,7 +39,7 @@ _EVENTS = select.EPOLLIN
 _ONE_OF_US = select.EPOLLIN | select.EPOLLEXCLUSIVE
 #: Temporary errors, which must not end the pool (ENOSPC: fs.epoll.max_user_watches).
 _NO_MEMORY = (errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC)
-#: The program's file is missing or unusable.  A pool that drains does not wait for its return.
+#: The program's file is missing or unusable.  A pool that drains does not wait for it.
 _NO_PROGRAM = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENOEXEC, errno.ELOOP)
 
 TYPE_CHECKING = False
@@ -191,7 +191,7 @@ class Pool:
     def _is_last(self) -> bool:
         """Return whether this pool drains or retires, and no connection follows the pending one.
 
-        At a stop, the queue stays ours: whoever waits there needs this pool.
+        At a stop there is no new generation that could take the queued connections.
         """
         try:
             flags = socket.MSG_PEEK | socket.MSG_DONTWAIT

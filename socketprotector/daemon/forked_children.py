@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from ..model.lazy_dataclass import frozen
 from ..model.records import Counts, WorkerRecord
+from ..system import procfs
 from .generation import OpenGeneration
 
 
@@ -49,11 +50,14 @@ def _recorded(record: WorkerRecord, generation: OpenGeneration) -> Iterator[Chil
 def left_open(record: WorkerRecord, generation: OpenGeneration) -> int:
     """Return how many connections are open in the children of a worker that has just exited.
 
-    Call this before the record is `orphaned`; after that, children_of() returns no children.
+    A child that has got SIGKILL, for example with its whole process group, keeps none open.  Call
+    this before the record is `orphaned`; after that, children_of() returns no children.
     """
     if record.killed:
         return 0  # the children are killed, too
     living = children_of(record, generation)
+    if procfs.is_ours():
+        living = [each for each in living if not procfs.is_ending(each.pid)]
     return sum(each.counts.active for each in living if each.counts is not None)
 
 

@@ -104,6 +104,17 @@ def test_children_of_a_killed_parent_finish_while_the_next_one_serves(
 
 
 @EITHER_HANDOFF
+def test_connections_of_a_killed_process_group_count_as_lost(operated: Operating) -> None:
+    web = operated(command=shares(2))
+    [parent] = web.pids(1)
+    with Client(web.address, "hello") as first, Client(web.address, "hello") as second:
+        assert {pid_in(first.hear()), pid_in(second.hear())} <= pids(web)
+        os.killpg(parent, signal.SIGKILL)
+        web.daemon.log.wait_for(r"event=exited .*worker=1 .*SIGKILL.* lost=2$")
+    eventually(lambda: web.generation(1)["lost"] == 2, "the count")
+
+
+@EITHER_HANDOFF
 @pytest.mark.costly
 def test_orphans_serve_while_the_bound_of_a_rolling_reload_has_no_room(
     operated: Operating, gate: Gate

@@ -346,7 +346,7 @@ def test_a_release_needs_the_upgrade_and_the_downgrade_under_load() -> None:
     assert all((ROOT / each).exists() for each in needed)
     assert build.startswith("    needs: [check, compatible]\n")
     assert "\n  check:\n" in text
-    assert "    uses: ./.github/workflows/check.yml\n" in text
+    assert "    uses: $/.github/workflows/check.yml\n" in text
     assert publish.startswith("    needs: build\n")
 
 

@@ -76,6 +76,9 @@ class Client:
         self._answer_s = answer_s
         self._until = until
         self._follows = events
+        #: `started_at` in the status of the protector that has got this client's request; then
+        #: reconnect() refuses a protector that was started later.  None: any protector will do.
+        self.started_at: object = None
         self._last_id = 0
         #: The commands of all requests so far; perhaps only a part of the last request was sent.
         self.requested: set[str] = set()
@@ -114,7 +117,8 @@ class Client:
 
         Sends both requests before it reads an answer, because a protector that is about to exit
         answers only the requests that have already arrived.
-        Raises NoProtector if no protector answers, RequestRefused after a refusal.
+        Raises NoProtector if no protector answers, or another than `started_at` names;
+        RequestRefused after a refusal.
 
         within_s: how long to try, at most RETURN_S.
         answer_s: wait at least this long for the status, even if `within_s` ends earlier.
@@ -131,7 +135,8 @@ class Client:
                     wait_s = max(connect_s, answer_s)
                     if self._follows:
                         self.send("events", {}, time.monotonic() + wait_s)
-                    return self._request("status", {}, wait_s)
+                    status = self._request("status", {}, wait_s)
+                    break
             except NoProtector as error:
                 if time.monotonic() >= until:
                     within = in_units(round(limit_s, 1))
@@ -140,6 +145,11 @@ class Client:
                         "silent" if time.monotonic() >= self._until else "dead",
                     ) from error
             time.sleep(min(_TRY_EVERY_S, left_s))
+        # An upgrade, or a restart by the guard or from systemd's store, keeps `started_at`.
+        if self.started_at not in (None, status.get("started_at")):
+            self.close()
+            raise NoProtector("the protector has ended, and another one was started")
+        return status
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for select."""

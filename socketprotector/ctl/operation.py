@@ -43,6 +43,15 @@ class Operation:
         """Whether the command has begun to send the request that changes something."""
         return hasattr(self, "client") and not self.client.requested <= _READ_ONLY
 
+    def status_before(self) -> Message:
+        """Return the status.  Call this before the request that changes something.
+
+        If this protector ends and another one is started, wait() raises NoProtector.
+        """
+        before = self.client.query("status")
+        self.client.started_at = before.get("started_at")
+        return before
+
     def tell(self, step: str) -> None:
         """Print a line of progress to stderr, except with --json."""
         if not self._as_json:

@@ -125,7 +125,7 @@ def read_status_before(operation: Operation) -> Message:
 
     Sets operation.losses, and the fields `name` and `from` of the outcome.
     """
-    before = operation.client.query("status")
+    before = operation.status_before()
     operation.losses = Losses(before)
     operation.outcome["name"] = before.get("name")
     operation.outcome["from"] = before.get("route")
@@ -382,7 +382,7 @@ def quoted(last_words: str) -> str:
 def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: bool) -> None:
     """Stop gracefully: serve the connected clients, let the workers finish, then exit."""
     with begin(instance, timeout, as_json) as operation, ExitStack() as opened:
-        before = operation.client.query("status")
+        before = operation.status_before()
         # Open pidfds of the protector and the guard before the stop: afterwards their pids may
         # belong to other processes.  Leave out the guard if it is in another PID namespace: its pid
         # in the status may belong to another process here.

@@ -40,7 +40,7 @@ def upgrade(instance: Instance, wait: bool, check: bool, timeout: float, as_json
         _check_upgrade(instance, as_json)
         return
     with begin(instance, timeout, as_json) as operation:
-        before = operation.client.query("status")
+        before = operation.status_before()
         old = operation.client.request("upgrade").get("from", before.get("version"))
         operation.outcome["from"] = old
         if not wait:

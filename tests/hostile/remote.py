@@ -190,4 +190,4 @@ def is_answered(exporter: Exporter, name: str) -> None:
 
     # One after the other: on a busy machine all in a row may be one too many for each try.
     for what, answer in answers.items():
-        eventually(partial(is_good, answer), f"a good answer of {what}")
+        eventually(partial(is_good, answer), f"a good answer of {what}", 3 * DEADLINE_S)

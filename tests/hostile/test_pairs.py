@@ -18,7 +18,7 @@ from tests.running import wait_gone
 from tests.scenarios.tools import worker
 from tests.unit.exporter.conftest import Exporter
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(600)
 
 #: What the worker does beside the others.
 WORKERS_ATTACK = "says_the_worst"

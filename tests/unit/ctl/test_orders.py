@@ -313,6 +313,24 @@ def test_stop_is_never_asked_twice_for_that_would_be_at_once(fake: Fake, ctl: Ct
     assert fake.commands().count("stop") == 1
 
 
+@pytest.mark.parametrize("answered", [True, False])
+def test_stop_does_not_stop_a_protector_that_was_started_since(
+    fake: Fake, ctl: Ctl, protected: subprocess.Popen[bytes], answered: bool
+) -> None:
+    def answer(connection: Connection, asked: Message) -> None:
+        protected.kill()
+        if answered:
+            connection.send({"v": 1, "id": asked["id"], "ok": True, "result": {}})
+        fake.status["started_at"] += 60.0
+        connection.cut()
+
+    fake.status.update(pid=protected.pid, main_pid=protected.pid)
+    fake.answers["stop"] = answer
+
+    assert ctl("stop") == Ended(0, "stopped: web\n", "")
+    assert fake.commands().count("stop") == 1
+
+
 def test_stop_without_waiting(fake: Fake, ctl: Ctl) -> None:
     fake.answers["stop"] = lambda *_: {}
 
@@ -335,6 +353,20 @@ def test_upgrade_waits_for_the_new_program(fake: Fake, ctl: Ctl) -> None:
     fake.answers["upgrade"] = answer
 
     assert ctl("upgrade") == Ended(0, "upgraded: pid 11 runs 0.9.1 (0.9.0 before)\n", "")
+
+
+def test_an_upgrade_of_a_protector_that_ends_is_not_done_by_one_that_was_started_since(
+    fake: Fake, ctl: Ctl
+) -> None:
+    def answer(connection: Connection, asked: Message) -> None:
+        connection.send({"v": 1, "id": asked["id"], "ok": True, "result": {"from": "0.9.0"}})
+        fake.status["started_at"] += 60.0
+        connection.cut()
+
+    fake.answers["upgrade"] = answer
+
+    words = "the protector has ended, and another one was started"
+    assert ctl("upgrade") == Ended(1, "", f"socketprotectorctl: {words}\n")
 
 
 def test_upgrade_that_stays_with_the_old_is_status_3_with_the_probes_words(

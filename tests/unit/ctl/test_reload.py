@@ -401,6 +401,46 @@ def test_a_protector_that_does_not_come_back_is_status_1(
     )
 
 
+@pytest.mark.parametrize("result", ["reloaded", "failed", ""])
+def test_the_verdict_of_a_protector_that_was_started_since_is_not_ours(
+    fake: Fake, ctl: Ctl, result: str
+) -> None:
+    def then(connection: Connection) -> None:
+        fake.status["started_at"] += 60.0
+        fake.status["reloads"] = [reload(9, result)] if result else []
+        connection.cut()
+
+    reloading(fake, then)
+
+    said = ctl("reload", "--json")
+
+    assert said.status == 1
+    assert json.loads(said.out)["result"] == "lost"
+    assert (
+        "lost sight of generation 9 before it was serving: the protector has ended, and another "
+        "one was started; see" in said.err
+    )
+
+
+def test_a_reload_is_not_requested_of_a_protector_that_was_started_since(
+    fake: Fake, ctl: Ctl
+) -> None:
+    asked = []
+
+    def answer(connection: Connection, message: Message) -> None:
+        asked.append(message)
+        fake.status["started_at"] += 60.0
+        connection.cut()
+
+    fake.answers["reload"] = answer
+
+    said = ctl("reload")
+
+    assert said.status == 1
+    assert "the protector has ended, and another one was started" in said.err
+    assert len(asked) == 1
+
+
 def test_a_stop_in_the_middle_is_status_1(fake: Fake, ctl: Ctl) -> None:
     def then(connection: Connection) -> None:
         connection.event("stopping")

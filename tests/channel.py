@@ -26,6 +26,8 @@ from tests.running import DEADLINE_S, ROOT, Address, Client, eventually
 
 #: Which Python the workers run under: WORKER_PYTHON=python3.9 pytest tests/client
 PYTHON = os.environ.get("WORKER_PYTHON", sys.executable)
+#: Where another Python finds the library.
+LIBRARY = {"PYTHONPATH": f"{ROOT}:{ROOT / 'client_lib'}"}
 PROGRAMS = ROOT / "tests" / "client" / "programs"
 #: How many connections the channel has room for at least.
 ROOM = 500
@@ -120,8 +122,7 @@ class Channel:
             command = ("sh", "-c", f'ulimit -n {nofile}; exec "$@"', "sh", *command)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         notify_name = "@" + self.notify.getsockname()[1:].decode()
-        environ = {**os.environ, wire.ENV_NOTIFY: notify_name, **(env or {})}
-        environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'client_lib'}"
+        environ = {**os.environ, wire.ENV_NOTIFY: notify_name, **(env or {}), **LIBRARY}
         if not alone:
             environ |= {
                 wire.ENV_CHANNEL: str(self.reader.fileno()),

@@ -206,10 +206,23 @@ def _load(text: str, factory: bool) -> Any:
             raise _CannotRun(f"cannot find {attributes} in {module_name}: it has no {name}")
         found = getattr(found, name)
     if factory and callable(found):
+        if not _takes_nothing(found):
+            raise _CannotRun(f"cannot call {text}() without arguments: leave out --factory")
         found, text = found(), f"what {text}() returned"
     if not callable(found):
         raise _CannotRun(f"cannot serve {text}: it is {type(found).__name__}, not an application")
     return found
+
+
+def _takes_nothing(factory: Callable[..., Any]) -> bool:
+    """Return whether a factory can be called without arguments."""
+    try:
+        inspect.signature(factory).bind()
+    except TypeError:
+        return False
+    except ValueError:
+        pass  # built in, with an unknown signature
+    return True
 
 
 def _kind_of(app: Any, text: str) -> str:

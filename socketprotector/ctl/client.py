@@ -76,8 +76,7 @@ class Client:
         self._answer_s = answer_s
         self._until = until
         self._follows = events
-        #: `started_at` in the status of the protector that has got this client's request; then
-        #: reconnect() refuses a protector that was started later.  None: any protector will do.
+        #: `started_at` of the protector that reconnect() must find again; None: any protector.
         self.started_at: object = None
         self._last_id = 0
         #: The commands of all requests so far; perhaps only a part of the last request was sent.
@@ -117,8 +116,7 @@ class Client:
 
         Sends both requests before it reads an answer, because a protector that is about to exit
         answers only the requests that have already arrived.
-        Raises NoProtector if no protector answers, or another than `started_at` names;
-        RequestRefused after a refusal.
+        Raises NoProtector if no protector answers, or a wrong one; RequestRefused after a refusal.
 
         within_s: how long to try, at most RETURN_S.
         answer_s: wait at least this long for the status, even if `within_s` ends earlier.
@@ -145,11 +143,10 @@ class Client:
                         "silent" if time.monotonic() >= self._until else "dead",
                     ) from error
             time.sleep(min(_TRY_EVERY_S, left_s))
-        # An upgrade, or a restart by the guard or from systemd's store, keeps `started_at`.
-        if self.started_at not in (None, status.get("started_at")):
-            self.close()
-            raise NoProtector("the protector has ended, and another one was started")
-        return status
+        if self.started_at in (None, status.get("started_at")):  # kept by an upgrade, and the guard
+            return status
+        self.close()
+        raise NoProtector("the protector has ended, and another one was started")
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for select."""

@@ -37,6 +37,7 @@ class Passed:
     given: list[Bound]
     inherited: list[Bound]  # from the previous protector, through the descriptor store
     stored: list[str]  # every name of ours in the descriptor store
+    other_pid: str = ""  # the process that the variables name, if it is not this one
 
 
 def passed() -> Passed:
@@ -48,7 +49,7 @@ def passed() -> Passed:
     """
     pid, count, names, _ = (os.environ.pop(variable, "") for variable in _VARIABLES)
     if pid != str(os.getpid()):
-        return Passed([], [], [])
+        return Passed([], [], [], pid if count else "")
     numbers = range(inherited.FIRST, inherited.FIRST + inherited.number_in(count))
     fd_names = chain(names.split(":") if names else (), repeat("unknown"))
     found = Passed([], [], [])
@@ -81,7 +82,7 @@ def _listening_socket(fd: int) -> socket.socket | None:
     return found
 
 
-def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[Bound]]:
+def take(listens: Sequence[Listen], passed: Passed) -> dict[int, list[Bound]]:
     """Return the passed sockets that each LISTEN argument uses, by the argument's index.
 
     Raises UsageError if an argument names a socket that was not passed, or if two arguments use the
@@ -90,7 +91,7 @@ def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[B
     taken: dict[int, list[Bound]] = {}
     used_by: dict[int, str] = {}
     for index, listen in enumerate(listens):
-        matching = [each for each in passed if _is_for(listen, each.settings)]
+        matching = [each for each in passed.given if _is_for(listen, each.settings)]
         for each in matching:
             fd = each.socket.fileno()
             if fd in used_by:
@@ -102,11 +103,19 @@ def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[B
         if matching:
             taken[index] = matching
         elif listen.passed is not None:
-            names = ", ".join(sorted({each.settings.name for each in passed})) or "none at all"
-            raise UsageError(
-                f"{listen.text}: no listening socket was passed under this name; there is: {names}"
-            )
+            raise UsageError(f"{listen.text}: {_why_missing(passed)}")
     return taken
+
+
+def _why_missing(passed: Passed) -> str:
+    """Return why a named socket is not among the passed sockets."""
+    if passed.other_pid:
+        return (
+            f"the passed sockets are for process {passed.other_pid} (LISTEN_PID), but this is "
+            f"{os.getpid()}; a shell that starts SocketProtector must exec it"
+        )
+    names = ", ".join(sorted({each.settings.name for each in passed.given})) or "none at all"
+    return f"no listening socket was passed under this name; there is: {names}"
 
 
 def _is_for(listen: Listen, settings: ListenerSettings) -> bool:

@@ -90,7 +90,7 @@ def _launch(parsed: ParsedOptions) -> int:
     files["the command"] = os.path.join(settings.directory, program) if "/" in program else None
     preflight.check_log_file(settings.log_file, files)
     given = activation.passed()
-    passed = activation.take(listens, given.given)
+    passed = activation.take(listens, given)
     notices = [*activation.close_unused(given.given, passed)]
     if check and parsed.control:
         notices += preflight.control_notices(parsed.control)

@@ -122,6 +122,11 @@ def parse(text: str, directory: str) -> Listen:
         allowed = _ABSTRACT_OPTIONS if path.startswith("@") else UNIX_OPTIONS
     else:
         host, colon, port = body.rpartition(":")
+        if "=" in host:
+            raise UsageError(
+                f"{shortened(text, 200)}: before = write a name of letters, digits, _, . and -, "
+                "which begins with a letter or _"
+            )
         if colon and not _HOST.fullmatch(host):
             raise UsageError(
                 f"{text}: write PORT (on every address), HOST:PORT, [HOST6]:PORT, unix:PATH or "

@@ -103,6 +103,8 @@ def _names(text: str) -> tuple[str, ...]:
     for each in found:
         if "=" in each:
             raise ValueError(f"{each!r}: write only a name; --env sets a value")
+        if each.split() != [each]:
+            raise ValueError(f"{each!r}: write commas between names")
     return found
 
 

@@ -35,19 +35,19 @@ _HOW = {
 _SOMAXCONN = "/proc/sys/net/core/somaxconn"
 #: A start writes less than this into a memfd (system/late_modules.py).
 _KEPT_BYTES = 1024 * 1024
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 #: What a user needs to execute a further process of ours: this Python and our package's folder.
-_OURSELVES = {
-    sys.executable: os.X_OK,
-    os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ""): os.X_OK,
-}
+_OURSELVES = {sys.executable: os.X_OK, os.path.join(_PACKAGE, ""): os.X_OK}
 
 
 def working_directory() -> str:
     """Return the current directory as the shell names it, with symbolic links."""
     logical = os.environ.get("PWD", "")
     try:
-        if os.path.isabs(logical) and os.path.samefile(logical, "."):
-            return logical
+        here = os.stat(".")
+        with suppress(OSError):  # a manager may pass on its own PWD, which may be gone
+            if os.path.isabs(logical) and os.path.samestat(os.stat(logical), here):
+                return logical
         return os.getcwd()
     except OSError as error:
         how = "cannot be entered" if isinstance(error, PermissionError) else "is gone"

@@ -58,6 +58,7 @@ def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterato
         after_s=settings.ready_after_s if settings.ready == "after" else None,
         drain_signal=signal.Signals(settings.drain_signal).name.removeprefix("SIG"),
         unix=bool(paths),
+        tcp6=any(each.address.startswith("tcp:[") for each in settings.listeners),
         passed=paths <= {each.text for each in settings.listeners if each.foreign},
         files=_files(settings, environment),
     )

@@ -44,9 +44,11 @@ def placeholders(words: Sequence[str]) -> list[str]:
 def ready_fd(settings: Settings) -> int:
     """Return the number of the ready descriptor in a worker; -1 if it has none.
 
-    Either --ready names the number, or {fd:ready} requests the next number after the listeners.
+    Either --ready names the number, or {fd:ready} requests the next number after the listeners,
+    unless a listener is called `ready`.
     """
-    if settings.ready_fd >= 0 or not settings.mode.workers_accept:
+    called = {each.name.lower() for each in settings.listeners if not each.removed}
+    if settings.ready_fd >= 0 or not settings.mode.workers_accept or READY_NAME in called:
         return settings.ready_fd
     words = (*settings.command, *(value for _, value in settings.environment))
     if READY_NAME not in {_name(found) for word in words for found in _PLACEHOLDER.finditer(word)}:

@@ -18,6 +18,8 @@ from .executable import resolve
 #: Prefixes of the protector's own variables, which must not reach a worker.
 _PRIVATE = ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "SOCKETPROTECTOR_", "FDSTORE")
 
+#: How the names of files end that a program writes, and does not run.
+_WRITTEN = (".log", ".pid")
 #: The PATH of workers that do not get the caller's PATH: systemd's (systemd.exec(5)).
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -90,7 +92,8 @@ def name_of(program: Program) -> str:
 def changed_file(program: Program, since: float) -> str:
     """Return a file of a program, if the file has changed since a time; "": none, or unknown.
 
-    This checks the executable, and the first argument that is a file, such as a script.
+    This checks the executable, and the first argument that is a file, such as a script.  It skips
+    files that the program writes, by their names.
     since: seconds since the epoch.
     """
     path = program.path
@@ -118,7 +121,8 @@ def _adapter_and_command(program: Program) -> tuple[tuple[str, ...], tuple[str, 
 
 
 def _paths(directory: str, words: Iterable[str]) -> Iterator[str]:
-    return (os.path.join(directory, each) for each in words if not each.startswith("-"))
+    files = (each for each in words if not each.startswith("-") and not each.endswith(_WRITTEN))
+    return (os.path.join(directory, each) for each in files)
 
 
 def inherited_environment(settings: Settings) -> dict[str, str]:

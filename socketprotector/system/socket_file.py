@@ -325,7 +325,8 @@ def is_stale(path: str) -> bool:
     except FileNotFoundError:
         return False
     if not stat.S_ISSOCK(mode):
-        raise OSError(errno.EEXIST, "a file that is no socket is there")
+        what = "directory" if stat.S_ISDIR(mode) else "file that is no socket"
+        raise OSError(errno.EEXIST, f"a {what} is there")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         error = probe.connect_ex(path)
     if error == errno.ECONNREFUSED:

@@ -49,6 +49,14 @@ def test_the_executable_itself(program: Program) -> None:
     assert changed_file(pooled, BEFORE) == path
 
 
+@pytest.mark.parametrize("written", ["access.log", "server.pid"])
+def test_a_file_that_the_program_writes_is_not_its_script(program: Program, written: str) -> None:
+    (Path(program.directory) / written).touch()
+    argv = ("server", "--to", written, "app.py")
+    found = changed_file(replace(program, argv=argv, path="/gone"), BEFORE)
+    assert found == f"{program.directory}/app.py"
+
+
 def test_what_is_no_file_of_it(program: Program) -> None:
     argv = ("/gone", "--config=app.py", "-c", "app:main", "nul\0")
     assert changed_file(replace(program, path="/gone", argv=argv), BEFORE) == ""

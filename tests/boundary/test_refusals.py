@@ -15,10 +15,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from socketprotector.launch import cli, option_values, options, rollout_checks
+from socketprotector.launch import cli, option_values, options, preflight, rollout_checks
 from socketprotector.launch.preflight import check_siblings
 from socketprotector.launch.resolve import ParsedOptions
 from socketprotector.model import known_servers
@@ -175,6 +176,10 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
             ["--drain-spread", "1s", *LISTENER, "0", "--", "env", "node", "x.js"],
             "which node does not use; node has no such option of its own",
         ),
+        (["--keep-env", "A B", "0", "--", "true"], "'A B': write commas between names"),
+        (["1=127.0.0.1:80", "--", "true"], "1=127.0.0.1:80: before = write a name of letters"),
+        (["a b=80", "--", "true"], "the port must be a number"),
+        (["ä=127.0.0.1:80", "--", "true"], "before = write a name of letters"),
         ([*ROLLING, "--surge", "0", "0", "--", "true"], "write a number of workers from 1"),
         ([*ROLLING, "--surge", "0%", "0", "--", "true"], "or 1% to 100%"),
         ([*ROLLING, "--surge", "101%", "0", "--", "true"], "or 1% to 100%"),
@@ -522,13 +527,50 @@ def test_a_current_directory_that_is_gone_is_refused(
     assert typed.left() == []
 
 
+def test_passed_sockets_of_another_process_are_named_with_both(
+    typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after `sh -c 'SocketProtector ...; ...'`: the shell has the pid."""
+    monkeypatch.setenv("LISTEN_PID", "1")
+    monkeypatch.setenv("LISTEN_FDS", "1")
+
+    ended = typed("fd:web", "--", "true")
+
+    refused(
+        ended,
+        2,
+        rf"fd:web: the passed sockets are for process 1 \(LISTEN_PID\), but this is {os.getpid()}; "
+        "a shell that starts SocketProtector must exec it",
+    )
+
+
+def test_a_directory_at_a_unix_path_is_refused_as_one(typed: Typed) -> None:
+    (typed.folder / "s").mkdir()
+
+    ended = typed("unix:s", "--", "true")
+
+    refused(ended, 111, "cannot listen on unix:s: a directory is there; remove it, or choose")
+
+
+def test_a_pwd_that_names_another_or_no_directory_is_not_used(
+    typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("/", "/nowhere", "nul\x01"):
+        monkeypatch.setenv("PWD", name)
+        assert preflight.working_directory() == os.getcwd()
+
+
 def test_a_current_directory_that_may_not_be_entered_is_refused(
     typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def closed(*_: object) -> bool:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), ".")
+    real = os.stat
 
-    monkeypatch.setattr(os.path, "samefile", closed)
+    def closed(path: Any, **more: Any) -> os.stat_result:
+        if path == ".":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, **more)
+
+    monkeypatch.setattr(os, "stat", closed)
     monkeypatch.setenv("PWD", str(typed.folder))
 
     ended = typed("127.0.0.1:0", "--", "true")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
 import pytest
@@ -50,12 +51,18 @@ def serving(worker: Worker) -> list[int]:
     return found[1:] or found
 
 
+def _needs(package: str) -> None:
+    needs.module(package)
+    if sys.executable != PYTHON:
+        needs.skip(f"{package} in another Python")
+
+
 @pytest.mark.parametrize("way", ["trio", "anyio", "anyio-trio", "gevent"])
 @pytest.mark.costly
 def test_one_idle_worker_wakes_under_loops_that_wait_in_ways_of_their_own(
     channel: Channel, way: str
 ) -> None:
-    needs.module(way.partition("-")[2] or way)
+    _needs(way.partition("-")[2] or way)
     test_one_idle_worker_wakes_for_a_connection_and_they_take_turns(channel, way)
 
 
@@ -67,7 +74,7 @@ def test_one_idle_worker_wakes_under_loops_that_wait_in_ways_of_their_own(
 def test_a_web_server_that_is_idle_sleeps_while_another_one_serves(
     channel: Channel, way: str, package: str
 ) -> None:
-    needs.module(package)
+    _needs(package)
     command = (PYTHON, ROOT / "bench" / "herd.py", way, "0")
     forks = {"HERD_PROCESSES": "1"}
     # Of gunicorn's it is a child that says READY=1.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.channel import PYTHON, Channel
+from tests.channel import LIBRARY, PYTHON, Channel
 from tests.procfs import ports_of
 from tests.running import ROOT
 
@@ -87,7 +88,13 @@ def test_alone_a_port_in_use_is_one_line() -> None:
     with socket.create_server(("0.0.0.0", 0)) as taken:
         port = str(taken.getsockname()[1])
         ended = subprocess.run(
-            [*SAMPLE, port], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+            [*SAMPLE, port],
+            cwd=ROOT,
+            env={**os.environ, **LIBRARY},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
 
     line = f"SampleClient: cannot listen on tcp:0.0.0.0:{port}: Address already in use\n"

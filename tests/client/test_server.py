@@ -15,7 +15,7 @@ import pytest
 from socketprotector_client import SocketServer
 from socketprotector_client.address import sockname_of
 
-from tests.channel import PYTHON, Channel
+from tests.channel import LIBRARY, PYTHON, Channel
 from tests.client.sharing import HOME, Sharing, refuses, until_stopped
 from tests.procfs import descriptors, ports_of, threads_of
 from tests.running import DEADLINE_S, ROOT, Client, eventually
@@ -422,7 +422,12 @@ def test_the_example_is_the_echo_server_of_the_slides() -> None:
 
 @pytest.mark.parametrize("children", ["y", "00"])
 def test_the_example_says_how_it_is_used(children: str) -> None:
-    ended = subprocess.run([PYTHON, EXAMPLE, HOME, children], capture_output=True, check=False)
+    ended = subprocess.run(
+        [PYTHON, EXAMPLE, HOME, children],
+        env={**os.environ, **LIBRARY},
+        capture_output=True,
+        check=False,
+    )
 
     assert ended.returncode != 0
     assert ended.stderr == b"usage: shared_queue.py [ADDRESS [CHILDREN]]\n"

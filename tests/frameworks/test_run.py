@@ -242,6 +242,7 @@ def test_with_the_listeners_themselves_it_is_reloaded_under_load(
         (["shapes:anything"], "cannot tell whether shapes:anything is ASGI or WSGI: pass"),
         (["shapes:make"], "pass --asgi or --wsgi; if it returns the application, pass --factory"),
         (["--factory", "shapes:make_nothing"], "shapes:make_nothing() returned: it is NoneType"),
+        (["--factory", "shapes:wsgi"], "cannot call shapes:wsgi() without arguments: leave out"),
         (["--asgi", "--wsgi", "shapes:wsgi"], "not allowed with argument"),
         (["--threads", "0", "shapes:wsgi"], "'0' is not a number above 0"),
         ([], "MODULE:APP"),

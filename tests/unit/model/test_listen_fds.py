@@ -91,6 +91,14 @@ def test_a_line_that_says_ready_has_a_number_where_it_is_asked_for() -> None:
     assert listen_fds.ready_fd(replace(asked, handoff="connection")) == -1
 
 
+def test_a_listener_called_ready_is_what_its_placeholder_means() -> None:
+    called = replace(SETTINGS.listeners[0], name="Ready")
+    one = replace(SETTINGS, command=("server", "{fd:ready}"), listeners=(called,))
+
+    assert listen_fds.ready_fd(one) == -1
+    assert listen_fds.fill(one.command, one.listeners) == ("server", "3")
+
+
 @together(
     ("line", "pid"),
     [

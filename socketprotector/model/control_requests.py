@@ -82,7 +82,10 @@ def _is_canary(value: Any) -> bool:
     return True
 
 
-_CANARY: Kind = 'an object with "share", such as "5%"', _is_canary
+_CANARY: Kind = (
+    'an object: "share", such as "5%"; optional "for_s" above 0, "at_least" from 0',
+    _is_canary,
+)
 _RELEASE: Kind = "the name of a release", is_name
 _LEVEL: Kind = (
     '"debug", "info", "warning" or "error"',

@@ -162,9 +162,15 @@ def prepare(current: str, target: str) -> None:
 
 
 def move(current: str, releases: str, name: str) -> None:
-    """Let `current` lead to a release, unless it does already.  Raises OSError."""
+    """Let `current` lead to a release, unless it does already.
+
+    Raises OSError, also if the release's folder is gone: a restart would fail.
+    """
+    folder = os.path.join(releases, name)
     if leads_to(current, releases) != name:
-        prepare(current, os.path.join(releases, name))
+        if not os.path.isdir(folder):
+            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is gone")
+        prepare(current, folder)
         os.rename(f"{current}.next", current)
     else:
         discard(current)
@@ -204,7 +210,8 @@ def history(current: str) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ReleaseError(f"{path}: {what_failed(error)}") from error
+        why = what_failed(OSError(error.errno, error.strerror))  # without the path again
+        raise ReleaseError(f"{path}: {why}") from error
 
 
 def withdraw_writers(current: str) -> None:

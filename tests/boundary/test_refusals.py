@@ -231,6 +231,8 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
         ([*SETTLES, "accept", "0", "--", "true"], "'accept' is for --ready"),
         ([*SETTLES, "after:1s", "0", "--", "true"], "'after:1s' is for --ready"),
         ([*SETTLES, "check: ", "0", "--", "true"], "there is no command"),
+        ([*SETTLES, "tcp:", "0", "--", "true"], "'tcp:': there is no command"),
+        ([*SETTLES, "reach: ", "0", "--", "true"], "'reach: ': there is no command"),
         ([*SETTLES, "http:[web]/x", "0", "--", "true"], "no listener is called web"),
         (
             [*SETTLES, "http:/x", *LISTENER, "unix:@s", "--", "true"],

@@ -379,6 +379,32 @@ def test_what_comes_to_current_during_a_deploy_is_not_replaced(
     one.daemon.stop()
 
 
+@pytest.mark.costly
+def test_current_does_not_move_to_a_release_whose_folder_is_gone(
+    operated: Operating, releases: Releases
+) -> None:
+    one = operated(*releases.options, "--settle", "1h", command=COMMAND)
+    saved(one)
+    folder, away = releases.folder / "2", releases.folder.parent / "away"
+    running = Running("--control", str(one.path), "deploy", "2")
+    try:
+        one.until("route", 2)
+        folder.rename(away)
+        assert ctl(one, "promote").status == 0
+        assert running.wait() == 5
+        said = running.err.text()
+    finally:
+        running.end()
+
+    assert f"{releases.current} still names 1: {folder} is gone; SocketProtector tries" in said
+    assert (serving(one), releases.named) == ("2", "1")
+    away.rename(folder)
+    eventually(lambda: releases.named == "2", "current moved")
+    saved(one)
+    assert (one.status()["warnings"], left(releases)) == ([], WHOLE)
+    one.daemon.stop()
+
+
 @pytest.mark.parametrize("target", ["../releases/gone", "/etc", "current", "."])
 @pytest.mark.costly
 def test_a_link_that_leads_nowhere_needs_force(

@@ -22,7 +22,7 @@ from tests.load import Load
 from tests.procfs import state_of
 from tests.rounds import rounds
 from tests.running import DEADLINE_S, LISTENER, Client, Protector, ask, eventually, wait_gone
-from tests.scenarios.adopting import revived, upgrade
+from tests.scenarios.adopting import at_rest, revived, upgrade
 from tests.scenarios.faults import injected
 from tests.scenarios.starting import MINIMAL, Start
 from tests.scenarios.tools import EITHER_HANDOFF, hold, pid_in, spawned, worker
@@ -391,6 +391,7 @@ def test_out_of_memory_under_a_guard_costs_no_connection(
     seen = load.stop()
     assert seen.failures == ()
     assert seen.connections == seen.begun
+    at_rest(daemon)  # the killed reload fails first
     daemon.reload()
     daemon.stop()
 

@@ -217,11 +217,14 @@ def _load(text: str, factory: bool) -> Any:
 def _takes_nothing(factory: Callable[..., Any]) -> bool:
     """Return whether a factory can be called without arguments."""
     try:
-        inspect.signature(factory).bind()
+        # A decorator may pass the arguments itself.
+        signature = inspect.signature(factory, follow_wrapped=False)
+    except (NameError, TypeError, ValueError):
+        return True  # unknown
+    try:
+        signature.bind()
     except TypeError:
         return False
-    except ValueError:
-        pass  # built in, with an unknown signature
     return True
 
 

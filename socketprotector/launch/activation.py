@@ -49,7 +49,7 @@ def passed() -> Passed:
     """
     pid, count, names, _ = (os.environ.pop(variable, "") for variable in _VARIABLES)
     if pid != str(os.getpid()):
-        return Passed([], [], [], pid if count else "")
+        return Passed([], [], [], pid if inherited.number_in(count) else "")
     numbers = range(inherited.FIRST, inherited.FIRST + inherited.number_in(count))
     fd_names = chain(names.split(":") if names else (), repeat("unknown"))
     found = Passed([], [], [])

@@ -122,7 +122,7 @@ def parse(text: str, directory: str) -> Listen:
         allowed = _ABSTRACT_OPTIONS if path.startswith("@") else UNIX_OPTIONS
     else:
         host, colon, port = body.rpartition(":")
-        if "=" in host:
+        if "=" in body:
             raise UsageError(
                 f"{shortened(text, 200)}: before = write a name of letters, digits, _, . and -, "
                 "which begins with a letter or _"

@@ -77,6 +77,8 @@ def _settle_check(text: str) -> str:
     """Return the text of --settle-check, with a bare command written as `check:COMMAND`."""
     check = probe_spec.read_settle_check(text)
     probe_spec.refuse_unclear(text)
+    if text.strip()[-1:] == ":" and text.strip()[:-1].isidentifier():
+        raise ValueError(f"{text!r}: neither a command nor http:/path, https:/path")
     return f"{probe_spec.CHECK}:{check.path}" if check.kind == probe_spec.CHECK else text
 
 

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 
-from ..model import known_servers
+from ..model import known_servers, server_conflicts
 from ..model.handoff_modes import LISTENER, HandoffMode
 from ..model.settings import Settings
 from . import options, preflight
@@ -38,7 +38,7 @@ _READ_BYTES = 1 << 16
 
 
 def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterator[str]:
-    """Yield which options a well-known server lacks, and how to start it.
+    """Yield what is wrong with a well-known server's options, and how to start it.
 
     typed: the line is for the terminal, and has all words; otherwise possible secrets are omitted.
     """
@@ -49,18 +49,29 @@ def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterato
         environment = preflight.environment_of(settings)
     except (OSError, ValueError):
         return
+    after_s = settings.ready_after_s if settings.ready == "after" else None
+    files = _files(settings, environment)
+    if settings.mode.workers_accept:
+        yield from server_conflicts.of(
+            name,
+            settings.command[known_servers.program_index(settings.command) :],
+            environment,
+            after_s=after_s,
+            stop_first=settings.policy.stop_first,
+            tcp6=any(each.address.startswith("tcp:[") for each in settings.listeners),
+            files=files,
+        )
     paths = {each.text for each in listens if each.path is not None}
     found = known_servers.lacks(
         settings.command,
         (f"{variable}={value}" for variable, value in environment.items()),
         mode=settings.mode,
         settles=settings.policy.settle_s > 0,
-        after_s=settings.ready_after_s if settings.ready == "after" else None,
+        after_s=after_s,
         drain_signal=signal.Signals(settings.drain_signal).name.removeprefix("SIG"),
         unix=bool(paths),
-        tcp6=any(each.address.startswith("tcp:[") for each in settings.listeners),
         passed=paths <= {each.text for each in settings.listeners if each.foreign},
-        files=_files(settings, environment),
+        files=files,
     )
     if found is None or (settings.mode.needs_library and _names_library(settings, environment)):
         return

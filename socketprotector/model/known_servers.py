@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 
 from .handoff_modes import LISTENER, HandoffMode
 from .lazy_dataclass import frozen
@@ -52,7 +51,7 @@ KNOWN: Mapping[str, Server] = {
         listen="127.0.0.1:8000",
         adds="--preload",
         rest="app:app",
-        drops=("-b", "--bind", "-p", "--pid"),
+        drops=("-b", "--bind"),
         flags=("--preload", "--reuse-port", "-D", "--daemon"),
         limit_s=30.0,
         limit_option="--graceful-timeout",
@@ -131,18 +130,14 @@ _SOCKET_OPTIONS: Mapping[str, re.Pattern[str]] = {
 _TAKES_ALL = re.compile(r"bind[-_]to[-_]activated[-_]sockets")
 #: Servers whose module for inherited sockets, Net::Server::SS::PreFork, supports only TCP.
 _TCP_ALONE = re.compile("starman$|(?:-s|--server)[= ]?Starman")
-#: plackup's option for a server that cannot read the addresses of IPv6 clients.
-_STARLET = ("-s Starlet", "--server Starlet", "--server=Starlet")
 #: An empty variable of Server::Starter: with it, Net::Server does not load that module.
 _WITHOUT_STARTER = "SERVER_STARTER_PORT="
-#: The variable with further options of gunicorn.
-_ARGUMENTS = "GUNICORN_CMD_ARGS="
 #: Words with which gunicorn may load the application before it sends READY=1.
 _PRELOADS = re.compile("--preload|-c|--config|GUNICORN_CMD_ARGS=")
 #: A command that contains this word uses the client library or an adapter.
 OURS = "socketprotector"
-#: Servers that load an application or (nginx) a configuration; loading it may fail.
-_LOADS = ("gunicorn", "uvicorn", "hypercorn", "nginx")
+#: Servers that load an application; loading it may fail.
+_LOADS = ("gunicorn", "uvicorn", "hypercorn")
 WANTS = (
     "a program that binds its own port, or accepts on descriptor 3, needs "
     f"--handoff {LISTENER.name} ({_PAGE})"
@@ -225,7 +220,6 @@ def lacks(
     after_s: float | None,
     drain_signal: str,
     unix: bool = False,
-    tcp6: bool = False,
     passed: bool = False,
     files: str = "",
 ) -> str | None:
@@ -236,7 +230,6 @@ def lacks(
     after_s: the time after which a timer makes a worker ready; None without a timer.
     drain_signal: the signal's name without SIG.
     unix: whether the server gets a UNIX socket.
-    tcp6: whether the server gets an IPv6 socket.
     passed: whether a service manager passed in each of them, so that they keep their names.
     files: the contents of the server's configuration files.
     """
@@ -270,15 +263,9 @@ def lacks(
             "Starman takes a UNIX socket for a TCP one and dies of its first client "
             f"({_PAGE} has the options for a path)"
         )
-    if tcp6 and any(each in _STARLET for each in _pairs(command[at:])):
-        return "Starlet resets each client of an IPv6 socket; use 0.0.0.0:PORT"
     graceful = KNOWN[name].drain_signal
     if graceful and drain_signal != graceful:
         return f"at a reload {drain_signal} closes open connections of {name}; {graceful} does not"
-    if name == "gunicorn":
-        more = [each[len(_ARGUMENTS) :].split() for each in words if each.startswith(_ARGUMENTS)]
-        if found := _gunicorn_conflict((*command, *chain.from_iterable(more)), files):
-            return found
     if name == "hypercorn" and any(map(_SEVERAL.match, _pairs(command))):
         return "at a reload several hypercorn workers cut off each other's requests"
     if settles or name not in _LOADS:
@@ -291,22 +278,10 @@ def lacks(
             "a broken application"
         )
     if after_s is not None:
-        what = "configuration" if name == "nginx" else "application"
         return (
             f"{name} counts as ready after {in_units(after_s)}, so a reload also accepts a broken "
-            f"{what} if it fails later than that"
+            "application if it fails later than that"
         )
-    return None
-
-
-def _gunicorn_conflict(words: Sequence[str], files: str) -> str | None:
-    """Return which option of gunicorn keeps it from serving or from being reloaded; or None."""
-    given = {each.partition("=")[0] for each in words}
-    lines = [each.replace(" ", "") for each in files.splitlines()]
-    if "--reuse-port" in given or any(each.startswith("reuse_port=True") for each in lines):
-        return "gunicorn's reuse_port lets no client reach it; leave it out"
-    if given & {"-p", "--pid"} or any(each.startswith("pidfile=") for each in lines):
-        return "a reload fails while gunicorn's pid file exists; leave the pid file out"
     return None
 
 

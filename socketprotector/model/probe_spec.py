@@ -111,6 +111,6 @@ def read_settle_check(text: str) -> ProbeSpec:
     if kind in {*KINDS} - {CHECK, ANY, LEGACY}:  # do not run this text as a command
         raise ValueError(f"{text!r} is for --ready: write http:/path, https:/path or check:COMMAND")
     command = rest if kind == CHECK else text
-    if not command.strip() or command.rstrip().endswith(":"):  # a kind of probe without a value
+    if not command.strip():
         raise ValueError(f"{text!r}: there is no command")
     return ProbeSpec(CHECK, path=command)

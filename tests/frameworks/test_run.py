@@ -56,6 +56,16 @@ def anything(*args):
 def make():
     return wsgi
 
+def gives(function):
+    @functools.wraps(function)
+    def call(*words):
+        return function("configuration", *words)
+    return call
+
+@gives
+def make_configured(configuration):
+    return wsgi
+
 def make_nothing():
     return None
 
@@ -154,6 +164,7 @@ def test_a_draining_worker_answers_what_it_was_asked_and_closes_idle_connections
         ["shapes:partial_wsgi"],
         ["shapes:holder.app"],
         ["--factory", "shapes:make"],
+        ["--factory", "shapes:make_configured"],
         ["--wsgi", "shapes:anything", "--threads", "1"],
     ],
     ids=" ".join,

@@ -146,7 +146,6 @@ def lacks(
     after_s: float | None = None,
     drain_signal: str = "",
     unix: bool = False,
-    tcp6: bool = False,
     passed: bool = False,
     files: str = "",
 ) -> str | None:
@@ -161,7 +160,6 @@ def lacks(
         after_s=after_s,
         drain_signal=drain_signal or graceful or "TERM",
         unix=unix,
-        tcp6=tcp6,
         passed=passed,
         files=files,
     )
@@ -219,38 +217,6 @@ def test_starman_is_warned_of_on_a_unix_socket(command: str, unix: bool, dies: b
     advised = lacks(command, unix=unix) or ""
 
     assert ("dies of its first client" in advised) is dies
-
-
-@together(
-    ("words", "files", "said"),
-    [
-        ("--preload --reuse-port", "", "lets no client reach it"),
-        ("--preload", "reuse_port = True\n", "lets no client reach it"),
-        ("--preload", "# reuse_port = True\nreuse_port = False\n", ""),
-        ("--preload --pid g.pid", "", "leave the pid file out"),
-        ("--preload -p g.pid", "", "leave the pid file out"),
-        ("--preload --pid=g.pid", "", "leave the pid file out"),
-        ("--preload", "pidfile = '/run/g.pid'\n", "leave the pid file out"),
-        ("--preload --proxy-protocol", "", ""),
-    ],
-)
-def test_gunicorn_is_warned_of_what_keeps_it_from_serving_or_reloads(
-    words: str, files: str, said: str
-) -> None:
-    advised = lacks(f"gunicorn {words} app", files=files, settles=True) or ""
-    assert said in advised
-    assert bool(advised) is bool(said)
-
-    by_variable = lacks("gunicorn app", f"GUNICORN_CMD_ARGS={words}", files=files, settles=True)
-    assert (by_variable or "") == advised
-    assert lacks("gunicorn --preload app", "OTHER=--pid x") is None
-
-
-def test_starlet_is_warned_of_on_an_ipv6_socket() -> None:
-    for command in ("plackup -s Starlet app.psgi", "plackup --server=Starlet app.psgi"):
-        assert "resets each client of an IPv6 socket" in (lacks(command, tcp6=True) or "")
-        assert lacks(command) is None
-    assert lacks("plackup -s Starman app.psgi", tcp6=True) is None
 
 
 def test_nginx_finds_no_unix_socket_by_its_path() -> None:
@@ -386,11 +352,7 @@ def test_a_chosen_limit_is_named_where_ours_was_chosen_too_and_is_longer() -> No
 
 
 @pytest.mark.parametrize(
-    "command",
-    [
-        *("uvicorn --fd 3 app", "gunicorn --preload app", "hypercorn --bind fd://3 app"),
-        "env NGINX=3; nginx",
-    ],
+    "command", ["uvicorn --fd 3 app", "gunicorn --preload app", "hypercorn --bind fd://3 app"]
 )
 def test_one_that_loads_an_application_while_a_timer_says_that_it_is_ready_is_warned_of(
     command: str,

@@ -54,7 +54,7 @@ def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterato
     if settings.mode.workers_accept:
         yield from server_conflicts.of(
             name,
-            settings.command[known_servers.program_index(settings.command) :],
+            _words(settings, environment),
             environment,
             after_s=after_s,
             stop_first=settings.policy.stop_first,

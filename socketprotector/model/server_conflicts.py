@@ -25,7 +25,7 @@ def of(
 ) -> Iterator[str]:
     """Yield a warning about each such setting of a known server.
 
-    words: the command's words from the server's name on.
+    words: the server's words, with those of the variable GUNICORN_CMD_ARGS.
     variables: the server's environment.
     after_s: the time after which a timer makes a worker ready; None without a timer.
     stop_first: whether a reload ends the old server first.
@@ -33,11 +33,10 @@ def of(
     files: the contents of the server's configuration files.
     """
     if name == "gunicorn":
-        given = [*words[1:], *variables.get("GUNICORN_CMD_ARGS", "").split()]
         found = _assignments(files)
-        if _has(given, _REUSE_PORT) or found.get("reuse_port") == "True":
+        if _has(words, _REUSE_PORT) or found.get("reuse_port") == "True":
             yield "gunicorn's reuse_port (--reuse-port) lets no client reach it; leave it out"
-        has_pid = any(each.startswith("-p") for each in given) or _has(given, _PID)
+        has_pid = any(each.startswith("-p") for each in words) or _has(words, _PID)
         if not stop_first and (has_pid or _is_text(found.get("pidfile", ""))):
             yield "gunicorn's pidfile (--pid) lets each reload fail; leave it out"
     if name == "nginx" and after_s is not None:
@@ -49,9 +48,9 @@ def of(
         yield "Starlet resets each client of an IPv6 socket; use 0.0.0.0:PORT"
 
 
-def _has(given: Sequence[str], option: tuple[str, int]) -> bool:
+def _has(words: Sequence[str], option: tuple[str, int]) -> bool:
     name, letters = option
-    options = (each.partition("=")[0] for each in given)
+    options = (each.partition("=")[0] for each in words)
     return any(len(each) >= letters and name.startswith(each) for each in options)
 
 

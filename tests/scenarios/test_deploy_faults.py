@@ -353,22 +353,31 @@ def test_what_is_no_link_at_current_is_not_replaced(
     one.daemon.stop()
 
 
+def not_recorded(one: Operated, meanwhile: Callable[[], object]) -> str:
+    """Deploy release 2, do something before it is proved; return what the command says."""
+    running = Running("--control", str(one.path), "deploy", "2")
+    try:
+        one.until("route", 2)
+        meanwhile()
+        assert ctl(one, "promote").status == 0
+        assert running.wait() == 5
+        return running.err.text()
+    finally:
+        running.end()
+
+
 @pytest.mark.costly
 def test_what_comes_to_current_during_a_deploy_is_not_replaced(
     operated: Operating, releases: Releases
 ) -> None:
     one = operated(*releases.options, "--settle", "1h", command=COMMAND)
     saved(one)
-    running = Running("--control", str(one.path), "deploy", "2")
-    try:
-        one.until("route", 2)
+
+    def replaced() -> None:
         releases.current.unlink()
         releases.current.write_text("mine")
-        assert ctl(one, "promote").status == 0
-        assert running.wait() == 5
-        said = running.err.text()
-    finally:
-        running.end()
+
+    said = not_recorded(one, replaced)
 
     assert f"{releases.current} still names no release: {releases.current} is no symbolic" in said
     assert (serving(one), releases.current.read_text()) == ("2", "mine")
@@ -386,15 +395,8 @@ def test_current_does_not_move_to_a_release_whose_folder_is_gone(
     one = operated(*releases.options, "--settle", "1h", command=COMMAND)
     saved(one)
     folder, away = releases.folder / "2", releases.folder.parent / "away"
-    running = Running("--control", str(one.path), "deploy", "2")
-    try:
-        one.until("route", 2)
-        folder.rename(away)
-        assert ctl(one, "promote").status == 0
-        assert running.wait() == 5
-        said = running.err.text()
-    finally:
-        running.end()
+
+    said = not_recorded(one, lambda: folder.rename(away))
 
     assert f"{releases.current} still names 1: {folder} is gone; SocketProtector tries" in said
     assert (serving(one), releases.named) == ("2", "1")

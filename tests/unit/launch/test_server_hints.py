@@ -132,6 +132,25 @@ def test_nginx_finds_a_unix_socket_that_was_passed_in(foreign: bool, tmp_path: P
     assert bool([*server_hints.of(settings, listens, typed=False)]) is not foreign
 
 
+@together(
+    ("command", "variable"),
+    [
+        ("gunicorn --preload --pid g.pid app", ""),
+        ("python3 -m gunicorn --preload -pg.pid app", ""),
+        ("env A=1 gunicorn --preload app", "--pid=g.pid"),
+    ],
+)
+def test_gunicorns_pid_file_is_found_in_its_command_and_its_variable(
+    command: str, variable: str, tmp_path: Path
+) -> None:
+    settings = Settings("x", tuple(command.split()), str(tmp_path), handoff="listener")
+    settings = replace(settings, environment=(("GUNICORN_CMD_ARGS", variable),))
+
+    [found] = server_hints.of(settings, [parse("8000", "/")], typed=False)
+
+    assert found == "gunicorn's pidfile (--pid) lets each reload fail; leave it out"
+
+
 @together("named", ["", "-c own.py "])
 def test_what_a_configuration_file_sets_is_no_matter_for_a_warning(
     named: str, tmp_path: Path

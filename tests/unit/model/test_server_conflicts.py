@@ -61,7 +61,6 @@ def test_gunicorn_is_warned_of_what_keeps_it_from_serving_or_reloads(
 
     assert said in advised
     assert bool(advised) is bool(said)
-    assert conflicts("gunicorn app", files=files, GUNICORN_CMD_ARGS=words) == advised
     assert conflicts(f"uvicorn {words} app", files=files) == ""
 
 

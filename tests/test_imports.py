@@ -431,19 +431,6 @@ program.main()
     assert not {f"socketprotector.{name}" for name in RARE}.intersection(loaded)
 
 
-#: A longer module has two subjects.
-MOST_LINES = 450
-
-
-@together("package", [DAEMON, CLIENT.parent, EXPORTER.parent])
-def test_no_module_is_too_long_to_be_read_at_once(package: Path) -> None:
-    sources = [*package.rglob("*.py")]
-    lines = {str(each.relative_to(ROOT)): each.read_text().count("\n") for each in sources}
-
-    assert lines
-    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
-
-
 def test_the_resident_process_asks_dataclasses_for_no_fields() -> None:
     """That loads `inspect` or `copy`; model/lazy_dataclass.py has the same without."""
     taken = {

@@ -16,6 +16,12 @@ import sys
 from .model.errors import lack_of_memory
 from .system import inherited, late_stdlib
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .launch.rights import Rights
+
 _STDERR = 2
 _SYSTEM_REFUSED = 111  # errors.SystemRefused's
 _INTERRUPTED = 130
@@ -41,16 +47,29 @@ def main() -> None:
         os._exit(_INTERRUPTED)
 
 
+def _read_rights(words: Sequence[str]) -> Rights:
+    from .launch import cli
+
+    return cli.rights_of(words)
+
+
 def _run() -> None:
     # What is imported stays: to look for garbage among it took a quarter of a start, and most of
     # the end.
     gc.disable()
-    if inherited.is_for_reader():
+    resumes, reads = inherited.is_ours(), inherited.is_for_reader()
+    if (resumes or reads) and os.geteuid() == 0:
+        from .launch import rights
+
+        found = rights.to_take(sys.argv[1:], _read_rights)
+        if found is not None:
+            rights.take(found)
+    if reads:
         from .launch import reload_child
 
         _loaded()
         sys.exit(reload_child.main())
-    if inherited.is_ours():
+    if resumes:
         for name in (*late_stdlib.UNUSED, "re"):
             late_stdlib.defer(name)
         # Until its handlers stand a signal waits: it would end this program, and its workers go

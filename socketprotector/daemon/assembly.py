@@ -200,7 +200,7 @@ class Resident:
         return snapshot.fleet.exit_status
 
     def _become_resident(self) -> Loop:
-        """Set the limits, priority and user of this process; return its loop."""
+        """Set the limits and priority of this process; return its loop."""
         settings, quota = self.settings, Quota()
 
         def has_spare_core() -> bool:
@@ -217,12 +217,9 @@ class Resident:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         spawn.use_batch_policy()
-        if settings.identity is not None:
-            has_worker_user = settings.worker_identity is not None
-            privileges.become(settings.identity, settings.nice, starts_others=has_worker_user)
-            if has_worker_user:
-                # Workers must not inherit capabilities that came from the guard or by an upgrade.
-                privileges.reclaim()
+        if settings.worker_identity is not None:
+            # Workers must not inherit capabilities that came from the guard or by an upgrade.
+            privileges.reclaim()
         return loop
 
     def _begin_log(self, runtime: Runtime, snapshot: Snapshot | None) -> None:
@@ -413,14 +410,13 @@ class Resident:
             if not client.gone:
                 handler.handle(client, request)
 
-        uids = {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
         self.control_listener.claim(resumed=self.is_resumable)
         control = ControlServer(
             self.control_listener,
             runtime.loop,
             handle,
             supervisor.effects.pool.acked,
-            uids=frozenset(uids),
+            uids=frozenset({0, os.getuid()}),
             group=settings.control_group,
             status_group=settings.status_group,
         )

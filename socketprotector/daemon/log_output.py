@@ -91,7 +91,7 @@ class Output:
         try:
             path = self._log_file
             if path is not None and not _is_stderr(path, may_be_renamed=not self._relayed):
-                self._redirect_to(log_file.open_log(path, self._settings.identity))
+                self._redirect_to(log_file.open_log(path))
         except OSError as error:
             return str(error.strerror)
         return ""

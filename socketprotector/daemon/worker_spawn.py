@@ -138,8 +138,8 @@ class WorkerSpawner:
     _uids: frozenset[int] = frozenset()  # the users that may send to the notify sockets
 
     def __post_init__(self) -> None:
-        users = (self.settings.identity, self.settings.worker_identity)
-        self._uids = frozenset({0, os.getuid(), *(each.uid for each in users if each)})
+        other = self.settings.worker_identity
+        self._uids = frozenset({0, os.getuid(), *((other.uid,) if other else ())})
 
     def start(self, number: int, slot: int, generation: OpenGeneration) -> Worker:
         """Start a worker process.  Raises OSError or ValueError; then nothing is left open."""

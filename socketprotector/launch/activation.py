@@ -27,7 +27,7 @@ from ..system.socket_file import path_of
 from .bind import Bound, canonical, place
 from .listen_spec import Listen
 
-_VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
+_VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID", inherited.RIGHTS)
 
 
 @frozen
@@ -47,7 +47,7 @@ def passed() -> Passed:
     descriptor that is no listening socket is closed if it has one of our names; otherwise it stays
     open.
     """
-    pid, count, names, _ = (os.environ.pop(variable, "") for variable in _VARIABLES)
+    pid, count, names, *_ = (os.environ.pop(variable, "") for variable in _VARIABLES)
     if pid != str(os.getpid()):
         return Passed([], [], [], pid if inherited.number_in(count) else "")
     numbers = range(inherited.FIRST, inherited.FIRST + inherited.number_in(count))

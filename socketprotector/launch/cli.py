@@ -38,6 +38,7 @@ from .bind_control import default_path
 from .bind_unix import why_alone
 from .help_pages import HelpCommand
 from .resolve import OptionResolver, ParsedOptions
+from .rights import Rights
 from .start import launch
 
 
@@ -191,6 +192,19 @@ def parse(arguments: Sequence[str], running: Settings | None = None) -> ParsedOp
         message = in_one_line(error.format_message())
         raise UsageError(f"{message}; see --help") from error
     return found if isinstance(found, ParsedOptions) else None  # None: click has printed help
+
+
+def rights_of(arguments: Sequence[str]) -> Rights:
+    """Return the rights that a command line and its configuration file name.  Raises Refusal.
+
+    Mistakes in the file that concern no right are ignored: the file may be being edited.
+    """
+    words, command = options.split(arguments)
+    resolver = OptionResolver(arguments, command, None)
+    try:
+        return resolver.rights(COMMAND.make_context("SocketProtector", words, obj=resolver))
+    except click.ClickException as error:
+        raise UsageError(in_one_line(error.format_message())) from error
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -147,10 +147,10 @@ class ConfigFile:
                 self.refuse_if_mistaken()
             raise
 
-    def refuse_if_mistaken(self) -> None:
-        """Raise Mistaken if any mistake was recorded."""
-        if self._mistakes:
-            mistakes = sorted(self._mistakes)
+    def refuse_if_mistaken(self, keys: Collection[str] = ()) -> None:
+        """Raise Mistaken if any mistake was recorded.  keys: only mistakes of these keys count."""
+        mistakes = sorted(each for each in self._mistakes if not keys or each[1] in keys)
+        if mistakes:
             lines = dict.fromkeys(self._line(n, f"{key}: {reason}") for n, key, reason in mistakes)
             raise Mistaken("\n".join(lines))
 

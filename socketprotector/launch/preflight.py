@@ -108,16 +108,6 @@ def _need_shell(probe: str) -> None:
         raise UsageError(f"{probe}: there is no /bin/sh to run it")
 
 
-def _executes_itself(settings: Settings) -> bool:
-    """Return whether a start or reload with these settings needs a further process of ours.
-
-    The processes: a restart by the guard, the reader of a file, the prober and the watcher.
-    """
-    probes = (settings.ready_question, settings.policy.settle_check, settings.health)
-    by_tls = any(each.startswith("https:") for each in probes)
-    return settings.guarded or settings.origin.configured or by_tls or bool(settings.watch)
-
-
 def _refuse_unreachable(settings: Settings, path: str) -> None:
     """Refuse a command or --env-file that root could use, but the configured user cannot."""
     if settings.identity is None:
@@ -127,8 +117,7 @@ def _refuse_unreachable(settings: Settings, path: str) -> None:
     folder = {os.path.join(settings.directory, ""): os.X_OK}
     adapted = bool(settings.mode.adapter)
     env = {settings.env_file: os.R_OK} if settings.env_file else {}
-    again = _OURSELVES if _executes_itself(settings) else {}
-    protector = {**folder, **typed, path: os.X_OK, **again, **env}
+    protector = {**folder, **typed, path: os.X_OK, **_OURSELVES, **env}
     worker = {**folder, **user_access.executed(path), **(_OURSELVES if adapted else {})}
     other = settings.worker_identity
     checks = [("--user", settings.identity, protector if other else {**protector, **worker})]
@@ -427,11 +416,6 @@ def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iter
     yield from unix_access.notices(listens, settings.listeners)
     if settings.identity is None:
         return
-    if closed := user_access.as_user(settings.identity, partial(user_access.closed, _OURSELVES)):
-        yield (
-            f"--user {settings.identity.user} {closed}; so upgrades will fail: install "
-            "SocketProtector elsewhere"
-        )
     # Only files that are removed at the end count.  The log file stays.
     files = [settings.pid_file]
     # systemd removes a RuntimeDirectory= with the pid file in it.

@@ -38,6 +38,7 @@ from .listen_spec import Listen, parse
 from .option_values import Ready
 from .options import OPTIONS
 from .release_choice import Chosen
+from .rights import Rights
 
 if TYPE_CHECKING:
     from .config_file import ConfigFile
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 #: Without --name, the instance's name is this many characters of the program's name, or fewer: the
 #: limit of syslog (RFC 5424).
 _NAME_CHARS = 48
+#: Keys of the file that concern the rights of the resident process.
+_OF_RIGHTS = ("user", "group", "worker-user", "no-new-privs", "limit", "limit.nice")
 #: No instance can have these names: the control socket would be in another folder.
 _NO_NAMES = (".", "..")
 
@@ -121,6 +124,32 @@ class OptionResolver:
         control = "" if given["no_control"] else self._path("control")
         return ParsedOptions(settings, listens, given["backlog"], given["check"], config, control)
 
+    def rights(self, ctx: click.Context) -> Rights:
+        """Return the rights of the resident process; nothing else is checked.  Raises Refusal."""
+        self._ctx, self._given, file = ctx, ctx.params, self.file
+        nice = self._limits().get("nice", 0)
+        identity, worker_identity = self._users()
+        if file is not None:
+            file.refuse_if_mistaken(_OF_RIGHTS)
+        self._refuse_root_unless_named()
+        no_new_privileges = self._given["no_new_privs"]
+        return Rights(identity, nice, worker_identity is not None, no_new_privileges)
+
+    def _users(self) -> tuple[Identity | None, Identity | None]:
+        """Return the users of --user (with --group) and --worker-user."""
+        given, identity, worker_identity = self._given, None, None
+        with self._about("user" if self._from_file("user") else "group"):
+            again = self._running is not None
+            identity = users.identity(given["user"], given["group"], again=again)
+        with self._about("worker_user"):
+            worker_identity = users.worker_identity(given["worker_user"], given["user"])
+        return identity, worker_identity
+
+    def _refuse_root_unless_named(self) -> None:
+        if self._given["require_user"]:
+            file = self.file
+            users.refuse_root_unless_named(self._given["user"], file.path if file else None)
+
     def _refuse_what_is_missing(self) -> None:
         file = self.file
         if not (self._given["listen"] or (file and file.listens)):
@@ -131,8 +160,7 @@ class OptionResolver:
             raise UsageError(
                 f"no command; put it behind --, e.g. SocketProtector 4321 -- ./daemon 4321{hint}"
             )
-        if self._given["require_user"]:
-            users.refuse_root_unless_named(self._given["user"], file.path if file else None)
+        self._refuse_root_unless_named()
 
     # -- where a value comes from ----------------------------------------------
 
@@ -264,11 +292,7 @@ class OptionResolver:
         given, running = self._given, self._running
         limits = self._limits()
         nice = limits.pop("nice", 0)
-        identity = worker_identity = None
-        with self._about("user" if self._from_file("user") else "group"):
-            identity = users.identity(given["user"], given["group"], again=running is not None)
-        with self._about("worker_user"):
-            worker_identity = users.worker_identity(given["worker_user"], given["user"])
+        identity, worker_identity = self._users()
         with self._about("releases" if given["releases"] else "current"):
             self._choose_release(command, identity, worker_identity)
         if given["releases"] and not self._release.path and self.file is not None:

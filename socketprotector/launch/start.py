@@ -36,6 +36,7 @@ from .await_verdict import file_identity, wait
 from .bind import Bound, discard_all
 from .bind_control import bind_control
 from .pid_file import PidFile, hint
+from .rights import Rights
 
 _close_all = python_daemon.close_all_open_files
 
@@ -241,7 +242,10 @@ def _exec(
     pid_file: PidFile | None,
     verdict: int,
 ) -> None:
+    rights = Rights.of(settings)
     content = inherited.memory_file(inherited.SETTINGS, dump(settings))
+    if settings.identity is not None:
+        os.fchown(content, settings.identity.uid, -1)  # a resume compares the owner (rights.py)
     descriptors = {inherited.SETTINGS: content, **more}
     descriptors.update((name, each.socket.fileno()) for name, each in bound.items())
     descriptors[inherited.TERMINAL if settings.foreground else inherited.LAUNCHER] = verdict
@@ -256,24 +260,19 @@ def _exec(
     addresses = (each.address for each in settings.listeners)
     label = (settings.name, *addresses, "--", settings.executed[0])
     command = list(command_of(label, python_options))
-    if settings.no_new_privileges:
-        privileges.no_new_privileges()
-    starts_others = settings.worker_identity is not None
     if settings.guarded:
         privileges.become_subreaper()
         # The guard holds every descriptor of the protector, so it needs the same limit.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        if settings.identity is not None:
-            # The guard runs with the protector's privileges: a process can pass on only its own.
-            privileges.become(settings.identity, settings.nice, starts_others=starts_others)
         guard_options = ["--json"] if settings.log_format == "json" else []
         if settings.pid_file is not None:
             guard_options.append(f"{guard.PID_FILE_OPTION}{settings.pid_file}")
         command = [sys.executable, "-I", "-S", guard.__file__, *guard_options, *command]
+    rights.become()
     need_descriptors()  # check here, because after the exec the reason would be only in the log
     with (
-        privileges.lent() if settings.guarded and starts_others else nullcontext(),
+        privileges.lent() if rights.starts_others else nullcontext(),
         inherited.kept_through_exec(descriptors) as variables,
     ):
         os.execve(command[0], command, {**os.environ, **variables})

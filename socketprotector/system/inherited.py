@@ -52,7 +52,9 @@ UNUSED = "sp.none"
 OURS = "sp."
 #: The variable with the pid of the process that gets the descriptors.
 PID = "LISTEN_PID"
-_VARIABLES = ("LISTEN_FDS", PID, "LISTEN_FDNAMES", "LISTEN_PIDFDID")
+#: The variable with the rights that a root process of ours passes on (rights.py); STAY: its own.
+RIGHTS, STAY = "SOCKETPROTECTOR_RIGHTS", "stay"
+_VARIABLES = ("LISTEN_FDS", PID, "LISTEN_FDNAMES", "LISTEN_PIDFDID", RIGHTS)
 
 
 class Named(dict[str, int]):
@@ -137,7 +139,7 @@ def names(descriptors: Iterable[str]) -> dict[str, str]:
     if len(names) > NAMES_BYTES:
         fd = memory_file(NAMES, names.encode(), 0)
         names = f"{NAMES}{fd}"
-    return {"LISTEN_FDS": str(len(found)), "LISTEN_FDNAMES": names}
+    return {"LISTEN_FDS": str(len(found)), "LISTEN_FDNAMES": names, RIGHTS: STAY}
 
 
 def memory_file(name: str, content: bytes, flags: int = os.MFD_CLOEXEC) -> int:
@@ -186,7 +188,7 @@ def receive() -> dict[str, int]:
 
     This sets close-on-exec on each descriptor, and removes the variables from the environment.
     """
-    count, pid, names, _ = (os.environ.pop(variable, "") for variable in _VARIABLES)
+    count, pid, names, *_ = (os.environ.pop(variable, "") for variable in _VARIABLES)
     if pid != str(os.getpid()):
         return {}
     found = {}
@@ -218,6 +220,16 @@ def is_ours() -> bool:
     """
     names = _listed_for_us()
     return SETTINGS in names and os.fstat(FIRST + names.index(SETTINGS)).st_size > 0
+
+
+def belongs_to(uid: int) -> bool:
+    """Return True if no other user than this one, or root, has made settings and state.
+
+    For root, only root may have made them.  Raises OSError.
+    """
+    names = _listed_for_us()
+    numbers = [FIRST + names.index(name) for name in (SETTINGS, STATE) if name in names]
+    return all(os.fstat(fd).st_uid in (0, uid) for fd in numbers)
 
 
 def is_for_reader() -> bool:

@@ -208,6 +208,7 @@ class Service:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self.socket.bind(self.address)
+        os.chmod(self.address, 0o777)  # as systemd's own: any user may write to it
         self.socket.setblocking(False)
         self.store: dict[str, int] = {}
         self.sockets: dict[str, int] = {}  # of a .socket unit, which are not in the store

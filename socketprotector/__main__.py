@@ -47,6 +47,10 @@ def main() -> None:
         os._exit(_INTERRUPTED)
 
 
+def _keep_rights() -> None:
+    """Do nothing: this process is not root, so it can have no other rights."""
+
+
 def _read_rights(words: Sequence[str]) -> Rights:
     from .launch import cli
 
@@ -58,16 +62,16 @@ def _run() -> None:
     # the end.
     gc.disable()
     resumes, reads = inherited.is_ours(), inherited.is_for_reader()
+    take_rights = _keep_rights
     if (resumes or reads) and os.geteuid() == 0:
         from .launch import rights
 
-        found = rights.to_take(sys.argv[1:], _read_rights)
-        if found is not None:
-            rights.take(found)
+        take_rights = rights.keep_or_read(sys.argv[1:], _read_rights)
     if reads:
         from .launch import reload_child
 
         _loaded()
+        take_rights()
         sys.exit(reload_child.main())
     if resumes:
         for name in (*late_stdlib.UNUSED, "re"):
@@ -87,6 +91,7 @@ def _run() -> None:
         # The names of all files beside the loaded modules: 0.1 MB that nothing needs again.
         sys.path_importer_cache.clear()
         _loaded()
+        take_rights()
         resident.main()
     elif sys.argv[1:2] == ["demo"]:
         # What it loads first takes a moment, and can be cut off without a trace of it.

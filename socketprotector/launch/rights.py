@@ -4,7 +4,7 @@ The launching process becomes the user of --user before it executes the resident
 program that inherits our descriptors as root was started by one of these:
 
 - a protector that is root itself: its next program, or a helper; the rights stay as they are;
-- systemd, after a crash: to_take() reads the command line and the file again.
+- systemd, after a crash: keep_or_read() reads the command line and the file again.
 
 systemd's descriptor store is no source of rights.  The service's user can write the memfds in it,
 and can store descriptors under any name.  So the process becomes that user before it reads them.
@@ -59,24 +59,55 @@ class Rights:
 _CODEC = Codec((Rights, Identity), strict=(Rights, Identity))
 
 
-#: Reads a command line and its configuration file.
-Read = Callable[[Sequence[str]], Rights]
+class Reading:
+    """A child that reads the rights for a root process, while the process loads its program.
+
+    A child, because the modules for that would take memory for good.
+    """
+
+    def __init__(self, words: Sequence[str], read: Callable[[Sequence[str]], Rights]) -> None:
+        """Start the child.
+
+        words: the command line.  read: reads it, and its configuration file.
+        """
+        self._readable, writable = os.pipe2(os.O_CLOEXEC)
+        self._child = os.fork()
+        if self._child == 0:
+            status = _AGAIN
+            try:
+                os.write(writable, _CODEC.encode(read(words)))
+                status = 0
+            except Refusal as error:
+                why = error if isinstance(error, Mistaken) else escape(str(error))
+                tell(f"cannot resume: {why}")
+            finally:
+                os._exit(status)
+        os.close(writable)
+
+    def take(self) -> None:
+        """Take the rights that the child has read; if there are none, exit."""
+        with open(self._readable, "rb") as file:
+            found = file.read()
+        _, status = os.waitpid(self._child, 0)
+        if status:
+            raise SystemExit(_AGAIN)
+        take(_CODEC.decode(found))
 
 
-def to_take(words: Sequence[str], read: Read) -> Rights | None:
-    """Return the rights that this root process must take; None: a root protector executes it.
+def keep_or_read(
+    words: Sequence[str], read: Callable[[Sequence[str]], Rights]
+) -> Callable[[], None]:
+    """Begin to find the rights of this root process; return what takes them, or exits.
 
-    words: the command line.  If it cannot be read, this exits.
+    For arguments see Reading.
     """
     if os.environ.get(inherited.RIGHTS) == inherited.STAY:
-        return None
+        return lambda: None
     # A protector of an earlier version sets no variable, and shows no option in `ps`.
     end = words.index("--") if "--" in words else len(words)
-    if not any(each.startswith("-") for each in words[:end]):
-        return Rights()
-    found = _CODEC.decode(_read_by_child(words, read))
-    assert isinstance(found, Rights)
-    return found
+    if any(each.startswith("-") for each in words[:end]):
+        return Reading(words, read).take
+    return lambda: take(Rights())
 
 
 def take(rights: Rights) -> None:
@@ -95,25 +126,3 @@ def take(rights: Rights) -> None:
     except (Refusal, OSError) as error:
         tell(f"cannot resume: {escape(str(error))}")
         raise SystemExit(_AGAIN) from error
-
-
-def _read_by_child(words: Sequence[str], read: Read) -> bytes:
-    """Let a child read the command line: the modules for that would take memory for good."""
-    readable, writable = os.pipe2(os.O_CLOEXEC)
-    child = os.fork()
-    if child == 0:
-        status = _AGAIN
-        try:
-            os.write(writable, _CODEC.encode(read(words)))
-            status = 0
-        except Refusal as error:
-            tell(f"cannot resume: {error if isinstance(error, Mistaken) else escape(str(error))}")
-        finally:
-            os._exit(status)
-    os.close(writable)
-    with open(readable, "rb") as file:
-        found = file.read()
-    _, status = os.waitpid(child, 0)
-    if status:
-        raise SystemExit(_AGAIN)
-    return found

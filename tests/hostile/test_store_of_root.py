@@ -87,7 +87,7 @@ def test_the_user_of_a_service_becomes_no_other_by_the_state(
     os.kill(worker, signal.SIGKILL)
 
     ran_as = program.parent / "ran-as"
-    eventually(lambda: ran_as.exists() and ran_as.read_text(), "the program has run")
+    eventually(lambda: ran_as.exists() and bool(ran_as.read_text()), "the program has run")
     assert ran_as.read_text() == f"{A}\n"
     assert uid_of(resumed.pid) == A
 

@@ -122,9 +122,9 @@ def file_identity(path: str) -> list[int]:
 
 def _remove(path: str, identity: list[int]) -> None:
     """Remove a file or folder of a failed start, unless another program has replaced it."""
-    with suppress(OSError), locked(path):  # the file is gone, or the folder is not ours
-        if file_identity(path) == identity:
-            (os.unlink if identity[-1] else os.rmdir)(path)
+    with suppress(OSError), locked(path) as there:  # the file is gone, or the folder is not ours
+        if file_identity(there) == identity:
+            (os.unlink if identity[-1] else os.rmdir)(there)
 
 
 def _ignore_signals(wake_up: int) -> bool:

@@ -70,13 +70,13 @@ def _bind_path(
     sock: socket.socket, listen: Listen, path: str, backlog: int | None
 ) -> ListenerSettings:
     """Bind a socket file.  A stale file is replaced; a file in use is an error."""
-    with locked(path):
-        stale = socket_file.is_stale(path)
+    with locked(path) as there:
+        stale = socket_file.is_stale(there)
         if backlog is None:
             refuse_unwritable(os.path.dirname(path))
             return ListenerSettings(f"unix:{path}")
         if stale:
-            os.unlink(path)
+            os.unlink(there)
         mode = listen.options.get("mode")
         # Set the mode by umask, not chmod, so that the file never has another mode.
         before = os.umask(0o777 & ~int(mode, 8)) if mode is not None else None
@@ -85,8 +85,8 @@ def _bind_path(
         finally:
             if before is not None:
                 os.umask(before)
-        with on_error(os.unlink, path):
-            found = _give(path, listen)
+        with on_error(os.unlink, there):
+            found = _give(there, listen)
             # Listen under the lock: before listen(), another start would see a stale file.
             sock.listen(backlog)
     return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
@@ -198,8 +198,8 @@ def reapply_options(
         sock.listen(backlog)
         return ListenerSettings(f"unix:{path}", backlog=backlog)
     uid, gid, mode = rights_of_new(listen, path)
-    with locked(path):
-        file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with locked(path) as there:
+        file = os.open(there, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             found = os.fstat(file)
             if not is_file_of(sock, found):

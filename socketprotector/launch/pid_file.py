@@ -81,9 +81,9 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         """
         stale = None
         try:
-            with locked(self.path):
-                stale = self._open_stale("stop or reload that one")
-                self.fd = self._put(stale)
+            with locked(self.path) as path:
+                stale = self._open_stale(path, "stop or reload that one")
+                self.fd = self._put(path, stale)
         except OSError as error:
             raise SystemRefused(
                 f"cannot write the pid file {self.path}: {error.strerror}; "
@@ -93,13 +93,13 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
             if stale is not None:
                 os.close(stale)
 
-    def _put(self, stale: int | None) -> int:
+    def _put(self, path: str, stale: int | None) -> int:
         """Make a locked file with our pid, and rename it to the path; return its descriptor.
 
-        stale: the descriptor of the file to be replaced.
+        path: in the locked folder.  stale: the descriptor of the file to be replaced.
         """
         # With the pid, because a name without a pid could be the name of another program's file.
-        temporary = f"{self.path}.{os.getpid()}"
+        temporary = f"{path}.{os.getpid()}"
         if os.path.lexists(temporary):
             os.unlink(temporary)  # left by a killed process that had our pid
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -107,16 +107,16 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
             os.fchmod(fd, 0o644)
             os.write(fd, b"%d\n" % os.getpid())
             fcntl.flock(fd, fcntl.LOCK_EX)
-            self._refuse_if_changed(stale)
-            os.rename(temporary, self.path)
+            self._refuse_if_changed(path, stale)
+            os.rename(temporary, path)
         return fd
 
-    def _refuse_if_changed(self, stale: int | None) -> None:
+    def _refuse_if_changed(self, path: str, stale: int | None) -> None:
         """Raise UsageError if the file was replaced meanwhile, or is no pid file any more."""
         if stale is not None:
             self._refuse_content(stale)
-        if stale is not None or os.path.lexists(self.path):
-            now = os.lstat(self.path)
+        if stale is not None or os.path.lexists(path):
+            now = os.lstat(path)
             if stale is None or not os.path.samestat(now, os.fstat(stale)):
                 raise UsageError(
                     f"the pid file {self.path} was replaced by another program just now; "
@@ -128,17 +128,17 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
         Raises UsageError if the file is no pid file, and OSError.
         """
-        with locked(self.path):
-            fd = self._open_stale(advice)
+        with locked(self.path) as path:
+            fd = self._open_stale(path, advice)
         if fd is not None:
             os.close(fd)
 
-    def _open_stale(self, advice: str) -> int | None:
+    def _open_stale(self, path: str, advice: str) -> int | None:
         """Open the existing file, and check that it may be replaced; None if there is no file."""
         try:
             # Check before opening: opening a device may have effects, and opening a FIFO waits.
-            self._refuse_kind(os.lstat(self.path))
-            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            self._refuse_kind(os.lstat(path))
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         with on_error(os.close, fd):

@@ -78,9 +78,9 @@ def _discard(bound: Bound) -> None:
     path = bound.settings.address.removeprefix("unix:")
     if path.startswith("/"):
         # OSError: the file is gone, or cannot be removed.  Then the next bind finds it stale.
-        with suppress(OSError), locked(path):
-            if is_file_of(bound.socket, os.lstat(path)):
-                os.unlink(path)
+        with suppress(OSError), locked(path) as there:
+            if is_file_of(bound.socket, os.lstat(there)):
+                os.unlink(there)
     with suppress(OSError):
         bound.socket.shutdown(socket.SHUT_RDWR)
     bound.socket.close()

@@ -24,8 +24,12 @@ _LOOK_AGAIN_MS = 5
 
 
 @contextmanager
-def locked(path: str, patience_s: float = _LOCK_S) -> Iterator[None]:
-    """Hold the lock of the folder that contains `path`.
+def locked(path: str, patience_s: float = _LOCK_S) -> Iterator[str]:
+    """Hold the lock of the folder that contains `path`; yield a path to the file in that folder.
+
+    Use the yielded path for all that removes, replaces or changes the file.  It stays in the locked
+    folder, even if a user who may change links or folders on `path` makes that lead elsewhere.
+    (Without /proc, it is `path` itself.)
 
     Raises OSError; EBUSY if another program keeps the folder locked for patience_s.
     """
@@ -42,7 +46,8 @@ def locked(path: str, patience_s: float = _LOCK_S) -> Iterator[None]:
                         errno.EBUSY, "another program keeps the folder locked", path
                     ) from None
                 select.poll().poll(_LOOK_AGAIN_MS)
-        yield
+        inside = f"/proc/self/fd/{folder}"
+        yield os.path.join(inside, os.path.basename(path)) if os.path.isdir(inside) else path
     finally:
         os.close(folder)
 

@@ -133,7 +133,7 @@ def test_a_link_that_comes_in_its_place_just_now_is_not_followed(
     real_open = os.open
 
     def opens(name: str, flags: int, *more: int, **named: int) -> int:
-        if name == str(path):
+        if name.endswith("/pid") and not path.is_symlink():
             path.unlink()
             path.symlink_to(other)
         return real_open(name, flags, *more, **named)
@@ -144,6 +144,31 @@ def test_a_link_that_comes_in_its_place_just_now_is_not_followed(
 
     assert path.readlink() == other
     assert other.read_text() == "2\n"
+
+
+def test_a_folder_that_becomes_a_link_to_another_changes_nothing_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner of a folder around it can do that at any moment; here before the rename."""
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    for each in (ours, other):
+        each.mkdir()
+        (each / "pid").write_text("1\n")
+    real_write = os.write
+
+    def writes(fd: int, data: bytes) -> int:
+        ours.rename(tmp_path / "away")
+        ours.symlink_to(other)
+        return real_write(fd, data)
+
+    monkeypatch.setattr(os, "write", writes)
+    file = PidFile(str(ours / "pid"))
+    file.acquire()
+    os.close(file.fd)
+
+    assert [each.name for each in other.iterdir()] == ["pid"]
+    assert (other / "pid").read_text() == "1\n"
+    assert (tmp_path / "away" / "pid").read_text() == f"{os.getpid()}\n"
 
 
 def test_a_full_disk_is_not_said_to_be_a_matter_of_permissions(

@@ -91,7 +91,6 @@ class Resident:
         self.start_report = StartReport(
             unclaimed.take_one(inherited.LAUNCHER),
             unclaimed.take_one(inherited.TERMINAL),
-            self.parents.systemd.pid,
         )
         self.delivery = delivery_for(settings.mode)
         self.listeners = adopt(unclaimed, listeners, self.delivery)

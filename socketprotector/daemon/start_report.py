@@ -26,15 +26,12 @@ class StartReport:
     Before the result, the launching process can ask what the start waits for.
     """
 
-    def __init__(self, line: int | None, terminal: int | None, pid: int) -> None:
+    def __init__(self, line: int | None, terminal: int | None) -> None:
         """Take ownership of the descriptors.
 
         line: the socket to the launching process; None: no process waits.
         terminal: where a failure is shown in the foreground; None: nowhere.
-        pid: the service's main process: the guard or, without a guard, this process.  If the start
-        fails, the launching process waits until that process has ended.
         """
-        self._pid = pid
         self._socket = socket.socket(fileno=line) if line is not None else None
         self._terminal = terminal
         self._unwatch: Callable[[], None] = lambda: None
@@ -43,9 +40,7 @@ class StartReport:
     def watch(
         self, loop: Loop, gone: Callable[[], None], waits: Callable[[], Sequence[object]]
     ) -> None:
-        """Send `pid` to the launching process.
-
-        Whenever that process asks, send what the start waits for.
+        """Whenever the launching process asks, send what the start waits for.
 
         gone: called if the launching process exits, or cancels the start, before the result.
         waits: returns what the start waits for.
@@ -61,7 +56,6 @@ class StartReport:
                     gone()
 
             loop.watch(self._socket.fileno(), on_readable)
-            self._send(pid=self._pid)
 
     def _read_question(self) -> bool:
         """Read what the launching process has sent; return False at end of file or an error."""

@@ -1,8 +1,14 @@
 """Waits in the launching process for the verdict of the first start.
 
-The resident process sends lines of JSON (daemon/start_report.py), and keeps the connection open
-until a generation is serving or the process exits.  INT, TERM and QUIT cancel the start.  So does a
-kill of the launching process, because the resident process then reads end of file.
+The first line of JSON comes from the process that becomes the resident process, while it still has
+our user.  Only this line is trusted: it has the process's pid, and the files that this start has
+made (begin()).  The resident process sends the other lines (daemon/start_report.py).  Any process
+of its user can take its end of the connection, and send lines in its name: they can only mislead
+the operator about this start.
+
+The connection stays open until a generation is serving or the process exits.  INT, TERM and QUIT
+cancel the start.  So does a kill of the launching process, because the resident process then reads
+end of file.
 
 During a long start, this prints the same lines as `socketprotectorctl reload`.
 """
@@ -16,6 +22,7 @@ import signal
 import socket
 import stat
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -30,6 +37,10 @@ from ..system.terminal import tell
 _INTERRUPTED = 130
 #: How often to request what the start waits for.
 _REQUEST_EVERY_MS = 2_000
+#: The longest line that is kept.
+_LONGEST_BYTES = 1 << 20
+#: The exit statuses of a failed start.
+_STATUSES = range(1, 126)
 _CANCELLING = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 
 
@@ -48,6 +59,7 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
     poll.register(wake_up, select.POLLIN)
     lines = WaitLines(tell)
     cancelled = False
+    first: dict[str, Any] | None = None  # the first message
     resident = -1  # the pidfd of the resident process
     verdict: dict[str, Any] = {}
     rest = b""
@@ -63,6 +75,8 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
             with suppress(OSError):  # the resident process has sent a reason, and closed its end
                 line.shutdown(socket.SHUT_WR)  # the resident process reads end of file, and stops
         if line.fileno() not in ready:
+            if resident in ready:
+                break  # a process that took the other end keeps it open
             continue
         data = b""
         with suppress(ConnectionResetError):  # the resident process was killed with unread data
@@ -70,17 +84,14 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
         if not data:
             break
         *messages, rest = (rest + data).split(b"\n")
-        for message in map(json.loads, messages):
-            if "notice" in message:
-                tell(escape(message["notice"]))
-            if "pid" in message:
-                with suppress(ProcessLookupError):  # the process has ended meanwhile
-                    resident = os.pidfd_open(message["pid"])
-            if "waits_for" in message:
-                waits = [
-                    Wait(each["kind"], each["generation"] or 0, each["reason"], each["left_s"])
-                    for each in message["waits_for"]
-                ]
+        rest = rest if len(rest) <= _LONGEST_BYTES else b""
+        for message in map(_parsed, messages):
+            if first is None:
+                first = message
+                resident = _watch(message.get("pid"), poll)
+                for notice in message.get("notices", ()):
+                    tell(escape(notice))
+            if waits := _waits(message.get("waits_for")):
                 lines.show(waits, time.monotonic())
             verdict.update(message)
         if verdict.get("ready"):
@@ -95,16 +106,65 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
         end = select.poll()
         end.register(resident, select.POLLIN)
         end.poll()
-    for path, identity in verdict.get("made", {}).items():
+    for path, identity in (first or {}).get("made", {}).items():
         _remove(path, identity)
     if cancelled:
         tell("interrupted; nothing was started")
         return _INTERRUPTED
     if "failed" in verdict:
-        tell(verdict["failed"])
-        return int(verdict["status"])
+        tell("\n".join(map(escape, str(verdict["failed"]).split("\n"))))
+        status = verdict.get("status")
+        if isinstance(status, int) and status in _STATUSES:
+            return status
+        return SystemRefused.status
     tell(f"the protector was killed before a generation was serving; see {escape(log)}")
     return SystemRefused.status
+
+
+def begin(line: int, made: Sequence[str], notices: Sequence[str]) -> None:
+    """Send the first message: from the process that executes the resident process.
+
+    made: the files that this start has made.  If the start fails, the launching process removes
+    them, because the resident process may be killed, or have no permission.
+    """
+    identities = {path: file_identity(path) for path in made}
+    say(line, pid=os.getpid(), made=identities, notices=notices)
+
+
+def say(line: int, **words: object) -> None:
+    """Send a message to the launching process.  Raises OSError."""
+    os.write(line, json.dumps(words).encode() + b"\n")
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """Return a message; an empty one if the line is not ours."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _waits(found: object) -> list[Wait]:
+    """Return what the start waits for; nothing if the value is not ours."""
+    try:
+        return [
+            Wait(each["kind"], int(each["generation"] or 0), str(each["reason"]), each["left_s"])
+            for each in found  # type: ignore[attr-defined]
+            if isinstance(each["left_s"], int | float | None)
+        ]
+    except (TypeError, ValueError, LookupError):
+        return []
+
+
+def _watch(pid: object, poll: select.poll) -> int:
+    """Watch a process; return its pidfd, -1 if there is no such process."""
+    with suppress(ProcessLookupError):  # the process has ended meanwhile
+        if isinstance(pid, int):
+            found = os.pidfd_open(pid)
+            poll.register(found, select.POLLIN)
+            return found
+    return -1
 
 
 def file_identity(path: str) -> list[int]:

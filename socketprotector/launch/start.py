@@ -9,7 +9,6 @@ Signals stay blocked until the waiting process, or the resident process, can han
 from __future__ import annotations
 
 import errno
-import json
 import os
 import resource
 import signal
@@ -32,7 +31,7 @@ from ..system.executable import command_of, need_descriptors
 from ..system.log_file import open_log
 from ..system.terminal import tell
 from . import notify_dir
-from .await_verdict import file_identity, wait
+from .await_verdict import begin, say, wait
 from .bind import Bound, discard_all
 from .bind_control import bind_control
 from .pid_file import PidFile, hint
@@ -94,10 +93,10 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
         except BaseException as error:
             discard_all(bound.values())
             if isinstance(error, Refusal):
-                _tell(child_end.fileno(), failed=escape(str(error)), status=error.status)
+                say(child_end.fileno(), failed=escape(str(error)), status=error.status)
             else:
                 reason = f"cannot start: {what_failed(error)}"
-                _tell(child_end.fileno(), failed=reason, status=SystemRefused.status)
+                say(child_end.fileno(), failed=reason, status=SystemRefused.status)
         finally:
             os._exit(1)
     child_end.close()
@@ -117,10 +116,6 @@ def _cannot_detach(error: OSError) -> SystemRefused:
     # The error of DaemonContext has no errno, but a cause.
     no_process = isinstance(error.__cause__ or error, BlockingIOError)
     return SystemRefused(f"cannot detach: {NO_PROCESSES if no_process else what_failed(error)}")
-
-
-def _tell(launcher: int, **words: object) -> None:
-    os.write(launcher, json.dumps(words).encode() + b"\n")
 
 
 def _open_log(settings: Settings) -> int | None:
@@ -160,10 +155,8 @@ def _become_resident(
         settings = replace(settings, control=control.settings if control else None)
         bound = {**bound, **({inherited.CONTROL: control} if control else {})}
         folder = notify_dir.make(settings, notices.append)
-        for notice in notices:
-            if not settings.foreground:
-                _tell(verdict, notice=notice)
-            elif settings.log_file is not None:  # otherwise the log is on this terminal
+        if settings.foreground and settings.log_file is not None:  # else the log is on the terminal
+            for notice in notices:
                 tell(escape(notice), verdict)
         settings = replace(settings, notices=(*settings.notices, *notices))
         descriptors = {}
@@ -172,7 +165,7 @@ def _become_resident(
             settings = replace(settings, notify_folder=folder.path)
             descriptors[inherited.NOTIFY] = folder.fd
         if not settings.foreground:
-            _tell(verdict, made=_files_made(settings, bound))
+            begin(verdict, _files_made(settings, bound), notices)
         try:
             _exec(settings, bound, descriptors, pid_file, verdict)
         except OSError as error:
@@ -220,19 +213,15 @@ def _context(
     )
 
 
-def _files_made(settings: Settings, bound: Mapping[str, Bound]) -> dict[str, list[int]]:
-    """Return the files that this start has made, each with numbers that identify it.
-
-    If the start fails, the waiting process removes the files, because the resident process may be
-    killed, or run as a user who has no permission to remove them.
-    """
+def _files_made(settings: Settings, bound: Mapping[str, Bound]) -> list[str]:
+    """Return the files that this start has made."""
     paths = [settings.notify_folder, settings.pid_file]
     for each in bound.values():
         if each.settings.inode and not each.inherited:
             path = each.settings.address.removeprefix("unix:")
             own = socket_file.own_file(path, each.socket)
             paths += [path, own if os.path.lexists(own) else None]
-    return {path: file_identity(path) for path in paths if path}
+    return [path for path in paths if path]
 
 
 def _exec(

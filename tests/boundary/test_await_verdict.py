@@ -9,8 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+
+from socketprotector.launch.await_verdict import file_identity
 
 CALLS_OFF = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 
@@ -108,6 +111,49 @@ def test_words_may_come_in_pieces(waiting: Waiting) -> None:
     waiting.line.close()
 
     assert waiting.ends() == (111, "SocketProtector: why\n")
+
+
+def test_only_the_first_line_names_process_and_files(waiting: Waiting, tmp_path: Path) -> None:
+    """A worker of the service's user can send the other lines."""
+    made, victim = tmp_path / "made", tmp_path / "victim"
+    for each in (made, victim):
+        each.touch()
+    with resident() as protector:
+        waiting.hears(pid=protector.pid, made={str(made): file_identity(str(made))}, notices=[])
+        waiting.hears(pid=1, made={str(victim): file_identity(str(victim))}, notices=["no"])
+        protector.kill()
+
+        status, said = waiting.ends()
+    assert status == 111
+    assert "was killed before" in said
+    assert (made.exists(), victim.exists()) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"3",
+        b"[" * 100_000,
+        b'{"waits_for": 3}',
+        b'{"waits_for": [{"kind": [], "generation": "x", "reason": 1, "left_s": {}}]}',
+        b'{"failed": {"\\u001b": 1}, "status": -1}',
+        b'{"status": "x", "made": 1, "pid": {}, "notices": 1}',
+    ],
+    ids=range(9),
+)
+def test_a_line_that_is_no_message_neither_ends_nor_delays_the_wait(
+    waiting: Waiting, line: bytes
+) -> None:
+    with resident() as protector:
+        waiting.hears(pid=protector.pid, made={}, notices=[])
+        waiting.line.sendall(line + b"\n")
+        waiting.hears(failed="\x1b[2J", status=1000)
+        protector.kill()
+
+        assert waiting.ends() == (111, "SocketProtector: \\x1b[2J\n")
 
 
 def test_an_end_without_a_word_is_reported(waiting: Waiting) -> None:

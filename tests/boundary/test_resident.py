@@ -149,7 +149,6 @@ def test_only_a_newer_state_of_a_finished_start_is_left_to_the_next_program(
         report = StartReport(
             launcher.detach() if reports_to == "launcher" else None,
             terminal.detach() if reports_to == "terminal" else None,
-            1,
         )
         one = SimpleNamespace(earlier=error, start_report=report, is_resumable=False)
 

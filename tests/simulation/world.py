@@ -833,7 +833,7 @@ class World:
             runtime,
             output=cast("Any", Output(self._loop, self._chance)),
             systemd=Systemd({}, 1, Outbox(self._later), self._outbox),
-            start_report=StartReport(None, None, 1),
+            start_report=StartReport(None, None),
         )
         self._with_releases(effects, runtime)
         self._supervisor = protector = Supervisor(

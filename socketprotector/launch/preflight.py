@@ -93,13 +93,27 @@ def check_command(settings: Settings) -> None:
     try:
         search = environment.get("PATH", os.defpath)
         path, _ = executable.resolve(settings.executed, settings.directory, search)
-        executable.refuse_format(path, settings.directory)
     except OSError as error:
-        how = _HOW.get(error.errno or 0, "check the path")
-        raise UsageError(f"cannot run {error.filename}: {error.strerror}; {how}") from error
+        raise UsageError(_cannot_run(error)) from error
+    if refused := user_access.as_worker(settings, partial(_format_refusal, path, settings)):
+        raise UsageError(refused)
     _refuse_unreachable(settings, path)
     if settings.ready_check:
         _need_shell(f"--ready check:{settings.ready_check}")
+
+
+def _cannot_run(error: OSError) -> str:
+    how = _HOW.get(error.errno or 0, "check the path")
+    return f"cannot run {error.filename}: {error.strerror}; {how}"
+
+
+def _format_refusal(path: str, settings: Settings) -> str:
+    """Return why the kernel cannot execute a file, "" if it can."""
+    try:
+        executable.refuse_format(path, settings.directory)
+    except OSError as error:
+        return _cannot_run(error)
+    return ""
 
 
 def _need_shell(probe: str) -> None:
@@ -118,12 +132,19 @@ def _refuse_unreachable(settings: Settings, path: str) -> None:
     adapted = bool(settings.mode.adapter)
     env = {settings.env_file: os.R_OK} if settings.env_file else {}
     protector = {**folder, **typed, path: os.X_OK, **_OURSELVES, **env}
-    worker = {**folder, **user_access.executed(path), **(_OURSELVES if adapted else {})}
+    worker = {**folder, **(_OURSELVES if adapted else {})}
     other = settings.worker_identity
-    checks = [("--user", settings.identity, protector if other else {**protector, **worker})]
-    checks += [("--worker-user", other, worker)] if other else []
-    for option, identity, needed in checks:
-        closed = user_access.as_user(identity, partial(user_access.closed, needed))
+
+    def closed_to_worker() -> str:
+        return user_access.closed({**worker, **user_access.executed(path)})
+
+    def closed_to_protector() -> str:
+        return user_access.closed(protector) or ("" if other else closed_to_worker())
+
+    checks = [("--user", settings.identity, closed_to_protector)]
+    checks += [("--worker-user", other, closed_to_worker)] if other else []
+    for option, identity, closed_to in checks:
+        closed = user_access.as_user(identity, closed_to)
         if closed:
             start = f"cannot enter {settings.directory.rstrip('/')}/"
             is_start = closed.startswith((f"{start}:", f"{start}, a link "))

@@ -13,11 +13,12 @@ import signal
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
 from ..model import known_servers, server_conflicts
 from ..model.handoff_modes import LISTENER, HandoffMode
 from ..model.settings import Settings
-from . import options, preflight
+from . import options, preflight, user_access
 from .listen_spec import Listen
 
 #: Words that need no quotes in a shell, {fd:NAME} among them.
@@ -120,6 +121,11 @@ def _words(settings: Settings, environment: Mapping[str, str]) -> Sequence[str]:
 
 
 def _files(settings: Settings, environment: Mapping[str, str]) -> str:
+    """Return what the workers' user can read of the files that a server reads at its start."""
+    return user_access.as_worker(settings, partial(_read_files, settings, environment))
+
+
+def _read_files(settings: Settings, environment: Mapping[str, str]) -> str:
     """Return the beginnings of the files that the command names or a server reads by default."""
     words, found = _words(settings, environment), []
     named = [word.rpartition("=")[2].removeprefix("-c").removeprefix("file:") for word in words]

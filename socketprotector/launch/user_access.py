@@ -16,11 +16,9 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
-from ..model.settings import Identity
+from ..model.settings import Identity, Settings
+from ..system.executable import head_of
 from ..system.privileges import change_user
-
-#: How many bytes of a script's first line the kernel reads (BINPRM_BUF_SIZE).
-_FIRST_LINE = 256
 
 
 def as_user(identity: Identity, check: Callable[[], str]) -> str:
@@ -41,10 +39,20 @@ def as_user(identity: Identity, check: Callable[[], str]) -> str:
     return result.decode("utf-8", "surrogateescape")
 
 
+def as_worker(settings: Settings, check: Callable[[], str]) -> str:
+    """Call `check` as the workers' user, if we are root; return its result.
+
+    For files that a deployer, or the workers' user, may have put there: root opens none of them.
+    """
+    worker = settings.worker_identity or settings.identity
+    return as_user(worker, check) if worker is not None and os.geteuid() == 0 else check()
+
+
 def executed(path: str) -> dict[str, int]:
     """Return the files needed to execute a program, each with its access mode (access(2)).
 
-    A script must be readable, and its interpreter executable.
+    A script must be readable, and its interpreter executable.  Call this as the user who executes
+    the program, because it opens scripts and interpreters.
     """
     needed: dict[str, int] = {}
     while path and path not in needed:
@@ -74,8 +82,7 @@ def closed(needed: Mapping[str, int]) -> str:
 def _interpreter(script: str) -> str:
     """Return the interpreter that a script names; "" if the file is no script or unreadable."""
     try:
-        with open(script, "rb") as file:
-            line = file.readline(_FIRST_LINE)
+        line, _, _ = head_of(script).partition(b"\n")
     except OSError:
         return ""
     words = line.removeprefix(b"#!").split()

@@ -49,8 +49,7 @@ def refuse_format(path: str, directory: str = "") -> None:
     directory: the working directory of the execution.
     """
     try:
-        with open(path, "rb") as file:
-            head = file.read(_HEAD_BYTES)
+        head = head_of(path)
     except OSError:
         return  # the file is executable but not readable, so it is a binary
     if head[:2] == b"#!":
@@ -109,10 +108,30 @@ def _search(name: str, search: str) -> str:
     raise FileNotFoundError(2, "not found in PATH", name)
 
 
+def head_of(path: str) -> bytes:
+    """Return the bytes of a regular file that the kernel examines; none of another file.
+
+    Raises OSError.  Opens nothing but a regular file: another user may have put a FIFO or a device
+    in its place, and opening these can wait, or have effects.
+    """
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(place).st_mode):
+            return b""
+        by_place = f"/proc/self/fd/{place}"
+        found = by_place if os.path.exists(by_place) else path  # path: there is no /proc
+        fd = os.open(found, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            return os.read(fd, _HEAD_BYTES)
+        finally:
+            os.close(fd)
+    finally:
+        os.close(place)
+
+
 def _is_script(path: str) -> bool:
     try:
-        with open(path, "rb") as file:
-            return file.read(2) == b"#!"
+        return head_of(path).startswith(b"#!")
     except OSError:
         return False  # executable without being readable: a binary
 

@@ -313,6 +313,24 @@ def test_a_socket_of_ours_is_given_away(tmp_path: Path) -> None:
     assert found.st_ino == path.lstat().st_ino
 
 
+@needs_root
+def test_a_script_whose_interpreter_is_a_fifo_does_not_hold_a_start_up(
+    start: Start, theirs: Path
+) -> None:
+    """Nor is another special file opened, which could have an effect."""
+    fifo, script = theirs / "fifo", theirs / "script"
+    os.mkfifo(fifo, 0o777)
+    script.write_text(f"#!{fifo}\n")
+    script.chmod(0o755)
+
+    ended = start(
+        "--log-file", start.log_file, "--user", "nobody", f"unix:{theirs}/s", "--", script
+    )
+
+    assert ended.status != 0
+    assert "Permission denied" in ended.err
+
+
 # -- the env file --------------------------------------------------------------
 
 

@@ -99,9 +99,7 @@ def _bind_beside(listen: Listen, path: str, backlog: int) -> tuple[socket.socket
     gid = gid if "group" in listen.options else -1
     with locked(path):
         stale = socket_file.is_stale(path)
-        for each in socket_file.left_beside(path):
-            if socket_file.is_stale(each):
-                os.unlink(each)
+        socket_file.remove_leftovers(path)
         made = socket_file.bind(path, backlog, socket_file.Rights(uid, gid, mode), give_away)
         with on_error(made.close), on_error(socket_file.forget, path, made):
             made.setblocking(False)

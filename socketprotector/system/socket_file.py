@@ -277,6 +277,16 @@ def examine(path: str, group: PathGroup, members: Members | None = None) -> Path
     return replace(group, leads_to=target, leftovers=tuple(dict.fromkeys(leftovers)))
 
 
+def remove_leftovers(path: str) -> None:
+    """Remove the files beside a path that killed programs have left.
+
+    Files of other programs stay, and files of other users that we cannot remove.  Raises OSError.
+    """
+    for each in left_beside(path):
+        if _is_leftover(each):
+            _unlink(each)
+
+
 def _is_leftover(name: str) -> bool:
     try:
         return is_stale(name)

@@ -24,6 +24,7 @@ from tests.namespaces import any_users_python
 from tests.own_folder import let_through
 from tests.running import COMMAND, ask
 from tests.scenarios.starting import MINIMAL, Start
+from tests.scenarios.tools import worker
 
 needs_root = needs.ANOTHER_USER
 NOBODY = pwd.getpwnam("nobody").pw_uid
@@ -311,6 +312,30 @@ def test_a_socket_of_ours_is_given_away(tmp_path: Path) -> None:
         found = _give(str(path), parse(f"unix:{path}?user={user}", "/"))
 
     assert found.st_ino == path.lstat().st_ino
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_a_file_with_the_name_of_one_of_its_sockets_stops_no_start(start: Start, kind: str) -> None:
+    """In a folder such as /tmp, any user can make one, and only that user can remove it."""
+    other = start.folder / ".s.sp-000001"
+    match kind:
+        case "file":
+            other.touch()
+        case "folder":
+            other.mkdir()
+        case _:
+            other.symlink_to("nowhere")
+
+    ended = start(
+        *("--log-file", start.log_file, "--handoff", "listener", "--ready", "notify"),
+        *(f"unix:{start.folder}/s", "--", *worker("accepts")),
+    )
+
+    assert ended.status == 0, ended.err
+    assert ask(f"{start.folder}/s", "hello").endswith("hello")
+    assert os.path.lexists(other)
+    start.stop()
+    other.rmdir() if kind == "folder" else other.unlink()
 
 
 @needs_root

@@ -20,8 +20,8 @@ from functools import partial
 from ..model import fd_budget, handoff_modes, listen_fds, probe_spec
 from ..model.errors import AlreadyRunning, SystemRefused, UsageError
 from ..model.settings import Settings
-from ..system import env_file, executable, state_file
-from ..system.program_spec import inherited_environment
+from ..system import executable, state_file
+from ..system.program_spec import env_file_of, env_file_reader, inherited_environment
 from . import unix_access, user_access
 from .listen_spec import Listen
 from .pid_file import PidFile, hint
@@ -63,23 +63,28 @@ def check_workers(settings: Settings) -> None:
         raise UsageError(f"--workers: {refused}")
 
 
-def check_env_file(path: str | None) -> None:
+def check_env_file(settings: Settings) -> None:
     """Refuse a file of variables that could not be read now."""
-    if path is None:
-        return
     try:
-        env_file.read(path)
+        _env_file(settings)
     except OSError as error:
-        raise UsageError(f"--env-file {path}: {error.strerror}") from error
+        raise UsageError(f"--env-file {settings.env_file}: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"--env-file: {error}") from error
+
+
+def _env_file(settings: Settings) -> dict[str, str]:
+    """Return the variables in the env file; none if only the protector may read it for workers."""
+    reader = env_file_reader(settings)
+    if reader is not None and os.geteuid() not in (0, reader.uid):
+        return {}  # at a reload this process lacks the protector's capabilities
+    return env_file_of(settings)
 
 
 def environment_of(settings: Settings) -> dict[str, str]:
     """Return the workers' environment; placeholders of descriptors are not filled in."""
     environment = inherited_environment(settings)
-    if settings.env_file is not None:
-        environment.update(env_file.read(settings.env_file))
+    environment.update(_env_file(settings))
     environment.update(settings.environment)
     return environment
 
@@ -131,9 +136,10 @@ def _refuse_unreachable(settings: Settings, path: str) -> None:
     folder = {os.path.join(settings.directory, ""): os.X_OK}
     adapted = bool(settings.mode.adapter)
     env = {settings.env_file: os.R_OK} if settings.env_file else {}
-    protector = {**folder, **typed, path: os.X_OK, **_OURSELVES, **env}
+    protector = {**folder, **typed, path: os.X_OK, **_OURSELVES}
     worker = {**folder, **(_OURSELVES if adapted else {})}
     other = settings.worker_identity
+    (worker if other and env_file_reader(settings) is other else protector).update(env)
 
     def closed_to_worker() -> str:
         return user_access.closed({**worker, **user_access.executed(path)})

@@ -97,7 +97,7 @@ class OptionResolver:
         listens = self._listens()
         settings = self._settings(self._command())
         with self._about("env_file"):
-            preflight.check_env_file(settings.env_file)
+            preflight.check_env_file(settings)
         if settings.command:
             with self._about_file(not self._typed_command, "command"):
                 preflight.check_command(settings)

@@ -14,19 +14,18 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections import deque
 from contextlib import suppress
 
 from ..model.settings import Identity
 from .cleanup import on_error
 from .peer_credentials import unmistakable_users
+from .trusted_path import only_lead
 
 #: O_NONBLOCK, because opening a FIFO without a reader would block.
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _LINKED = "a symbolic link that users other than root may change"
 _MODE = 0o640
-_LINKS = 40
 
 
 def open_log(path: str, identity: Identity | None = None) -> int:
@@ -35,7 +34,7 @@ def open_log(path: str, identity: Identity | None = None) -> int:
     identity: the owner of a new file.  Raises OSError.
     """
     try:
-        if os.geteuid() != 0 or _is_roots(path):
+        if os.geteuid() != 0 or only_lead(path, {0}):
             fd, made = _open(path)
         else:
             fd, made = _open_strictly(path, identity)
@@ -111,33 +110,3 @@ def _open_folder(path: str) -> int:
             os.close(folder)
         folder = inner
     return folder
-
-
-def _is_roots(path: str) -> bool:
-    """Return whether only root can change the file to which a path leads."""
-    here, shared, links = "/", False, 0
-    names = deque(path.split("/"))
-    while names:
-        name = names.popleft()
-        if name in ("", "."):
-            continue
-        there = os.path.normpath(os.path.join(here, name))
-        try:
-            found = os.lstat(there)
-        except FileNotFoundError:
-            return not names and not shared  # the file will be made
-        if found.st_uid != 0:
-            return False
-        if stat.S_ISLNK(found.st_mode):
-            links += 1
-            if links > _LINKS:
-                return False
-            target = os.readlink(there)
-            names.extendleft(reversed(target.split("/")))
-            here = "/" if target.startswith("/") else here
-            continue
-        shared = bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
-        if stat.S_ISDIR(found.st_mode) and shared and not found.st_mode & stat.S_ISVTX:
-            return False
-        here = there
-    return True

@@ -11,9 +11,10 @@ from socketprotector_client import wire
 from .. import __file__ as package
 from ..model import listen_fds, release
 from ..model.records import GenerationRecord, Program
-from ..model.settings import Settings
-from . import env_file
+from ..model.settings import Identity, Settings
+from . import env_file, privileges
 from .executable import resolve
+from .trusted_path import only_lead
 
 #: Prefixes of the protector's own variables, which must not reach a worker.
 _PRIVATE = ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "SOCKETPROTECTOR_", "FDSTORE")
@@ -33,8 +34,7 @@ _RUN = (
 def program_of(settings: Settings) -> Program:
     """Resolve the command as it is now; return its program.  Raises OSError or ValueError."""
     environment = inherited_environment(settings)
-    own = env_file.read(settings.env_file) if settings.env_file is not None else {}
-    own = {**own, **dict(settings.environment)}
+    own = {**env_file_of(settings), **dict(settings.environment)}
     mode, ready_fd = settings.mode, listen_fds.ready_fd(settings)
     if mode.workers_accept:
         values = listen_fds.fill(tuple(own.values()), settings.listeners, ready_fd)
@@ -67,6 +67,26 @@ def program_of(settings: Settings) -> Program:
     # Any other field of a program is the setting of the same name.
     fields = {**vars(settings.policy), **vars(settings), **resolved}
     return Program(**{name: fields[name] for name in Program.__match_args__})
+
+
+def env_file_of(settings: Settings) -> dict[str, str]:
+    """Return the variables in the env file.  Raises OSError, or ValueError with the line."""
+    if settings.env_file is None:
+        return {}
+    with privileges.file_rights_of(env_file_reader(settings)):
+        return env_file.read(settings.env_file)
+
+
+def env_file_reader(settings: Settings) -> Identity | None:
+    """Return the user with whose rights the env file is read; None: with our own.
+
+    A deployer, or the workers' user, may lead the path to any file.  So the workers' user must be
+    able to read the file, unless only root and the protector's user can change where it leads.
+    """
+    protector, worker = settings.identity, settings.worker_identity
+    if protector is None or worker is None:
+        return protector
+    return protector if only_lead(settings.env_file or "", {0, protector.uid}) else worker
 
 
 def change_of(record: GenerationRecord) -> str:

@@ -103,7 +103,8 @@ def _spawn(
         # posix_spawn accepts no number above the limit of the started process.
         above = max(places.values(), default=0)
         forked = forked or any(n == "nofile" and value <= above for n, value in program.limits)
-        os.chdir(program.directory)
+        if program.identity is None:  # otherwise the child changes to it, with that user's rights
+            os.chdir(program.directory)
         policy = {}
         if needs_normal_policy(program):
             policy["scheduler"] = os.SCHED_OTHER, os.sched_param(0)
@@ -195,7 +196,8 @@ def _fork(
             answer = fcntl.fcntl(send, fcntl.F_DUPFD_CLOEXEC, above)
             _become(program, environment, places, tell_pid, lifeline)
         except OSError as error:
-            os.write(answer, b"%d" % (error.errno or errno.EIO))
+            file = os.fsencode(error.filename or program.path)
+            os.write(answer, b"%d %b" % (error.errno or errno.EIO, file))
         except BaseException as error:  # such as ValueError for a NUL in the environment
             os.write(answer, str(error).encode())
 
@@ -207,9 +209,10 @@ def _fork(
         failure = answer.read()  # end of file without an answer: the program was executed
     if failure:
         os.waitpid(pid, 0)
-        if not failure.isdigit():
+        number, _, file = failure.partition(b" ")
+        if not number.isdigit():
             raise ValueError(failure.decode())
-        raise OSError(int(failure), os.strerror(int(failure)), program.path)
+        raise OSError(int(number), os.strerror(int(number)), os.fsdecode(file))
     return pid
 
 
@@ -256,6 +259,7 @@ def _become(
         environment = {**environment, tell_pid: str(os.getpid())}
     if program.identity is not None:
         privileges.become_worker_user(program.identity)
+        os.chdir(program.directory)
     if lifeline >= 0:  # after the change of user, because that user must be allowed to kill it
         fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())

@@ -199,6 +199,28 @@ def is_waiting(client: socket.socket, server: tuple[str, int], device: int = 0) 
     return state == _SYN_RECV or (not inode and state in (_ESTABLISHED, _CLOSE_WAIT))
 
 
+def peer_user(connection: socket.socket) -> int | None:
+    """Return the user who made the other end of an accepted IPv4 connection over loopback.
+
+    None: no process has that end open any more.  Raises OSError where sock_diag is unavailable.
+    """
+    (port, address), (our_port, our_address) = (
+        (port.to_bytes(2, "big"), socket.inet_aton(host).ljust(16, b"\0"))
+        for host, port in (connection.getpeername(), connection.getsockname())
+    )
+    try:
+        with netlink.connect() as channel:
+            identity = port, our_port, address, our_address, 0, _NO_COOKIE
+            fields, _ = _tcp_connection(channel, socket.AF_INET, *identity)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return None
+    # The kernel reports user 0 for an end without inode.  Without that end, it reports a listener.
+    user, inode = fields[-2:]
+    return user if inode and fields[5] == our_port else None
+
+
 def accepted(
     listening: socket.socket, exclude: bytes = b""
 ) -> tuple[Counter[bytes], Counter[bytes]]:

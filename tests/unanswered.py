@@ -15,6 +15,14 @@ _SYN_SENT = 2
 _STATE, _RETRANSMITS = 0, 2
 
 
+def from_next_door(client: socket.socket) -> None:
+    """Make a client's packets arrive with the highest TTL or hop limit."""
+    if client.family == socket.AF_INET6:
+        client.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 255)
+    else:
+        client.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 255)
+
+
 class Unanswered:
     """Begins to connect; owns its socket."""
 

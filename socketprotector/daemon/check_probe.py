@@ -1,80 +1,120 @@
 """Opens probe addresses: each leads an operator's check command to one generation.
 
-The check commands of `--ready check:CMD` and `--settle-check CMD` use these addresses.  The command
-of `--health` connects to a ProbeTarget's address instead (delivery/probe_target.py).
-
 A probe address is a loopback port, so the command can use any client program.  The port is open
-while its generation is checked.
+while its generation is checked.  Only the user that runs the command, and root, get through: any
+local user can connect to the port, so we ask the kernel who has made each connection.
 
-Under --handoff listener a helper process, the prober (programs/prober.py), forwards the port's
-connections to the generation's socket.  For TCP the kernel finds this socket by a mark on the
-connection (`Mark` in system/bpf.py).  The check command cannot set the mark, but the prober can.
-
-In other modes the protector itself accepts the port's connections, and sends them into the
-generation's channel (delivery/queue/probe_port.py).
+In mode `listener` a helper process, the prober (programs/prober.py), forwards each connection to
+the generation's socket.  For TCP the kernel finds this socket by a mark on the connection (`Mark`
+in system/bpf.py), which the check command cannot set.  In other modes we send the connection into
+the generation's channel (delivery/queue/probe_sender.py).
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
-from collections.abc import Callable
+from contextlib import suppress
 
 from ..model.lazy_dataclass import field, mutable
+from ..system import loopback, peer_credentials, sock_diag
 from ..system.cleanup import on_error
 from ..system.helper import Ended
+from ..system.listener import TRANSIENT_ERRNOS
 from ..system.log import Log
 from ..system.loop import Loop
 from . import prober_client
-from .delivery.probe_target import BACKLOG, SHUT_DOWN, ProbeTarget, Reach
+from .delivery.probe_target import SHUT_DOWN, ProbeTarget, Reach
 from .generation import OpenGeneration
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .prober_client import Prober
 
+#: The pause before a port accepts again.
+_ACCEPT_AGAIN_S = 0.1
 
-class Forwarding:
-    """A loopback socket, and the prober that forwards the socket's connections to a ProbeTarget."""
+
+class CheckAddress:
+    """A loopback port that leads check commands to one generation."""
 
     def __init__(
-        self, loop: Loop, target: ProbeTarget, ended: Ended, forwarded: Callable[[], None]
+        self,
+        loop: Loop,
+        generation: OpenGeneration,
+        target: ProbeTarget,
+        ended: Ended = lambda how: None,
     ) -> None:
-        """Open the socket and start the prober.  Raises OSError if the socket cannot be opened.
+        """Open the port.
 
-        forwarded: called for each connection to the target.
-        ended: called with how the prober ended, or why it could not start.
+        ended: called with how the prober ended, or why it could not start.  Raises OSError, also if
+        the kernel cannot tell the command's user from others.
         """
-        self._loop, self._target = loop, target
-        self._listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        with on_error(self._listening.close):
-            self._listening.bind(("127.0.0.1", 0))
-            self._listening.listen(BACKLOG)
-        self._on_ended, self._forwarded = ended, forwarded
+        self._loop, self._generation, self._target = loop, generation, target
+        self._on_ended = ended
         self._prober: Prober | None = None
-        self.start()
+        identity = generation.program.identity
+        user = os.geteuid() if identity is None else identity.uid
+        self._users = peer_credentials.unmistakable_users((0, user))
+        if user not in self._users:
+            raise OSError(errno.EPERM, f"user {user} has no number of its own in this namespace")
+        self._listening = loopback.listen()
+        with on_error(self._listening.close):
+            try:
+                sock_diag.listening(socket.AF_INET, self._listening.getsockname()[1])
+            except OSError as error:
+                why = f"the kernel does not report who connects (sock_diag): {error.strerror}"
+                raise OSError(error.errno, why) from error
+            self._watch()
 
     @property
-    def address(self) -> tuple[str, int]:
-        host, port = self._listening.getsockname()
-        return host, port
+    def text(self) -> str:
+        """HOST:PORT."""
+        return "{}:{}".format(*self._listening.getsockname())
 
     def close(self) -> None:
+        self._loop.cancel(self)
+        self._loop.unwatch(self._listening.fileno())
+        self._listening.close()
         if self._prober is not None:
             self._prober.close()
-        self._listening.close()
 
-    def start(self) -> None:
-        """Start the prober unless it is running."""
-        if self._prober is None:
-            try:
-                self._prober = prober_client.Prober(
-                    self._loop,
-                    answered=lambda why: self._forwarded(),
-                    ended=self._ended,
-                    forwards=(self._target, self._listening),
-                )
-            except OSError as error:
-                self._on_ended(f"cannot be started: {error.strerror}")
+    def _watch(self) -> None:
+        self._loop.watch(self._listening.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        """Accept one connection.  Others wait for their turn, so strangers do not delay clients."""
+        try:
+            connection, _ = self._listening.accept()
+        except OSError as error:
+            if error.errno not in TRANSIENT_ERRNOS:  # out of descriptors or memory
+                self._loop.unwatch(self._listening.fileno())
+                self._loop.call_after(self, _ACCEPT_AGAIN_S, self._watch)
+            return
+        with suppress(OSError):
+            if sock_diag.peer_user(connection) in self._users:
+                self._forward(connection)
+                return
+        connection.close()
+
+    def _forward(self, connection: socket.socket) -> None:
+        """Send a connection to the generation, and close our copy.  Raises OSError."""
+        if self._target.give is not None:
+            self._target.give(connection)
+            return
+        with connection:
+            if self._prober is None:
+                try:
+                    self._prober = prober_client.Prober(
+                        self._loop,
+                        answered=lambda why: self._generation.note_probe(),
+                        ended=self._ended,
+                    )
+                except OSError as error:
+                    self._on_ended(f"cannot be started: {error.strerror}")
+                    return
+            self._prober.forward(connection, self._target)
 
     def _ended(self, how: str) -> None:
         self._prober = None
@@ -88,7 +128,7 @@ class CheckProbes:
     loop: Loop
     log: Log
     reach: Reach
-    _open: dict[int, tuple[ProbeTarget, Forwarding | None]] = field(default_factory=dict)
+    _open: dict[int, tuple[ProbeTarget, CheckAddress]] = field(default_factory=dict)
 
     def address(self, generation: OpenGeneration) -> str:
         """Return a generation's probe address as HOST:PORT; open the address if it is not open.
@@ -107,16 +147,9 @@ class CheckProbes:
             if target is None:
                 return ""
             with on_error(target.close):
-                forwarding = None
-                if target.needs_forwarding:
-                    forwarding = Forwarding(self.loop, target, ended, generation.note_probe)
-                found = target, forwarding
+                found = target, CheckAddress(self.loop, generation, target, ended)
             self._open[number] = found
-        elif found[1] is not None:
-            found[1].start()  # start the prober again if it has ended
-        target, forwarding = found
-        host, port = forwarding.address if forwarding is not None else target.address
-        return f"{host}:{port}"
+        return found[1].text
 
     def judge(self, generation: OpenGeneration, why: str) -> str:
         """Return `why`, or SHUT_DOWN if the check's command may have reached another generation.
@@ -133,10 +166,9 @@ class CheckProbes:
         return SHUT_DOWN
 
     def release(self, number: int) -> None:
-        target, forwarding = self._open.pop(number, (None, None))
-        if forwarding is not None:
-            forwarding.close()
-        if target is not None:
+        if number in self._open:
+            target, address = self._open.pop(number)
+            address.close()
             target.close()
 
     def release_all(self) -> None:

@@ -30,7 +30,7 @@ from ..system.check_command import CheckCommand
 from ..system.loop import Loop
 from ..system.polling import events_of
 from . import verdicts
-from .check_probe import CheckProbes
+from .check_probe import CheckAddress, CheckProbes
 from .delivery.probe_target import PROBE, SHUT_DOWN, ProbeTarget, Reach
 from .generation import OpenGeneration
 from .http_exchange import HttpExchange, request
@@ -74,6 +74,7 @@ class Probe:
         self._spec = ProbeSpec("")
         self._sent_at = self._until = 0.0
         self._target: ProbeTarget | None = None
+        self._address: CheckAddress | None = None  # for the command, without `addresses`
         #: The connection of the present probe.  If no worker accepts the connection, the next probe
         #: reuses it, so that connections do not pile up at a server that does not accept.
         self._connection: socket.socket | None = None
@@ -197,10 +198,10 @@ class Probe:
             except OSError as error:
                 error.strerror = f"the probe process cannot be started: {error.strerror}"
                 raise
-        self._connection = client = target.connecting()
+        client, code = target.connect()
+        self._connection = client
         self._connecting_since = self._sent_at
-        code = client.connect_ex(target.connect_address)
-        if code == errno.EAGAIN and target.is_unix:  # the socket's backlog is full: try again
+        if code == errno.EAGAIN:  # for example a UNIX socket's backlog is full: try again
             self._disconnect()
             if self._left_s:
                 self._call_later(partial(self._connect_again, generation, limit_s))
@@ -225,7 +226,8 @@ class Probe:
         return max(0.0, self._until - time.monotonic())
 
     def _cannot_connect(self, code: int) -> str:
-        why = "the socket's backlog is full" if code == errno.EAGAIN else os.strerror(code)
+        is_full = code == errno.EAGAIN and self._target is not None and self._target.give is None
+        why = "the socket's backlog is full" if is_full else os.strerror(code)
         if self._spec.by_http:
             refused = code == errno.ECONNREFUSED
             return f"GET {self._spec.path}: {'refused' if refused else why}"
@@ -242,6 +244,9 @@ class Probe:
             self._connection = None
 
     def _close_target(self) -> None:
+        if self._address is not None:
+            self._address.close()
+            self._address = None
         if self._target is not None:
             self._target.close()
             self._target = None
@@ -392,6 +397,9 @@ class Probe:
                 self._finish(verdicts.NO_TARGET, "no listener is left")
                 return
             address = target.text
+            if target.give is not None:
+                self._address = CheckAddress(self._loop, generation, target)
+                address = self._address.text
         number = generation.record.number
 
         def ended(why: str) -> None:

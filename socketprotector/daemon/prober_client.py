@@ -1,7 +1,7 @@
 """Starts probers (programs/prober.py), and exchanges messages with them.
 
-A prober either sends requests over TLS, or forwards the connections of a listening socket.  Our
-socket to the prober is called the line; when the line is closed, the prober exits.
+A prober sends requests over TLS, and forwards connections.  Our socket to the prober is called the
+line; when the line is closed, the prober exits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..system.helper import Ended, HelperProcess, Line
 from ..system.loop import Loop
 from .delivery.probe_target import ProbeTarget
 
-_LINE_FD, _LISTENING_FD = 3, 4
+_LINE_FD = 3
 
 
 class Prober:
@@ -30,30 +30,22 @@ class Prober:
         answered: Callable[[str], None] = lambda why: None,
         ended: Ended,
         late: Callable[[str], None] = lambda why: None,
-        forwards: tuple[ProbeTarget, socket.socket] | None = None,
     ) -> None:
         """Start the process.  Raises OSError.
 
         answered: called when all of an answer has come in time, with "", or with why the
-        connection failed.  With `forwards`: called with "" for each connection to the target.
+        connection failed.  Without a request: called with "" for each forwarded connection.
         late: called if an answer has not ended in time, with a text that says so.
         ended: called with a text that says how the process exited; not called after close().
-        forwards: (target, socket); the prober forwards the socket's connections to the target.
         """
         self._answered, self._ended, self._late = answered, ended, late
         self._process: HelperProcess | None = None
         self._number = 0  # the number of the last request
-        arguments = [str(_LINE_FD)]
         self._line, theirs = Line.make(loop, self._on_message)
         descriptors = {_LINE_FD: theirs.fileno()}
         with on_error(self.close), theirs:
-            if forwards is not None:
-                target, listening = forwards
-                arguments.append(str(_LISTENING_FD))
-                descriptors[_LISTENING_FD] = listening.fileno()
-                self._line.socket.send(_target_message(target), socket.MSG_DONTWAIT)
             self._process = HelperProcess.start_own(
-                "prober.py", arguments, descriptors, loop, self._on_end
+                "prober.py", [str(_LINE_FD)], descriptors, loop, self._on_end
             )
 
     def send(
@@ -87,6 +79,11 @@ class Prober:
             given = [rights_of(each.fileno()) for each in (connection, theirs)]
             self._line.socket.sendmsg([json.dumps(message).encode()], given, socket.MSG_DONTWAIT)
         return answer
+
+    def forward(self, connection: socket.socket, target: ProbeTarget) -> None:
+        """Forward a connection to a target.  Raises OSError."""
+        given = [rights_of(connection.fileno())]
+        self._line.socket.sendmsg([_target_message(target)], given, socket.MSG_DONTWAIT)
 
     def close(self) -> None:
         """Close the line, so that the prober exits."""

@@ -6,17 +6,14 @@ standard library alone:
 
     python prober.py LINE
 
-LINE is the descriptor of a SEQPACKET socket.  Each message on it describes an HTTPS request
-(`TlsRequest`), and passes two descriptors: the connection to the generation, and a socket for the
+LINE is the descriptor of a SEQPACKET socket.  A message with two descriptors describes an HTTPS
+request (`TlsRequest`).  The descriptors are the connection to the generation, and a socket for the
 answer.  The prober reports `+` when the answer has ended, `-WHY` if the connection failed, `~WHY`
 if the answer has not ended in time.  The request's number and a space come before WHY.
 
-Under --handoff listener the prober forwards connections from the probe address:
-
-    python prober.py LINE LISTENING
-
-Then the only message says where to connect (`Target`), and the prober copies bytes in both
-directions.  It reports `+0` for each connection to the generation.
+A message with one descriptor, a check command's connection, says where to forward this connection
+(`Target`).  The prober copies bytes in both directions.  It reports `+0` for each connection to the
+generation.
 """
 
 from __future__ import annotations
@@ -40,14 +37,13 @@ _CONNECT_S = 5.0
 #: The longest limit.  An operator may set any time, but a socket's timeout is a C int of
 #: milliseconds: 24.8 days.
 _LONGEST_S = 86_400.0
-#: The pause before another accept while the system is short of descriptors or memory.
-_PAUSE_S = 0.05
 _MESSAGE_BYTES = 64 * 1024
 #: How many characters of an exception are reported.
 _SHOWN = 120
 _COPIED_BYTES = 64 * 1024
-#: Connections that are forwarded at once; others wait.
+#: Connections that are forwarded at once; others are closed.
 _AT_ONCE = 64
+_room = threading.BoundedSemaphore(_AT_ONCE)
 
 
 class TlsRequest:
@@ -188,26 +184,11 @@ def say(line: socket.socket, text: bytes) -> None:
 # -- the probe address -----------------------------------------------------------
 
 
-def forward(listening: socket.socket, target: Target, line: socket.socket) -> None:
-    """Forward all connections of a listening socket to the generation; never return."""
-    room = threading.BoundedSemaphore(_AT_ONCE)
-    while True:
-        room.acquire()
-        try:
-            client, _ = listening.accept()
-            given = (client, target, room, line)
-            threading.Thread(target=_forward_one, args=given, daemon=True).start()
-        except (OSError, RuntimeError):  # out of descriptors, memory or threads
-            room.release()
-            time.sleep(_PAUSE_S)
-
-
-def _forward_one(
-    client: socket.socket,
-    target: Target,
-    room: threading.BoundedSemaphore,
-    line: socket.socket,
-) -> None:
+def forward(client: socket.socket, target: Target, line: socket.socket) -> None:
+    """Forward a connection to the generation, to its end."""
+    if not _room.acquire(blocking=False):
+        client.close()
+        return
     try:
         with client, target.connect() as server:
             say(line, b"+0")
@@ -219,7 +200,7 @@ def _forward_one(
     except (OSError, RuntimeError):
         pass  # for example the generation does not listen; the client sees a closed connection
     finally:
-        room.release()
+        _room.release()
 
 
 def _copy(source: socket.socket, target: socket.socket) -> None:
@@ -247,11 +228,11 @@ def main() -> None:
         # An exception means that memory ran out, or the line has ended: exit, and let the protector
         # start another prober.
         with contextlib.suppress(Exception):
-            if len(sys.argv) > 2:
-                forward(socket.socket(fileno=int(sys.argv[2])), Target(text), line)
+            if len(given) == 1:
+                forward(given[0], Target(text), line)
             else:
                 say(line, TlsRequest(text).carry_out(*given))
-                return
+            return
         os._exit(1)
 
     while True:

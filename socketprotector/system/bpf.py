@@ -42,8 +42,6 @@ _IPV6_TRAFFIC_CLASS, _IPV6_HOPS = 67, 16
 #: The highest TTL of a packet; nearly all systems start with 64 or 128.
 MOST_TTL = 255
 
-#: Drops all packets.
-NOTHING: Sequence[Instruction] = ((_RETURN, 0, 0, 0),)
 #: Drops segments with SYN and without ACK, and passes all others.  So no new client connects, but
 #: handshakes that are under way finish.
 NO_NEW_CLIENTS: Sequence[Instruction] = (

@@ -26,6 +26,7 @@ reuseport_detach_sock() in net/core/sock_reuseport.c.
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 #: The accept queue's length and limit in the tcp_info of a listening socket (tcp.h).
 _QUEUE = struct.Struct("=24x2I")
+_KEY_BYTES = 16
 
 NO_MARKS: Mapping[bpf.Mark, int] = {}
 #: The shortest timeout, and no timeout.
@@ -169,10 +171,7 @@ def reserve(sock: socket.socket, address: SocketAddress) -> socket.socket:
     not bind the address.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    made = socket_copy.bind_beside(sock, address)
-    with suppress(OSError):  # since 2026 kernels require CAP_NET_ADMIN for a TCP socket
-        bpf.attach(made, bpf.SO_ATTACH_FILTER, bpf.NOTHING)
-    return made
+    return socket_copy.bind_beside(sock, address)
 
 
 def enlist(reserved: socket.socket, tag: int, backlog: int, beside: socket.socket | None) -> None:
@@ -193,9 +192,13 @@ def enlist(reserved: socket.socket, tag: int, backlog: int, beside: socket.socke
 def silence(reserved: socket.socket) -> None:
     """Add a reserved socket to its group as the last member, until shutdown().  Raises OSError.
 
-    The socket drops the first packet of each client, whose kernel tries again.  Source: IP_MINTTL
-    in ip(7), tcp_v4_rcv() in tcp_ipv4.c; sk_acceptq_is_full() in sock.h for the backlog of 0.
+    The socket drops the first packet of each client, whose kernel tries again: it demands a
+    signature by a random key.  A kernel without signatures drops only packets whose TTL is below
+    255.  Source: IP_MINTTL in ip(7), tcp_v4_rcv() in tcp_ipv4.c; sk_acceptq_is_full() in sock.h for
+    the backlog of 0.
     """
+    with suppress(OSError):
+        socket_copy.demand_signature(reserved, os.urandom(_KEY_BYTES))
     for level, option in socket_copy.least_ttl(reserved):
         reserved.setsockopt(level, option, bpf.MOST_TTL)
     reserved.listen(0)

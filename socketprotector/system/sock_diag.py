@@ -51,8 +51,9 @@ _UNIX_REPLY = struct.Struct("=BBBBI8s")
 #: The bit that requests an attribute, and the attribute: the socket's file; the clients in a
 #: listening socket's queue; the unread and unsent bytes.
 _FILE, _PENDING, _QUEUES = (2, 1), (8, 3), (16, 4)
-_BOUND_AS = (1, 0)
-_INODE = struct.Struct("=I")  # in an attribute about a file, the device follows
+_INODE = struct.Struct("=I")
+#: An attribute about a file: the inode's last 32 bits, and the device.
+_PLACE = struct.Struct("=II")
 _BYTES_RECEIVED_OFFSET = 128  # in a tcp_info; an end of file counts as one byte
 _COUNT = struct.Struct("=Q")
 _NO_COOKIE = b"\xff" * 8
@@ -198,6 +199,28 @@ def is_waiting(client: socket.socket, server: tuple[str, int], device: int = 0) 
     return state == _SYN_RECV or (not inode and state in (_ESTABLISHED, _CLOSE_WAIT))
 
 
+def peer_user(connection: socket.socket) -> int | None:
+    """Return the user who made the other end of an accepted IPv4 connection over loopback.
+
+    None: no process has that end open any more.  Raises OSError where sock_diag is unavailable.
+    """
+    (port, address), (our_port, our_address) = (
+        (port.to_bytes(2, "big"), socket.inet_aton(host).ljust(16, b"\0"))
+        for host, port in (connection.getpeername(), connection.getsockname())
+    )
+    try:
+        with netlink.connect() as channel:
+            identity = port, our_port, address, our_address, 0, _NO_COOKIE
+            fields, _ = _tcp_connection(channel, socket.AF_INET, *identity)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return None
+    # The kernel reports user 0 for an end without inode.  Without that end, it reports a listener.
+    user, inode = fields[-2:]
+    return user if inode and fields[5] == our_port else None
+
+
 def accepted(
     listening: socket.socket, exclude: bytes = b""
 ) -> tuple[Counter[bytes], Counter[bytes]]:
@@ -321,6 +344,23 @@ def file_of(sock: socket.socket) -> int:
     return int.from_bytes(_unix_attribute(sock, *_FILE)[: _INODE.size], sys.byteorder)
 
 
+def file_key(sock: socket.socket) -> int:
+    """Return a number for a UNIX socket's file, above 2 ** 32; 0 without a file.
+
+    No other file has this number while the socket, or a connection accepted there, is open.  The
+    same name may be another file in another mount namespace.  Raises OSError where sock_diag is
+    unavailable.
+    """
+    return _key_of(_unix_attribute(sock, *_FILE))
+
+
+def _key_of(place: bytes) -> int:
+    if len(place) < _PLACE.size:
+        return 0
+    inode, device = _PLACE.unpack_from(place)
+    return int(device << 32 | inode)
+
+
 def queue_of_unix(sock: socket.socket) -> tuple[int, int]:
     """Return the length and the limit of a UNIX socket's accept queue.
 
@@ -348,16 +388,16 @@ def unread_unix() -> dict[int, int]:
     return found
 
 
-def accepted_unix() -> Iterator[tuple[str, int, int]]:
-    """Yield each accepted connection of a UNIX socket: bound name, inode, and unread bytes.
+def accepted_unix() -> Iterator[tuple[int, int, int]]:
+    """Yield each connection accepted at a UNIX socket's file: file_key(), inode, and unread bytes.
 
     Clients that wait to be accepted are left out.  Raises OSError where sock_diag is unavailable.
     """
-    show = _BOUND_AS[0] | _QUEUES[0]
+    show = _FILE[0] | _QUEUES[0]
     for fields, attributes in _unix(1 << _ESTABLISHED, 0, show):
-        if name := netlink.attribute(attributes, _BOUND_AS[1]).rstrip(b"\0"):
+        if key := _key_of(netlink.attribute(attributes, _FILE[1])):
             queues = netlink.attribute(attributes, _QUEUES[1])
-            yield os.fsdecode(name), fields[4], _INODE.unpack_from(queues)[0] if queues else 0
+            yield key, fields[4], _INODE.unpack_from(queues)[0] if queues else 0
 
 
 def _unix_attribute(sock: socket.socket, show: int, wanted: int) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import struct
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -29,6 +30,15 @@ IP_FREEBIND = 15
 IP_MINTTL = 21
 IPV6_MINHOPCOUNT = 73
 IPV6_TRANSPARENT = 75
+
+#: The option that demands a signature by a key (RFC 2385), here from a range of addresses.
+_TCP_MD5SIG_EXT, _HAS_PREFIX = 32, 1
+#: Address, flags, length of the address's prefix, length of the key, interface, and key.
+_SIGNATURE = struct.Struct("=128sBBHi80s")
+_ANY_IPV4 = struct.pack("=H", socket.AF_INET)
+_ANY_IPV6 = struct.pack("=H", socket.AF_INET6)
+#: IPv4 clients of an IPv6 socket.
+_ANY_MAPPED = struct.pack("=H6x16s", socket.AF_INET6, bytes(10) + b"\xff\xff")
 
 #: Options that accepted connections inherit, or that binding the address needs.
 _COPIED = (
@@ -87,10 +97,12 @@ def reset(listening: socket.socket) -> None:
     """Reset options of an earlier server that would harm the next server on this socket.
 
     They are the options that let_in() removes; timeouts and linger, which accepted connections
-    inherit; and the least TTL of packets, which can keep clients out.  Raises OSError.
+    inherit; and what silence() of reuseport.py sets.  Raises OSError.
     """
     for level, option in least_ttl(listening):
         listening.setsockopt(level, option, 0)
+    with suppress(OSError):  # no signature is demanded
+        demand_signature(listening, b"")
     for option, value in _HARMLESS:
         listening.setsockopt(socket.SOL_SOCKET, option, value)
     let_in(listening)
@@ -112,6 +124,18 @@ def least_ttl(sock: socket.socket) -> Sequence[tuple[int, int]]:
     if sock.family == socket.AF_INET6:  # such a socket may get IPv4 clients, too
         return (socket.IPPROTO_IP, IP_MINTTL), (socket.IPPROTO_IPV6, IPV6_MINHOPCOUNT)
     return ((socket.IPPROTO_IP, IP_MINTTL),) if sock.family == socket.AF_INET else ()
+
+
+def demand_signature(sock: socket.socket, key: bytes) -> None:
+    """Drop all packets that lack a signature by this key; b"": undo that, or raise OSError.
+
+    Unlike a filter, this needs no privilege.  Raises OSError where the kernel lacks TCP_MD5SIG.
+    Source: tcp(7); tcp_v4_parse_md5_keys() in tcp_ipv4.c (for a range of addresses, since 4.13).
+    """
+    both = (_ANY_IPV6, _ANY_MAPPED)
+    for clients in (_ANY_IPV4,) if sock.family == socket.AF_INET else both:
+        value = _SIGNATURE.pack(clients, _HAS_PREFIX, 0, len(key), 0, key)
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_MD5SIG_EXT, value)
 
 
 def reapply_options(used: socket.socket, fresh: socket.socket, *, device: bool = True) -> None:

@@ -20,7 +20,6 @@ import os
 import re
 import socket
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 
@@ -28,7 +27,7 @@ from ..model.lazy_dataclass import frozen, replace
 from . import path_group
 from .cleanup import on_error
 from .dir_lock import give
-from .sock_diag import accepted_unix, file_of
+from .sock_diag import file_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,9 +40,7 @@ _OWN = "~"
 #: The suffix of the link that is renamed over the path.
 _NEW = "new"
 #: The name that a socket of a path is bound to, or with `own` the file that it keeps.
-_NAME = re.compile(
-    r"(?P<folder>.*/)\.(?P<name>[^/]+)\.sp-(?P<number>[0-9a-f]{6})(?P<own>~?)", re.DOTALL
-)
+_NAME = re.compile(r"(?P<folder>.*/)\.(?P<name>[^/]+)\.sp-[0-9a-f]{6}(?P<own>~?)", re.DOTALL)
 _ACL = "system.posix_acl_access"
 #: Device and inode of a missing file.
 _NONE = (0, 0)
@@ -72,25 +69,6 @@ def path_of(name: str) -> str:
 def files_of(name: str) -> list[str]:
     """Return the existing files of a socket, from the name that it is bound to."""
     return [each for each in (name + _OWN, path_of(name)) if os.path.lexists(each)]
-
-
-def number_of(sock: socket.socket) -> int:
-    """Return the number in the name of a socket's connections; 0 if the name has none."""
-    found = _NAME.fullmatch(_bound_as(sock))
-    return int(found["number"], 16) if found else 0
-
-
-def connections(path: str) -> Counter[int]:
-    """Return how many accepted connections each socket of a path has open, by number_of().
-
-    Raises OSError if the kernel does not report them.
-    """
-    found = Counter[int]()
-    for name, _, _ in accepted_unix():
-        parts = _NAME.fullmatch(name)
-        if parts and path_of(name) == path:
-            found[int(parts["number"], 16)] += 1
-    return found
 
 
 def has_room(path: str) -> bool:

@@ -32,9 +32,12 @@ def listening(family: int, host: str, *, both: bool = False, **options: int) -> 
 
 
 def ignore_clients(one: socket.socket) -> None:
-    """Set a key that every client would have to sign with, by TCP_MD5SIG_EXT, without privilege."""
+    """Set a key that loopback's clients would have to sign with, by TCP_MD5SIG_EXT.
+
+    It takes no privilege.  (Of a key for all addresses, socket_copy.reset() clears the socket.)
+    """
     who = struct.pack("H", one.family).ljust(128, b"\0")
     try:
-        one.setsockopt(socket.IPPROTO_TCP, 32, who + struct.pack("BBHi80s", 1, 0, 3, 0, b"key"))
+        one.setsockopt(socket.IPPROTO_TCP, 32, who + struct.pack("BBHi80s", 1, 1, 3, 0, b"key"))
     except OSError as error:
         needs.skip("TCP_MD5SIG", error)

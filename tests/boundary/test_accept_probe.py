@@ -43,12 +43,12 @@ class Server:
 
     def __init__(self, listening: socket.socket) -> None:
         self._listening = listening
-        self.connect_address = listening.getsockname()
         self.is_waiting = True
 
-    def connecting(self) -> socket.socket:
+    def connect(self) -> tuple[socket.socket, int]:
         self.is_waiting = True
-        return socket.socket(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        client = socket.socket(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        return client, client.connect_ex(self._listening.getsockname())
 
     def waits(self, connection: socket.socket) -> bool:
         return self.is_waiting

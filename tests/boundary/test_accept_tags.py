@@ -18,7 +18,7 @@ from socketprotector.daemon.delivery.shared.open_counts import NO_TAG, OpenCount
 from socketprotector.daemon.delivery.shared.shared_listeners import SharedListeners
 from socketprotector.launch.bind_unix import give_away
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system import accept_tags, reuseport, socket_file
+from socketprotector.system import accept_tags, reuseport, sock_diag, socket_file
 from socketprotector.system.listener import Listener
 from socketprotector.system.listeners import listener_of
 from tests.boundary.listening import KINDS, listening
@@ -309,8 +309,8 @@ def test_at_a_path_none_is_counted_for_a_generation_that_another_one_has_accepte
         accepted, _ = its.socket.accept()
         with accepted:
             assert counts.tag_sockets(0, ()) == ()
-            assert counts.tag_sockets(1, ()) == ((0, socket_file.number_of(its.socket_for(1))),)
-    assert counts.tag_sockets(0, ()) == ((0, socket_file.number_of(its.socket)),)
+            assert counts.tag_sockets(1, ()) == ((0, sock_diag.file_key(its.socket_for(1))),)
+    assert counts.tag_sockets(0, ()) == ((0, sock_diag.file_key(its.socket)),)
     its.close()
 
 

@@ -40,7 +40,9 @@ def asked(loop: Loop, command: str, written: list[History]) -> Health:
     its = SimpleNamespace(
         health=f"check:{command}", health_every_s=0.02, health_failures=3, health_timeout_s=0.1
     )
-    way = SimpleNamespace(text="127.0.0.1:1", close=lambda: None, is_unchanged=lambda: True)
+    way = SimpleNamespace(
+        text="127.0.0.1:1", give=None, close=lambda: None, is_unchanged=lambda: True
+    )
     health = Health(
         Runtime(loop, cast("Any", log), lambda _: None, persist),
         settings=lambda: cast("Any", its),

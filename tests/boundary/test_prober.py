@@ -19,6 +19,7 @@ import pytest
 
 from socketprotector.daemon import prober_client
 from socketprotector.programs import prober
+from socketprotector.system import loopback
 from socketprotector.system.loop import Loop
 from tests.boundary.serving import Serve, reset, serving
 from tests.certificates import self_signed
@@ -41,9 +42,15 @@ def message(**fields: object) -> bytes:
     return json.dumps({**usual, **fields}).encode()
 
 
-def target(address: tuple[str, int]) -> bytes:
-    """Describe where to forward connections."""
-    return json.dumps({"address": address, "source": "", "options": ()}).encode()
+def forwarded(line: socket.socket, address: tuple[str, int]) -> socket.socket:
+    """Return a client whose connection the prober forwards to an address."""
+    text = json.dumps({"address": address, "source": "", "options": ()}).encode()
+    client, server = loopback.pair()
+    assert server is not None
+    with server:
+        socket.send_fds(line, [text], [server.fileno()])
+    client.settimeout(DEADLINE_S)
+    return client
 
 
 def carried_out(address: tuple[str, int], **fields: object) -> tuple[str, bytes]:
@@ -207,16 +214,14 @@ def send(line: socket.socket, address: tuple[str, int], **fields: object) -> soc
 
 
 @contextmanager
-def process(text: bytes = b"", *listening: socket.socket) -> Iterator[socket.socket]:
+def process() -> Iterator[socket.socket]:
     """Run the prober, and give our end of its line; it exits when we close the line."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(DEADLINE_S)
-    fds = (theirs.fileno(), *(each.fileno() for each in listening))
-    words = (sys.executable, "-I", "-S", prober.__file__, *map(str, fds))
-    with ours, subprocess.Popen(words, pass_fds=fds) as running:
+    fd = theirs.fileno()
+    words = (sys.executable, "-I", "-S", prober.__file__, str(fd))
+    with ours, subprocess.Popen(words, pass_fds=(fd,)) as running:
         theirs.close()
-        if text:
-            ours.send(text)
         yield ours
         ours.close()
         assert running.wait(DEADLINE_S) == 0
@@ -285,8 +290,8 @@ def test_a_report_on_an_earlier_request_is_ignored(
     assert heard[1]
 
 
-@pytest.mark.parametrize("listening", [False, True])
-def test_one_that_can_have_no_thread_ends_in_silence(listening: bool) -> None:
+@pytest.mark.parametrize("forwards", [False, True])
+def test_one_that_can_have_no_thread_ends_in_silence(forwards: bool) -> None:
     """The protector then starts another."""
     code = (
         "import runpy, sys, threading\n"
@@ -298,14 +303,11 @@ def test_one_that_can_have_no_thread_ends_in_silence(listening: bool) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(DEADLINE_S)
     with ours, socket.create_server(("127.0.0.1", 0)) as probe:
-        fds = (theirs.fileno(), probe.fileno()) if listening else (theirs.fileno(),)
-        words = (sys.executable, "-c", code, prober.__file__, *map(str, fds))
-        with subprocess.Popen(words, pass_fds=fds, stderr=subprocess.PIPE) as running:
+        fd = theirs.fileno()
+        words = (sys.executable, "-c", code, prober.__file__, str(fd))
+        with subprocess.Popen(words, pass_fds=(fd,), stderr=subprocess.PIPE) as running:
             theirs.close()
-            if listening:
-                ours.send(target(probe.getsockname()))
-            else:
-                send(ours, probe.getsockname()).close()
+            (forwarded if forwards else send)(ours, probe.getsockname()).close()
             assert running.wait(DEADLINE_S) == 1
             assert running.stderr is not None
             assert running.stderr.read() == b""
@@ -369,12 +371,8 @@ def test_it_forwards_what_comes_to_the_probe_address() -> None:
         thread.start()
         closing.callback(thread.join)
         closing.callback(echo.shutdown, socket.SHUT_RDWR)
-        probe = closing.enter_context(socket.create_server(("127.0.0.1", 0)))
-        closing.enter_context(process(target(echo.getsockname()), probe))
-        clients = [
-            closing.enter_context(socket.create_connection(probe.getsockname(), DEADLINE_S))
-            for _ in range(10)
-        ]
+        line = closing.enter_context(process())
+        clients = [closing.enter_context(forwarded(line, echo.getsockname())) for _ in range(10)]
         for each in clients:
             each.sendall(whole)
             each.shutdown(socket.SHUT_WR)
@@ -386,9 +384,5 @@ def test_it_forwards_what_comes_to_the_probe_address() -> None:
 def test_who_connects_to_what_does_not_listen_is_closed() -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         address = gone.getsockname()
-    with (
-        socket.create_server(("127.0.0.1", 0)) as probe,
-        process(target(address), probe),
-        socket.create_connection(probe.getsockname(), DEADLINE_S) as client,
-    ):
+    with process() as line, forwarded(line, address) as client:
         assert client.recv(1) == b""

@@ -24,7 +24,7 @@ from tests import needs
 from tests.boundary.listening import KINDS, listening
 from tests.rounds import rounds
 from tests.running import DEADLINE_S, ROOT
-from tests.unanswered import Unanswered
+from tests.unanswered import Unanswered, from_next_door
 
 Pair = tuple[socket.socket, socket.socket]
 #: The clients of which a share is drawn; so many at a time have room in a backlog.
@@ -338,14 +338,6 @@ def test_each_of_several_marks_leads_to_its_own_one(
             assert came((one, second), hosts) == (12, 0)
 
 
-def _from_next_door(client: socket.socket) -> None:
-    """Have its packets come with as many hops left as there can be."""
-    if client.family == socket.AF_INET6:
-        client.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 255)
-    else:
-        client.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 255)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
 def test_clients_get_no_answer_and_try_again_and_those_from_before_notice_nothing(
@@ -362,8 +354,7 @@ def test_clients_get_no_answer_and_try_again_and_those_from_before_notice_nothin
             reuseport.steer(silent, 1)
             places = [(each, port) for each in hosts]
             waiting = [clients.enter_context(Unanswered(each)) for each in places]
-            if os.geteuid() == 0:
-                waiting += [clients.enter_context(Unanswered(n, _from_next_door)) for n in places]
+            waiting += [clients.enter_context(Unanswered(n, from_next_door)) for n in places]
             for each in waiting:
                 each.tries_again()
             assert reuseport.queue(silent)[0] == 0
@@ -389,7 +380,9 @@ def test_it_takes_no_privilege_to_have_clients_try_again_later(
             silent = clients.enter_context(reuseport.reserve(one, address))
             reuseport.silence(silent)
             reuseport.steer(silent, 1)
-            found = [clients.enter_context(Unanswered((n, address[1]))) for n in hosts]
+            places = [(each, address[1]) for each in hosts]
+            found = [clients.enter_context(Unanswered(each)) for each in places]
+            found += [clients.enter_context(Unanswered(n, from_next_door)) for n in places]
             for each in found:
                 each.tries_again()
             reuseport.steer(silent, 0)

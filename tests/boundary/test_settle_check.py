@@ -117,26 +117,14 @@ class Probers:
 
 
 @pytest.fixture
-def way() -> Iterator[SimpleNamespace]:
+def way() -> Iterator[ProbeTarget]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        connecting = ProbeTarget(
-            listening.getsockname(), None, lambda _: True, lambda: None
-        ).connecting
-        yield SimpleNamespace(
-            host_header="",
-            connect_address=listening.getsockname(),
-            connecting=connecting,
-            waits=lambda _: False,
-            abandon=lambda _: None,
-            is_unix=False,
-            close=lambda: None,
-            is_unchanged=lambda: True,
-        )
+        yield ProbeTarget(listening.getsockname(), None, lambda _: False, lambda: None)
 
 
 @pytest.mark.usefixtures("soon")
 def test_what_hangs_is_killed_and_as_bad(
-    loop: Loop, monkeypatch: pytest.MonkeyPatch, way: SimpleNamespace
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, way: ProbeTarget
 ) -> None:
     """Also where it could not be asked at first: that is no reason later."""
     probers = Probers(loop, b"")
@@ -169,7 +157,7 @@ def test_what_another_generation_has_answered_is_neither_good_nor_bad(
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("status", [b"200", b"500"])
 def test_nor_what_it_has_answered_by_http(
-    loop: Loop, status: bytes, monkeypatch: pytest.MonkeyPatch, way: SimpleNamespace
+    loop: Loop, status: bytes, monkeypatch: pytest.MonkeyPatch, way: ProbeTarget
 ) -> None:
     monkeypatch.setattr(probe, "Prober", Probers(loop, b"HTTP/1.1 %s -\r\n\r\n" % status))
     way.is_unchanged = lambda: False
@@ -180,7 +168,7 @@ def test_nor_what_it_has_answered_by_http(
 
 @pytest.mark.usefixtures("soon")
 def test_a_verdict_ends_the_probers_copy_of_the_connection(
-    loop: Loop, monkeypatch: pytest.MonkeyPatch, way: SimpleNamespace
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, way: ProbeTarget
 ) -> None:
     """Otherwise connections would pile up at a server whose answers do not end."""
     monkeypatch.setattr(probe, "Prober", Probers(loop, b"HTTP/1.1 500\r\n\r\nand so on"))
@@ -188,7 +176,7 @@ def test_a_verdict_ends_the_probers_copy_of_the_connection(
     with ExitStack() as closing:
 
         def connecting() -> socket.socket:
-            one: socket.socket = connect()
+            one = connect()
             copies.append(closing.enter_context(one.dup()))
             return one
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,20 @@ import pytest
 from tests import needs
 from tests.load import Load
 from tests.procfs import ports_of
-from tests.running import FAIR_START_S, Protector, ask, eventually, shared_path, wait_gone
+from tests.running import (
+    DEADLINE_S,
+    FAIR_START_S,
+    Protector,
+    ask,
+    eventually,
+    shared_path,
+    wait_gone,
+)
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.faults import injected
 from tests.scenarios.operating import Operating
 from tests.scenarios.probed import Asked, get, probers
-from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, spawned, worker
+from tests.scenarios.tools import EITHER_HANDOFF, NOBODY, Gate, Release, spawned, worker
 
 Starter = Callable[..., Protector]
 SHORT = ("--start-timeout", f"{FAIR_START_S}s")
@@ -390,6 +399,49 @@ def test_any_client_may_ask_at_the_probe_address_and_clients_go_elsewhere(
     gate.stay_open()
     daemon.log.wait_for("event=reloaded generation=2", after=mark)
     assert get(daemon.port) == f"[{new}]"
+    daemon.stop()
+
+
+ASKS = """
+import socket, sys
+with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as one:
+    try:
+        one.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
+        print(one.makefile().read())
+    except ConnectionError:
+        pass
+"""
+
+
+@needs.ANOTHER_USER
+@EITHER_HANDOFF
+def test_another_user_reaches_no_private_unix_socket_through_the_probe_address(
+    protector: Starter, asked: Asked, tmp_path: Path
+) -> None:
+    address, good = tmp_path / "address", tmp_path / "good"
+    check = f"check:echo $SOCKETPROTECTOR_PROBE > {address}; test -e {good}"
+    words = ("--ready", check, f"unix:{tmp_path / 's'}?mode=0600", "--", asked.release.path)
+    daemon = protector(*words)
+    eventually(lambda: address.exists() and bool(address.read_text()), "the probe address")
+    port = address.read_text().strip().rpartition(":")[2]
+
+    heard = [
+        subprocess.run(
+            [sys.executable, "-S", "-c", ASKS, port],
+            user=user,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=DEADLINE_S,
+        ).stdout.strip()
+        for user in (NOBODY, os.geteuid())
+    ]
+
+    assert heard[0] == ""
+    assert f"[{spawned(daemon, 1)[0]}]" in heard[1], "the check's own user is served"
+    good.touch()
+    daemon.ready()
     daemon.stop()
 
 

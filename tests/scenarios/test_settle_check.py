@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests import needs
 from tests.load import Load
 from tests.procfs import children_of
 from tests.running import Client, Protector, ask, eventually, wait_gone
@@ -20,7 +22,16 @@ from tests.scenarios.adopting import at_rest, kill_protector, revived, served, u
 from tests.scenarios.operating import MANY, Operating, nothing_of
 from tests.scenarios.probed import Asked, get, probers
 from tests.scenarios.running_ctl import Running
-from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, hold, pid_in, spawned
+from tests.scenarios.tools import (
+    EITHER_HANDOFF,
+    NOBODY,
+    Gate,
+    Release,
+    hold,
+    pid_in,
+    spawned,
+    worker,
+)
 
 Starter = Callable[..., Protector]
 HTTP = ("--ready", "accept", "--settle-check", "http:/healthz")
@@ -195,6 +206,56 @@ def test_what_it_has_not_taken_goes_back(
         assert client.hear() == f"[{old}] hello {number}"
         client.close()
     os.kill(new, signal.SIGCONT)
+    daemon.stop()
+
+
+#: Connect 300 times, and send nothing until stdin ends.
+SILENT = """
+import socket, sys
+kept = []
+for _ in range(300):
+    kept.append(socket.socket())
+    kept[-1].setblocking(False)
+    kept[-1].connect_ex(("127.0.0.1", int(sys.argv[1])))
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@needs.ANOTHER_USER
+@EITHER_HANDOFF
+def test_silent_connections_of_another_user_fail_no_check(
+    protector: Starter, release: Release, tmp_path: Path
+) -> None:
+    told, flooded = tmp_path / "told", tmp_path / "flooded"
+    release.becomes(*worker("ready_at_gate", "/dev/null"))  # serves one client after the other
+    script = (
+        "import os,pathlib,socket,sys,time\n"
+        "at=os.environ['SOCKETPROTECTOR_PROBE'].split(':')\n"
+        "pathlib.Path(sys.argv[1]).with_suffix('.new').write_text(at[1])\n"
+        "os.rename(sys.argv[1]+'.new',sys.argv[1])\n"
+        "while not os.path.exists(sys.argv[2]): time.sleep(.01)\n"
+        "one=socket.create_connection(at)\n"
+        "one.sendall(b'hello\\n')\n"
+        "assert b'hello' in one.recv(99)\n"
+    )
+    check = f'check:{sys.executable} -S -c "{script}" {told} {flooded}'
+    words = ("--settle", "100ms", "--settle-check", check, "127.0.0.1:0", "--", release.path)
+    daemon = protector(*words).ready()
+    mark = daemon.signal(signal.SIGHUP)
+    eventually(told.exists, "the probe address")
+    flood = [sys.executable, "-S", "-c", SILENT, told.read_text()]
+    with subprocess.Popen(
+        flood, stdin=subprocess.PIPE, stdout=subprocess.PIPE, user=NOBODY, cwd="/"
+    ) as stranger:
+        assert stranger.stdout is not None
+        assert stranger.stdout.readline()
+        flooded.touch()
+
+        said = daemon.log.wait_for(r"event=(reloaded|reload-failed)\b", after=mark)
+
+        assert "event=reloaded generation=2" in said
+        stranger.communicate()
     daemon.stop()
 
 

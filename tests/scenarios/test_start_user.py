@@ -23,7 +23,7 @@ from tests.procfs import status_of
 from tests.running import DEADLINE_S, WORKERS, Ended, ask, eventually, wait_gone
 from tests.scenarios.operating import Line
 from tests.scenarios.starting import Start, told
-from tests.unanswered import Unanswered
+from tests.unanswered import Unanswered, from_next_door
 
 pytestmark = needs.ANOTHER_USER
 
@@ -385,6 +385,28 @@ def as_nobody(start: Start, theirs: Path, python: str) -> Callable[..., Ended]:
         )
 
     return run
+
+
+def test_a_hold_of_an_ordinary_user_resets_no_client_whatever_its_ttl(
+    start: Start, theirs: Path, as_nobody: Callable[..., Ended], python: str
+) -> None:
+    control = theirs / "control"
+    words = ("--handoff", "listener", "--control", str(control), "127.0.0.1:0")
+    server = (python, "-S", "-E", str(WORKERS / "accepts.py"))
+    ended = as_nobody("--log-file", str(start.log_file), *words, "--", *server)
+    assert ended.status == 0, ended.err
+    with Line(control) as line:
+        line.ask("hold", seconds=3600)
+        with Unanswered(start.address) as late, Unanswered(start.address, from_next_door) as near:
+            for each in (late, near):
+                each.tries_again()
+            line.ask("release")
+            for each in (late, near):
+                each.connects()
+                each.say("hello")
+                assert each.hear().endswith(" hello")
+                each.close()  # the server serves one after the other
+    start.stop()
 
 
 def test_a_low_port_needs_the_right(

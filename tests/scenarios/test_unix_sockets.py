@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -155,6 +156,52 @@ def test_counts_are_each_generation_s_own(one: Operated, path: Path, release: Re
             third.hear()
             one.until_generation(2, active=2)
             one.until_generation(3, active=1)
+    one.until_generation(3, active=0)
+
+
+#: In a mount namespace of its own: bind every name below a folder that any user can read, and
+#: accept a client there whose bytes nobody reads.
+NAMESAKES = """
+import socket, sys
+folder, kept = sys.argv[1], []
+with open("/proc/net/unix") as table:
+    names = {line.split()[7] for line in table if f" {folder}/" in line}
+for name in names:
+    server, client = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+    server.bind(name)
+    server.listen()
+    client.connect(name)
+    client.sendall(b"unread")
+    kept += [server, client, server.accept()[0]]
+print(len(names), flush=True)
+sys.stdin.read()
+"""
+
+
+@needs.root_with("unshare", "mount")
+def test_sockets_of_the_same_name_in_another_mount_namespace_count_for_no_generation(
+    one: Operated, path: Path, release: Release
+) -> None:
+    release.becomes(*KEEPS)
+    one.daemon.reload()
+    script = 'mount -t tmpfs none "$1" && exec "$2" -c "$3" "$1"'
+    words = ("unshare", "--mount", "sh", "-c", script, "sh", path.parent, sys.executable)
+    with (
+        Client(str(path), "first") as first,
+        subprocess.Popen(
+            [*words, NAMESAKES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as theirs,
+    ):
+        first.hear()
+        assert theirs.stdout is not None
+        assert int(theirs.stdout.readline()) >= 2
+        one.daemon.reload()
+        with Client(str(path), "second") as second:
+            second.hear()
+            one.until_generation(2, active=1)
+            one.until_generation(3, active=1)
+        theirs.communicate()
+    assert theirs.returncode == 0
     one.until_generation(3, active=0)
 
 

@@ -77,7 +77,6 @@ class Connection(File):
         self.late = False  # it was accepted by a worker that had been told to finish
         self.tag = 0  # of the socket that it has come to
         self.address = address  # where it is looked for by sock_diag
-        self.bound_as = ""  # of UNIX: as the socket that it has come to
         self.came_by: Address | None = address
         self.added = address.added if address is not None else 0
         self._lost = lost

@@ -437,7 +437,7 @@ class Handed(World):
 
     def _establish(self, to: Listening, connection: Connection) -> None:
         connection.established = True
-        connection.tag, connection.bound_as = to.tag, to.bound_as
+        connection.tag = to.tag
         assert not to.drops, f"{connection} would never be accepted"
         if self._chance() < 0.8:
             self._says(connection)
@@ -938,12 +938,12 @@ class Handed(World):
         opened = Counter(each.tag for each in found if each.address is file.address)
         return opened, Counter(each.tag for one in file.address.listening for each in one.backlog)
 
-    def accepted_unix(self) -> Iterator[tuple[str, int, int]]:
+    def accepted_unix(self) -> Iterator[tuple[int, int, int]]:
         self.kernel.enter("sock_diag")
         for server in self._living():
             for each in server.connections:
-                if each.bound_as:
-                    yield each.bound_as, each.number, int(each.said and not each.heard)
+                if each.tag and each.address and not each.address.by_number:
+                    yield each.tag, each.number, int(each.said and not each.heard)
 
     def _check_counted(self, server: Server, connection: Connection) -> None:
         """What tells a generation's connections tells no other's.

@@ -16,7 +16,7 @@ from itertools import count
 from typing import Any, cast
 
 from socketprotector.model.share import WHOLE
-from socketprotector.system import accept_tags, socket_file
+from socketprotector.system import accept_tags
 from tests.simulation.files import Connection, File, Question, failure
 
 IN, OUT, SHUT, HUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLRDHUP, select.EPOLLHUP
@@ -372,8 +372,13 @@ class Listening(File):
     getsockopt = get
 
     @property
+    def key(self) -> int:
+        """What sock_diag.file_key() returns."""
+        return 1 << 32 | self.node.inode if self.node and self.address.is_path else 0
+
+    @property
     def tag(self) -> int:
         """What the connections that it accepts are told by."""
         if not self.address.by_number:
-            return socket_file.number_of(cast("Any", self))
+            return self.key
         return accept_tags.tag_of(cast("Any", self))

@@ -970,7 +970,7 @@ class World:
         """In the place of accept_tags.connections()."""
         raise NotImplementedError
 
-    def accepted_unix(self) -> Iterator[tuple[str, int, int]]:
+    def accepted_unix(self) -> Iterator[tuple[int, int, int]]:
         """In the place of sock_diag.accepted_unix()."""
         raise NotImplementedError
 
@@ -1814,7 +1814,9 @@ def installed(world: World) -> Iterator[None]:
         put(bpf, "comes_from", kernel.comes_from)
         put(socket_file, "give", kernel.give)
         put(socket_file, "file_of", kernel.file_of)
-        put(socket_file, "accepted_unix", world.accepted_unix)
+        put(sock_diag, "accepted_unix", world.accepted_unix)
+        put(sock_diag, "file_key", kernel.file_key)
+        put(quiescing, "file_key", kernel.file_key)
         put(quiescing, "accepted_unix", world.accepted_unix)
         put(spawn, "_fork", kernel.fork)
         put(proc_scan, "Scan", look)

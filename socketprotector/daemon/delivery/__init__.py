@@ -286,8 +286,8 @@ class Delivery(ABC):
     def is_silent(self) -> bool:
         """Return whether a hold now stops probes that connect as clients do.
 
-        Such probes use reach() with `as_client`.  queue/ returns False: its probes connect to their
-        own port (queue/probe_port.py).
+        Such probes use reach() with `as_client`.  queue/ returns False: its probes do not connect
+        to a listener (queue/probe_sender.py).
         """
 
     @property

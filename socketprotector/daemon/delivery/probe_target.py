@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable
 
 from ...model.lazy_dataclass import mutable
-from ...system import bpf, scoped
+from ...system import bpf, loopback, scoped
 from ...system.cleanup import on_error
 from ..generation import OpenGeneration
 
 #: The environment variable with the address that a check command probes.
 PROBE = "SOCKETPROTECTOR_PROBE"
-#: The backlog of a socket for probes, which make few connections at once.
-BACKLOG = 16
 #: The message about a probe if ProbeTarget.is_unchanged() returns False.
 SHUT_DOWN = "the generation's socket was shut down, closed to clients or replaced during the probe"
 
@@ -45,19 +44,14 @@ class ProbeTarget:
     #: that can keep clients out.  If True, the probed socket perhaps refuses clients.  Then the
     #: generation must not count as ready merely because a timer has ended (ready_probe.py).
     may_refuse_clients: Callable[[], bool] = lambda: False
+    #: Sends the server end of a connection over loopback to the generation, and closes our copy.
+    #: None: probes connect to the address.
+    give: Callable[[socket.socket], None] | None = None
 
     @property
     def is_unix(self) -> bool:
         """Return whether the address is a UNIX socket."""
         return not self.address[1]
-
-    @property
-    def needs_forwarding(self) -> bool:
-        """Return whether a check command needs a loopback port that we forward to this address.
-
-        The command itself cannot set a mark, and perhaps cannot connect to a UNIX socket.
-        """
-        return self.mark is not None or self.is_unix
 
     @property
     def text(self) -> str:
@@ -84,6 +78,22 @@ class ProbeTarget:
         if not self.is_unix:
             return scoped.sockaddr(*self.address)
         return f"\0{host[1:]}" if host.startswith("@") else host
+
+    def connect(self) -> tuple[socket.socket, int]:
+        """Return a non-blocking socket that connects to the generation, and connect()'s errno.
+
+        EAGAIN: try again.  Raises OSError.
+        """
+        if self.give is None:
+            client = self.connecting()
+            with on_error(client.close):
+                return client, client.connect_ex(self.connect_address)
+        client, server = loopback.pair()
+        if server is None:
+            return client, errno.EAGAIN
+        with on_error(client.close):
+            self.give(server)
+        return client, 0
 
     def connecting(self) -> socket.socket:
         """Make a non-blocking socket that can connect to the address.  Raises OSError."""

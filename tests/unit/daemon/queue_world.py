@@ -18,7 +18,7 @@ from socketprotector.daemon.delivery.queue import (
     acceptor,
     listener_drain,
     outlet,
-    probe_port,
+    probe_sender,
     queue_watch,
     shortage,
     undelivered,
@@ -222,7 +222,7 @@ class QueueWorld:
         self.clock = Clock()
         self.writable = True  # the state can be written
         self.listeners: list[MemoryListener] = []
-        parts = (acceptor, listener_drain, outlet, probe_port, queue_watch, shortage, undelivered)
+        parts = (acceptor, listener_drain, outlet, probe_sender, queue_watch, shortage, undelivered)
         self.kernel.use_in(patch, *parts, *modules)
         timed = [each for each in (*parts, *modules) if hasattr(each, "time")]
         runtime = self.clock.use_in(patch, *timed)

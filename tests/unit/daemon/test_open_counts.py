@@ -34,9 +34,9 @@ class World(SharedWorld):
         tags = SimpleNamespace(
             TAGS=TAGS, tag_of=lambda one: one.tag, tag=self._tag, connections=self._connections
         )
-        files = SimpleNamespace(number_of=lambda one: one.tag, connections=self._of_path)
+        files = SimpleNamespace(file_key=lambda one: one.tag, accepted_unix=self._of_path)
         patch.setattr(module, "accept_tags", tags)
-        patch.setattr(module, "socket_file", files)
+        patch.setattr(module, "sock_diag", files)
         self.counts = OpenCounts(self.listeners)
 
     def _tag(
@@ -54,9 +54,9 @@ class World(SharedWorld):
         [found] = [each for each in self.all if listening in each.sockets]
         return Counter(self.open.get(found.sockets[0], ())), Counter(self.waiting)
 
-    def _of_path(self, path: str) -> Counter[int]:
+    def _of_path(self) -> list[tuple[int, int, int]]:
         self._ask()
-        return Counter(self.of_paths)
+        return [(tag, 0, 0) for tag in self.of_paths.elements()]
 
     def _ask(self) -> None:
         self.queries += 1

@@ -22,6 +22,7 @@ from socketprotector.system.listener import Listener
 from tests.unit.daemon.clock import Clock
 
 PORT, INDEX = 80, 3
+FILE, OTHER_FILE, REPLACED = 1 << 32, 2 << 32, 3 << 32
 READ, SILENT = b"has sent something", b"has sent nothing"
 
 
@@ -47,7 +48,11 @@ class World:
         self.pairs = [cast("Listener", listener)]
         patch.setattr(quiescing, "unread", self._unread)
         patch.setattr(quiescing, "still_unread", self._still_unread)
-        host = SimpleNamespace(runtime=self.clock.use_in(patch, quiescing))
+        self.record = SimpleNamespace(accept_tags=())  # of generation 1
+        host = SimpleNamespace(
+            runtime=self.clock.use_in(patch, quiescing),
+            generations={1: SimpleNamespace(record=self.record)},
+        )
         self.turns = Turns()
         listeners = SimpleNamespace(host=host, awaited=self._awaited, can_stray=self._can_stray)
         self.quiescing = Quiescing(
@@ -90,19 +95,14 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return World(monkeypatch)
 
 
-def add_path(world: World, patch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+def add_path(world: World, patch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """Add a UNIX path with one unread client; return what accepted_unix() yields."""
-    name = "/run/.s.sp-000001"
-    only = SimpleNamespace(getsockname=lambda: name)
     listener = SimpleNamespace(
-        socket=SimpleNamespace(family=socket.AF_UNIX),
-        sockets=[only],
-        socket_for=lambda _: only,
-        path="/run/s",
-        index=INDEX + 1,
+        socket=SimpleNamespace(family=socket.AF_UNIX), socket_for=lambda _: FILE, index=INDEX + 1
     )
     world.pairs.append(cast("Listener", listener))
-    clients = [(name, 7, 1)]
+    clients = [(FILE, 7, 1)]
+    patch.setattr(quiescing, "file_key", lambda each: each)
     patch.setattr(quiescing, "accepted_unix", lambda: clients)
     return clients
 
@@ -186,32 +186,21 @@ def test_a_silent_one_is_waited_for_a_while(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "replaced", "waits"),
+    ("file", "tagged", "waits"),
     [
-        ("/run/.s.sp-000001", False, True),
-        ("/run/.s.sp-000002", False, False),
-        ("/run/.s.sp-000002", True, False),
-        ("/run/.s.sp-000009", False, False),
-        ("/run/.s.sp-000009", True, True),
-        ("/run/.other.sp-000009", True, False),
+        (FILE, False, True),
+        (OTHER_FILE, False, False),
+        (REPLACED, False, False),
+        (REPLACED, True, True),
     ],
 )
-def test_clients_of_a_replaced_unix_socket_are_waited_for(
-    world: World, monkeypatch: pytest.MonkeyPatch, name: str, replaced: bool, waits: bool
+def test_only_clients_of_the_generations_files_are_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch, file: int, tagged: bool, waits: bool
 ) -> None:
-    """Its name is lost: it is any of the path that none of the sockets has."""
-    names = ("/run/.s.sp-000001", "/run/.s.sp-000002")
-    sockets = [SimpleNamespace(getsockname=lambda each=each: each) for each in names]
-    listener = SimpleNamespace(
-        socket=SimpleNamespace(family=socket.AF_UNIX),
-        sockets=sockets,
-        socket_for=sockets.__getitem__,
-        path="/run/s",
-        index=INDEX,
-    )
-    world.pairs[:] = [cast("Listener", listener)]
-    world.turns.unserved = frozenset({(1, INDEX)} if replaced else ())
-    monkeypatch.setattr(quiescing, "accepted_unix", lambda: [(name, 7, 1)])
+    """Its tag names the file of a socket that was replaced."""
+    add_path(world, monkeypatch)[:] = [(file, 7, 1)]
+    del world.pairs[0]
+    world.record.accept_tags = ((INDEX, 5), (INDEX + 1, REPLACED)) if tagged else ()
     world.begin()
     world.clock.pass_time(GENERATION_LAST_S - 1.0)
     assert bool(world.ended) != waits

@@ -21,7 +21,7 @@ from .. import UNTAKEN_S, untaken_message
 from .acceptor import Send
 from .generation_channel import GenerationChannel
 from .outlet import Outlet
-from .probe_port import is_probe
+from .probe_sender import is_probe
 from .queue_watch import QueueWatch
 from .undelivered import listener_of
 

@@ -22,7 +22,7 @@ from ....system.inherited import Inherited
 from ....system.listener import TRANSIENT_ERRNOS, Listener
 from ...runtime import Runtime
 from .. import LAST_S, QUIET_S
-from . import canary, probe_port
+from . import canary, probe_sender
 from .acceptor import Acceptor, Send
 from .generation_channel import GenerationChannel
 from .listener_drain import DrainingListeners
@@ -213,7 +213,7 @@ class Forwarder:
         self._lost += self.undelivered.drop(lambda _: True)
         for channel, is_released in self._leftovers.items():
             if is_released:
-                self._lost += probe_port.drop_all(channel)
+                self._lost += probe_sender.drop_all(channel)
                 channel.close()
         self._shortage.close()
         return surviving
@@ -338,8 +338,8 @@ class Forwarder:
             remaining -= 1
             header, fd = taken
             if fd < 0:  # the kernel has dropped the connection
-                self._lost += not probe_port.is_probe(header)
-            elif probe_port.is_probe(header):
+                self._lost += not probe_sender.is_probe(header)
+            elif probe_sender.is_probe(header):
                 self.outlet.let_go(fd)  # a probe is only for this channel's generation
             elif has_unknown and route is not None and not route.knows_of(listener_of(header)):
                 self._put_back(channel, header, fd)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from ....model.lazy_dataclass import mutable
 from ....system.channel import BROKEN
 from ....system.loop import WRITE, Loop
-from . import probe_port
+from . import probe_sender
 from .generation_channel import GenerationChannel
 from .queue_watch import QueueWatch
 from .shortage import Shortage
@@ -104,13 +104,13 @@ class Outlet:
             self.queue_watch.subtract_counted()
             header, fd = taken
             if fd < 0:
-                self.lost += not probe_port.is_probe(header)
+                self.lost += not probe_sender.is_probe(header)
             else:
                 self.send(route, header, fd)
 
     def send_failed(self, header: bytes, fd: int, error: OSError) -> None:
         """Keep a client's connection or drop a probe after a failed send; takes ownership of fd."""
-        if probe_port.is_probe(header):
+        if probe_sender.is_probe(header):
             self.let_go(fd)  # a kept probe could reach another generation
         else:
             self.undelivered.keep_first(header, fd)

@@ -35,7 +35,7 @@ from ...generation import OpenGeneration
 from .. import Delivery, Handles
 from ..host import Host
 from ..probe_target import ProbeTarget
-from . import probe_port
+from . import probe_sender
 from .forwarder import Forwarder
 from .generation_channel import GenerationChannel
 
@@ -116,7 +116,9 @@ class QueueDelivery(Delivery):
         for each in self.listeners:
             if listener in ("", each.settings.name) and generation.knows(each.index):
                 watch = partial(self.forwarder.watch_of, channel)
-                return probe_port.ProbePort(self._loop, channel, each.index, watch).target
+                path, port = each.local_address
+                sender = probe_sender.ProbeSender(self._loop, channel, each.index, watch)
+                return sender.target(("127.0.0.1", port) if port else (path, 0))
         return None
 
     def cannot_share(self, listeners: Collection[Listener]) -> str | None:
@@ -183,7 +185,7 @@ class QueueDelivery(Delivery):
 
     def waiting(self, generation: OpenGeneration, *, clients_only: bool = False) -> int | None:
         if clients_only and not generation.record.serving_since:
-            return 0  # the generation never got clients: its queue has only probes (probe_port.py)
+            return 0  # the generation never got clients, so its queue has only probes
         channel = self._channel_of(generation)
         waiting = channel.depth()
         return 0 if clients_only and waiting == 1 and _has_probe_first(channel) else waiting
@@ -362,4 +364,4 @@ def _has_probe_first(channel: Channel) -> bool:
         header = channel.peek()
     except OSError:  # out of memory
         return False
-    return header is not None and probe_port.is_probe(header)
+    return header is not None and probe_sender.is_probe(header)

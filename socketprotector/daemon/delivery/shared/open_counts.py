@@ -1,9 +1,9 @@
 """Counts each generation's open connections from the kernel's data, under --handoff listener.
 
 `status` shows the counts.  Each listening socket of a generation has a number, the accept tag,
-which the socket's connections inherit (system/accept_tags.py).  At a UNIX path, the tag is the
-number in the name of the socket's file (system/socket_file.py).  Connections without a tag (NO_TAG)
-count for no generation.
+which the socket's connections inherit (system/accept_tags.py).  At a UNIX path, the tag is the key
+of the socket's file (system/sock_diag.py).  Connections without a tag (NO_TAG) count for no
+generation.
 
 We query the kernel so seldom that the queries take at most QUERY_SHARE (accept_watch.py) of our
 time.  Until the next query, `status` shows the last counts.
@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 
 from ....model.lazy_dataclass import field, mutable
-from ....system import accept_tags, socket_file
+from ....system import accept_tags, sock_diag
 from ....system.listener import Listener
 from .accept_watch import QUERY_SHARE
 from .shared_listeners import SharedListeners
@@ -70,12 +70,12 @@ class OpenCounts:
             raise OSError(errno.EOPNOTSUPP, "all generations accept from one socket")
         listening = listener.socket_for(socket_number)
         if listening.family == socket.AF_UNIX:
-            tag = socket_file.number_of(listening)
+            tag = sock_diag.file_key(listening)
             # `taken` lacks the tags of released generations, and tags that were deleted from the
             # records (by SharedListeners.note_bound() or SharedDelivery._stop_counting()).  Open
             # connections may still carry such a tag.  So also look for open connections with this
             # socket's tag.
-            if (listener.index, tag) in taken or socket_file.connections(listener.path)[tag]:
+            if (listener.index, tag) in taken or _by_tag(listener, None)[tag]:
                 raise OSError(errno.EBUSY, "another generation has accepted from the socket")
             return listener.index, tag
         used = {tag for index, tag in taken if index == listener.index} - {NO_TAG}
@@ -165,7 +165,7 @@ def has_open(
         if each.index == index:
             listening = each.socket_for(number)
             with suppress(OSError):
-                tag = (socket_file.number_of if each.path else accept_tags.tag_of)(listening)
+                tag = (sock_diag.file_key if each.path else accept_tags.tag_of)(listening)
                 return tag != NO_TAG and _by_tag(each, ours)[tag] > 0
     return False
 
@@ -176,5 +176,5 @@ def _by_tag(listener: Listener, ours: socket.socket | None) -> Counter[int]:
     ours: our own TCP connection, which is not counted.
     """
     if listener.path:
-        return socket_file.connections(listener.path)
+        return Counter(file for file, _, _ in sock_diag.accepted_unix())
     return accept_tags.connections(listener.socket, ours)[0]

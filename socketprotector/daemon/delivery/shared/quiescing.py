@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
 from ....model.lazy_dataclass import mutable
 from ....system.listener import RESOURCE_ERRNOS, Listener
-from ....system.sock_diag import accepted_unix, still_unread, unread
-from ....system.socket_file import path_of
+from ....system.sock_diag import accepted_unix, file_key, still_unread, unread
 from .accept_watch import QUERY_SHARE
 from .probes import Probes
 from .shared_listeners import SharedListeners, Steering
@@ -98,26 +97,21 @@ def _unread_tcp(
 
 
 def _unread_unix(
-    listeners: Sequence[Listener], state: _Generation, replaced: Sequence[Listener]
+    listeners: Sequence[Listener], state: _Generation, tags: Iterable[tuple[int, int]]
 ) -> dict[tuple[int, bytes], bool]:
     """Return the unread clients of a generation's UNIX sockets.  Raises OSError.
 
     The kernel reports 0 unread bytes for a silent client, as for a client whose bytes were read.
     So we wait for neither.
 
-    replaced: listeners whose socket was replaced after the generation's start.  Each socket is
-    bound to its own name (socket_file.py), and its accepted connections keep this name.  We no
-    longer know the name of the replaced socket.  So we also count the unread clients of all former
-    sockets of the path.
+    tags: the generation's (open_counts.py).  They name the file of a socket that was replaced after
+    the generation's start, too.
     """
-    by_name = {each.socket_for(state.socket_number).getsockname(): each.index for each in listeners}
-    by_path = {each.path: each.index for each in replaced}
-    present = {listening.getsockname() for each in replaced for listening in each.sockets}
+    by_file = {file_key(each.socket_for(state.socket_number)): each.index for each in listeners}
+    by_file.update((tag, index) for index, tag in tags if index in by_file.values())
     found: dict[tuple[int, bytes], bool] = {}
-    for name, inode, unread_bytes in accepted_unix():
-        index = by_name.get(name)
-        if index is None and by_path and name not in present:
-            index = by_path.get(path_of(name))
+    for file, inode, unread_bytes in accepted_unix():
+        index = by_file.get(file)
         if unread_bytes and index is not None:
             client = index, b"%d" % inode
             if state.unread is None or client in state.unread:
@@ -251,9 +245,9 @@ class Quiescing:
                 if family != socket.AF_UNIX:
                     found.update(_unread_tcp(family, of_family, state))
                 elif not state.reads_on:  # a UNIX connection has no handshake
-                    unserved = self._turns.unserved
-                    replaced = [e for e in of_family if (generation, e.index) in unserved]
-                    found.update(_unread_unix(of_family, state, replaced))
+                    opened = self._listeners.host.generations.get(generation)
+                    tags = opened.record.accept_tags if opened is not None else ()
+                    found.update(_unread_unix(of_family, state, tags))
             except OSError as error:
                 if error.errno in RESOURCE_ERRNOS:
                     return None

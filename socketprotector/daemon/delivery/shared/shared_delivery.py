@@ -396,6 +396,10 @@ class SharedDelivery(Delivery):
         # channel's ends.
         for fd in descriptors.values():
             os.close(fd)
+        # Earlier versions of SocketProtector had other tags, below 2 ** 32, at a UNIX path.
+        paths = [each.index for each in self._listeners if each.path]
+        if any(index in paths and tag < 1 << 32 for index, tag in generation.record.accept_tags):
+            generation.update_record(accept_tags=())
         # If the record has no tags, perhaps the protector was killed before open() could tag the
         # sockets.  This generation's connections may then carry earlier generations' tags.
         if not generation.record.accept_tags:

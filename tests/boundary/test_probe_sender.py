@@ -1,19 +1,22 @@
-"""The port by which a generation is asked that takes connections from a channel."""
+"""Probes of a generation that takes connections from a channel: real connections."""
 
 from __future__ import annotations
 
+import select
 import socket
 from contextlib import ExitStack, closing
 
 import pytest
 from socketprotector_client import wire
 
-from socketprotector.daemon.delivery.queue.probe_port import ProbePort, is_probe
+from socketprotector.daemon.delivery.queue.probe_sender import ProbeSender, is_probe
 from socketprotector.daemon.delivery.queue.queue_watch import QueueWatch
 from socketprotector.system.channel import Channel
 from socketprotector.system.loop import Loop
 from tests.generation_channel import generation_channel
-from tests.running import eventually
+from tests.running import DEADLINE_S, eventually
+
+ADDRESS = "127.0.0.1", 80
 
 
 def turn(loop: Loop) -> None:
@@ -34,18 +37,34 @@ def fill(channel: Channel, fd: int) -> int:
     raise AssertionError("there is always room")
 
 
-def test_what_finds_no_room_waits_and_is_sent_when_there_is_some(loop: Loop) -> None:
+def test_a_probe_that_could_not_be_sent_was_not_taken(loop: Loop) -> None:
+    """It is closed, which looks the same to the client."""
+    channel = Channel.make(4)
+    target = ProbeSender(loop, channel, 0).target(ADDRESS)
+    with closing(channel), closing(target):
+        channel.read.shutdown(socket.SHUT_RD)
+        client, code = target.connect()
+        with client:
+            assert code == 0
+            assert select.select([client], [], [], DEADLINE_S)[0]
+            assert client.recv(1) == b""
+            with pytest.raises(BrokenPipeError):
+                target.waits(client)
+
+
+def test_a_probe_without_room_waits_and_is_sent_when_there_is_some(loop: Loop) -> None:
     with ExitStack() as stack:
         channel = stack.enter_context(closing(Channel.make(4)))
-        way = stack.enter_context(closing(ProbePort(loop, channel, 0).target))
+        target = stack.enter_context(closing(ProbeSender(loop, channel, 0).target(ADDRESS)))
         clients = fill(channel, channel.read.fileno())
-        ours = stack.enter_context(socket.create_connection(way.address))
-        ours.setblocking(False)
+        ours, code = target.connect()
+        stack.enter_context(ours)
+        assert code == 0
         for _ in range(3):
             turn(loop)
             with pytest.raises(BlockingIOError):
                 ours.recv(1)
-            assert way.waits(ours)
+            assert target.waits(ours)
             assert channel.depth() == clients
 
         for _ in range(clients):
@@ -54,18 +73,18 @@ def test_what_finds_no_room_waits_and_is_sent_when_there_is_some(loop: Loop) -> 
             assert not is_probe(taken[0])
             socket.close(taken[1])
         eventually(lambda: turn(loop) or channel.depth() == 1, "it is sent")  # type: ignore[func-returns-value]
-        assert way.waits(ours)
+        assert target.waits(ours)
         taken = channel.take_back()
         assert taken is not None
         assert is_probe(taken[0])
         socket.close(taken[1])
-        assert not way.waits(ours)
+        assert not target.waits(ours)
 
 
-def test_a_question_that_was_taken_does_not_wait_behind_another_ports(loop: Loop) -> None:
+def test_a_probe_that_was_taken_does_not_wait_behind_another_senders(loop: Loop) -> None:
     """A worker that serves one after the other has it, and waits for its end.
 
-    Whoever took the other one for it would not end it, and so the other one would never be taken.
+    If we took the other for it, we would not end it, and the other would never be taken.
     """
     with ExitStack() as stack:
         channel = stack.enter_context(closing(generation_channel(4)))
@@ -73,18 +92,18 @@ def test_a_question_that_was_taken_does_not_wait_behind_another_ports(loop: Loop
             loop, accepted=lambda: 0, send_again=lambda _: None, untaken=lambda *_: None
         )
         clients.follow(channel)
-        ways = [
-            stack.enter_context(closing(ProbePort(loop, channel, 0, lambda: clients).target))
+        targets = [
+            stack.enter_context(
+                closing(ProbeSender(loop, channel, 0, lambda: clients).target(ADDRESS))
+            )
             for _ in "ab"
         ]
-        connections = []
-        for count, way in enumerate(ways, 1):
-            connections.append(stack.enter_context(socket.create_connection(way.address)))
-            while channel.depth() < count:
-                turn(loop)
-        assert [way.waits(one) for way, one in zip(ways, connections, strict=True)] == [True, True]
+        probes = [stack.enter_context(each.connect()[0]) for each in targets]
+        waits = [each.waits(one) for each, one in zip(targets, probes, strict=True)]
+        assert waits == [True, True]
 
         taken = channel.take_back()
         assert taken is not None
         stack.callback(socket.close, taken[1])
-        assert [way.waits(one) for way, one in zip(ways, connections, strict=True)] == [False, True]
+        waits = [each.waits(one) for each, one in zip(targets, probes, strict=True)]
+        assert waits == [False, True]

@@ -130,7 +130,7 @@ def check_clients() -> None:
 
     def reads(client: Client, until: float) -> tuple[Message, int] | None:
         found = read(client, until)
-        if found is not None and client.peer_pid != os.getppid():
+        if found is not None and client.peer[0] != os.getppid():
             try:
                 check(asked.get((id(client), found[0].get("id"))), found[0])  # type: ignore[arg-type]
             except AssertionError as error:

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import socket
+import stat
 import struct
 import time
 from collections import deque
@@ -25,6 +26,7 @@ from ..model.control_requests import COMMANDS
 from ..model.text import escape, in_units
 from ..system.cleanup import on_error
 from ..system.foreign_descriptors import refuse_descriptors
+from ..system.trusted_path import only_lead
 from .errors import ConnectionLost, NoProtector, RequestRefused
 from .fields import label, text_in
 from .message import message_in
@@ -44,8 +46,6 @@ LONGEST_LINE = 4 * 1024 * 1024
 #: answer() buffers at most this many events, and this many bytes of events.  A protector and the
 #: kernel together buffer less for one client.  (Most events have 100 bytes or more.)
 _MOST_EVENTS, _MOST_EVENT_BYTES = 20_000, 2 * 1024 * 1024
-#: The size of sun_path without the final zero byte (unix(7)).
-_LONGEST_PATH = 107
 #: The format of SO_PEERCRED and SCM_CREDENTIALS: pid, uid and gid, in our own namespaces.
 _CREDENTIALS = struct.Struct("3i")
 #: Room for credentials only, so that the kernel drops descriptors that a peer sends.
@@ -153,8 +153,8 @@ class Client:
         return self._socket.fileno()
 
     @property
-    def peer_pid(self) -> int:
-        """The pid of the process that last called listen().
+    def peer(self) -> tuple[int, int]:
+        """Pid and user of the process that last called listen().
 
         Normally this is the protector.  While a protector starts, this can still be the process
         that launches the protector, or the previous protector, which crashed.
@@ -162,7 +162,8 @@ class Client:
         credentials = self._socket.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
         )
-        return int(_CREDENTIALS.unpack(credentials)[0])
+        pid, uid, _ = _CREDENTIALS.unpack(credentials)
+        return pid, uid
 
     def shares_pids(self, status: Message) -> bool:
         """Return True if the protector of this connection is in our own PID namespace.
@@ -389,19 +390,34 @@ def connect(path: str, timeout_s: float) -> socket.socket:
 
 
 def _connect_to_path(sock: socket.socket, path: str) -> None:
-    """Connect a socket.  If the path is too long for connect(2), use a descriptor of its folder."""
-    if len(os.fsencode(path)) <= _LONGEST_PATH:
-        sock.connect(path)
-        return
-    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Connect a socket to the socket file at a path, and to no other file that comes there later.
+
+    Root refuses a path that another user may lead to a socket of yet another.  Raises OSError.
+    """
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        short_folder = f"/proc/self/fd/{folder}"
-        if not os.path.exists(short_folder):
-            why = f"a path over {_LONGEST_PATH} bytes needs /proc; mount it, or use a shorter path"
-            raise OSError(errno.ENAMETOOLONG, why)
-        sock.connect(f"{short_folder}/{os.path.basename(path)}")
+        found = os.fstat(place)
+        if not stat.S_ISSOCK(found.st_mode):
+            raise OSError(errno.ENOTSOCK, "the file there is no socket")
+        if why := why_misled(path, found.st_uid):
+            raise OSError(errno.ELOOP, why)
+        by_place = f"/proc/self/fd/{place}"
+        sock.connect(by_place if os.path.exists(by_place) else path)
     finally:
-        os.close(folder)
+        os.close(place)
+
+
+def why_misled(path: str, owner: int) -> str:
+    """Return why root must not use what a path leads to; "" if root may, or if we are not root.
+
+    owner: the user that owns what the path leads to; any other user could have put a link there.
+    """
+    if os.geteuid() != 0 or only_lead(path, {0, owner}):
+        return ""
+    return (
+        f"it belongs to user {owner}, but another user can make this path lead elsewhere; run the "
+        "command as that other user, or name a path that only root and its owner can change"
+    )
 
 
 def _connect_error(path: str, error: OSError) -> NoProtector | RequestRefused:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from ..model.errors import UsageError
 from ..model.text import escape
 from ..system import control_path
-from .client import ANSWER_S, connect, process_exists
+from .client import ANSWER_S, connect, process_exists, why_misled
 from .errors import NoProtector, RequestRefused
 from .fields import label, listed, text_in
 from .query_all import SocketAnswer, query_all
@@ -222,12 +222,18 @@ def by_pid_file(file: str) -> str:
 
     Raises NoProtector, UsageError; RequestRefused if this user may not connect to the socket.
     """
-    pid = _living_pid(file)
+    pid, owner = _living_pid(file)
     found = query_all(sockets())
     matching = _of_process(pid, found)
     if not matching:
         found, _ = _query_silent_again(found)
         matching = _of_process(pid, found)
+    if matching and not (matching := [each for each in matching if each.uid == owner]):
+        # The file's owner can write any pid into it.
+        raise UsageError(
+            f"--pid-file {file}: it belongs to user {owner}, but process {pid} to another; pass "
+            "--control PATH"
+        )
     if matching:
         # A process can claim any pid in its status, so several sockets may match.  Prefer a socket
         # in the pid file's folder, then a socket whose pid the kernel confirms (SO_PEERCRED).
@@ -268,8 +274,8 @@ def _is_another_users(pid: int) -> bool:
         return False
 
 
-def _living_pid(file: str) -> int:
-    """Return the pid in a pid file, if a process has this pid.
+def _living_pid(file: str) -> tuple[int, int]:
+    """Return the pid in a pid file, if a process has this pid, and the file's owner.
 
     Tries for up to _RESTART_S, because a restarted protector may not have written the file yet.
     Raises NoProtector if the file is missing or no process has the pid, UsageError if the file
@@ -278,9 +284,9 @@ def _living_pid(file: str) -> int:
     until = time.monotonic() + _RESTART_S
     while True:
         try:
-            pid = _read_pid(file)
+            pid, owner = _read_pid(file)
             if process_exists(pid):
-                return pid
+                return pid, owner
             gone = f"--pid-file {file}: process {pid} is gone; the protector has ended"
             raise NoProtector(gone)
         except NoProtector:
@@ -322,13 +328,17 @@ def _is_listening(path: str) -> bool:
     return True
 
 
-def _read_pid(file: str) -> int:
-    """Return the pid in a pid file.  Raises NoProtector, UsageError as _living_pid() does."""
+def _read_pid(file: str) -> tuple[int, int]:
+    """Return the pid in a pid file, and the file's owner.
+
+    Raises NoProtector, UsageError as _living_pid() does.
+    """
     try:
         # Without O_NONBLOCK, opening a FIFO waits for a writer.
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            regular = stat.S_ISREG(os.fstat(fd).st_mode)
+            opened = os.fstat(fd)
+            regular = stat.S_ISREG(opened.st_mode)
             content = os.read(fd, 64) if regular else b""
         finally:
             os.close(fd)
@@ -343,7 +353,9 @@ def _read_pid(file: str) -> int:
     number = re.match(rb"\s*(\d{1,9})\s*$", content)
     if number is None:
         raise UsageError(f"--pid-file {file}: it contains no pid")
-    return int(number[1])
+    if why := why_misled(file, opened.st_uid):
+        raise UsageError(f"--pid-file {file}: {why}")
+    return int(number[1]), opened.st_uid
 
 
 def where() -> str:

@@ -27,7 +27,9 @@ class SocketAnswer:
 
     path: str
     result: Message | None = None
-    pid: int = 0  # Client.peer_pid; 0: no process listens, or the connection failed or ended
+    #: Client.peer; 0 as the pid: no process listens, or the connection failed or ended.
+    pid: int = 0
+    uid: int = 0
     why: str = ""  # why there is no answer: the code of NoProtector or RequestRefused
 
     @property
@@ -51,7 +53,7 @@ def query_all(paths: Iterable[str], within_s: float = _ALL_ANSWERS_S) -> list[So
                 continue
             selector.register(client, selectors.EVENT_READ, client)
             # An answer replaces this entry.
-            found[path] = SocketAnswer(path, pid=client.peer_pid, why="silent")
+            found[path] = SocketAnswer(path, None, *client.peer, why="silent")
         while selector.get_map() and (left_s := until - time.monotonic()) > 0:
             for key, _ in selector.select(left_s):
                 client = key.data
@@ -60,7 +62,7 @@ def query_all(paths: Iterable[str], within_s: float = _ALL_ANSWERS_S) -> list[So
                 answer = _answer_of(client)
                 if answer is None and (longest := _longest_if_too_much(selector)) is not None:
                     client, code = longest, longest.foreign_peer_error().code
-                    answer = SocketAnswer(client.path, None, client.peer_pid, code)
+                    answer = SocketAnswer(client.path, None, *client.peer, why=code)
                 if answer is not None:
                     found[client.path] = answer
                     selector.unregister(client)
@@ -73,9 +75,9 @@ def _answer_of(client: Client) -> SocketAnswer | None:
     try:
         result = client.answer(0.0)  # 0.0: only read what has arrived
     except (NoProtector, RequestRefused) as error:
-        pid = 0 if error.code == "dead" else client.peer_pid
-        return SocketAnswer(client.path, None, pid, error.code)
-    return None if result is None else SocketAnswer(client.path, result, client.peer_pid)
+        pid, uid = (0, 0) if error.code == "dead" else client.peer
+        return SocketAnswer(client.path, None, pid, uid, error.code)
+    return None if result is None else SocketAnswer(client.path, result, *client.peer)
 
 
 def _longest_if_too_much(selector: selectors.BaseSelector) -> Client | None:

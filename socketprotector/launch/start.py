@@ -147,6 +147,10 @@ def _become_resident(
         raise _cannot_detach(error) from error
     with ExitStack() as made:  # undone only after a failure, because a success ends in exec
         made.callback(context.close)  # removes the pid file; a second close() does nothing
+        if pid_file is not None and settings.identity is not None:
+            # socketprotectorctl compares the owner with the protector's user, who can write the
+            # file after the exec anyway.
+            os.fchown(pid_file.fd, settings.identity.uid, -1)
         # Make the files below only now: of several simultaneous starts, only one has the pid file.
         notices: list[str] = []
         control = bind_control(settings, notices.append)

@@ -343,9 +343,9 @@ def test_a_pid_file(tmp_path: Path, data: bytes) -> None:
         PidFile(str(path)).refuse_if_held("stop it")
         assert len(data) <= 32
     with suppress(UsageError):
-        assert 0 <= discovery._read_pid(str(path)) < 10**9
+        assert 0 <= discovery._read_pid(str(path))[0] < 10**9
     path.write_bytes(b"12\n")
-    assert discovery._read_pid(str(path)) == 12
+    assert discovery._read_pid(str(path)) == (12, os.getuid())
     PidFile(str(path)).refuse_if_held("stop it")
 
 

@@ -542,4 +542,4 @@ def test_list_of_none(folder: Path, ctl: Ctl) -> None:
 
 def test_the_client_knows_which_process_listens(fake: Fake) -> None:
     with Client(str(fake.path)) as client:
-        assert client.peer_pid == os.getpid()
+        assert client.peer[0] == os.getpid()

@@ -57,7 +57,7 @@ test-tools: # install the other programs that tests need; if that fails, each te
 	-tools/install-packages nodejs nginx-light starlet starman strace util-linux
 	-tools/install-packages golang-go
 	-command -v rustc >/dev/null || tools/install-packages rustc
-	-tools/install-packages apparmor curl haproxy iproute2 libserver-starter-perl logrotate openssl policycoreutils-python-utils stunnel4
+	-tools/install-packages apparmor curl haproxy iproute2 libserver-starter-perl logrotate openssl policycoreutils-python-utils stunnel4 systemd
 	-tools/install-packages jq netcat-openbsd python3-click python3-daemon python3-psutil python3-rich python3-prometheus-client
 
 test: $(INSTALLED) $(COLLECTED) test-tools ## run most tests in one combination (installs compilers, interpreters and servers)

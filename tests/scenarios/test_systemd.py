@@ -38,6 +38,7 @@ from tests.running import (
 from tests.scenarios.adopting import Installation, at_rest
 from tests.scenarios.managers import Manager
 from tests.scenarios.tools import Gate
+from tests.systems.life import under_unit
 
 UNITS = ROOT / "init.d"
 EXPORTERS = UNITS.parent / "exporter" / "init.d"
@@ -803,12 +804,15 @@ def test_the_units_are_as_closed_as_the_document_says(unit: str) -> None:
 
 @needs.ANOTHER_USER
 @pytest.mark.parametrize("options", ["", "--worker-user games"])
-def test_the_capabilities_that_the_units_leave_are_enough(
-    marked_environment: dict[str, str], request: pytest.FixtureRequest, options: str
+@pytest.mark.parametrize("filtered", [False, True], ids=["all calls", "the unit's calls"])
+def test_the_capabilities_and_calls_that_the_units_leave_are_enough(
+    marked_environment: dict[str, str],
+    request: pytest.FixtureRequest,
+    options: str,
+    filtered: bool,
 ) -> None:
     """Root without any others binds, makes its files in the user's folder, and starts workers."""
-    if shutil.which("setpriv") is None:
-        needs.skip("setpriv")
+    setpriv = shutil.which("setpriv") or needs.skip("setpriv")
     unit = settings_of("socketprotector@.service")
     [names] = unit["CapabilityBoundingSet"]
     bounds = ",".join(
@@ -823,7 +827,8 @@ def test_the_capabilities_that_the_units_leave_are_enough(
 
     process = subprocess.Popen(
         [
-            *("setpriv", f"--bounding-set={bounds}", "--inh-caps=-all", "--no-new-privs"),
+            *(under_unit(shipped("socketprotector@.service")) if filtered else ()),
+            *(setpriv, f"--bounding-set={bounds}", "--inh-caps=-all", "--no-new-privs"),
             *(*COMMAND, "-f", "--pid-file", str(folder / "pid"), "--user", "nobody"),
             *(*options.split(), "--ready", "after:0.05s", "--chdir", "/"),
             *(f"unix:{folder}/s?user=games", "--", "/bin/sh", "-c", "cat <&3"),

@@ -1,13 +1,13 @@
 """Runs a command as on another system: without /proc, without a shell, with calls that fail.
 
     python elsewhere.py [--no-proc | --hidepid] [--no-shell | --root FOLDER] [--nobody]
-        [--fails CALL=ERRNO]... -- COMMAND...
+        [--fails CALL=ERRNO]... [--unit FILE] -- COMMAND...
 
-On the standard library alone; executes COMMAND in its own place.  All but --fails takes root:
-mounts are made in a mount namespace of its own and are gone with the command.
+On the standard library alone; executes COMMAND in its own place.  All but --fails and --unit takes
+root: mounts are made in a mount namespace of its own and are gone with the command.
 
 Source: unshare(2), mount(2), pivot_root(2) (chroot(2) does here), seccomp(2), and the kernel's
-asm/unistd.h for the numbers.
+asm/unistd.h for the numbers; systemd.exec(5) and seccomp_init(3) for the filters of a unit.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import argparse
 import ctypes
 import errno
 import os
+import re
+import socket
 import stat
 import struct
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -163,12 +166,97 @@ def fail(calls: dict[str, int]) -> None:
     _done(_libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, filters, 0, 0), "seccomp")
 
 
+_SECCOMP = "libseccomp.so.2"
+_KILL_PROCESS, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
+_EQUAL = 4
+#: More than there are families of sockets.
+_FAMILIES = 64
+
+
+class _Argument(ctypes.Structure):
+    _fields_ = (
+        ("number", ctypes.c_uint),
+        ("compared", ctypes.c_int),
+        ("value", ctypes.c_uint64),
+        ("_", ctypes.c_uint64),
+    )
+
+
+def can_filter_as_systemd() -> bool:
+    """Whether this machine has what under_unit() needs."""
+    try:
+        ctypes.CDLL(_SECCOMP)
+        return bool(_allowed_calls(["@system-service"]))
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def _allowed_calls(words: list[str]) -> set[str]:
+    """Return the calls that SystemCallFilter= of a unit allows, by this machine's systemd."""
+    listed = ["systemd-analyze", "--no-pager", "syscall-filter"]
+    text = subprocess.run(listed, check=True, capture_output=True, text=True).stdout
+    groups = {
+        group: re.findall(r"^    ([@\w-]+)$", members, re.MULTILINE)
+        for group, members in re.findall(r"^(@[\w-]+)\n((?: .*\n)*)", text, re.MULTILINE)
+    }
+    found: set[str] = set()
+    waiting = ["@default", *words]  # systemd adds the first
+    while waiting:
+        word = waiting.pop()
+        if word.startswith("@"):
+            waiting += groups[word]
+        else:
+            found.add(word)
+    return found
+
+
+def _setting(text: str, name: str) -> list[str]:
+    [found] = re.findall(rf"^{name}=(.*)$", text, re.MULTILINE)
+    return str(found).split()
+
+
+def under_unit(unit: Path) -> None:
+    """Allow the system calls and the families of sockets that a systemd unit does.
+
+    As under systemd there is no socket of another family (EAFNOSUPPORT).  Another call kills the
+    process by SIGSYS, whatever error the unit has for it: no substitute may hide the call.
+    """
+    text = unit.read_text(encoding="utf-8")
+    calls = _allowed_calls(_setting(text, "SystemCallFilter"))
+    families = {getattr(socket, word) for word in _setting(text, "RestrictAddressFamilies")}
+    seccomp = ctypes.CDLL(_SECCOMP, use_errno=True)
+    seccomp.seccomp_init.restype = ctypes.c_void_p
+
+    def number(call: str) -> int:
+        return int(seccomp.seccomp_syscall_resolve_name(call.encode()))
+
+    def add(rules: ctypes.c_void_p, action: int, call: str, *arguments: _Argument) -> None:
+        compared = (_Argument * len(arguments))(*arguments)
+        done = seccomp.seccomp_rule_add_array(
+            rules, ctypes.c_uint32(action), number(call), len(arguments), compared
+        )
+        assert done == 0, (call, done)
+
+    # The second one forbids seccomp(2).
+    sockets = ctypes.c_void_p(seccomp.seccomp_init(ctypes.c_uint32(_ALLOW)))
+    for family in sorted({*range(_FAMILIES)} - families):
+        first = _Argument(0, _EQUAL, family, 0)
+        add(sockets, _ERRNO | errno.EAFNOSUPPORT, "socket", first)
+    rest = ctypes.c_void_p(seccomp.seccomp_init(ctypes.c_uint32(_KILL_PROCESS)))
+    for call in calls:
+        if number(call) >= 0:  # another architecture's are negative
+            add(rest, _ALLOW, call)
+    for rules in (sockets, rest):
+        assert seccomp.seccomp_load(rules) == 0, "seccomp_load"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--no-proc", action="store_true", help="none is mounted")
     parser.add_argument("--hidepid", action="store_true", help="of other users nothing is seen")
     parser.add_argument("--no-shell", action="store_true", help="nor any other program in /usr/bin")
     parser.add_argument("--fails", action="append", default=[], metavar="CALL=ERRNO")
+    parser.add_argument("--unit", type=Path, help="system calls: those that this unit allows")
     parser.add_argument("--root", help="with the folders of temporary files and of these tests")
     parser.add_argument("--nobody", action="store_true", help="run it as that user")
     parser.add_argument("command", nargs="+")
@@ -192,6 +280,8 @@ def main() -> None:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
+    if given.unit:
+        under_unit(given.unit)
     os.execv(given.command[0], given.command)
 
 

@@ -12,14 +12,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests import needs
 from tests.running import DEADLINE_S, WORKERS, Lines, Protector, ask
 from tests.scenarios.adopting import kill_protector, revived
+from tests.systems import elsewhere
 
 ELSEWHERE = (sys.executable, str(Path(__file__).with_name("elsewhere.py")))
 NAME = "life"
 MISHAP = re.compile("Traceback|Warning")
 #: Runs for every Python there is, so both need nothing but the standard library.
 WORKER = {"connection": "many", "listener": "accepts"}
+
+
+def under_unit(unit: Path) -> tuple[str, ...]:
+    """Return a command that executes another where a call that a unit forbids kills its process."""
+    if not elsewhere.can_filter_as_systemd():
+        needs.skip("systemd-analyze, libseccomp")
+    return (*ELSEWHERE, "--unit", str(unit), "--")
 
 
 @dataclass
@@ -33,6 +42,8 @@ class Surroundings:
     options: Sequence[str] = ()
     mode: str = "connection"
     more: Mapping[str, str] = field(default_factory=dict)  # in its environment
+    daemon: Sequence[str] = ()  # its command, if it is not one of WORKER
+    orders: Sequence[str] = ()  # more of socketprotectorctl
 
     @property
     def variables(self) -> Mapping[str, str]:
@@ -45,10 +56,13 @@ class Surroundings:
 
     def write(self, comment: str = "") -> None:
         # As tests.scenarios.tools.worker: it is not the worker that is looked at.
-        worker = [self.python[0], "-S", "-E", str(WORKERS / f"{WORKER[self.mode]}.py")]
-        text = [f"# {comment}", f"command = {json.dumps(worker)}", 'listen = ["127.0.0.1:0"]']
+        daemon = [*self.daemon]
+        if not daemon:
+            daemon = [self.python[0], "-S", "-E", str(WORKERS / f"{WORKER[self.mode]}.py")]
+        text = [f"# {comment}", f"command = {json.dumps(daemon)}", 'listen = ["127.0.0.1:0"]']
+        text += [f'handoff = "{self.mode}"']
         if self.mode == "listener":
-            text += ['handoff = "listener"', 'ready = "after:100ms"']
+            text += ['ready = "after:100ms"']
         self.config.write_text("\n".join(text) + "\n", encoding="utf-8")
 
     def command(self, module: str = "socketprotector") -> tuple[str, ...]:
@@ -109,6 +123,9 @@ def _live(daemon: Protector, around: Surroundings, pid_file: Path) -> None:
     status = json.loads(around.ctl("--name", NAME, "status", "--json"))
     assert status["generations"][-1]["phase"] == "serving"
     assert NAME in around.ctl("list")
+    for order in around.orders:
+        around.ctl("--name", NAME, *order.split())
+        assert ask(address)
     around.ctl("--pid-file", str(pid_file), "reload", "--wait")
     assert ask(address)
     daemon.stop()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from socketprotector.launch.kernel_calls import OLDEST_KERNEL
 from socketprotector.model.errors import SystemRefused
 from tests import needs
 from tests.rounds import rounds
+from tests.running import ROOT, WORKERS
 from tests.systems import elsewhere
-from tests.systems.life import ELSEWHERE, Surroundings, lived
+from tests.systems.life import ELSEWHERE, Surroundings, lived, under_unit
 
 pytestmark = needs.unless(elsewhere.known_machine(), f"call numbers of {os.uname().machine}")
 
@@ -114,14 +116,49 @@ def test_no_newer_call_is_used_that_is_not_tested_here(
         needs.skip("strace, libc6-dev")
     numbers = re.findall(r"#define __NR_(\w+) (\d+)", table.read_text())
     newer = {name for name, number in numbers if int(number) >= NEWER}
-    calls = tmp_path / "calls"
     used: set[str] = set()
     for mode in ("connection", "listener"):
         # The filter in the kernel, so that only these calls stop for the tracer.
         those = "trace=" + ",".join(f"?{name}" for name in sorted(newer))
-        tracer = ("strace", "-D", "-f", "--seccomp-bpf", "-e", those, "-qq", "-o", str(calls))
-        lived(Surroundings(tmp_path, marked_environment, tracer, mode=mode))
-        used |= set(re.findall(r"^\d+ +(\w+)\(", calls.read_text(), re.MULTILINE))
+        tracer = ("strace", "-D", "-ff", "--seccomp-bpf", "-e", those, "-qq")
+        through = (*tracer, "-o", str(tmp_path / "calls"))
+        lived(Surroundings(tmp_path, marked_environment, through, mode=mode))
+        for calls in tmp_path.glob("calls.*"):  # one of each process
+            used |= set(re.findall(r"^(\w+)\(", calls.read_text(), re.MULTILINE))
 
     assert "pidfd_open" in used
     assert used & newer <= {*elsewhere.CALLS}
+
+
+@pytest.mark.parametrize(
+    ("mode", "daemon", "options"),
+    [
+        ("connection", (sys.executable, str(WORKERS / "echo.py")), ()),  # on the client library
+        ("listener", (), ()),
+        # The probes have a helper process.  What answers is no TLS.
+        ("stdio", ("/bin/cat",), ("--health", "https:/", "--health-every", "100ms")),
+    ],
+)
+def test_a_whole_life_needs_no_call_that_the_units_forbid(
+    tmp_path: Path,
+    marked_environment: dict[str, str],
+    mode: str,
+    daemon: tuple[str, ...],
+    options: tuple[str, ...],
+) -> None:
+    """Such a call kills its process by SIGSYS.  Which call it was says strace."""
+    checks = ("--settle", "100ms", "--settle-check", "true")
+    around = Surroundings(
+        tmp_path,
+        marked_environment,
+        under_unit(ROOT / "init.d" / "socketprotector.service"),
+        mode=mode,
+        daemon=daemon,
+        options=("--log-prefix", *checks, *options),
+        orders=("hold --for 1s", "release", "reload --canary 50% --for 200ms", "upgrade"),
+    )
+
+    log = lived(around)
+
+    assert not log.count("SIGSYS|signal 31")
+    assert bool(log.count("event=unhealthy .*no TLS")) is bool(options)

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,10 +21,16 @@ COMMAND = (sys.executable, forked.ALONE, "socketprotector_exporter")
 class Exporter:
     """The program, and where it answers."""
 
-    def __init__(self, *arguments: str | Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        *arguments: str | Path,
+        environment: dict[str, str],
+        through: Sequence[str] = (),
+    ) -> None:
+        """through: a command that executes the exporter in its place."""
         receive, send = os.pipe()
         self.process = forked.popen(
-            [*COMMAND, "--listen", "127.0.0.1:0", *map(str, arguments)],
+            [*through, *COMMAND, "--listen", "127.0.0.1:0", *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             stdout=send,
             stderr=send,
@@ -95,9 +101,9 @@ def exporter(
     """Start the exporter."""
     started: list[Exporter] = []
 
-    def start(*arguments: str | Path) -> Exporter:
+    def start(*arguments: str | Path, through: Sequence[str] = ()) -> Exporter:
         environment = {**marked_environment, "XDG_RUNTIME_DIR": str(runtime.parent)}
-        started.append(Exporter(*arguments, environment=environment))
+        started.append(Exporter(*arguments, environment=environment, through=through))
         return started[-1]
 
     yield start

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.running import DEADLINE_S, Protector, ask, eventually
+from tests.running import DEADLINE_S, ROOT, Protector, ask, eventually
 from tests.scenarios.operating import Line
 from tests.scenarios.tools import Release, library_worker, worker
+from tests.systems.life import under_unit
 from tests.unit.exporter.conftest import Exporter
+from tests.unit.exporter.test_web import Viewer
 
 
 def samples(exporter: Exporter, tls: ssl.SSLContext | None = None) -> dict[str, float]:
@@ -122,4 +124,29 @@ def test_what_workers_without_the_library_count_is_absent(
 
     assert seen["connections_accepted_total"] == 1
     assert not {"connections_taken_total", "connections_active"} & seen.keys()
+    daemon.stop()
+
+
+@pytest.mark.parametrize("unit", ["socketprotector-exporter", "socketprotector-page"])
+def test_page_and_metrics_need_no_call_that_the_units_forbid(
+    protector: Callable[..., Protector],
+    exporter: Callable[..., Exporter],
+    runtime: Path,
+    unit: str,
+) -> None:
+    """Such a call kills the exporter by SIGSYS."""
+    control = runtime / "web.control"
+    words = ("--name", "web", "--control", control, "127.0.0.1:0", "--", *worker("many"))
+    daemon = protector(*words).ready()
+    through = under_unit(ROOT / f"exporter/init.d/{unit}.service")
+    page = ("--web", "127.0.0.1:0") if unit == "socketprotector-page" else ()
+
+    one = exporter("--all", *page, through=through)
+
+    assert samples(one)["serving"] == 1
+    if page:
+        viewer = Viewer(one)
+        viewer.until(lambda viewer: viewer.one("web"))
+        viewer.close()
+    assert one.end() == 0
     daemon.stop()

@@ -189,7 +189,9 @@ class Peers:
         reader, writer = await self._connect(peer)
         try:
             # HTTP 1.0: the host sends no chunks, and closes the connection after its answer.
-            bring = f"Authorization: Bearer {self._plan.token}\r\n" if self._plan.token else ""
+            # Without TLS, any local user may be the one who listens there.
+            token = self._plan.token if peer.tls else ""
+            bring = f"Authorization: Bearer {token}\r\n" if token else ""
             writer.write(
                 f"GET {peer.path} HTTP/1.0\r\nHost: {peer.where}\r\nAccept: text/plain\r\n"
                 f"User-Agent: socketprotector-exporter/{__version__}\r\n{bring}\r\n".encode()
@@ -239,7 +241,7 @@ def _length(head: bytes, brought: bool) -> int | None:
     if status is None:
         raise NoMetrics("speaks no HTTP")
     if status[1] in (b"401", b"403"):
-        raise NoMetrics("refuses our token" if brought else "wants a token: --peers-token")
+        raise NoMetrics("refuses our token" if brought else "wants a token: https, --peers-token")
     if status[1] != b"200":
         raise NoMetrics(f"answers {status[1].decode()}")
     if _ENCODED.search(head):

@@ -17,7 +17,7 @@ from ..model.release import NAME_IS, is_name
 from .cli import Instance, command, say, say_json
 from .client import Client, Message
 from .errors import ConnectionLost, NotRecorded, RequestRefused
-from .fields import listed, number_in, text_in
+from .fields import completions, listed, number_in, text_in
 from .operation import Operation, begin
 from .reload import OUTCOME, TIMEOUT, WAIT, await_success, read_status_before
 from .reload_progress import Awaited
@@ -39,7 +39,7 @@ def _complete(ctx: click.Context, _: click.Parameter, typed: str) -> list[str]:
         found = listed((ctx.obj or Instance()).request("releases"), "releases")
     except Exception:  # an error is shown when the command is run, not while it is typed
         return []
-    return [name for each in found if (name := text_in(each, "release")).startswith(typed)]
+    return completions((text_in(each, "release") for each in found), typed)
 
 
 _EXPECT = click.option(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import stat
-import string
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,16 +19,13 @@ from ..model.text import escape
 from ..system import control_path
 from .client import ANSWER_S, connect, process_exists, why_misled
 from .errors import NoProtector, RequestRefused
-from .fields import label, listed, text_in
+from .fields import completions, label, listed, text_in
 from .query_all import SocketAnswer, query_all
 
 _NAMES_SHOWN = 8
 #: How long to wait until a restarted protector has written its pid file.
 _RESTART_S = 2.0
 _TRY_EVERY_S = 0.05
-
-#: Characters that no shell treats specially, whatever their place in a word.
-_SHELL_SAFE = frozenset(string.ascii_letters + string.digits + "@%+:,./_-")
 
 
 def sockets() -> list[str]:
@@ -170,11 +166,9 @@ def _query_silent_again(found: Sequence[SocketAnswer]) -> tuple[list[SocketAnswe
 def names_with_prefix(prefix: str) -> list[str]:
     """Return the protectors' names that begin with a prefix, for completion in a shell.
 
-    Includes a name while its socket exists, even if the protector was killed.  Leaves out names
-    with characters that a shell treats specially: any process can choose any name.
+    Includes a name while its socket exists, even if the protector was killed.
     """
-    found = names(query_all_sockets())
-    return [each for each in found if each.startswith(prefix) and not set(each) - _SHELL_SAFE]
+    return completions(names(query_all_sockets()), prefix)
 
 
 def names(found: Sequence[SocketAnswer]) -> list[str]:

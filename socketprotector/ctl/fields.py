@@ -6,6 +6,8 @@ The peer may be a newer protector, or another program, so any type can arrive.
 from __future__ import annotations
 
 import math
+import string
+from collections.abc import Iterable
 from typing import Any
 
 from ..model.share import percentage_text
@@ -16,6 +18,16 @@ from ..model.wait_lines import IN_SECONDS, Wait
 Status = dict[str, Any]
 #: The most characters that label() returns: the exporter's metrics need short labels.
 _LABEL_CHARACTERS = 200
+#: Characters that no shell treats specially, whatever their place in a word.
+_SHELL_SAFE = frozenset(string.ascii_letters + string.digits + "@%+:,./_-")
+
+
+def completions(found: Iterable[str], typed: str) -> list[str]:
+    """Return the words that begin with the typed text, for completion in a shell.
+
+    Leaves out words with characters that a shell treats specially: others choose these words.
+    """
+    return [each for each in found if each.startswith(typed) and not set(each) - _SHELL_SAFE]
 
 
 def listed(message: Status, name: str) -> list[Status]:

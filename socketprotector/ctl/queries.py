@@ -36,6 +36,7 @@ from .connections import (
 )
 from .errors import ConnectionLost, NewVersionFailed, NoProtector, NotReady, RequestRefused
 from .fields import (
+    completions,
     is_lame_duck,
     label,
     listed,
@@ -69,8 +70,7 @@ def known_generations(ctx: click.Context, _: click.Parameter, typed: str) -> lis
         generations = listed((ctx.obj or Instance()).request("status"), "generations")
     except Exception:  # an error is shown when the command is run, not while it is typed
         return []
-    numbers = [str(number_in(each, "number")) for each in generations]
-    return [number for number in numbers if number.startswith(typed)]
+    return completions((str(number_in(each, "number")) for each in generations), typed)
 
 
 #: The type of an argument GENERATION.

@@ -86,7 +86,7 @@ def _bind_path(
             if before is not None:
                 os.umask(before)
         with on_error(os.unlink, there):
-            found = _give(there, listen)
+            found = _give(sock, there, listen)
             # Listen under the lock: before listen(), another start would see a stale file.
             sock.listen(backlog)
     return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
@@ -229,12 +229,12 @@ def is_file_of(sock: socket.socket, found: os.stat_result) -> bool:
     return stat.S_ISSOCK(found.st_mode) and file_of(sock) == found.st_ino & 0xFFFFFFFF
 
 
-def _give(path: str, listen: Listen) -> os.stat_result:
+def _give(sock: socket.socket, path: str, listen: Listen) -> os.stat_result:
     """Give a socket file to the user and group of the argument; return the file's stat()."""
     user, group = listen.options.get("user"), listen.options.get("group")
     uid = -1 if user is None else uid_of(listen.text, user)
     gid = -1 if group is None else gid_of(listen.text, group)
-    return give(path, uid, gid, give_away)
+    return give(sock, path, uid, gid, give_away)
 
 
 def give_away(fd: int, uid: int, gid: int) -> None:

@@ -68,7 +68,10 @@ def check_env_file(settings: Settings) -> None:
     try:
         _env_file(settings)
     except OSError as error:
-        raise UsageError(f"--env-file {settings.env_file}: {error.strerror}") from error
+        reader, why = env_file_reader(settings), error.strerror
+        if isinstance(error, PermissionError) and reader is not None:
+            why = f"user {reader.user} cannot read it (chown, chmod)"
+        raise UsageError(f"--env-file {settings.env_file}: {why}") from error
     except ValueError as error:
         raise UsageError(f"--env-file: {error}") from error
 
@@ -128,18 +131,16 @@ def _need_shell(probe: str) -> None:
 
 
 def _refuse_unreachable(settings: Settings, path: str) -> None:
-    """Refuse a command or --env-file that root could use, but the configured user cannot."""
+    """Refuse a command that root could use, but the configured user cannot."""
     if settings.identity is None:
         return
     name = settings.executed[0]
     typed = {os.path.join(settings.directory, name): os.X_OK} if "/" in name else {}
     folder = {os.path.join(settings.directory, ""): os.X_OK}
     adapted = bool(settings.mode.adapter)
-    env = {settings.env_file: os.R_OK} if settings.env_file else {}
     protector = {**folder, **typed, path: os.X_OK, **_OURSELVES}
     worker = {**folder, **(_OURSELVES if adapted else {})}
     other = settings.worker_identity
-    (worker if other and env_file_reader(settings) is other else protector).update(env)
 
     def closed_to_worker() -> str:
         return user_access.closed({**worker, **user_access.executed(path)})

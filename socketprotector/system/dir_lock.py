@@ -12,10 +12,13 @@ import errno
 import fcntl
 import os
 import select
+import socket
 import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from . import sock_diag
 
 #: The longest wait for the lock.  SocketProtector holds it only for a few system calls, so after
 #: this time another program must hold it.
@@ -52,8 +55,10 @@ def locked(path: str, patience_s: float = _LOCK_S) -> Iterator[str]:
         os.close(folder)
 
 
-def give(path: str, uid: int, gid: int, chown: Callable[[int, int, int], None]) -> os.stat_result:
-    """Set the user and group (-1: unchanged) of a socket file that we have just made.
+def give(
+    sock: socket.socket, path: str, uid: int, gid: int, chown: Callable[[int, int, int], None]
+) -> os.stat_result:
+    """Set the user and group (-1: unchanged) of the file of a socket that we have just bound.
 
     Returns the file's stat result.  Raises OSError.
     This uses a descriptor, because another user with write access to the folder could replace the
@@ -62,7 +67,12 @@ def give(path: str, uid: int, gid: int, chown: Callable[[int, int, int], None]) 
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         found = os.fstat(fd)
-        if not stat.S_ISSOCK(found.st_mode) or found.st_nlink > 1 or found.st_uid != os.geteuid():
+        if (
+            not stat.S_ISSOCK(found.st_mode)
+            or found.st_nlink > 1
+            or found.st_uid != os.geteuid()
+            or not _may_be_bound_to(sock, found)
+        ):
             why = f"user {found.st_uid} owns the file there; remove it or choose another path"
             raise OSError(errno.EEXIST, why)
         if (uid, gid) != (-1, -1):
@@ -70,3 +80,11 @@ def give(path: str, uid: int, gid: int, chown: Callable[[int, int, int], None]) 
         return found
     finally:
         os.close(fd)
+
+
+def _may_be_bound_to(sock: socket.socket, found: os.stat_result) -> bool:
+    """Return whether a file has the inode number of a socket's file, as far as that is known."""
+    try:
+        return sock_diag.file_of(sock) == found.st_ino & 0xFFFFFFFF
+    except OSError:
+        return True

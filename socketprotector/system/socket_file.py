@@ -122,7 +122,7 @@ def bind(path: str, backlog: int, rights: Rights, chown: Chown) -> socket.socket
     with on_error(made.close):
         bound_as = _bind(made, path, rights.mode)
         with on_error(_unlink, bound_as):
-            give(bound_as, rights.uid, rights.gid, chown)
+            give(made, bound_as, rights.uid, rights.gid, chown)
             if rights.acl:
                 os.setxattr(bound_as, _ACL, rights.acl, follow_symlinks=False)
             made.listen(backlog)

@@ -373,7 +373,7 @@ class UnixListener(Listener):
                 with on_error(os.unlink, beside):
                     uid = -1 if old.st_uid == os.geteuid() else old.st_uid
                     gid = -1 if old.st_gid == os.lstat(beside).st_gid else old.st_gid
-                    found = give(beside, uid, gid, _chown)
+                    found = give(made, beside, uid, gid, _chown)
                     made.listen(self._backlogs[0])
                     os.rename(beside, path)
         self.settings = replace(self.settings, device=found.st_dev, inode=found.st_ino)

@@ -284,7 +284,7 @@ def test_a_link_for_a_socket_is_neither_followed_nor_replaced(
 
 
 @needs_root
-@pytest.mark.parametrize("kind", ["file", "link", "hard link"])
+@pytest.mark.parametrize("kind", ["file", "link", "hard link", "another socket of root"])
 def test_what_was_put_in_the_place_of_a_socket_is_not_given_away(
     tmp_path: Path, victim: Path, kind: str
 ) -> None:
@@ -294,11 +294,15 @@ def test_what_was_put_in_the_place_of_a_socket_is_not_given_away(
         path.write_text("")
     elif kind == "link":
         path.symlink_to(victim)
-    else:
+    elif kind == "hard link":
         path.hardlink_to(victim)
 
-    with pytest.raises(OSError, match=r"owns (it|the file there)"):
-        _give(str(path), parse(f"unix:{path}?user=nobody", "/"))
+    with socket.socket(socket.AF_UNIX) as ours, socket.socket(socket.AF_UNIX) as other:
+        ours.bind(str(tmp_path / "ours"))
+        if kind == "another socket of root":
+            other.bind(str(path))
+        with pytest.raises(OSError, match=r"owns (it|the file there)"):
+            _give(ours, str(path), parse(f"unix:{path}?user=nobody", "/"))
 
     assert path.lstat().st_uid == 0
 
@@ -309,7 +313,7 @@ def test_a_socket_of_ours_is_given_away(tmp_path: Path) -> None:
         sock.bind(str(path))
         user = pwd.getpwuid(os.getuid()).pw_name
 
-        found = _give(str(path), parse(f"unix:{path}?user={user}", "/"))
+        found = _give(sock, str(path), parse(f"unix:{path}?user={user}", "/"))
 
     assert found.st_ino == path.lstat().st_ino
 

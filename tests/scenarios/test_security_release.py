@@ -104,7 +104,7 @@ def test_a_link_to_a_file_of_roots_is_no_env_file_at_the_start(
     ended = command.run(*users, *words)
 
     assert ended.status == 2
-    assert "Permission denied" in ended.err
+    assert "cannot read it" in ended.err
     assert command.start.left() == []
 
 

@@ -138,7 +138,7 @@ def test_the_order_is_bind_then_pid_file_then_drop_then_workers(
         "the end"
     ]
     assert f'event=notice text="{theirs} should belong to user nobody' in start.log
-    assert start.pid_file.stat().st_uid == 0
+    assert start.pid_file.owner() == "nobody"
     assert (theirs / "s").stat().st_uid == 0
     pid = start.pid
     start.stop()
@@ -321,9 +321,11 @@ def test_an_env_file_that_this_user_cannot_read_is_refused_at_once(
 
     ended = start(*(("--check",) if check else ()), "--user", "nobody", *words, *wanted)
 
-    assert ended.status == 111
+    assert ended.status == 2
     [line] = ended.lines
-    assert line.startswith(f"SocketProtector: --user nobody cannot read {secret}: ")
+    assert (
+        line == f"SocketProtector: --env-file {secret}: user nobody cannot read it (chown, chmod)"
+    )
     assert start.left() == [str(secret)]
 
 

@@ -18,7 +18,7 @@ PACKAGE = Path(socketprotector.__file__).parent
 SPOILED = {
     "a missing package": ("system", None, "ModuleNotFoundError: No module named 'socketprotector."),
     "a missing module": ("ctl/main.py", None, "ImportError: cannot import name 'main' from "),
-    "a missing module with .so": ("system/sock_diag.py", None, "ModuleNotFoundError: No module "),
+    "a missing module with .so": ("system/sock_diag.py", None, "ImportError: cannot import name "),
     "a missing module of errors": ("model/errors.py", None, "ModuleNotFoundError: No module "),
     "no syntax": ("ctl/client.py", "def", "SyntaxError: invalid syntax "),
     "an empty program": ("ctl/main.py", "", "ImportError: socketprotector.ctl.main is empty)"),

@@ -442,17 +442,28 @@ def test_completion(shell: str, fake: Fake, ctl: Ctl, monkeypatch: pytest.Monkey
     assert "_SOCKETPROTECTOR_COMPLETE" not in ctl("completion", shell, "socketprotectorctl").out
 
 
-def test_completion_knows_names_and_generations(fake: Fake) -> None:
-    def completed(*line: str) -> list[str]:
-        environment = {
-            **os.environ,
-            "_SOCKETPROTECTORCTL_COMPLETE": "bash_complete",
-            "COMP_WORDS": " ".join(("socketprotectorctl", *line)),
-            "COMP_CWORD": str(len(line)),
-        }
-        done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, check=True)
-        return [each.partition(",")[2] for each in done.stdout.splitlines()]
+def completed(*line: str) -> list[str]:
+    environment = {
+        **os.environ,
+        "_SOCKETPROTECTORCTL_COMPLETE": "bash_complete",
+        "COMP_WORDS": " ".join(("socketprotectorctl", *line)),
+        "COMP_CWORD": str(len(line)),
+    }
+    done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, check=True)
+    return [each.partition(",")[2] for each in done.stdout.splitlines()]
 
+
+def test_completion_offers_no_word_that_a_shell_would_read(fake: Fake) -> None:
+    """Who makes a release's folder chooses its name; who starts a protector, the protector's."""
+    names = ["1", "1;reboot", "1$(reboot)", "1`reboot`", "1 2", "1\n2", "1'", "1*", "1&", "1-a"]
+    releases = [{"release": each} for each in names]
+    fake.answers["releases"] = lambda *_: {"releases": releases}
+
+    for words in (("deploy",), ("rollback", "--expect"), ("deploy", "--expect")):
+        assert completed("--name", "web", *words, "1") == ["1", "1-a"]
+
+
+def test_completion_knows_names_and_generations(fake: Fake) -> None:
     assert completed("--name", "w") == ["web"]
     assert completed("--name", "web", "kill", "8") == ["8"]
     assert completed("relo") == ["reload"]

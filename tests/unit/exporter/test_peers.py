@@ -378,8 +378,28 @@ def test_one_that_gives_no_answer_in_time_is_told_so(
     inside(test)
 
 
+def test_no_token_is_sent_without_tls(inside: Inside) -> None:
+    """At a loopback address, any local user may be the one who listens."""
+    heard: list[bytes] = []
+
+    async def listens(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.0 401 Unauthorized\r\n\r\n")
+
+    async def test(world: World) -> None:
+        port = await world.serve("own", listens, None)
+        world.lists("own", f"http://127.0.0.1:{port}")
+        world.look()
+        await world.until(lambda: heard)
+        assert b"Authorization" not in heard[0]
+        await world.until(lambda: world.seen["own"] == "wants a token: https, --peers-token")
+
+    inside(test)
+
+
 @together(
-    ("token", "why"), [("wrong", "refuses our token"), (None, "wants a token: --peers-token")]
+    ("token", "why"),
+    [("wrong", "refuses our token"), (None, "wants a token: https, --peers-token")],
 )
 def test_a_wrong_token_is_told(
     files: Files, tls: ssl.SSLContext, token: str | None, why: str

@@ -27,6 +27,8 @@ _WHOLE, _CHANGE = b"SPst", b"SPch"
 _SLOT_BYTES = 64 * 1024 * 1024
 #: The file size that the limit of file sizes (RLIMIT_FSIZE) must allow.
 MOST_BYTES = 2 * _SLOT_BYTES
+#: No program writes so many states.
+_LAST_SEQUENCE = 2**63
 #: Changes may always be this long, even if the value is shorter.
 _CHANGES_BYTES = 16 * 1024
 
@@ -135,7 +137,7 @@ class StateFile:
             return None
         header, (checksum,) = head[: _HEADER.size], _CHECKSUM.unpack(head[_HEADER.size :])
         kind, form, sequence, length = _HEADER.unpack(header)
-        if kind not in (_WHOLE, _CHANGE) or length > _SLOT_BYTES:
+        if kind not in (_WHOLE, _CHANGE) or length > _SLOT_BYTES or sequence > _LAST_SEQUENCE:
             return None
         payload = os.pread(self.fd, length, slot * _SLOT_BYTES + at + _RECORD_BYTES)
         if zlib.crc32(payload, zlib.crc32(header)) != checksum:

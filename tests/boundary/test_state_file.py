@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from enum import Enum
+from functools import cache
 from itertools import pairwise
 from typing import Any, get_type_hints
 
@@ -75,11 +79,19 @@ snapshots = st.deferred(lambda: st.from_type(Snapshot))
 values = st.deferred(lambda: st.one_of(*(st.from_type(each) for each in CLASSES)))
 
 
+@contextmanager
+def opened() -> Iterator[StateFile]:
+    made = StateFile.make()
+    try:
+        yield made
+    finally:
+        os.close(made.fd)
+
+
 @pytest.fixture
 def file() -> Iterator[StateFile]:
-    made = StateFile.make()
-    yield made
-    os.close(made.fd)
+    with opened() as made:
+        yield made
 
 
 # --- values -------------------------------------------------------------------
@@ -344,6 +356,95 @@ def test_nothing_but_a_decode_error_comes_of_any_json(anything: object) -> None:
         CODEC.decode(json.dumps(anything).encode())
     except DecodeError:
         pass
+
+
+#: What a place of a state may have instead: of any type, and near to what the codec looks for.
+ODD: tuple[object, ...] = (
+    *(None, True, 0, 1, -1, 2**63, 10**400, 0.5, 1e308, float("nan"), "", "\0", "Fleet", "x" * 999),
+    *([], {}, [[]] * 50, {"b": "00"}, {"b": "x"}, {"s": [1, 1]}, {"s": [[]]}, {"s": 1}),
+    *({"e": "Phase", "v": "serving"}, {"e": "Phase", "v": []}, {"e": [], "v": 1}),
+    *({"c": "Fleet"}, {"c": "Fleet", "f": {}}, {"c": "Fleet", "f": []}),
+    {"c": "Worker", "f": {"x": 1}, "said": 1},
+    *({"c": "Settings", "f": {"path": "/bin/false"}}, {"p": [], "v": 1}, {"p": [""], "at": 0}),
+)  # fmt: skip
+
+
+def changed(tree: Any, chance: random.Random) -> Any:
+    """Return a parsed state with another value, or none, in some of its places."""
+    tree = json.loads(json.dumps([tree]))
+    for _ in range(chance.choice((1, 1, 3))):
+        places = [*_places(tree)]
+        holder, key = chance.choice(places)
+        other, at = chance.choice(places)
+        if chance.random() < 0.2 and holder is not tree:
+            del holder[key]
+        else:
+            new = chance.choice((*ODD, other[at]))
+            holder[key] = json.loads(json.dumps(new))  # no value is in two places
+    return tree[0]
+
+
+def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Return each place in a parsed state: what holds it, and its name or index."""
+    for key in tree if isinstance(tree, dict) else range(len(tree)):
+        yield tree, key
+        if isinstance(tree[key], dict | list):
+            yield from _places(tree[key])
+
+
+#: Audit events of what reading a state must not do; of all of them while a list is there.
+_EFFECTS = ("open", "os.", "subprocess.", "socket.", "signal.", "fcntl.", "ctypes.")
+_seen: list[str] | None = None
+
+
+def _note(event: str, arguments: tuple[object, ...]) -> None:
+    if _seen is not None and event.startswith(_EFFECTS):
+        _seen.append(f"{event} {arguments}")
+
+
+@cache
+def _audit() -> None:
+    """Listen from here on, in this process; there is no way to end it."""
+    sys.addaudithook(_note)
+
+
+@contextmanager
+def without_effect() -> Iterator[None]:
+    """Fail if a file is opened, a program executed or a process signalled meanwhile."""
+    global _seen
+    _audit()
+    _seen = seen = []
+    try:
+        yield
+    finally:
+        _seen = None
+    assert seen == []
+
+
+@settings(max_examples=SNAPSHOTS, deadline=None, suppress_health_check=list(HealthCheck))
+@given(steps(), st.integers(0, 2**32))
+def test_a_state_with_other_values_is_read_or_refused_and_has_no_effect(
+    steps: list[Snapshot], seed: int
+) -> None:
+    """Whoever changed it has made new checksums."""
+    chance = random.Random(seed)
+    changes = [CODEC.changes(one, other) for one, other in pairwise(steps)]
+    parts = [json.loads(each) for each in (CODEC.encode(steps[0]), *filter(None, changes))]
+    refused = 0
+    for _ in range(rounds(50, 1000)):
+        other = [*parts]
+        at = chance.randrange(len(parts))
+        other[at] = changed(parts[at], chance)
+        with opened() as file:
+            file.write(json.dumps(other[0]).encode())
+            for each in other[1:]:
+                file.write_change(json.dumps(each).encode())
+            try:
+                with without_effect():
+                    assert isinstance(checkpoint.read(file.fd), Snapshot)
+            except StateError:
+                refused += 1
+    assert refused
 
 
 @together("value", [object(), [1], {"a": 1}, {1}, Thing])

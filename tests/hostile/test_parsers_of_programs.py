@@ -13,13 +13,14 @@ import socket
 import struct
 import sys
 import threading
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from socketprotector_client import channel, watchdog, wire
 from socketprotector_client.environment import read_environment
@@ -40,11 +41,11 @@ from socketprotector.daemon.worker_messages import WorkerMessages
 from socketprotector.launch import activation, config_file
 from socketprotector.launch.pid_file import PidFile
 from socketprotector.model import settings
-from socketprotector.model.codec import DecodeError
+from socketprotector.model.codec import FORMAT, DecodeError
 from socketprotector.model.errors import Refusal, UsageError
 from socketprotector.model.http_answer import HttpAnswer
 from socketprotector.programs import guard, log_relay, worker_protocol
-from socketprotector.system import env_file, inherited, procfs, sd_notify
+from socketprotector.system import env_file, inherited, procfs, sd_notify, state_file
 from socketprotector.system.scoreboard import Board
 from socketprotector.system.state_file import StateError, StateFile
 from tests.hostile.examples import FEW, JSON
@@ -280,8 +281,28 @@ def test_the_variables_of_a_worker(told: dict[str, str], count: str, usec: str) 
 # -- files -------------------------------------------------------------------------------------
 
 
+def _record(kind: bytes, form: int, sequence: int, excess: int, payload: bytes) -> bytes:
+    """Return a record with the right checksum.  excess: by which its length is wrong."""
+    length = max(0, len(payload) + excess)
+    header = state_file._HEADER.pack(kind, form, sequence, length)
+    return header + state_file._CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(header))) + payload
+
+
 @FEW
-@given(st.binary() | st.binary(min_size=28, max_size=200).map(lambda data: b"SPst" + data))
+@given(
+    st.binary()
+    | st.lists(
+        st.builds(
+            _record,
+            st.sampled_from([state_file._WHOLE, state_file._CHANGE, b"SPxx"]),
+            st.sampled_from([0, FORMAT, FORMAT + 1, 2**32 - 1]),
+            st.sampled_from([0, 1, 2, 2**63, 2**64 - 2, 2**64 - 1]),
+            st.sampled_from([0, 0, 0, -1, 1, 2**62]),
+            st.binary(max_size=8),
+        )
+    ).map(b"".join)
+)
+@example(_record(state_file._WHOLE, FORMAT, 2**64 - 1, 0, b""))  # none comes after it
 def test_a_state_file(data: bytes) -> None:
     for at in (0, 64 * 1024 * 1024):
         one = StateFile.make()
@@ -290,7 +311,7 @@ def test_a_state_file(data: bytes) -> None:
         with suppress(StateError):
             found.read()
         found.write(b"good")
-        assert StateFile(one.fd).read() == (b"good",)
+        assert StateFile(one.fd).read()[0] == b"good"
         os.close(one.fd)
 
 

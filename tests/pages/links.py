@@ -21,7 +21,11 @@ ON_THE_SITE = sorted(
 PAGES = sorted(
     {
         *ON_THE_SITE,
-        *(page for each in ("bench", "exporter", "tests") for page in (ROOT / each).glob("*.md")),
+        *(
+            page
+            for each in (".github", "bench", "exporter", "tests")
+            for page in (ROOT / each).glob("*.md")
+        ),
     }
 )
 #: .so: another name of a page that is there.

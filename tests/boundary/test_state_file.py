@@ -413,7 +413,7 @@ def without_effect() -> Iterator[None]:
     """Fail if a file is opened, a program executed or a process signalled meanwhile."""
     global _seen
     _audit()
-    _seen = seen = []
+    _seen = seen = list[str]()
     try:
         yield
     finally:

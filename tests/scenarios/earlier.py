@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from bench.earlier import EarlierCode, NoSuchCommit, extract
@@ -10,7 +13,7 @@ from socketprotector import __version__
 from tests import needs
 from tests.c.building import alone_in
 from tests.load import Load
-from tests.running import Protector
+from tests.running import DEADLINE_S, Ended, Protector
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 
 THIS_CODE = rf"version={re.escape(__version__)}( |$)"
@@ -75,3 +78,17 @@ def killed(daemon: Protector) -> None:
     mark = kill_protector(daemon)
     revived(daemon, mark)
     assert re.search(THIS_CODE, daemon.log.wait_for("event=resumed", after=mark))
+
+
+def ctl_of(code: Path, *words: str) -> Ended:
+    """Run the socketprotectorctl of other code.  code: the folder of its packages."""
+    done = subprocess.run(
+        [sys.executable, "-m", "socketprotector.ctl", *words],
+        cwd=code,
+        env={**os.environ, "PYTHONPATH": f"{code}:{code / 'client_lib'}"},
+        capture_output=True,
+        timeout=DEADLINE_S,
+        check=False,
+        text=True,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)

@@ -22,9 +22,9 @@ from tests.answers import SCHEMA, lost
 from tests.c.building import shared_folder
 from tests.load import Load
 from tests.rounds import rounds
-from tests.running import DEADLINE_S, Client, Protector
+from tests.running import DEADLINE_S, ROOT, Client, Protector
 from tests.scenarios.adopting import at_rest, kill_protector, revived, served, upgrade
-from tests.scenarios.earlier import Earlier, extracted_once, killed, upgraded
+from tests.scenarios.earlier import Earlier, ctl_of, extracted_once, killed, upgraded
 from tests.scenarios.tools import EITHER_HANDOFF, Gate, library_worker, pid_in, worker
 
 MANY = worker("many")
@@ -129,6 +129,24 @@ def test_after_a_kill_the_guard_starts_either_code(
     assert re.search(f"version={earlier.version}( |$)", line)
     assert len(failures) <= (2 if handoff == "connection" else 0), failures
     assert {failure.kind for failure in failures} <= {"reset", "empty"}
+
+
+def test_either_socketprotectorctl_operates_either_protector(
+    earlier: Earlier, extracted: Path, place: Path
+) -> None:
+    daemon = earlier.start("--control", place, "127.0.0.1:0", "--", *MANY)
+
+    for version in (earlier.version, __version__):
+        for code in (extracted, ROOT):
+            shown = ctl_of(code, "--control", str(place), "status", "--json")
+            assert shown.status == 0, shown
+            assert json.loads(shown.out)["version"] == version
+            done = ctl_of(code, "--control", str(place), "reload")
+            assert done.status == 0, done
+        if version == earlier.version:
+            earlier.replace()
+            upgraded(daemon)
+    daemon.stop()
 
 
 # -- in the middle of something --------------------------------------------------------------

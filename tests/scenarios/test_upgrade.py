@@ -162,6 +162,11 @@ def older_state(installation: Installation) -> str:
     return r"written by a newer version \(format 3, this one reads up to 2\)"
 
 
+def later_format(installation: Installation) -> str:
+    installation.change("two", "model/codec", r"FORMAT = 3", "FORMAT = 4")
+    return r"written by an older version \(format 3, this one reads only 4\); stop that version"
+
+
 def other_settings(installation: Installation) -> str:
     installation.change("two", "model/settings", r"    workers: int = 1\n", "")
     return r"written by a newer version \(this one does not know workers\)"
@@ -195,6 +200,7 @@ def nothing(installation: Installation) -> str:
         syntax_error,
         exception_at_import,
         older_state,
+        later_format,
         other_settings,
         another_program,
         silent,

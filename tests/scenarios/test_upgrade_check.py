@@ -86,6 +86,11 @@ def future_state(installation: Installation) -> str:
     return r"written by a newer version \(format 3, this one reads up to 2\)"
 
 
+def later_format(installation: Installation) -> str:
+    installation.change("two", "model/codec", r"FORMAT = 3", "FORMAT = 4")
+    return r"written by an older version \(format 3, this one reads only 4\); stop that version"
+
+
 def future_field(installation: Installation) -> str:
     installation.change("two", "model/settings", r"    workers: int = 1\n", "")
     return r"written by a newer version \(this one does not know workers\)"
@@ -133,7 +138,7 @@ def no_package(installation: Installation) -> str:
 
 
 SPOILS = [
-    *(future_state, future_field, missing_module, missing_late_module),
+    *(future_state, later_format, future_field, missing_module, missing_late_module),
     *(module_missing_at_a_reload, missing_program),
     *(missing_program_of_workers, syntax_error, syntax_error_in_a_program, no_package),
 ]

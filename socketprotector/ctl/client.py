@@ -23,7 +23,7 @@ from collections import deque
 from typing import Any
 
 from ..model.control_requests import COMMANDS
-from ..model.text import escape, in_units, whole
+from ..model.text import escape, in_units
 from ..system.cleanup import on_error
 from ..system.foreign_descriptors import refuse_descriptors
 from ..system.trusted_path import only_lead
@@ -40,7 +40,6 @@ ANSWER_S = 10.0
 #: protector dies again and again, the guard waits longer before each further start.
 RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
-_MOST_ID = 2**32 - 2
 #: The most bytes of a line; a longer line is an error.  The status of 1,900 workers takes 1.3 MB
 #: during a reload.  A worker's STATUS= text adds up to 500 bytes, or 3,000 if it is not ASCII.
 LONGEST_LINE = 4 * 1024 * 1024
@@ -413,12 +412,9 @@ def why_misled(path: str, owner: int) -> str:
     """Return why we must not use what a path leads to; "" if we may.
 
     owner: the user that owns what the path leads to; any other user could have put a link there.
-    Exception: the user who has become root by sudo.
     """
     # In a user namespace, the owner of / can be a user that the namespace does not know.
     trusted = {0, os.stat("/").st_uid, os.geteuid(), owner}
-    if os.geteuid() == 0:
-        trusted.add(whole(os.environ.get("SUDO_UID", ""), _MOST_ID) or 0)
     if only_lead(path, trusted, in_shared=True):
         return ""
     return (

@@ -418,8 +418,8 @@ def why_misled(path: str, owner: int) -> str:
     if only_lead(path, trusted, in_shared=True):
         return ""
     return (
-        f"it leads to user {owner}, but another user can make this path lead elsewhere; name a path "
-        f"that only root and user {owner} can change"
+        f"it leads to user {owner}, but another user can make this path lead elsewhere; name a "
+        f"path that only root and user {owner} can change"
     )
 
 

@@ -238,7 +238,7 @@ def _exec(
     rights = Rights.of(settings)
     content = inherited.memory_file(inherited.SETTINGS, dump(settings))
     if settings.identity is not None:
-        os.fchown(content, settings.identity.uid, -1)  # a resume compares the owner (rights.py)
+        os.fchown(content, rights.settings_owner, -1)  # a resume compares the owner
     descriptors = {inherited.SETTINGS: content, **more}
     descriptors.update((name, each.socket.fileno()) for name, each in bound.items())
     descriptors[inherited.TERMINAL if settings.foreground else inherited.LAUNCHER] = verdict

@@ -1,6 +1,6 @@
-"""What the page costs: the exporter with 100 instances, 20 hosts and 20 viewers, idle and busy.
+"""What the page costs: the exporter with 100 instances and 20 viewers, idle and busy.
 
-    python -m bench.page [SECONDS [HOSTS]]
+    python -m bench.page [SECONDS]
 
 The instances are stand-ins in this process: they cost what they are asked for, and the exporter
 is measured alone.  docs/metrics.md has the figures.  Status 1: more than what was promised.
@@ -12,27 +12,17 @@ import asyncio
 import json
 import os
 import re
-import ssl
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from prometheus_client.core import Metric
-from prometheus_client.exposition import generate_latest
-from prometheus_client.registry import Collector
-from socketprotector_exporter.counters import Counters
-from socketprotector_exporter.metrics import MetricSet
 
 from bench.processes import cpu_ticks, resident_kib
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 INSTANCES, VIEWERS, WORKERS = 100, 20, 4
-#: Other hosts, and how many instances each has.
-HOSTS, THERE = 20, 3
 #: What was promised: bytes; MB; while nothing changes, for each answer the CPU time that it takes
 #: to parse so many of them, which is the same on any machine.
 PAGE_BYTES, MEMORY_MB, PARSED = 50_000, 45.0, 60
@@ -100,58 +90,6 @@ class Instance:
             writer.close()
 
 
-class Hosts(Collector):
-    """Other hosts' exporters, over HTTPS: one server, which answers for each of them."""
-
-    def __init__(self, folder: Path, count: int) -> None:
-        self.asked = 0
-        self._folder, self._count = folder, count
-        self._there = [Instance(f"web-{number}") for number in range(THERE)]
-        for each in self._there:
-            each.busy = True
-
-    def collect(self) -> Iterator[Metric]:
-        series = MetricSet()
-        for each in self._there:
-            counters, status = Counters(), each.status()
-            counters.see(status)
-            series.add(each.name, status, counters)
-        yield from (family for family in series.families() if family.samples)
-
-    async def serve(self) -> tuple[str, ...]:
-        """Serve, and return what the exporter is to be told of it."""
-        cert, key = self._folder / "cert.pem", self._folder / "key.pem"
-        curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-        name = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
-        subprocess.run(
-            ("openssl", "req", "-x509", *curve, *name, "-keyout", key, "-out", cert),
-            check=True,
-            capture_output=True,
-        )
-        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        tls.load_cert_chain(cert, key)
-        server = await asyncio.start_server(self._answer, "127.0.0.1", ssl=tls)
-        port = server.sockets[0].getsockname()[1]
-        peers, token = self._folder / "peers", self._folder / "token"
-        lines = [f"web-{number:03} https://127.0.0.1:{port}" for number in range(self._count)]
-        peers.write_text("\n".join(lines), encoding="utf-8")
-        token.touch(0o600)
-        token.write_text("token", encoding="utf-8")
-        files = ("--peers", peers, "--peers-ca", cert, "--peers-token", token)
-        return tuple(map(str, files)) if self._count else ()
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await reader.readuntil(b"\r\n\r\n")
-            self.asked += 1
-            writer.write(b"HTTP/1.0 200 OK\r\n\r\n" + generate_latest(self))
-            await writer.drain()
-        except (OSError, asyncio.IncompleteReadError):
-            pass  # the end of the measurement
-        finally:
-            writer.close()
-
-
 class Viewer:
     """Reads all that it is sent, and counts it."""
 
@@ -165,7 +103,7 @@ class Viewer:
             self.bytes += len(data)
 
 
-async def main(seconds: float, hosts: int) -> list[str]:
+async def main(seconds: float) -> list[str]:
     """Measure, and print a table; return what is more than was promised."""
     with tempfile.TemporaryDirectory(prefix="sp-") as folder:
         place = Path(folder) / "socketprotector"
@@ -176,8 +114,7 @@ async def main(seconds: float, hosts: int) -> list[str]:
         chosen = [
             w for each in instances for w in ("--control", str(place / f"{each.name}.control"))
         ]
-        there = Hosts(Path(folder), hosts)
-        words = ["--listen", "127.0.0.1:0", "--web", "127.0.0.1:0", *chosen, *await there.serve()]
+        words = ["--listen", "127.0.0.1:0", "--web", "127.0.0.1:0", *chosen]
         exporter = subprocess.Popen(
             [sys.executable, "-m", "socketprotector_exporter", *words],
             stderr=subprocess.PIPE,
@@ -187,7 +124,7 @@ async def main(seconds: float, hosts: int) -> list[str]:
             assert exporter.stderr is not None
             found = re.search(r"page at http://127.0.0.1:(\d+)", exporter.stderr.readline())
             assert found
-            return await measure(exporter.pid, int(found[1]), instances, there, seconds)
+            return await measure(exporter.pid, int(found[1]), instances, seconds)
         finally:
             exporter.terminate()
             exporter.wait()
@@ -204,9 +141,7 @@ def parse_s() -> float:
     return min(times)
 
 
-async def measure(
-    pid: int, port: int, instances: list[Instance], hosts: Hosts, seconds: float
-) -> list[str]:
+async def measure(pid: int, port: int, instances: list[Instance], seconds: float) -> list[str]:
     over = []
     size = sum(path.stat().st_size for path in PAGE.iterdir())
     print(f"{'page':34} {size / 1000:6.1f} KB")
@@ -225,11 +160,10 @@ async def measure(
         for each in instances:
             each.busy = busy
         await asyncio.sleep(6)
-        cpu, sent, asked, hosts_asked = (
+        cpu, sent, asked = (
             cpu_ticks(pid),
             sum(v.bytes for v in viewers),
             sum(i.asked for i in instances),
-            hosts.asked,
         )
         await asyncio.sleep(seconds)
         used = (cpu_ticks(pid) - cpu) / TICKS_PER_S / seconds
@@ -240,8 +174,7 @@ async def measure(
         print(
             f"{f'{name}: {len(instances)} instances, {many} viewers':34} {used:7.2%} of a core, "
             f"{memory_mb:.1f} MB, {told / 1000:.1f} KB/s each, {asks:.0f} asks/s, "
-            f"{share:.0f} parses an ask, "
-            f"{(hosts.asked - hosts_asked) / seconds:.1f} of hosts"
+            f"{share:.0f} parses an ask"
         )
         if memory_mb > MEMORY_MB or (share >= PARSED and not busy):
             over.append(f"{name}: {share:.0f} parses an ask, {memory_mb:.1f} MB")
@@ -252,11 +185,6 @@ async def measure(
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    found = asyncio.run(
-        main(
-            float(given[0]) if given else 30.0,
-            int(given[1]) if len(given) > 1 else HOSTS,
-        )
-    )
+    found = asyncio.run(main(float(given[0]) if given else 30.0))
     if found:
         sys.exit(f"more than was promised: {'; '.join(found)}")

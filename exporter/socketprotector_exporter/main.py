@@ -108,24 +108,6 @@ class _CommandLine(Answering, click.Command):
     metavar="NAME",
     help="Another Host name of the page, for your own proxy; repeatable.",
 )
-@click.option(
-    "--peers",
-    metavar="FILE",
-    type=click.Path(),
-    help="Show other hosts on the page; the file has their exporters' addresses, one a line.",
-)
-@click.option(
-    "--peers-ca",
-    metavar="FILE",
-    type=click.Path(),
-    help="The certificate authorities of those hosts (PEM).  Default: the system's.",
-)
-@click.option(
-    "--peers-token",
-    metavar="FILE",
-    type=click.Path(),
-    help="The token that those exporters require by --token.",
-)
 @click.version_option(__version__, prog_name=NAME)
 def _command(**given: Any) -> int:
     """Export the status of the SocketProtector instances on this machine, over HTTP:
@@ -138,11 +120,6 @@ def _command(**given: Any) -> int:
         raise UsageError("--all with --name or --control: leave out --all, or the others")
     if given["web_host"] and given["web"] is None:
         raise UsageError("--web-host without --web: add --web ADDRESS")
-    for option in ("--peers-ca", "--peers-token"):
-        if given[option[2:].replace("-", "_")] is not None and given["peers"] is None:
-            raise UsageError(f"{option} without --peers: add --peers FILE")
-    if given["peers"] is not None and given["web"] is None:
-        raise UsageError("--peers without --web: add --web ADDRESS")
     for name in given["name"]:
         if "/" in name or name in ("", ".", ".."):
             raise UsageError(f"--name {name!r}: a name, not a path; for a path use --control")
@@ -152,7 +129,6 @@ def _command(**given: Any) -> int:
         from .http import Server
 
         if given["web"] is not None:
-            from .peers import Files, Peers
             from .web import Page
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
@@ -175,13 +151,9 @@ def _command(**given: Any) -> int:
     with ExitStack() as opened:
         page = None
         if given["web"] is not None:
-            peers = None
-            if given["peers"] is not None:
-                files = Files(given["peers"], given["peers_ca"], given["peers_token"])
-                peers = Peers(files, _say)
             try:
                 with _ending.making:
-                    page = Page(given["web"], given["web_host"], instances.paths, peers)
+                    page = Page(given["web"], given["web_host"], instances.paths)
                     _ending.remove_file = partial(_remove_file, page)
             except OSError as error:
                 raise SystemRefused(f"--web {given['web']}: {error.strerror or error}") from error

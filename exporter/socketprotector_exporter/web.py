@@ -30,7 +30,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from socketprotector.ctl.api import SystemRefused, UsageError, on_error, whole
 
-from .peers import Peers
 from .visits import Visits
 from .web_hub import Hub
 
@@ -44,7 +43,6 @@ _FILES = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/events.js": ("events.js", "text/javascript"),
-    "/hosts.js": ("hosts.js", "text/javascript"),
     "/page.js": ("page.js", "text/javascript"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
@@ -132,21 +130,14 @@ def _file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
 class Page:
     """A listening socket with the page."""
 
-    def __init__(
-        self,
-        address: str,
-        hosts: Sequence[str],
-        find: Callable[[], list[str]],
-        peers: Peers | None = None,
-    ) -> None:
+    def __init__(self, address: str, hosts: Sequence[str], find: Callable[[], list[str]]) -> None:
         """Bind and listen.  Raises UsageError and OSError.
 
         address: the value of `--web`.
         hosts: the values of `--web-host`.
         find: returns the paths of control sockets; it may block.
-        peers: other hosts to show.
         """
-        self._hosts, self._find, self._peers = hosts, find, peers
+        self._hosts, self._find = hosts, find
         self._path, self._socket = "", socket.socket()
         if address.startswith(("/", "unix:")):
             self._path, self._socket = _bind_unix(address)
@@ -183,7 +174,7 @@ class Page:
                 traceback.print_exc()
 
     async def _serve(self) -> None:
-        hub = Hub(self._find, self._peers)
+        hub = Hub(self._find)
         config = uvicorn.Config(
             application(hub, self._hosts),
             http="h11",

@@ -31,8 +31,6 @@ from socketprotector.ctl.api import (
 )
 
 from .collector import labels
-from .peers import Peers
-from .peers_model import Host
 from .share import Share
 from .web_model import Instance
 from .web_series import STEP_S
@@ -62,20 +60,13 @@ _EVENTS_PLEASE = json.dumps({"v": VERSION, "id": "events", "command": "events"})
 _STATUS_PLEASE = json.dumps({"v": VERSION, "id": "status", "command": "status"}).encode() + b"\n"
 
 
-class _Shown:
-    """The encoded state of an instance or a host, and the number of its last change."""
-
-    def __init__(self) -> None:
-        self.changed = 0
-        self.encoded = b""
-
-
-class _Feed(_Shown):
+class _Feed:
     """An instance, and its connection."""
 
     def __init__(self, path: str) -> None:
-        super().__init__()
         self.instance = Instance(path)
+        self.encoded = b""  # the instance's state
+        self.changed = 0  # the number of the last change of this state
         self.task: asyncio.Task[None] | None = None
         self.gone_at: float | None = None  # the time when its socket was first missing
 
@@ -83,25 +74,18 @@ class _Feed(_Shown):
 class Hub:
     """All instances and viewers.  For one event loop."""
 
-    def __init__(self, find: Callable[[], list[str]], peers: Peers | None = None) -> None:
+    def __init__(self, find: Callable[[], list[str]]) -> None:
         """Follow the instances whose control sockets `find` returns.
 
         find: may block; called in a thread.
-        peers: other hosts, which are polled while there is a viewer.
         """
         self._find = find
-        self._peers = peers
-        self._hosts: dict[str, _Shown] = {}  # by id, in the order of the file
         self._feeds: dict[str, _Feed] = {}
         self._change = 0  # the number of the last change
         self._listed = 0  # the number of the last change to the list or the names of instances
-        self._hosts_listed = 0  # the number of the last change to the list of hosts
         self._ticked = 0
         self._events: deque[tuple[int, bytes]] = deque(maxlen=EVENTS)
         self._viewers: set[asyncio.Event] = set()
-        self._has_viewer = asyncio.Event()  # set while there is a viewer
-        if peers is not None:
-            self._show_hosts(peers.hosts)
 
     @property
     def viewers(self) -> int:
@@ -111,8 +95,6 @@ class Hub:
         """Look for instances and follow each, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._tick())
-            if self._peers is not None:
-                tasks.create_task(self._peers.run(self._has_viewer, self._show_hosts))
             while True:
                 self._follow(await asyncio.to_thread(self._find), tasks)
                 await asyncio.sleep(_LOOK_FOR_S)
@@ -122,22 +104,16 @@ class Hub:
         """Count one more viewer.  Yields an event that is set when there are changes."""
         news = asyncio.Event()
         self._viewers.add(news)
-        self._has_viewer.set()
         try:
             yield news
         finally:
             self._viewers.discard(news)
-            if not self._viewers:
-                self._has_viewer.clear()
 
     async def watch(self, news: asyncio.Event) -> AsyncIterator[bytes]:
         """Yield server-sent events for a viewer: the whole state, then the changes."""
         seen = self._change
         hello = {"version": __version__, "host": socket.gethostname(), "now": time.time()}
-        ids = {"ids": self._ids(), "host_ids": list(self._hosts)}
-        yield _message(b"hello", _json({**hello, **ids}))
-        if self._hosts:
-            yield _message(b"state", _state(hosts=[each.encoded for each in self._hosts.values()]))
+        yield _message(b"hello", _json({**hello, "ids": self._ids()}))
         for part in _parts(list(self._feeds.values()), _PART):
             yield _message(b"state", _state(instances=map(_with_history, part)))
         yield _message(b"state", _state(events=[line for _, line in self._events]))
@@ -167,8 +143,6 @@ class Hub:
             events=[line for number, line in self._events if number > change],
             ids=self._ids() if self._listed > change else None,
             points=self._points() if self._ticked > change else None,
-            hosts=[host.encoded for host in self._hosts.values() if host.changed > change],
-            host_ids=list(self._hosts) if self._hosts_listed > change else None,
         )
 
     def _ids(self) -> list[str]:
@@ -184,25 +158,10 @@ class Hub:
             self._ticked = self._changed()
 
     def _show(self, feed: _Feed) -> None:
-        self._show_as(feed, feed.instance.shown())
-
-    def _show_as(self, shown: _Shown, found: dict[str, Any]) -> None:
-        """Note a change if an instance or a host looks different now."""
-        encoded = _json(found)
-        if encoded != shown.encoded:
-            shown.encoded, shown.changed = encoded, self._changed()
-
-    def _show_hosts(self, hosts: Iterable[Host]) -> None:
-        """Note changes of hosts, and of the list of hosts."""
-        assert self._peers is not None
-        ids = [host.id for host in self._peers.hosts]
-        if ids != list(self._hosts):
-            self._hosts = {each: self._hosts.get(each) or _Shown() for each in ids}
-            self._hosts_listed = self._changed()
-            hosts = self._peers.hosts
-        for host in hosts:
-            if host.id in self._hosts:
-                self._show_as(self._hosts[host.id], host.shown())
+        """Note a change if an instance looks different now."""
+        encoded = _json(feed.instance.shown())
+        if encoded != feed.encoded:
+            feed.encoded, feed.changed = encoded, self._changed()
 
     # -- following instances -----------------------------------------------------
 
@@ -362,8 +321,6 @@ def _state(
     events: Iterable[bytes] = (),
     ids: list[str] | None = None,
     points: dict[str, Any] | None = None,
-    hosts: Sequence[bytes] = (),
-    host_ids: list[str] | None = None,
 ) -> bytes:
     found = b'{"now":%.3f,"instances":[%b],"events":[%b]' % (
         time.time(),
@@ -372,10 +329,6 @@ def _state(
     )
     if ids is not None:
         found += b',"ids":' + _json(ids)
-    if hosts:
-        found += b',"hosts":[%b]' % b",".join(hosts)
-    if host_ids is not None:
-        found += b',"host_ids":' + _json(host_ids)
     if points is not None:
         found += b',"points":' + _json(points)
     return found + b"}"

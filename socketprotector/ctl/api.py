@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..model import text
 from ..model.errors import Refusal, SystemRefused, UsageError
-from ..model.text import escape, in_one_line, in_units, whole
+from ..model.text import escape, in_one_line, whole
 from ..model.wait_quantiles import quantile_us
 from ..system import env_file
 from ..system.answer import Answering
@@ -56,7 +56,6 @@ __all__ = [
     "escape",
     "failing",
     "in_one_line",
-    "in_units",
     "is_lame_duck",
     "label",
     "listed",

@@ -23,7 +23,7 @@ from collections import deque
 from typing import Any
 
 from ..model.control_requests import COMMANDS
-from ..model.text import escape, in_units, whole
+from ..model.text import escape, in_units
 from ..system.cleanup import on_error
 from ..system.foreign_descriptors import refuse_descriptors
 from ..system.trusted_path import only_lead
@@ -40,7 +40,6 @@ ANSWER_S = 10.0
 #: protector dies again and again, the guard waits longer before each further start.
 RETURN_S = 10.0
 _TRY_EVERY_S = 0.05
-_MOST_ID = 2**32 - 2
 #: The most bytes of a line; a longer line is an error.  The status of 1,900 workers takes 1.3 MB
 #: during a reload.  A worker's STATUS= text adds up to 500 bytes, or 3,000 if it is not ASCII.
 LONGEST_LINE = 4 * 1024 * 1024
@@ -393,7 +392,8 @@ def connect(path: str, timeout_s: float) -> socket.socket:
 def _connect_to_path(sock: socket.socket, path: str) -> None:
     """Connect a socket to the socket file at a path, and to no other file that comes there later.
 
-    Root refuses a path that another user may lead to a socket of yet another.  Raises OSError.
+    Refuses a path that another user may lead to a socket of yet another.
+    Raises OSError, RequestRefused.
     """
     place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
@@ -401,7 +401,7 @@ def _connect_to_path(sock: socket.socket, path: str) -> None:
         if not stat.S_ISSOCK(found.st_mode):
             raise OSError(errno.ENOTSOCK, "the file there is no socket")
         if why := why_misled(path, found.st_uid):
-            raise OSError(errno.ELOOP, why)
+            raise RequestRefused("denied", f"{escape(path)}: {why}")
         by_place = f"/proc/self/fd/{place}"
         sock.connect(by_place if os.path.exists(by_place) else path)
     finally:
@@ -409,17 +409,17 @@ def _connect_to_path(sock: socket.socket, path: str) -> None:
 
 
 def why_misled(path: str, owner: int) -> str:
-    """Return why root must not use what a path leads to; "" if root may, or if we are not root.
+    """Return why we must not use what a path leads to; "" if we may.
 
     owner: the user that owns what the path leads to; any other user could have put a link there.
-    Exception: the user who has become root by sudo.
     """
-    trusted = {0, owner, whole(os.environ.get("SUDO_UID", ""), _MOST_ID) or 0}
-    if os.geteuid() != 0 or only_lead(path, trusted):
+    # In a user namespace, the owner of / can be a user that the namespace does not know.
+    trusted = {0, os.stat("/").st_uid, os.geteuid(), owner}
+    if only_lead(path, trusted, in_shared=True):
         return ""
     return (
-        f"it belongs to user {owner}, but another user can make this path lead elsewhere; run the "
-        "command as that other user, or name a path that only root and its owner can change"
+        f"it leads to user {owner}, but another user can make this path lead elsewhere; name a "
+        f"path that only root and user {owner} can change"
     )
 
 

@@ -2,8 +2,9 @@
 
 The launching process is the command that the operator has started.  It waits for our report
 (launch/await_verdict.py), and exits with a matching status.  Meanwhile it asks us what the start
-waits for, and shows our answer.  Each of our messages is one line with a JSON object.  In the
-foreground no process waits for the report, and the reason for a failure goes to the terminal.
+waits for, and shows our answer.  Each of our messages is a packet with a JSON object and a newline:
+a launching process of an earlier version reads lines from a stream.  In the foreground no process
+waits for the report, and the reason for a failure goes to the terminal.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class StartReport:
         self._socket = socket.socket(fileno=line) if line is not None else None
         self._terminal = terminal
         self._unwatch: Callable[[], None] = lambda: None
+        self._gone: Callable[[], None] = lambda: None
         self.failure = ""  # why the start has failed; set by Reports and Resident
 
     def watch(
@@ -45,6 +47,7 @@ class StartReport:
         gone: called if the launching process exits, or cancels the start, before the result.
         waits: returns what the start waits for.
         """
+        self._gone = gone
         if self._socket is not None:
             self._unwatch = partial(loop.unwatch, self._socket.fileno())
 
@@ -79,10 +82,16 @@ class StartReport:
         return self._socket is not None or self._terminal is not None
 
     def started(self) -> None:
-        """Report that the first generation is serving, and close the descriptors."""
-        self._send(ready=True)
+        """Report that the first generation is serving, and close the descriptors.
+
+        If that cannot be sent, the launching process has exited, or another process has spoilt the
+        connection: then cancel the start, because the launching process would report a failure.
+        """
         if self._socket is not None:
             self._unwatch()
+            if not self._send(ready=True):
+                self._gone()
+                return
             self._socket.close()
             self._socket = None
         if self._terminal is not None:
@@ -104,11 +113,14 @@ class StartReport:
         if self._terminal is not None and self.failure:
             tell(self.failure, self._terminal)
 
-    def _send(self, **fields: object) -> None:
-        if self._socket is not None:
-            try:
-                # The socket's buffer has room for all reports, even if none is read.
-                data = json.dumps(fields).encode() + b"\n"
-                self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            except OSError:
-                pass  # the launching process has exited: on_readable() will read end of file
+    def _send(self, **fields: object) -> bool:
+        """Send a message; return False if it cannot be sent."""
+        if self._socket is None:
+            return False
+        data = json.dumps(fields).encode() + b"\n"
+        try:
+            # The socket's buffer has room for all reports, even if none is read.
+            self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:
+            return False
+        return True

@@ -1,10 +1,13 @@
 """Waits in the launching process for the verdict of the first start.
 
-The first line of JSON comes from the process that becomes the resident process, while it still has
-our user.  Only this line is trusted: it has the process's pid, and the files that this start has
-made (begin()).  The resident process sends the other lines (daemon/start_report.py).  Any process
-of its user can take its end of the connection, and send lines in its name: they can only mislead
-the operator about this start.
+The process that becomes the resident process, while it still has our user, writes its pid and the
+files that this start has made into a pipe (begin()).  Its exec closes the pipe, so no code of
+another user has the pipe.  Only what comes from the pipe is trusted.
+
+The resident process sends its messages over a connection (daemon/start_report.py), each a packet
+with a JSON object.  Any process of its user can take its end of the connection, and send packets in
+its name.  They can only mislead the operator about this start: this process keeps no more than one
+of them, and does not wait longer than the resident process lives.
 
 The connection stays open until a generation is serving or the process exits.  INT, TERM and QUIT
 cancel the start.  So does a kill of the launching process, because the resident process then reads
@@ -37,32 +40,42 @@ from ..system.terminal import tell
 _INTERRUPTED = 130
 #: How often to request what the start waits for.
 _REQUEST_EVERY_MS = 2_000
-#: The longest line that is kept.
-_LONGEST_BYTES = 1 << 20
+#: The longest packet.  A longer one is cut, so it is no message.
+_LONGEST_BYTES = 1 << 16
+#: The longest time that a wait can still last, in seconds.
+_LONGEST_S = 1e9
 #: The exit statuses of a failed start.
 _STATUSES = range(1, 126)
 _CANCELLING = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 
 
-def wait(line: socket.socket, log: str = "syslog") -> int:
+def wait(line: socket.socket, told: int, log: str = "syslog") -> int:
     """Wait for the verdict, print why a start failed, and return the exit status.
 
     line: the connection to the resident process.
+    told: the pipe from the process that becomes the resident process; this function closes it.
     log: where the resident process writes its log.
     Call this with signals blocked; it unblocks them.
     """
+    begun: dict[str, Any] = {}
+    with open(told, "rb") as pipe:
+        for words in pipe:
+            begun.update(_parsed(words))
+    for notice in begun.get("notices", ()):
+        tell(escape(notice))
     wake_up = signals.catch(_CANCELLING)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     poll = select.poll()
     poll.register(line, select.POLLIN)
     poll.register(wake_up, select.POLLIN)
+    resident = -1  # the pidfd of the resident process
+    with suppress(KeyError, ProcessLookupError):  # it could not begin, or has ended
+        resident = os.pidfd_open(begun["pid"])
+        poll.register(resident, select.POLLIN)
     lines = WaitLines(tell)
     cancelled = False
-    first: dict[str, Any] | None = None  # the first message
-    resident = -1  # the pidfd of the resident process
-    verdict: dict[str, Any] = {}
-    rest = b""
+    verdict = begun
     while True:
         ready = [fd for fd, _ in poll.poll(None if cancelled else _REQUEST_EVERY_MS)]
         if not ready:
@@ -74,39 +87,35 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
             poll.unregister(wake_up)
             with suppress(OSError):  # the resident process has sent a reason, and closed its end
                 line.shutdown(socket.SHUT_WR)  # the resident process reads end of file, and stops
-        if line.fileno() not in ready:
-            if resident in ready:
-                break  # a process that took the other end keeps it open
+        if resident in ready:
+            with suppress(OSError):  # a process that took the other end can send no more
+                line.shutdown(socket.SHUT_RDWR)
+        elif line.fileno() not in ready:
             continue
-        data = b""
-        with suppress(ConnectionResetError):  # the resident process was killed with unread data
-            data = line.recv(65536)
+        try:
+            data = line.recv(_LONGEST_BYTES)
+        except ConnectionResetError:  # killed with unread data; its messages come before the end
+            continue
         if not data:
             break
-        *messages, rest = (rest + data).split(b"\n")
-        rest = rest if len(rest) <= _LONGEST_BYTES else b""
-        for message in map(_parsed, messages):
-            if first is None:
-                first = message
-                resident = _watch(message.get("pid"), poll)
-                for notice in message.get("notices", ()):
-                    tell(escape(notice))
-            if waits := _waits(message.get("waits_for")):
-                lines.show(waits, time.monotonic())
-            verdict.update(message)
-        if verdict.get("ready"):
+        message = _parsed(data)
+        lines.show(_waits(message.get("waits_for")), time.monotonic())
+        if "failed" in message:
+            verdict = message
+        if message.get("ready") is True:
             cancelled = _ignore_signals(wake_up) or cancelled
             if not cancelled:
                 return 0
-            with suppress(OSError):  # the process has ended, or did not send its pid
+            with suppress(OSError):  # the process has ended
                 # The resident process serves already, but the operator has cancelled the start.
                 signal.pidfd_send_signal(resident, signal.SIGINT)
             break
+    line.close()  # if another process has ended the connection, the resident process stops now
     if resident >= 0:  # the resident process is not our child, so wait for its end by a pidfd
         end = select.poll()
         end.register(resident, select.POLLIN)
         end.poll()
-    for path, identity in (first or {}).get("made", {}).items():
+    for path, identity in begun.get("made", {}).items():
         _remove(path, identity)
     if cancelled:
         tell("interrupted; nothing was started")
@@ -121,50 +130,42 @@ def wait(line: socket.socket, log: str = "syslog") -> int:
     return SystemRefused.status
 
 
-def begin(line: int, made: Sequence[str], notices: Sequence[str]) -> None:
-    """Send the first message: from the process that executes the resident process.
+def begin(told: int, made: Sequence[str], notices: Sequence[str]) -> None:
+    """Tell the launching process what it needs to know of the process that calls this.
 
     made: the files that this start has made.  If the start fails, the launching process removes
     them, because the resident process may be killed, or have no permission.
     """
     identities = {path: file_identity(path) for path in made}
-    say(line, pid=os.getpid(), made=identities, notices=notices)
+    say(told, pid=os.getpid(), made=identities, notices=notices)
 
 
-def say(line: int, **words: object) -> None:
-    """Send a message to the launching process.  Raises OSError."""
-    os.write(line, json.dumps(words).encode() + b"\n")
+def say(told: int, **words: object) -> None:
+    """Write words into the pipe to the launching process.  Raises OSError."""
+    os.write(told, json.dumps(words).encode() + b"\n")
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
-    """Return a message; an empty one if the line is not ours."""
+def _parsed(message: bytes) -> dict[str, Any]:
+    """Return the words of a message; none if it is not ours."""
     try:
-        found = json.loads(line)
+        found = json.loads(message)
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _waits(found: object) -> list[Wait]:
-    """Return what the start waits for; nothing if the value is not ours."""
-    try:
-        return [
-            Wait(each["kind"], int(each["generation"] or 0), str(each["reason"]), each["left_s"])
-            for each in found  # type: ignore[attr-defined]
-            if isinstance(each["left_s"], int | float | None)
-        ]
-    except (TypeError, ValueError, LookupError):
-        return []
-
-
-def _watch(pid: object, poll: select.poll) -> int:
-    """Watch a process; return its pidfd, -1 if there is no such process."""
-    with suppress(ProcessLookupError):  # the process has ended meanwhile
-        if isinstance(pid, int):
-            found = os.pidfd_open(pid)
-            poll.register(found, select.POLLIN)
-            return found
-    return -1
+    """Return what the start waits for, without entries that are not ours."""
+    waits = []
+    for each in found if isinstance(found, list) else ():
+        match each:
+            case {"kind": str(kind), "reason": str(reason), "left_s": left_s, **others} if (
+                left_s is None or (isinstance(left_s, int | float) and abs(left_s) < _LONGEST_S)
+            ):
+                generation = others.get("generation")
+                number = generation if isinstance(generation, int) else 0
+                waits.append(Wait(kind, number, reason, left_s))
+    return waits
 
 
 def file_identity(path: str) -> list[int]:

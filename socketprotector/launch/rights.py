@@ -48,6 +48,14 @@ class Rights:
     def uid(self) -> int:
         return self.identity.uid if self.identity is not None else 0
 
+    @property
+    def settings_owner(self) -> int:
+        """The owner of the settings that a start makes for these rights.
+
+        Root where the protector keeps capabilities: no protector without them can make such a file.
+        """
+        return 0 if self.starts_others else self.uid
+
     def become(self) -> None:
         """Become the user, and give up all other rights, for good.  Raises OSError, Refusal."""
         if self.no_new_privileges:
@@ -115,10 +123,11 @@ def take(rights: Rights) -> None:
 
     If that fails, or if another user has made settings or state, exit so that systemd tries again.
     """
-    if not inherited.belongs_to(rights.uid):
+    # Settings of an earlier version belong to root.
+    if not inherited.belongs_to({0, rights.settings_owner}, {0, rights.uid}):
         tell(
-            "cannot resume: another user has made the stored state; set --user back, or stop and "
-            "start"
+            "cannot resume: another user has made the stored state; set --user and --worker-user "
+            "back, or stop and start"
         )
         raise SystemExit(_AGAIN)
     try:

@@ -78,35 +78,38 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
         # Our caller may ignore SIGCHLD.  Then the kernel would reap the child before we do.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
-            parent_end, child_end = socket.socketpair()
+            parent_end, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            told, telling = os.pipe()
             child = os.fork()  # because DaemonContext.open() ends the process that calls it
         except OSError as error:  # no descriptor or process is available (RLIMIT_NPROC)
             raise _cannot_detach(error) from error
     if child == 0:
         parent_end.close()
+        os.close(told)
         # While WATCHDOG_PID names the launching process, the resident process would not send
         # WATCHDOG=1.
         if os.environ.get("WATCHDOG_PID") == str(os.getppid()):
             del os.environ["WATCHDOG_PID"]
         try:
-            _become_resident(settings, bound, log, child_end.fileno())
+            _become_resident(settings, bound, log, child_end.fileno(), telling)
         except BaseException as error:
             discard_all(bound.values())
             if isinstance(error, Refusal):
-                say(child_end.fileno(), failed=escape(str(error)), status=error.status)
+                say(telling, failed=escape(str(error)), status=error.status)
             else:
                 reason = f"cannot start: {what_failed(error)}"
-                say(child_end.fileno(), failed=reason, status=SystemRefused.status)
+                say(telling, failed=reason, status=SystemRefused.status)
         finally:
             os._exit(1)
     child_end.close()
+    os.close(telling)
     # The child now owns the sockets and their files.
     for each in bound.values():
         each.socket.close()
     os.waitpid(child, 0)  # the child ends at once: DaemonContext forks again
     try:
         with parent_end:
-            return wait(parent_end, settings.log_file or "syslog")
+            return wait(parent_end, told, settings.log_file or "syslog")
     except OSError as error:
         # The connection is closed, so the resident process cancels the start.
         raise SystemRefused(f"cannot wait for the start: {what_failed(error)}") from error
@@ -131,15 +134,22 @@ def _open_log(settings: Settings) -> int | None:
 
 
 def _become_resident(
-    settings: Settings, bound: Mapping[str, Bound], log: int | None, verdict: int
+    settings: Settings,
+    bound: Mapping[str, Bound],
+    log: int | None,
+    verdict: int,
+    telling: int | None = None,
 ) -> None:
     """Detach (without -f), take the pid file, and exec.  Never returns.  Raises Refusal.
 
     verdict: the descriptor for the outcome.  With -f this is the terminal; otherwise this is the
     connection to the launching process.
+    telling: without -f, the pipe to the launching process, which the exec closes.
     """
     pid_file = PidFile(settings.pid_file) if settings.pid_file is not None else None
     kept = [verdict, *(each.socket.fileno() for each in bound.values())]
+    if telling is not None:
+        kept.append(telling)
     context = _context(settings, pid_file, kept, log)
     try:
         context.open()
@@ -168,8 +178,8 @@ def _become_resident(
             made.callback(folder.discard)
             settings = replace(settings, notify_folder=folder.path)
             descriptors[inherited.NOTIFY] = folder.fd
-        if not settings.foreground:
-            begin(verdict, _files_made(settings, bound), notices)
+        if telling is not None:
+            begin(telling, _files_made(settings, bound), notices)
         try:
             _exec(settings, bound, descriptors, pid_file, verdict)
         except OSError as error:
@@ -238,7 +248,7 @@ def _exec(
     rights = Rights.of(settings)
     content = inherited.memory_file(inherited.SETTINGS, dump(settings))
     if settings.identity is not None:
-        os.fchown(content, settings.identity.uid, -1)  # a resume compares the owner (rights.py)
+        os.fchown(content, rights.settings_owner, -1)  # a resume compares the owner
     descriptors = {inherited.SETTINGS: content, **more}
     descriptors.update((name, each.socket.fileno()) for name, each in bound.items())
     descriptors[inherited.TERMINAL if settings.foreground else inherited.LAUNCHER] = verdict

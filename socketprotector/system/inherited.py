@@ -14,7 +14,7 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # the guard imports this module, and must stay small
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
 FIRST = 3
 _DIGITS = 6
@@ -222,14 +222,14 @@ def is_ours() -> bool:
     return SETTINGS in names and os.fstat(FIRST + names.index(SETTINGS)).st_size > 0
 
 
-def belongs_to(uid: int) -> bool:
-    """Return True if no other user than this one, or root, has made settings and state.
-
-    For root, only root may have made them.  Raises OSError.
-    """
+def belongs_to(settings_owners: Collection[int], state_owners: Collection[int]) -> bool:
+    """Return True if only these users have made settings and state.  Raises OSError."""
     names = _listed_for_us()
-    numbers = [FIRST + names.index(name) for name in (SETTINGS, STATE) if name in names]
-    return all(os.fstat(fd).st_uid in (0, uid) for fd in numbers)
+    return all(
+        os.fstat(FIRST + names.index(name)).st_uid in owners
+        for name, owners in ((SETTINGS, settings_owners), (STATE, state_owners))
+        if name in names
+    )
 
 
 def is_for_reader() -> bool:
@@ -239,8 +239,10 @@ def is_for_reader() -> bool:
 
 def _listed_for_us() -> list[str]:
     """Return the names of the descriptors for this process.  Raises OSError."""
-    ours = os.environ.get(PID) == str(os.getpid())
-    return _listed(os.environ.get("LISTEN_FDNAMES", "")) if ours else []
+    if os.environ.get(PID) != str(os.getpid()):
+        return []
+    count = number_in(os.environ.get("LISTEN_FDS", ""))
+    return _listed(os.environ.get("LISTEN_FDNAMES", ""))[:count]
 
 
 def _listed(names: str) -> list[str]:

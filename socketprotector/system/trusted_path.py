@@ -13,12 +13,13 @@ from collections.abc import Collection
 _LINKS = 40
 
 
-def only_lead(path: str, owners: Collection[int]) -> bool:
+def only_lead(path: str, owners: Collection[int], *, in_shared: bool = False) -> bool:
     """Return whether only these users can change the file to which a path leads.
 
     A missing file counts as theirs if only they can make it.
+    in_shared: also accept a folder in which every user may rename files, such as an emptyDir.
     """
-    here, shared, links = "/", False, 0
+    here, shared, links = "/" if path.startswith("/") else os.getcwd(), False, 0
     names = deque(path.split("/"))
     while names:
         name = names.popleft()
@@ -40,7 +41,8 @@ def only_lead(path: str, owners: Collection[int]) -> bool:
             here = "/" if target.startswith("/") else here
             continue
         shared = bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
-        if stat.S_ISDIR(found.st_mode) and shared and not found.st_mode & stat.S_ISVTX:
+        sticky = found.st_mode & stat.S_ISVTX
+        if stat.S_ISDIR(found.st_mode) and shared and not sticky and not in_shared:
             return False
         here = there
     return True

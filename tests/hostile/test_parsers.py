@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from socketprotector_exporter import peers_model
 
 from socketprotector.ctl.client import Client
 from socketprotector.ctl.errors import NoProtector, RequestRefused
@@ -102,16 +101,6 @@ def test_an_answer(tmp_path: Path, line: bytes) -> None:
         except (NoProtector, RequestRefused):
             return
         assert found is None or isinstance(found, dict)
-
-
-@FEW
-@given(BYTES | st.text().map(lambda value: value.encode("utf-8", "surrogatepass")))
-def test_metrics_of_another_host(data: bytes) -> None:
-    good = b'socketprotector_up{instance="web"} 1\n'
-    for each in peers_model._SAMPLE.finditer(data + b"\n" + good):
-        for label in peers_model._LABEL.finditer(each[2]):
-            assert label[1] in (b"instance", b"phase")
-    assert peers_model._SAMPLE.search(good)
 
 
 @FEW

@@ -25,10 +25,8 @@ from hypothesis import strategies as st
 from socketprotector_client import channel, watchdog, wire
 from socketprotector_client.environment import read_environment
 from socketprotector_client.errors import Drained, ProtocolError
-from socketprotector_exporter import peers, peers_file
 from socketprotector_exporter.collector import ProtectorCollector
 from socketprotector_exporter.http import Server
-from socketprotector_exporter.peers_model import NoMetrics, Scan
 from socketprotector_exporter.token_file import read_token
 
 from socketprotector.core.events import TimeExtended
@@ -371,11 +369,8 @@ def test_a_pid_file(tmp_path: Path, data: bytes) -> None:
 
 
 @FEW
-@given(near(b"https://a:1", b"http://127.0.0.1:1", b" ", b"\n", b"#", b"[::1]", b"x"))
-def test_the_files_of_hosts_and_tokens(tmp_path: Path, data: bytes) -> None:
-    with suppress(UsageError):
-        found = peers_file.parse(data.decode("utf-8", "replace"), "x")
-        assert all(0 < each.port < 65536 for each in found)
+@given(near(b" ", b"\n", b"#", b"=", b"x"))
+def test_the_file_of_a_token(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "token"
     path.write_bytes(data)
     path.chmod(0o600)
@@ -383,30 +378,9 @@ def test_the_files_of_hosts_and_tokens(tmp_path: Path, data: bytes) -> None:
         assert read_token("--token", str(path)).isprintable()
     path.write_bytes(b"abc\n")
     assert read_token("--token", str(path)) == "abc"
-    assert peers_file.parse("a https://b:1\n", "x")[0].name == "a"
 
 
-# -- other hosts, and clients of the exporter --------------------------------------------------
-
-
-@FEW
-@given(
-    near(b"HTTP/1.1 ", b"200 OK", b"\r\n", b"content-length:", b"9" * 20, b" ", b"\r"),
-    st.lists(near(b'socketprotector_up{instance="', b'"} 1', b"\n", b"\\", b"x" * 5000)),
-)
-def test_the_answer_of_another_host(head: bytes, pieces: list[bytes]) -> None:
-    with suppress(NoMetrics):
-        length = peers._length(head + b"\r\n\r\n", True)
-        assert length is None or 0 <= length < 10**15
-    assert peers._length(b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\n\r\n", True) == 7
-    scan = Scan()
-    with suppress(NoMetrics):
-        for piece in pieces:
-            scan.feed(piece)
-        assert all(each.isprintable() and len(each) <= 80 for each in scan.end())
-    good = Scan()
-    good.feed(b'socketprotector_up{instance="web"} 1\n')
-    assert good.end()["web"].values == {"up": 1.0}
+# -- clients of the exporter -------------------------------------------------------------------
 
 
 @FEW

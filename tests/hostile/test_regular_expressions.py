@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from socketprotector_exporter import agent, peers, peers_model
+from socketprotector_exporter import agent
 
 from socketprotector.ctl import cli
 from socketprotector.model import known_servers
@@ -32,10 +32,6 @@ OWN = {
     r"ctl/discovery.py \s*(\d{1,9})\s*$",  # 64 bytes of a file
     *(r"ctl/orders.py [+-]?\d{1,9}", "ctl/orders.py (?:(generation|pid):)?"),
     *("demo/load.py PID", "demo/load.py AUTOMATIC"),
-    *(
-        f"{EXPORTER}/peers_file.py _REMARK",
-        f"{EXPORTER}/peers_file.py _ADDRESS",
-    ),
     *(
         f"{EXPORTER}/token_file.py _TOKEN",
         f"{EXPORTER}/web.py " + "0?[0-7]{3}",
@@ -78,46 +74,6 @@ FOREIGN: dict[str, tuple[re.Pattern[str] | re.Pattern[bytes], tuple[tuple[str, s
     ),
     "ctl/cli.py _COMMAND": (cli._COMMAND, (("", "`status "), ("`status ", "a"), ("", "`"))),
     f"{EXPORTER}/agent.py _WORD": (agent._WORD, (("", "a"), ("", "-"), ("", "a "))),
-    f"{EXPORTER}/peers_model.py _SAMPLE": (
-        peers_model._SAMPLE,
-        (
-            ("socketprotector_up{", '"a"'),
-            ("socketprotector_up{", "a"),
-            ("socketprotector_up{", '"\\"'),
-            ('socketprotector_up{"', "\\\\"),
-            ('socketprotector_up{"', "a"),
-            ("", "socketprotector_up{\n"),
-            ("", 'socketprotector_up{"'),
-            ("", "socketprotector_connections_"),
-            ("", "\n"),
-        ),
-    ),
-    f"{EXPORTER}/peers_model.py _LABEL": (
-        peers_model._LABEL,
-        (("", 'instance="'), ('instance="', "\\\\"), ('phase="', "a"), ("", 'phase="\\')),
-    ),
-    f"{EXPORTER}/peers_model.py _ESCAPED": (
-        peers_model._ESCAPED,
-        (("", "\\"), ("", "\\\n")),
-    ),
-    f"{EXPORTER}/peers.py _HEAD": (
-        peers._HEAD,
-        (("", "HTTP/1.1 200"), ("HTTP/1.1 ", "2")),
-    ),
-    f"{EXPORTER}/peers.py _LENGTH": (
-        peers._LENGTH,
-        (
-            ("", "\r\ncontent-length:"),
-            ("", "\r\ncontent-length: \t"),
-            ("\r\ncontent-length:", " "),
-            ("\r\ncontent-length:", "1"),
-            ("\r\ncontent-length:1", "\t"),
-        ),
-    ),
-    f"{EXPORTER}/peers.py _ENCODED": (
-        peers._ENCODED,
-        (("", "\r\ntransfer-"), ("", "\r\ncontent")),
-    ),
 }
 
 

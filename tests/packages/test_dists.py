@@ -23,6 +23,7 @@ import daemon as daemon_library
 import psutil
 import pytest
 
+from tests import needs
 from tests.c.building import alone_in, shared_folder
 from tests.packages.dists import EPOCH, NAMES, PROJECT, SDISTS, VERSION, WHEELS, build
 from tests.running import ROOT, Protector, ask
@@ -405,37 +406,66 @@ def test_pictures_of_a_packaged_page_are_on_the_web(tmp_path: Path) -> None:
             assert (ROOT / name).is_file()
 
 
-def test_an_instance_that_hangs_holds_up_no_upgrade_of_the_package(tmp_path: Path) -> None:
-    """Nor those behind it: each has a time limit.  Here timeout(1) says at once that it is over."""
-    run, tools, asked = tmp_path / "run", tmp_path / "tools", tmp_path / "asked"
-    for each in (run, tools):
-        each.mkdir()
-    for name in ("bad", "good"):
-        with socket.socket(socket.AF_UNIX) as one:
-            one.bind(str(run / f"{name}.control"))
-    programs = {
-        "socketprotectorctl": f'echo "$2" >>{asked}; case $2 in *bad*) exec sleep 600 ;; esac',
-        "timeout": 'shift 2; case "$*" in *bad*) exit 124 ;; esac; exec "$@"',
-    }
-    for name, text in programs.items():
-        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tools / name).chmod(0o755)
+def upgrade_running(folder: Path, tools: dict[str, str], *words: str) -> str:
+    """Run the packages' script on a folder's sockets, with the test's programs; return stderr."""
+    own = folder / "tools"
+    own.mkdir()
+    for name, text in tools.items():
+        (own / name).write_text(f"#!/bin/sh\n{text}\n")
+        (own / name).chmod(0o755)
     script = (ROOT / "packaging" / "upgrade-running").read_text(encoding="utf-8")
     for there in ("/run/socketprotector", "/run/user", "/usr/sbin/policy-rc.d"):
-        script = script.replace(there, str(run if there.endswith("protector") else tmp_path / "no"))
-
+        script = script.replace(there, str(folder / ("run" if "protector" in there else "no")))
     done = subprocess.run(
-        ["sh", "-c", script],
-        env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"},
+        ["sh", "-c", script, "upgrade-running", *words],
+        env={**os.environ, "PATH": f"{own}:{os.environ['PATH']}"},
         stderr=subprocess.PIPE,
         text=True,
         timeout=60,
         check=True,
     )
+    return done.stderr
+
+
+def make_socket(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(path))
+
+
+def test_an_instance_that_hangs_holds_up_no_upgrade_of_the_package(tmp_path: Path) -> None:
+    """Nor those behind it: each has a time limit.  Here timeout(1) says at once that it is over."""
+    run, asked = tmp_path / "run", tmp_path / "asked"
+    for name in ("bad", "good"):
+        make_socket(run / f"{name}.control")
+    tools = {
+        "socketprotectorctl": f'echo "$2" >>{asked}; case $2 in *bad*) exec sleep 600 ;; esac',
+        "timeout": 'shift 2; case "$*" in *bad*) exit 124 ;; esac; exec "$@"',
+    }
+
+    told = upgrade_running(tmp_path, tools)
 
     assert asked.read_text() == f"{run}/good.control\n"
-    assert f"warning: the protector at {run}/bad.control goes on" in done.stderr
-    assert "good" not in done.stderr
+    assert f"warning: the protector at {run}/bad.control goes on" in told
+    assert "good" not in told
+
+
+@needs.ANOTHER_USER
+@pytest.mark.parametrize("owner", ["of the socket", "another"])
+def test_root_is_advised_to_signal_only_a_process_of_the_sockets_owner(
+    tmp_path: Path, owner: str
+) -> None:
+    """A false protector says another service's number."""
+    path = tmp_path / "run" / "web.control"
+    make_socket(path)
+    if owner == "another":
+        os.chown(path, 65534, -1)
+    tools = {"socketprotectorctl": f"echo 'web: serving, pid {os.getpid()}, version 0.9.0'"}
+
+    told = upgrade_running(tmp_path, tools, "--removed")
+
+    assert f"warning: the protector at {path}" in told
+    assert (f"kill -TERM {os.getpid()}" in told) == (owner == "of the socket")
 
 
 @pytest.mark.parametrize("unit", ["exporter", "page"])

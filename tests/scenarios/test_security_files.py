@@ -343,6 +343,48 @@ def test_a_file_with_the_name_of_one_of_its_sockets_stops_no_start(start: Start,
 
 
 @needs_root
+def test_a_dead_socket_of_another_user_with_such_a_name_stops_no_users_start(
+    start: Start, theirs: Path, shared: Path
+) -> None:
+    """In a folder such as /tmp, only its owner and root can remove it."""
+    python, path = any_users_python()
+    other = shared / ".s.sp-000001"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(other))
+    start.pid_file, start.log_file = theirs / "pid", theirs / "log"
+
+    ended = start(
+        *("--log-file", start.log_file, "--handoff", "listener", "--ready", "notify"),
+        *(f"unix:{shared}/s", "--", python, *worker("accepts")[1:]),
+        command=(python, *COMMAND[1:]),
+        environment={"PYTHONPATH": path},
+        user=NOBODY,
+    )
+
+    assert ended.status == 0, ended.err
+    assert ask(f"{shared}/s", "hello").endswith("hello")
+    assert other.exists()
+    start.stop()
+
+
+@needs_root
+def test_root_does_not_read_a_servers_files_that_the_workers_cannot_read(
+    start: Start, theirs: Path
+) -> None:
+    """A link may lead to any file of root; what was found there would show in a notice."""
+    secret, server = start.folder / "secret.sh", theirs / "gunicorn"
+    secret.write_text("socketprotector_client")
+    secret.chmod(0o600)
+    (theirs / "conf.py").symlink_to(secret)
+    server.write_text("#!/bin/sh\n")
+    server.chmod(0o755)
+    words = ("--check", "--chdir", theirs, f"unix:{theirs}/s", "--", server, "-cconf.py")
+
+    assert "client library" not in start(*words).err
+    assert "only with the client library" in start("--user", "nobody", *words).err
+
+
+@needs_root
 def test_a_script_whose_interpreter_is_a_fifo_does_not_hold_a_start_up(
     start: Start, theirs: Path
 ) -> None:

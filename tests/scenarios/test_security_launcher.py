@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,16 +23,20 @@ def victim(tmp_path: Path) -> Path:
     return made
 
 
-@pytest.mark.parametrize("what", ["made", "pid", "failed"])
+@pytest.mark.parametrize("then", ["kill", "flood", "hang-up"])
+@pytest.mark.parametrize("what", ["made", "pid", "failed", "waits"])
 def test_a_lie_on_its_connection_removes_no_file_and_does_not_delay_it(
-    command: Command, victim: Path, what: str
+    command: Command, victim: Path, what: str, then: str
 ) -> None:
     lies = {
         "made": {"made": {str(victim): file_identity(str(victim))}},
         "pid": {"pid": 1},
         "failed": {"failed": "\x1b[2J", "status": 0},
+        "waits": {"waits_for": [{"kind": "", "generation": 1e999, "reason": "", "left_s": 1e999}]},
     }
-    liar = command.worker("takes_launcher", json.dumps(lies[what]))
+    # Python writes Infinity, but a float may also be too large.
+    lie = json.dumps(lies[what]).replace("Infinity", "1e999") + "\n"
+    liar = command.worker("takes_launcher", then, lie)
 
     ended = command.run("--user", A, "unix:s", "--", *liar)
 
@@ -39,3 +44,12 @@ def test_a_lie_on_its_connection_removes_no_file_and_does_not_delay_it(
     assert "\x1b" not in ended.err
     assert victim.read_text() == "precious"
     assert command.start.left() == [], "what this start had made is removed"
+
+
+def test_half_a_message_of_another_process_spoils_no_message_of_the_protector(
+    command: Command,
+) -> None:
+    command.up("--user", A, "unix:s", "--", *command.worker("takes_launcher", "ready", "{"))
+
+    command.start.stop(signal.SIGINT)
+    assert command.start.left() == []

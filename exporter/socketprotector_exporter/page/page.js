@@ -306,13 +306,6 @@ function summarize() {
   write($("summary"), [[instances.size, instances.size === 1 ? "instance" : "instances"], ...total(rates), ...counted(counts)]);
   wrong.sort(byName);
   const troubles = wrong.map((data) => [`#i-${data.id}`, data.name, trouble(data)]);
-  const states = new Map();
-  for (const { data } of hosts.values()) {
-    if (!data) continue;
-    states.set(data.state, (states.get(data.state) || 0) + 1);
-    if (["bad", "warn"].includes(data.tone)) troubles.push([`#h-${data.id}`, data.name, data.state]);
-  }
-  write($("hosts-summary"), [[hosts.size, hosts.size === 1 ? "host" : "hosts"], ...counted(states)]);
   attend(troubles);
   document.title = `${troubles.length ? `(${troubles.length}) ` : ""}${$("host").textContent || "SocketProtector"}`;
   $("empty").hidden = instances.size > 0;
@@ -336,8 +329,6 @@ function arrange() {
 }
 function sift() {
   for (const { data, card } of instances.values()) card.hidden = !data.name.toLowerCase().includes(filter);
-  for (const { data, cell } of hosts.values()) cell.hidden = data !== null && !data.name.toLowerCase().includes(filter);
-  enter();
 }
 
 // -- messages from the exporter ------------------------------------------------
@@ -407,16 +398,12 @@ function connect() {
     offset = Date.now() / 1000 - hello.now;
     text($("host"), hello.host);
     keep(hello.ids);
-    keepHosts(hello.host_ids);
     summarize();
   });
   source.addEventListener("state", (message) => {
     const state = hear(message);
     offset = Date.now() / 1000 - state.now;
     if (state.ids) keep(state.ids);
-    if (state.host_ids) keepHosts(state.host_ids);
-    (state.hosts || []).forEach(showHost);
-    if (state.host_ids) sift();
     let moved = false;
     for (const data of state.instances) moved = show(data) || moved;
     if (moved) arrange();
@@ -442,8 +429,6 @@ $("filter").addEventListener("input", () => {
   filter = $("filter").value.trim().toLowerCase();
   sift();
 });
-$("host-cells").addEventListener("keydown", walk);
-$("host-cells").addEventListener("focusin", (focus) => enter(focus.target));
 setInterval(() => {
   // The exporter sends a message every 5 s.  A connection through a tunnel may end silently.
   const silent_s = source.readyState === EventSource.OPEN ? (Date.now() - heard) / 1000 : 0;

@@ -176,6 +176,7 @@ def test_rules_and_dashboard_name_metrics_and_labels_that_there_are() -> None:
     for text in (rules, *expressions()):
         # What is behind a colon is a recorded series' name, not a metric.
         assert set(re.findall(r"socketprotector_\w+", text)) <= there
+        assert "by (instance" not in text, "instances of one name on two hosts would be one"
     assert set(re.findall(r"alert: (\w+)", rules)) == set().union(*ALERTS.values())
     board = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])

@@ -25,12 +25,14 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from socketprotector_exporter import collector
 from socketprotector_exporter.collector import ProtectorCollector, labels
+from socketprotector_exporter.main import _command
 from socketprotector_exporter.token_file import read_token
 
 from socketprotector.ctl.query_all import SocketAnswer
 from socketprotector.model.errors import UsageError
 from tests import forked
-from tests.running import DEADLINE_S, Ended, Lines
+from tests.pages import page
+from tests.running import DEADLINE_S, ROOT, Ended, Lines
 from tests.together import together
 from tests.unit.ctl.fake import MALFORMED, Fake, health, listener, malformed, status
 from tests.unit.exporter.conftest import COMMAND, Exporter, run
@@ -661,3 +663,14 @@ def test_a_line_that_nobody_reads_fails_no_scrape(
 def test_a_line_that_nobody_reads_does_not_change_the_exit_status(unread: TextIO) -> None:
     with forked.popen([*COMMAND, "--name", "/"], stderr=unread) as process:
         assert process.wait(DEADLINE_S) == 2
+
+
+def test_the_drop_ins_of_the_documents_have_options_that_there_are() -> None:
+    blocks = page.blocks(ROOT / "docs" / "fleet.md")
+    drop_ins = [each.text for each in blocks if "exporter.service.d" in str(each.file)]
+    options = {option for each in _command.params for option in each.opts}
+
+    assert len(drop_ins) == 2
+    for text in drop_ins:
+        [line] = re.findall(r"^ExecStart=(.+(?:\\\n.+)*)$", text, re.MULTILINE)
+        assert set(re.findall(r" (--[\w-]+)", line)) <= options

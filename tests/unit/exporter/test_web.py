@@ -33,7 +33,7 @@ WEB = ("--web", "127.0.0.1:0")
 PAGE = Path(__file__).parents[3] / "exporter" / "socketprotector_exporter" / "page"
 #: Of the test's own instances: others may run on this machine, in /run.
 NAMES = {"web", "late", "silent", "fine", "junk", "huge"}
-SCRIPTS = ("events.js", "hosts.js", "page.js")
+SCRIPTS = ("events.js", "page.js")
 FILES = ("/", "/page.css", *(f"/{script}" for script in SCRIPTS), "/icon.svg")
 
 

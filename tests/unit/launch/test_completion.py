@@ -80,7 +80,7 @@ def test_a_command_is_a_file(completed: Completed) -> None:
 
 def test_the_exporter_completes_files_too(completed: Completed) -> None:
     assert completed("socketprotector-exporter", "--tls-c") == ["plain,--tls-cert"]
-    for option in ("tls-key", "control", "token", "peers", "peers-ca", "peers-token"):
+    for option in ("tls-key", "control", "token"):
         assert completed("socketprotector-exporter", f"--{option}", "/x") == ["file,/x"], option
 
 

@@ -294,7 +294,7 @@ def _record(kind: bytes, form: int, sequence: int, excess: int, payload: bytes) 
             _record,
             st.sampled_from([state_file._WHOLE, state_file._CHANGE, b"SPxx"]),
             st.sampled_from([0, FORMAT, FORMAT + 1, 2**32 - 1]),
-            st.sampled_from([0, 1, 2, 2**63, 2**64 - 2, 2**64 - 1]),
+            st.sampled_from([0, 1, 2, 2**63, 2**63 + 1, 2**64 - 1]),
             st.sampled_from([0, 0, 0, -1, 1, 2**62]),
             st.binary(max_size=8),
         )
@@ -309,7 +309,8 @@ def test_a_state_file(data: bytes) -> None:
         with suppress(StateError):
             found.read()
         found.write(b"good")
-        assert StateFile(one.fd).read()[0] == b"good"
+        if found._sequence <= state_file._LAST_SEQUENCE:
+            assert StateFile(one.fd).read()[0] == b"good"
         os.close(one.fd)
 
 

@@ -114,12 +114,12 @@ def test_the_profile_allows_each_file_that_is_opened(
     daemon: tuple[str, ...],
     options: tuple[str, ...],
 ) -> None:
-    tracer = ("strace", "-D", "-ff", "-y", "-qq", "-e", "trace=openat", "-s", "4096")
+    tracer = ("strace", "-D", "-ff", "--seccomp-bpf", "-y", "-qq", "-e", "trace=openat")
     checks = ("--settle", "100ms", "--settle-check", "true", "--log-prefix")
     around = Surroundings(
         tmp_path,
         marked_environment,
-        (*tracer, "-o", str(tmp_path / "calls")),
+        (*tracer, "-s", "4096", "-o", str(tmp_path / "calls")),
         mode=mode,
         daemon=daemon,
         options=(*checks, *options),

@@ -275,8 +275,8 @@ def _exec(
     addresses = (each.address for each in settings.listeners)
     label = (settings.name, *addresses, "--", settings.executed[0])
     command = list(command_of(label, python_options))
+    privileges.become_subreaper()  # for system/proc_scan.py; the next program needs no ctypes
     if settings.guarded:
-        privileges.become_subreaper()
         # The guard holds every descriptor of the protector, so it needs the same limit.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -192,6 +192,9 @@ class MemoryDelivery(Delivery):
     def backlog(self, listener: Listener) -> tuple[int, int] | None:
         return len(cast("Any", listener).backlog), MOST
 
+    def sockets_of(self, generation: OpenGeneration) -> frozenset[int]:
+        return frozenset()
+
     @property
     def worker_sockets(self) -> frozenset[int]:
         return frozenset()

@@ -67,7 +67,8 @@ class Snapshot:
     generations: tuple[GenerationRecord, ...] = ()
     last_good: Program | None = None  # the last program that served, for a recovery
     workers: tuple[WorkerRecord, ...] = ()
-    orphans: tuple[str, ...] = ()  # notify addresses of failed workers whose orphans got TERM
+    #: (a socket's inode, a generation that is gone or has failed, a start): see Leftovers.
+    condemned: tuple[tuple[int, int, int], ...] = ()
     orders: tuple[tuple[str, int], ...] = ()  # notify address of a lost worker -> signal to send
     forwarder: ForwarderRecord = field(default_factory=ForwarderRecord)
     steering: SteeringRecord = field(default_factory=SteeringRecord)

@@ -255,7 +255,11 @@ class Resident:
                 log.write("error", "guard-died", hint=hint)
                 self._write_pid(log)
             pool.guarded = False
+            if self.earlier is not None or self.parents.line is not None:
+                # Before a first start, the launching process does so.
+                privileges.become_subreaper()
 
+        pool.leftovers.has_manager = self.parents.line is None and self.parents.store.keeps
         self.parents.watch(runtime.loop, pool.learn_status, on_guard_gone)
 
         def waits_of_start() -> Sequence[object]:

@@ -56,6 +56,7 @@ from ..model.errors import what_failed
 from ..model.records import Program
 from ..model.settings import Settings
 from ..model.share import percent
+from ..system.leftovers import NEVER, Holder
 from ..system.listener import Listener
 from ..system.program_spec import program_of
 from ..system.sd_notify import Systemd
@@ -124,6 +125,7 @@ class Effects(Host):
             remember=self.reports.remember,
             delivery=self.delivery,
             probes=check_probes,
+            holders=self._holders,
         )
         self.probing = Probing(
             *(runtime, self.delivery, check_probes),
@@ -169,7 +171,7 @@ class Effects(Host):
                 self.pool.drain(number)
             case Release(number) if number in self.generations:
                 self._log.write("info", "drained", generation=number)
-                self.delivery.release(self.generations.release(number))
+                self._release(number)
             case Hold(on):
                 self.delivery.hold(on)
             case ReadSettings(dry_run, canary, release):
@@ -194,7 +196,7 @@ class Effects(Host):
                 self._report(action)
             case Exit(status):
                 self.exit_status = status
-                self.pool.orphans.when_ended(self._stop_loop)
+                self.pool.leftovers.when_ended(self._stop_loop)
             case _:  # the generation was not opened, was lost in a kill, or is released already
                 pass
 
@@ -223,8 +225,8 @@ class Effects(Host):
             generations=self.generations.records(),
             last_good=self.last_good,
             workers=self.pool.records(),
-            orphans=self.pool.orphans.left,
-            orders=self.pool.orphans.orders,
+            condemned=self.pool.leftovers.condemned,
+            orders=self.pool.leftovers.orders,
             forwarder=delivery.forwarder,
             steering=delivery.steering,
             nonblocking=delivery.nonblocking,
@@ -250,13 +252,13 @@ class Effects(Host):
         return {name: fd for each in owners for name, fd in each.descriptors().items()}
 
     def suspend(self) -> None:
-        """Stop all probes and checks, the search for orphans, and the reading of settings."""
+        """Stop all probes and checks, the search for leftovers, and the reading of settings."""
         self.live_settings.stop_reading()
         for each in (self.pool, self.probing):
             each.suspend()
 
     def resume(self) -> None:
-        """Restart the probes, the checks and the search for orphans after a failed exec."""
+        """Restart the probes, the checks and the search for leftovers after a failed exec."""
         # The supervisor restarts the reading of settings.
         for each in (self.pool, self.probing):
             each.resume()
@@ -284,6 +286,22 @@ class Effects(Host):
             return
         if fresh and self.last_good is not None and not dry_run:
             self.reports.reload_began(number, self.delivery.listeners)
+
+    def _release(self, number: int) -> None:
+        """Free what a generation used, and end the processes that still have its sockets."""
+        _, start, sockets = self._holder(self.generations[number])
+        self.delivery.release(self.generations.release(number))
+        # A channel brings no more clients, but a listening socket does.
+        self.pool.leftovers.end((number, start, sockets & self.delivery.worker_sockets))
+
+    def _holder(self, generation: OpenGeneration) -> tuple[int, int, frozenset[int]]:
+        record = generation.record
+        return record.number, record.start, self.delivery.sockets_of(generation)
+
+    def _holders(self) -> list[Holder]:
+        """Return our sockets, and the generations whose workers may have them: see Leftovers."""
+        ours = 0, NEVER, self.delivery.worker_sockets
+        return [ours, *map(self._holder, self.generations.values())]
 
     def _refuse_unless_reachable(self, program: Program) -> None:
         """Raise ValueError if --ready needs a probe of a listener that no probe can reach."""

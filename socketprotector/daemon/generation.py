@@ -14,6 +14,7 @@ from socketprotector_client import wire
 from ..model.lazy_dataclass import mutable, replace
 from ..model.records import Counts, GenerationRecord, Program
 from ..system import inherited
+from ..system.process import boot_ticks
 from ..system.program_spec import change_of
 from ..system.scoreboard import Board
 
@@ -33,7 +34,13 @@ class OpenGeneration:
             board = Board.make()
         except OSError:
             board = None  # better no counts than no generation
-        record = GenerationRecord(number, program, knows=known_to(program), opened_at=time.time())
+        record = GenerationRecord(
+            number,
+            program,
+            knows=known_to(program),
+            opened_at=time.time(),
+            start=boot_ticks(),
+        )
         return cls(record, board)
 
     @classmethod

@@ -13,7 +13,7 @@ The steps have a fixed order:
 3. Whether the kernel killed the worker because memory ran out.
 4. The processes that the worker left in its process group.  We find them by the reaped
    worker's pidfd.  Before Linux 6.9 we use the worker's pid, which the kernel does not reuse while
-   the process group exists.
+   the process group exists.  If the worker had failed, leftovers.py ends its other processes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..model.lazy_dataclass import KW_ONLY, mutable, replace
 from ..model.records import WorkerRecord
 from ..model.text import LAST_WORDS, escape
 from ..system.foreign_descriptors import close_unread
-from ..system.orphans import Orphans
+from ..system.leftovers import Leftovers
 from ..system.process import End, Process
 from ..system.process_groups import Groups
 from ..system.program_spec import name_of
@@ -59,7 +59,7 @@ class PostMortem:
     _: KW_ONLY
     delivery: Delivery
     groups: Groups
-    orphans: Orphans
+    leftovers: Leftovers
     #: Called with a worker's number when it is time to call end_of() for that worker.
     ended: Callable[[int], None]
     #: remember(change): replaces the history with change(history).
@@ -151,11 +151,10 @@ class PostMortem:
             lost=lost or None,
         )
         last_words, was_ready = worker.last_words or "", record.ready_by or worker.became_ready
-        # If the worker exited before it was ready (it failed, or called daemon(3)), end the
-        # processes that it left outside its group.  A scan finds these processes by the worker's
-        # notify address in their environment.
+        # The worker failed, or called daemon(3).
         if not was_ready:
-            self.orphans.end(worker.notify.address)
+            sockets = self.delivery.sockets_of(worker.generation)
+            self.leftovers.end((record.generation, record.start, sockets))
         detached = end.clean and not was_ready
         if not record.asked_to_exit and not (end.clean and worker.generation.is_finishing):
             crash = _crash(worker, end, lost, last_words)

@@ -16,17 +16,17 @@ import signal
 import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from functools import partial
 
 from ..core.events import ChannelBroken, Event, OpenFailed, SettleFailed, WorkerExited
 from ..core.failure import NOT_STORED, STARTING_WHEN_KILLED
 from ..core.fleet import Generation, Phase, State, Worker
 from ..core.snapshot import Snapshot
-from ..model.lazy_dataclass import field, mutable
+from ..model.lazy_dataclass import field, mutable, replace
 from ..model.records import GenerationRecord, WorkerRecord
 from ..model.text import LAST_WORDS
 from ..system import inherited
 from ..system.inherited import Inherited
+from ..system.process import Process
 from .effects import Effects
 from .generation import OpenGeneration
 
@@ -71,8 +71,7 @@ class Recovery:
         serving = fleet.of(Phase.SERVING)
         opened = effects.generations.get(serving.number) if serving is not None else None
         effects.last_good = opened.program if opened is not None else snapshot.last_good
-        for address in snapshot.orphans:
-            effects.pool.orphans.end(address)
+        effects.pool.leftovers.adopt(snapshot.condemned)
         effects.reports.adopt(snapshot.run, snapshot.log_level)
         self.dismiss_unknown()
         self.unclaimed.close()
@@ -183,8 +182,6 @@ class Recovery:
                 self._watch_unadopted(generation, each, record)
                 if each.state is not State.ORPHANED:
                     events.append(_exit_of(each.number, record, waiting, orphans=True, lost=True))
-        for address, sign in self.snapshot.orders:
-            pool.orphans.order((address,), sign)
         return events
 
     def _waiting(self, number: int) -> int:
@@ -199,9 +196,9 @@ class Recovery:
     ) -> None:
         """Watch a worker that cannot be adopted: it was starting, or descriptors are missing.
 
-        By now the worker's RETURN line is closed.  The fleet counts the worker as an orphan until
-        a scan of /proc (system/orphans.py) finds none of the worker's processes.  The scans also
-        carry out the fleet's orders to these processes.
+        By now the worker's RETURN line is closed.  A scan of /proc (system/leftovers.py) finds the
+        worker.  From then on it is watched as the group of a dead worker is.  The fleet counts it
+        as an orphan until it is gone.
         """
         pool, generation_number = self.effects.pool, generation.number
         programs = {each.number: each.program for each in self.snapshot.generations}
@@ -217,20 +214,33 @@ class Recovery:
         # worker.
         shared = any(w.slot == worker.slot for w in generation.workers if w is not worker)
         owns_counts = worker.state is not State.ORPHANED or not shared
-        searched = set(pool.addresses(worker.number))
+        addresses = pool.addresses(worker.number)
+        order = next((sign for a, sign in self.snapshot.orders if a in addresses), None)
 
-        def gone(address: str) -> None:
-            searched.discard(address)
-            if searched:
-                return
+        def gone() -> None:
             opened = self.effects.generations.get(generation_number)
             if opened is not None and owns_counts:
                 opened.take_counts(worker.slot)
             waiting = self._waiting(generation_number)
             self.effects.runtime.post(WorkerExited(worker.number, "orphans gone", waiting=waiting))
 
-        for address in tuple(searched):
-            pool.orphans.watch(address, generation_number, finish_signal, partial(gone, address))
+        def found(process: Process | None, order: int | None) -> None:
+            if process is None:
+                gone()
+                return
+            known = record or WorkerRecord(
+                worker.number, generation_number, process.pid, -1, slot=worker.slot
+            )
+            known = replace(known, pid=process.pid, asked_to_exit=order is not None)
+            pool.groups.keep(known, process, finish_signal, gone)
+            if order == finish_signal:
+                pool.groups.retire(worker.number)
+            elif order:
+                pool.groups.signal(worker.number, order)
+
+        pool.leftovers.find(
+            worker.number, addresses, generation_number, finish_signal, order, found
+        )
 
 
 def _exit_of(

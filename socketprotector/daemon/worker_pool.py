@@ -6,10 +6,11 @@ exit.  A worker is identified by its number, which is never reused, unlike a rea
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 
 from ..core.actions import WorkerSignal
@@ -21,7 +22,7 @@ from ..model.lazy_dataclass import replace
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
 from ..system import check_command, procfs, sock_diag
-from ..system.orphans import Orphans
+from ..system.leftovers import Holder, Leftovers
 from ..system.process import End
 from ..system.process_groups import Groups
 from . import out_of_memory, post_mortem, worker_recycling
@@ -52,8 +53,9 @@ class WorkerPool:
         remember: Callable[[Callable[[History], History]], None],
         delivery: Delivery,
         probes: CheckProbes,
+        holders: Callable[[], Iterable[Holder]],
     ) -> None:
-        """remember(change): replaces the history with change(history)."""
+        """remember(change): replaces the history with change(history).  holders: see Leftovers."""
         self._probes, self._output, self._delivery = probes, output, delivery
         self._runtime, self._remember = runtime, remember
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
@@ -70,7 +72,12 @@ class WorkerPool:
         self.proved_ready = False
         self.groups = Groups(self._loop, self._log, self.descriptors)
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
-        self.orphans = Orphans(self._loop, self._log, kill_timeout_s, identity, self.groups.has)
+        self.leftovers = Leftovers(
+            *(self._loop, self._log, kill_timeout_s, identity),
+            reaper=lambda: os.getppid() if self.guarded else os.getpid(),
+            groups=self.groups.pids,
+            holders=holders,
+        )
         self._spawner = WorkerSpawner(settings, self._loop, self._log, output, delivery)
         self._memory = out_of_memory.MemoryWatch(runtime, self._workers)
         first = FirstPrograms(runtime, output, remember)
@@ -88,7 +95,7 @@ class WorkerPool:
             self._output,
             delivery=self._delivery,
             groups=self.groups,
-            orphans=self.orphans,
+            leftovers=self.leftovers,
             ended=self._ended,
             remember=self._remember,
             why_killed=self._memory.why_killed,
@@ -97,7 +104,7 @@ class WorkerPool:
     def apply_settings(self, settings: Settings) -> None:
         """Use the settings of the start or of a reload."""
         self._spawner.settings = settings
-        self.orphans.kill_timeout_s = settings.policy.kill_timeout_s
+        self.leftovers.kill_timeout_s = settings.policy.kill_timeout_s
         if self._limit_watch is not None:
             self._limit_watch.apply_settings(settings)
         elif settings.worker_limits.any:
@@ -167,7 +174,7 @@ class WorkerPool:
         worker, signum = self._workers.get(number), signal.Signals[f"SIG{kind.value}"]
         if worker is None:  # the worker has exited, or could not be adopted (recovery.py)
             self.groups.signal(number, signum)
-            self.orphans.order(self.addresses(number), signum)
+            self.leftovers.order(number, signum)
             return
         if not self._send(worker, signum):
             return
@@ -182,7 +189,7 @@ class WorkerPool:
         worker = self._workers.get(number)
         if worker is None:  # see signal()
             self.groups.retire(number)
-            self.orphans.retire(self.addresses(number))
+            self.leftovers.retire(number)
             return
         self._order_to_finish(worker)
         self._log.write("info", "retired", worker=number)
@@ -194,7 +201,7 @@ class WorkerPool:
             if worker.generation.program.finish_signal and not worker.record.asked_to_exit:
                 self._order_to_finish(worker)
         self.groups.drain(generation)
-        self.orphans.drain(generation)
+        self.leftovers.drain(generation)
 
     def all_retire(self, generation: int) -> bool:
         """Return whether all workers of a generation have sent X_SOCKETPROTECTOR_RETIRE=1.
@@ -230,17 +237,17 @@ class WorkerPool:
         return True
 
     def suspend(self) -> None:
-        """End the --ready checks and the search for orphans, before an upgrade or our exit."""
+        """End the --ready checks and the search for leftovers, before an upgrade or our exit."""
         for worker in self._workers.values():
             worker.readiness.stop_check()
         self._probes.release_all()
-        self.orphans.stop_looking()
+        self.leftovers.stop_looking()
 
     def resume(self) -> None:
         """After a failed exec, restart what suspend() has ended."""
         for worker in self._workers.values():
             worker.readiness.check()
-        self.orphans.schedule()
+        self.leftovers.schedule()
 
     # -- from one program to the next ----------------------------------------
 

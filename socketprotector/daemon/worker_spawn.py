@@ -32,7 +32,7 @@ from ..system import inherited
 from ..system.foreign_descriptors import close_unread
 from ..system.log import Log
 from ..system.loop import Loop
-from ..system.process import End, Process
+from ..system.process import End, Process, boot_ticks
 from ..system.readiness import Readiness
 from ..system.sd_notify import NotifySocket
 from ..system.spawn import spawn
@@ -143,7 +143,7 @@ class WorkerSpawner:
 
     def start(self, number: int, slot: int, generation: OpenGeneration) -> Worker:
         """Start a worker process.  Raises OSError or ValueError; then nothing is left open."""
-        program = generation.program
+        program, began = generation.program, boot_ticks()
         with ExitStack() as ours:
             notify = self._notify_socket(number)
             ours.callback(notify.close)
@@ -180,6 +180,7 @@ class WorkerSpawner:
             output_start,
             slot=slot,
             started_at=time.time(),
+            start=began,
         )
         return Worker(record, generation, process, notify, line, readiness)
 

@@ -25,7 +25,7 @@ import signal
 import socket
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -130,14 +130,13 @@ def wait(line: socket.socket, told: int, log: str = "syslog") -> int:
     return SystemRefused.status
 
 
-def begin(told: int, made: Sequence[str], notices: Sequence[str]) -> None:
+def begin(told: int, made: Mapping[str, list[int]], notices: Sequence[str]) -> None:
     """Tell the launching process what it needs to know of the process that calls this.
 
     made: the files that this start has made.  If the start fails, the launching process removes
     them, because the resident process may be killed, or have no permission.
     """
-    identities = {path: file_identity(path) for path in made}
-    say(told, pid=os.getpid(), made=identities, notices=notices)
+    say(told, pid=os.getpid(), made=made, notices=notices)
 
 
 def say(told: int, **words: object) -> None:
@@ -168,24 +167,28 @@ def _waits(found: object) -> list[Wait]:
     return waits
 
 
-def file_identity(path: str) -> list[int]:
-    """Return numbers that identify a file as long as it exists.  Raises OSError."""
-    found = os.lstat(path)
-    # A later file may have the same inode number, but not the same ctime.  For a folder use 0,
-    # because a folder's ctime changes with its contents; for a socket use the mtime, because
-    # close_control() changes permissions.
-    if stat.S_ISSOCK(found.st_mode):
-        changed = found.st_mtime_ns
-    else:
-        changed = 0 if stat.S_ISDIR(found.st_mode) else found.st_ctime_ns
-    return [found.st_dev, found.st_ino, changed]
+def file_identity(found: os.stat_result) -> list[int]:
+    """Return numbers that identify a file as long as it exists.
+
+    found: of the file's descriptor.
+    """
+    # A later file may have the same inode number, but not the same ctime.  A folder's ctime changes
+    # with its contents.
+    changed = found.st_ctime_ns if stat.S_ISREG(found.st_mode) else 0
+    return [found.st_dev, found.st_ino, stat.S_IFMT(found.st_mode), changed]
+
+
+def socket_identity(device: int, inode: int) -> list[int]:
+    """Return what file_identity() returns for the file of a socket."""
+    return [device, inode, stat.S_IFSOCK, 0]
 
 
 def _remove(path: str, identity: list[int]) -> None:
     """Remove a file or folder of a failed start, unless another program has replaced it."""
     with suppress(OSError), locked(path) as there:  # the file is gone, or the folder is not ours
-        if file_identity(there) == identity:
-            (os.unlink if identity[-1] else os.rmdir)(there)
+        found = os.lstat(there)
+        if file_identity(found) == identity:
+            (os.rmdir if stat.S_ISDIR(found.st_mode) else os.unlink)(there)
 
 
 def _ignore_signals(wake_up: int) -> bool:

@@ -19,7 +19,7 @@ from ..system import socket_file
 from ..system.cleanup import on_error
 from ..system.dir_lock import give, locked
 from ..system.privileges import call_libc
-from ..system.sock_diag import file_of
+from ..system.sock_diag import is_bound_to
 from . import port_owner
 from .listen_spec import Listen, gid_of, uid_of
 from .pid_file import hint
@@ -97,17 +97,17 @@ def _bind_beside(listen: Listen, path: str, backlog: int) -> tuple[socket.socket
     uid, gid, mode = rights_of_new(listen, path)
     uid = uid if "user" in listen.options else -1
     gid = gid if "group" in listen.options else -1
-    with locked(path):
-        stale = socket_file.is_stale(path)
+    with locked(path) as there:
+        stale = socket_file.is_stale(there)
         socket_file.remove_leftovers(path)
         made = socket_file.bind(path, backlog, socket_file.Rights(uid, gid, mode), give_away)
         with on_error(made.close), on_error(socket_file.forget, path, made):
             made.setblocking(False)
             if stale:
-                os.unlink(path)
+                os.unlink(there)
             socket_file.lead_to(path, made, ())
-            found = os.lstat(path)
-    settings = ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog, beside=True)
+            device, inode = socket_file.identity_of(path, made)
+    settings = ListenerSettings(f"unix:{path}", device, inode, backlog, beside=True)
     return made, settings
 
 
@@ -176,7 +176,7 @@ def admit_group(sock: socket.socket, path: str, gid: int, owner: int) -> None:
     packed = b"".join(struct.pack("<HHI", *each) for each in entries)
     file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        if not is_file_of(sock, os.fstat(file)):
+        if not is_bound_to(sock, file):
             raise OSError(errno.EEXIST, "another file has replaced the socket's file")
         by_fd = f"/proc/self/fd/{file}"
         os.setxattr(by_fd, "system.posix_acl_access", struct.pack("<I", 2) + packed)
@@ -200,7 +200,7 @@ def reapply_options(
         file = os.open(there, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             found = os.fstat(file)
-            if not is_file_of(sock, found):
+            if not (stat.S_ISSOCK(found.st_mode) and is_bound_to(sock, file)):
                 raise OSError(errno.EEXIST, "another file has replaced the socket's file")
             if (found.st_uid, found.st_gid) != (uid, gid):
                 give_away(file, uid, gid)
@@ -222,11 +222,6 @@ def rights_of_new(listen: Listen, path: str) -> tuple[int, int, int]:
     umask = os.umask(0o022)
     os.umask(umask)
     return uid, gid, 0o777 & ~umask if mode is None else int(mode, 8)
-
-
-def is_file_of(sock: socket.socket, found: os.stat_result) -> bool:
-    """Return True if a UNIX socket is bound to this file.  Raises OSError."""
-    return stat.S_ISSOCK(found.st_mode) and file_of(sock) == found.st_ino & 0xFFFFFFFF
 
 
 def _give(sock: socket.socket, path: str, listen: Listen) -> os.stat_result:

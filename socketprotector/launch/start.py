@@ -13,8 +13,9 @@ import os
 import resource
 import signal
 import socket
+import stat
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 
@@ -31,7 +32,7 @@ from ..system.executable import command_of, need_descriptors
 from ..system.log_file import open_log
 from ..system.terminal import tell
 from . import notify_dir
-from .await_verdict import begin, say, wait
+from .await_verdict import begin, file_identity, say, socket_identity, wait
 from .bind import Bound, discard_all
 from .bind_control import bind_control
 from .pid_file import PidFile, hint
@@ -179,7 +180,8 @@ def _become_resident(
             settings = replace(settings, notify_folder=folder.path)
             descriptors[inherited.NOTIFY] = folder.fd
         if telling is not None:
-            begin(telling, _files_made(settings, bound), notices)
+            fds = [*descriptors.values(), *([pid_file.fd] if pid_file is not None else ())]
+            begin(telling, _files_made(settings, bound, fds), notices)
         try:
             _exec(settings, bound, descriptors, pid_file, verdict)
         except OSError as error:
@@ -227,15 +229,25 @@ def _context(
     )
 
 
-def _files_made(settings: Settings, bound: Mapping[str, Bound]) -> list[str]:
-    """Return the files that this start has made."""
-    paths = [settings.notify_folder, settings.pid_file]
+def _files_made(
+    settings: Settings, bound: Mapping[str, Bound], descriptors: Iterable[int]
+) -> dict[str, list[int]]:
+    """Return the files that this start has made, each with numbers that identify it.
+
+    Nothing is looked up by its path, where another user may have put another file meanwhile.
+    descriptors: of the pid file and of the folder of notify sockets.
+    """
+    made = {}
+    for fd in descriptors:
+        found = os.fstat(fd)
+        path = settings.notify_folder if stat.S_ISDIR(found.st_mode) else settings.pid_file
+        made[str(path)] = file_identity(found)
     for each in bound.values():
         if each.settings.inode and not each.inherited:
             path = each.settings.address.removeprefix("unix:")
-            own = socket_file.own_file(path, each.socket)
-            paths += [path, own if os.path.lexists(own) else None]
-    return [path for path in paths if path]
+            identity = socket_identity(each.settings.device, each.settings.inode)
+            made[path] = made[socket_file.own_file(path, each.socket)] = identity
+    return made
 
 
 def _exec(
@@ -263,8 +275,8 @@ def _exec(
     addresses = (each.address for each in settings.listeners)
     label = (settings.name, *addresses, "--", settings.executed[0])
     command = list(command_of(label, python_options))
+    privileges.become_subreaper()  # for system/proc_scan.py; the next program needs no ctypes
     if settings.guarded:
-        privileges.become_subreaper()
         # The guard holds every descriptor of the protector, so it needs the same limit.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

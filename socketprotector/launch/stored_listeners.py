@@ -19,11 +19,9 @@ import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
-from ..system.dir_lock import locked
 from ..system.sd_notify import Outbox, Store
 from .activation import Passed
 from .bind import Bound, addresses_of, place, reuse
-from .bind_unix import is_file_of
 from .listen_spec import Listen
 
 #: How long to wait until systemd has read the messages.
@@ -74,13 +72,10 @@ def take(
 
 
 def _discard(bound: Bound) -> None:
-    """Remove a socket's file, and shut the socket down for every process that has a copy."""
-    path = bound.settings.address.removeprefix("unix:")
-    if path.startswith("/"):
-        # OSError: the file is gone, or cannot be removed.  Then the next bind finds it stale.
-        with suppress(OSError), locked(path) as there:
-            if is_file_of(bound.socket, os.lstat(there)):
-                os.unlink(there)
+    """Shut a socket down for every process that has a copy.
+
+    Its file stays: the service's user could have bound any path.  The next bind finds a stale file.
+    """
     with suppress(OSError):
         bound.socket.shutdown(socket.SHUT_RDWR)
     bound.socket.close()

@@ -106,6 +106,7 @@ class GenerationRecord:
     probes: int | None = None  # how many probes its workers accepted; None: no client may come yet
     socket_number: int = 0  # the socket from which its workers accept: see delivery/shared/
     accept_tags: tuple[tuple[int, int], ...] = ()  # by listener's index; empty: unknown
+    start: int = 0  # no worker is older: see process.boot_ticks(); 0: unknown
     # For --handoff stdio: whether a program has worked.  Until then: how many programs failed
     # early, how the last of them ended, and its last output.
     programs_work: bool = False
@@ -146,6 +147,7 @@ class WorkerRecord:
     orphaned: bool = False  # its process has ended; processes that it started are supervised
     killed: bool = False  # its process group got KILL
     retires: bool = False  # it finishes when its RETURN line ends
+    start: int = 0  # it is not older: see process.boot_ticks(); 0: unknown
 
 
 @frozen

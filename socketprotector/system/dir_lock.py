@@ -71,7 +71,7 @@ def give(
             not stat.S_ISSOCK(found.st_mode)
             or found.st_nlink > 1
             or found.st_uid != os.geteuid()
-            or not _may_be_bound_to(sock, found)
+            or not sock_diag.is_bound_to(sock, fd)
         ):
             why = f"user {found.st_uid} owns the file there; remove it or choose another path"
             raise OSError(errno.EEXIST, why)
@@ -80,11 +80,3 @@ def give(
         return found
     finally:
         os.close(fd)
-
-
-def _may_be_bound_to(sock: socket.socket, found: os.stat_result) -> bool:
-    """Return whether a file has the inode number of a socket's file, as far as that is known."""
-    try:
-        return sock_diag.file_of(sock) == found.st_ino & 0xFFFFFFFF
-    except OSError:
-        return True

@@ -12,6 +12,7 @@ import resource
 import select
 import signal
 import struct
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -147,8 +148,8 @@ class Process:
 
     def is_stopped(self) -> bool | None:
         """Return whether it is suspended (SIGSTOP, a debugger); None if unknown."""
-        found = procfs.state_of(self.pid)
-        return found and found[0] in (b"T", b"t") and not self.has_ended()
+        found = procfs.stat_of(self.pid)
+        return found.state in (b"T", b"t") and not self.has_ended() if found is not None else None
 
     def reap(self) -> End | None:
         """Return how it ended, or None while it runs.
@@ -229,6 +230,16 @@ def _kill(pid: int) -> None:
     except ProcessLookupError:
         os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, os.WNOHANG)
+
+
+def boot_ticks() -> int:
+    """Return the time in the unit of a process's start: clock ticks since the boot."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
+def known_pids() -> frozenset[int]:
+    """Return the pids of all processes that have an object, and perhaps of ended ones."""
+    return frozenset(_known)
 
 
 def reap_orphans() -> tuple[int, bool]:

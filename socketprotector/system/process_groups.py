@@ -5,26 +5,23 @@ in that group, and keep running when the worker has ended.  For example, childre
 master would serve an old version for ever, and programs of a stdio pool finish their connections.
 
 The kernel does not report a group's end.  So we poll, soon at first and rarely later, and at once
-when a process that may have been in a group was reaped.  For the kernel a group of ended but
-unreaped processes still exists, for example in a container whose first process does not reap.  A
-scan of /proc, some processes at a time, finds such groups.
+when a process that may have been in a group was reaped.  We, or the guard, get the children of
+ended processes, and reap them: for the kernel a group of unreaped processes still exists.
 
-Source: pidfd_send_signal(2), proc(5) for `stat`.
+Source: pidfd_send_signal(2).
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Set
 from contextlib import suppress
-from itertools import islice
 
 from ..model.lazy_dataclass import mutable, replace
 from ..model.records import WorkerRecord
-from . import inherited, procfs
+from . import inherited
 from .foreign_descriptors import close_unread
 from .log import Log
 from .loop import Loop
@@ -39,14 +36,6 @@ _LAST_LOOK_S = 2.0
 _LINGERS_S = 0.5
 #: A killed group that still exists after this time is unreaped, or stuck in the kernel.
 _KILLED_S = 10.0
-#: The time until the first scan of /proc; later scans come after a share of the youngest group's
-#: age.  Scans take a twentieth of our time at most.
-_CENSUS_S = 0.1
-_CENSUS_SHARE = 0.5
-_LAST_CENSUS_S = 60.0
-_CENSUS_COST = 20
-#: The processes scanned at once, which takes a millisecond.
-_CENSUS_SLICE = 50
 
 
 @mutable
@@ -54,7 +43,7 @@ class _Group:
     """The state of one process group."""
 
     record: WorkerRecord
-    process: Process  # the leader, which has ended
+    process: Process  # the leader, which has ended unless it was lost in a kill
     drain_signal: int  # makes the group finish; 0: it finishes without a signal
     ended: Callable[[], None]  # called when its last process is gone
     since: float  # the time of the last signal, or of the leader's end
@@ -62,7 +51,6 @@ class _Group:
     line: socket.socket | None = None
     logged: bool = False
     retired: bool = False  # it was ordered to finish: a program may treat a second TERM differently
-    found_dead: bool = False  # the last scan of /proc found no living process
 
 
 class Groups:
@@ -79,9 +67,6 @@ class Groups:
         self._loop = loop
         self._log = log
         self._groups: dict[int, _Group] = {}
-        self._census: Iterator[str] | None = None
-        self._lives: dict[int, bool] = {}  # group -> whether it has a living process, as scanned
-        self._census_cost_s = 0.0
 
     def keep(
         self,
@@ -144,9 +129,9 @@ class Groups:
         group.since = time.monotonic()
         self._look_later(number)
 
-    def has(self, group: int) -> bool:
-        """Return whether a process group is watched here."""
-        return any(each.process.pid == group for each in self._groups.values())
+    def pids(self) -> Iterator[int]:
+        """Yield the process groups."""
+        return (each.process.pid for each in self._groups.values())
 
     def look(self) -> None:
         """Look at all groups in the next turn of the loop: a group may have ended."""
@@ -172,6 +157,7 @@ class Groups:
 
     def _look(self, number: int) -> None:
         group = self._groups[number]
+        self._loop.unwatch(group.process.pidfd)
         age_s = time.monotonic() - group.since
         exists = group.process.has_group()
         if exists and group.record.killed and age_s >= _KILLED_S:
@@ -179,13 +165,23 @@ class Groups:
             self._report("error", "orphans-stay", group, hint)
             exists = False
         if exists:
-            self._count_later()
             if not group.logged and age_s >= _LINGERS_S:
                 group.logged = True
                 self._report("warning", "orphans", group, f"see: ps -s {group.process.pid}")
-            self._look_later(number)
+            if group.record.killed or not self._awaits_leader(number, group):
+                self._look_later(number)
         else:
             self._gone(number)
+
+    def _awaits_leader(self, number: int, group: _Group) -> bool:
+        """Return whether the leader, a lost worker, still runs; then its exit causes a look."""
+        if group.process.has_ended():
+            return False
+        try:
+            self._loop.watch(group.process.pidfd, lambda: self._look(number))
+        except OSError:
+            return False
+        return True
 
     def _gone(self, number: int) -> None:
         group = self._groups.pop(number)
@@ -193,6 +189,7 @@ class Groups:
         if group.logged:
             self._report("info", "orphans-gone", group)
         del self._descriptors[_name(number)]
+        self._loop.unwatch(group.process.pidfd)
         group.process.close()
         self._end_line(group)
         group.ended()
@@ -205,45 +202,6 @@ class Groups:
             del self._descriptors[_name(group.record.number, "line")]
             close_unread(group.line)
             group.line = None
-
-    # -- groups of zombies ---------------------------------------------------------
-
-    def _count_later(self) -> None:
-        if self._census is not None or self._loop.due("census") is not None:
-            return
-        now = time.monotonic()
-        youngest_s = min(now - group.since for group in self._groups.values())
-        delay_s = max(_CENSUS_S, youngest_s * _CENSUS_SHARE, self._census_cost_s * _CENSUS_COST)
-        self._loop.call_after("census", min(delay_s, _LAST_CENSUS_S), self._count)
-
-    def _count(self) -> None:
-        """Scan more processes for groups that still have a living process."""
-        began = time.monotonic()
-        if self._census is None:
-            self._lives, self._census_cost_s = {}, 0.0
-            try:
-                self._census = iter(os.listdir("/proc"))
-            except OSError:
-                return  # /proc is not mounted, or no descriptor is free
-        names = list(islice(self._census, _CENSUS_SLICE))
-        for name in names:
-            if name.isdigit() and (found := procfs.state_of(name)) is not None:
-                state, group = found
-                self._lives[group] = self._lives.get(group, False) or state not in (b"Z", b"X")
-        self._census_cost_s += time.monotonic() - began
-        if names:
-            self._loop.call_after("census", 0.0, self._count)
-            return
-        self._census = None
-        for number, each in list(self._groups.items()):
-            # A group that is hidden from us (hidepid) is not dead.  A group is dead only after two
-            # scans in a row, because a process may fork into the part of /proc already scanned.
-            dead = self._lives.get(each.process.pid) is False
-            if dead and each.found_dead:
-                self._gone(number)
-            each.found_dead = dead
-        if self._groups:
-            self._count_later()
 
     def _report(self, level: str, event: str, group: _Group, hint: str | None = None) -> None:
         self._log.write(

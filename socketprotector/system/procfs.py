@@ -12,8 +12,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 
+from ..model.lazy_dataclass import frozen
+
 #: The error text without a usable /proc.
 MISSING = "no /proc of this PID namespace is mounted"
+#: The states of a process that has ended.
+ENDED = (b"Z", b"X")
 #: PF_EXITING of linux/sched.h; SIGKILL in a set of pending signals.
 _EXITING, _KILL = 0x4, 1 << (signal.SIGKILL - 1)
 #: How many descriptors to search for sockets: each takes microseconds.
@@ -38,15 +42,27 @@ def peak_kib() -> int | None:
     return int(rest.split(None, 1)[0]) if found else None
 
 
-def state_of(pid: int | str) -> tuple[bytes, int] | None:
-    """Return a process's state (one letter) and process group; None if unknown."""
+@frozen
+class Stat:
+    """What the kernel tells about a process."""
+
+    state: bytes  # one letter
+    parent: int
+    group: int
+    session: int
+    start: int  # see process.boot_ticks()
+
+
+def stat_of(pid: int | str) -> Stat | None:
+    """Return the facts about a process; None if unknown."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             stat = file.read()
     except OSError:
         return None
-    state, _, group = stat.rpartition(b")")[2].split()[:3]
-    return state, int(group)
+    state, *numbers = stat.rpartition(b")")[2].split()[:20]
+    parent, group, session = map(int, numbers[:3])
+    return Stat(state, parent, group, session, int(numbers[18]))
 
 
 def is_ending(pid: int) -> bool:
@@ -64,8 +80,8 @@ def is_ending(pid: int) -> bool:
 
 def is_alive(pid: int) -> bool | None:
     """Return whether a process has not exited; None if unknown."""
-    state = state_of(pid)
-    return state[0] not in (b"Z", b"X") if state is not None else None
+    stat = stat_of(pid)
+    return stat.state not in ENDED if stat is not None else None
 
 
 def children_of(pid: int) -> list[int]:
@@ -87,8 +103,8 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def sockets(pid: int) -> Iterator[tuple[int, int]]:
-    """Yield the open sockets of a process: descriptor and inode.
+def sockets(pid: int | str) -> Iterator[tuple[int, int]]:
+    """Yield the open sockets of a process or thread (PID/task/TID): descriptor and inode.
 
     Raises OSError if the process is gone, or /proc does not show it.
     """

@@ -129,7 +129,9 @@ def test_a_failure_before_the_exec_is_reported(waiting: Waiting, tmp_path: Path)
     made = tmp_path / "made"
     made.touch()
     with resident() as protector:
-        waiting.say(pid=protector.pid, made={str(made): file_identity(str(made))}, notices=["note"])
+        waiting.say(
+            pid=protector.pid, made={str(made): file_identity(made.lstat())}, notices=["note"]
+        )
         protector.kill()
     waiting.is_told(failed="why", status=3)
     waiting.line.close()
@@ -146,8 +148,10 @@ def test_only_what_comes_before_the_exec_names_process_and_files(
     for each in (made, victim):
         each.touch()
     with resident() as protector:
-        waiting.is_told(pid=protector.pid, made={str(made): file_identity(str(made))}, notices=[])
-        waiting.hears(pid=1, made={str(victim): file_identity(str(victim))}, notices=["no"])
+        waiting.is_told(
+            pid=protector.pid, made={str(made): file_identity(made.lstat())}, notices=[]
+        )
+        waiting.hears(pid=1, made={str(victim): file_identity(victim.lstat())}, notices=["no"])
         protector.kill()
 
         status, said = waiting.ends()

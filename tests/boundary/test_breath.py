@@ -200,6 +200,7 @@ def test_a_worker_that_is_not_adopted_yet_is_known_to_a_program_that_resumes_mea
         remember=lambda _: None,
         delivery=cast("Any", None),
         probes=cast("Any", None),
+        holders=lambda: (),
     )
     record = WorkerRecord(number=7, generation=1, pid=1, output_start=-1)
 

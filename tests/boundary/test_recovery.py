@@ -108,7 +108,9 @@ def test_one_that_is_known_or_reads_the_end_of_its_line_is_sent_no_signal(
 def test_a_worker_that_ran_and_was_not_stored_has_served_until_now() -> None:
     """The fd store had no room for its descriptors."""
     pool = SimpleNamespace(
-        records=lambda: (), addresses=lambda _: (), orphans=SimpleNamespace(watch=None)
+        records=lambda: (),
+        addresses=lambda _: (),
+        leftovers=SimpleNamespace(find=lambda *_: None),
     )
     record = WorkerRecord(12, 1, 4711, 0, ready_at=time.monotonic() - 100)
     made = recovery(12, os.open(os.devnull, os.O_RDONLY), record, handoff="connection")
@@ -142,7 +144,12 @@ def test_a_worker_whose_descriptors_were_stored_in_part_did_not_end_before(
     orphaned: bool, group: bool, state: State
 ) -> None:
     """The fd store had room for its process, and not for its notify socket."""
-    pool = SimpleNamespace(records=lambda: (), addresses=lambda _: (), adopt_group=lambda *_: group)
+    pool = SimpleNamespace(
+        records=lambda: (),
+        addresses=lambda _: (),
+        adopt_group=lambda *_: group,
+        leftovers=SimpleNamespace(find=lambda *_: None),
+    )
     record = WorkerRecord(12, 1, 4711, 0, orphaned=orphaned)
     made = recovery(12, os.open(os.devnull, os.O_RDONLY), record, handoff="listener")
     made.effects = cast(
@@ -171,14 +178,12 @@ def test_a_worker_that_was_being_started_counts_until_no_process_has_its_address
 ) -> None:
     """The protector was killed after it had started the process, and before it could record it."""
     events: list[Event] = []
-    ends: dict[str, Callable[[], None]] = {}
+    ends: list[Callable[[None, None], None]] = []
     addresses = ("/notify/13", "@notify-13")
     pool = SimpleNamespace(
         records=lambda: (WorkerRecord(12, 1, 4711, 0),),
         addresses=lambda number: addresses if number == 13 else (),
-        orphans=SimpleNamespace(
-            watch=lambda address, _generation, _signal, gone: ends.update({address: gone})
-        ),
+        leftovers=SimpleNamespace(find=lambda number, where, *more: ends.append(more[-1])),
     )
     generations = {1: None, 2: None} if opened else {1: None}
     made = recovery(12, os.open(os.devnull, os.O_RDONLY), handoff="connection")
@@ -206,9 +211,9 @@ def test_a_worker_that_was_being_started_counts_until_no_process_has_its_address
     for event in posted:
         fleet, _ = decide(fleet, event)
     assert 13 in [each.number for each in fleet.alive()]
-    ends[addresses[1]]()
     assert not events
-    ends[addresses[0]]()
+    [found] = ends
+    found(None, None)
     assert events == [WorkerExited(13, "orphans gone")]
     fleet, _ = decide(fleet, events[0])
     assert [each.number for each in fleet.alive()] == [12]
@@ -224,16 +229,23 @@ def unadopted(
 ) -> tuple[tuple[Event, ...], list[tuple[object, ...]], list[Event]]:
     """Recover without a worker's descriptors.
 
-    Return the events, what was ordered of Orphans, and the event of the worker's end.
+    Return the events, what was asked of Leftovers, and the event of the worker's end.
     """
     orders_given: list[tuple[object, ...]] = []
-    gone: list[Callable[[], None]] = []
+    gone: list[Callable[[None, None], None]] = []
     posted: list[Event] = []
     taken: list[int] = []
 
-    def watch(address: str, generation: int, finish_signal: int, then: Callable[[], None]) -> None:
-        assert generation == 1
-        orders_given.append((address, finish_signal))
+    def find(
+        number: int,
+        addresses: tuple[str, ...],
+        generation: int,
+        finish_signal: int,
+        order: int | None,
+        then: Callable[[None, None], None],
+    ) -> None:
+        assert (number, addresses, generation) == (worker.number, ("@notify-13",), 1)
+        orders_given.append((finish_signal, order))
         gone.append(then)
 
     made = recovery(12, os.open(os.devnull, os.O_RDONLY), *records, handoff="listener")
@@ -244,7 +256,7 @@ def unadopted(
             pool=SimpleNamespace(
                 records=lambda: beside,
                 addresses=lambda number: (f"@notify-{number}",),
-                orphans=SimpleNamespace(watch=watch, order=lambda *a: orders_given.append(a)),
+                leftovers=SimpleNamespace(find=find),
             ),
             live_settings=made.effects.live_settings,
             generations={1: SimpleNamespace(take_counts=taken.append)},
@@ -264,7 +276,7 @@ def unadopted(
         orders=orders,
     )
     [events] = made.adopt_workers()
-    gone[0]()
+    gone[0](None, None)
     assert taken == ([] if beside else [worker.slot])
     return events, orders_given, posted
 
@@ -274,7 +286,7 @@ def test_a_worker_that_still_finishes_after_a_second_kill_keeps_its_limit() -> N
     events, given, _ = unadopted(Worker(13, 0, State.ORPHANED))
 
     assert events == ()
-    assert given == [("@notify-13", signal.SIGQUIT)]
+    assert given == [(signal.SIGQUIT, None)]
 
 
 def test_the_counts_in_the_slot_of_an_orphan_are_those_of_its_successor() -> None:
@@ -286,7 +298,7 @@ def test_it_gets_the_signal_that_it_had_not_got_yet() -> None:
 
     _, given, _ = unadopted(Worker(13, 0, State.ORPHANED), orders=(order,))
 
-    assert given[1:] == [(("@notify-13",), signal.SIGKILL)]
+    assert given == [(signal.SIGQUIT, signal.SIGKILL)]
 
 
 @pytest.mark.parametrize(("retires", "sign"), [(True, 0), (False, signal.SIGQUIT)])
@@ -295,7 +307,7 @@ def test_an_unstored_worker_that_watches_its_line_needs_no_signal(retires: bool,
 
     _, given, _ = unadopted(Worker(13, 0, State.READY), record)
 
-    assert given == [("@notify-13", sign)]
+    assert given == [(sign, None)]
 
 
 def test_a_rolling_worker_needs_no_signal_for_it_watches_its_line() -> None:
@@ -304,7 +316,7 @@ def test_a_rolling_worker_needs_no_signal_for_it_watches_its_line() -> None:
 
     _, given, _ = unadopted(Worker(13, 0, State.STARTING), policy=rolling)
 
-    assert given == [("@notify-13", 0)]
+    assert given == [(0, None)]
 
 
 def test_events_of_a_worker_that_cannot_be_adopted_tell_who_waits() -> None:
@@ -320,7 +332,7 @@ def test_a_worker_whose_generation_was_not_stored_finishes_by_the_settings_signa
     pool = SimpleNamespace(
         records=lambda: (),
         addresses=lambda number: (f"@notify-{number}",),
-        orphans=SimpleNamespace(watch=lambda *words: ends.append(words[2])),
+        leftovers=SimpleNamespace(find=lambda *words: ends.append(words[3])),
     )
     made = recovery(12, os.open(os.devnull, os.O_RDONLY), handoff="listener")
     made.unclaimed.close()

@@ -435,8 +435,8 @@ def test_what_a_process_is_called(name: str) -> None:
     before = comm.read_text()
     for each in (name, "x) Z 1"):
         comm.write_bytes(each.encode("utf-8", "replace")[:15])
-        found = procfs.state_of(os.getpid())
+        found = procfs.stat_of(os.getpid())
         assert found is not None
-        assert found[1] == os.getpgrp()
+        assert found.group == os.getpgrp()
         assert procfs.is_alive(os.getpid())
     comm.write_text(before)

@@ -394,8 +394,9 @@ def test_a_worker_without_a_record_finishes_its_clients(
         daemon.reload()
         assert client.ask()
     daemon.log.wait_for("event=drained generation=1")
-    signals = [line for line in daemon.log.seen if "event=left-behind" in line]
-    assert [line.rpartition("=")[2] for line in signals] == ["SIGQUIT"] * ("QUIT" in words)
+    signals = [line for line in daemon.log.seen if "event=signalled worker=2 group=" in line]
+    assert [line.rpartition("=")[2] for line in signals] == ["QUIT"] * ("QUIT" in words)
+    assert daemon.log.count("event=left-behind") == 0
     daemon.stop()
 
 
@@ -411,7 +412,7 @@ def test_a_worker_without_a_record_has_the_time_of_others(protector: Starter, by
             daemon.stop()
         else:
             daemon.reload()
-            daemon.log.wait_for("event=left-behind .*signal=SIGKILL")
+            daemon.log.wait_for("event=signalled worker=2 group=.* signal=KILL")
             daemon.stop()
         assert client.rest() == []
     assert wait_gone(spawned(daemon)) == []

@@ -29,7 +29,7 @@ def test_a_lie_on_its_connection_removes_no_file_and_does_not_delay_it(
     command: Command, victim: Path, what: str, then: str
 ) -> None:
     lies = {
-        "made": {"made": {str(victim): file_identity(str(victim))}},
+        "made": {"made": {str(victim): file_identity(victim.lstat())}},
         "pid": {"pid": 1},
         "failed": {"failed": "\x1b[2J", "status": 0},
         "waits": {"waits_for": [{"kind": "", "generation": 1e999, "reason": "", "left_s": 1e999}]},

@@ -18,7 +18,7 @@ import random
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
@@ -37,9 +37,9 @@ from socketprotector.daemon.delivery.shared.socket_steering import SocketSteerin
 from socketprotector.daemon.effects import Effects
 from socketprotector.model.listen_fds import FIRST_FD
 from socketprotector.model.settings import ListenerSettings, Settings
-from socketprotector.system import inherited
+from socketprotector.system import inherited, proc_scan
 from tests.simulation.files import Connection, File, Question, failure
-from tests.simulation.kernel import End, Socket
+from tests.simulation.kernel import End, Socket, inode_of
 from tests.simulation.ports import Address, Listening, is_drawn
 from tests.simulation.world import BACKLOG, Voice, World
 
@@ -324,9 +324,13 @@ class Handed(World):
         # A client that connects while its socket is shut down is lost when a stop closes that.
         return MISCHIEF if connection.excuse == MISCHIEF else super()._blame(connection)
 
-    def _carrying(self, addresses: Collection[str]) -> list[tuple[str, int]]:
-        leaders = [each for each in self.workers if each.address in addresses]
-        return [(leader.address, each.pid) for leader in leaders for each in leader.living]
+    def _strangers(self, family: proc_scan.Family) -> Iterator[tuple[int, str, frozenset[int]]]:
+        for leader in self.workers:
+            if leader.pid not in family.known | family.groups:
+                for each in leader.living:
+                    address = leader.address if each is leader else ""
+                    listening = each.listening.values()
+                    yield each.pid, address, frozenset(inode_of(file) for file in listening)
 
     def _group_of(self, leader: Any) -> list[Any]:
         if leader.leader is not leader:

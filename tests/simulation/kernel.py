@@ -23,6 +23,7 @@ import socket
 import stat
 import struct
 import termios
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -124,6 +125,11 @@ class End(File):
                 if isinstance(each, Connection) and len(data) == HEADER:
                     each.in_queues -= 1
                 each.drop()
+
+
+def inode_of(file: Listening) -> int:
+    """The inode of a listening socket, as it is here."""
+    return file.inode if file.question is None else file.question.number
 
 
 def pair() -> tuple[End, End]:
@@ -392,13 +398,15 @@ class Kernel:
                 strerror=os.strerror,
                 getuid=lambda: 1000,
                 getpid=lambda: 1,
+                getppid=lambda: 0,
+                sysconf=os.sysconf,
                 getpgid=self._getpgid,
                 readlink=lambda path: "1",  # /proc/self
                 sched_getscheduler=lambda _: os.SCHED_OTHER,
                 close=self.close,
                 dup=self._dup,
                 open=self._open,
-                listdir=lambda path: [],  # /proc is closed: those that are not reaped stay
+                listdir=lambda path: [],  # /proc is closed
                 scandir=self._scandir,
                 read=self._read,
                 pipe2=self._pipe2,
@@ -434,6 +442,8 @@ class Kernel:
             time=SimpleNamespace(
                 time=self._monotonic,
                 monotonic=self._monotonic,
+                CLOCK_BOOTTIME=time.CLOCK_BOOTTIME,
+                clock_gettime=lambda _: self._monotonic(),
                 sleep=lambda _: None,  # too short for anything else to happen
                 monotonic_ns=self._monotonic_ns,
                 clock_gettime_ns=lambda _: self._monotonic_ns(),
@@ -497,9 +507,7 @@ class Kernel:
         self.enter("fstat")
         file = self.file(fd)
         size = len(file.slots) if isinstance(file, Memory) else 0
-        inode = file.inode if isinstance(file, Listening) else 0
-        if isinstance(file, Listening) and file.question is not None:
-            inode = file.question.number
+        inode = inode_of(file) if isinstance(file, Listening) else 0
         return SimpleNamespace(st_size=size, st_mode=stat.S_IFREG, st_ino=inode)
 
     def _lstat(self, path: str) -> Any:

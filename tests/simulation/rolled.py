@@ -194,7 +194,11 @@ class Rolled(World):
 
     def _counted(self, fleet: Fleet) -> set[str]:
         """Return what lives, with what a killed program had begun to start."""
-        return {address for address, _ in self._carrying({each.address for each in self.workers})}
+        return {
+            leader.address
+            for leader in self.workers
+            if any(not each.ended for each in self._group_of(leader))
+        }
 
 
 def _starts_first(fleet: Fleet) -> bool:

@@ -30,7 +30,7 @@ import signal
 import socket
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -80,6 +80,7 @@ from socketprotector.system import (
     peer_credentials,
     proc_scan,
     process,
+    procfs,
     program_spec,
     reuseport,
     sock_diag,
@@ -532,6 +533,7 @@ class World:
         self._gap = pick(self.GAPS)
         self.workers: list[Any] = []
         self._processes: dict[int, Any] = {}
+        self.starts: dict[int, int] = {}  # when a process started, in ticks
         self._next_pid = 100
         self._deploy_works = True
         self.store: dict[str, File] = {}
@@ -1017,9 +1019,11 @@ class World:
         """All processes of the group that one leads, or led."""
         return [leader]
 
-    def _carrying(self, addresses: Collection[str]) -> list[tuple[str, int]]:
-        """The processes that have one of these notify addresses in their environment."""
-        return [(w.address, w.pid) for w in self.workers if w.address in addresses and not w.ended]
+    def _strangers(self, family: proc_scan.Family) -> Iterator[tuple[int, str, frozenset[int]]]:
+        """The processes that the protector does not know, their addresses and sockets."""
+        for each in self.workers:
+            if not each.ended and each.pid not in family.known:
+                yield each.pid, each.address, frozenset()
 
     def _start(
         self, argv: tuple[str, ...], environment: dict[str, str], given: dict[int, File]
@@ -1031,7 +1035,13 @@ class World:
         return worker.pid
 
     def _new_pid(self) -> int:
-        """Number a process, where numbers are few as one that is gone with all of its group."""
+        """Number a process that starts now."""
+        pid = self._free_pid()
+        self.starts[pid] = process.boot_ticks()
+        return pid
+
+    def _free_pid(self) -> int:
+        """Return a number, where numbers are few that of one that is gone with all of its group."""
         if self._few_numbers:
             free = [pid for pid, each in self._processes.items() if self._is_free(each.leader)]
             # Rather one that may still be taken here for the one that is gone.
@@ -1268,8 +1278,8 @@ class World:
             often = 0.998
         seconds = self._random.choice(pauses) if chance < often else pause
         if "look" in self._loop._timers:
-            seconds = min(seconds, 1.0)  # a process that looks for orphans does not hang
-        if "orphans-end" in self._loop._timers:
+            seconds = min(seconds, 1.0)  # a process that looks for leftovers does not hang
+        if "leftovers-end" in self._loop._timers:
             seconds = min(seconds, 1.0)  # nor do we stand still for half a minute at the very end
         self.kernel.clock_ns += int(seconds * 1e9 * (1 + chance))
 
@@ -1598,8 +1608,6 @@ class World:
         assert protector is not None
         known = {*self._fixed, *protector.effects.descriptors().values()}
         known |= set(self._outbox._unsent.values())
-        searches = protector.effects.pool.orphans._searches.values()
-        known |= {each.leader[1] for each in searches if each.leader is not None}
         if (forwarder := forwarder_of(protector.effects)) is not None:
             known.add(forwarder._shortage.reserve)
         running = [each.process for each in self.kernel.files.values() if isinstance(each, Running)]
@@ -1633,14 +1641,14 @@ class World:
         assert not (lame_duck and closing), "it does not accept any more"
         looked_after = {each.number for each in act.pool.records()}  # with what outlives a leader
         # What a killed program had begun to start is looked for.
-        searches = act.pool.orphans._searches.items()
-        unfinished = {int(a.rpartition("-")[2]) for a, each in searches if each.gone is not None}
+        unfinished = {*act.pool.leftovers.lost}
+        left = unfinished | act.pool.groups.numbers
         looked_after |= unfinished
         assert {each.number for each in fleet.alive()} == looked_after
         never_opened = {
             each.number
             for each in fleet.generations
-            if each.workers and {worker.number for worker in each.workers} <= unfinished
+            if each.workers and {worker.number for worker in each.workers} <= left
         }
         numbers = {each.number for each in fleet.generations}
         assert numbers - never_opened <= set(act.generations) <= numbers
@@ -1684,8 +1692,8 @@ class World:
         if not fleet.stopping:
             (serving,) = fleet.generations
             assert serving.phase is Phase.SERVING
-            searches = protector.effects.pool.orphans._searches.items()
-            lost = {int(a.rpartition("-")[2]) for a, each in searches if each.lost}
+            # A worker that a killed program had begun to start finishes with its generation.
+            lost = {*protector.effects.pool.leftovers.lost, *protector.effects.pool.groups.numbers}
             workers = [each for each in serving.workers if each.number not in lost]
             assert all(each.state is State.READY for each in workers)
             assert len(workers) == fleet.workers_wanted
@@ -1761,31 +1769,32 @@ def installed(world: World) -> Iterator[None]:
             raise failure(2, command[0])
         return f"/srv/{command[0]}", tuple(command)
 
+    class Found(proc_scan.Stranger):
+        def open(self) -> int:
+            return kernel._pidfd_open(self.pid)
+
     class Look:
         """A look at /proc takes a moment, and what is found is as it was at its end."""
 
-        def __init__(self, loop: Loop, wanted: tuple[str, ...], done: Callable[..., None]) -> None:
-            self._loop, self._wanted, self._done = loop, wanted, done
+        def __init__(self, loop: Loop, family: proc_scan.Family, done: proc_scan.Done) -> None:
+            self._loop, self._family, self._done = loop, family, done
             loop.call_after("look", 0.1 * world._chance(), self._end)
 
         def _end(self) -> None:
-            found: dict[str, list[tuple[int, int]]] = {}
-            why = ""
-            try:
-                for address, pid in world._carrying(self._wanted):
-                    found.setdefault(address, []).append((pid, kernel._pidfd_open(pid)))
-            except OSError as error:
-                why = str(error)
-            self._done(self._wanted, found, why)
+            found = [
+                Found(pid, world.starts[pid], bool(address), address, sockets)
+                for pid, address, sockets in world._strangers(self._family)
+            ]
+            self._done([*found], "")
 
         def call_off(self) -> None:
             self._loop.cancel("look")
 
     def look(
-        loop: Loop, wanted: tuple[str, ...], identity: object, limit_s: float, done: Any
+        loop: Loop, family: proc_scan.Family, identity: object, limit_s: float, done: Any
     ) -> Look:
         kernel.enter("fork")
-        return Look(loop, wanted, done)
+        return Look(loop, family, done)
 
     try:
         for module in MODULES:
@@ -1820,6 +1829,7 @@ def installed(world: World) -> Iterator[None]:
         put(quiescing, "accepted_unix", world.accepted_unix)
         put(spawn, "_fork", kernel.fork)
         put(proc_scan, "Scan", look)
+        put(procfs, "children_of", lambda _: [*world._processes])
         put(workers, "AT_ONCE", world._at_once)
         put(memory_group.Events, "open", lambda: None)
         put(peer_credentials, "_ambiguous", lambda *_: frozenset())

@@ -113,7 +113,7 @@ def of_waits_for(
         settle_check_due=effects.probing.settle_check_due,
         upgrade=upgrade,
         last_exit=effects.reports.last_exit,
-        leftovers_end=effects.pool.orphans.found,
+        leftovers_end=effects.pool.leftovers.found,
         late_clients_s=effects.late_clients_s,
     )
     found = [as_dict(each) for each in waits(fleet, facts)]

@@ -122,6 +122,10 @@ class Delivery(ABC):
         """
 
     @abstractmethod
+    def sockets_of(self, generation: OpenGeneration) -> frozenset[int]:
+        """Return the inodes of the sockets from which a generation's workers take connections."""
+
+    @abstractmethod
     def reach(
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
     ) -> ProbeTarget | None:

@@ -34,7 +34,7 @@ class World:
         self.answers: list[Callable[[str], None]] = []  # to requests of last words
         self.has_group = False
         self.left: dict[str, Any] = {}
-        self.ended_orphans: list[str] = []
+        self.leftovers_of: list[object] = []
         self.recorded: dict[str, int] = {}
         self.process = SimpleNamespace(
             pid=7,
@@ -54,10 +54,9 @@ class World:
             take_counts=lambda slot, kept: 2 if slot == 4 else None,
         )
         self.worker: Any = SimpleNamespace(
-            record=WorkerRecord(1, 3, 7, 0, slot=4),
+            record=WorkerRecord(1, 3, 7, 0, slot=4, start=70),
             generation=self.generation,
             process=self.process,
-            notify=SimpleNamespace(address="@notify"),
             line=None,
             became_ready=False,
             ended=False,
@@ -80,9 +79,11 @@ class World:
         self.post_mortem = PostMortem(
             runtime,
             cast("Any", self),
-            delivery=cast("Any", SimpleNamespace(waiting=self._waiting)),
+            delivery=cast(
+                "Any", SimpleNamespace(waiting=self._waiting, sockets_of=lambda _: frozenset({8}))
+            ),
             groups=cast("Any", SimpleNamespace(keep=self._keep)),
-            orphans=cast("Any", SimpleNamespace(end=self.ended_orphans.append)),
+            leftovers=cast("Any", SimpleNamespace(end=self.leftovers_of.append)),
             ended=self.ended.append,
             remember=self._remember,
             why_killed=lambda: BY_LIMIT,
@@ -236,7 +237,7 @@ def test_a_crash_while_serving_is_remembered_and_its_last_words_follow(world: Wo
     world.answers[0]("out of memory")
 
     assert world.history.crashes[0].last_words == "out of memory"
-    assert world.ended_orphans == []
+    assert world.leftovers_of == []
     assert world.clock.fields[0]["lost"] == 2
 
 
@@ -306,7 +307,7 @@ def test_the_reason_of_a_failed_start_ends_with_its_last_words(world: World) -> 
     assert "look at the log" not in event.reason
     assert "by hand" not in event.reason  # the operator sees the words
     assert event.served_s == 0.0
-    assert world.ended_orphans == ["@notify"]
+    assert world.leftovers_of == [(3, 70, frozenset({8}))]
     assert world.history.crashes[0].when == "starting"
 
 
@@ -336,7 +337,7 @@ def test_a_worker_that_exits_as_soon_as_it_was_ready_has_not_detached(world: Wor
 
     assert not event.detached
     assert "as soon as it was ready" in event.reason
-    assert world.ended_orphans == []
+    assert world.leftovers_of == []
     assert world.history.crashes[0].when == "serving"
 
 

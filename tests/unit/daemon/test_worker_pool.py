@@ -109,16 +109,16 @@ class World:
             records=lambda: tuple(self.group_records),
             look=lambda: None,
             numbers=frozenset(),
-            has=lambda _: False,
+            pids=lambda: (),
         )
         patch.setattr(module, "Groups", lambda *_: groups)
         self.orders_to_lost: list[tuple[object, ...]] = []
-        self.orphans = SimpleNamespace(
-            retire=lambda addresses: self.orders_to_lost.append((addresses,)),
+        self.leftovers = SimpleNamespace(
+            retire=lambda number: self.orders_to_lost.append((number,)),
             order=lambda *order: self.orders_to_lost.append(order),
             drain=lambda generation: self.orders_to_lost.append(("drain", generation)),
         )
-        patch.setattr(module, "Orphans", lambda *_: self.orphans)
+        patch.setattr(module, "Leftovers", lambda *_, **__: self.leftovers)
         spawner = SimpleNamespace(
             start=self._start, settings=SETTINGS, addresses=lambda number: (f"@{number}",)
         )
@@ -142,6 +142,7 @@ class World:
             remember=lambda _: None,
             delivery=cast("Any", None),
             probes=cast("Any", SimpleNamespace(release=self.released.append)),
+            holders=lambda: (),
         )
 
     def _start(self, number: int, _slot: int, generation: Any) -> Worker:
@@ -359,8 +360,7 @@ def test_orders_for_a_worker_that_has_exited_go_to_its_process_group(world: Worl
     world.pool.retire(9)
 
     assert world.group_signals == [(9, signal.SIGTERM), (9, signal.SIGKILL)]
-    at = ("@9",)
-    assert world.orders_to_lost == [(at, signal.SIGTERM), (at, signal.SIGKILL), (at,)]
+    assert world.orders_to_lost == [(9, signal.SIGTERM), (9, signal.SIGKILL), (9,)]
     assert world.retired_groups == [9]
 
 
@@ -437,7 +437,7 @@ def test_the_words_of_workers_that_share_the_log_are_no_ones_own(world: World) -
 def test_a_reload_changes_when_what_failed_workers_left_gets_kill(world: World) -> None:
     world.pool.apply_settings(replace(SETTINGS, policy=Policy(kill_timeout_s=9.0)))
 
-    assert world.orphans.kill_timeout_s == 9.0
+    assert world.leftovers.kill_timeout_s == 9.0
 
 
 def test_limits_are_watched_only_once_a_setting_asks_for_it(world: World) -> None:
@@ -455,7 +455,7 @@ def test_limits_are_watched_only_once_a_setting_asks_for_it(world: World) -> Non
 def test_checks_stop_for_an_upgrade_and_start_again_after_a_failed_one(world: World) -> None:
     worker = world.spawn(1)
     calls: list[str] = []
-    cast("Any", world.pool).orphans = SimpleNamespace(
+    cast("Any", world.pool).leftovers = SimpleNamespace(
         stop_looking=lambda: calls.append("stop"), schedule=lambda: calls.append("schedule")
     )
     cast("Any", world.pool)._probes.release_all = lambda: calls.append("release")

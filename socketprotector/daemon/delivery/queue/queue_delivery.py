@@ -109,6 +109,9 @@ class QueueDelivery(Delivery):
         }
         return Handles({channel: self._channel_of(generation).read.fileno()}, environment)
 
+    def sockets_of(self, generation: OpenGeneration) -> frozenset[int]:
+        return frozenset({os.fstat(self._channel_of(generation).read.fileno()).st_ino})
+
     def reach(
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
     ) -> ProbeTarget | None:

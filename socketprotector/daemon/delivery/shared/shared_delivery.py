@@ -141,6 +141,11 @@ class SharedDelivery(Delivery):
             environment["EINHORN_SOCK_PATH"] = settings.control.address.removeprefix("unix:")
         return Handles({next(free): fds[index] for index in wanted}, environment, "LISTEN_PID")
 
+    def sockets_of(self, generation: OpenGeneration) -> frozenset[int]:
+        number = generation.record.socket_number
+        sockets = [each.socket_for(number) for each in self._listeners]
+        return frozenset(os.fstat(each.fileno()).st_ino for each in sockets)
+
     def reach(
         self, generation: OpenGeneration, listener: str, *, as_client: bool = False
     ) -> ProbeTarget | None:

@@ -14,29 +14,24 @@ import os
 import pwd
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 
 from ..model.settings import Identity, Settings
 from ..system.executable import head_of
 from ..system.privileges import change_user
+from ..system.spawn import in_child
 
 
 def as_user(identity: Identity, check: Callable[[], str]) -> str:
     """Call `check` as that user, and return its result; "" if we cannot become that user."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            change_user(identity)
-            os.write(write_end, check().encode("utf-8", "surrogateescape"))
-        finally:
-            os._exit(0)
-    os.close(write_end)
-    with open(read_end, "rb") as file:
-        result = file.read()
-    with suppress(ChildProcessError):  # the caller ignores SIGCHLD, so the kernel has reaped it
-        os.waitpid(child, 0)
-    return result.decode("utf-8", "surrogateescape")
+
+    def check_as_user() -> bytes:
+        change_user(identity)
+        return check().encode("utf-8", "surrogateescape")
+
+    try:
+        return in_child(check_as_user).decode("utf-8", "surrogateescape")
+    except (OSError, ValueError):
+        return ""
 
 
 def as_worker(settings: Settings, check: Callable[[], str]) -> str:

@@ -75,9 +75,3 @@ def refuse_kind(found: os.stat_result, path: str) -> None:
     if not stat.S_ISREG(found.st_mode) and not is_null:
         kind = "a FIFO" if stat.S_ISFIFO(found.st_mode) else "no regular file"
         raise ValueError(f"{path}: {kind}, but it is read again later; name a regular file")
-
-
-def read(path: str) -> dict[str, str]:
-    """Return the assignments in a file.  Raises OSError, or ValueError with the line."""
-    # Pass on bytes that are not UTF-8 unchanged, as in our own environment.
-    return parse(contents(path).decode("utf-8", "surrogateescape"), path)

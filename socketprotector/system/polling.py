@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-def events_of(fd: int | socket, wanted: int) -> int:
+def events_of(fd: int | socket, wanted: int, wait_s: float = 0.0) -> int:
     """Return the current events among `wanted`, and POLLHUP and POLLERR.  Raises OSError.
+
+    wait_s: how long to wait for the first event.
 
     Returns 0 while another process has lowered our descriptor limit to 0 (prlimit(2)).  Then
     poll(2) fails, and the caller should try again later.
@@ -21,7 +23,7 @@ def events_of(fd: int | socket, wanted: int) -> int:
     poll = select.poll()
     poll.register(fd, wanted)
     try:
-        found = poll.poll(0)
+        found = poll.poll(wait_s * 1000)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise

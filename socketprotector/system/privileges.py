@@ -113,31 +113,18 @@ def become_worker_user(identity: Identity) -> None:
     _set_capabilities(())
 
 
-@contextmanager
-def file_rights_of(identity: Identity | None) -> Iterator[None]:
-    """Use files with another user's rights until the block ends; None: with our own.
+def use_files_as(identity: Identity) -> None:
+    """Use files with another user's rights, and without capabilities; for a forked child.
 
-    Nothing else changes, so that user can neither signal nor trace this process meanwhile.
-    Raises OSError if we may not do that.  Source: setfsuid(2), setgroups(2).
+    Nothing else changes, so that user can neither signal nor trace the child.  Raises OSError.
+    Source: setfsuid(2).
     """
-    if identity is None or identity.uid == os.geteuid():
-        yield
-        return
-    groups = os.getgroups()
     os.setgroups(identity.groups)
-    try:
-        _use_files_as(identity.uid, identity.gid)
-        yield
-    finally:
-        _use_files_as(os.geteuid(), os.getegid())
-        os.setgroups(groups)
-
-
-def _use_files_as(uid: int, gid: int) -> None:
-    for call, number in (("setfsgid", gid), ("setfsuid", uid)):
+    for call, number in (("setfsgid", identity.gid), ("setfsuid", identity.uid)):
         call_libc(call, number)
         if call_libc(call, number) != number:  # the first call cannot report a failure
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    _set_capabilities(())
 
 
 def _bounding_set() -> Iterator[int]:

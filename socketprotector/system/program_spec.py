@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from socketprotector_client import wire
 
@@ -14,6 +15,7 @@ from ..model.records import GenerationRecord, Program
 from ..model.settings import Identity, Settings
 from . import env_file, privileges
 from .executable import resolve
+from .spawn import in_child
 from .trusted_path import only_lead
 
 #: Prefixes of the protector's own variables, which must not reach a worker.
@@ -43,9 +45,7 @@ def program_of(settings: Settings) -> Program:
     environment.update(own)
     if settings.release:
         environment[release.VARIABLE] = settings.release
-    directory = os.path.realpath(settings.directory, strict=True)
-    search = environment.get("PATH", os.defpath)
-    path, argv = resolve(settings.executed, directory, search)
+    directory, path, argv = _places(settings, environment.get("PATH", os.defpath))
     environment["PWD"] = directory
     if mode.workers_accept:
         argv = listen_fds.fill(argv, settings.listeners, ready_fd)
@@ -73,8 +73,10 @@ def env_file_of(settings: Settings) -> dict[str, str]:
     """Return the variables in the env file.  Raises OSError, or ValueError with the line."""
     if settings.env_file is None:
         return {}
-    with privileges.file_rights_of(env_file_reader(settings)):
-        return env_file.read(settings.env_file)
+    contents = partial(env_file.contents, settings.env_file)
+    found = _with_rights_of(env_file_reader(settings), contents)
+    # Pass on bytes that are not UTF-8 unchanged, as in our own environment.
+    return env_file.parse(found.decode("utf-8", "surrogateescape"), settings.env_file)
 
 
 def env_file_reader(settings: Settings) -> Identity | None:
@@ -87,6 +89,35 @@ def env_file_reader(settings: Settings) -> Identity | None:
     if protector is None or worker is None:
         return protector
     return protector if only_lead(settings.env_file or "", {0, protector.uid}) else worker
+
+
+def _places(settings: Settings, search: str) -> tuple[str, str, tuple[str, ...]]:
+    """Return the real directory and path of the command, and its argv.  Raises OSError.
+
+    A deployer may lead both elsewhere, so only links that the workers' user can read are followed.
+    """
+
+    def find() -> bytes:
+        directory = os.path.realpath(settings.directory, strict=True)
+        path, argv = resolve(settings.executed, directory, search)
+        return b"\0".join(map(os.fsencode, (directory, path, argv[0])))
+
+    found = _with_rights_of(settings.worker_identity, find)
+    directory, path, name = map(os.fsdecode, found.split(b"\0"))
+    return directory, path, (name, *settings.executed[1:])
+
+
+def _with_rights_of(identity: Identity | None, act: Callable[[], bytes]) -> bytes:
+    """Call `act` with a user's rights to files; None: with our own.  Return its result."""
+    if identity is None or identity.uid == os.geteuid():
+        return act()
+    use_files_as = privileges.use_files_as  # a late module: the child cannot load it
+
+    def act_as_user() -> bytes:
+        use_files_as(identity)
+        return act()
+
+    return in_child(act_as_user)
 
 
 def change_of(record: GenerationRecord) -> str:

@@ -9,20 +9,29 @@ import errno
 import fcntl
 import os
 import resource
+import select
 import signal
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from ..model.errors import NO_PROCESSES
 from ..model.records import Program
 from ..model.settings import LIMITS
+from ..model.text import in_units
 from . import privileges
 from .cleanup import on_error
 from .cpu_quota import scheduler
+from .polling import events_of
 from .process import Process
 
 #: The resource limits that options may set (--limit), by the option's name.
 RLIMITS = {name: getattr(resource, f"RLIMIT_{name.upper()}") for name in LIMITS}
+#: How long a forked child may take to execute its program, or to answer.
+_ANSWER_S = 5.0
+_PIPE_BYTES = 65_536
+#: How an answer begins: a result, an OSError, another exception.
+_RESULT, _SYSTEM, _OTHER = b"r", b"s", b"o"
 
 
 def spawn(
@@ -187,33 +196,106 @@ def _fork(
 
     places: number in the child -> our descriptor, whose number is above all of these.
     """
-    above = max((2, *places)) + 1
+
+    def become(answer: int) -> bytes:
+        _become(program, environment, places, tell_pid, lifeline)
+        return b""  # never reached
+
+    try:
+        pid, _ = _ask(become, max((2, *places)) + 1)
+    except OSError as error:
+        error.filename = error.filename or program.path
+        raise
+    return pid
+
+
+def in_child(act: Callable[[], bytes]) -> bytes:
+    """Return what `act` returns in a forked child, which has none of our descriptors.
+
+    So no path through /proc/self leads to a file of ours.  Raises OSError or ValueError, as `act`
+    does, or if the child does not answer in time.
+    """
+
+    def act_alone(answer: int) -> bytes:
+        os.closerange(0, answer)
+        with suppress(FileNotFoundError):  # without /proc no path leads to a descriptor
+            # Without close_range(2), as with musl, closerange() would try all numbers up to the
+            # limit, which may be a billion.
+            for fd in map(int, os.listdir("/proc/self/fd")):
+                os.closerange(max(fd, answer + 1), fd + 1)
+        return act()
+
+    pid, result = _ask(act_alone)
+    _reap(pid)
+    if result is None:
+        raise OSError(errno.EIO, "the process that should read it was killed")
+    return result
+
+
+def _ask(act: Callable[[int], bytes], above: int = 3) -> tuple[int, bytes | None]:
+    """Call `act` in a forked child; return the child's pid, and the result of `act`.
+
+    The result is None if the child has executed a program, or was killed.  Raises OSError or
+    ValueError, as `act` does; then no process is left.
+
+    The wait is limited: a child that has become another user can be stopped by that user, and its
+    files can be stuck.
+
+    act: gets the number of the descriptor for the answer.  above: the number's lower limit.
+    """
     receive, send = os.pipe2(os.O_CLOEXEC)
 
-    def become() -> None:
-        answer = send
+    def answer() -> None:
+        line = send
         try:
-            answer = fcntl.fcntl(send, fcntl.F_DUPFD_CLOEXEC, above)
-            _become(program, environment, places, tell_pid, lifeline)
+            line = fcntl.fcntl(send, fcntl.F_DUPFD_CLOEXEC, above)
+            said = _RESULT + act(line)
         except OSError as error:
-            file = os.fsencode(error.filename or program.path)
-            os.write(answer, b"%d %b" % (error.errno or errno.EIO, file))
+            words = (str(error.errno or errno.EIO), error.strerror or "", error.filename or "")
+            said = _SYSTEM + b"\0".join(map(os.fsencode, words))
         except BaseException as error:  # such as ValueError for a NUL in the environment
-            os.write(answer, str(error).encode())
+            said = _OTHER + os.fsencode(str(error))
+        while said:
+            said = said[os.write(line, said) :]
 
-    with open(receive, "rb") as answer:
+    with open(receive, "rb", buffering=0) as answers:
         try:
-            pid = _fork_child(become)
+            pid = _fork_child(answer)
         finally:
             os.close(send)
-        failure = answer.read()  # end of file without an answer: the program was executed
-    if failure:
+        said = _read_all(answers.fileno())
+    if said is None:
+        os.kill(pid, signal.SIGKILL)
+        _reap(pid)
+        raise OSError(
+            errno.ETIMEDOUT, f"no answer in {in_units(_ANSWER_S)}: stopped, or files are stuck"
+        )
+    kind, said = said[:1], said[1:]
+    if kind == _SYSTEM:
+        _reap(pid)
+        number, why, file = map(os.fsdecode, said.split(b"\0", 2))
+        raise OSError(int(number), why, file or None)
+    if kind == _OTHER:
+        _reap(pid)
+        raise ValueError(os.fsdecode(said))
+    return pid, said if kind else None
+
+
+def _read_all(fd: int) -> bytes | None:
+    """Read a pipe until its writers have closed it; None: that takes too long."""
+    found, until = b"", time.monotonic() + _ANSWER_S
+    while events_of(fd, select.POLLIN, max(0.0, until - time.monotonic())):
+        part = os.read(fd, _PIPE_BYTES)
+        if not part:
+            return found
+        found += part
+    return None
+
+
+def _reap(pid: int) -> None:
+    """Reap a child that has closed its files, or was killed."""
+    with suppress(ChildProcessError):  # the caller ignores SIGCHLD, so the kernel has reaped it
         os.waitpid(pid, 0)
-        number, _, file = failure.partition(b" ")
-        if not number.isdigit():
-            raise ValueError(failure.decode())
-        raise OSError(int(number), os.strerror(int(number)), os.fsdecode(file))
-    return pid
 
 
 def _fork_child(act: Callable[[], None]) -> int:

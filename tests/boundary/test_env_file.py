@@ -11,7 +11,9 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from socketprotector.model.settings import Settings
 from socketprotector.system import env_file
+from socketprotector.system.program_spec import env_file_of
 from tests.together import together
 
 
@@ -67,7 +69,7 @@ def test_bytes_that_are_no_text_are_passed_on(tmp_path: Path, mark: bytes) -> No
     path = tmp_path / "env"
     path.write_bytes(mark + b"A=\xff\n")
 
-    assert os.fsencode(env_file.read(str(path))["A"]) == b"\xff"
+    assert os.fsencode(env_file_of(Settings("x", ("w",), "/", env_file=str(path)))["A"]) == b"\xff"
 
 
 @together("kind", ["FIFO", "socket", "terminal", "master", "zero", "folder"])
@@ -92,11 +94,11 @@ def test_what_cannot_be_read_again_is_refused_unopened(kind: str) -> None:
             path.symlink_to(devices[kind])
 
         with pytest.raises(error, match=said) as caught:
-            env_file.read(str(path))
+            env_file.contents(str(path))
 
         if isinstance(caught.value, OSError):
             assert caught.value.filename == str(path)
 
 
 def test_the_null_device_is_an_empty_file() -> None:
-    assert env_file.read(os.devnull) == {}
+    assert env_file.contents(os.devnull) == b""

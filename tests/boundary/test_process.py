@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import select
 import signal
@@ -17,11 +18,12 @@ import pytest
 
 from socketprotector.model.settings import Identity
 from socketprotector.system import procfs
+from socketprotector.system import spawn as spawning
 from socketprotector.system.executable import resolve
 from socketprotector.system.loop import Loop
 from socketprotector.system.privileges import become
 from socketprotector.system.process import Process
-from socketprotector.system.spawn import spawn
+from socketprotector.system.spawn import in_child, spawn
 from tests import needs
 from tests.boundary.ending import SHELL, end_of, is_open, running, settle, traced, until
 from tests.rounds import rounds
@@ -442,8 +444,9 @@ MEMORY = """
 import select, sys
 from dataclasses import replace
 from socketprotector.system import procfs
+from socketprotector.system import spawn as spawning
 from socketprotector.system.process import Process
-from socketprotector.system.spawn import spawn
+from socketprotector.system.spawn import in_child, spawn
 from tests.boundary.ending import running
 
 def peak(process):
@@ -497,3 +500,56 @@ def test_a_peak_is_known_if_it_is_clearly_above_ours(
     assert ended is not None
     assert ended.max_rss_kib == known
     process.close()
+
+
+# -- in_child() ------------------------------------------------------------------
+
+
+def test_a_child_answers_with_what_its_call_returns() -> None:
+    long = bytes(range(256)) * 8192  # more than a pipe holds
+
+    assert in_child(lambda: long) == long
+    assert in_child(lambda: b"") == b""
+
+
+def test_an_error_of_a_child_is_raised_here() -> None:
+    def refuse() -> bytes:
+        raise ValueError("\udcff is no text")
+
+    with pytest.raises(IsADirectoryError) as caught:
+        in_child(Path("/etc").read_bytes)
+    assert caught.value.filename == "/etc"
+    with pytest.raises(ValueError, match="\udcff is no text"):
+        in_child(refuse)
+
+
+def test_a_child_has_none_of_our_descriptors() -> None:
+    with Path("/etc/passwd").open("rb") as file:
+
+        def remaining() -> bytes:
+            places = (f"/proc/self/fd/{each}" for each in os.listdir("/proc/self/fd"))
+            return "\n".join(os.readlink(each) for each in places if os.path.lexists(each)).encode()
+
+        assert os.readlink(f"/proc/self/fd/{file.fileno()}") == "/etc/passwd"
+        assert re.fullmatch(r"pipe:\[\d+\]", in_child(remaining).decode())
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [(signal.SIGSTOP, errno.ETIMEDOUT), (signal.SIGKILL, errno.EIO)],
+    ids=["stopped", "killed"],
+)
+def test_a_child_that_does_not_answer_is_killed_and_reported(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, why: int
+) -> None:
+    if number is signal.SIGSTOP:
+        monkeypatch.setattr(spawning, "_ANSWER_S", 0.2)
+
+    def answer() -> bytes:
+        os.kill(os.getpid(), number)
+        return b"too late"
+
+    with pytest.raises(OSError, match=r"answer|killed") as caught:
+        in_child(answer)
+
+    assert caught.value.errno == why

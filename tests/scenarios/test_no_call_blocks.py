@@ -156,7 +156,10 @@ class Judge:
     _accept = _accept4
 
     def _poll(self, rest: str) -> bool:
-        return re.search(r"\], \d+, 0\)|NULL, 0, 0\)", rest) is not None
+        if re.search(r"\], \d+, 0\)|NULL, 0, 0\)", rest):
+            return True
+        fd = re.match(r"\[\{fd=(\d+<[^>]*>).*\], 1, \d+\)", rest)
+        return bool(fd) and _FD.match(fd[1])[2] in self._spawning  # type: ignore[index]
 
     def _ppoll(self, rest: str) -> bool:
         return "tv_sec=0, tv_nsec=0" in rest

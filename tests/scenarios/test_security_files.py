@@ -18,7 +18,7 @@ import pytest
 from socketprotector.launch.bind_unix import _give
 from socketprotector.launch.listen_spec import parse
 from socketprotector.system import log_file
-from socketprotector.system.env_file import read
+from socketprotector.system.env_file import contents
 from tests import needs
 from tests.namespaces import any_users_python
 from tests.own_folder import let_through
@@ -442,7 +442,7 @@ def test_an_env_file_that_grew_without_end_is_refused(tmp_path: Path) -> None:
         opened.truncate(1 << 40)  # a sparse one
 
     with pytest.raises(ValueError, match=r"more than 1048576 bytes"):
-        read(str(file))
+        contents(str(file))
 
 
 def test_no_file_is_made_that_others_may_write(start: Start) -> None:

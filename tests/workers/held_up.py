@@ -11,15 +11,15 @@ from socketprotector.__main__ import main
 from socketprotector.system import env_file
 
 gate = sys.argv.pop(1)
-_read = env_file.read
+_contents = env_file.contents
 
 
-def read(path: str) -> dict[str, str]:
-    env_file.read = _read  # once
+def contents(path: str) -> bytes:
+    env_file.contents = _contents  # once
     with open(gate, "rb") as file:
         file.read()
-    return _read(path)
+    return _contents(path)
 
 
-env_file.read = read
+env_file.contents = contents
 main()

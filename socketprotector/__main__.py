@@ -15,6 +15,7 @@ import sys
 
 from .model.errors import lack_of_memory
 from .system import inherited, late_stdlib
+from .system.terminal import keep_exit_status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def _loaded() -> None:
 
 def main() -> None:
     """Run the program that was chosen, and exit with its status."""
+    keep_exit_status()
     try:
         _run()
     except (MemoryError, ImportError) as error:  # `ulimit -v`

@@ -10,6 +10,7 @@ failure of the application has others: 1 for an exception at import, 3 from uvic
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
 import gc
 import importlib.util
@@ -17,6 +18,7 @@ import inspect
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Callable, NoReturn, Optional, Sequence, TypeVar
 
@@ -67,11 +69,22 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command; return its exit status."""
+    atexit.register(_drop_unwritten_errors)
     try:
         return _run(_parser().parse_args(arguments))
     except (_CannotRun, ProtocolError) as error:
-        print(f"{_PROGRAM}: {error}", file=sys.stderr)
+        with suppress(OSError):  # stderr's reader has exited
+            print(f"{_PROGRAM}: {error}", file=sys.stderr)
         return getattr(error, "status", 2)
+
+
+def _drop_unwritten_errors() -> None:
+    """Keep the exit status: if Python cannot flush stderr at the end, it exits with 120."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:
+        sys.stderr = None
 
 
 def _parser() -> argparse.ArgumentParser:

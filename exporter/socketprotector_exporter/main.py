@@ -29,6 +29,7 @@ from socketprotector.ctl.api import (
     env_file,
     escape,
     in_one_line,
+    keep_exit_status,
     open_missing_standard_streams,
     whole,
 )
@@ -234,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments: the words of the command line; None: the process's own.
     """
     open_missing_standard_streams()
+    keep_exit_status()
     try:
         return int(_command.main(arguments, prog_name=NAME, standalone_mode=False) or 0)
     except click.exceptions.Exit as error:

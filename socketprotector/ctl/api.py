@@ -13,7 +13,7 @@ from ..model.wait_quantiles import quantile_us
 from ..system import env_file
 from ..system.answer import Answering
 from ..system.cleanup import on_error
-from ..system.terminal import open_missing_standard_streams
+from ..system.terminal import keep_exit_status, open_missing_standard_streams
 from . import discovery
 from .client import LONGEST_LINE, VERSION, Message, connect
 from .errors import NoProtector, RequestRefused
@@ -57,6 +57,7 @@ __all__ = [
     "failing",
     "in_one_line",
     "is_lame_duck",
+    "keep_exit_status",
     "label",
     "listed",
     "measure",

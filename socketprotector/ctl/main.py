@@ -16,7 +16,7 @@ import click
 from ..model.errors import Refusal, UsageError, what_failed
 from ..model.text import escape, in_one_line
 from ..system.answer import discard_output
-from ..system.terminal import open_missing_standard_streams
+from ..system.terminal import keep_exit_status, open_missing_standard_streams
 from . import completion_script, deploy, orders, queries, reload, top, upgrade
 from .cli import (
     NAME,
@@ -61,6 +61,7 @@ def completion(instance: Instance, shell: str, programs: Sequence[str], as_json:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.  arguments: if None, sys.argv[1:]."""
     open_missing_standard_streams()
+    keep_exit_status()
     if isinstance(sys.stdout, TextIOWrapper):
         # main()'s caller may have replaced a regular file at descriptor 1 by a pipe.  Python still
         # treats sys.stdout as seekable, so reconfigure() tries to seek, which fails on a pipe.

@@ -25,6 +25,7 @@ from ..model.errors import Refusal, SystemRefused, what_failed
 from ..model.settings import ListenerSettings, Settings, SettingsError, load
 from ..system import executable, inherited, late_modules, signals
 from ..system.state_file import NewerStateError, StateError
+from ..system.terminal import tell
 from . import checkpoint
 from .assembly import Resident
 from .delivery.choice import delivery_for
@@ -146,7 +147,7 @@ def _report(why: str, guard: int = -1) -> None:
     try:
         os.write(guard, f"X_FAILED={why[:_LONGEST]}".encode("utf-8", "backslashreplace"))
     except OSError:
-        print(f"SocketProtector: {why}", file=sys.stderr)
+        tell(why)
 
 
 def _name_process() -> None:

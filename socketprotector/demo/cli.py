@@ -170,5 +170,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _refused(why: str, status: int) -> int:
-    print(f"{NAME}: {escape(why)}", file=sys.stderr)
+    with suppress(OSError):  # stderr's reader has exited
+        print(f"{NAME}: {escape(why)}", file=sys.stderr)
     return status

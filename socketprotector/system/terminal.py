@@ -6,6 +6,7 @@ A failure to write is ignored: the start continues without the terminal, or the 
 from __future__ import annotations
 
 import _signal as signal  # `signal` itself would cost the guard a megabyte
+import atexit
 import os
 import select
 import stat
@@ -64,6 +65,22 @@ def is_journal() -> bool:
     """Return True if stderr is the journal's socket (systemd.exec(5), JOURNAL_STREAM)."""
     found = os.fstat(STDERR)
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+def keep_exit_status() -> None:
+    """Exit with the program's own status, even if stderr's reader has exited or its disk is full.
+
+    Python flushes stderr last.  If that fails, Python exits with 120.
+    """
+    atexit.register(_drop_unwritten_errors)
+
+
+def _drop_unwritten_errors() -> None:
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:
+        sys.stderr = None
 
 
 def open_missing_standard_streams() -> None:

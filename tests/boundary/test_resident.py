@@ -62,7 +62,7 @@ def run(patch: pytest.MonkeyPatch, failing: Failing, **more: int) -> int:
 
 
 def test_what_the_system_lacks_to_resume_is_said_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The guard or systemd tries again; a traceback at each try would hide the cause."""
     failing = Failing(NO_SPACE, adopts=True)
@@ -71,12 +71,12 @@ def test_what_the_system_lacks_to_resume_is_said_in_one_line(
         run(monkeypatch, failing)
 
     assert ended.value.code == 1
-    assert capsys.readouterr().err == "SocketProtector: cannot resume: No space left on device\n"
+    assert capfd.readouterr().err == "SocketProtector: cannot resume: No space left on device\n"
     assert failing.ended == []
 
 
 def test_a_guard_gets_the_reason_for_its_log(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A file's name need not be UTF-8, and may be long."""
     failing = Failing(OSError(errno.ENOSPC, "\udcff" + "x" * 5000), adopts=True)
@@ -90,7 +90,7 @@ def test_a_guard_gets_the_reason_for_its_log(
 
     assert reason.startswith(rb"X_FAILED=cannot resume: \udcffxxx")
     assert len(reason) < 600
-    assert capsys.readouterr().err == ""
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("error", "adopts"), [(FAULT, True), (FAULT, False), (NO_SPACE, False)])
@@ -107,28 +107,28 @@ def test_an_unforeseen_error_has_a_traceback(
 
 
 def test_without_a_next_program_an_error_ends_all(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     first = Failing(NO_SPACE, adopts=False, has_next=False)
 
     assert run(monkeypatch, first) == 111
     assert first.ended == ["cannot start: No space left on device", 111]
-    assert capsys.readouterr().err == ""
+    assert capfd.readouterr().err == ""
 
     faulty = Failing(FAULT, adopts=False, has_next=False)
     assert run(monkeypatch, faulty) == 111
     assert faulty.ended == ["a fault of ours", 111]
-    assert "LookupError: a fault of ours" in capsys.readouterr().err
+    assert "LookupError: a fault of ours" in capfd.readouterr().err
 
 
 def test_a_state_that_no_program_can_resume_is_said_and_ends_all(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     failing = Failing(StateError("damaged"), adopts=False, has_next=False)
 
     assert run(monkeypatch, failing) == 111
 
-    assert capsys.readouterr().err == "SocketProtector: cannot resume: damaged\n"
+    assert capfd.readouterr().err == "SocketProtector: cannot resume: damaged\n"
     assert failing.ended == ["damaged", 111]
 
 

@@ -507,9 +507,7 @@ def test_events_go_on_across_a_cut_and_end_by_ctrl_c(fake: Fake) -> None:
 
     fake.answers["events"] = follow
     receive, send = os.pipe()
-    # With this variable of the caller, a line comes even without a flush.
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    process = forked.popen([*COMMAND, "events"], stdout=send, stderr=subprocess.DEVNULL, env=env)
+    process = forked.popen([*COMMAND, "events"], stdout=send, stderr=subprocess.DEVNULL)
     os.close(send)
     lines = Lines(receive)
     line = lines.wait_for("event=reloaded")
